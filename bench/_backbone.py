@@ -1,0 +1,91 @@
+"""A transformers model with a PEFT adapter on it, every tensor of the adapter accounted for."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from embedge.bench._errors import BenchError
+
+__all__ = ["adapter_folder", "load_backbone", "merge"]
+
+
+class _Headless(torch.nn.Module):
+    """Puts a backbone where a model with a head has it: adapters trained there say ``model.…``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def adapter_folder(name: str, folder: str | Path) -> Path:
+    """Return the adapter's own folder: ``folder``, or ``folder/name`` where it holds several.
+
+    Raises:
+        BenchError: neither has an adapter_config.json.
+    """
+    for candidate in (Path(folder), Path(folder) / name):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise BenchError(
+        f"--adapter {name}={folder}: no adapter_config.json there or in {Path(folder) / name}"
+    )
+
+
+def load_backbone(transformer: Path, adapter: str | Path | None = None) -> Any:
+    """Return the model in float32, the adapter applied by PEFT and not merged.
+
+    Args:
+        transformer: the folder with config.json and the weights.
+        adapter: a folder in PEFT's format, ``None`` for none.
+
+    Raises:
+        BenchError: tensors of the adapter that find no place in the model.
+    """
+    if adapter is None:
+        return _backbone(transformer)
+    left_over: list[str] = []
+    for wrap in (lambda model: model, _Headless):
+        model, left_over = _apply(wrap(_backbone(transformer)), Path(adapter))
+        if not left_over:
+            return model
+    raise BenchError(
+        f"{adapter}: {len(left_over)} tensors of the adapter find no place in {transformer}: "
+        + ", ".join(left_over)
+    )
+
+
+def merge(model: Any) -> Any:
+    """Return the bare torch model of a PEFT model, with the adapter added to its weights."""
+    merged = model.merge_and_unload()
+    return merged.model if isinstance(merged, _Headless) else merged
+
+
+def _backbone(transformer: Path) -> Any:
+    return AutoModel.from_pretrained(transformer, dtype=torch.float32).eval()
+
+
+def _apply(model: Any, folder: Path) -> tuple[Any, list[str]]:
+    """Return the model with the adapter on it, and the adapter's keys that PEFT did not place."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.task_type = None  # PEFT's task classes add nothing to a forward pass without labels
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config).eval()
+        except ValueError as error:  # no module has a name that the adapter targets
+            return model, [str(error)]
+    placed = set(get_peft_model_state_dict(adapted))
+    stored = load_peft_weights(str(folder), device="cpu")
+    return adapted, sorted(set(stored) - placed)

@@ -1,0 +1,86 @@
+"""Runs as a child process: what a program that only embeds waits for and holds.
+
+Only the standard library and embedge.runtime are imported (for ``torch``, the reference instead), so
+that the process is what such a program would be. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+_KINDS = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file_mapped"}
+
+
+def memory() -> dict[str, int]:
+    """Return bytes of this process's memory by kind; empty where /proc does not tell."""
+    found = {}
+    try:
+        with open("/proc/self/status") as lines:
+            for line in lines:
+                key, _, rest = line.partition(":")
+                if key in _KINDS:
+                    found[_KINDS[key]] = int(rest.split()[0]) * 1024
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def milliseconds_since(start: float) -> float:
+    """Return milliseconds since ``start`` of the monotonic clock, which processes share."""
+    return (time.monotonic() - start) * 1000
+
+
+def embedge_steps(job: dict[str, Any]) -> dict[str, Any]:
+    """Open a bundle, embed a text, switch between tasks, embed a batch with every task."""
+    from embedge.runtime import Embedder
+
+    result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
+    options: dict[str, Any] = {k: job[k] for k in ("precision", "threads")} | {"device": "cpu"}
+    model = Embedder(job["bundle"], **options)
+    model.encode(job["text"], task=job["tasks"][0])
+    result["first_vector_ms"] = milliseconds_since(job["started"])
+    result["after_first_vector"] = memory()
+    if len(job["tasks"]) > 1:
+        result |= switches(model, Embedder(job["bundle"], max_sessions=1, **options), job)
+    for task in job["tasks"]:
+        model.encode(job["batch"], task=task, batch_size=32, on_truncate="ignore")
+    result["after_batches"] = memory()
+    return result
+
+
+def switches(all_open: Any, one_open: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Time a text under the other task: graphs kept open, and only one open at a time."""
+    first, second = job["tasks"][:2]
+    times: dict[str, list[float]] = {"all": [], "one": []}
+    for task in (first, second) * 3:
+        for name, model in (("all", all_open), ("one", one_open)):
+            start = time.monotonic()
+            model.encode(job["text"], task=task)
+            times[name].append(milliseconds_since(start))
+    # Of the six turns, the first of each task opens its graph in either case.
+    return {
+        "switch_graph_open_ms": sorted(times["all"][2:])[1],
+        "switch_graph_closed_ms": sorted(times["one"][2:])[1],
+    }
+
+
+def torch_steps(job: dict[str, Any]) -> dict[str, Any]:
+    """Load the source with its adapter, embed a text, embed a batch: what the reference costs."""
+    from embedge.bench import Reference
+
+    result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
+    model = Reference(job["source"], job["adapter"], pooling=job["pooling"], threads=job["threads"])
+    model.encode([job["text"]])
+    result["first_vector_ms"] = milliseconds_since(job["started"])
+    result["after_first_vector"] = memory()
+    model.encode(job["batch"])
+    result["after_batches"] = memory()
+    return result
+
+
+if __name__ == "__main__":
+    work = json.loads(sys.argv[1])
+    print(json.dumps((torch_steps if work["system"] == "torch" else embedge_steps)(work)))

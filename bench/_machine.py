@@ -1,0 +1,57 @@
+"""What the figures were taken on: processor, cores, memory, package versions."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+__all__ = ["machine", "versions"]
+
+_PACKAGES = ("embedge", "numpy", "onnxruntime", "torch", "transformers", "peft", "optimum-onnx")
+_PACKAGES += ("openvino", "nncf")
+# What decides which kernels run.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return the processor's name and instruction sets, cores, memory, and the load at the moment.
+
+    Args:
+        threads: threads each system is given.
+    """
+    lines = _cpu_info()
+    flags = lines.get("flags", "").split()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": lines.get("model name") or platform.processor() or "unknown",
+        "instructions": [flag for flag in _FLAGS if flag in flags],
+        "cores": psutil.cpu_count(),
+        "threads": threads,
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_1_min": round(psutil.getloadavg()[0], 2),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of what takes part."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_info() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

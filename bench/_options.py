@@ -1,0 +1,86 @@
+"""What a bench run measures, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embedge.bench._errors import BenchError
+
+__all__ = ["BenchOptions", "Effort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        texts: most texts for fidelity, ``None`` for all.
+        rows: most rows of an evaluation file.
+        rounds: alternating rounds of a batch shape; a single text gets four times as many.
+        singles: texts that are timed one by one.
+        invariance: texts of the batch-invariance check.
+        eval_sets: most evaluation files a task.
+        latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
+            the numbers they hold.
+    """
+
+    texts: int | None
+    rows: int | None
+    rounds: int
+    singles: int
+    invariance: int
+    eval_sets: int | None = None
+    latency_tasks: int | None = None
+
+
+FULL = Effort(texts=None, rows=None, rounds=15, singles=100, invariance=96)
+QUICK = Effort(
+    texts=96, rows=200, rounds=3, singles=24, invariance=24, eval_sets=1, latency_tasks=1
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        bundle: the bundle's folder.
+        reference: the source model, a folder or a hub id.
+        adapters: adapter folder by task; every task of the bundle that has one needs it.
+        tasks: tasks to measure, ``None`` for all.
+        precisions: precisions to measure, ``None`` for all that run on the CPU.
+        texts: file of texts for fidelity, ``None`` for the bench's own.
+        evaluations: task and labelled file, in order; the first of a task is its main one.
+        peers: names of :data:`embedge.bench._peers.PEERS`, ``("none",)``, or ``None`` for all that
+            are installed.
+        pooling: where the source's files name none.
+        threads: threads of every system, ``None`` for the cores this process has.
+        effort: how much; ``FULL`` or ``QUICK``.
+        process: measure cold start, task switch and memory in child processes.
+        latency: measure latency.
+    """
+
+    bundle: Path
+    reference: str | Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    tasks: Sequence[str] | None = None
+    precisions: Sequence[str] | None = None
+    texts: Path | None = None
+    evaluations: Sequence[tuple[str, Path]] = ()
+    peers: Sequence[str] | None = None
+    pooling: str | None = None
+    threads: int | None = None
+    effort: Effort = FULL
+    process: bool = True
+    latency: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            BenchError: fewer than one thread.
+        """
+        if self.threads is not None and self.threads < 1:
+            raise BenchError(f"--threads {self.threads}: expected a whole number from 1")

@@ -1,0 +1,105 @@
+"""ONNX Runtime's own dynamic int8 of an optimum export, plain and after its transformer optimizer.
+
+Both at the defaults that users get: int8 weights per tensor, uint8 activations per tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from embedge.bench._hidden_state import HiddenStateSystem, graph_inputs
+from embedge.bench._peer_context import PeerContext
+from embedge.bench._source import Source
+from embedge.bench._tokens import Ids, TextTokens
+
+__all__ = ["optimized_int8", "plain_int8"]
+
+# Families whose graphs ONNX Runtime's optimizer fuses, under the name it knows them by.
+_OPTIMIZER_TYPES = dict.fromkeys(
+    ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "electra"), "bert"
+)
+_FLOAT = 1  # onnx.TensorProto.FLOAT; the fused operators have no type inference of their own
+
+
+class _OnnxRuntimeSystem(HiddenStateSystem):
+    def __init__(
+        self, name: str, graph: Path, source: Source, tokens: TextTokens, threads: int
+    ) -> None:
+        super().__init__(name, source, tokens, graph.stat().st_size)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"]
+        )
+        self._inputs = {i.name: i.type for i in self._session.get_inputs()}
+
+    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
+        inputs: dict[str, Any] = graph_inputs(list(self._inputs), ids, mask)
+        for name, kind in self._inputs.items():
+            if "int32" in kind:
+                inputs[name] = inputs[name].astype(np.int32)
+        hidden: NDArray[np.float32] = self._session.run(None, inputs)[0]
+        return hidden
+
+
+def plain_int8(context: PeerContext) -> HiddenStateSystem:
+    """Return ``quantize_dynamic`` of the export."""
+    graph = context.workdir / "ort-int8.onnx"
+    _quantize(context.onnx(), graph)
+    return _OnnxRuntimeSystem(
+        "ORT dynamic int8", graph, context.source, context.tokens, context.threads
+    )
+
+
+def optimized_int8(context: PeerContext) -> HiddenStateSystem:
+    """Return ``quantize_dynamic`` of the export after ``onnxruntime.transformers.optimizer``.
+
+    Raises:
+        ValueError: the optimizer does not know the family.
+    """
+    from onnxruntime.transformers import optimizer
+
+    config = context.config
+    if config.model_type not in _OPTIMIZER_TYPES:
+        raise ValueError(f"ONNX Runtime's optimizer has no fusions for {config.model_type}")
+    fused, graph = context.workdir / "ort-fused.onnx", context.workdir / "ort-fused-int8.onnx"
+    level = logging.getLogger().level
+    model = optimizer.optimize_model(
+        str(context.onnx()),
+        model_type=_OPTIMIZER_TYPES[config.model_type],
+        num_heads=config.num_attention_heads,
+        hidden_size=config.hidden_size,
+    )
+    logging.getLogger().setLevel(level)
+    model.save_model_to_file(str(fused))
+    _quantize(fused, graph)
+    fused.unlink()
+    return _OnnxRuntimeSystem(
+        "ORT optimizer + dynamic int8", graph, context.source, context.tokens, context.threads
+    )
+
+
+def _quantize(graph: Path, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # It advises, on the root logger, to run a pre-processing step that changes nothing here.
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantize_dynamic(
+                graph,
+                out,
+                weight_type=QuantType.QInt8,
+                extra_options={"DefaultTensorType": _FLOAT},
+            )
+    finally:
+        logging.disable(logging.NOTSET)

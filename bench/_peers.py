@@ -1,0 +1,98 @@
+"""The systems to compare with: which there are, which are installed, and how each is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+from embedge.bench._errors import BenchError
+from embedge.bench._peer_context import PeerContext
+from embedge.bench._systems import System
+
+__all__ = ["PEERS", "Peer", "build_peers", "chosen_peers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A family of peers.
+
+    Attributes:
+        builders: ``module:function`` of each variant, from a :class:`PeerContext` to a system.
+        requires: modules that have to be installed.
+        install: the packages that bring them.
+    """
+
+    builders: tuple[str, ...]
+    requires: tuple[str, ...]
+    install: str
+
+    def available(self) -> bool:
+        """Return whether everything it needs is installed."""
+        return all(_installed(name) for name in self.requires)
+
+
+PEERS = {
+    "onnxruntime": Peer(
+        builders=("_peer_onnxruntime:plain_int8", "_peer_onnxruntime:optimized_int8"),
+        requires=("optimum.exporters.onnx", "onnxruntime"),
+        install="optimum-onnx",
+    ),
+    "openvino": Peer(
+        builders=("_peer_openvino:openvino_int8",),
+        requires=("optimum.exporters.onnx", "openvino", "nncf"),
+        install="optimum-onnx openvino nncf",
+    ),
+}
+
+
+def chosen_peers(names: Iterable[str] | None, note: Callable[[str], None]) -> list[str]:
+    """Return the peers to run: those named, or for ``None`` all that are installed.
+
+    Args:
+        names: from ``PEERS``, or only ``"none"``.
+        note: told about each peer that is left out because it is not installed.
+
+    Raises:
+        BenchError: an unknown name, or a named peer that is not installed.
+    """
+    wanted = [name for name in (PEERS if names is None else names) if name != "none"]
+    unknown = [name for name in wanted if name not in PEERS]
+    if unknown:
+        raise BenchError(f"--peers {' '.join(unknown)}: known are {', '.join(PEERS)}, none")
+    missing = [name for name in wanted if not PEERS[name].available()]
+    if missing and names is not None:
+        packages = " ".join(PEERS[name].install for name in missing)
+        raise BenchError(f"--peers {' '.join(missing)}: not installed; run: pip install {packages}")
+    for name in missing:
+        note(f"{name} is not compared with: not installed (pip install {PEERS[name].install})")
+    return [name for name in wanted if name not in missing]
+
+
+def build_peers(
+    names: Iterable[str], context: PeerContext, note: Callable[[str], None]
+) -> Iterator[System]:
+    """Yield every variant of the named peers; one that cannot be built is told to ``note``.
+
+    Args:
+        names: from :func:`chosen_peers`.
+        context: one task's merged model.
+        note: takes a sentence for the report.
+    """
+    for builder in [builder for name in names for builder in PEERS[name].builders]:
+        module, _, function = builder.partition(":")
+        try:
+            system: System = getattr(import_module(f"embedge.bench.{module}"), function)(context)
+        except Exception as error:  # a stranger's exporter: whatever it raises is its result
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            note(f"{function.replace('_', ' ')} was not built: {reason[0]}")
+            continue
+        yield system
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

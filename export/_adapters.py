@@ -1,0 +1,224 @@
+"""PEFT LoRA adapters: read a folder, fit it to a checkpoint, read merged tensors one at a time.
+
+An adapter is merged by the keys in its file, never by the patterns in its config: every key has to
+find its tensor and every tensor has to be used, else binding fails with the full list and nothing
+is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export._adapter_keys import AdapterKeys, sort_keys
+from embedge.export._binding import plan
+from embedge.export._checkpoint import Checkpoint
+from embedge.export._errors import AdapterError
+from embedge.export._model_card import base_name
+from embedge.export._peft_config import LoraSettings, read_peft_config
+from embedge.export._recipes import Recipe
+from embedge.export._safetensors import SafetensorsFile
+
+__all__ = ["Adapter", "BoundAdapter"]
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+class Adapter:
+    """One LoRA adapter as PEFT saves it, not yet fitted to a model.
+
+    Attributes:
+        name: the task it stands for.
+        folder: where its files lie.
+        settings: what adapter_config.json says about merging.
+        file: its tensors.
+        adapter_keys: its keys, sorted by what they are.
+        sha256: hash of its two files, config and weights.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, settings: LoraSettings, file: SafetensorsFile
+    ) -> None:
+        """Sort the keys of ``file``; use :meth:`load`."""
+        self.name = name
+        self.folder = folder
+        self.settings = settings
+        self.file = file
+        self.adapter_keys: AdapterKeys = sort_keys(file.keys())
+        self.sha256 = _hash_files(folder / _CONFIG, folder / _WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: str | Path, name: str) -> Adapter:
+        """Read the adapter in ``folder``, or in ``folder/name`` where ``folder`` holds several.
+
+        The sub-folder goes first where both exist: PEFT puts the adapter ``default`` into the
+        folder itself and all others into sub-folders.
+
+        Raises:
+            AdapterError: if there is no adapter, a file is missing or damaged, or it is of a kind
+                that cannot be merged exactly (PiSSA, aLoRA, other tuners, …; the message says which
+                and why).
+        """
+        found = _find(Path(folder).expanduser(), name)
+        settings = read_peft_config(found / _CONFIG)
+        weights = found / _WEIGHTS
+        if not weights.exists() and (found / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{found}: has only pickled weights (adapter_model.bin), which can run code when "
+                "loaded and are not read; convert them where you trust them, in this folder: "
+                'python -c "import torch; from safetensors.torch import save_file; '
+                "save_file(torch.load('adapter_model.bin', weights_only=True), "
+                "'adapter_model.safetensors')\""
+            )
+        return cls(name, found, settings, SafetensorsFile(weights, AdapterError))
+
+    @property
+    def base_model(self) -> str | None:
+        """The model it was trained on, as recorded: a hub id, or the last part of a local path."""
+        recorded = self.settings.base_model
+        if recorded is None:
+            return None
+        is_hub_id = recorded.count("/") == 1 and not recorded.startswith((".", "/", "~"))
+        return recorded if is_hub_id else base_name(recorded)
+
+    @property
+    def rank(self) -> int:
+        """The rank where no rank pattern says otherwise."""
+        return self.settings.r
+
+    def bind(self, checkpoint: Checkpoint, canonical: Callable[[str], str]) -> BoundAdapter:
+        """Find the tensor of ``checkpoint`` for every tensor of the adapter.
+
+        Args:
+            checkpoint: the base model.
+            canonical: maps the checkpoint's keys, and the adapter's with ``base_model.model.`` and
+                any wrapper in front, to one form; ``"encoder.layer.0.attention.self.query.weight"``
+                for both.
+
+        Raises:
+            AdapterError: listing everything that does not fit: keys that find no tensor or several,
+                keys that are not used, shapes (both are named), ranks unlike the config, NaN,
+                another base hash.
+
+        Warns:
+            UserWarning: if the adapter names another base model, or changes nothing.
+        """
+        recipes, problems = plan(self.file, self.adapter_keys, self.settings, checkpoint, canonical)
+        expected = self.settings.base_sha256
+        if expected is not None and expected != checkpoint.sha256():
+            problems.insert(
+                0,
+                f"it was trained on base weights with the sha256 {expected}, these have "
+                f"{checkpoint.sha256()}",
+            )
+        if problems:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise AdapterError(
+                f"adapter {self.name!r} ({self.folder}) does not fit the model "
+                f"{checkpoint.name!r}, {count}: {'; '.join(problems)}; use it with the model that "
+                "it was trained on, as PEFT saved it"
+            )
+        self._warn(checkpoint, recipes)
+        return BoundAdapter(self, checkpoint, recipes)
+
+    def _warn(self, checkpoint: Checkpoint, recipes: dict[str, Recipe]) -> None:
+        base = self.settings.base_model
+        if base is not None and base_name(base).lower() not in checkpoint.names:
+            warnings.warn(
+                f"adapter {self.name!r} was trained on {base_name(base)!r}, "
+                f"it is merged into {checkpoint.name!r}",
+                UserWarning,
+                stacklevel=3,
+            )
+        low_rank = [recipe for recipe in recipes.values() if recipe.a is not None]
+        if not recipes or low_rank and all(recipe.zero_delta for recipe in low_rank):
+            warnings.warn(
+                f"adapter {self.name!r}: B·A is zero in every layer, so its LoRA changes nothing; "
+                "was it saved before it was trained?",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+class BoundAdapter:
+    """The tensors of a checkpoint with an adapter merged in, computed when they are read.
+
+    Attributes:
+        adapter: the adapter.
+        checkpoint: the base.
+        touched: the keys whose value differs from the base's, ``added`` included.
+        added: keys that the base does not have, e.g. a bias from ``lora_bias``.
+    """
+
+    def __init__(
+        self, adapter: Adapter, checkpoint: Checkpoint, recipes: dict[str, Recipe]
+    ) -> None:
+        """Hold the recipes of the changed tensors; use :meth:`Adapter.bind`."""
+        self.adapter = adapter
+        self.checkpoint = checkpoint
+        self._recipes = recipes
+        self.touched = frozenset(key for key, recipe in recipes.items() if recipe.changes)
+        self.added = frozenset(key for key in recipes if not checkpoint.has(key))
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the tensors, sorted: the checkpoint's and ``added``."""
+        return tuple(sorted({*self.checkpoint.keys(), *self.added}))
+
+    def has(self, key: str) -> bool:
+        """Return whether the merged model has a tensor ``key``."""
+        return key in self.added or self.checkpoint.has(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of ``key``.
+
+        Raises:
+            CheckpointError: if there is no such tensor.
+        """
+        return self._recipes[key].shape if key in self.added else self.checkpoint.shape(key)
+
+    def read(self, key: str) -> NDArray[np.float32]:
+        """Return the merged tensor ``key`` as a fresh array, by PEFT's rule in float32.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or the base's holds NaN or infinity.
+            AdapterError: if the merged tensor is not finite.
+        """
+        recipe = self._recipes.get(key)
+        if recipe is None or not recipe.changes:
+            return self.checkpoint.read(key)
+        keeps_base = recipe.replacement is None and self.checkpoint.has(key)
+        base = self.checkpoint.read(key) if keeps_base else None
+        try:
+            return recipe.merge(base, self.adapter.file)
+        except AdapterError as problem:
+            raise AdapterError(f"adapter {self.adapter.name!r}: {key!r} {problem}") from problem
+
+
+def _find(folder: Path, name: str) -> Path:
+    """Return the folder of the adapter ``name``: ``folder/name`` or ``folder``."""
+    for candidate in (folder / name, folder):
+        if (candidate / _CONFIG).is_file():
+            return candidate
+    others = sorted(file.parent.name for file in folder.glob(f"*/{_CONFIG}"))
+    if not folder.is_dir():
+        found = "there is no such folder"
+    else:
+        found = f"the sub-folders {', '.join(others)} have one" if others else "neither has one"
+    raise AdapterError(f"{folder}: expected an {_CONFIG} here or in {name}/, {found}")
+
+
+def _hash_files(*files: Path) -> str:
+    """Return one hash of the names, sizes and contents of ``files``."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

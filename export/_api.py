@@ -1,0 +1,113 @@
+"""The public call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from embedge.export._export import export
+from embedge.export._progress import Progress
+from embedge.export._request import (
+    POOLINGS,
+    Request,
+    check_keep,
+    check_precisions,
+    check_tasks,
+)
+from embedge.runtime._errors import EmbedgeValueError
+
+
+def export_bundle(
+    source: str | Path,
+    *,
+    adapters: Mapping[str, str | Path | None],
+    precisions: Sequence[str] = ("int8",),
+    out: str | Path,
+    matryoshka_dims: Sequence[int] | None = None,
+    pooling: str | None = None,
+    calibration: str | Path = "default",
+    keep: Mapping[str, str] | None = None,
+    int4_block_size: int = 32,
+    overwrite: bool = False,
+    progress: bool | None = False,
+) -> Path:
+    """Write a bundle: one ONNX graph per task and precision, with what tasks share stored once.
+
+    Weights are read, merged, quantized and written one tensor at a time; memory stays near that of the
+    largest layer. Two calls with the same input write identical bytes. Nothing appears at ``out``
+    unless the whole export succeeded.
+
+    Args:
+        source: folder of a transformers or sentence-transformers model, or its hub id.
+        adapters: folder of a PEFT LoRA adapter by task name (``FOLDER`` itself, or ``FOLDER/NAME``);
+            ``None`` exports the bare backbone as that task.
+        precisions: some of "fp32", "fp16" (GPU), "int8" and "int4".
+        out: the bundle's folder. An existing bundle of the same source gains what it lacks.
+        matryoshka_dims: dimensions callers may truncate to; ``None``: any.
+        pooling: "mean", "cls" or "lasttoken"; ``None``: what the source says.
+        calibration: file of calibration texts (a text per line, or JSON lines with ``text``),
+            "default" for the neutral set of the package, "none" for the data-free methods.
+        keep: "fp32" or "int8" by shell-style pattern of layer names, for layers that int8 or int4
+            would hurt, e.g. ``{"encoder.layer.0.*": "fp32"}``.
+        int4_block_size: input channels that share a scale at int4: 16, 32, 64, 128 or 256.
+        overwrite: replace an existing bundle.
+        progress: draw progress bars on stderr; ``None``: only on a terminal.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        EmbedgeValueError: a bad argument, or an ``out`` that cannot be added to.
+        CheckpointError: the source is missing, damaged or of an unsupported architecture.
+        AdapterError: an adapter is of an unsupported kind or does not fit; lists all that does not.
+        ExportError: writing failed, the disk is full for example.
+    """
+    request = make_request(
+        source,
+        adapters=adapters,
+        precisions=precisions,
+        out=out,
+        matryoshka_dims=matryoshka_dims,
+        pooling=pooling,
+        calibration=calibration,
+        keep=keep,
+        int4_block_size=int4_block_size,
+        overwrite=overwrite,
+    )
+    return export(request, Progress(show=progress))
+
+
+def make_request(
+    source: str | Path,
+    *,
+    adapters: Mapping[str, str | Path | None],
+    precisions: Sequence[str],
+    out: str | Path,
+    matryoshka_dims: Sequence[int] | None,
+    pooling: str | None,
+    calibration: str | Path,
+    keep: Mapping[str, str] | None,
+    int4_block_size: int,
+    overwrite: bool,
+) -> Request:
+    """Check the arguments of :func:`export_bundle` that need no file."""
+    check_tasks(adapters)
+    check_keep(keep or {})
+    if pooling is not None and pooling not in POOLINGS:
+        raise EmbedgeValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
+    if int4_block_size not in (16, 32, 64, 128, 256):
+        raise EmbedgeValueError(
+            f"int4_block_size {int4_block_size!r}: expected 16, 32, 64, 128 or 256"
+        )
+    return Request(
+        source=str(source),
+        adapters={n: None if f is None else Path(f) for n, f in adapters.items()},
+        precisions=check_precisions(precisions),
+        out=Path(out),
+        matryoshka_dims=None if matryoshka_dims is None else tuple(matryoshka_dims),
+        pooling=pooling,
+        calibration=calibration if calibration in ("default", "none") else Path(calibration),
+        keep=dict(keep or {}),
+        int4_block_size=int4_block_size,
+        overwrite=overwrite,
+    )

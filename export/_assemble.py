@@ -1,0 +1,108 @@
+"""The whole graph of a task: the family's layers, then pooling, Dense layers and normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from embedge.export._forms import Form
+from embedge.export._graph import CONTRIB, IR_VERSION, OPSET, Graph, Weights
+from embedge.export._sentence_transformers import DenseLayer
+from embedge.export.families import Family
+
+_DENSE_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
+
+
+def task_graph(
+    family: Family,
+    weights: Weights,
+    form: Form,
+    *,
+    pooling: str,
+    dense: tuple[DenseLayer, ...],
+    normalize: bool,
+) -> Graph:
+    """Write the graph from token ids to ``embedding`` float32 ``[batch, dim]``.
+
+    Args:
+        family: the model.
+        weights: the task's tensors.
+        form: the precision.
+        pooling: "mean", "cls" or "lasttoken".
+        dense: layers after pooling, in order, run in float32.
+        normalize: whether vectors end with length 1.
+    """
+    g = Graph(weights=weights, form=form)
+    family.declare_inputs(g)
+    context = family.context(g)
+    hidden = family.embed(g, context)
+    for index in range(family.num_layers):
+        hidden = family.layer(g, context, index, hidden)
+    hidden = family.final(g, context, hidden)
+    x = pool(g, hidden, context["lengths"], pooling)
+    for index, layer in enumerate(dense):
+        x = apply_dense(g, x, layer, f"dense.{index}")
+    if normalize:
+        x = unit_length(g, x)
+    width = dense[-1].out_features if dense else family.hidden_size
+    g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
+    g.prune()
+    return g
+
+
+def pool(g: Graph, hidden: str, lengths: str, pooling: str) -> str:
+    """One vector per text from ``[batch, tokens, hidden]``, over the attended tokens."""
+    if pooling == "cls":
+        return g.op("Gather", hidden, g.const(0, "int64"), axis=1)
+    if pooling == "lasttoken":
+        last = g.op("Sub", lengths, g.const(1, "int64"))
+        index = g.op("Unsqueeze", last, g.const([1], "int64"))
+        return g.op("GatherND", hidden, index, batch_dims=1)
+    attended = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+    row = g.op("Unsqueeze", attended, g.const([1], "int64"))
+    total = g.op("Squeeze", g.op("MatMul", row, hidden), g.const([1], "int64"))
+    count = g.op("ReduceSum", attended, g.const([1], "int64"), keepdims=1)
+    return g.op("Div", total, g.op("Max", count, g.const(1e-9)))
+
+
+def apply_dense(g: Graph, x: str, layer: DenseLayer, name: str) -> str:
+    """A sentence-transformers Dense layer."""
+    matrix = np.ascontiguousarray(layer.weight.T)
+    weight = g.computed(
+        f"{name}.weight", matrix.shape, lambda: matrix, detail=layer.weight.tobytes().hex()[:64]
+    )
+    x = g.op("MatMul", x, weight)
+    if layer.bias is not None:
+        x = g.op("Add", x, g.const(layer.bias))
+    if layer.activation == "gelu":
+        return g.op("Gelu", x, domain=CONTRIB)
+    if layer.activation in _DENSE_ACTIVATIONS:
+        return g.op(_DENSE_ACTIVATIONS[layer.activation], x)
+    if layer.activation != "identity":
+        raise AssertionError(f"unknown Dense activation {layer.activation!r} was let through")
+    return x
+
+
+def unit_length(g: Graph, x: str) -> str:
+    """``x / max(‖x‖, 1e-12)``, torch's ``normalize``."""
+    norm = g.op("ReduceL2", x, g.const([-1], "int64"), keepdims=1)
+    return g.op("Div", x, g.op("Max", norm, g.const(1e-12)))
+
+
+def to_model(g: Graph, initializers: list[TensorProto], name: str, notes: Mapping[str, str]) -> onnx.ModelProto:
+    """Put a pruned graph and its initializers into an ONNX model."""
+    constants = sorted(g.constants.values(), key=lambda c: c.name)
+    graph = helper.make_graph(
+        g.nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers]
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+        ir_version=IR_VERSION,
+        producer_name="embedge",
+    )
+    helper.set_model_props(model, dict(notes))
+    return model

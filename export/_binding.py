@@ -1,0 +1,256 @@
+"""Fitting an adapter's tensors to a checkpoint's.
+
+The outcome is a recipe for each changed tensor and a list of everything that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from embedge.export._adapter_keys import AdapterKeys
+from embedge.export._checkpoint import Checkpoint
+from embedge.export._errors import AdapterError
+from embedge.export._peft_config import LoraSettings
+from embedge.export._recipes import Recipe
+from embedge.export._safetensors import SafetensorsFile
+
+__all__ = ["plan"]
+
+# transformers' families whose layers of these names are Conv1D, with weights [in, out]. PEFT goes
+# by the layer's class and corrects fan_in_fan_out where it says otherwise; so the flag in the
+# config decides nothing here.
+_CONV1D_FAMILIES = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
+_CONV1D_LAYERS = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+
+
+def plan(
+    file: SafetensorsFile,
+    keys: AdapterKeys,
+    settings: LoraSettings,
+    checkpoint: Checkpoint,
+    canonical: Callable[[str], str],
+) -> tuple[dict[str, Recipe], list[str]]:
+    """Return a recipe per changed checkpoint key, and everything that does not fit.
+
+    Args:
+        file: the adapter's tensors.
+        keys: its keys, sorted by role.
+        settings: its config.
+        checkpoint: the base model.
+        canonical: maps the keys of both to one form.
+    """
+    planner = _Planner(file, settings, checkpoint, canonical)
+    planner.problems.extend(keys.problems)
+    planner.check_numbers(file.keys())
+    for targets, sources in keys.full.items():
+        planner.replace(targets, sources)
+    for path, key in keys.originals.items():
+        if planner.target(path) not in planner.recipes:
+            planner.problems.append(f"{key}: a copy of the base's tensor without the trained one")
+    for module, parts in keys.lora.items():
+        planner.low_rank(module, parts)
+    planner.check_modules_to_save()
+    return planner.recipes, planner.problems
+
+
+class _Planner:
+    """Collects recipes and problems."""
+
+    def __init__(
+        self,
+        file: SafetensorsFile,
+        settings: LoraSettings,
+        checkpoint: Checkpoint,
+        canonical: Callable[[str], str],
+    ) -> None:
+        self.file = file
+        self.settings = settings
+        self.checkpoint = checkpoint
+        self.canonical = canonical
+        self.recipes: dict[str, Recipe] = {}
+        self.problems: list[str] = []
+        self._zero: set[str] = set()
+        self._lora_targets: dict[str, str] = {}
+        self._targets: dict[str, list[str]] = {}
+        for key in checkpoint.keys():
+            self._targets.setdefault(canonical(key), []).append(key)
+        self._conv1d_family = checkpoint.config.get("model_type") in _CONV1D_FAMILIES
+
+    def check_numbers(self, keys: Iterable[str]) -> None:
+        """Read every tensor once: name those with NaN or infinity, remember those of zeros."""
+        for key in keys:
+            try:
+                if not self.file.read(key).any():
+                    self._zero.add(key)
+            except AdapterError as problem:
+                self.problems.append(str(problem))
+
+    def _find(self, path: str) -> list[str]:
+        # Adapter keys may be given with or without PEFT's own prefix; canonical sees them with it.
+        return self._targets.get(self.canonical(f"base_model.model.{path}"), [])
+
+    def target(self, path: str) -> str | None:
+        """Return the one checkpoint key for a parameter path, ``None`` for none or several."""
+        found = self._find(path)
+        return found[0] if len(found) == 1 else None
+
+    def _target_or_problem(self, path: str, key: str) -> str | None:
+        found = self._find(path)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            self.problems.append(f"{key}: finds several tensors of the model: {', '.join(found)}")
+        else:
+            self.problems.append(f"{key}: finds no tensor of the model")
+        return None
+
+    def replace(self, targets: tuple[str, ...], sources: list[str]) -> None:
+        """Plan that ``sources`` (several if stored twice) take the place of the base's tensor."""
+        path = next((path for path in targets if self._find(path)), targets[0])
+        target = self._target_or_problem(path, sources[0])
+        if target is None:
+            return
+        known = self.recipes.get(target)
+        candidates = [*([known.replacement] if known and known.replacement else []), *sources]
+        source, *others = candidates
+        for other in others:
+            if not self._same(source, other):
+                self.problems.append(f"{other}: another value for {target} than {source}")
+        if self.file.shape(source) != self.checkpoint.shape(target):
+            self.problems.append(
+                f"{source}: shape {list(self.file.shape(source))} does not fit {target} of shape "
+                f"{list(self.checkpoint.shape(target))}"
+            )
+            return
+        try:
+            changes = not np.array_equal(self.file.read(source), self.checkpoint.read(target))
+        except AdapterError:  # listed by check_numbers
+            changes = True
+        self.recipes[target] = Recipe(
+            shape=self.file.shape(source), replacement=source, changes=changes
+        )
+
+    def _same(self, first: str, second: str) -> bool:
+        if self.file.shape(first) != self.file.shape(second):
+            return False
+        return self.file.dtype(first) == self.file.dtype(second) and all(
+            a == b for a, b in zip(self.file.chunks(first), self.file.chunks(second), strict=True)
+        )
+
+    def low_rank(self, module: str, parts: Mapping[str, str]) -> None:
+        """Plan the LoRA of one module, and the bias of its B."""
+        embedding = any(part.startswith("lora_embedding") for part in parts)
+        name_a, name_b = (
+            ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        )
+        allowed = {name_a, name_b}
+        allowed |= {"lora_magnitude_vector"} if self.settings.use_dora else set()
+        allowed |= {"lora_B.bias"} if self.settings.lora_bias and not embedding else set()
+        for part, key in parts.items():
+            if part not in allowed:
+                flag = {"lora_magnitude_vector": "use_dora", "lora_B.bias": "lora_bias"}.get(part)
+                reason = (
+                    f"adapter_config.json does not set {flag}"
+                    if flag
+                    else "it is mixed with an embedding's"
+                )
+                self.problems.append(f"{key}: not used, {reason}")
+        if missing := sorted(allowed - set(parts)):
+            self.problems.append(
+                f"{module}: has {', '.join(sorted(parts))} but no {', '.join(missing)}"
+            )
+            return
+        a, b = parts[name_a], parts[name_b]
+        target = self._target_or_problem(f"{module}.weight", a)
+        if target is None or not self._fits(module, target, parts, a, b, embedding):
+            return
+        if target in self._lora_targets:
+            self.problems.append(
+                f"{a}: a second LoRA for {target} beside {self._lora_targets[target]}"
+            )
+            return
+        self._lora_targets[target] = a
+        before = self.recipes.get(target) or Recipe(
+            shape=self.checkpoint.shape(target), changes=False
+        )
+        zero_delta = a in self._zero or b in self._zero
+        magnitude = parts["lora_magnitude_vector"] if self.settings.use_dora else None
+        self.recipes[target] = replace(
+            before,
+            a=a,
+            b=b,
+            magnitude=magnitude,
+            scaling=self.settings.scaling(module),
+            transposed=embedding or self._is_conv1d(module),
+            zero_delta=zero_delta,
+            changes=before.changes or not zero_delta or magnitude is not None,
+        )
+        if "lora_B.bias" in parts:
+            self._shift(target, module, parts["lora_B.bias"])
+
+    def _fits(
+        self, module: str, target: str, parts: Mapping[str, str], a: str, b: str, embedding: bool
+    ) -> bool:
+        """Check ranks and shapes of one LoRA against the config and the base's tensor."""
+        before = len(self.problems)
+        shape_a, shape_b, shape = (
+            self.file.shape(a),
+            self.file.shape(b),
+            self.checkpoint.shape(target),
+        )
+        if len(shape_a) != 2 or len(shape_b) != 2:
+            self.problems.append(
+                f"{a}: shape {list(shape_a)}, expected [rank, in]; LoRA "
+                "on convolutions is not supported"
+            )
+            return False
+        rank = self.settings.rank(module)
+        if not shape_a[0] == shape_b[1] == rank:
+            self.problems.append(
+                f"{module}: rank {shape_a[0]} in {a} and {shape_b[1]} "
+                f"in {b}, {rank} by adapter_config.json"
+            )
+        product = (shape_b[0], shape_a[1])
+        if embedding or self._is_conv1d(module):
+            product = product[::-1]
+        if product != shape:
+            self.problems.append(
+                f"{a}, {b}: their product of shape {list(product)} does "
+                f"not fit {target} of shape {list(shape)}"
+            )
+        for part in ("lora_magnitude_vector", "lora_B.bias"):
+            if part in parts and self.file.shape(parts[part]) != shape_b[:1]:
+                self.problems.append(
+                    f"{parts[part]}: shape {list(self.file.shape(parts[part]))}, "
+                    f"expected {list(shape_b[:1])}"
+                )
+        return len(self.problems) == before
+
+    def _is_conv1d(self, module: str) -> bool:
+        return self._conv1d_family and module.rpartition(".")[2] in _CONV1D_LAYERS
+
+    def _shift(self, weight_target: str, module: str, key: str) -> None:
+        """Plan the bias of lora_B: added to the base's bias, or new where the base has none."""
+        target = self.target(f"{module}.bias") or f"{weight_target.removesuffix('weight')}bias"
+        before = self.recipes.get(target) or Recipe(shape=self.file.shape(key), changes=False)
+        is_new = not self.checkpoint.has(target)
+        self.recipes[target] = replace(
+            before,
+            shift=key,
+            scaling=self.settings.scaling(module),
+            changes=before.changes or is_new or key not in self._zero,
+        )
+
+    def check_modules_to_save(self) -> None:
+        """Name the tensors of ``modules_to_save`` that the adapter file lacks."""
+        for name in self.settings.modules_to_save:
+            for key in self.checkpoint.keys():
+                inside = f".{name}." in f".{key}" and self.checkpoint.is_float(key)
+                if inside and (key not in self.recipes or self.recipes[key].replacement is None):
+                    self.problems.append(
+                        f"{key}: belongs to modules_to_save {name!r}, but "
+                        "the adapter has no tensor for it"
+                    )

@@ -1,0 +1,178 @@
+"""Running calibration texts through the unquantized model, one layer at a time.
+
+Only one layer's weights and the states of the calibration tokens are in memory. A layer runs in ONNX
+Runtime as a graph whose weights are inputs, written by the same family code as the exported graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from embedge.export._assemble import to_model
+from embedge.export._forms import Form
+from embedge.export._graph import Graph, Norm, Tap, Weights
+from embedge.export.families import Family
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Right-padded calibration tokens, int64 ``[batch, tokens]`` each."""
+
+    ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
+
+    def feeds(self, names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The graph inputs of the given names."""
+        values = {"input_ids": self.ids, "attention_mask": self.mask}
+        values["token_type_ids"] = np.zeros_like(self.ids)
+        return {name: values[name] for name in names}
+
+
+class InputStatistics:
+    """What is known of a Linear's input after calibration.
+
+    Attributes:
+        low: float32 ``[in]``, smallest value of every channel.
+        high: float32 ``[in]``, largest value.
+        rows: tokens seen.
+        hessian: float32 ``[in, in]`` ``Σ x xᵀ``, or ``None`` when it was not asked for.
+        tap: where in the graph the input is.
+    """
+
+    def __init__(self, tap: Tap, width: int, with_hessian: bool) -> None:
+        self.tap = tap
+        self.rows = 0
+        self.low = np.full(width, np.inf, np.float32)
+        self.high = np.full(width, -np.inf, np.float32)
+        self.total = np.zeros(width, np.float64)
+        self.hessian = np.zeros((width, width), np.float32) if with_hessian else None
+        self.weight_peak = np.zeros(width, np.float32)
+
+    def add(self, x: FloatArray) -> None:
+        """Account for float32 ``[rows, in]`` of attended tokens."""
+        self.rows += len(x)
+        np.minimum(self.low, x.min(axis=0), out=self.low)
+        np.maximum(self.high, x.max(axis=0), out=self.high)
+        self.total += x.sum(axis=0, dtype=np.float64)
+        if self.hessian is not None:
+            self.hessian += x.T @ x
+
+
+def calibrate(
+    family: Family,
+    weights: Weights,
+    batches: Sequence[TokenBatch],
+    *,
+    wants_hessian: Callable[[Tap], bool] = lambda tap: False,
+    threads: int = 0,
+) -> Iterator[tuple[int, dict[str, InputStatistics]]]:
+    """Yield each layer's index and the statistics of its Linear inputs, by label.
+
+    Args:
+        family: the model.
+        weights: the tensors to run with: the backbone's or a task's.
+        batches: calibration tokens.
+        wants_hessian: for which inputs ``Σ x xᵀ`` is accumulated.
+        threads: of ONNX Runtime; 0 leaves the choice to it.
+    """
+    hidden, norm = _first_states(family, weights, batches, threads)
+    for index in range(family.num_layers):
+        g = Graph(weights=weights, form=Form())
+        family.declare_inputs(g)
+        g.input("hidden", TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
+        if norm is not None:
+            g.norms["hidden"] = norm
+        context = family.context(g)
+        states = family.layer(g, context, index, "hidden")
+        norm = g.norms.get(states)
+        g.output(states, "hidden_out", TensorProto.FLOAT, [])
+        taps = g.taps
+        for label, tap in taps.items():
+            g.output(tap.value, f"tap/{label}", TensorProto.FLOAT, [])
+        session, constants = _session(g, threads)
+        statistics = {
+            label: InputStatistics(tap, weights.shape(f"{tap.lins[0].name}.weight")[1], wants_hessian(tap))
+            for label, tap in taps.items()
+        }
+        for label, tap in taps.items():
+            for lin in tap.lins:
+                matrix = constants[f"{lin.label}.weight"]  # [in, out]
+                peak = statistics[label].weight_peak
+                np.maximum(peak, np.abs(matrix).max(axis=1), out=peak)
+        accepted = {i.name for i in session.get_inputs()}
+        for number, batch in enumerate(batches):
+            feeds = {**batch.feeds(family.inputs), "hidden": hidden[number], **constants}
+            outputs = session.run(None, {n: v for n, v in feeds.items() if n in accepted})
+            attended = batch.mask.astype(bool)
+            for label, value in zip(taps, outputs[1:], strict=True):
+                statistics[label].add(value[attended])
+            hidden[number] = outputs[0]
+            del outputs
+        del session, constants
+        yield index, statistics
+
+
+def _first_states(
+    family: Family, weights: Weights, batches: Sequence[TokenBatch], threads: int
+) -> tuple[list[FloatArray], Norm | None]:
+    g = Graph(weights=weights, form=_TableRows(batches))
+    family.declare_inputs(g)
+    context = family.context(g)
+    states = family.embed(g, context)
+    norm = g.norms.get(states)
+    g.output(states, "hidden", TensorProto.FLOAT, [])
+    session, constants = _session(g, threads)
+    accepted = {i.name for i in session.get_inputs()}
+    hidden = []
+    for batch in batches:
+        feeds = {**batch.feeds(family.inputs), **constants}
+        form = g.form
+        assert isinstance(form, _TableRows)
+        feeds["input_ids"] = form.local_ids(batch.ids)
+        hidden.append(session.run(None, {n: v for n, v in feeds.items() if n in accepted})[0])
+    return hidden, norm
+
+
+class _TableRows(Form):
+    """Looks tokens up in a table cut to the rows that calibration uses."""
+
+    def __init__(self, batches: Sequence[TokenBatch]) -> None:
+        self._rows = np.unique(np.concatenate([b.ids.ravel() for b in batches]))
+
+    def embedding(self, g: Graph, name: str, ids: str) -> str:
+        shape = (len(self._rows), g.weights.shape(name)[1])
+        table = g.computed(name, shape, lambda: g.weights.read(name)[self._rows], name)
+        return g.op("Gather", table, ids)
+
+    def local_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers in the cut table."""
+        return np.searchsorted(self._rows, ids)
+
+
+def _session(g: Graph, threads: int) -> tuple[ort.InferenceSession, dict[str, FloatArray]]:
+    """A session for ``g`` with its weights as inputs, and those weights."""
+    g.prune()
+    constants: dict[str, FloatArray] = {}
+    for recipe in g.recipes.values():
+        for spec, array in zip(recipe.specs, recipe.compute(), strict=True):
+            constants[spec.name] = np.ascontiguousarray(array)
+            g.inputs.append(helper.make_tensor_value_info(spec.name, spec.elem_type, spec.shape))
+    for output in g.outputs:
+        output.type.tensor_type.ClearField("shape")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    model = to_model(g, [], "calibration", {})
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session, constants

@@ -1,0 +1,315 @@
+"""The export itself: for every precision and task, graph, weights, layer report; then the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedge.export._assemble import to_model
+from embedge.export._bundle_writer import (
+    CARD,
+    MANIFEST,
+    additions,
+    list_files,
+    new_bundle,
+    read_existing,
+    replace_file,
+)
+from embedge.export._calibration import TokenBatch
+from embedge.export._forms import Form, weight_name
+from embedge.export._graph import BASE, Graph, Recipe
+from embedge.export._int8_form import ACTIVATION_CONSTANTS
+from embedge.export._manifest import manifest_of, model_card
+from embedge.export._mixed_form import MixedForm
+from embedge.export._model import Model, read_model
+from embedge.export._precision import int8_plans, make_form, store_gptq, token_batches
+from embedge.export._progress import Progress
+from embedge.export._request import Request, check_dims
+from embedge.export._store import TensorStore
+from embedge.export._weights import TaskWeights
+from embedge.quant._calibration_texts import packaged_texts, read_texts
+from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One call's export, after everything was checked and before anything is written."""
+
+    request: Request
+    model: Model
+    matryoshka_dims: tuple[int, ...] | None
+    todo: Mapping[str, Sequence[str]]  # tasks by precision
+    old: Manifest | None
+    progress: Progress
+
+
+def export(request: Request, progress: Progress) -> Path:
+    """Run an export; see :func:`embedge.export.export_bundle`."""
+    old = read_existing(request.out, request.overwrite)
+    texts = _calibration_texts(request)
+    model = read_model(request)
+    dims = check_dims(request.matryoshka_dims, model.dim)
+    if old is not None:
+        _check_same_source(request, model, old)
+        dims = dims or old.model.matryoshka_dims
+    todo = _missing(request, old)
+    job = Job(
+        request=request,
+        model=model,
+        matryoshka_dims=dims,
+        todo=todo,
+        old=old,
+        progress=progress,
+    )
+    place: AbstractContextManager[Path]
+    if old is None:
+        place = new_bundle(request.out, overwrite=request.overwrite)
+    else:
+        place = additions(request.out, old.files)
+    with place as folder:
+        batches: list[TokenBatch] = []
+        if texts and {"int8", "int4"} & set(todo):
+            ids = model.tokenizer.encode(texts, model.settings.max_length)
+            batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
+        written = {p: _write_precision(job, folder, p, tasks, batches) for p, tasks in todo.items()}
+        if old is None:
+            (folder / "tokenizer.json").write_text(model.tokenizer.text, "utf-8", newline="\n")
+        manifest = manifest_of(
+            model,
+            matryoshka_dims=dims,
+            precisions=written,
+            files=list_files(folder)
+            if old is None
+            else {**{n: f.to_dict() for n, f in old.files.items()}, **_new_files(folder, written)},
+            old=old,
+        )
+        if old is None or not (folder / CARD).exists():
+            replace_file(folder / CARD, model_card(manifest))
+        replace_file(folder / MANIFEST, dump(manifest.to_dict()))
+    return request.out
+
+
+def dump(value: Any) -> str:
+    """JSON as it is written into bundles."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+# -- before writing -----------------------------------------------------------------------------------
+
+
+def _calibration_texts(request: Request) -> list[str]:
+    if isinstance(request.calibration, Path):
+        return read_texts(request.calibration)
+    return [] if request.calibration == "none" else packaged_texts()
+
+
+def _check_same_source(request: Request, model: Model, old: Manifest) -> None:
+    if old.source.sha256 != model.checkpoint.sha256():
+        raise EmbedgeValueError(
+            f"{request.out}: is a bundle of {old.source.name} with other weights than "
+            f"{model.checkpoint.name}; choose another --out, or --overwrite to replace it"
+        )
+    for name, now, before in (
+        ("pooling", model.pooling, old.model.pooling),
+        ("max_length", model.settings.max_length, old.model.max_length),
+        ("matryoshka dimensions", request.matryoshka_dims, old.model.matryoshka_dims),
+    ):
+        if now != before and now is not None:
+            raise EmbedgeValueError(
+                f"{request.out}: has {name} {before}, this export {now}; tasks of one bundle share "
+                "them: choose another --out, or --overwrite to replace it"
+            )
+    for task, bound in model.adapters.items():
+        if task not in old.tasks:
+            continue
+        there = old.tasks[task].adapter
+        if (there.sha256 if there else None) != (bound.adapter.sha256 if bound else None):
+            raise EmbedgeValueError(
+                f"{request.out}: already has a task {task} made from another adapter; "
+                "give the new one another name, or --overwrite the bundle"
+            )
+
+
+def _missing(request: Request, old: Manifest | None) -> dict[str, list[str]]:
+    """Tasks to write, by precision."""
+    todo = {}
+    for precision in request.precisions:
+        there = old.precisions[precision].graphs if old and precision in old.precisions else {}
+        tasks = [t for t in request.adapters if t not in there]
+        if tasks:
+            todo[precision] = tasks
+    if not todo:
+        raise EmbedgeValueError(
+            f"{request.out}: already holds {', '.join(request.adapters)} at "
+            f"{', '.join(request.precisions)}; nothing to add. Use --overwrite to export anew"
+        )
+    return todo
+
+
+# -- writing --------------------------------------------------------------------------------------------
+
+
+def _write_precision(
+    job: Job, folder: Path, precision: str, tasks: Sequence[str], batches: Sequence[TokenBatch]
+) -> dict[str, Any]:
+    model, request = job.model, job.request
+    place = folder / precision
+    place.mkdir(exist_ok=True)
+    store = TensorStore(place)
+    if job.old is not None and precision in job.old.precisions:
+        for path in job.old.precisions[precision].graphs.values():
+            store.adopt(folder / path)
+    shared = _fresh_name(place, "shared")
+    keeps_int8 = precision == "int8" or (precision == "int4" and "int8" in request.keep.values())
+    result: dict[str, Any] = {"graphs": {}, "layers": {}}
+    form = Form()
+    try:
+        for number, task in enumerate(tasks):
+            weights = model.tasks[task]
+            if number == 0:
+                sizes = model.graph(weights, Form()).recipes.values()
+                total = sum(spec.nbytes for recipe in sizes for spec in recipe.specs)
+            with job.progress.step(f"{precision}/{task}", total):
+                if number == 0:
+                    plans = (
+                        int8_plans(model.family, model.base, batches, job.progress.note)
+                        if keeps_int8
+                        else {}
+                    )
+                    form = make_form(
+                        precision,
+                        plans=plans,
+                        int4_block_size=request.int4_block_size,
+                        calibrated=bool(batches),
+                        keep=request.keep,
+                    )
+                if precision == "int4" and batches:
+                    _gptq_passes(job, form, weights, task, number == 0, batches, store, shared)
+                g = model.graph(weights, form)
+                _store_recipes(job, g, store, shared, f"{task}.bin")
+                report = _layer_report(g, store)
+                _write_graph(place / f"{task}.onnx", g, store, task)
+                (place / f"{task}.layers.json").write_text(dump(report), "utf-8", newline="\n")
+            result["graphs"][task] = f"{precision}/{task}.onnx"
+            result["layers"][task] = f"{precision}/{task}.layers.json"
+    finally:
+        store.close()
+    _check_keep_used(form)
+    result["devices"] = list(form.devices)
+    result["row_multiple"] = form.row_multiple
+    uses_int8 = keeps_int8 and bool(ACTIVATION_CONSTANTS.keys() & g.constants.keys())
+    result["activation_constants"] = (
+        {n: c for n, c in ACTIVATION_CONSTANTS.items() if n in g.constants} if uses_int8 else {}
+    )
+    result["options"] = _options(request, precision, bool(batches))
+    return result
+
+
+def _gptq_passes(
+    job: Job,
+    form: Form,
+    weights: TaskWeights,
+    task: str,
+    first: bool,
+    batches: Sequence[TokenBatch],
+    store: TensorStore,
+    shared: str,
+) -> None:
+    """Quantize what this task's adapter changes with its own activations, the rest with the backbone's."""
+    model = job.model
+    names = {weight_name(lin) for lin in _linears(model, weights)}
+    own = {n for n in names if weights.version(n) != BASE}
+    note = job.progress.note
+    if names - own:
+        left = names - own
+        store_gptq(
+            model.family,
+            model.base,
+            form,
+            batches,
+            store,
+            task=BASE,
+            wanted=left.__contains__,
+            file=shared,
+            report=note,
+        )
+    if own:
+        store_gptq(
+            model.family,
+            weights,
+            form,
+            batches,
+            store,
+            task=task,
+            wanted=own.__contains__,
+            file=f"{task}.bin",
+            report=note,
+        )
+
+
+def _linears(model: Model, weights: TaskWeights) -> list[Any]:
+    g = model.graph(weights, Form())
+    return [lin for tap in g.taps.values() for lin in tap.lins]
+
+
+def _store_recipes(job: Job, g: Graph, store: TensorStore, shared: str, own: str) -> None:
+    for recipe in g.recipes.values():
+        nbytes = sum(spec.nbytes for spec in recipe.specs)
+        if not store.has(recipe.key):
+            store.put(recipe, recipe.compute(), shared if recipe.owner == BASE else own)
+        job.progress.advance(nbytes, recipe.specs[0].name)
+
+
+def _layer_report(g: Graph, store: TensorStore) -> dict[str, Any]:
+    def row(recipe: Recipe) -> dict[str, Any]:
+        name = recipe.specs[0].name
+        return {"name": name, **store.reports[recipe.key]}
+
+    return {"layers": [row(r) for r in g.recipes.values() if r.key in store.reports]}
+
+
+def _write_graph(path: Path, g: Graph, store: TensorStore, task: str) -> None:
+    tensors = [tensor for recipe in g.recipes.values() for tensor in store.tensors(recipe)]
+    model = to_model(g, tensors, task, {"embedge.task": task})
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _fresh_name(place: Path, stem: str) -> str:
+    """``stem.bin``, or the first of ``stem.2.bin``, … that an earlier export did not write."""
+    number = 1
+    name = f"{stem}.bin"
+    while (place / name).exists():
+        number += 1
+        name = f"{stem}.{number}.bin"
+    return name
+
+
+def _new_files(folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: e for n, e in list_files(folder).items() if n.split("/")[0] in written}
+
+
+def _options(request: Request, precision: str, calibrated: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if precision in ("int8", "int4"):
+        kind = request.calibration
+        named = kind.name if isinstance(kind, Path) else kind
+        options["calibration"] = named if calibrated else "none"
+        options["keep"] = dict(request.keep)
+    if precision == "int4":
+        options["block_size"] = request.int4_block_size
+    return options
+
+
+def _check_keep_used(form: Form) -> None:
+    if isinstance(form, MixedForm):
+        unused = form.unused()
+        if unused:
+            raise EmbedgeValueError(
+                f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "
+                "none; `embedge inspect BUNDLE --layers` lists the names"
+            )

@@ -1,0 +1,215 @@
+"""How Linears and embedding tables are stored and run, one class per precision.
+
+==========  =====================================================================================
+fp32        ``MatMul`` with the transposed weight, ``Gather``
+fp16        the same with float16 weights and products; everything between them stays float32
+int8        smoothed, per-row quantized inputs and ``MatMulIntegerToFloat`` (``_int8_form.py``)
+int4        ``MatMulNBits`` at accuracy level 4 (``_int4_form.py``)
+==========  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from embedge.export._graph import Fold, Graph, Lin, Recipe, TensorSpec
+
+FloatArray = NDArray[np.float32]
+
+
+class Form:
+    """Float32 storage and arithmetic; the base of the other forms."""
+
+    precision = "fp32"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    row_multiple = 1
+    elem_type: int = TensorProto.FLOAT
+    dtype: Any = np.float32
+
+    def linears(
+        self,
+        g: Graph,
+        x: str,
+        lins: Sequence[Lin],
+        *,
+        fold: Fold | None,
+        lower_bound: float | None,
+    ) -> list[str]:
+        return [g.op("MatMul", x, self.matrix(g, lin), name=lin.label) for lin in lins]
+
+    def bias(self, g: Graph, lin: Lin, carried: Lin | None) -> str | None:
+        chain = [lin] if carried is None else [lin, carried]
+        if not any(g.weights.has(bias_name(c)) or c.label in g.left_out for c in chain):
+            return None
+        scale = g.output_scale.get(lin.label)
+        constants = [g.left_out.get(c.label) for c in chain]
+        if carried is None and constants[0] is None and scale is None and lin.start is None:
+            return g.param(bias_name(lin))
+        sources = [weight_name(c) for c in chain]
+        sources += [bias_name(c) for c in chain if g.weights.has(bias_name(c))]
+
+        def compute() -> FloatArray:
+            constant = constants[0]
+            if carried is not None:
+                inner = full_bias(g, carried, constants[1])
+                constant = inner if constant is None else constant + inner
+            bias = full_bias(g, lin, constant)
+            return bias if scale is None else bias * scale
+
+        return g.computed(
+            f"{lin.label}.bias",
+            (out_features(g, lin),),
+            compute,
+            *sources,
+            detail="|".join(digest(a) for a in (*constants, scale)),
+        )
+
+    def embedding(self, g: Graph, name: str, ids: str) -> str:
+        return g.op("Gather", g.param(name), ids, name=f"{name}/rows")
+
+    def attention_operand(self, g: Graph, x: str) -> str:
+        return x
+
+    def attention_mask(self, g: Graph, mask: str) -> str:
+        return mask
+
+    def attention_result(self, g: Graph, x: str) -> str:
+        return x
+
+    def matrix(self, g: Graph, lin: Lin) -> str:
+        """The transposed weight ``[in, out]`` as an initializer."""
+        rows, columns = out_features(g, lin), in_features(g, lin)
+        spec = TensorSpec(
+            name=f"{lin.label}.weight", elem_type=self.elem_type, shape=(columns, rows)
+        )
+
+        def compute() -> list[NDArray[Any]]:
+            return [np.ascontiguousarray(read_linear(g, lin).T.astype(self.dtype))]
+
+        recipe = Recipe(
+            key=recipe_key(g, lin, self.precision),
+            owner=g.owner(weight_name(lin)),
+            specs=(spec,),
+            compute=compute,
+        )
+        return g.recipe(recipe)[0]
+
+
+class HalfForm(Form):
+    """Float16 weights and products for GPUs; norms, softmax, residuals and pooling stay float32."""
+
+    precision = "fp16"
+    devices = ("cuda",)
+    elem_type = TensorProto.FLOAT16
+    dtype = np.float16
+
+    def linears(
+        self,
+        g: Graph,
+        x: str,
+        lins: Sequence[Lin],
+        *,
+        fold: Fold | None,
+        lower_bound: float | None,
+    ) -> list[str]:
+        half = g.op("Cast", x, to=TensorProto.FLOAT16)
+        products = super().linears(g, half, lins, fold=fold, lower_bound=lower_bound)
+        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
+
+    def embedding(self, g: Graph, name: str, ids: str) -> str:
+        spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT16, shape=g.weights.shape(name))
+        version = g.weights.version(name)
+        table = g.recipe(
+            Recipe(
+                key=f"{name}@{version}|fp16",
+                owner=g.owner(name),
+                specs=(spec,),
+                compute=lambda: [g.weights.read(name).astype(np.float16)],
+            )
+        )[0]
+        return g.op("Cast", g.op("Gather", table, ids), to=TensorProto.FLOAT)
+
+    def attention_operand(self, g: Graph, x: str) -> str:
+        return g.op("Cast", x, to=TensorProto.FLOAT16)
+
+    def attention_mask(self, g: Graph, mask: str) -> str:
+        return g.op("Cast", mask, to=TensorProto.FLOAT16)
+
+    def attention_result(self, g: Graph, x: str) -> str:
+        return g.op("Cast", x, to=TensorProto.FLOAT)
+
+
+# -- reading Linears --------------------------------------------------------------------------------
+
+
+def weight_name(lin: Lin) -> str:
+    """Canonical name of the weight tensor a Linear reads."""
+    return f"{lin.name}.weight"
+
+
+def bias_name(lin: Lin) -> str:
+    """Canonical name of a Linear's bias tensor, which need not exist."""
+    return f"{lin.name}.bias"
+
+
+def out_features(g: Graph, lin: Lin) -> int:
+    """Output channels of a Linear, or of its selected rows."""
+    if lin.start is not None and lin.stop is not None:
+        return lin.stop - lin.start
+    return g.weights.shape(weight_name(lin))[0]
+
+
+def in_features(g: Graph, lin: Lin) -> int:
+    """Input channels of a Linear."""
+    return g.weights.shape(weight_name(lin))[1]
+
+
+def read_linear(g: Graph, lin: Lin) -> FloatArray:
+    """A Linear's merged weight, float32 ``[out, in]``."""
+    weight = g.weights.read(weight_name(lin))
+    return weight if lin.start is None else weight[lin.start : lin.stop]
+
+
+def read_bias(g: Graph, lin: Lin) -> FloatArray | None:
+    """A Linear's merged bias, float32 ``[out]``, or ``None``."""
+    if not g.weights.has(bias_name(lin)):
+        return None
+    bias = g.weights.read(bias_name(lin))
+    return bias if lin.start is None else bias[lin.start : lin.stop]
+
+
+def full_bias(g: Graph, lin: Lin, constant: FloatArray | None) -> FloatArray:
+    """``bias + W·constant``: everything that does not depend on the token.
+
+    Args:
+        g: the graph whose weights are read.
+        lin: the Linear.
+        constant: float32 ``[in]``, the part of the input that its product left out, or ``None``.
+
+    Returns:
+        float32 ``[out]``.
+    """
+    bias = read_bias(g, lin)
+    result = np.zeros(out_features(g, lin), np.float64) if bias is None else bias.astype(np.float64)
+    if constant is not None:
+        result = result + read_linear(g, lin).astype(np.float64) @ constant.astype(np.float64)
+    return result.astype(np.float32)
+
+
+def recipe_key(g: Graph, lin: Lin, detail: str) -> str:
+    """Identity of a stored Linear: its tensor, the task it belongs to if adapted, and the format."""
+    return f"{lin.label}@{g.weights.version(weight_name(lin))}|{detail}"
+
+
+def digest(*arrays: FloatArray | None) -> str:
+    """A short identity of constants, for recipe keys."""
+    state = hashlib.sha256()
+    for array in arrays:
+        state.update(b"-" if array is None else array.tobytes())
+    return state.hexdigest()[:16]

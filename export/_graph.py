@@ -1,0 +1,451 @@
+"""Writing an ONNX graph node by node, with weights as lazy recipes.
+
+The graph of a task is written by the model's family (``families/``) against this class. Families say
+what is computed; how a Linear or an embedding table is stored and run is the precision's business
+(``_forms.py``). No weight is read here: a :class:`Recipe` knows how to make its tensors when their
+bytes are wanted, and is dropped right after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+if TYPE_CHECKING:
+    from embedge.export._forms import Form
+
+OPSET = 24  # Attention's nonpad_kv_seqlen: right padding without a tokens × tokens mask
+IR_VERSION = 11
+CONTRIB = "com.microsoft"
+BASE = "base"  # the version of a tensor that no adapter changes
+
+Array = NDArray[Any]
+
+
+class Weights(Protocol):
+    """The tensors of one task under their canonical names (see ``_weights.py``)."""
+
+    def has(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> NDArray[np.float32]: ...
+    def version(self, name: str) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Name, ONNX element type and shape of an initializer that is not computed yet."""
+
+    name: str
+    elem_type: int
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        dtype = helper.tensor_dtype_to_np_dtype(self.elem_type)
+        return int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Initializers that are computed together, when their bytes are written.
+
+    Attributes:
+        key: identity of the result: two recipes of one precision with equal keys make equal bytes.
+        specs: the initializers, in the order in which ``compute`` returns them.
+        compute: makes the arrays; called at most once per export of a key.
+        owner: the task whose adapter changes a source of the result, or ``"base"``: shared by all.
+        describe: for the per-layer report: format and error; ``None`` for plain tensors.
+    """
+
+    key: str
+    owner: str
+    specs: tuple[TensorSpec, ...]
+    compute: Callable[[], Sequence[Array]]
+    describe: Callable[[Sequence[Array]], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Lin:
+    """A Linear by its canonical name, or some of its output rows (fused projections)."""
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.start is None else f"{self.name}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """A Linear whose output channels scale the input of another one linearly.
+
+    Attributes:
+        lin: the producer (value projection, up projection).
+        groups: ``(kv_heads, queries_per_kv_head, head_size)`` where each of its channels feeds several
+            input channels (grouped-query attention), else ``None``: one to one.
+    """
+
+    lin: Lin
+    groups: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """Where a normalized value came from, so that a consumer can ask for it with other parameters."""
+
+    source: str
+    weight: str | None
+    bias: str | None
+    epsilon: float
+    rms: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """The shared input of some Linears.
+
+    Attributes:
+        value: its name in the graph.
+        lins: the Linears that read it.
+        fold: what a per-channel scale of it may be folded into.
+        lower_bound: a value it is never below, or ``None``.
+        norm: the norm that made it, or ``None``.
+    """
+
+    value: str
+    lins: tuple[Lin, ...]
+    fold: Fold | None
+    lower_bound: float | None
+    norm: Norm | None
+
+
+@dataclass
+class Graph:
+    """A graph under construction.
+
+    Attributes:
+        weights: where parameters are read from.
+        form: how Linears and tables are stored and run.
+        taps: input value of every Linear group, by the label of its first Linear.
+        norms: normalized values and what made them.
+        left_out: by Linear, the constant float32 ``[in]`` that was subtracted from its input.
+        output_scale: by Linear, the float32 ``[out]`` by which its weight's rows were multiplied.
+    """
+
+    weights: Weights
+    form: Form
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    taps: dict[str, Tap] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
+    left_out: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    output_scale: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    _constant_names: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
+    _counter: int = 0
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def input(self, name: str, elem_type: int, shape: Sequence[int | str]) -> str:
+        """Declare a graph input and return its name."""
+        self.inputs.append(helper.make_tensor_value_info(name, elem_type, list(shape)))
+        return name
+
+    def output(self, value: str, name: str, elem_type: int, shape: Sequence[int | str]) -> None:
+        """Declare ``value`` as the graph output ``name``."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
+        self.outputs.append(helper.make_tensor_value_info(name, elem_type, list(shape)))
+
+    def const(self, value: Any, dtype: Any = np.float32, name: str | None = None) -> str:
+        """A small constant stored in the graph itself; equal unnamed constants are one."""
+        array = np.asarray(value, dtype)
+        identity = (array.dtype.str, array.shape, array.tobytes())
+        if name is None:
+            if identity in self._constant_names:
+                return self._constant_names[identity]
+            name = f"const_{len(self.constants)}"
+            self._constant_names[identity] = name
+        self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def op(
+        self, op_type: str, *inputs: str, domain: str = "", name: str | None = None, **attributes: Any
+    ) -> str:
+        """Append a node with one output and return the output's name."""
+        return self.op_n(op_type, 1, *inputs, domain=domain, name=name, **attributes)[0]
+
+    def op_n(
+        self,
+        op_type: str,
+        count: int,
+        *inputs: str,
+        domain: str = "",
+        name: str | None = None,
+        **attributes: Any,
+    ) -> list[str]:
+        """Append a node with ``count`` outputs and return their names."""
+        self._counter += 1
+        name = name or f"{op_type}_{self._counter}"
+        outputs = [f"{name}:{i}" if count > 1 else f"{name}:out" for i in range(count)]
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), outputs, name=name, domain=domain, **attributes)
+        )
+        return outputs
+
+    # -- parameters -----------------------------------------------------------------------------
+
+    def recipe(self, recipe: Recipe) -> list[str]:
+        """Register a recipe once and return the names of its initializers."""
+        self.recipes.setdefault(recipe.specs[0].name, recipe)
+        return [spec.name for spec in recipe.specs]
+
+    def computed(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        compute: Callable[[], NDArray[np.float32]],
+        *sources: str,
+        detail: str = "",
+    ) -> str:
+        """A float32 initializer made from other tensors; ``sources`` and ``detail`` identify it."""
+        versions = ",".join(f"{s}@{self.weights.version(s)}" for s in sources)
+        owner = self.owner(*sources)
+        spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT, shape=shape)
+        recipe = Recipe(
+            key=f"{name}|{versions}|{detail}",
+            owner=owner,
+            specs=(spec,),
+            compute=lambda: [np.asarray(compute(), np.float32)],
+        )
+        return self.recipe(recipe)[0]
+
+    def owner(self, *sources: str) -> str:
+        """The task whose adapter changes one of the tensors, or ``"base"``."""
+        versions = {self.weights.version(s) for s in sources} - {BASE}
+        return versions.pop() if versions else BASE
+
+    def param(self, name: str) -> str:
+        """The tensor ``name`` as a float32 initializer of the same name."""
+        return self.computed(name, self.weights.shape(name), lambda: self.weights.read(name), name)
+
+    # -- what families compute with ---------------------------------------------------------------
+
+    def linears(
+        self,
+        x: str,
+        lins: Sequence[Lin],
+        *,
+        fold: Fold | None = None,
+        lower_bound: float | None = None,
+    ) -> list[str]:
+        """Products of ``x`` ``[batch, tokens, in]`` with each Linear's weight, without biases.
+
+        Args:
+            x: the shared input.
+            lins: the Linears that read it.
+            fold: what a per-channel scale of ``x`` may be folded into.
+            lower_bound: a value that no element of ``x`` is ever below, where one is known.
+        """
+        self.taps[lins[0].label] = Tap(
+            value=x,
+            lins=tuple(lins),
+            fold=fold,
+            lower_bound=lower_bound,
+            norm=self.norms.get(x),
+        )
+        return self.form.linears(self, x, lins, fold=fold, lower_bound=lower_bound)
+
+    def bias(self, lin: Lin, *, carried: Lin | None = None) -> str | None:
+        """The bias that completes :meth:`linears`: the Linear's own and what was folded into it.
+
+        Args:
+            lin: the Linear.
+            carried: a Linear whose bias reaches ``lin``'s input unchanged and was left out there (the
+                value projection: rows of softmax sum to 1, so its bias passes attention as it is).
+
+        Returns:
+            Name of a float32 ``[out]`` initializer, or ``None`` where there is nothing to add.
+        """
+        return self.form.bias(self, lin, carried)
+
+    def drop_bias(self, lin: Lin) -> None:
+        """State that a Linear's bias changes nothing here, so that it does not count as overlooked."""
+        name = f"{lin.name}.bias"
+        if self.weights.has(name):
+            self.weights.version(name)
+
+    def embedding(self, name: str, ids: str) -> str:
+        """Rows of the table ``name`` for int64 ``ids`` of any shape, float32."""
+        return self.form.embedding(self, name, ids)
+
+    def add(self, a: str, b: str | None) -> str:
+        """``a + b``; ``a`` itself where ``b`` is ``None``."""
+        return a if b is None else self.op("Add", a, b)
+
+    def norm(
+        self, x: str, weight: str | None, bias: str | None, epsilon: float, *, rms: bool = False
+    ) -> str:
+        """LayerNorm, or RMSNorm with ``rms``, over the last axis."""
+        gamma = self._gamma(weight, x)
+        if rms:
+            y = self.op("RMSNormalization", x, gamma, axis=-1, epsilon=epsilon)
+        else:
+            beta = [self.param(bias)] if bias else []
+            y = self.op("LayerNormalization", x, gamma, *beta, axis=-1, epsilon=epsilon)
+        self.norms[y] = Norm(source=x, weight=weight, bias=bias, epsilon=epsilon, rms=rms)
+        return y
+
+    def add_norm(
+        self,
+        x: str,
+        residual: str,
+        weight: str,
+        bias: str | None,
+        epsilon: float,
+        *,
+        rms: bool = False,
+        linear_bias: str | None = None,
+    ) -> tuple[str, str]:
+        """``total = x + residual (+ linear_bias)`` and its norm, in one operator.
+
+        Returns:
+            ``(normalized, total)``.
+        """
+        gamma = self.param(weight)
+        if rms:
+            kind = "SkipSimplifiedLayerNormalization"
+            arguments = [x, residual, gamma, linear_bias or ""]
+        else:
+            kind = "SkipLayerNormalization"
+            beta = self.param(bias) if bias else ""
+            arguments = [x, residual, gamma, beta, linear_bias or ""]
+        while not arguments[-1]:
+            arguments.pop()
+        outputs = self.op_n(kind, 4, *arguments, domain=CONTRIB, epsilon=epsilon)
+        y, total = outputs[0], outputs[3]
+        self.norms[y] = Norm(source=total, weight=weight, bias=bias, epsilon=epsilon, rms=rms)
+        return y, total
+
+    def activation(self, x: str, kind: str, bias: str | None = None) -> str:
+        """An activation by its transformers name, after adding ``bias``."""
+        if kind == "gelu" and bias:
+            return self.op("BiasGelu", x, bias, domain=CONTRIB)
+        x = self.add(x, bias)
+        if kind == "gelu":
+            return self.op("Gelu", x, domain=CONTRIB)
+        if kind in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
+            return self.op("FastGelu", x, domain=CONTRIB)
+        if kind in ("silu", "swish"):
+            return self.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
+        if kind == "relu":
+            return self.op("Relu", x)
+        raise AssertionError(f"families check activations; got {kind!r}")
+
+    def attention(
+        self,
+        q: str,
+        k: str,
+        v: str,
+        *,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        lengths: str | None = None,
+        mask: str | None = None,
+        causal: bool = False,
+    ) -> str:
+        """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
+
+        Args:
+            q: queries.
+            k: keys, ``kv_heads`` of them.
+            v: values, ``kv_heads`` of them.
+            heads: query heads.
+            kv_heads: key and value heads.
+            scale: factor of the scores.
+            lengths: int64 ``[batch]``, keys from there on are padding.
+            mask: float32 ``[batch or 1, heads or 1, tokens, tokens]`` added to the scores, or bool.
+            causal: no token sees a later one.
+        """
+        q, k, v = (self.form.attention_operand(self, t) for t in (q, k, v))
+        if mask:
+            mask = self.form.attention_mask(self, mask)
+        arguments = [q, k, v, mask or "", "", "", lengths or ""]
+        while not arguments[-1]:
+            arguments.pop()
+        y = self.op(
+            "Attention",
+            *arguments,
+            q_num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=scale,
+            is_causal=int(causal),
+            softmax_precision=TensorProto.FLOAT,
+        )
+        return self.form.attention_result(self, y)
+
+    def _gamma(self, weight: str | None, x: str) -> str:
+        if weight is None:
+            raise AssertionError("a norm without weights is written by its family")
+        return self.param(weight)
+
+    # -- finishing ----------------------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Drop nodes, constants and recipes that no output needs; reuse norms that were re-asked."""
+        _merge_renorms(self.nodes, {o.name for o in self.outputs})
+        needed = {o.name for o in self.outputs}
+        kept: list[onnx.NodeProto] = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(i for i in node.input if i)
+        self.nodes = kept[::-1]
+        self.constants = {n: c for n, c in self.constants.items() if n in needed}
+        self.recipes = {
+            n: r for n, r in self.recipes.items() if needed.intersection(s.name for s in r.specs)
+        }
+
+
+def _merge_renorms(nodes: list[onnx.NodeProto], outputs: set[str]) -> None:
+    """Give a fused add-and-norm the parameters of the only norm that is read from its sum.
+
+    A form that wants a norm with other parameters writes a second one on the same sum. Where nobody
+    reads the first (models that normalize before each block), the fused operator takes its place.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    norms = {"SkipLayerNormalization": "LayerNormalization"}
+    norms["SkipSimplifiedLayerNormalization"] = "RMSNormalization"
+    for node in nodes:
+        if node.op_type not in norms or node.output[0] in outputs:
+            continue
+        if readers.get(node.output[0]):
+            continue
+        again = [n for n in readers.get(node.output[3], []) if n.op_type == norms[node.op_type]]
+        if len(again) != 1:
+            continue
+        parameters = list(again[0].input[1:])
+        tail = list(node.input)
+        slots = 2 if node.op_type == "SkipLayerNormalization" else 1
+        linear_bias = tail[2 + slots :]
+        parameters += [""] * (slots - len(parameters))
+        arguments = tail[:2] + parameters + linear_bias
+        while not arguments[-1]:
+            arguments.pop()
+        del node.input[:]
+        node.input.extend(arguments)
+        node.output[0] = again[0].output[0]
+        again[0].output[0] = again[0].output[0] + ":merged"

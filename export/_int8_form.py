@@ -1,0 +1,239 @@
+"""int8 Linears: smoothed, per-row quantized inputs against per-channel weights.
+
+A row ``x`` of a Linear's input (one token) becomes ``x' = (x - shift) / smooth`` with constants
+calibrated per channel, then ``q = round(x' / s)`` with ``s = max|x'| / 127`` for that row alone; the
+product is ``s · scale_w · (q @ W_q)`` and ``W·shift`` joins the bias. Nothing depends on other rows, so
+a vector depends neither on its batch nor on its padding.
+
+* After a norm, shift and smooth are a second norm on the same sum with other parameters, for free
+  where nothing else reads the first.
+* Where a Linear (value, up) scales the input channel by channel, the smoothing goes into its scales.
+* An input that is never below a bound (GELU) spends 20 levels below zero and 235 above:
+  ``q = round(x' / s) + 20`` with ``s = max(max x' / 235, -bound / 20)``.
+
+The steps ``1/127`` and ``1/235`` and the zero points are initializers of their own. On processors whose
+u8×s8 products saturate in 16 bits the runtime replaces them by those of 7-bit activations.
+
+``MatMulIntegerToFloat`` takes a scale per row, ``[batch, tokens, 1]``, on the CPU (undocumented; a test
+holds it), but only without its bias input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from embedge.export._forms import (
+    Form,
+    digest,
+    in_features,
+    out_features,
+    read_linear,
+    recipe_key,
+    weight_name,
+)
+from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
+from embedge.quant import _int8
+from embedge.quant.fidelity import sqnr_db
+
+ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
+    "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
+    "embedge.act_zero_point": {"dtype": "uint8", "full": 128, "reduced": 64},
+    "embedge.act_step_bounded": {"dtype": "float32", "full": 1 / 235, "reduced": 2 / 235},
+    "embedge.act_zero_point_bounded": {"dtype": "uint8", "full": 20, "reduced": 10},
+}
+_BOUNDED_RATIO = 235 / 20  # levels above zero per level below, at either width
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputPlan:
+    """Constants of one Linear input, the same for all tasks of a bundle.
+
+    Attributes:
+        shift: float32 ``[in]`` subtracted from the input, or ``None``.
+        smooth: float32 ``[in]`` by which the input is divided, or ``None``.
+        fold: the producer that takes ``1 / smooth`` into its scales, or ``None``.
+    """
+
+    shift: NDArray[np.float32] | None = None
+    smooth: NDArray[np.float32] | None = None
+    fold: Fold | None = None
+
+    @property
+    def digest(self) -> str:
+        """Identifies the constants in recipe keys."""
+        return digest(self.shift, self.smooth)
+
+
+NO_PLAN = InputPlan()
+
+
+class Int8Form(Form):
+    """See the module's description.
+
+    Args:
+        plans: constants by the label of an input's first Linear; empty without calibration.
+        table_bits: bits of embedding tables.
+    """
+
+    precision = "int8"
+    devices = ("cpu",)
+
+    def __init__(self, plans: Mapping[str, InputPlan], table_bits: int = 8) -> None:
+        self._plans = plans
+        self._table_bits = table_bits
+        self._output_scale: dict[str, NDArray[np.float32]] = {}
+        for plan in plans.values():
+            if plan.fold is not None and plan.smooth is not None:
+                scale = producer_channels(plan.smooth, plan.fold)
+                self._output_scale[plan.fold.lin.label] = 1.0 / scale
+
+    def linears(
+        self,
+        g: Graph,
+        x: str,
+        lins: Sequence[Lin],
+        *,
+        fold: Fold | None,
+        lower_bound: float | None,
+    ) -> list[str]:
+        plan = self._plans.get(lins[0].label, NO_PLAN)
+        if plan.fold is not None and plan.fold.lin.label not in g.output_scale:
+            plan = NO_PLAN  # the producer is kept at another precision and was not scaled
+        for lin in lins:
+            if plan.shift is not None:
+                g.left_out[lin.label] = plan.shift
+            if lin.label in self._output_scale:
+                g.output_scale[lin.label] = self._output_scale[lin.label]
+        x = self._smoothed(g, x, lins[0].label, plan)
+        if lower_bound is not None and plan.smooth is not None:
+            lower_bound /= float(plan.smooth.min())
+        values, scale, zero_point = self._quantized(g, x, lower_bound)
+        products = []
+        for lin in lins:
+            weight, weight_scale = self._weight(g, lin, plan)
+            arguments = [values, weight, scale, weight_scale, zero_point]
+            products.append(
+                g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=lin.label)
+            )
+        return products
+
+    def embedding(self, g: Graph, name: str, ids: str) -> str:
+        from embedge.export._tables import quantized_rows
+
+        return quantized_rows(g, name, ids, self._table_bits)
+
+    # -- pieces -------------------------------------------------------------------------------------
+
+    def _smoothed(self, g: Graph, x: str, label: str, plan: InputPlan) -> str:
+        """``(x - shift) / smooth``, by the cheapest way there is."""
+        if plan.smooth is None and plan.shift is None:
+            return x
+        smooth = np.float32(1) if plan.smooth is None else plan.smooth
+        shift = np.float32(0) if plan.shift is None else plan.shift
+        norm = g.norms.get(x)
+        if norm is not None and norm.weight is not None:
+            weight, bias = norm.weight, norm.bias
+            size = g.weights.shape(weight)
+            gamma = g.computed(
+                f"{label}.smoothed.weight",
+                size,
+                lambda: g.weights.read(weight) / smooth,
+                weight,
+                detail=plan.digest,
+            )
+            if norm.rms:
+                return g.op(
+                    "RMSNormalization", norm.source, gamma, axis=-1, epsilon=norm.epsilon
+                )
+
+            def beta() -> NDArray[np.float32]:
+                own = g.weights.read(bias) if bias else np.zeros(size, np.float32)
+                return ((own - shift) / smooth).astype(np.float32)
+
+            offset = g.computed(
+                f"{label}.smoothed.bias", size, beta, *([bias] if bias else []), detail=plan.digest
+            )
+            return g.op(
+                "LayerNormalization", norm.source, gamma, offset, axis=-1, epsilon=norm.epsilon
+            )
+        if plan.shift is not None:
+            x = g.op("Sub", x, g.const(plan.shift))
+        if plan.smooth is not None and plan.fold is None:
+            x = g.op("Mul", x, g.const(1.0 / plan.smooth))
+        return x
+
+    def _quantized(self, g: Graph, x: str, lower_bound: float | None) -> tuple[str, str, str]:
+        """``(uint8 values, float32 scale [batch, tokens, 1], uint8 zero point)``.
+
+        A row of zeros has scale 0: its values are whatever rounding NaN gives, times 0.
+        """
+        axis = g.const([-1], "int64")
+        suffix = "" if lower_bound is None else "_bounded"
+        constants = {
+            name: g.const(
+                ACTIVATION_CONSTANTS[name]["full"], ACTIVATION_CONSTANTS[name]["dtype"], name=name
+            )
+            for name in (f"embedge.act_step{suffix}", f"embedge.act_zero_point{suffix}")
+        }
+        step, zero_point = constants.values()
+        if lower_bound is None:
+            peak = g.op("ReduceMax", g.op("Abs", x), axis, keepdims=1)
+        else:
+            peak = g.op("ReduceMax", x, axis, keepdims=1)
+            peak = g.op("Max", peak, g.const(-lower_bound * _BOUNDED_RATIO))
+        scale = g.op("Mul", peak, step)
+        values = g.op("QuantizeLinear", g.op("Div", x, scale), g.const(1.0), zero_point)
+        return values, scale, zero_point
+
+    def _weight(self, g: Graph, lin: Lin, plan: InputPlan) -> list[str]:
+        rows, columns = out_features(g, lin), in_features(g, lin)
+        name = f"{lin.label}.weight"
+        output_scale = self._output_scale.get(lin.label)
+
+        def compute() -> list[NDArray[Any]]:
+            weight = read_linear(g, lin)
+            if plan.smooth is not None:
+                weight = weight * plan.smooth
+            values, scales = _int8.quantize_columns(np.ascontiguousarray(weight.T))
+            return [values, scales if output_scale is None else scales * output_scale]
+
+        def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
+            values, scales = arrays
+            restored = values.astype(np.float32) * (
+                scales if output_scale is None else scales / output_scale
+            )
+            if plan.smooth is not None:
+                restored /= plan.smooth[:, None]
+            return {"format": "int8", "sqnr_db": round(sqnr_db(read_linear(g, lin).T, restored), 2)}
+
+        specs = (
+            TensorSpec(name=name, elem_type=TensorProto.INT8, shape=(columns, rows)),
+            TensorSpec(name=f"{lin.label}.scales", elem_type=TensorProto.FLOAT, shape=(rows,)),
+        )
+        key = recipe_key(g, lin, f"int8|{plan.digest}|{digest(output_scale)}")
+        owner = g.owner(weight_name(lin))
+        return g.recipe(
+            Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
+        )
+
+
+def producer_channels(smooth: NDArray[np.float32], fold: Fold) -> NDArray[np.float32]:
+    """A consumer's per-channel smoothing as one value per producer channel.
+
+    Under grouped-query attention one value channel feeds a channel of several query heads; the plan
+    gives those one common value.
+    """
+    if fold.groups is None:
+        return smooth
+    kv_heads, repeat, head_size = fold.groups
+    shared: NDArray[np.float32] = smooth.reshape(kv_heads, repeat, head_size)[:, 0].reshape(-1)
+    return shared
+
+
+__all__ = ["ACTIVATION_CONSTANTS", "InputPlan", "Int8Form"]

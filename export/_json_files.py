@@ -1,0 +1,33 @@
+"""Reading the JSON files of model and adapter folders, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from embedge.export._errors import ExportError
+
+__all__ = ["read_json", "read_json_object"]
+
+
+def read_json(path: Path, error: type[ExportError]) -> Any:
+    """Return the parsed content of the JSON file at ``path``.
+
+    Raises:
+        ExportError: as ``error``, if the file cannot be read or is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
+        raise error(f"{path}: is not JSON: {problem}; fetch or save the file again") from problem
+
+
+def read_json_object(path: Path, error: type[ExportError]) -> dict[str, Any]:
+    """Return the JSON object in the file at ``path``; other JSON is refused like broken JSON."""
+    content = read_json(path, error)
+    if not isinstance(content, dict):
+        raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,126 @@
+"""The manifest and the model card of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from embedge.export._model import Model
+from embedge.runtime._manifest import FORMAT_VERSION, Manifest
+
+
+def manifest_of(
+    model: Model,
+    *,
+    matryoshka_dims: tuple[int, ...] | None,
+    precisions: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Any],
+    old: Manifest | None,
+) -> Manifest:
+    """The manifest after an export, tasks and precisions of ``old`` included."""
+    settings = model.settings
+    tasks: dict[str, Any] = {t: v.to_dict() for t, v in old.tasks.items()} if old else {}
+    for task, bound in model.adapters.items():
+        tasks[task] = {
+            "prompts": dict(settings.prompts),
+            "default_prompt": settings.default_prompt_name,
+            "adapter": None
+            if bound is None
+            else {
+                "name": bound.adapter.name,
+                "sha256": bound.adapter.sha256,
+                "base_model": bound.adapter.base_model,
+            },
+        }
+    merged = {p: v.to_dict() for p, v in old.precisions.items()} if old else {}
+    for name, value in precisions.items():
+        before = merged.get(name, {})
+        merged[name] = {
+            **value,
+            **{
+                key: {**before.get(key, {}), **value.get(key, {})}
+                for key in ("graphs", "layers", "fidelity")
+            },
+        }
+    return Manifest.from_dict(
+        {
+            "format_version": FORMAT_VERSION,
+            "producer": {"name": "embedge", "version": metadata.version("embedge")},
+            "source": {
+                "name": model.checkpoint.name,
+                "model_type": model.checkpoint.config["model_type"],
+                "license": model.checkpoint.license,
+                "sha256": model.checkpoint.sha256(),
+            },
+            "model": {
+                "dim": model.dim,
+                "pooling": model.pooling,
+                "normalize": settings.normalize,
+                "max_length": settings.max_length,
+                "matryoshka_dims": list(matryoshka_dims) if matryoshka_dims else None,
+                "multi_vector_dim": None,
+                "modalities": ["text"],
+                "inputs": list(model.family.inputs),
+                "similarity": settings.similarity,
+            },
+            "tokenizer": {
+                "file": "tokenizer.json",
+                "pad_token_id": model.tokenizer.pad_token_id,
+                "append_eos_token_id": None,
+            },
+            "tasks": tasks,
+            "precisions": merged,
+            "files": dict(files),
+        }
+    )
+
+
+def model_card(manifest: Manifest) -> str:
+    """The bundle's README.md. Between the markers ``embedge bench --record`` writes its table."""
+    source, model = manifest.source, manifest.model
+    licence = source.license or "not stated by the source"
+    tasks = "\n".join(
+        f"| {name} | {_adapter(task)} | {', '.join(sorted(task.prompts)) or 'none'} |"
+        for name, task in manifest.tasks.items()
+    )
+    sizes = "\n".join(
+        f"| {name} | {', '.join(p.graphs)} | {_megabytes(manifest, name):.1f} |"
+        for name, p in manifest.precisions.items()
+    )
+    dims = model.matryoshka_dims
+    first_task, first_precision = next(iter(manifest.tasks)), next(iter(manifest.precisions))
+    front = f"---\nlicense: {source.license}\n---\n\n" if source.license else ""
+    return f"""{front}# {source.name}, as ONNX graphs per task
+
+Text embeddings of {model.dim} dimensions, {model.pooling} pooling, texts of up to {model.max_length} tokens.
+Exported from {source.name} ({source.model_type}). Licence of the weights: {licence}.
+Dimensions to truncate to: {', '.join(map(str, dims)) if dims else f'any up to {model.dim}'}.
+
+| task | adapter | prompts |
+|---|---|---|
+{tasks}
+
+| precision | tasks | MB |
+|---|---|---|
+{sizes}
+
+```python
+from embedge.runtime import Embedder
+
+model = Embedder("path/to/this/folder", precision="{first_precision}")
+vectors = model.encode(["a text", "another text"], task="{first_task}")
+```
+
+<!-- embedge:bench:start -->
+Quality, latency and memory have not been measured yet; `embedge bench BUNDLE --reference MODEL --record` does.
+<!-- embedge:bench:end -->
+"""
+
+
+def _adapter(task: Any) -> str:
+    return "none (bare backbone)" if task.adapter is None else f"LoRA {task.adapter.name}, merged"
+
+
+def _megabytes(manifest: Manifest, precision: str) -> float:
+    return sum(f.size for n, f in manifest.files.items() if n.startswith(f"{precision}/")) / 1e6

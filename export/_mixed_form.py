@@ -1,0 +1,55 @@
+"""Some layers at another precision than the rest: the first pattern that matches decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from embedge.export._forms import Form
+from embedge.export._graph import Fold, Graph, Lin
+
+
+class MixedForm(Form):
+    """Delegates to ``default``, or to the form whose pattern matches a Linear or a table.
+
+    Linears that share an input are stored alike: one match decides for all of them.
+
+    Args:
+        default: the precision of everything else; also names the result.
+        kept: forms by shell-style pattern of canonical names, tried in order.
+    """
+
+    def __init__(self, default: Form, kept: Mapping[str, Form]) -> None:
+        self._default = default
+        self._kept = kept
+        self.used: set[str] = set()
+        self.precision = default.precision
+        self.devices = tuple(d for d in default.devices if all(d in f.devices for f in kept.values()))
+        self.row_multiple = default.row_multiple
+
+    def linears(
+        self,
+        g: Graph,
+        x: str,
+        lins: Sequence[Lin],
+        *,
+        fold: Fold | None,
+        lower_bound: float | None,
+    ) -> list[str]:
+        form = self.form_of(*(lin.label for lin in lins))
+        return form.linears(g, x, lins, fold=fold, lower_bound=lower_bound)
+
+    def embedding(self, g: Graph, name: str, ids: str) -> str:
+        return self.form_of(name.removesuffix(".weight")).embedding(g, name, ids)
+
+    def unused(self) -> list[str]:
+        """Patterns that no Linear and no table has matched."""
+        return [pattern for pattern in self._kept if pattern not in self.used]
+
+    def form_of(self, *names: str) -> Form:
+        """The form of the first pattern that one of the names matches."""
+        for pattern, form in self._kept.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                self.used.add(pattern)
+                return form
+        return self._default

@@ -1,0 +1,97 @@
+"""What an export is asked to do, checked as far as it can be before anything is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedge.runtime._errors import EmbedgeValueError
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+POOLINGS = ("mean", "cls", "lasttoken")
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+RESERVED = ("base", "shared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """See :func:`embedge.export.export_bundle` for the meaning of each."""
+
+    source: str
+    adapters: Mapping[str, Path | None]
+    precisions: tuple[str, ...]
+    out: Path
+    matryoshka_dims: tuple[int, ...] | None
+    pooling: str | None
+    calibration: Path | str
+    keep: Mapping[str, str]
+    int4_block_size: int
+    overwrite: bool
+
+
+def check_tasks(adapters: Mapping[str, object]) -> None:
+    """Refuse an empty mapping and names that cannot be file names.
+
+    Raises:
+        EmbedgeValueError: naming the bad task.
+    """
+    if not adapters:
+        raise EmbedgeValueError(
+            "adapters: expected at least one task, found none; give {'name': 'adapter folder'}, or "
+            "{'name': None} for the bare backbone (--adapter NAME=FOLDER, --no-adapter NAME)"
+        )
+    for name in adapters:
+        if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or name in RESERVED:
+            raise EmbedgeValueError(
+                f"task {name!r}: expected a name of letters, digits, '-', '_' and '.', at most 64 "
+                f"long and none of {', '.join(RESERVED)}; choose another name"
+            )
+
+
+def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
+    """The precisions without repeats.
+
+    Raises:
+        EmbedgeValueError: an unknown one, or none at all.
+    """
+    if isinstance(precisions, str):
+        precisions = [precisions]
+    unknown = [p for p in precisions if p not in PRECISIONS]
+    if unknown or not precisions:
+        raise EmbedgeValueError(
+            f"precisions: expected some of {', '.join(PRECISIONS)}, "
+            f"found {', '.join(map(repr, unknown)) or 'none'}"
+        )
+    return tuple(dict.fromkeys(precisions))
+
+
+def check_dims(dims: Sequence[int] | None, dim: int) -> tuple[int, ...] | None:
+    """Matryoshka dimensions in increasing order, the full one included.
+
+    Raises:
+        EmbedgeValueError: one is not an integer in ``1…dim``.
+    """
+    if dims is None:
+        return None
+    for value in dims:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= dim:
+            raise EmbedgeValueError(
+                f"matryoshka dimension {value!r}: expected an integer from 1 to {dim}, the model's "
+                "own dimension"
+            )
+    return tuple(sorted({*dims, dim}))
+
+
+def check_keep(keep: Mapping[str, str]) -> None:
+    """Refuse precisions that a kept layer cannot have.
+
+    Raises:
+        EmbedgeValueError: naming the pattern.
+    """
+    for pattern, precision in keep.items():
+        if precision not in ("fp32", "int8"):
+            raise EmbedgeValueError(
+                f"keep {pattern!r}={precision!r}: expected 'fp32' or 'int8'"
+            )

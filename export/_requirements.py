@@ -1,0 +1,19 @@
+"""The packages of the ``export`` extra."""
+
+from __future__ import annotations
+
+from importlib import util
+
+from embedge.runtime._errors import EmbedgeImportError
+
+_PACKAGES = ("onnx", "scipy", "transformers")
+
+
+def check_requirements() -> None:
+    """Raise :class:`EmbedgeImportError` with the install command where a package is missing."""
+    missing = [name for name in _PACKAGES if util.find_spec(name) is None]
+    if missing:
+        raise EmbedgeImportError(
+            f"embedge.export needs {', '.join(missing)}, which is not installed; "
+            'install it with: pip install "embedge[export]"'
+        )

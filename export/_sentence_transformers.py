@@ -1,0 +1,234 @@
+"""What sentence-transformers' files say about a model: how its tokens become one vector.
+
+    modules.json                        the pipeline: Transformer, Pooling, then Dense and Normalize
+    config_sentence_transformers.json   prompts, default prompt, similarity
+    sentence_bert_config.json           maximum length, lower-casing (beside config.json)
+    1_Pooling/config.json               the pooling, as one name or as the older flags
+    2_Dense/                            a linear layer on the pooled vector
+
+Only a pipeline that the graph reproduces exactly is accepted; every other module or setting is
+refused by its name. Names and defaults follow sentence-transformers 5 and 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embedge.export._checkpoint import inside_folder, transformer_folder
+from embedge.export._dense import DenseLayer, read_dense
+from embedge.export._errors import CheckpointError
+from embedge.export._json_files import read_json, read_json_object
+from embedge.export._text_limits import lowercases, max_length, read_optional
+
+__all__ = ["DenseLayer", "SentenceSettings", "read_modules"]
+
+POOLINGS = ("mean", "cls", "lasttoken")
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_SIMILARITIES = {None: "cosine", "cosine": "cosine", "dot": "dot", "dot_product": "dot"}
+_TRANSFORMER_CONFIGS = [
+    f"sentence_{family}_config.json"
+    for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceSettings:
+    """How texts become vectors.
+
+    Attributes:
+        pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``; ``None`` where the model does not say.
+        include_prompt: always true: the tokens of a prompt are pooled like all others.
+        normalize: whether vectors are scaled to length 1 at the end.
+        dense: layers between pooling and normalization, in order.
+        prompts: prompt name to text; a text may be empty.
+        default_prompt_name: the prompt used when none is named, ``None`` for no prompt.
+        max_length: the most tokens of a text, special tokens included.
+        similarity: ``"cosine"`` or ``"dot"``.
+        truncate_dim: the dimension that vectors are cut to after all modules, ``None`` for all of
+            it.
+    """
+
+    pooling: str | None
+    include_prompt: bool = True
+    normalize: bool = False
+    dense: tuple[DenseLayer, ...] = ()
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    max_length: int
+    similarity: str = "cosine"
+    truncate_dim: int | None = None
+
+
+def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
+    """Read the sentence-transformers files of the model folder ``path``.
+
+    A folder without them gives the settings of a bare transformer: no pooling (the caller has to
+    name one), no normalization, no prompts.
+
+    Args:
+        path: the model folder, :attr:`Checkpoint.path`.
+        config: the transformer's config.json, :attr:`Checkpoint.config`.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or names something that is not supported.
+    """
+    folder = transformer_folder(path)
+    transformer = _read_transformer(folder)
+    settings = _read_settings(path / "config_sentence_transformers.json")
+    prompts, default_prompt_name = settings["prompts"], settings["default_prompt_name"]
+    pooling, dense, normalize = None, [], False
+    for kind, module_folder in _pipeline(path):
+        if kind == "Pooling":
+            pooling = _read_pooling(
+                module_folder / "config.json", has_prompts=any(prompts.values())
+            )
+        elif kind == "Dense":
+            dense.append(read_dense(module_folder))
+        elif kind == "Normalize":
+            _check_normalize(module_folder / "config.json")
+            normalize = True
+    return SentenceSettings(
+        pooling=pooling,
+        normalize=normalize,
+        dense=tuple(dense),
+        prompts=prompts,
+        default_prompt_name=default_prompt_name,
+        max_length=max_length(folder, config, transformer),
+        similarity=settings["similarity"],
+        truncate_dim=settings["truncate_dim"],
+    )
+
+
+def _pipeline(path: Path) -> list[tuple[str, Path]]:
+    """Return kind and folder of the modules after the transformer, in the one supported order."""
+    file = path / "modules.json"
+    if not file.is_file():
+        return []
+    modules = read_json(file, CheckpointError)
+    names = [str(module.get("type")) for module in modules]
+    kinds = [_kind(name, file) for name in names]
+    order = {"Transformer": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
+    ranks = [
+        order[kind] for kind in kinds if kind != "Dropout"
+    ]  # Dropout does nothing once trained
+    if ranks != sorted(ranks) or ranks[:1] != [0] or [ranks.count(0), ranks.count(1)] != [1, 1]:
+        raise CheckpointError(
+            f"{file}: the modules {' → '.join(kinds)} are not supported in this order; expected "
+            "Transformer → Pooling → Dense … → Normalize, the last two where wanted"
+        )
+    folders = [path / inside_folder(str(module.get("path") or ""), file) for module in modules]
+    return list(zip(kinds[1:], folders[1:], strict=True))
+
+
+def _kind(name: str, file: Path) -> str:
+    kind = name.rpartition(".")[2]
+    supported = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")
+    if not name.startswith("sentence_transformers.") or kind not in supported:
+        raise CheckpointError(
+            f"{file}: the module {name} is not supported; supported are sentence_transformers' "
+            f"{', '.join(supported)}"
+        )
+    return kind
+
+
+def _read_pooling(file: Path, *, has_prompts: bool) -> str:
+    config = read_json_object(file, CheckpointError)
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise CheckpointError(
+            f"{file}: the pooling {' + '.join(map(str, modes))} is not supported; supported is one "
+            f"of {', '.join(POOLINGS)}"
+        )
+    if has_prompts and not config.get("include_prompt", True):
+        raise CheckpointError(
+            f"{file}: include_prompt=false (prompts are left out of the pooling) is not supported "
+            "for a model with prompts"
+        )
+    return str(modes[0])
+
+
+def _check_normalize(file: Path) -> None:
+    for key, value in read_optional(file).items():
+        if key in ("module_input_name", "module_output_name") and value not in (
+            None,
+            "sentence_embedding",
+        ):
+            raise CheckpointError(
+                f"{file}: Normalize with {key}={value!r} is not supported, only "
+                "'sentence_embedding'"
+            )
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Return what config_sentence_transformers.json says, under the names of the settings."""
+    config = read_optional(file)
+    model_type = config.get("model_type", "SentenceTransformer")
+    if model_type != "SentenceTransformer":
+        raise CheckpointError(
+            f"{file}: a {model_type} model is not supported, only SentenceTransformer"
+        )
+    similarity = config.get("similarity_fn_name")
+    if similarity not in _SIMILARITIES:
+        raise CheckpointError(
+            f"{file}: the similarity {similarity!r} is not supported; supported are cosine and dot"
+        )
+    prompts = config.get("prompts") or {}
+    texts = prompts.values() if isinstance(prompts, dict) else [prompts]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{file}: prompts should map names to texts, found {prompts!r}")
+    prompts = {name: text or "" for name, text in prompts.items()}
+    default = config.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise CheckpointError(
+            f"{file}: default_prompt_name is {default!r}, the prompts are: "
+            f"{', '.join(prompts) or 'none'}"
+        )
+    return {
+        "prompts": prompts,
+        "default_prompt_name": default,
+        "similarity": _SIMILARITIES[similarity],
+        "truncate_dim": config.get("truncate_dim"),
+    }
+
+
+def _read_transformer(folder: Path) -> dict[str, Any]:
+    """Return sentence_bert_config.json or an older name of it; refuse what changes the tokens."""
+    file = next(
+        (folder / n for n in _TRANSFORMER_CONFIGS if (folder / n).is_file()),
+        folder / _TRANSFORMER_CONFIGS[0],
+    )
+    config = read_optional(file)
+    if config.get("do_lower_case") and not lowercases(folder / "tokenizer.json"):
+        raise CheckpointError(
+            f"{file}: do_lower_case=true is not supported: the normalizer in tokenizer.json does "
+            "not lower-case; add a Lowercase normalizer there"
+        )
+    task = config.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise CheckpointError(
+            f"{file}: transformer_task={task!r} is not supported, only 'feature-extraction'"
+        )
+    modalities = config.get("modality_config")
+    if modalities is not None:
+        text = modalities.get("text") or {}
+        if text.get("method") != "forward" or text.get("method_output_name") != "last_hidden_state":
+            raise CheckpointError(
+                f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
+                "method 'forward' with the output 'last_hidden_state'"
+            )
+    for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
+        if config.get(key):
+            raise CheckpointError(f"{file}: {key}={config[key]!r} is not supported")
+    return config

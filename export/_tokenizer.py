@@ -1,0 +1,69 @@
+"""The bundle's ``tokenizer.json``: what transformers would run, without its truncation and padding."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedge.export._errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleTokenizer:
+    """A tokenizer as it is written to a bundle.
+
+    Attributes:
+        text: content of ``tokenizer.json``.
+        pad_token_id: id that fills rows; padding is masked, so any valid id does.
+    """
+
+    text: str
+    pad_token_id: int
+
+    def encode(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """Token ids with special tokens, cut at ``max_length``."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.text)
+        tokenizer.enable_truncation(max_length)
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+
+def read_tokenizer(folder: Path) -> BundleTokenizer:
+    """Load a model's fast tokenizer through transformers, which patches some files when it reads them.
+
+    Args:
+        folder: where ``tokenizer.json`` and ``tokenizer_config.json`` lie.
+
+    Raises:
+        CheckpointError: there is no ``tokenizer.json``, or transformers cannot read it without running
+            code from the folder.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder}: expected a tokenizer.json, found none; convert the slow tokenizer with "
+            "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+        text = tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # whatever transformers or tokenizers raise for a bad file
+        raise CheckpointError(
+            f"{folder}/tokenizer.json: transformers could not load it ({error}); "
+            "expected a fast tokenizer that needs no remote code"
+        ) from error
+    content = json.loads(text)
+    content["truncation"] = None
+    content["padding"] = None
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id or 0
+    return BundleTokenizer(
+        text=json.dumps(content, ensure_ascii=False, separators=(",", ":")), pad_token_id=int(pad)
+    )

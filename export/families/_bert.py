@@ -1,0 +1,169 @@
+"""BERT, RoBERTa, XLM-RoBERTa and MPNet: encoders that normalize after each block."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export._errors import CheckpointError
+from embedge.export._graph import Fold, Graph, Lin
+from embedge.export.families._base import Family, lower_bound
+
+
+class Bert(Family):
+    """BERT and its relatives with absolute positions.
+
+    Source of the architecture: Devlin et al., arXiv 1810.04805, and transformers' ``BertModel``.
+    """
+
+    model_types = ("bert", "roberta", "xlm-roberta", "camembert")
+    roots = ("embeddings", "encoder", "pooler", "cls", "lm_head")
+    ignored = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
+    renamed: ClassVar = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+    query, key, value = "attention.self.query", "attention.self.key", "attention.self.value"
+    attention_out, attention_norm = "attention.output.dense", "attention.output.LayerNorm"
+    position_table = "embeddings.position_embeddings.weight"
+
+    def check(self) -> None:
+        self.heads = self._int("num_attention_heads")
+        self.epsilon = self._float("layer_norm_eps", 1e-12)
+        self.activation = self._activation("hidden_act", "gelu")
+        kind = self.config.get("position_embedding_type", "absolute")
+        if kind != "absolute":
+            raise self._unsupported("position_embedding_type", kind, "'absolute'")
+        for key in ("is_decoder", "add_cross_attention"):
+            if self.config.get(key):
+                raise self._unsupported(key, True, "false")
+        if self.config["model_type"] == "bert":
+            self.first_position = 0
+        else:  # RoBERTa counts positions from padding_idx + 1
+            self.first_position = int(self.config.get("pad_token_id") or 0) + 1
+        positions = self._int("max_position_embeddings") - self.first_position
+        if self.max_length > positions:
+            raise CheckpointError(
+                f"max length {self.max_length} exceeds the {positions} positions the model has"
+            )
+        if self._types():
+            self.inputs = ("input_ids", "attention_mask", "token_type_ids")
+
+    def _types(self) -> bool:
+        return int(self.config.get("type_vocab_size", 0)) > 0
+
+    def context(self, g: Graph) -> dict[str, str]:
+        return {"lengths": self.lengths(g), "tokens": self.tokens(g)}
+
+    def embed(self, g: Graph, context: dict[str, str]) -> str:
+        name, first = self.position_table, self.first_position
+        rows = g.computed(
+            name,
+            (self.max_length, self.hidden_size),
+            lambda: np.ascontiguousarray(g.weights.read(name)[first : first + self.max_length]),
+            name,
+            detail=f"rows {first}+{self.max_length}",
+        )
+        end = g.op("Unsqueeze", context["tokens"], g.const([0], "int64"))
+        positions = g.op("Slice", rows, g.const([0], "int64"), end, g.const([0], "int64"))
+        x = g.embedding("embeddings.word_embeddings.weight", "input_ids")
+        x = g.add(x, positions)
+        if self._types():
+            types = g.param("embeddings.token_type_embeddings.weight")
+            x = g.add(x, g.op("Gather", types, "token_type_ids"))
+        norm = "embeddings.LayerNorm"
+        return g.norm(x, f"{norm}.weight", f"{norm}.bias", self.epsilon)
+
+    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+        p = f"encoder.layer.{index}."
+        query, key, value = (Lin(p + n) for n in (self.query, self.key, self.value))
+        q, k, v = g.linears(hidden, [query, key, value])
+        # softmax ignores what is the same for all keys, so the key bias is dropped; its rows sum to 1,
+        # so the value bias passes attention unchanged and is added behind the output projection.
+        g.drop_bias(key)
+        mixed = g.attention(
+            g.add(q, g.bias(query)),
+            k,
+            v,
+            heads=self.heads,
+            kv_heads=self.heads,
+            scale=(self.hidden_size // self.heads) ** -0.5,
+            lengths=None if "mask" in context else context["lengths"],
+            mask=context.get("mask"),
+        )
+        out = Lin(p + self.attention_out)
+        [y] = g.linears(mixed, [out], fold=Fold(lin=value))
+        norm = p + self.attention_norm
+        x, _ = g.add_norm(
+            y,
+            hidden,
+            f"{norm}.weight",
+            f"{norm}.bias",
+            self.epsilon,
+            linear_bias=g.bias(out, carried=value),
+        )
+        up, down = Lin(p + "intermediate.dense"), Lin(p + "output.dense")
+        [y] = g.linears(x, [up])
+        y = g.activation(y, self.activation, g.bias(up))
+        [y] = g.linears(y, [down], lower_bound=lower_bound(self.activation))
+        norm = p + "output.LayerNorm"
+        x, _ = g.add_norm(
+            y, x, f"{norm}.weight", f"{norm}.bias", self.epsilon, linear_bias=g.bias(down)
+        )
+        return x
+
+
+class MPNet(Bert):
+    """MPNet: BERT's blocks with a bias by relative position, shared by all layers.
+
+    Source: Song et al., arXiv 2004.09297, and transformers' ``MPNetModel``.
+    """
+
+    model_types = ("mpnet",)
+    query, key, value = "attention.attn.q", "attention.attn.k", "attention.attn.v"
+    attention_out, attention_norm = "attention.attn.o", "attention.LayerNorm"
+    bias_table = "encoder.relative_attention_bias.weight"
+
+    def _types(self) -> bool:
+        return False
+
+    def context(self, g: Graph) -> dict[str, str]:
+        context = super().context(g)
+        # bias[h, i, j] = table[bucket(j - i), h]: gather one row of biases per distance, then pick.
+        buckets = relative_buckets(
+            np.arange(-self.max_length + 1, self.max_length),
+            self._int("relative_attention_num_buckets", 32),
+        )
+        by_distance = g.computed(
+            f"{self.bias_table}.by_distance",
+            (self.heads, len(buckets)),
+            lambda: np.ascontiguousarray(g.weights.read(self.bias_table)[buckets].T),
+            self.bias_table,
+            detail=f"length {self.max_length}",
+        )
+        zero, one = g.const(0, "int64"), g.const(1, "int64")
+        steps = g.op("Range", zero, context["tokens"], one)
+        rows = g.op("Unsqueeze", steps, g.const([1], "int64"))
+        distance = g.op("Sub", g.op("Unsqueeze", steps, g.const([0], "int64")), rows)
+        offset = g.op("Add", distance, g.const(self.max_length - 1, "int64"))
+        bias = g.op("Gather", by_distance, offset, axis=1)  # [heads, tokens, tokens]
+        seen = g.op("Cast", "attention_mask", to=1)
+        hidden = g.op("Mul", g.op("Sub", seen, g.const(1.0)), g.const(1e9))
+        hidden = g.op("Unsqueeze", hidden, g.const([1, 2], "int64"))
+        context["mask"] = g.op("Add", bias, hidden)  # [batch, heads, tokens, tokens]
+        return context
+
+
+def relative_buckets(distance: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
+    """T5's bidirectional buckets of ``key - query`` distances (transformers' MPNet, distance ≤ 128)."""
+    half = buckets // 2
+    position = -distance
+    result = np.where(position < 0, half, 0)
+    position = np.abs(position)
+    exact = half // 2
+    with np.errstate(divide="ignore"):
+        # float32 as in transformers: the logarithm's rounding decides borderline distances
+        ratio = np.log(position.astype(np.float32) / np.float32(exact))
+        far = exact + ratio / np.float32(np.log(128 / exact)) * np.float32(half - exact)
+    far = np.where(position > 0, far, 0).astype(np.int64)
+    return result + np.where(position < exact, position, np.minimum(far, half - 1))

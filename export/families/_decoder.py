@@ -1,0 +1,146 @@
+"""Llama, Mistral, Qwen2 and Qwen3 used as embedders: causal decoders that normalize before each block.
+
+Attention is causal, as in the published embedding models of these families. Rows are padded on the
+right, so a real token never sees padding and no mask is needed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from embedge.export._graph import Fold, Graph, Lin
+from embedge.export.families._base import Family
+from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
+
+
+class Decoder(Family):
+    """Decoders with rotary positions, RMSNorm, grouped-query attention and a gated MLP."""
+
+    model_types = ("llama", "mistral", "qwen2", "qwen3")
+    roots = ("embed_tokens", "layers", "norm", "lm_head", "score")
+    ignored = ("lm_head.", "score.")
+    default_pooling = "lasttoken"
+
+    def check(self) -> None:
+        self.heads = self._int("num_attention_heads")
+        self.kv_heads = self._int("num_key_value_heads", self.heads)
+        self.head_size = self._int("head_dim", None) if self.config.get("head_dim") else 0
+        self.head_size = self.head_size or self.hidden_size // self.heads
+        self.epsilon = self._float("rms_norm_eps", 1e-6)
+        self.activation = self._activation("hidden_act", "silu")
+        self.theta = self._float("rope_theta", 10000.0)
+        if self.config.get("is_causal") is False or self.config.get("bidirectional"):
+            raise self._unsupported("is_causal", False, "causal attention")
+        factor = self.config.get("partial_rotary_factor", 1.0)
+        if factor != 1.0:
+            raise self._unsupported("partial_rotary_factor", factor, "1.0")
+        self.windows = [self._window(i) for i in range(self.num_layers)]
+
+    def _window(self, index: int) -> int | None:
+        """Tokens a token of this layer sees, itself included, or ``None`` for all before it."""
+        window = self.config.get("sliding_window")
+        kind = self.config["model_type"]
+        if not window or kind == "llama":
+            return None
+        if kind in ("qwen2", "qwen3"):
+            types = self.config.get("layer_types")
+            if types:
+                if types[index] != "sliding_attention":
+                    return None
+            elif not self.config.get("use_sliding_window"):
+                return None
+            elif index < self.config.get("max_window_layers", 28):
+                return None
+        return int(window) if int(window) < self.max_length else None
+
+    def context(self, g: Graph) -> dict[str, str]:
+        tokens = self.tokens(g)
+        scaling = self.config.get("rope_scaling")
+        tables = rotary_tables(self.head_size, self.theta, self.max_length, scaling)
+        cos, sin = rotary_inputs(g, "rotary", tables, f"{self.theta}|{scaling}|{self.max_length}")
+        context = {
+            "lengths": self.lengths(g),
+            "cos": cos,
+            "sin": sin,
+            "positions": position_ids(g, tokens),
+        }
+        for window in {w for w in self.windows if w}:
+            context[f"mask{window}"] = causal_window(g, tokens, window)
+        return context
+
+    def embed(self, g: Graph, context: dict[str, str]) -> str:
+        return g.embedding("embed_tokens.weight", "input_ids")
+
+    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+        p = f"layers.{index}."
+        x = g.norm(hidden, f"{p}input_layernorm.weight", None, self.epsilon, rms=True)
+        query, key, value = (Lin(f"{p}self_attn.{n}_proj") for n in "qkv")
+        q, k, v = g.linears(x, [query, key, value])
+        q = self._head_norm(g, g.add(q, g.bias(query)), f"{p}self_attn.q_norm.weight", self.heads)
+        k = self._head_norm(g, g.add(k, g.bias(key)), f"{p}self_attn.k_norm.weight", self.kv_heads)
+        v = g.add(v, g.bias(value))
+        window = self.windows[index]
+        mixed = g.attention(
+            self._rotate(g, context, q, self.heads),
+            self._rotate(g, context, k, self.kv_heads),
+            v,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            scale=self.head_size**-0.5,
+            mask=context[f"mask{window}"] if window else None,
+            causal=window is None,
+        )
+        out = Lin(f"{p}self_attn.o_proj")
+        groups = (self.kv_heads, self.heads // self.kv_heads, self.head_size)
+        [y] = g.linears(mixed, [out], fold=Fold(lin=value, groups=groups))
+        norm = f"{p}post_attention_layernorm.weight"
+        x, hidden = g.add_norm(
+            y, hidden, norm, None, self.epsilon, rms=True, linear_bias=g.bias(out)
+        )
+        gate, up, down = (Lin(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
+        a, b = g.linears(x, [gate, up])
+        a = g.activation(a, self.activation, g.bias(gate))
+        y = g.op("Mul", a, g.add(b, g.bias(up)))
+        [y] = g.linears(y, [down], fold=Fold(lin=up))
+        return g.add(g.add(y, g.bias(down)), hidden)
+
+    def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
+        return g.norm(hidden, "norm.weight", None, self.epsilon, rms=True)
+
+    def _rotate(self, g: Graph, context: dict[str, str], x: str, heads: int) -> str:
+        return g.op(
+            "RotaryEmbedding",
+            x,
+            context["cos"],
+            context["sin"],
+            context["positions"],
+            num_heads=heads,
+            interleaved=0,
+        )
+
+    def _head_norm(self, g: Graph, x: str, weight: str, heads: int) -> str:
+        """Qwen3's RMSNorm of each query and key head; other models have no such weights."""
+        if not g.weights.has(weight):
+            return x
+        split = g.op("Reshape", x, g.const([0, 0, heads, self.head_size], "int64"))
+        y = g.op("RMSNormalization", split, g.param(weight), axis=-1, epsilon=self.epsilon)
+        return g.op("Reshape", y, g.const([0, 0, heads * self.head_size], "int64"))
+
+
+def causal_window(g: Graph, tokens: str, window: int) -> str:
+    """Additive float32 mask ``[1, 1, tokens, tokens]``: a token sees itself and ``window - 1`` before."""
+    return band(g, tokens, lowest=-(window - 1), highest=0)
+
+
+def band(g: Graph, tokens: str, *, lowest: int, highest: int) -> str:
+    """Additive float32 mask ``[1, 1, tokens, tokens]``: 0 for ``lowest ≤ key - query ≤ highest``."""
+    steps = g.op("Range", g.const(0, "int64"), tokens, g.const(1, "int64"))
+    rows = g.op("Unsqueeze", steps, g.const([1], "int64"))
+    distance = g.op("Sub", g.op("Unsqueeze", steps, g.const([0], "int64")), rows)
+    seen = g.op(
+        "And",
+        g.op("GreaterOrEqual", distance, g.const(lowest, "int64")),
+        g.op("LessOrEqual", distance, g.const(highest, "int64")),
+    )
+    mask = g.op("Where", seen, g.const(0.0), g.const(np.float32(-1e9)))
+    return g.op("Unsqueeze", mask, g.const([0, 1], "int64"))

@@ -1,0 +1,122 @@
+"""ModernBERT: an encoder that normalizes before each block, rotary, with local attention layers.
+
+Source: Warner et al., arXiv 2412.13663, and transformers' ``ModernBertModel``.
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto
+
+from embedge.export._errors import CheckpointError
+from embedge.export._graph import Fold, Graph, Lin
+from embedge.export.families._base import Family
+from embedge.export.families._decoder import band
+from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
+
+
+class ModernBert(Family):
+    """ModernBERT's alternating global and sliding-window attention."""
+
+    model_types = ("modernbert",)
+    roots = ("embeddings", "layers", "final_norm", "head", "decoder", "classifier")
+    ignored = ("head.", "decoder.", "classifier.")
+
+    def check(self) -> None:
+        self.heads = self._int("num_attention_heads")
+        self.head_size = self.hidden_size // self.heads
+        self.intermediate = self._int("intermediate_size")
+        self.epsilon = self._float("norm_eps", 1e-5)
+        self.activation = self._activation("hidden_activation", "gelu")
+        self.every = self._int("global_attn_every_n_layers", 3)
+        self.window = self._int("local_attention", 128) // 2
+        positions = self._int("max_position_embeddings", 8192)
+        if self.max_length > positions:
+            raise CheckpointError(
+                f"max length {self.max_length} exceeds the {positions} positions the model has"
+            )
+        self.thetas = {
+            "global": self._float("global_rope_theta", 160000.0),
+            "local": self._float("local_rope_theta", 10000.0)
+            if self.config.get("local_rope_theta") is not None
+            else self._float("global_rope_theta", 160000.0),
+        }
+
+    def _kind(self, index: int) -> str:
+        return "local" if index % self.every else "global"
+
+    def context(self, g: Graph) -> dict[str, str]:
+        tokens = self.tokens(g)
+        context = {"lengths": self.lengths(g), "positions": position_ids(g, tokens)}
+        for kind, theta in self.thetas.items():
+            tables = rotary_tables(self.head_size, theta, self.max_length, None)
+            detail = f"{theta}|{self.max_length}"
+            context[f"{kind}.cos"], context[f"{kind}.sin"] = rotary_inputs(
+                g, f"rotary.{kind}", tables, detail
+            )
+        seen = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+        padding = g.op("Mul", g.op("Sub", seen, g.const(1.0)), g.const(1e9))
+        padding = g.op("Unsqueeze", padding, g.const([1, 2], "int64"))
+        near = band(g, tokens, lowest=-self.window, highest=self.window)
+        context["local.mask"] = g.op("Add", near, padding)
+        return context
+
+    def embed(self, g: Graph, context: dict[str, str]) -> str:
+        x = g.embedding("embeddings.tok_embeddings.weight", "input_ids")
+        return self._norm(g, x, "embeddings.norm")
+
+    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+        p, width = f"layers.{index}.", self.hidden_size
+        kind = self._kind(index)
+        # the first layer reads the embedding norm directly
+        x = self._norm(g, hidden, f"{p}attn_norm") if index else hidden
+        query, key, value = (Lin(f"{p}attn.Wqkv", i * width, (i + 1) * width) for i in range(3))
+        q, k, v = g.linears(x, [query, key, value])
+        mixed = g.attention(
+            self._rotate(g, context, kind, g.add(q, g.bias(query))),
+            self._rotate(g, context, kind, g.add(k, g.bias(key))),
+            v,
+            heads=self.heads,
+            kv_heads=self.heads,
+            scale=self.head_size**-0.5,
+            lengths=context["lengths"] if kind == "global" else None,
+            mask=context["local.mask"] if kind == "local" else None,
+        )
+        out = Lin(f"{p}attn.Wo")
+        [y] = g.linears(mixed, [out], fold=Fold(lin=value))
+        norm = f"{p}mlp_norm"
+        x, hidden = g.add_norm(
+            y,
+            hidden,
+            f"{norm}.weight",
+            f"{norm}.bias" if g.weights.has(f"{norm}.bias") else None,
+            self.epsilon,
+            linear_bias=g.bias(out, carried=value),
+        )
+        inner = self.intermediate
+        up = Lin(f"{p}mlp.Wi", 0, inner)
+        gate = Lin(f"{p}mlp.Wi", inner, 2 * inner)
+        a, b = g.linears(x, [up, gate])
+        y = g.op(
+            "Mul", g.activation(a, self.activation, g.bias(up)), g.add(b, g.bias(gate))
+        )
+        down = Lin(f"{p}mlp.Wo")
+        [y] = g.linears(y, [down], fold=Fold(lin=gate))
+        return g.add(g.add(y, g.bias(down)), hidden)
+
+    def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
+        return self._norm(g, hidden, "final_norm")
+
+    def _norm(self, g: Graph, x: str, name: str) -> str:
+        bias = f"{name}.bias"
+        return g.norm(x, f"{name}.weight", bias if g.weights.has(bias) else None, self.epsilon)
+
+    def _rotate(self, g: Graph, context: dict[str, str], kind: str, x: str) -> str:
+        return g.op(
+            "RotaryEmbedding",
+            x,
+            context[f"{kind}.cos"],
+            context[f"{kind}.sin"],
+            context["positions"],
+            num_heads=self.heads,
+            interleaved=0,
+        )

@@ -1,0 +1,82 @@
+"""Rotary position tables, by transformers' ``rope_scaling`` types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export._errors import CheckpointError
+from embedge.export._graph import Graph
+
+Table = NDArray[np.float32]
+
+
+def rotary_tables(
+    head_size: int, theta: float, length: int, scaling: Mapping[str, Any] | None
+) -> tuple[Table, Table]:
+    """Cosines and sines of every position and frequency.
+
+    Args:
+        head_size: channels of a head.
+        theta: base of the frequencies.
+        length: positions.
+        scaling: ``rope_scaling`` of the configuration, or ``None``.
+
+    Returns:
+        Two float32 ``[length, head_size / 2]``.
+
+    Raises:
+        CheckpointError: a scaling type that depends on the text's length, or an unknown one.
+    """
+    frequencies = 1.0 / theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    # transformers holds frequencies and angles in float32
+    frequencies = frequencies.astype(np.float32)
+    if scaling:
+        frequencies = _scaled(frequencies, scaling)
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :].astype(np.float32)
+    return np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
+
+
+def _scaled(frequencies: Table, scaling: Mapping[str, Any]) -> Table:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies
+    factor = float(scaling.get("factor", 1.0))
+    if kind == "linear":
+        return frequencies / np.float32(factor)
+    if kind == "llama3":  # Llama 3.1: long wavelengths are stretched, short ones kept
+        low = float(scaling["low_freq_factor"])
+        high = float(scaling["high_freq_factor"])
+        original = float(scaling["original_max_position_embeddings"])
+        wavelength = 2 * math.pi / frequencies
+        smooth = (original / wavelength - low) / (high - low)
+        blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+        result = np.where(wavelength > original / low, frequencies / factor, frequencies)
+        middle = (wavelength <= original / low) & (wavelength >= original / high)
+        stretched: Table = np.where(middle, blended, result).astype(np.float32)
+        return stretched
+    raise CheckpointError(
+        f"config.json: rope_scaling type {kind!r} is not supported; expected 'default', 'linear' or "
+        "'llama3' (the others change with the length of the text)"
+    )
+
+
+def rotary_inputs(
+    g: Graph, name: str, tables: tuple[Table, Table], detail: str
+) -> tuple[str, str]:
+    """The two tables as initializers."""
+    cos, sin = tables
+    return (
+        g.computed(f"{name}.cos", cos.shape, lambda: cos, detail=detail),
+        g.computed(f"{name}.sin", sin.shape, lambda: sin, detail=detail),
+    )
+
+
+def position_ids(g: Graph, tokens: str) -> str:
+    """int64 ``[batch, tokens]``: 0, 1, 2, … in every row."""
+    steps = g.op("Range", g.const(0, "int64"), tokens, g.const(1, "int64"))
+    return g.op("Expand", steps, g.op("Shape", "attention_mask"))

@@ -1,0 +1,96 @@
+"""int4: blocks along the input axis with a scale and a zero point each, as ``MatMulNBits`` reads them.
+
+Layout of ``com.microsoft.MatMulNBits`` (ONNX Runtime's ContribOperators.md): the weight is stored by
+output channel, ``B`` uint8 ``[N, blocks, block_size / 2]`` with the earlier element in the low half of
+the byte, ``scales`` float32 ``[N, blocks]`` and ``zero_points`` uint8 ``[N, ceil(blocks / 2)]``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVELS = 15
+_SHRINK = np.linspace(1.0, 0.72, 15, dtype=np.float32)  # candidate ranges, widest first
+
+
+def block_grid(
+    blocks: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Choose each block's scale and zero point by the smallest (weighted) squared error.
+
+    The range is shrunk step by step from the block's full range, as outliers cost less clipped than
+    they cost the other weights when kept.
+
+    Args:
+        blocks: float32 ``[..., block_size]``.
+        importance: float32 broadcastable to ``blocks``, weight of each element's squared error.
+
+    Returns:
+        ``(scales, zero_points)``: float32 and uint8 in 0…15, both of the leading shape of ``blocks``.
+    """
+    low = np.minimum(blocks.min(axis=-1), 0.0)
+    high = np.maximum(blocks.max(axis=-1), 0.0)
+    best_scale = np.ones(low.shape, np.float32)
+    best_zero = np.zeros(low.shape, np.uint8)
+    best_error = np.full(low.shape, np.inf, np.float32)
+    for shrink in _SHRINK:
+        scale = (high - low) * (shrink / LEVELS)
+        scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+        zero = np.clip(np.rint(-low * shrink / scale), 0, LEVELS).astype(np.uint8)
+        difference = dequantize(quantize(blocks, scale, zero), scale, zero) - blocks
+        np.square(difference, out=difference)
+        if importance is not None:
+            difference *= importance
+        error = difference.sum(axis=-1)
+        better = error < best_error
+        best_scale[better], best_zero[better] = scale[better], zero[better]
+        best_error[better] = error[better]
+    return best_scale, best_zero
+
+
+def quantize(
+    blocks: NDArray[np.float32], scales: NDArray[np.float32], zero_points: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Round float32 ``[..., block_size]`` to uint8 0…15 on the grid of each block."""
+    levels = np.rint(blocks / scales[..., None])
+    levels += zero_points[..., None]
+    result: NDArray[np.uint8] = np.clip(levels, 0, LEVELS).astype(np.uint8)
+    return result
+
+
+def dequantize(
+    values: NDArray[np.uint8], scales: NDArray[np.float32], zero_points: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """Inverse of :func:`quantize`: float32 of the shape of ``values``."""
+    result: NDArray[np.float32] = (
+        values.astype(np.float32) - zero_points[..., None].astype(np.float32)
+    ) * scales[..., None]
+    return result
+
+
+def pack_pairs(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pack 4-bit values two to a byte along the last axis, low half first; odd lengths end in 0."""
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
+    result: NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << 4)
+    return result
+
+
+def unpack_pairs(packed: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+    """Inverse of :func:`pack_pairs` for a last axis of ``length`` values."""
+    values = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    values[..., 0::2] = packed & 0x0F
+    values[..., 1::2] = packed >> 4
+    return values[..., :length]
+
+
+def split_blocks(weight: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
+    """View float32 ``[out, in]`` as ``[out, blocks, block_size]``, zero-padded at the end of a row."""
+    out_features, in_features = weight.shape
+    blocks = -(-in_features // block_size)
+    if blocks * block_size != in_features:
+        padded = np.zeros((out_features, blocks * block_size), np.float32)
+        padded[:, :in_features] = weight
+        weight = padded
+    return weight.reshape(out_features, blocks, block_size)

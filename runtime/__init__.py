@@ -1,0 +1,45 @@
+"""Embedding with a bundle: small, fast, and without torch.
+
+    from embedge.runtime import Embedder
+
+    model = Embedder("demo-bundle", precision="int8")
+    queries = model.encode(["how do I sort a dict"], task="retrieval", truncate_dim=256)
+
+This package imports neither torch, transformers, onnx nor peft, and nothing of embedge's other
+parts.
+"""
+
+from __future__ import annotations
+
+from embedge.runtime._embedder import Embedder
+from embedge.runtime._errors import (
+    BundleError,
+    DeviceError,
+    EmbedgeError,
+    EmbedgeImportError,
+    EmbedgeValueError,
+    EmbedgeWarning,
+    InferenceError,
+    ManifestError,
+    TextTooLongError,
+)
+from embedge.runtime._requirements import check_onnxruntime, own_version
+
+__all__ = [
+    "BundleError",
+    "DeviceError",
+    "Embedder",
+    "EmbedgeError",
+    "EmbedgeImportError",
+    "EmbedgeValueError",
+    "EmbedgeWarning",
+    "InferenceError",
+    "ManifestError",
+    "TextTooLongError",
+    "__version__",
+]
+
+__version__ = own_version()
+
+# ONNX Runtime itself is imported with the first session; a missing one shows here.
+check_onnxruntime()

@@ -1,0 +1,143 @@
+"""Checks of a call's arguments, each with the list of what would have been right."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._manifest import Manifest, Model, Task
+
+__all__ = [
+    "as_texts",
+    "check_choice",
+    "check_flag",
+    "check_positive",
+    "choose_dim",
+    "choose_precision",
+    "choose_prompt",
+    "choose_task",
+]
+
+ON_TRUNCATE = ("ignore", "warn", "error")
+
+
+def as_texts(sentences: Any) -> tuple[list[str], bool]:
+    """The texts of a call, and whether it was a single one.
+
+    Raises:
+        EmbedgeValueError: with the index and type of the first item that is not a string.
+    """
+    if isinstance(sentences, str):
+        return [sentences], True
+    if isinstance(sentences, (bytes, bytearray, dict)) or not isinstance(sentences, Iterable):
+        raise EmbedgeValueError(
+            f"sentences: expected a string or a list of strings, found {type(sentences).__name__}"
+        )
+    try:
+        texts = list(sentences)
+    except TypeError as error:  # a NumPy scalar calls itself iterable
+        raise EmbedgeValueError(f"sentences: expected a list of strings: {error}") from error
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise EmbedgeValueError(
+                f"sentences[{index}]: expected a string, found {type(text).__name__}"
+            )
+    return texts, False
+
+
+def check_positive(name: str, value: Any) -> int:
+    """The value, a whole number of at least 1."""
+    try:
+        number = None if isinstance(value, bool) else value.__index__()
+    except (AttributeError, TypeError):
+        number = None
+    if not isinstance(number, int) or number < 1:
+        raise EmbedgeValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+    return number
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """The value, one of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise EmbedgeValueError(f"{name} is {value!r}; expected one of {_listed(choices)}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value, ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise EmbedgeValueError(f"{name} is {value!r}; expected True or False")
+    return value
+
+
+def choose_precision(manifest: Manifest, precision: str | None) -> str:
+    """The precision named, or the bundle's only one."""
+    known = manifest.precisions
+    if precision is None:
+        if len(known) > 1:
+            raise EmbedgeValueError(
+                f"the bundle has several precisions: {_listed(known)}; name one"
+            )
+        return next(iter(known))
+    if precision not in known:
+        raise EmbedgeValueError(
+            f"the bundle has no precision {precision!r}; it has {_listed(known)}"
+        )
+    return precision
+
+
+def choose_task(manifest: Manifest, precision: str, task: str | None) -> str:
+    """The task named, or the only one; it has a graph at the precision."""
+    known = manifest.precisions[precision].graphs
+    if task is None:
+        if len(known) != 1:
+            raise EmbedgeValueError(f"the bundle has several tasks: {_listed(known)}; name one")
+        return next(iter(known))
+    if task in known:
+        return task
+    if task in manifest.tasks:
+        raise EmbedgeValueError(
+            f"task {task!r} has no graph at precision {precision!r}, which has {_listed(known)}"
+        )
+    raise EmbedgeValueError(f"the bundle has no task {task!r}; it has {_listed(known)}")
+
+
+def choose_prompt(name: str, task: Task, prompt_name: str | None, prompt: str | None) -> str:
+    """The text to put before every text, "" for none; an explicit prompt wins over a name."""
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise EmbedgeValueError(f"prompt: expected a string, found {type(prompt).__name__}")
+        return prompt
+    chosen = task.default_prompt if prompt_name is None else prompt_name
+    if chosen is None:
+        return ""
+    if chosen in task.prompts:
+        return task.prompts[chosen]
+    if not task.prompts:
+        raise EmbedgeValueError(
+            f"task {name!r} has no prompt {chosen!r}: it declares none; leave prompt_name out"
+        )
+    raise EmbedgeValueError(
+        f"task {name!r} has no prompt {chosen!r}; it has {_listed(task.prompts)}"
+    )
+
+
+def choose_dim(model: Model, truncate_dim: int | None) -> int:
+    """The length of the vectors to give."""
+    if truncate_dim is None:
+        return model.dim
+    declared = model.matryoshka_dims
+    expected = f"1 to {model.dim}" if declared is None else f"one of {_listed(map(str, declared))}"
+    try:
+        dim = check_positive("truncate_dim", truncate_dim)
+    except EmbedgeValueError:
+        dim = 0
+    allowed = range(1, model.dim + 1) if declared is None else {*declared, model.dim}
+    if dim not in allowed:
+        raise EmbedgeValueError(f"truncate_dim is {truncate_dim!r}; the bundle has {expected}")
+    return dim
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,152 @@
+"""A bundle's folder: its manifest, and files that are what the manifest says.
+
+Checks when a bundle is opened, by ``verify``:
+    "none"   the manifest alone
+    "size"   every listed file is there, is a file inside the folder, and has its size (default)
+    "full"   and has its SHA-256
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath
+
+from embedge.runtime._errors import BundleError, EmbedgeValueError
+from embedge.runtime._manifest import Manifest
+from embedge.runtime._onnx_file import ExternalData, read_external_data
+from embedge.runtime._typed_json import read_json_object
+
+__all__ = ["MANIFEST_NAME", "VERIFY_MODES", "Bundle"]
+
+MANIFEST_NAME = "manifest.json"
+VERIFY_MODES = ("none", "size", "full")
+_AGAIN = "copy or export the bundle again"
+_CHUNK_BYTES = 1 << 20
+
+
+class Bundle:
+    """An opened bundle.
+
+    Args:
+        path: the bundle's folder.
+        verify: what to check, see the module's description.
+
+    Attributes:
+        root: the folder.
+        manifest: its parsed manifest.
+
+    Raises:
+        BundleError: if the folder is not a bundle, or a checked file is not what the manifest says.
+        EmbedgeValueError: for an unknown ``verify``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: str = "size") -> None:
+        if verify not in VERIFY_MODES:
+            raise EmbedgeValueError(
+                f"verify is {verify!r}; expected one of {', '.join(VERIFY_MODES)}"
+            )
+        self.root = Path(path)
+        if not self.root.is_dir():
+            found = "a file" if self.root.exists() else "nothing there"
+            raise BundleError(f"{self.root}: expected a bundle's folder, found {found}")
+        file = self.root / MANIFEST_NAME
+        if not file.exists():
+            raise BundleError(
+                f"{self.root}: not an embedge bundle: it has no {MANIFEST_NAME}; "
+                "`embedge export` writes bundles"
+            )
+        self.manifest = Manifest.from_dict(read_json_object(file), str(file))
+        if verify != "none":
+            for problem in self.problems(hashes=verify == "full"):
+                raise BundleError(problem)
+
+    def problems(self, *, hashes: bool) -> list[str]:
+        """What is wrong with the listed files, one message each.
+
+        Args:
+            hashes: compare SHA-256 too; reads every byte.
+        """
+        found = []
+        for name in self.manifest.files:
+            try:
+                self._check(name, hashes=hashes)
+            except BundleError as error:
+                found.append(str(error))
+        return found
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle.
+
+        Raises:
+            BundleError: if there is none, or it lies outside the folder behind a link.
+        """
+        path = self.root / name
+        try:
+            real = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise BundleError(f"{path}: missing; {_AGAIN}") from error
+        if not real.is_relative_to(self.root.resolve()):
+            raise BundleError(f"{path}: a link that leaves the bundle, to {real}; copy the file in")
+        if not real.is_file():
+            raise BundleError(f"{path}: expected a file, found something else; {_AGAIN}")
+        return path
+
+    def graph(self, precision: str, task: str) -> Path:
+        """The graph file of a task at a precision, both in the manifest."""
+        return self.file(self.manifest.precisions[precision].graphs[task])
+
+    def graph_bytes(self, precision: str, task: str) -> int:
+        """Bytes of a task's graph and of the external data it uses.
+
+        This is the estimate of a session's weights in memory: what ONNX Runtime repacks replaces
+        what it read, activations come on top.
+
+        Raises:
+            BundleError: if the graph cannot be read, or uses data outside its folder or past the
+                end of a file.
+        """
+        graph = self.graph(precision, task)
+        sizes: dict[tuple[str, int], int] = {}
+        for data in read_external_data(graph):
+            sizes[data.location, data.offset] = self._external_bytes(graph, data)
+        return graph.stat().st_size + sum(sizes.values())
+
+    def _external_bytes(self, graph: Path, data: ExternalData) -> int:
+        location = PurePosixPath(data.location)
+        if location.is_absolute() or ".." in location.parts or "\\" in data.location:
+            raise BundleError(
+                f"{graph}: uses weights at {data.location!r}, outside the bundle; {_AGAIN}"
+            )
+        file = self.file((graph.parent / location).relative_to(self.root).as_posix())
+        size = file.stat().st_size
+        length = size - data.offset if data.length is None else data.length
+        if data.offset < 0 or length < 0 or data.offset + length > size:
+            raise BundleError(
+                f"{file}: truncated: {graph.name} uses bytes {data.offset} to "
+                f"{data.offset + length}, found {size} bytes; {_AGAIN}"
+            )
+        return length
+
+    def _check(self, name: str, *, hashes: bool) -> None:
+        path, expected = self.file(name), self.manifest.files[name]
+        size = path.stat().st_size
+        if size != expected.size:
+            raise BundleError(f"{path}: expected {expected.size} bytes, found {size}; {_AGAIN}")
+        if hashes:
+            found = _sha256(path)
+            if found != expected.sha256:
+                raise BundleError(
+                    f"{path}: expected SHA-256 {expected.sha256}, found {found}; {_AGAIN}"
+                )
+
+
+def _sha256(path: Path) -> str:
+    state = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                state.update(chunk)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return state.hexdigest()

@@ -1,0 +1,176 @@
+"""The ``embedge`` command.
+
+Rules:
+    * Exit code 0 for success, 2 for a wrong call, 1 for a failure, 130 when interrupted.
+    * Errors and warnings are one line each on standard error, never a traceback; the environment
+      variable EMBEDGE_TRACEBACK=1 shows it.
+    * ``export`` and ``bench`` belong to other parts of embedge, which are looked up when called:
+      each offers ``add_arguments(parser)`` and ``run(args) -> exit code``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol, TextIO, cast
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Command:
+    """Where a subcommand lives, what it does, and the extra that it needs, if any."""
+
+    module: str
+    help: str
+    extra: str | None = None
+
+
+_COMMANDS = {
+    "export": _Command(
+        module="embedge.export._cli",
+        help="make a bundle from a model and its task adapters",
+        extra="export",
+    ),
+    "embed": _Command(
+        module="embedge.runtime._cli_embed",
+        help="turn lines or JSONL into vectors",
+    ),
+    "inspect": _Command(
+        module="embedge.runtime._cli_inspect",
+        help="show what a bundle holds, and check its files",
+    ),
+    "bench": _Command(
+        module="embedge.bench._cli",
+        help="measure quality, latency and memory against the unquantized model",
+        extra="bench",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        argv: the arguments; ``None``: the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return _run(arguments)
+        except SystemExit as stop:  # argparse: --help and wrong calls
+            return stop.code if isinstance(stop.code, int) else 2
+        except KeyboardInterrupt:
+            return _failed("interrupted", 130)
+        except BrokenPipeError:
+            # Whoever read the output has seen enough. What is still buffered goes nowhere, so that
+            # the interpreter does not complain at exit.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            return _report(error)
+
+
+def _run(arguments: list[str]) -> int:
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    parser = _Parser(
+        prog="embedge", description="Small, fast ONNX graphs of embedding models, one per task."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    run: Callable[[argparse.Namespace], int] | None = None
+    for name, command in _COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if name == called:
+            module = _load(command)
+            module.add_arguments(subparser)
+            run = module.run
+    args = parser.parse_args(arguments)
+    if args.version:
+        from embedge.runtime import __version__
+
+        print(f"embedge {__version__}")
+        return 0
+    if run is None:
+        parser.error(f"name a command: {', '.join(_COMMANDS)}")
+    return run(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"embedge: error: {message}; `{self.prog} --help` lists the options\n")
+
+
+def _load(command: _Command) -> _Module:
+    """The module of a command.
+
+    Raises:
+        EmbedgeImportError: if something that it needs is not installed, with the fix.
+    """
+    from embedge.runtime import EmbedgeError, EmbedgeImportError
+
+    try:
+        return cast("_Module", importlib.import_module(command.module))
+    except ImportError as error:
+        if command.extra is None or isinstance(error, EmbedgeError):
+            raise
+        missing = error.name or str(error)
+        raise EmbedgeImportError(
+            f"`embedge {command.extra}` needs {missing}, which cannot be imported; run "
+            f'`pip install "embedge[{command.extra}]"`'
+        ) from error
+
+
+class _Module(Protocol):
+    """What the module of a command offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def _report(error: Exception) -> int:
+    """Prints an error as one line; its exit code."""
+    if os.environ.get("EMBEDGE_TRACEBACK"):
+        traceback.print_exception(error)
+    try:
+        from embedge.runtime import EmbedgeError, EmbedgeValueError
+    except ImportError as missing:  # ONNX Runtime, which is what the error says already
+        return _failed(str(missing), 1)
+    if isinstance(error, EmbedgeValueError):
+        return _failed(str(error), 2)
+    if isinstance(error, EmbedgeError):
+        return _failed(str(error), 1)
+    if isinstance(error, OSError):
+        name = "" if error.filename is None else f"{error.filename}: "
+        return _failed(f"{name}{error.strerror or error}", 1)
+    return _failed(
+        f"unexpected {type(error).__name__}: {error} (EMBEDGE_TRACEBACK=1 shows where)", 1
+    )
+
+
+def _failed(message: str, code: int) -> int:
+    lines = [line.strip() for line in message.splitlines()]
+    print(f"embedge: error: {'; '.join(line for line in lines if line)}", file=sys.stderr)
+    return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"embedge: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,140 @@
+"""``embedge embed``: lines or JSONL in, JSONL or .npy out, in bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, BinaryIO
+
+from embedge.runtime._arguments import ON_TRUNCATE
+from embedge.runtime._device import DEVICES
+from embedge.runtime._embedder import DEFAULT_MAX_BATCH_TOKENS, Embedder
+from embedge.runtime._errors import EmbedgeError, EmbedgeValueError, TextTooLongError
+from embedge.runtime._progress import Progress
+from embedge.runtime._text_input import Record, chunked, read_records
+from embedge.runtime._vector_output import open_output, vector_writer
+
+__all__ = ["add_arguments", "run"]
+
+# A chunk is what is read, embedded and written before the next one is read.
+_CHUNK_TEXTS = 1024
+_CHUNK_CHARACTERS = 4_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument("--task", help="may be left out where the bundle has exactly one")
+    parser.add_argument("--precision", help="may be left out where the bundle has exactly one")
+    parser.add_argument(
+        "--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)"
+    )
+    parser.add_argument(
+        "--output", default="-", metavar="FILE", help="- is standard output (default)"
+    )
+    parser.add_argument(
+        "--input-format",
+        choices=("lines", "jsonl"),
+        help="a text per line (default), or a JSON object per line (default with --field)",
+    )
+    parser.add_argument("--field", help='key of the text in an object (default "text")')
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "npy"),
+        help="default: npy where the output's name ends in .npy, else jsonl",
+    )
+    parser.add_argument("--prompt-name", metavar="NAME", help="a prompt of the task")
+    parser.add_argument("--truncate-dim", type=int, metavar="N", help="length of the vectors")
+    parser.add_argument("--normalize", action="store_true", help="L2-normalize in any case")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most texts (32)")
+    parser.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=DEFAULT_MAX_BATCH_TOKENS,
+        metavar="N",
+        help=f"most padded tokens of a batch ({DEFAULT_MAX_BATCH_TOKENS})",
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="default: the cores this process really has"
+    )
+    parser.add_argument(
+        "--on-truncate",
+        choices=ON_TRUNCATE,
+        default="warn",
+        help="when a text is longer than the model takes (warn)",
+    )
+    parser.add_argument("--verify", choices=("none", "size", "full"), default="size")
+    parser.add_argument("--verbose", action="store_true", help="say which device was taken")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embeds the input; nothing is left under the output's name unless all of it was.
+
+    Raises:
+        EmbedgeValueError: for a wrong call.
+        EmbedgeError: if a line of the input or the bundle cannot be used.
+    """
+    if args.field is not None and args.input_format == "lines":
+        raise EmbedgeValueError("--field is for JSONL; leave out --input-format lines")
+    if args.verbose:
+        logging.basicConfig(format="embedge: %(message)s", level=logging.INFO)
+    jsonl = args.field is not None or args.input_format == "jsonl"
+    field = (args.field or "text") if jsonl else None
+    file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
+    model = Embedder(
+        args.bundle,
+        precision=args.precision,
+        device=args.device,
+        threads=args.threads,
+        verify=args.verify,
+    )
+    options = {
+        "task": args.task,
+        "prompt_name": args.prompt_name,
+        "batch_size": args.batch_size,
+        "max_batch_tokens": args.max_batch_tokens,
+        "truncate_dim": args.truncate_dim,
+        "normalize_embeddings": args.normalize,
+        "on_truncate": args.on_truncate,
+    }
+    dim = model.encode([], **options).shape[1]  # a wrong call shows before anything is read
+    with ExitStack() as stack:
+        source = stack.enter_context(_open_input(args.input)) if args.input != "-" else _stdin()
+        output = stack.enter_context(open_output(args.output))
+        writer = stack.enter_context(vector_writer(output, file_format, dim))
+        progress = stack.enter_context(Progress(None, shown=sys.stderr.isatty()))
+        for records in chunked(
+            read_records(source, field),
+            texts=max(_CHUNK_TEXTS, args.batch_size),
+            characters=_CHUNK_CHARACTERS,
+        ):
+            vectors = _encode(model, records, options)
+            writer.write([record.others for record in records], vectors)
+            progress.advance(len(records))
+    return 0
+
+
+def _encode(model: Embedder, records: list[Record], options: Mapping[str, Any]) -> Any:
+    """Vectors of some records; a text that is too long is a failure, not a wrong call."""
+    try:
+        return model.encode([record.text for record in records], **options)
+    except TextTooLongError as error:
+        raise EmbedgeError(
+            f"input line {records[error.index].line}: longer than {error.max_length} tokens; "
+            "shorten it, or pass --on-truncate ignore"
+        ) from error
+
+
+def _open_input(name: str) -> BinaryIO:
+    try:
+        return open(name, "rb")
+    except OSError as error:
+        raise EmbedgeError(f"--input {name}: {error.strerror or error}") from error
+
+
+def _stdin() -> BinaryIO:
+    return sys.stdin.buffer

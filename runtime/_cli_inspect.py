@@ -1,0 +1,195 @@
+"""``embedge inspect``: what a bundle holds, whether its files are whole, how each layer fared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from embedge.runtime._bundle import Bundle
+from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeValueError
+from embedge.runtime._typed_json import read_json_object
+
+__all__ = ["add_arguments", "run"]
+
+_ERROR_KEYS = ("output_error", "sqnr_db")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file's SHA-256; exit 1 if one differs"
+    )
+    parser.add_argument("--layers", action="store_true", help="show every layer's format and error")
+    parser.add_argument("--worst-first", action="store_true", help="with --layers: sort by error")
+    parser.add_argument("--task", help="with --layers: only this task")
+    parser.add_argument("--precision", help="with --layers: only this precision")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the bundle; 1 if a file is not what the manifest says.
+
+    Raises:
+        BundleError: if the bundle cannot be read, or with ``--verify`` is damaged.
+    """
+    if not args.layers and (args.worst_first or args.task or args.precision):
+        raise EmbedgeValueError("--worst-first, --task and --precision go with --layers")
+    bundle = Bundle(args.bundle, verify="none")
+    problems = bundle.problems(hashes=args.verify)
+    layers = _layers(bundle, args) if args.layers else []
+    if args.json:
+        print(json.dumps(_document(bundle, problems, layers), indent=2))
+    else:
+        print("\n".join([*_summary(bundle), *_layer_tables(layers)]))
+        if args.verify and not problems:
+            print(f"\nverified: {len(bundle.manifest.files)} files match their SHA-256")
+    if problems:
+        raise BundleError("\n".join(problems))
+    return 0
+
+
+def _summary(bundle: Bundle) -> list[str]:
+    manifest, model = bundle.manifest, bundle.manifest.model
+    dims = "any" if model.matryoshka_dims is None else ", ".join(map(str, model.matryoshka_dims))
+    facts = [
+        ("bundle", str(bundle.root)),
+        ("source", f"{manifest.source.name} ({manifest.source.model_type})"),
+        ("license", manifest.source.license or "not stated"),
+        (
+            "format",
+            f"{manifest.format_version}, by {manifest.producer.name} {manifest.producer.version}",
+        ),
+        (
+            "vectors",
+            f"{model.dim} dimensions, {model.similarity} similarity, "
+            f"{'normalized' if model.normalize else 'not normalized'}",
+        ),
+        ("truncation", f"to {dims}"),
+        ("multi-vectors", str(model.multi_vector_dim or "no")),
+        ("pooling", model.pooling),
+        ("longest text", f"{model.max_length} tokens"),
+        ("takes", ", ".join(model.modalities)),
+    ]
+    lines = [f"{name:14}{value}" for name, value in facts]
+    rows = [["task", "adapter", "prompts (* default)"]]
+    for name, task in manifest.tasks.items():
+        adapter = "bare" if task.adapter is None else task.adapter.name or "yes"
+        prompts = "  ".join(
+            f"{key}{'*' if key == task.default_prompt else ''}={text!r}"
+            for key, text in task.prompts.items()
+        )
+        rows.append([name, adapter, prompts or "none"])
+    lines += ["", *_table(rows)]
+    rows = [["precision", "devices", "bytes", "tasks"]]
+    for name, precision in manifest.precisions.items():
+        folders = tuple({path.rpartition("/")[0] + "/" for path in precision.graphs.values()})
+        size = sum(e.size for file, e in manifest.files.items() if file.startswith(folders))
+        rows.append([name, ", ".join(precision.devices), f"{size:,}", ", ".join(precision.graphs)])
+    lines += ["", *_table(rows)]
+    total = sum(entry.size for entry in manifest.files.values())
+    lines.append(f"{len(manifest.files)} files, {total:,} bytes in all")
+    rows = [["precision", "task", "measured"]]
+    for name, precision in manifest.precisions.items():
+        for task_name, figures in precision.fidelity.items():
+            rows.append([name, task_name, _figures(figures)])
+    return lines + (["", *_table(rows)] if len(rows) > 1 else [])
+
+
+def _layers(bundle: Bundle, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """``{"precision", "task", "layers": […]}`` of each recorded table that was asked for."""
+    manifest = bundle.manifest
+    for name, known in (("task", manifest.tasks), ("precision", manifest.precisions)):
+        value = getattr(args, name)
+        if value is not None and value not in known:
+            raise EmbedgeValueError(
+                f"the bundle has no {name} {value!r}; it has {', '.join(known)}"
+            )
+    found = []
+    for name, precision in manifest.precisions.items():
+        for task, path in precision.layers.items():
+            if args.precision in (None, name) and args.task in (None, task):
+                layers = read_json_object(bundle.file(path)).get("layers")
+                if not isinstance(layers, list) or not all(isinstance(x, dict) for x in layers):
+                    raise BundleError(
+                        f"{bundle.root / path}: layers: expected a list of objects; export the "
+                        "bundle again"
+                    )
+                if args.worst_first:
+                    layers = sorted(layers, key=_badness, reverse=True)
+                found.append({"precision": name, "task": task, "layers": layers})
+    if not found:
+        raise EmbedgeError(f"{bundle.root}: no layer was recorded for what was asked")
+    return found
+
+
+def _badness(layer: Mapping[str, Any]) -> tuple[float, float]:
+    """Sorts by the error of the output where it was recorded, then by that of the weight."""
+    output_error, sqnr_db = (layer.get(key) for key in _ERROR_KEYS)
+    return (
+        float(output_error) if isinstance(output_error, (int, float)) else -1.0,
+        -float(sqnr_db) if isinstance(sqnr_db, (int, float)) else -1e9,
+    )
+
+
+def _layer_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for table in tables:
+        rows = [["layer", "shape", "format", "bytes", "SQNR dB", "output error"]]
+        for layer in table["layers"]:
+            shape = layer.get("shape")
+            rows.append(
+                [
+                    str(layer.get("name", "?")),
+                    " × ".join(map(str, shape)) if isinstance(shape, list) else "",
+                    str(layer.get("format", "?")),
+                    _number(layer.get("bytes"), ","),
+                    _number(layer.get("sqnr_db"), ".1f"),
+                    _number(layer.get("output_error"), ".2g"),
+                ]
+            )
+        lines += ["", f"{table['precision']}, {table['task']}", *_table(rows)]
+    return lines
+
+
+def _document(
+    bundle: Bundle, problems: Sequence[str], layers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "bundle": str(bundle.root),
+        "manifest": bundle.manifest.to_dict(),
+        "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
+        "problems": list(problems),
+    }
+    return {**document, "layers": list(layers)} if layers else document
+
+
+def _figures(value: Any) -> str:
+    """Nested figures as "a.b=1.23, c=4"."""
+    if not isinstance(value, Mapping):
+        return _number(value, ".5g")
+    parts = []
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            parts += [f"{key}.{part}" for part in _figures(inner).split(", ") if part]
+        else:
+            parts.append(f"{key}={_number(inner, '.5g')}")
+    return ", ".join(parts)
+
+
+def _number(value: Any, form: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return format(value, form)
+    return "" if value is None else str(value)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with aligned columns, the first row underlined."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -1,0 +1,88 @@
+"""Choosing between the processor and a CUDA device.
+
+Rules:
+    * "cpu" and "cuda" are taken at their word; a precision without kernels there is refused.
+    * "auto" takes cuda where the precision has kernels for it and the provider really loads, else
+      cpu.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from embedge.runtime._cpu import probe_model
+from embedge.runtime._errors import DeviceError, EmbedgeValueError
+
+__all__ = ["DEVICES", "PROVIDERS", "choose_device"]
+
+DEVICES = ("auto", "cpu", "cuda")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_logger = logging.getLogger("embedge.runtime")
+
+
+def choose_device(requested: str, precision: str, supported: Sequence[str]) -> str:
+    """ "cpu" or "cuda".
+
+    Args:
+        requested: "auto", "cpu" or "cuda".
+        precision: name of the precision, for messages.
+        supported: devices that have kernels for it.
+
+    Raises:
+        EmbedgeValueError: for an unknown device, or one without kernels for the precision.
+        DeviceError: if CUDA was asked for and does not work here.
+    """
+    if requested not in DEVICES:
+        raise EmbedgeValueError(f"device is {requested!r}; expected one of {', '.join(DEVICES)}")
+    if requested != "auto" and requested not in supported:
+        raise EmbedgeValueError(
+            f"precision {precision!r} does not run on {requested}; it runs on "
+            f"{', '.join(supported) or 'no device'}: choose another precision or device"
+        )
+    if requested == "cpu":
+        return "cpu"
+    why_not = cuda_problem() if "cuda" in supported else "the precision has no CUDA kernels"
+    if requested == "cuda":
+        if why_not:
+            raise DeviceError(f"device 'cuda': {why_not}")
+        return "cuda"
+    if why_not and "cpu" not in supported:
+        raise DeviceError(f"precision {precision!r} runs on cuda only: {why_not}")
+    chosen = "cpu" if why_not else "cuda"
+    _logger.info("device auto: %s for %s%s", chosen, precision, f" ({why_not})" if why_not else "")
+    return chosen
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA provider cannot be used, with the fix; ``None`` if it can.
+
+    A provider that is listed may still fail to load its libraries, upon which ONNX Runtime would
+    fall back to the processor with no more than a log line. So a tiny session is opened.
+    """
+    import onnxruntime
+
+    cuda = PROVIDERS["cuda"]
+    if cuda not in onnxruntime.get_available_providers():
+        return (
+            "the installed ONNX Runtime has no CUDA provider; run "
+            '`pip uninstall -y onnxruntime` and then `pip install "embedge[gpu]"`'
+        )
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # from NVIDIA's pip packages, where they are installed
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(
+            probe_model(), options, providers=[cuda, PROVIDERS["cpu"]]
+        )
+        loaded = cuda in session.get_providers()
+    except Exception:  # ONNX Runtime's errors have no common base
+        loaded = False
+    if loaded:
+        return None
+    return (
+        "the CUDA provider is installed but does not load; check the driver with `nvidia-smi` and "
+        "install CUDA's and cuDNN's libraries with `pip install \"onnxruntime-gpu[cuda,cudnn]\"`"
+    )

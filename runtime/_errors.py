@@ -1,0 +1,82 @@
+"""What embedge refuses, as a small tree.
+
+    EmbedgeError
+    ├── EmbedgeValueError        an argument that cannot be used (also a ValueError)
+    │   └── TextTooLongError     a text that would be cut, under on_truncate="error"
+    ├── EmbedgeImportError       a package is missing or installed twice (also an ImportError)
+    ├── BundleError              a bundle is missing, damaged, or not what its manifest says
+    │   └── ManifestError        its manifest.json cannot be used
+    ├── DeviceError              the device asked for does not work on this machine
+    └── InferenceError           a graph failed, or gave something that is not a vector
+
+    EmbedgeWarning               something was changed or left out (a UserWarning)
+
+``embedge.export`` adds its own branch below :class:`EmbedgeError`. Every message names the thing,
+what was expected, what was found, and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "DeviceError",
+    "EmbedgeError",
+    "EmbedgeImportError",
+    "EmbedgeValueError",
+    "EmbedgeWarning",
+    "InferenceError",
+    "ManifestError",
+    "TextTooLongError",
+]
+
+
+class EmbedgeError(Exception):
+    """Base of all errors that embedge raises on purpose."""
+
+
+class EmbedgeValueError(EmbedgeError, ValueError):
+    """An argument cannot be used; the message lists what can."""
+
+
+class TextTooLongError(EmbedgeValueError):
+    """A text has more tokens than the model takes, and was not to be cut.
+
+    Args:
+        index: the text's place in the call.
+        max_length: tokens that the model takes.
+    """
+
+    def __init__(self, index: int, max_length: int) -> None:
+        super().__init__(index, max_length)
+        self.index = index
+        self.max_length = max_length
+
+    def __str__(self) -> str:
+        return (
+            f"sentences[{self.index}] is longer than {self.max_length} tokens; shorten it, or pass "
+            'on_truncate="ignore"'
+        )
+
+
+class EmbedgeImportError(EmbedgeError, ImportError):
+    """A package that embedge needs is missing, or installed twice."""
+
+
+class BundleError(EmbedgeError):
+    """A bundle or one of its files is missing, damaged, or not what the manifest says."""
+
+
+class ManifestError(BundleError):
+    """A ``manifest.json`` cannot be used; the message holds the path of the bad key."""
+
+
+class DeviceError(EmbedgeError):
+    """The device asked for does not work on this machine."""
+
+
+class InferenceError(EmbedgeError):
+    """A graph failed while running, or gave something that is not a vector."""
+
+
+class EmbedgeWarning(UserWarning):
+    """Something was changed, cut or left out; the call went on."""

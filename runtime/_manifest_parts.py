@@ -1,0 +1,344 @@
+"""The objects inside ``manifest.json``, each reading and writing its own part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from embedge.runtime._typed_json import Table
+
+__all__ = [
+    "ActivationConstant",
+    "Adapter",
+    "FileEntry",
+    "Model",
+    "Precision",
+    "Producer",
+    "Source",
+    "Task",
+    "TokenizerSettings",
+    "check_path",
+]
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+CONSTANT_TYPES = ("float32", "uint8", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Producer:
+    """What wrote the bundle."""
+
+    name: str
+    version: str
+
+    @classmethod
+    def parse(cls, table: Table) -> Producer:
+        """Reads the object, see :class:`Table` for what it raises."""
+        return cls(name=table.string("name"), version=table.string("version"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        return {"name": self.name, "version": self.version}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model that was exported.
+
+    Attributes:
+        license: SPDX-like name as the source states it, ``None`` where it states none.
+        sha256: hash of the base weights, ``None`` where it was not recorded.
+    """
+
+    name: str
+    model_type: str
+    license: str | None
+    sha256: str | None
+
+    @classmethod
+    def parse(cls, table: Table) -> Source:
+        """Reads the object, see :class:`Table` for what it raises."""
+        return cls(
+            name=table.string("name"),
+            model_type=table.string("model_type"),
+            license=table.optional_string("license"),
+            sha256=table.optional_string("sha256"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        return {
+            "name": self.name,
+            "model_type": self.model_type,
+            "license": self.license,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the graphs compute.
+
+    Attributes:
+        dim: length of a vector.
+        pooling: "mean", "cls" or "lasttoken"; for information, it is in the graph.
+        normalize: the source normalizes, so a truncated vector is normalized again.
+        max_length: most tokens of a text, special tokens included.
+        matryoshka_dims: dimensions that may be asked for; ``None``: any.
+        multi_vector_dim: length of a token's vector, ``None`` without a multi-vector head.
+        modalities: "text", "image".
+        inputs: names of the graphs' inputs.
+        similarity: "cosine" or "dot".
+    """
+
+    dim: int
+    pooling: str
+    normalize: bool
+    max_length: int
+    matryoshka_dims: tuple[int, ...] | None
+    multi_vector_dim: int | None
+    modalities: tuple[str, ...]
+    inputs: tuple[str, ...]
+    similarity: str
+
+    @classmethod
+    def parse(cls, table: Table) -> Model:
+        """Reads the object, see :class:`Table` for what it raises."""
+        model = cls(
+            dim=table.integer("dim", minimum=1),
+            pooling=table.string("pooling"),
+            normalize=table.flag("normalize"),
+            max_length=table.integer("max_length", minimum=1),
+            matryoshka_dims=table.optional_integers("matryoshka_dims", minimum=1),
+            multi_vector_dim=table.optional_integer("multi_vector_dim", minimum=1),
+            modalities=table.strings("modalities"),
+            inputs=table.strings("inputs"),
+            similarity=table.choice("similarity", ("cosine", "dot")),
+        )
+        for index, dim in enumerate(model.matryoshka_dims or ()):
+            if dim > model.dim:
+                table.fail(f"matryoshka_dims[{index}]", f"{dim} is above model.dim, {model.dim}")
+        unknown = [name for name in model.inputs if name not in INPUTS]
+        if unknown or not {"input_ids", "attention_mask"} <= set(model.inputs):
+            table.fail(
+                "inputs",
+                "expected input_ids, attention_mask and perhaps token_type_ids, found "
+                + (", ".join(model.inputs) or "none"),
+            )
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        dims = self.matryoshka_dims
+        return {
+            "dim": self.dim,
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "max_length": self.max_length,
+            "matryoshka_dims": None if dims is None else list(dims),
+            "multi_vector_dim": self.multi_vector_dim,
+            "modalities": list(self.modalities),
+            "inputs": list(self.inputs),
+            "similarity": self.similarity,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """The tokenizer file and what it does not say.
+
+    Attributes:
+        append_eos_token_id: an id to end every text with, which the file's own post-processor does
+            not add; ``None`` where there is nothing to add.
+    """
+
+    file: str
+    pad_token_id: int
+    append_eos_token_id: int | None
+
+    @classmethod
+    def parse(cls, table: Table) -> TokenizerSettings:
+        """Reads the object, see :class:`Table` for what it raises."""
+        return cls(
+            file=_path(table, "file"),
+            pad_token_id=table.integer("pad_token_id", minimum=0),
+            append_eos_token_id=table.optional_integer("append_eos_token_id", minimum=0),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        return {
+            "file": self.file,
+            "pad_token_id": self.pad_token_id,
+            "append_eos_token_id": self.append_eos_token_id,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The adapter a task was merged from; ``None`` for what was not recorded."""
+
+    name: str | None
+    sha256: str | None
+    base_model: str | None
+
+    @classmethod
+    def parse(cls, table: Table) -> Adapter:
+        """Reads the object, see :class:`Table` for what it raises."""
+        return cls(
+            name=table.optional_string("name"),
+            sha256=table.optional_string("sha256"),
+            base_model=table.optional_string("base_model"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        return {"name": self.name, "sha256": self.sha256, "base_model": self.base_model}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task's prompts by name, the one used when none is named, and its adapter (``None``:
+    bare).
+    """
+
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    adapter: Adapter | None
+
+    @classmethod
+    def parse(cls, table: Table) -> Task:
+        """Reads the object, see :class:`Table` for what it raises."""
+        adapter = table.optional_table("adapter")
+        task = cls(
+            prompts=table.string_map("prompts", required=False),
+            default_prompt=table.optional_string("default_prompt"),
+            adapter=None if adapter is None else Adapter.parse(adapter),
+        )
+        if task.default_prompt is not None and task.default_prompt not in task.prompts:
+            known = ", ".join(task.prompts) or "none"
+            table.fail("default_prompt", f"{task.default_prompt!r} is not in prompts ({known})")
+        return task
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        return {
+            "prompts": dict(self.prompts),
+            "default_prompt": self.default_prompt,
+            "adapter": None if self.adapter is None else self.adapter.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationConstant:
+    """A scalar initializer with one value for 8-bit and one for 7-bit activations."""
+
+    dtype: str
+    full: int | float
+    reduced: int | float
+
+    @classmethod
+    def parse(cls, table: Table) -> ActivationConstant:
+        """Reads the object, see :class:`Table` for what it raises."""
+        return cls(
+            dtype=table.choice("dtype", CONSTANT_TYPES),
+            full=table.number("full"),
+            reduced=table.number("reduced"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        return {"dtype": self.dtype, "full": self.full, "reduced": self.reduced}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The graphs of one precision.
+
+    Attributes:
+        graphs: path of the graph by task; a task may be missing.
+        devices: "cpu", "cuda": where its kernels exist.
+        row_multiple: batch × tokens has to be a multiple of this.
+        activation_constants: initializers to replace where u8×s8 products saturate, by name.
+        options: what the export was called with; free.
+        layers: path of the layer table by task.
+        fidelity: figures against the reference, by task; free, empty until ``bench --record``.
+    """
+
+    graphs: Mapping[str, str]
+    devices: tuple[str, ...]
+    row_multiple: int = 1
+    activation_constants: Mapping[str, ActivationConstant] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, table: Table) -> Precision:
+        """Reads the object, see :class:`Table` for what it raises."""
+        graphs = table.table("graphs")
+        layers = table.optional_table("layers")
+        constants = table.optional_table("activation_constants")
+        return cls(
+            graphs={task: _path(graphs, task) for task in graphs.values},
+            devices=table.strings("devices"),
+            row_multiple=table.optional_integer("row_multiple", minimum=1) or 1,
+            activation_constants={
+                name: ActivationConstant.parse(constant)
+                for name, constant in (constants.tables() if constants else ())
+            },
+            options=table.free("options"),
+            layers={task: _path(layers, task) for task in layers.values} if layers else {},
+            fidelity=table.free("fidelity"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        constants = self.activation_constants
+        return {
+            "graphs": dict(self.graphs),
+            "devices": list(self.devices),
+            "row_multiple": self.row_multiple,
+            "activation_constants": {name: c.to_dict() for name, c in constants.items()},
+            "options": dict(self.options),
+            "layers": dict(self.layers),
+            "fidelity": dict(self.fidelity),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file's size in bytes and its SHA-256 in lower-case hexadecimal."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def parse(cls, table: Table) -> FileEntry:
+        """Reads the object, see :class:`Table` for what it raises."""
+        entry = cls(size=table.integer("size", minimum=0), sha256=table.string("sha256"))
+        if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+            table.fail("sha256", f"expected 64 hexadecimal digits, found {entry.sha256[:80]!r}")
+        return entry
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object as JSON."""
+        return {"size": self.size, "sha256": self.sha256}
+
+
+def _path(table: Table, key: str) -> str:
+    path = table.string(key)
+    check_path(table, key, path)
+    return path
+
+
+def check_path(table: Table, key: str | None, path: str) -> None:
+    """Refuses what is not a plain relative path below the bundle's folder."""
+    parts = path.split("/")
+    if {"", ".", ".."} & set(parts) or any(c in path for c in "\\:\0") or not path.isprintable():
+        table.fail(
+            key,
+            f"{path!r} is not a path inside the bundle; expected a relative one with / and no ..",
+        )

@@ -1,0 +1,44 @@
+"""A progress bar where tqdm is installed, nothing where it is not."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Counts texts on standard error; closes with its block.
+
+    Args:
+        total: texts to come, ``None`` where that is not known.
+        shown: ``False`` counts in silence.
+    """
+
+    def __init__(self, total: int | None, *, shown: bool) -> None:
+        self._bar: Any = None
+        if not shown:
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self._bar = tqdm(total=total, unit="text", desc="embed", dynamic_ncols=True)
+
+    def advance(self, texts: int) -> None:
+        """Counts some more texts."""
+        if self._bar is not None:
+            self._bar.update(texts)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

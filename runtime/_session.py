@@ -1,0 +1,239 @@
+"""Sessions: a graph opened by ONNX Runtime, and a pool that keeps a bounded number of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.runtime._cpu import saturates_u8s8
+from embedge.runtime._device import PROVIDERS
+from embedge.runtime._errors import BundleError, EmbedgeError, InferenceError
+from embedge.runtime._manifest import ActivationConstant
+
+__all__ = ["GraphSession", "SessionPool"]
+
+
+class GraphSession:
+    """A graph that is ready to run; safe to run from several threads at once.
+
+    On the processor, if integer products saturate there, ``constants`` are replaced by their
+    reduced values when the session opens.
+
+    Args:
+        file: the graph, its external data beside it.
+        device: "cpu" or "cuda".
+        threads: threads of one run.
+        constants: activation constants by initializer name, empty where there are none.
+        inputs: names the graph has to take.
+        arena: keep freed activations for the next run; faster, at the size of the largest batch.
+
+    Raises:
+        BundleError: if ONNX Runtime refuses the graph, or it takes other inputs.
+        DeviceError: if the device's provider did not load.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        device: str,
+        threads: int,
+        constants: Mapping[str, ActivationConstant],
+        inputs: Sequence[str],
+        arena: bool = True,
+    ) -> None:
+        import onnxruntime
+
+        self.file = file
+        self.device = device
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.enable_cpu_mem_arena = arena
+        options.log_severity_level = 4  # what it logs at 3 it also raises
+        # ONNX Runtime reads these where they lie: they live as long as the session.
+        self._replaced = []
+        if constants and device == "cpu" and saturates_u8s8():
+            for name, constant in constants.items():
+                value = np.array(constant.reduced, constant.dtype)
+                self._replaced.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
+                options.add_initializer(name, self._replaced[-1])
+        providers: list[Any] = [PROVIDERS["cpu"]]
+        if device == "cuda":
+            # TF32 keeps 10 bits of a product's mantissa: fp32 would not be fp32.
+            providers.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0"}))
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise BundleError(
+                f"{file}: ONNX Runtime {onnxruntime.__version__} cannot open it: "
+                f"{_one_line(error)}; `embedge inspect --verify` checks the bundle's files"
+            ) from error
+        found = {value.name for value in self._session.get_inputs()}
+        if found != set(inputs):
+            raise BundleError(
+                f"{file}: expected inputs {', '.join(sorted(inputs))}, found "
+                f"{', '.join(sorted(found))}; export the bundle again"
+            )
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, output: str, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """One output for a batch, as float32.
+
+        Raises:
+            BundleError: if the graph has no such output.
+            InferenceError: if the run fails or its result is not finite.
+        """
+        if output not in self.outputs:
+            raise BundleError(
+                f"{self.file}: expected an output {output}, found {', '.join(self.outputs)}; "
+                "export the bundle again"
+            )
+        try:
+            if self.device == "cuda":
+                result = self._run_bound(output, inputs)
+            else:
+                (result,) = self._session.run([output], dict(inputs))
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            rows, tokens = inputs["input_ids"].shape
+            raise InferenceError(
+                f"{self.file}: failed on a batch of {rows} × {tokens} tokens: {_one_line(error)}; "
+                "if memory ran out, lower max_batch_tokens"
+            ) from error
+        if not np.isfinite(result).all():
+            raise InferenceError(
+                f"{self.file}: gave values that are not finite; `embedge inspect --verify` checks "
+                "the bundle's files"
+            )
+        return np.asarray(result, np.float32)
+
+    def _run_bound(self, output: str, inputs: Mapping[str, NDArray[np.int64]]) -> Any:
+        """A run with its inputs copied to the device first and its output fetched once."""
+        import onnxruntime
+
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(
+                name, onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+            )
+        binding.bind_output(output, self.device, 0)
+        self._session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0]
+
+
+@dataclass
+class _Entry:
+    """A session of the pool, ``None`` while it is being opened, and who uses it."""
+
+    size_bytes: int
+    session: GraphSession | None = None
+    users: int = 0
+
+
+class SessionPool:
+    """Sessions by name, opened at first use; the longest unused goes when there are too many.
+
+    A session in use is never closed. A call that would need more than the limits waits until others
+    have finished theirs.
+
+    Args:
+        open_session: opens the session of a name.
+        size_bytes: what a session counts towards the memory limit.
+        max_sessions: most sessions at once, ``None``: no limit.
+        memory_limit: most bytes at once, ``None``: no limit.
+    """
+
+    def __init__(
+        self,
+        open_session: Callable[[str], GraphSession],
+        size_bytes: Callable[[str], int],
+        *,
+        max_sessions: int | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        self._open_session = open_session
+        self._size_bytes = size_bytes
+        self._max_sessions = max_sessions
+        self._memory_limit = memory_limit
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # longest unused first
+        self._changed = threading.Condition()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the open sessions, the longest unused first."""
+        with self._changed:
+            return tuple(self._entries)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[GraphSession]:
+        """The session of a name, kept open until the block ends.
+
+        Raises:
+            EmbedgeError: if the session alone is above the memory limit, or cannot be opened.
+        """
+        entry, session = self._take(name)
+        try:
+            yield session
+        finally:
+            with self._changed:
+                entry.users -= 1
+                self._changed.notify_all()
+
+    def _take(self, name: str) -> tuple[_Entry, GraphSession]:
+        size = self._size_bytes(name)
+        if self._memory_limit is not None and size > self._memory_limit:
+            raise EmbedgeError(
+                f"the graph of {name!r} and its weights take {size} bytes, above memory_limit "
+                f"({self._memory_limit}); raise the limit or choose a smaller precision"
+            )
+        with self._changed:
+            while True:
+                entry = self._entries.get(name)
+                if entry is not None and entry.session is not None:
+                    entry.users += 1
+                    self._entries.move_to_end(name)
+                    return entry, entry.session
+                if entry is None and self._make_room(size):
+                    entry = self._entries[name] = _Entry(size, users=1)
+                    break
+                self._changed.wait()
+        # Opened outside the lock: other sessions go on meanwhile.
+        try:
+            session = self._open_session(name)
+        except BaseException:
+            with self._changed:
+                del self._entries[name]
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            entry.session = session
+            self._changed.notify_all()
+        return entry, session
+
+    def _make_room(self, size: int) -> bool:
+        """Closes unused sessions until one more fits; ``False`` if those in use leave no room."""
+        while not self._fits(size):
+            unused = next((name for name, e in self._entries.items() if not e.users), None)
+            if unused is None:
+                return False
+            del self._entries[unused]
+        return True
+
+    def _fits(self, size: int) -> bool:
+        if self._max_sessions is not None and len(self._entries) >= self._max_sessions:
+            return False
+        total = size + sum(entry.size_bytes for entry in self._entries.values())
+        return self._memory_limit is None or total <= self._memory_limit
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,128 @@
+"""Similarity of vectors, and late interaction (MaxSim) of multi-vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.runtime._errors import EmbedgeValueError
+
+__all__ = ["max_sim", "normalized", "similarity", "vector_similarity"]
+
+Vectors = NDArray[np.float32]
+
+# Token products held at once by late interaction, in float32 values (64 MiB).
+_BLOCK_VALUES = 1 << 24
+
+
+def normalized(vectors: Vectors) -> Vectors:
+    """Vectors ``[..., dim]`` with L2 norm 1; zero vectors stay zero."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit = np.zeros_like(vectors)
+    np.divide(vectors, norms, out=unit, where=norms > 0)
+    return unit
+
+
+def similarity(a: Any, b: Any, kind: str) -> Vectors:
+    """Similarity of each of ``a`` to each of ``b``, float32 ``[len(a), len(b)]``.
+
+    Args:
+        a: vectors ``[n, dim]``, one vector ``[dim]``, or a list of multi-vectors ``[tokens, dim]``,
+            then scored by late interaction.
+        b: like ``a``.
+        kind: "cosine" or "dot", for single vectors.
+
+    Raises:
+        EmbedgeValueError: if the two differ in kind or in dimension.
+    """
+    multi_a, multi_b = _multi_vectors(a), _multi_vectors(b)
+    if multi_a is None or multi_b is None:
+        empty = [x is not None and not x for x in (multi_a, multi_b)]
+        if (multi_a is None) != (multi_b is None) and not any(empty):
+            raise EmbedgeValueError(
+                "similarity of multi-vectors with single vectors; expected two lists of arrays "
+                "[tokens, dim], or two arrays [n, dim]"
+            )
+        return vector_similarity(_matrix(a, "a"), _matrix(b, "b"), kind)
+    return max_sim(multi_a, multi_b)
+
+
+def vector_similarity(a: Vectors, b: Vectors, kind: str) -> Vectors:
+    """Cosine or dot product, float32 ``[n, m]``, of float32 ``[n, dim]`` and ``[m, dim]``."""
+    if not len(a) or not len(b):
+        return np.zeros((len(a), len(b)), np.float32)
+    if a.shape[1] != b.shape[1]:
+        raise EmbedgeValueError(
+            f"vectors of different dimensions: {a.shape[1]} and {b.shape[1]}; encode both with the "
+            "same truncate_dim"
+        )
+    if kind == "cosine":
+        a, b = normalized(a), normalized(b)
+    return a @ b.T
+
+
+def max_sim(queries: Sequence[Vectors], documents: Sequence[Vectors]) -> Vectors:
+    """Late interaction: per query token its best document token's product, summed over the query.
+
+    Args:
+        queries: float32 ``[tokens, dim]`` each.
+        documents: float32 ``[tokens, dim]`` each; one without tokens scores 0.
+
+    Returns:
+        float32 ``[len(queries), len(documents)]``.
+
+    Raises:
+        EmbedgeValueError: if dimensions differ.
+    """
+    dims = {part.shape[1] for part in (*queries, *documents)}
+    if len(dims) > 1:
+        raise EmbedgeValueError(
+            f"multi-vectors of different dimensions: {', '.join(map(str, sorted(dims)))}"
+        )
+    scores = np.zeros((len(queries), len(documents)), np.float32)
+    filled = [row for row, query in enumerate(queries) if len(query)]
+    if not filled:
+        return scores
+    tokens = np.concatenate([queries[row] for row in filled])
+    starts = np.cumsum([0, *(len(queries[row]) for row in filled[:-1])])
+    best = np.empty(len(tokens), np.float32)
+    for column, document in enumerate(documents):
+        if not len(document):
+            continue
+        block = max(1, _BLOCK_VALUES // len(document))
+        for start in range(0, len(tokens), block):
+            products = tokens[start : start + block] @ document.T
+            best[start : start + block] = products.max(axis=1)
+        scores[filled, column] = np.add.reduceat(best, starts)
+    return scores
+
+
+def _multi_vectors(value: Any) -> list[Vectors] | None:
+    """The parts of a list of ``[tokens, dim]`` arrays, ``None`` for anything else."""
+    if isinstance(value, np.ndarray):
+        return list(value.astype(np.float32, copy=False)) if value.ndim == 3 else None
+    if not isinstance(value, (list, tuple)):
+        return None
+    if all(np.ndim(part) == 2 for part in value):
+        return [np.asarray(part, np.float32) for part in value]
+    return None
+
+
+def _matrix(value: Any, name: str) -> Vectors:
+    """Vectors as float32 ``[n, dim]``."""
+    try:
+        matrix = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise EmbedgeValueError(
+            f"{name}: not an array of vectors of one length: {error}"
+        ) from error
+    if matrix.ndim == 1:
+        matrix = matrix.reshape(1, -1) if matrix.size else matrix.reshape(0, 0)
+    if matrix.ndim != 2:
+        raise EmbedgeValueError(
+            f"{name}: expected an array [n, dim], found {matrix.ndim} dimensions"
+        )
+    return matrix

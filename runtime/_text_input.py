@@ -1,0 +1,88 @@
+"""Texts from a stream of lines, or of JSON objects.
+
+Rules:
+    * Lines end with a line feed; a carriage return before it, and a byte order mark at the start,
+      are dropped. An empty line is an empty text: the n-th line gives the n-th vector.
+    * The input is UTF-8; JSONL holds an object with a string under the field on every line.
+      Anything else is an error with the number of the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from embedge.runtime._errors import EmbedgeError
+
+__all__ = ["Record", "chunked", "read_records"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A text, the number of its line (from 1), and the other members of its JSON object."""
+
+    text: str
+    line: int
+    others: dict[str, Any]
+
+
+def read_records(lines: Iterable[bytes], field: str | None) -> Iterator[Record]:
+    """The records of an input.
+
+    Args:
+        lines: each with its line end.
+        field: key of the text in JSONL; ``None``: the lines are the texts.
+
+    Raises:
+        EmbedgeError: with the number of the first line that cannot be used.
+    """
+    for number, raw in enumerate(lines, start=1):
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            raise EmbedgeError(
+                f"input line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert "
+                "the input first, e.g. `iconv -f LATIN1 -t UTF-8`"
+            ) from error
+        yield Record(line, number, {}) if field is None else _parsed(line, number, field)
+
+
+def chunked(records: Iterable[Record], *, texts: int, characters: int) -> Iterator[list[Record]]:
+    """Records in lists that end at a number of texts, or once they hold so many characters."""
+    chunk: list[Record] = []
+    held = 0
+    for record in records:
+        chunk.append(record)
+        held += len(record.text)
+        if len(chunk) >= texts or held >= characters:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _parsed(line: str, number: int, field: str) -> Record:
+    try:
+        members = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EmbedgeError(
+            f"input line {number}: expected a JSON object, found {line[:40]!r} ({error})"
+        ) from error
+    if not isinstance(members, dict):
+        raise EmbedgeError(
+            f"input line {number}: expected a JSON object, found {type(members).__name__}"
+        )
+    if not isinstance(members.get(field), str):
+        found = type(members[field]).__name__ if field in members else "no such key"
+        raise EmbedgeError(
+            f"input line {number}: expected a string under {field!r}, found {found}; keys there: "
+            f"{', '.join(members) or 'none'} (--field names another)"
+        )
+    text = members.pop(field)
+    return Record(text, number, members)

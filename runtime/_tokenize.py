@@ -1,0 +1,103 @@
+"""Texts to token ids, by the bundle's own ``tokenizer.json``.
+
+The file's truncation and padding are replaced: texts are cut at the model's limit with their
+special tokens kept, and padded later, per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.runtime._errors import BundleError
+from embedge.runtime._manifest import TokenizerSettings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["TextTokenizer", "TokenIds", "without_surrogates"]
+
+# tokenizers' own objects take some 100 bytes a token, so they are dropped after this many texts.
+_CHUNK_TEXTS = 512
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """One text: ids and token types, int64 ``[tokens]``, and whether it was cut."""
+
+    ids: NDArray[np.int64]
+    type_ids: NDArray[np.int64]
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class TextTokenizer:
+    """A tokenizer file with the model's limit; safe to use from several threads.
+
+    Args:
+        file: path of ``tokenizer.json``.
+        settings: what the manifest says about it.
+        max_length: most tokens of a text, special tokens included.
+
+    Raises:
+        BundleError: if the file is not a tokenizer, or cannot keep to the limit.
+    """
+
+    def __init__(self, file: Path, settings: TokenizerSettings, max_length: int) -> None:
+        self._eos = settings.append_eos_token_id
+        self._tokenizer = _load(file, max_length - (self._eos is not None))
+
+    def __call__(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Token ids of each text; lone surrogates are read as U+FFFD."""
+        result = []
+        for start in range(0, len(texts), _CHUNK_TEXTS):
+            chunk = [without_surrogates(text) for text in texts[start : start + _CHUNK_TEXTS]]
+            for encoding in self._tokenizer.encode_batch_fast(chunk):
+                ids, types = encoding.ids, encoding.type_ids
+                if self._eos is not None:
+                    ids, types = [*ids, self._eos], [*types, types[-1] if types else 0]
+                result.append(
+                    TokenIds(
+                        np.array(ids, np.int64),
+                        np.array(types, np.int64),
+                        bool(encoding.overflowing),
+                    )
+                )
+        return result
+
+
+def without_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates as U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _load(file: Path, max_length: int) -> Tokenizer:
+    # Imported here because `import embedge.runtime` has to stay cheap.
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.enable_truncation(max_length)
+        # The post-processor's special tokens may leave no room: only shown when it is used.
+        tokenizer.encode_batch_fast(["a"])
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(
+            f"{file}: not a tokenizer that cuts at {max_length} tokens ({error}); copy or export "
+            "the bundle again"
+        ) from error
+    return tokenizer
