@@ -1,7 +1,7 @@
 """Runs as a child process: what a program that only embeds waits for and holds.
 
-Only the standard library and embedge.runtime are imported (for ``torch``, the reference instead), so
-that the process is what such a program would be. Prints one JSON line.
+Only the standard library and embedge.runtime are imported (the reference, where that is the job),
+so that the process is what such a program would be. Prints one JSON line.
 """
 
 from __future__ import annotations

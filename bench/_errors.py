@@ -1,7 +1,7 @@
 """What goes wrong in a bench.
 
-    EmbedgeError
-    └── BenchError      a source, a data file or a bundle does not hold what was asked for
+EmbedgeError
+└── BenchError      a source, a data file or a bundle does not hold what was asked for
 """
 
 from __future__ import annotations

@@ -36,9 +36,7 @@ def fidelity(ours: Vectors, reference: Vectors, dims: Sequence[int]) -> dict[str
     return result
 
 
-def by_kind(
-    ours: Vectors, reference: Vectors, kinds: Sequence[str]
-) -> dict[str, dict[str, float]]:
+def by_kind(ours: Vectors, reference: Vectors, kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return cosine mean and min of each kind of text, at full dimension."""
     cosines = cosine_rows(ours, reference)
     labels = np.array(kinds)

@@ -77,5 +77,5 @@ def percentiles(times_ms: Times) -> dict[str, float]:
 
 
 def ratio(slower_ms: Times, faster_ms: Times) -> float:
-    """Return the median over rounds of ``slower / faster``: how many times as fast the second is."""
+    """Return the median over rounds of ``slower / faster``: how many times as fast it is."""
     return float(np.median(slower_ms / faster_ms))

@@ -70,13 +70,14 @@ def vectors_against(
 ) -> Figures:
     """Return the fields of a row that come from vectors: fidelity, quality, invariance."""
     texts = [text.text for text in data.texts]
-    ours = system.encode(texts)
+    own = effort.torch_quality or system.name != TORCH_FP32
+    ours = system.encode(texts) if own else reference.texts
     figures: Figures = {
         "fidelity": fidelity(ours, reference.texts, data.dims),
         "fidelity_by_kind": by_kind(ours, reference.texts, [text.kind for text in data.texts]),
         "quality": {},
     }
-    qualities = _qualities(system, data)
+    qualities = _qualities(system, data) if own else reference.qualities
     for evaluation in data.evaluations:
         dims = {}
         for dim in data.dims:
@@ -121,7 +122,7 @@ def latency(
         ids, mask = tokens.exact(texts, shape.batch, shape.tokens)
         runs = {s.name: functools.partial(s.forward, ids, mask) for s in systems}
         rounds = effort.rounds * (4 if shape.batch == 1 else 1)
-        times = alternate(runs, rounds)
+        times = alternate(runs, rounds, warm_up=effort.warm_up)
         for name, values in times.items():
             result[name]["shapes"][shape.name] = _shape_figures(shape, values, times)
     step("single texts")
@@ -149,9 +150,7 @@ def _shape_figures(shape: Shape, times_ms: Times, all_times: dict[str, Times]) -
         "rounds": len(times_ms),
         "texts_per_s": shape.batch / median * 1000,
         "tokens_per_s": shape.batch * shape.tokens / median * 1000,
-        "times_as_fast_as": {
-            other: ratio(theirs, times_ms) for other, theirs in all_times.items()
-        },
+        "times_as_fast_as": {other: ratio(theirs, times_ms) for other, theirs in all_times.items()},
     }
     return figures
 

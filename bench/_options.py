@@ -22,6 +22,9 @@ class Effort:
         singles: texts that are timed one by one.
         invariance: texts of the batch-invariance check.
         eval_sets: most evaluation files a task.
+        warm_up: untimed rounds before the timed ones.
+        peer_variants: variants of each peer, the strongest first.
+        torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
         latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
             the numbers they hold.
     """
@@ -33,11 +36,23 @@ class Effort:
     invariance: int
     eval_sets: int | None = None
     latency_tasks: int | None = None
+    warm_up: int = 2
+    peer_variants: int | None = None
+    torch_quality: bool = True
 
 
 FULL = Effort(texts=None, rows=None, rounds=15, singles=100, invariance=96)
 QUICK = Effort(
-    texts=96, rows=200, rounds=3, singles=24, invariance=24, eval_sets=1, latency_tasks=1
+    texts=64,
+    rows=150,
+    rounds=3,
+    singles=24,
+    invariance=16,
+    eval_sets=1,
+    latency_tasks=1,
+    warm_up=1,
+    peer_variants=1,
+    torch_quality=False,
 )
 
 

@@ -1,6 +1,7 @@
 """ONNX Runtime's own dynamic int8 of an optimum export, plain and after its transformer optimizer.
 
-Both at the defaults that users get: int8 weights per tensor, uint8 activations per tensor.
+Two at the defaults that users get, int8 weights and uint8 activations per tensor; and, because that
+costs a small encoder 5 % of its cosine, one with weights per channel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from embedge.bench._peer_context import PeerContext
 from embedge.bench._source import Source
 from embedge.bench._tokens import Ids, TextTokens
 
-__all__ = ["optimized_int8", "plain_int8"]
+__all__ = ["optimized_int8", "per_channel_int8", "plain_int8"]
 
 # Families whose graphs ONNX Runtime's optimizer fuses, under the name it knows them by.
 _OPTIMIZER_TYPES = dict.fromkeys(
@@ -54,40 +55,49 @@ def plain_int8(context: PeerContext) -> HiddenStateSystem:
     """Return ``quantize_dynamic`` of the export."""
     graph = context.workdir / "ort-int8.onnx"
     _quantize(context.onnx(), graph)
-    return _OnnxRuntimeSystem(
-        "ORT dynamic int8", graph, context.source, context.tokens, context.threads
-    )
+    return _system("ORT dynamic int8", graph, context)
 
 
 def optimized_int8(context: PeerContext) -> HiddenStateSystem:
-    """Return ``quantize_dynamic`` of the export after ``onnxruntime.transformers.optimizer``.
+    """Return ``quantize_dynamic`` of the export after ``onnxruntime.transformers.optimizer``."""
+    graph = context.workdir / "ort-fused-int8.onnx"
+    _quantize(_fused(context), graph)
+    return _system("ORT optimizer + dynamic int8", graph, context)
+
+
+def per_channel_int8(context: PeerContext) -> HiddenStateSystem:
+    """Return the same with a scale per output channel of each weight, ONNX Runtime's most exact."""
+    graph = context.workdir / "ort-fused-per-channel-int8.onnx"
+    _quantize(_fused(context), graph, per_channel=True)
+    return _system("ORT optimizer + per-channel int8", graph, context)
+
+
+def _fused(context: PeerContext) -> Path:
+    """Return the fp32 export after the optimizer, made on the first call.
 
     Raises:
         ValueError: the optimizer does not know the family.
     """
     from onnxruntime.transformers import optimizer
 
-    config = context.config
+    config, graph = context.config, context.workdir / "ort-fused.onnx"
     if config.model_type not in _OPTIMIZER_TYPES:
         raise ValueError(f"ONNX Runtime's optimizer has no fusions for {config.model_type}")
-    fused, graph = context.workdir / "ort-fused.onnx", context.workdir / "ort-fused-int8.onnx"
-    level = logging.getLogger().level
-    model = optimizer.optimize_model(
-        str(context.onnx()),
-        model_type=_OPTIMIZER_TYPES[config.model_type],
-        num_heads=config.num_attention_heads,
-        hidden_size=config.hidden_size,
-    )
-    logging.getLogger().setLevel(level)
-    model.save_model_to_file(str(fused))
-    _quantize(fused, graph)
-    fused.unlink()
-    return _OnnxRuntimeSystem(
-        "ORT optimizer + dynamic int8", graph, context.source, context.tokens, context.threads
-    )
+    if not graph.exists():
+        optimizer.optimize_model(
+            str(context.onnx()),
+            model_type=_OPTIMIZER_TYPES[config.model_type],
+            num_heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+        ).save_model_to_file(str(graph))
+    return graph
 
 
-def _quantize(graph: Path, out: Path) -> None:
+def _system(name: str, graph: Path, context: PeerContext) -> HiddenStateSystem:
+    return _OnnxRuntimeSystem(name, graph, context.source, context.tokens, context.threads)
+
+
+def _quantize(graph: Path, out: Path, per_channel: bool = False) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # It advises, on the root logger, to run a pre-processing step that changes nothing here.
@@ -98,6 +108,7 @@ def _quantize(graph: Path, out: Path) -> None:
             quantize_dynamic(
                 graph,
                 out,
+                per_channel=per_channel,
                 weight_type=QuantType.QInt8,
                 extra_options={"DefaultTensorType": _FLOAT},
             )

@@ -19,7 +19,8 @@ class Peer:
     """A family of peers.
 
     Attributes:
-        builders: ``module:function`` of each variant, from a :class:`PeerContext` to a system.
+        builders: ``module:function`` of each variant, from a :class:`PeerContext` to a system; the
+            strongest first.
         requires: modules that have to be installed.
         install: the packages that bring them.
     """
@@ -35,7 +36,11 @@ class Peer:
 
 PEERS = {
     "onnxruntime": Peer(
-        builders=("_peer_onnxruntime:plain_int8", "_peer_onnxruntime:optimized_int8"),
+        builders=(
+            "_peer_onnxruntime:per_channel_int8",
+            "_peer_onnxruntime:optimized_int8",
+            "_peer_onnxruntime:plain_int8",
+        ),
         requires=("optimum.exporters.onnx", "onnxruntime"),
         install="optimum-onnx",
     ),
@@ -71,7 +76,10 @@ def chosen_peers(names: Iterable[str] | None, note: Callable[[str], None]) -> li
 
 
 def build_peers(
-    names: Iterable[str], context: PeerContext, note: Callable[[str], None]
+    names: Iterable[str],
+    context: PeerContext,
+    note: Callable[[str], None],
+    variants: int | None = None,
 ) -> Iterator[System]:
     """Yield every variant of the named peers; one that cannot be built is told to ``note``.
 
@@ -79,8 +87,9 @@ def build_peers(
         names: from :func:`chosen_peers`.
         context: one task's merged model.
         note: takes a sentence for the report.
+        variants: the most of each peer, ``None`` for all.
     """
-    for builder in [builder for name in names for builder in PEERS[name].builders]:
+    for builder in [builder for name in names for builder in PEERS[name].builders[:variants]]:
         module, _, function = builder.partition(":")
         try:
             system: System = getattr(import_module(f"embedge.bench.{module}"), function)(context)

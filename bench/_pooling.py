@@ -1,4 +1,4 @@
-"""From the hidden states of tokens to one vector a text, in torch, by sentence-transformers' rules."""
+"""From the hidden states of tokens to one vector a text, by sentence-transformers' rules."""
 
 from __future__ import annotations
 

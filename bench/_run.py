@@ -157,7 +157,12 @@ class _Run:
             if self._peers:
                 self._step(f"{task}: building peers")
                 context = PeerContext(merged=merged, threads=self._threads, workdir=workdir)
-                systems += build_peers(self._peers, context, self._notes.append)
+                systems += build_peers(
+                    self._peers,
+                    context,
+                    self._notes.append,
+                    self._options.effort.peer_variants,
+                )
             systems += [
                 EmbedgeSystem(self._bundle.root, task, precision, self._threads)
                 for precision in self._precisions

@@ -8,6 +8,7 @@ calls; single-text latency, fidelity and quality go through it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from embedge.bench._reference import Reference
 from embedge.bench._tokens import Ids
 from embedge.runtime import Embedder
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._session import GraphSession
 
 __all__ = ["EmbedgeSystem", "System", "TorchSystem"]
 
@@ -84,14 +86,17 @@ class EmbedgeSystem:
         self._model = Embedder(bundle, precision=precision, device="cpu", threads=threads)
 
     def forward(self, ids: Ids, mask: Ids) -> Vectors:
-        """Return the vectors, float32 ``[batch, dim]``, by the session that ``encode`` uses."""
+        """Return the vectors, float32 ``[batch, dim]``, by a session as ``encode`` opens it."""
         while ids.size % self._row_multiple:  # as the runtime pads: one masked column more
             ids, mask = (np.pad(array, ((0, 0), (0, 1))) for array in (ids, mask))
         arrays = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self._inputs:
             arrays["token_type_ids"] = np.zeros_like(ids)
-        with self._model._pool.use(self._task) as session:  # no public door takes ids
-            return session.run("embedding", arrays)
+        return self._session.run("embedding", arrays)
+
+    @cached_property
+    def _session(self) -> GraphSession:
+        return self._model._open_session(self._task)  # no public door takes ids
 
     def encode(
         self, texts: Sequence[str], batch_size: int = 32, role: str | None = None

@@ -93,7 +93,9 @@ class TextTokens:
         size = tokens - len(head) - len(tail)
         # A step coprime with the stream's length keeps rows apart when the stream wraps around.
         starts = np.arange(batch) * size
-        body = stream[(starts[:, None] + starts[:, None] // len(stream) + np.arange(size)) % len(stream)]
+        body = stream[
+            (starts[:, None] + starts[:, None] // len(stream) + np.arange(size)) % len(stream)
+        ]
         ends = np.ones((batch, 1), dtype=np.int64)
         ids = np.concatenate([ends * head, body, ends * tail], axis=1).astype(np.int64)
         return ids, np.ones_like(ids)

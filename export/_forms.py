@@ -43,13 +43,14 @@ class Form:
     ) -> list[str]:
         return [g.op("MatMul", x, self.matrix(g, lin), name=lin.label) for lin in lins]
 
-    def bias(self, g: Graph, lin: Lin, carried: Lin | None) -> str | None:
+    def bias(self, g: Graph, lin: Lin, carried: Lin | None, negated: bool) -> str | None:
         chain = [lin] if carried is None else [lin, carried]
         if not any(g.weights.has(bias_name(c)) or c.label in g.left_out for c in chain):
             return None
         scale = g.output_scale.get(lin.label)
         constants = [g.left_out.get(c.label) for c in chain]
-        if carried is None and constants[0] is None and scale is None and lin.start is None:
+        plain = carried is None and constants[0] is None and scale is None and not negated
+        if plain and lin.start is None:
             return g.param(bias_name(lin))
         sources = [weight_name(c) for c in chain]
         sources += [bias_name(c) for c in chain if g.weights.has(bias_name(c))]
@@ -60,15 +61,21 @@ class Form:
                 inner = full_bias(g, carried, constants[1])
                 constant = inner if constant is None else constant + inner
             bias = full_bias(g, lin, constant)
-            return bias if scale is None else bias * scale
+            if scale is not None:
+                bias = bias * scale
+            return -bias if negated else bias
 
         return g.computed(
-            f"{lin.label}.bias",
+            f"{lin.label}.bias" + (".negated" if negated else ""),
             (out_features(g, lin),),
             compute,
             *sources,
             detail="|".join(digest(a) for a in (*constants, scale)),
         )
+
+    def shifted_norm(self, g: Graph, x: str, bias: str) -> str | None:
+        """``x + bias`` for free, where ``x`` is a norm that can be asked for again; else ``None``."""
+        return None
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         return g.op("Gather", g.param(name), ids, name=f"{name}/rows")

@@ -216,10 +216,11 @@ class Graph:
         compute: Callable[[], NDArray[np.float32]],
         *sources: str,
         detail: str = "",
+        owner: str | None = None,
     ) -> str:
         """A float32 initializer made from other tensors; ``sources`` and ``detail`` identify it."""
         versions = ",".join(f"{s}@{self.weights.version(s)}" for s in sources)
-        owner = self.owner(*sources)
+        owner = owner or self.owner(*sources)
         spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT, shape=shape)
         recipe = Recipe(
             key=f"{name}|{versions}|{detail}",
@@ -265,18 +266,21 @@ class Graph:
         )
         return self.form.linears(self, x, lins, fold=fold, lower_bound=lower_bound)
 
-    def bias(self, lin: Lin, *, carried: Lin | None = None) -> str | None:
+    def bias(
+        self, lin: Lin, *, carried: Lin | None = None, negated: bool = False
+    ) -> str | None:
         """The bias that completes :meth:`linears`: the Linear's own and what was folded into it.
 
         Args:
             lin: the Linear.
             carried: a Linear whose bias reaches ``lin``'s input unchanged and was left out there (the
                 value projection: rows of softmax sum to 1, so its bias passes attention as it is).
+            negated: return minus the bias.
 
         Returns:
             Name of a float32 ``[out]`` initializer, or ``None`` where there is nothing to add.
         """
-        return self.form.bias(self, lin, carried)
+        return self.form.bias(self, lin, carried, negated)
 
     def drop_bias(self, lin: Lin) -> None:
         """State that a Linear's bias changes nothing here, so that it does not count as overlooked."""
@@ -316,33 +320,29 @@ class Graph:
         rms: bool = False,
         linear_bias: str | None = None,
     ) -> tuple[str, str]:
-        """``total = x + residual (+ linear_bias)`` and its norm, in one operator.
+        """``total = x + residual (+ linear_bias)`` and its norm.
 
         Returns:
             ``(normalized, total)``.
         """
-        gamma = self.param(weight)
-        if rms:
-            kind = "SkipSimplifiedLayerNormalization"
-            arguments = [x, residual, gamma, linear_bias or ""]
-        else:
-            kind = "SkipLayerNormalization"
-            beta = self.param(bias) if bias else ""
-            arguments = [x, residual, gamma, beta, linear_bias or ""]
-        while not arguments[-1]:
-            arguments.pop()
-        outputs = self.op_n(kind, 4, *arguments, domain=CONTRIB, epsilon=epsilon)
-        y, total = outputs[0], outputs[3]
-        self.norms[y] = Norm(source=total, weight=weight, bias=bias, epsilon=epsilon, rms=rms)
-        return y, total
+        if linear_bias is not None:
+            shifted = self.form.shifted_norm(self, residual, linear_bias)
+            if shifted is None:
+                x = self.op("Add", x, linear_bias)
+            else:
+                residual = shifted
+        total = self.op("Add", x, residual)
+        return self.norm(total, weight, bias, epsilon, rms=rms), total
 
-    def activation(self, x: str, kind: str, bias: str | None = None) -> str:
-        """An activation by its transformers name, after adding ``bias``."""
-        if kind == "gelu" and bias:
-            return self.op("BiasGelu", x, bias, domain=CONTRIB)
-        x = self.add(x, bias)
+    def activation(self, x: str, kind: str, lin: Lin) -> str:
+        """An activation by its transformers name, after adding the bias of ``lin``."""
         if kind == "gelu":
+            # Subtracting the negated bias keeps ONNX Runtime from fusing BiasGelu, whose CPU kernel
+            # takes twice the time of the two (measured; bench/LOG.md).
+            bias = self.bias(lin, negated=True)
+            x = x if bias is None else self.op("Sub", x, bias)
             return self.op("Gelu", x, domain=CONTRIB)
+        x = self.add(x, self.bias(lin))
         if kind in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
             return self.op("FastGelu", x, domain=CONTRIB)
         if kind in ("silu", "swish"):
@@ -402,8 +402,7 @@ class Graph:
     # -- finishing ----------------------------------------------------------------------------------
 
     def prune(self) -> None:
-        """Drop nodes, constants and recipes that no output needs; reuse norms that were re-asked."""
-        _merge_renorms(self.nodes, {o.name for o in self.outputs})
+        """Drop nodes, constants and recipes that no output needs."""
         needed = {o.name for o in self.outputs}
         kept: list[onnx.NodeProto] = []
         for node in reversed(self.nodes):
@@ -415,37 +414,3 @@ class Graph:
         self.recipes = {
             n: r for n, r in self.recipes.items() if needed.intersection(s.name for s in r.specs)
         }
-
-
-def _merge_renorms(nodes: list[onnx.NodeProto], outputs: set[str]) -> None:
-    """Give a fused add-and-norm the parameters of the only norm that is read from its sum.
-
-    A form that wants a norm with other parameters writes a second one on the same sum. Where nobody
-    reads the first (models that normalize before each block), the fused operator takes its place.
-    """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in nodes:
-        for value in node.input:
-            readers.setdefault(value, []).append(node)
-    norms = {"SkipLayerNormalization": "LayerNormalization"}
-    norms["SkipSimplifiedLayerNormalization"] = "RMSNormalization"
-    for node in nodes:
-        if node.op_type not in norms or node.output[0] in outputs:
-            continue
-        if readers.get(node.output[0]):
-            continue
-        again = [n for n in readers.get(node.output[3], []) if n.op_type == norms[node.op_type]]
-        if len(again) != 1:
-            continue
-        parameters = list(again[0].input[1:])
-        tail = list(node.input)
-        slots = 2 if node.op_type == "SkipLayerNormalization" else 1
-        linear_bias = tail[2 + slots :]
-        parameters += [""] * (slots - len(parameters))
-        arguments = tail[:2] + parameters + linear_bias
-        while not arguments[-1]:
-            arguments.pop()
-        del node.input[:]
-        node.input.extend(arguments)
-        node.output[0] = again[0].output[0]
-        again[0].output[0] = again[0].output[0] + ":merged"

@@ -128,6 +128,25 @@ class Int8Form(Form):
 
         return quantized_rows(g, name, ids, self._table_bits)
 
+    def shifted_norm(self, g: Graph, x: str, bias: str) -> str | None:
+        """The residual's norm with the bias in its own; the Linears read another norm anyway."""
+        norm = g.norms.get(x)
+        if norm is None or norm.rms or norm.weight is None or norm.bias is None:
+            return None
+        if not self._plans:
+            return None  # without plans the Linears read x itself
+        gamma = g.param(norm.weight)
+        own, added = norm.bias, g.recipes[bias]
+        beta = g.computed(
+            f"{own}+{bias}",
+            g.weights.shape(own),
+            lambda: g.weights.read(own) + np.asarray(added.compute()[0], np.float32),
+            own,
+            detail=added.key,
+            owner=added.owner,
+        )
+        return g.op("LayerNormalization", norm.source, gamma, beta, axis=-1, epsilon=norm.epsilon)
+
     # -- pieces -------------------------------------------------------------------------------------
 
     def _smoothed(self, g: Graph, x: str, label: str, plan: InputPlan) -> str:

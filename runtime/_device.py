@@ -23,7 +23,7 @@ _logger = logging.getLogger("embedge.runtime")
 
 
 def choose_device(requested: str, precision: str, supported: Sequence[str]) -> str:
-    """ "cpu" or "cuda".
+    """The device to run on, "cpu" or "cuda".
 
     Args:
         requested: "auto", "cpu" or "cuda".

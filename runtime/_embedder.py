@@ -138,7 +138,7 @@ class Embedder:
 
     @property
     def device(self) -> str:
-        """ "cpu" or "cuda": what "auto" took."""
+        """What runs the graphs, "cpu" or "cuda"; with "auto", what it took."""
         return self._device
 
     def __repr__(self) -> str:

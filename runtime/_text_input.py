@@ -39,10 +39,10 @@ def read_records(lines: Iterable[bytes], field: str | None) -> Iterator[Record]:
     Raises:
         EmbedgeError: with the number of the first line that cannot be used.
     """
-    for number, raw in enumerate(lines, start=1):
+    for number, ended in enumerate(lines, start=1):
+        raw = ended.removesuffix(b"\n").removesuffix(b"\r")
         if number == 1:
             raw = raw.removeprefix(codecs.BOM_UTF8)
-        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
         try:
             line = raw.decode()
         except UnicodeDecodeError as error:

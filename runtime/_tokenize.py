@@ -93,8 +93,9 @@ def _load(file: Path, max_length: int) -> Tokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.enable_truncation(max_length)
-        # The post-processor's special tokens may leave no room: only shown when it is used.
-        tokenizer.encode_batch_fast(["a"])
+        # Where the special tokens alone pass the limit, tokenizers does not cut at all.
+        if len(tokenizer.encode("a").ids) > max_length:
+            raise ValueError("its special tokens leave no room for a text")
     except Exception as error:  # tokenizers raises bare Exception
         raise BundleError(
             f"{file}: not a tokenizer that cuts at {max_length} tokens ({error}); copy or export "

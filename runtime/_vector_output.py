@@ -129,7 +129,7 @@ def _npy_header(rows: int, dim: int) -> bytes:
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
     try:
-        stream = open(path, "wb")
+        stream = path.open("wb")
     except OSError as error:
         raise EmbedgeError(f"--output {name}: {error.strerror or error}") from error
     with stream:

@@ -104,7 +104,7 @@ class Bert(Family):
         )
         up, down = Lin(p + "intermediate.dense"), Lin(p + "output.dense")
         [y] = g.linears(x, [up])
-        y = g.activation(y, self.activation, g.bias(up))
+        y = g.activation(y, self.activation, up)
         [y] = g.linears(y, [down], lower_bound=lower_bound(self.activation))
         norm = p + "output.LayerNorm"
         x, _ = g.add_norm(

@@ -99,7 +99,7 @@ class Decoder(Family):
         )
         gate, up, down = (Lin(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
         a, b = g.linears(x, [gate, up])
-        a = g.activation(a, self.activation, g.bias(gate))
+        a = g.activation(a, self.activation, gate)
         y = g.op("Mul", a, g.add(b, g.bias(up)))
         [y] = g.linears(y, [down], fold=Fold(lin=up))
         return g.add(g.add(y, g.bias(down)), hidden)

@@ -97,7 +97,7 @@ class ModernBert(Family):
         gate = Lin(f"{p}mlp.Wi", inner, 2 * inner)
         a, b = g.linears(x, [up, gate])
         y = g.op(
-            "Mul", g.activation(a, self.activation, g.bias(up)), g.add(b, g.bias(gate))
+            "Mul", g.activation(a, self.activation, up), g.add(b, g.bias(gate))
         )
         down = Lin(f"{p}mlp.Wo")
         [y] = g.linears(y, [down], fold=Fold(lin=gate))

@@ -1,0 +1,130 @@
+"""The command on a tiny bundle: exported, measured, written, recorded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from embedge.bench import BenchOptions, Report, run_bench
+from embedge.bench._cli import add_arguments, run
+from embedge.bench._errors import BenchError
+from embedge.bench._options import Effort
+
+TINY = Effort(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1)
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from embedge.export import export_bundle
+
+    return export_bundle(
+        model,
+        adapters={"search": adapter, "plain": None},
+        precisions=["fp32", "int8"],
+        out=tmp_path_factory.mktemp("bundles") / "tiny",
+        matryoshka_dims=[16, 32],
+    )
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("labelled") / "held-out.jsonl"
+    words = [f"{a}{b} {b}{a}" for a in "abcd" for b in "efgh"]
+    rows = [{"query": word, "passage": f"{word} {word}"} for word in words]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def measured(bundle: Path, model: Path, adapter: Path, labelled: Path) -> Report:
+    return run_bench(
+        BenchOptions(
+            bundle=bundle,
+            reference=model,
+            adapters={"search": adapter},
+            evaluations=[("search", labelled)],
+            peers=["none"],
+            threads=1,
+            effort=TINY,
+        )
+    )
+
+
+def test_every_task_has_a_row_for_each_system(measured: Report) -> None:
+    systems = ["torch fp32", "torch bf16", "embedge fp32", "embedge int8"]
+    assert [(row.task, row.system) for row in measured.rows] == [
+        (task, system) for task in ("search", "plain") for system in systems
+    ]
+
+
+@pytest.mark.parametrize("task", ["search", "plain"])
+def test_fp32_graphs_equal_the_reference_at_every_dimension(measured: Report, task: str) -> None:
+    row = measured.row(task, "embedge fp32")
+
+    assert row is not None
+    assert list(row.fidelity) == ["32", "16"]
+    assert min(figures["cosine_min"] for figures in row.fidelity.values()) >= 0.999999  # bar 1
+
+
+def test_each_row_holds_speed_quality_and_bytes(measured: Report) -> None:
+    row = measured.row("search", "embedge int8")
+
+    assert row is not None
+    assert row.bytes_on_disk
+    assert list(row.shapes) == ["1x16"]  # the model takes 24 tokens
+    assert row.shapes["1x16"]["rounds"] == 8
+    assert row.single["p50_ms"] <= row.single["p95_ms"]
+    assert row.quality["held-out"]["items"] == 12
+    assert row.invariance["cosine_min"] >= 0.999999  # bar 3
+
+
+def test_a_process_of_its_own_reports_start_switch_and_memory(measured: Report) -> None:
+    figures = measured.process["embedge int8"]
+
+    assert 0 < figures["imported_ms"] < figures["first_vector_ms"]
+    assert figures["switch_graph_open_ms"] > 0
+    assert figures["after_batches"].get("peak", 1) > 0
+    assert measured.process["torch fp32"]["first_vector_ms"] > 0
+
+
+def test_the_command_writes_reports_and_records(
+    bundle: Path, model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = [str(bundle), "--reference", str(model), "--adapter", f"search={adapter}"]
+    arguments += ["--precision", "fp32", "--bar", "1", "3", "--threads", "1", "--record", "--json"]
+
+    status = run(parser.parse_args([*arguments, "--out", str(tmp_path / "report")]))
+
+    output = capsys.readouterr().out
+    assert status == 0
+    assert "pass  bar 1  search min cosine" in output
+    assert json.loads(output.splitlines()[-1])["report_version"] == "1.0"
+    assert (tmp_path / "report" / "report.md").is_file()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["precisions"]["fp32"]["fidelity"]["search"]["texts"] >= 500
+    assert "embedge fp32" in (bundle / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapters": {}}, "search were merged from adapters; .* add --adapter search=FOLDER"),
+        ({"adapters": {"other": Path()}}, "--adapter other: the bundle's tasks are search, plain"),
+        ({"tasks": ["other"]}, "--task other: not measurable in this bundle; it has: search"),
+        ({"precisions": ["int4"]}, "--precision int4: .* it has: fp32, int8"),
+    ],
+    ids=["no adapter", "unknown adapter", "unknown task", "unknown precision"],
+)
+def test_a_call_that_does_not_fit_the_bundle_is_refused(
+    change: dict[str, object], message: str, bundle: Path, model: Path, adapter: Path
+) -> None:
+    options = BenchOptions(bundle=bundle, reference=model, adapters={"search": adapter})
+
+    with pytest.raises(BenchError, match=message):
+        run_bench(replace(options, **change))

@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedge.runtime import Embedder, EmbedgeError, __version__
+from embedge.runtime import _cli_embed as embed_module
+from embedge.runtime._cli import main
+
+Capture = pytest.CaptureFixture[str]
+CaptureBytes = pytest.CaptureFixture[bytes]
+SetStdin = Callable[[bytes], None]
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> SetStdin:
+    """Sets the bytes of standard input."""
+
+    def replace(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    return replace
+
+
+def error_line(capsys: Capture) -> str:
+    """The one line on standard error."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def vectors_of(jsonl: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array([json.loads(line)["embedding"] for line in jsonl.splitlines()], np.float32)
+
+
+class TestEmbed:
+    def test_lines_become_vectors_in_their_order_exactly(
+        self, bundle: Any, stdin: SetStdin, capsys: Capture
+    ) -> None:
+        stdin(b"w1\nw2 w3\r\n\nw4")
+        assert main(["embed", str(bundle.path)]) == 0
+        out = capsys.readouterr()
+        expected = Embedder(bundle.path).encode(["w1", "w2 w3", "", "w4"])
+        np.testing.assert_array_equal(vectors_of(out.out), expected)
+        assert out.err == ""
+
+    def test_jsonl_keeps_the_other_members(
+        self, bundle: Any, tmp_path: Path, capsys: Capture
+    ) -> None:
+        source = tmp_path / "in.jsonl"
+        source.write_text('{"id": 7, "body": "w1", "embedding": 0}\n{"body": "w2", "ü": "é"}\n')
+        assert main(["embed", str(bundle.path), "--input", str(source), "--field", "body"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [list(row) for row in rows] == [["id", "embedding"], ["ü", "embedding"]]
+        assert rows[0]["id"] == 7
+        np.testing.assert_array_equal(
+            np.array(rows[1]["embedding"], np.float32), Embedder(bundle.path).encode("w2")
+        )
+
+    @pytest.mark.parametrize("texts", [0, 1, 57])
+    def test_npy_has_every_row_whatever_the_chunks(
+        self, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: int
+    ) -> None:
+        monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 10)
+        lines = [f"w{i % 60}" for i in range(texts)]
+        (tmp_path / "in").write_text("".join(f"{line}\n" for line in lines))
+        target = tmp_path / "out.npy"
+        arguments = ["--input", str(tmp_path / "in"), "--output", str(target), "--batch-size", "4"]
+        assert main(["embed", str(bundle.path), *arguments]) == 0
+        vectors = np.load(target)
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, Embedder(bundle.path).encode(lines), atol=1e-6, rtol=0)
+
+    def test_npy_goes_through_a_pipe(
+        self, bundle: Any, stdin: SetStdin, capsysbinary: CaptureBytes
+    ) -> None:
+        stdin(b"w1\nw2\n")
+        assert main(["embed", str(bundle.path), "--format", "npy"]) == 0
+        vectors = np.load(io.BytesIO(capsysbinary.readouterr().out))
+        np.testing.assert_array_equal(vectors, Embedder(bundle.path).encode(["w1", "w2"]))
+
+    def test_options_reach_the_embedder(
+        self, two_tasks: Any, stdin: SetStdin, capsys: Capture
+    ) -> None:
+        stdin(b"w1 w2\n")
+        options = "--task code --precision int4 --prompt-name passage --truncate-dim 4"
+        more = "--normalize --max-batch-tokens 64 --device cpu --threads 1 --on-truncate error"
+        assert main(["embed", str(two_tasks.path), *options.split(), *more.split()]) == 0
+        expected = Embedder(two_tasks.path, precision="int4").encode(
+            ["w1 w2"], task="code", prompt_name="passage", truncate_dim=4
+        )
+        np.testing.assert_allclose(vectors_of(capsys.readouterr().out), expected, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize(
+        ("data", "arguments", "message"),
+        [
+            (b"w1\nw\xff2\n", [], "input line 2: not UTF-8 (invalid start byte at byte 1)"),
+            (
+                b'{"text": "w1"}\n[1]\n',
+                ["--input-format", "jsonl"],
+                "input line 2: expected a JSON",
+            ),
+            (b'{"text": "w1"}\n\n', ["--input-format", "jsonl"], "input line 2: expected a JSON"),
+            (b'{"id": 1}\n', ["--field", "t"], "expected a string under 't', found no such key"),
+            (
+                b'{"t": 1}\n',
+                ["--field", "t"],
+                "input line 1: expected a string under 't', found int",
+            ),
+            (b"w1\n" + b"w1 " * 20, ["--on-truncate", "error"], "input line 2: longer than 16 tok"),
+        ],
+        ids=["UTF-8", "no object", "blank", "no key", "no string", "too long"],
+    )
+    def test_a_line_that_cannot_be_used_is_named_and_nothing_is_left(  # noqa: PLR0917 - fixtures
+        self,
+        bundle: Any,
+        tmp_path: Path,
+        stdin: SetStdin,
+        capsys: Capture,
+        data: bytes,
+        arguments: list[str],
+        message: str,
+    ) -> None:
+        stdin(data)
+        folder = tmp_path / "out"
+        folder.mkdir()
+        call = ["embed", str(bundle.path), "--output", str(folder / "v.jsonl"), *arguments]
+        assert main(call) == 1
+        assert message in error_line(capsys)
+        assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--task", "x"], "no task 'x'; it has retrieval"),
+            (["--precision", "int2"], "no precision 'int2'; it has fp32"),
+            (["--truncate-dim", "99"], "truncate_dim is 99; the bundle has 1 to 8"),
+            (["--prompt-name", "query"], "no prompt 'query': it declares none"),
+            (["--batch-size", "0"], "batch_size is 0; expected a whole number"),
+            (["--batch-size", "x"], "argument --batch-size: invalid int value: 'x'"),
+            (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+            (["--field", "a", "--input-format", "lines"], "--field is for JSONL"),
+            (["--what"], "unrecognized arguments: --what"),
+        ],
+    )
+    def test_a_wrong_call_is_one_line_and_exit_code_2(
+        self, bundle: Any, capsys: Capture, arguments: list[str], message: str
+    ) -> None:
+        assert main(["embed", str(bundle.path), *arguments]) == 2
+        line = error_line(capsys)
+        assert line.startswith("embedge: error: ")
+        assert message in line
+
+    def test_files_that_cannot_be_opened_are_named(
+        self, bundle: Any, tmp_path: Path, stdin: SetStdin, capsys: Capture
+    ) -> None:
+        stdin(b"w1\n")
+        for option in ("--input", "--output"):
+            name = str(tmp_path / "nowhere" / "file")
+            assert main(["embed", str(bundle.path), option, name]) == 1
+            assert (
+                error_line(capsys) == f"embedge: error: {option} {name}: No such file or directory"
+            )
+
+    def test_an_interrupted_run_leaves_the_old_output(
+        self,
+        bundle: Any,
+        tmp_path: Path,
+        stdin: SetStdin,
+        capsys: Capture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        target = tmp_path / "v.jsonl"
+        target.write_text("old")
+        before = set(tmp_path.iterdir())
+        monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 1)
+        encode = Embedder.encode
+
+        def interrupted(self: Embedder, texts: Any, **options: Any) -> Any:
+            if texts == ["w2"]:
+                raise KeyboardInterrupt
+            return encode(self, texts, **options)
+
+        monkeypatch.setattr(Embedder, "encode", interrupted)
+        stdin(b"w1\nw2\n")
+        call = ["embed", str(bundle.path), "--output", str(target), "--batch-size", "1"]
+        assert main(call) == 130
+        assert error_line(capsys) == "embedge: error: interrupted"
+        assert target.read_text() == "old"
+        assert set(tmp_path.iterdir()) == before
+
+    def test_the_output_replaces_the_file_behind_a_link(
+        self, bundle: Any, tmp_path: Path, stdin: SetStdin
+    ) -> None:
+        (tmp_path / "real.jsonl").write_text("old")
+        (tmp_path / "link.jsonl").symlink_to("real.jsonl")
+        stdin(b"w1\n")
+        assert main(["embed", str(bundle.path), "--output", str(tmp_path / "link.jsonl")]) == 0
+        assert (tmp_path / "link.jsonl").is_symlink()
+        assert len(vectors_of((tmp_path / "real.jsonl").read_text())) == 1
+
+    def test_warnings_are_one_line_without_their_place_in_the_source(
+        self, bundle: Any, stdin: SetStdin, capsys: Capture
+    ) -> None:
+        stdin(b"w1 " * 20)
+        # Warnings are errors in these tests; the command itself leaves Python's defaults.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.filters", [])
+            assert main(["embed", str(bundle.path)]) == 0
+        assert error_line(capsys).startswith("embedge: warning: sentences[0] is longer than 16")
+
+    def test_a_reader_that_stops_early_is_no_traceback(self, bundle: Any) -> None:
+        """The real program, in a process of its own, into a pipe that closes."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "embedge.runtime", "embed", str(bundle.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(b"w1\n" * 5000, timeout=60)
+        assert err == b""
+        assert process.returncode == 1
+
+
+class TestInspect:
+    def test_it_shows_what_the_bundle_holds(self, two_tasks: Any, capsys: Capture) -> None:
+        two_tasks.edit(
+            lambda m: m["precisions"]["int4"].update(
+                fidelity={"code": {"cosine": {"mean": 0.98765, "min": 0.9}, "n": 500}}
+            )
+        )
+        assert main(["inspect", str(two_tasks.path)]) == 0
+        out = capsys.readouterr().out
+        for fact in (
+            "source        tiny (bert)",
+            "license       not stated",
+            "vectors       8 dimensions, cosine similarity, normalized",
+            "truncation    to 2, 4, 8",
+            "longest text  16 tokens",
+            "retrieval  retrieval-lora  query*='query: '  passage='passage: '",
+            "int4       cpu",
+            "cosine.mean=0.98765, cosine.min=0.9, n=500",
+            "15 files",
+        ):
+            assert fact in out
+
+    def test_verify_finds_a_flipped_byte(self, bundle: Any, capsys: Capture) -> None:
+        assert main(["inspect", str(bundle.path), "--verify"]) == 0
+        assert "verified: 5 files match their SHA-256" in capsys.readouterr().out
+        file = bundle.path / "fp32/shared.bin"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 128
+        file.write_bytes(bytes(data))
+        assert main(["inspect", str(bundle.path)]) == 0
+        capsys.readouterr()
+        assert main(["inspect", str(bundle.path), "--verify"]) == 1
+        assert "shared.bin: expected SHA-256" in error_line(capsys)
+
+    def test_layers_come_as_recorded_or_worst_first(self, two_tasks: Any, capsys: Capture) -> None:
+        def order(*arguments: str) -> list[str]:
+            call = ["--layers", "--task", "code", "--precision", "int4", *arguments]
+            assert main(["inspect", str(two_tasks.path), *call]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            return [line.split()[0] for line in lines if line.startswith(("small", "worst"))]
+
+        assert order() == ["small", "worst"]
+        assert order("--worst-first") == ["worst", "small"]
+
+    def test_every_task_and_precision_has_its_table(self, two_tasks: Any, capsys: Capture) -> None:
+        assert main(["inspect", str(two_tasks.path), "--layers"]) == 0
+        out = capsys.readouterr().out
+        for title in ("fp32, retrieval", "fp32, code", "int4, retrieval", "int4, code"):
+            assert f"\n{title}\n" in out
+
+    def test_json_is_one_document(self, bundle: Any, capsys: Capture) -> None:
+        assert main(["inspect", str(bundle.path), "--json", "--layers"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["manifest"] == bundle.manifest()
+        assert document["problems"] == []
+        assert document["layers"][0]["layers"][1]["name"] == "worst"
+
+    def test_what_is_not_there_is_refused(
+        self, bundle: Any, tmp_path: Path, capsys: Capture
+    ) -> None:
+        assert main(["inspect", str(bundle.path), "--layers", "--task", "x"]) == 2
+        assert "no task 'x'; it has retrieval" in error_line(capsys)
+        assert main(["inspect", str(bundle.path), "--worst-first"]) == 2
+        assert "go with --layers" in error_line(capsys)
+        assert main(["inspect", str(tmp_path / "x")]) == 1
+        assert "expected a bundle's folder" in error_line(capsys)
+
+
+class TestProgram:
+    def test_version(self, capsys: Capture) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"embedge {__version__}\n"
+
+    def test_help_lists_the_commands(self, capsys: Capture) -> None:
+        assert main(["--help"]) == 0
+        out = capsys.readouterr().out
+        assert all(name in out for name in ("export", "embed", "inspect", "bench"))
+
+    @pytest.mark.parametrize("arguments", [[], ["bogus"], ["embed"], ["inspect", "a", "b"]])
+    def test_a_call_without_sense_is_exit_code_2(
+        self, arguments: list[str], capsys: Capture
+    ) -> None:
+        assert main(arguments) == 2
+        assert error_line(capsys).startswith("embedge: error: ")
+
+    def test_a_missing_package_of_another_part_names_the_extra(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    ) -> None:
+        def missing(name: str) -> ModuleType:
+            raise ModuleNotFoundError(f"No module named {name!r}", name="torchless")
+
+        monkeypatch.setattr(importlib, "import_module", missing)
+        assert main(["export", "--help"]) == 1
+        assert error_line(capsys) == (
+            "embedge: error: `embedge export` needs torchless, which cannot be imported; run "
+            '`pip install "embedge[export]"`'
+        )
+
+    def test_commands_of_other_parts_are_called_with_their_arguments(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    ) -> None:
+        def run(args: Any) -> int:
+            raise EmbedgeError(f"two\n  lines of {args.source}\n")
+
+        module = SimpleNamespace(
+            add_arguments=lambda parser: parser.add_argument("source"), run=run
+        )
+        asked: list[str] = []
+
+        def imported(name: str) -> Any:
+            asked.append(name)
+            return module
+
+        monkeypatch.setattr(importlib, "import_module", imported)
+        assert main(["bench", "model"]) == 1
+        assert asked == ["embedge.bench._cli"]
+        assert error_line(capsys) == "embedge: error: two; lines of model"
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (RuntimeError("odd"), "unexpected RuntimeError: odd (EMBEDGE_TRACEBACK=1 shows where)"),
+            (OSError(28, "No space left on device", "/x"), "/x: No space left on device"),
+        ],
+        ids=["bug", "full disk"],
+    )
+    def test_no_failure_is_a_traceback(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture, error: Any, line: str
+    ) -> None:
+        def fail(*args: Any, **options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(embed_module, "Embedder", fail)
+        assert main(["embed", str(bundle.path)]) == 1
+        assert error_line(capsys) == f"embedge: error: {line}"

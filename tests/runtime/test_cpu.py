@@ -1,0 +1,210 @@
+"""Integer products that saturate: detected by a probe, mended by replacing activation constants.
+
+The processor without VNNI is emulated: ``QEMU_CPU=Haswell qemu-x86_64 python …`` (Debian's
+qemu-user).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from embedge.runtime import Embedder
+from embedge.runtime._cpu import probe_model, saturates_u8s8
+
+ROWS, DEPTH, COLUMNS = 40, 256, 128
+QEMU = shutil.which("qemu-x86_64")
+
+needs_qemu = pytest.mark.skipif(
+    QEMU is None or sys.platform != "linux" or os.uname().machine != "x86_64",
+    reason="needs an x86-64 Linux with qemu-x86_64 (Debian: apt install qemu-user)",
+)
+
+CONSTANTS = {
+    "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
+    "embedge.act_zero_point": {"dtype": "uint8", "full": 128, "reduced": 64},
+}
+
+
+def flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def write_int8_bundle(tiny: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Gives a bundle an int8 graph of one per-row quantized product; its exact vectors.
+
+    The text of word i is row i of a table, so that a vector is one row of the product.
+    """
+    generator = np.random.default_rng(11)
+    # All of one sign: neighbouring products add up, which is what saturates.
+    table = np.abs(generator.normal(size=(ROWS, DEPTH))).astype(np.float32)
+    weight = generator.integers(-127, 128, size=(DEPTH, COLUMNS)).astype(np.int8)
+    weight[:, ::2] = np.abs(weight[:, ::2])
+    scales = np.full(COLUMNS, 0.01, np.float32)
+    initializers: dict[str, np.ndarray[Any, Any]] = {
+        "table": table,
+        "weight": weight,
+        "scales": scales,
+        "one": np.array(1, np.float32),
+        "last": np.array([-1], np.int64),
+        "first": np.array(0, np.int64),
+        "embedge.act_step": np.array(1 / 127, np.float32),
+        "embedge.act_zero_point": np.array(128, np.uint8),
+    }
+    tensors = [numpy_helper.from_array(value, name) for name, value in initializers.items()]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("Abs", ["x"], ["size"]),
+        helper.make_node("ReduceMax", ["size", "last"], ["peak"], keepdims=1),
+        helper.make_node("Mul", ["peak", "embedge.act_step"], ["scale"]),
+        helper.make_node("Div", ["x", "scale"], ["steps"]),
+        helper.make_node("QuantizeLinear", ["steps", "one", "embedge.act_zero_point"], ["q"]),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["q", "weight", "scale", "scales", "embedge.act_zero_point"],
+            ["y"],
+            domain="com.microsoft",
+        ),
+        helper.make_node("Gather", ["y", "first"], ["embedding"], axis=1),
+        helper.make_node("Identity", ["attention_mask"], ["unused"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    outputs = [
+        helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", COLUMNS]),
+        helper.make_tensor_value_info("unused", TensorProto.INT64, ["batch", "tokens"]),
+    ]
+    graph = helper.make_graph(nodes, "int8", inputs, outputs, tensors)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    (tiny.path / "int8/retrieval.onnx").write_bytes(model.SerializeToString())
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["model"].update(dim=COLUMNS, normalize=False)
+        manifest["precisions"]["int8"]["activation_constants"] = CONSTANTS
+
+    tiny.edit(change)
+    exact: np.ndarray[Any, np.dtype[np.float32]] = table @ (weight * scales)
+    return exact
+
+
+SCRIPT = """
+import json, sys
+import numpy as np
+import embedge.runtime._session as sessions
+from embedge.runtime import Embedder
+
+probe = sessions.saturates_u8s8()
+texts = [f"w{i}" for i in range(30)]
+vectors = {}
+for name, saturates in (("asked", probe), ("full", False), ("reduced", True)):
+    sessions.saturates_u8s8 = lambda: saturates
+    model = Embedder(sys.argv[1], verify="none", threads=1)
+    vectors[name] = model.encode(texts, batch_size=30).tolist()
+    vectors[name + " alone"] = [model.encode(text).tolist() for text in texts]
+print(json.dumps({"saturates": probe, "vectors": vectors}))
+"""
+
+
+def errors(bundle: Path, exact: Any, *launcher: str) -> tuple[bool, dict[str, float]]:
+    """The probe's answer and the relative error of the vectors by the constants used."""
+    command = [*launcher, os.path.realpath(sys.executable), "-c", SCRIPT, str(bundle)]
+    done = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "QEMU_CPU": "Haswell",
+            # The venv's packages: below an emulator sys.executable is resolved.
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        },
+    )
+    answer = json.loads(done.stdout)
+    expected = exact[4:34]  # "w0" is id 4
+    return answer["saturates"], {
+        name: float(np.linalg.norm(np.array(rows) - expected) / np.linalg.norm(expected))
+        for name, rows in answer["vectors"].items()
+    }
+
+
+@pytest.fixture
+def int8_bundle(make_bundle: Any) -> tuple[Path, Any]:
+    tiny = make_bundle(precisions={"int8": {}}, special_tokens=False)
+    exact = write_int8_bundle(tiny)
+    return tiny.path, exact
+
+
+def test_the_probe_is_a_valid_model() -> None:
+    model = onnx.load_from_string(probe_model())
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["MatMulInteger"]
+
+
+@pytest.mark.skipif(
+    not flags() & {"avx512_vnni", "avx_vnni"}, reason="this processor has no VNNI, or does not tell"
+)
+def test_with_vnni_nothing_saturates() -> None:
+    assert saturates_u8s8() is False
+
+
+def test_the_probe_runs_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    saturates_u8s8()
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a second session was opened")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    saturates_u8s8()
+
+
+def test_constants_are_replaced_where_products_saturate(
+    int8_bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, exact = int8_bundle
+    texts = [f"w{i}" for i in range(30)]
+    distance = {}
+    for saturates in (False, True):
+        monkeypatch.setattr("embedge.runtime._session.saturates_u8s8", lambda s=saturates: s)
+        vectors = Embedder(path, verify="none").encode(texts)
+        distance[saturates] = np.linalg.norm(vectors - exact[4:34]) / np.linalg.norm(exact[4:34])
+    if not saturates_u8s8():
+        assert distance[False] < 0.004  # 8-bit steps
+    # 7-bit steps: twice as coarse, and no more than that.
+    assert distance[False] < distance[True] < 0.008 or saturates_u8s8()
+
+
+@needs_qemu
+def test_an_emulated_processor_without_vnni_gives_the_vectors_of_a_real_one(
+    int8_bundle: tuple[Path, Any],
+) -> None:
+    path, exact = int8_bundle
+    saturates, emulated = errors(path, exact, str(QEMU))
+    assert saturates
+    for how in ("", " alone"):
+        assert emulated["asked" + how] == emulated["reduced" + how]
+        assert emulated["asked" + how] < 0.008  # the bound of 7-bit steps, see above
+        assert emulated["full" + how] > 10 * emulated["reduced" + how]
+    if not saturates_u8s8():
+        _, native = errors(path, exact)
+        assert native["asked"] == native["full"]
+        assert emulated["reduced"] == pytest.approx(native["reduced"], rel=0.01)

@@ -1,0 +1,105 @@
+"""What ``import embedge.runtime`` loads, costs and needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import embedge.runtime
+from embedge.runtime import EmbedgeError, EmbedgeImportError
+from embedge.runtime._requirements import check_onnxruntime
+
+BANNED = ("torch", "transformers", "onnx", "peft", "scipy", "optimum", "onnx_ir", "safetensors")
+
+LOADED = """
+import embedge.runtime, embedge.runtime._cli, embedge.runtime._cli_embed
+import embedge.runtime._cli_inspect, json, sys
+from embedge.runtime._cpu import saturates_u8s8
+saturates_u8s8()
+print(json.dumps(sorted(sys.modules)))
+"""
+
+COST = """
+import numpy, onnxruntime, time
+start = time.perf_counter()
+import embedge.runtime
+print(time.perf_counter() - start)
+"""
+
+
+def child(script: str) -> str:
+    """What a script prints in a Python of its own with this one's import path."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    ).stdout
+
+
+def test_none_of_the_heavy_packages_and_no_other_part_of_embedge_is_loaded() -> None:
+    loaded = json.loads(child(LOADED))
+    assert "embedge.runtime" in loaded
+    assert [name for name in loaded if name.split(".")[0] in BANNED] == []
+    parts = {name.split(".")[1] for name in loaded if name.startswith("embedge.")}
+    assert parts == {"runtime"}
+
+
+def test_the_import_costs_less_than_300_ms_beyond_numpy_and_onnxruntime() -> None:
+    """The best of three, so that a busy machine does not fail it."""
+    assert min(float(child(COST)) for _ in range(3)) < 0.3
+
+
+def test_what_is_exposed_is_what_is_listed() -> None:
+    exposed = {
+        name
+        for name, value in vars(embedge.runtime).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("embedge.")
+    }
+    internal = {"check_onnxruntime", "own_version"}
+    assert exposed - internal == set(embedge.runtime.__all__) - {"__version__"}
+    assert sorted(embedge.runtime.__all__) == sorted(set(embedge.runtime.__all__))
+    assert embedge.runtime.__version__
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        ((), r'ONNX Runtime is not installed; run `pip install "embedge\[cpu\]"`'),
+        (
+            ("onnxruntime", "onnxruntime-gpu"),
+            "both installed .* `pip uninstall -y onnxruntime onnxruntime-gpu`",
+        ),
+    ],
+    ids=["none", "both"],
+)
+def test_onnxruntime_has_to_be_installed_once(
+    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], message: str
+) -> None:
+    pretend_installed(monkeypatch, installed)
+    with pytest.raises(EmbedgeImportError, match=message) as caught:
+        check_onnxruntime()
+    assert isinstance(caught.value, ImportError)
+    assert isinstance(caught.value, EmbedgeError)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxruntime-gpu"])
+def test_either_package_will_do(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    pretend_installed(monkeypatch, (package,))
+    check_onnxruntime()
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, packages: tuple[str, ...]) -> None:
+    def version(package: str) -> str:
+        if package in packages:
+            return "1.32.0"
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("embedge.runtime._requirements.version", version)

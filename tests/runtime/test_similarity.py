@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedge.runtime import EmbedgeValueError
+from embedge.runtime._similarity import max_sim, normalized, similarity
+
+GENERATOR = np.random.default_rng(3)
+A = GENERATOR.normal(size=(3, 5)).astype(np.float32)
+B = GENERATOR.normal(size=(4, 5)).astype(np.float32)
+
+
+def test_cosine_and_dot_are_by_the_manifest() -> None:
+    np.testing.assert_allclose(similarity(A, B, "dot"), A @ B.T, rtol=1e-6)
+    unit = [m / np.linalg.norm(m, axis=1, keepdims=True) for m in (A, B)]
+    np.testing.assert_allclose(similarity(A, B, "cosine"), unit[0] @ unit[1].T, rtol=1e-5)
+
+
+def test_one_vector_is_a_row() -> None:
+    assert similarity(A[0], B, "cosine").shape == (1, 4)
+    assert similarity(list(A), B[0], "cosine").shape == (3, 1)
+
+
+def test_zero_vectors_have_no_similarity() -> None:
+    np.testing.assert_array_equal(similarity(np.zeros((1, 5)), B, "cosine"), np.zeros((1, 4)))
+    np.testing.assert_array_equal(normalized(np.zeros((2, 3), np.float32)), np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize(("a", "b", "shape"), [([], B, (0, 4)), (A, [], (3, 0)), ([], [], (0, 0))])
+def test_nothing_gives_an_empty_matrix(a: Any, b: Any, shape: tuple[int, int]) -> None:
+    assert similarity(a, b, "cosine").shape == shape
+
+
+def test_late_interaction_sums_each_query_tokens_best_match(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queries = [GENERATOR.normal(size=(n, 6)).astype(np.float32) for n in (3, 0, 7)]
+    documents = [GENERATOR.normal(size=(n, 6)).astype(np.float32) for n in (5, 1, 0, 9)]
+    by_hand = np.zeros((3, 4))
+    for row, query in enumerate(queries):
+        for column, document in enumerate(documents):
+            if len(query) and len(document):
+                by_hand[row, column] = (query @ document.T).max(axis=1).sum()
+    np.testing.assert_allclose(similarity(queries, documents, "cosine"), by_hand, rtol=1e-5)
+    monkeypatch.setattr("embedge.runtime._similarity._BLOCK_VALUES", 10)
+    np.testing.assert_allclose(max_sim(queries, documents), by_hand, rtol=1e-5)
+
+
+def test_late_interaction_adds_in_float32() -> None:
+    half = np.full((3000, 1), 1, np.float16)  # a float16 sum stops at 2048
+    scores = similarity([half], [half], "cosine")
+    assert scores.dtype == np.float32
+    assert scores.tolist() == [[3000.0]]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (A, B[:, :3], "different dimensions: 5 and 3"),
+        ([A], [B[:, :3]], "multi-vectors of different dimensions: 3, 5"),
+        ([A], B, "multi-vectors with single vectors"),
+        ([[1.0], [1.0, 2.0]], B, "a: not an array of vectors of one length"),
+        (A, [["x"]], "multi-vectors with single vectors|b: not an array"),
+    ],
+)
+def test_what_does_not_fit_is_refused(a: Any, b: Any, message: str) -> None:
+    with pytest.raises(EmbedgeValueError, match=message):
+        similarity(a, b, "cosine")
