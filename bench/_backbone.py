@@ -52,11 +52,13 @@ def load_backbone(transformer: Path, adapter: str | Path | None = None) -> Any:
     """
     if adapter is None:
         return _backbone(transformer)
-    left_over: list[str] = []
+    attempts = []
     for wrap in (lambda model: model, _Headless):
-        model, left_over = _apply(wrap(_backbone(transformer)), Path(adapter))
+        model, left_over = _apply(wrap(_backbone(transformer)), Path(adapter), transformer)
         if not left_over:
             return model
+        attempts.append(left_over)
+    left_over = min(attempts, key=len)
     raise BenchError(
         f"{adapter}: {len(left_over)} tensors of the adapter find no place in {transformer}: "
         + ", ".join(left_over)
@@ -73,12 +75,14 @@ def _backbone(transformer: Path) -> Any:
     return AutoModel.from_pretrained(transformer, dtype=torch.float32).eval()
 
 
-def _apply(model: Any, folder: Path) -> tuple[Any, list[str]]:
+def _apply(model: Any, folder: Path, transformer: Path) -> tuple[Any, list[str]]:
     """Return the model with the adapter on it, and the adapter's keys that PEFT did not place."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     config = PeftConfig.from_pretrained(str(folder))
+    # A local folder, as PEFT would else ask the hub for the base model's vocabulary.
+    config.base_model_name_or_path = str(transformer)
     config.task_type = None  # PEFT's task classes add nothing to a forward pass without labels
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")

@@ -57,13 +57,13 @@ def graph_inputs(names: Sequence[str], ids: Ids, mask: Ids) -> dict[str, Ids]:
     Raises:
         ValueError: it asks for one that is not known, such as a key-value cache.
     """
-    made = {
-        "input_ids": lambda: ids,
-        "attention_mask": lambda: mask,
-        "token_type_ids": lambda: np.zeros_like(ids),
-        "position_ids": lambda: np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy(),
+    made: dict[str, Ids] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": np.zeros_like(ids),
+        "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy(),
     }
     unknown = [name for name in names if name not in made]
     if unknown:
         raise ValueError(f"the exported graph asks for {', '.join(unknown)}")
-    return {name: made[name]() for name in names}
+    return {name: made[name] for name in names}

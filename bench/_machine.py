@@ -11,8 +11,10 @@ import psutil
 
 __all__ = ["machine", "versions"]
 
-_PACKAGES = ("embedge", "numpy", "onnxruntime", "torch", "transformers", "peft", "optimum-onnx")
-_PACKAGES += ("openvino", "nncf")
+_PACKAGES = (
+    *("embedge", "numpy", "onnxruntime", "torch", "transformers", "peft"),
+    *("optimum-onnx", "openvino", "nncf"),
+)
 # What decides which kernels run.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 

@@ -92,9 +92,7 @@ def vectors_against(
         }
     if system.role != "torch":
         step = max(1, len(texts) // effort.invariance)
-        figures["invariance"] = batch_invariance(
-            lambda batch, size: system.encode(batch, size), texts[::step][: effort.invariance]
-        )
+        figures["invariance"] = batch_invariance(system.encode, texts[::step][: effort.invariance])
     return figures
 
 

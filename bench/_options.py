@@ -23,6 +23,7 @@ class Effort:
         invariance: texts of the batch-invariance check.
         eval_sets: most evaluation files a task.
         warm_up: untimed rounds before the timed ones.
+        process_repeats: child processes for cold start and memory, each system.
         peer_variants: variants of each peer, the strongest first.
         torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
         latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
@@ -37,6 +38,7 @@ class Effort:
     eval_sets: int | None = None
     latency_tasks: int | None = None
     warm_up: int = 2
+    process_repeats: int = 3
     peer_variants: int | None = None
     torch_quality: bool = True
 
@@ -51,6 +53,7 @@ QUICK = Effort(
     eval_sets=1,
     latency_tasks=1,
     warm_up=1,
+    process_repeats=1,
     peer_variants=1,
     torch_quality=False,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from embedge.bench._report import Report, Row
 
@@ -81,7 +82,12 @@ def _panel(axis: Any, task: str, points: list[tuple[float, float, Row]]) -> None
     values = [value for _, value, _ in points]
     spread = max(max(values) - min(values), 1e-4 * max(values))
     axis.set_ylim(min(values) - 0.3 * spread, max(values) + 0.3 * spread)
-    axis.set_xlim(0, max(latency for latency, _, _ in points) * 1.15)
+    axis.set_xscale("log")
+    latencies = [latency for latency, _, _ in points]
+    axis.set_xlim(min(latencies) / 1.4, max(latencies) * 1.4)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
     for i, (latency, value, row) in enumerate(points):
         size = f", {row.bytes_on_disk / 1e6:.0f} MB" if row.bytes_on_disk else ""
         axis.annotate(
@@ -96,7 +102,7 @@ def _panel(axis: Any, task: str, points: list[tuple[float, float, Row]]) -> None
             arrowprops={"arrowstyle": "-", "color": _COLOURS[row.role], "lw": 0.6, "alpha": 0.5},
         )
     axis.set_title(task, loc="left", fontsize=11, fontweight="bold")
-    axis.set_xlabel("one text, median ms")
+    axis.set_xlabel("one text, median ms (logarithmic)")
     axis.set_ylabel(_axis_name(points[0][2]))
     axis.ticklabel_format(axis="y", useOffset=False)
     axis.grid(alpha=0.25)

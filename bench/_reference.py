@@ -35,6 +35,7 @@ class Reference:
         dtype: str = "float32",
         pooling: str | None = None,
         threads: int | None = None,
+        *,
         merged: bool = False,
     ) -> None:
         """Load the model.

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from embedge.bench._measure import (
 )
 from embedge.bench._options import BenchOptions
 from embedge.bench._peer_context import PeerContext
-from embedge.bench._peers import build_peers, chosen_peers
+from embedge.bench._peers import PEERS, build_peers, chosen_peers
 from embedge.bench._process import measure_process
 from embedge.bench._reference import Reference
 from embedge.bench._report import Report, Row
@@ -61,7 +62,7 @@ class _Run:
         self._bundle = Bundle(options.bundle)
         self._threads = options.threads or available_cores()
         torch.set_num_threads(self._threads)
-        self._notes: list[str] = []
+        self._notes = _busy(self._threads)
         self._tasks = _chosen("task", options.tasks, list(self._bundle.manifest.tasks))
         self._precisions = self._chosen_precisions()
         self._adapters = self._chosen_adapters()
@@ -80,6 +81,12 @@ class _Run:
             rows = [row for task in self._tasks for row in self._task_rows(task)]
             process = self._processes() if self._options.process else {}
         effort = self._options.effort
+        untimed = [task for task in self._tasks if task not in self._timed_tasks]
+        if self._timed_tasks and untimed:
+            self._notes.append(
+                f"latency was measured on {', '.join(self._timed_tasks)} alone; the graphs of "
+                f"{', '.join(untimed)} differ from it only in the numbers they hold"
+            )
         settings = {
             "tasks": self._tasks,
             "precisions": self._precisions,
@@ -178,7 +185,7 @@ class _Run:
         texts = [text.text for text in self._texts if 300 < len(text.text) < 900]
         batch = (texts or [text.text for text in self._texts])[:32]
         common = {"text": "how do I sort a dict", "batch": batch, "threads": self._threads}
-        repeats = 3 if self._options.effort.latency_tasks is None else 1
+        repeats = self._options.effort.process_repeats
         result = {}
         for precision in self._precisions:
             self._step(f"cold start, {precision}")
@@ -216,7 +223,9 @@ class _Run:
         self._bar.update()
 
     def _step_count(self) -> int:
-        systems = 4 + len(self._precisions) + 3 * bool(self._peers)
+        variants = self._options.effort.peer_variants
+        peers = sum(len(PEERS[name].builders[:variants]) for name in self._peers)
+        systems = 3 + len(self._precisions) + peers + bool(self._peers)
         timed = 5 * len(self._timed_tasks)
         processes = (len(self._precisions) + 1) * self._options.process
         return len(self._tasks) * systems + timed + processes
@@ -275,10 +284,10 @@ class _Run:
             whole = data_files.read_eval(file)
             result[task].append(data_files.limited(whole, effort.rows))
             if effort.rows is not None and len(whole.first) > effort.rows:
-                self._notes.append(
-                    f"{whole.name}: {effort.rows} of {len(whole.first)} rows, drawn by a seed; "
-                    "fewer passages to choose from make retrieval look easier"
-                )
+                note = f"{whole.name}: {effort.rows} of {len(whole.first)} rows, drawn by a seed"
+                if whole.scores is None:
+                    note += "; fewer passages to choose from make retrieval look easier"
+                self._notes.append(note)
         return result
 
 
@@ -290,6 +299,18 @@ def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> li
             f"{', '.join(known) or 'none'}"
         )
     return list(known) if wanted is None else [name for name in known if name in wanted]
+
+
+def _busy(threads: int) -> list[str]:
+    """Return a note if others keep the processor busy before the bench does."""
+    load = psutil.getloadavg()[0]
+    cores = psutil.cpu_count() or 1
+    if load + threads <= cores + 1:
+        return []
+    return [
+        f"the machine was busy when this began (load {load:.1f} on {cores} cores): times are not "
+        "its own, and ratios to torch, whose threads wait for each other, are flattering"
+    ]
 
 
 def _weights_bytes(source: Source) -> int:

@@ -115,7 +115,7 @@ def read_source(source: str | Path, pooling: str | None = None) -> Source:
     transformer = path / kinds.get("Transformer", "")
     if "Pooling" in kinds:
         pooling = pooling or _pooling(path / kinds["Pooling"] / "config.json")
-    if pooling not in _POOLING_FLAGS.values():
+    if pooling is None or pooling not in _POOLING_FLAGS.values():
         raise BenchError(
             f"{path}: the pooling is {pooling or 'not named by any file'}; expected one of "
             f"{', '.join(_POOLING_FLAGS.values())}; name one with --pooling"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +102,7 @@ class EmbedgeSystem:
         self, texts: Sequence[str], batch_size: int = 32, role: str | None = None
     ) -> Vectors:
         """Return float32 ``[n, dim]``."""
-        calls = {
+        calls: dict[str | None, Any] = {
             None: self._model.encode,
             "query": self._model.encode_query,
             "document": self._model.encode_document,

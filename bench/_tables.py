@@ -101,8 +101,10 @@ def shape_table(rows: Sequence[Row]) -> Table:
 
 def dimension_table(rows: Sequence[Row]) -> Table:
     """Return fidelity and quality of the bundle's own graphs at every dimension."""
-    header = ("task", "system", "dim", "cosine mean", "min", "pair Spearman", "top-10")
-    header += ("measured on", "quality", "reference", "difference (95 % interval)")
+    header = (
+        *("task", "system", "dim", "cosine mean", "min", "pair Spearman", "top-10"),
+        *("measured on", "quality", "reference", "difference (95 % interval)"),
+    )
     lines = []
     for row in rows:
         if row.role != "embedge":
@@ -145,8 +147,10 @@ def kind_table(rows: Sequence[Row]) -> Table:
 
 def process_table(report: Report) -> Table:
     """Return cold start, task switch and memory by system."""
-    header = ("system", "import s", "first vector s", "switch ms (open)", "switch ms (closed)")
-    header += ("resident MB", "of it anonymous", "file-mapped", "peak after batches")
+    header = (
+        *("system", "import s", "first vector s", "switch ms (open)", "switch ms (closed)"),
+        *("resident MB", "of it anonymous", "file-mapped", "peak after batches"),
+    )
     lines = []
     for system, figures in report.process.items():
         first, later = figures.get("after_first_vector", {}), figures.get("after_batches", {})
@@ -184,7 +188,7 @@ def _cosine(value: float | None) -> str:
     if value is None:
         return _MISSING
     for digits in (4, 5, 6, 7):
-        if value < 1 - 10**-digits * 5:
+        if value < 1 - 10**-digits:
             return f"{value:.{digits}f}"
     return f"{value:.7f}"
 

@@ -36,7 +36,7 @@ class TextTokens:
         Raises:
             BenchError: no file names a maximum length.
         """
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(source.transformer)
+        self._tokenizer: Any = _load(source)
         self._tokenizer.padding_side = "right"
         self._tokenizer.truncation_side = "right"
         self.pad_token_id = int(self._tokenizer.pad_token_id or 0)
@@ -106,6 +106,11 @@ def sorted_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[l
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def _load(source: Source) -> Any:
+    loader: Any = AutoTokenizer  # from_pretrained has no annotations
+    return loader.from_pretrained(source.transformer)
 
 
 def _max_length(source: Source, tokenizer_limit: int) -> int:

@@ -1,5 +1,5 @@
-"""A tiny real model: BERT with two layers and random weights, a WordPiece tokenizer, sentence-
-transformers' files, and a random LoRA adapter whose B is not zero and whose alpha is not its rank."""
+"""A tiny real model: BERT with two layers and random weights, a WordPiece tokenizer, files of
+sentence-transformers, a random LoRA adapter whose B is not zero and whose alpha is not its rank."""
 
 from __future__ import annotations
 

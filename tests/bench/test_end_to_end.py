@@ -14,7 +14,7 @@ from embedge.bench._cli import add_arguments, run
 from embedge.bench._errors import BenchError
 from embedge.bench._options import Effort
 
-TINY = Effort(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1)
+TINY = Effort(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1, process_repeats=1)
 
 
 @pytest.fixture(scope="module")

