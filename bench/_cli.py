@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ __all__ = ["add_arguments", "run"]
 # What each bar needs measured, so that `--bar` alone measures no more.
 _NEEDS_LATENCY = {4}
 _NEEDS_QUALITY = {2}
+_NEEDS_VECTORS = {1, 2, 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,11 +105,14 @@ def _options(args: argparse.Namespace) -> BenchOptions:
     from embedge.bench._options import FULL, QUICK, BenchOptions
 
     bars = set(args.bar or ())
+    effort = QUICK if args.quick else FULL
+    if bars and not bars & _NEEDS_VECTORS:
+        effort = replace(effort, texts=64, invariance=1)
     evaluations = [_pair("--eval", text) for text in args.eval]
     chosen: dict[str, Any] = {"peers": args.peers}
     if bars:
         chosen["process"] = False
-        chosen["latency"] = bool(bars & _NEEDS_LATENCY)
+        chosen["latency"] = chosen["torch"] = bool(bars & _NEEDS_LATENCY)
         evaluations = evaluations if bars & _NEEDS_QUALITY else []
         if not bars & _NEEDS_LATENCY:
             chosen["peers"] = args.peers or ["none"]
@@ -121,7 +126,7 @@ def _options(args: argparse.Namespace) -> BenchOptions:
         evaluations=evaluations,
         pooling=args.pooling,
         threads=args.threads,
-        effort=QUICK if args.quick else FULL,
+        effort=effort,
         **chosen,
     )
 

@@ -78,6 +78,7 @@ class BenchOptions:
         effort: how much; ``FULL`` or ``QUICK``.
         process: measure cold start, task switch and memory in child processes.
         latency: measure latency.
+        torch: measure merged torch fp32 and bf16 beside the bundle.
     """
 
     bundle: Path
@@ -93,6 +94,7 @@ class BenchOptions:
     effort: Effort = FULL
     process: bool = True
     latency: bool = True
+    torch: bool = True
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.

@@ -56,7 +56,7 @@ def _points(report: Report, task: str) -> list[tuple[float, float, Row]]:
         value = _value(row)
         if row.task == task and row.single and value is not None:
             found.append((float(row.single["p50_ms"]), value, row))
-    return sorted(found, key=lambda point: (-point[1], point[0]))
+    return sorted(found, key=lambda point: (-point[1], -point[0]))
 
 
 def _value(row: Row) -> float | None:
@@ -99,7 +99,15 @@ def _panel(axis: Any, task: str, points: list[tuple[float, float, Row]]) -> None
             va="center",
             fontsize=9,
             color=_COLOURS[row.role],
-            arrowprops={"arrowstyle": "-", "color": _COLOURS[row.role], "lw": 0.6, "alpha": 0.5},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _COLOURS[row.role],
+                "lw": 0.6,
+                "alpha": 0.5,
+                "relpos": (0, 0.5),
+                "shrinkA": 2,
+                "shrinkB": 0,
+            },
         )
     axis.set_title(task, loc="left", fontsize=11, fontweight="bold")
     axis.set_xlabel("one text, median ms (logarithmic)")

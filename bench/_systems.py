@@ -86,7 +86,16 @@ class EmbedgeSystem:
         self._model = Embedder(bundle, precision=precision, device="cpu", threads=threads)
 
     def forward(self, ids: Ids, mask: Ids) -> Vectors:
-        """Return the vectors, float32 ``[batch, dim]``, by a session as ``encode`` opens it."""
+        """Return the vectors, float32 ``[batch, dim]``, by a session as ``encode`` opens it.
+
+        In runs of as many rows as ``encode`` would take.
+        """
+        step = max(1, self._model.default_batch_tokens // ids.shape[1])
+        starts = range(0, len(ids), step)
+        parts = [self._run(ids[s : s + step], mask[s : s + step]) for s in starts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _run(self, ids: Ids, mask: Ids) -> Vectors:
         while ids.size % self._row_multiple:  # as the runtime pads: one masked column more
             ids, mask = (np.pad(array, ((0, 0), (0, 1))) for array in (ids, mask))
         arrays = {"input_ids": ids, "attention_mask": mask}

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from embedge.runtime._arguments import ON_TRUNCATE
 from embedge.runtime._device import DEVICES
-from embedge.runtime._embedder import DEFAULT_MAX_BATCH_TOKENS, Embedder
+from embedge.runtime._embedder import Embedder
 from embedge.runtime._errors import EmbedgeError, EmbedgeValueError, TextTooLongError
 from embedge.runtime._progress import Progress
 from embedge.runtime._text_input import Record, chunked, read_records
@@ -53,9 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch-tokens",
         type=int,
-        default=DEFAULT_MAX_BATCH_TOKENS,
         metavar="N",
-        help=f"most padded tokens of a batch ({DEFAULT_MAX_BATCH_TOKENS})",
+        help="most padded tokens of a batch (default: what runs fastest here)",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(

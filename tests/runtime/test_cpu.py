@@ -123,7 +123,9 @@ print(json.dumps({"saturates": probe, "vectors": vectors}))
 """
 
 
-def errors(bundle: Path, exact: Any, *launcher: str) -> tuple[bool, dict[str, float]]:
+def errors(
+    package_path: Path, bundle: Path, exact: Any, *launcher: str
+) -> tuple[bool, dict[str, float]]:
     """The probe's answer and the relative error of the vectors by the constants used."""
     command = [*launcher, os.path.realpath(sys.executable), "-c", SCRIPT, str(bundle)]
     done = subprocess.run(
@@ -136,7 +138,7 @@ def errors(bundle: Path, exact: Any, *launcher: str) -> tuple[bool, dict[str, fl
             **os.environ,
             "QEMU_CPU": "Haswell",
             # The venv's packages: below an emulator sys.executable is resolved.
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join([str(package_path), *filter(None, sys.path)]),
         },
     )
     answer = json.loads(done.stdout)
@@ -195,16 +197,16 @@ def test_constants_are_replaced_where_products_saturate(
 
 @needs_qemu
 def test_an_emulated_processor_without_vnni_gives_the_vectors_of_a_real_one(
-    int8_bundle: tuple[Path, Any],
+    int8_bundle: tuple[Path, Any], package_path: Path
 ) -> None:
     path, exact = int8_bundle
-    saturates, emulated = errors(path, exact, str(QEMU))
+    saturates, emulated = errors(package_path, path, exact, str(QEMU))
     assert saturates
     for how in ("", " alone"):
         assert emulated["asked" + how] == emulated["reduced" + how]
         assert emulated["asked" + how] < 0.008  # the bound of 7-bit steps, see above
         assert emulated["full" + how] > 10 * emulated["reduced" + how]
     if not saturates_u8s8():
-        _, native = errors(path, exact)
+        _, native = errors(package_path, path, exact)
         assert native["asked"] == native["full"]
         assert emulated["reduced"] == pytest.approx(native["reduced"], rel=0.01)

@@ -1,0 +1,191 @@
+"""From options to what is really measured: names looked up, files read, subsets drawn.
+
+Everything a call can get wrong is found here, before the first model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from embedge.bench import _data as data_files
+from embedge.bench._backbone import adapter_folder
+from embedge.bench._errors import BenchError
+from embedge.bench._options import BenchOptions
+from embedge.bench._peers import PEERS, chosen_peers
+from embedge.bench._source import Source, read_source
+from embedge.runtime._bundle import Bundle
+from embedge.runtime._cores import available_cores
+from embedge.runtime._manifest import Manifest
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        options: what was asked for.
+        bundle: the opened bundle.
+        source: the reference's files.
+        threads: threads of every system.
+        tasks: tasks, in the bundle's order.
+        precisions: precisions that run on the CPU.
+        adapters: adapter folder by task; a bare task has none.
+        peers: names of peers that are installed.
+        texts: for fidelity.
+        evaluations: labelled sets by task, the main one first.
+        notes: sentences for the report; grows while measuring.
+    """
+
+    options: BenchOptions
+    bundle: Bundle
+    source: Source
+    threads: int
+    tasks: list[str]
+    precisions: list[str]
+    adapters: dict[str, Path]
+    peers: list[str]
+    texts: list[data_files.Text]
+    evaluations: dict[str, list[data_files.EvalSet]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.bundle.manifest
+
+    @property
+    def timed_tasks(self) -> list[str]:
+        """The tasks whose latency is measured."""
+        return self.tasks[: self.options.effort.latency_tasks] if self.options.latency else []
+
+    @property
+    def dims(self) -> list[int]:
+        """Dimensions to measure at, the full one first."""
+        model = self.manifest.model
+        return sorted({*(model.matryoshka_dims or ()), model.dim}, reverse=True)
+
+    @property
+    def steps(self) -> int:
+        """How many steps a progress bar has."""
+        variants = self.options.effort.peer_variants
+        peers = sum(len(PEERS[name].builders[:variants]) for name in self.peers)
+        systems = 1 + 2 * self.options.torch + len(self.precisions) + peers + bool(self.peers)
+        processes = (len(self.precisions) + 1) * self.options.process
+        return len(self.tasks) * systems + 5 * len(self.timed_tasks) + processes
+
+
+def make_plan(options: BenchOptions) -> Plan:
+    """Return what ``options`` asks for.
+
+    Raises:
+        EmbedgeError: the bundle, the reference, an adapter or a data file does not hold it.
+    """
+    bundle = Bundle(options.bundle)
+    threads = options.threads or available_cores()
+    notes = _busy(threads)
+    declared = bundle.manifest.tasks
+    tasks = _chosen("task", options.tasks, list(declared))
+    on_cpu = [name for name, p in bundle.manifest.precisions.items() if "cpu" in p.devices]
+    plan = Plan(
+        options=options,
+        bundle=bundle,
+        source=read_source(options.reference, options.pooling),
+        threads=threads,
+        tasks=tasks,
+        precisions=_chosen("precision", options.precisions, on_cpu),
+        adapters=_adapters(options, bundle, tasks),
+        peers=chosen_peers(options.peers, notes.append),
+        texts=_texts(options, notes),
+        evaluations=_evaluations(options, list(declared), tasks, notes),
+        notes=notes,
+    )
+    untimed = [task for task in tasks if task not in plan.timed_tasks]
+    if plan.timed_tasks and untimed:
+        notes.append(
+            f"latency was measured on {', '.join(plan.timed_tasks)} alone; the graphs of "
+            f"{', '.join(untimed)} differ from it only in the numbers they hold"
+        )
+    return plan
+
+
+def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    unknown = [name for name in wanted or () if name not in known]
+    if unknown:
+        raise BenchError(
+            f"--{what} {' '.join(unknown)}: not measurable in this bundle; it has: "
+            f"{', '.join(known) or 'none'}"
+        )
+    return list(known) if wanted is None else [name for name in known if name in wanted]
+
+
+def _adapters(options: BenchOptions, bundle: Bundle, tasks: Sequence[str]) -> dict[str, Path]:
+    declared = bundle.manifest.tasks
+    unknown = [name for name in options.adapters if name not in declared]
+    if unknown:
+        raise BenchError(
+            f"--adapter {', '.join(unknown)}: the bundle's tasks are {', '.join(declared)}"
+        )
+    adapted = [task for task in tasks if declared[task].adapter is not None]
+    lacking = [task for task in adapted if task not in options.adapters]
+    if lacking:
+        raise BenchError(
+            f"{bundle.root}: the tasks {', '.join(lacking)} were merged from adapters; the "
+            "reference needs them too: add "
+            + " ".join(f"--adapter {task}=FOLDER" for task in lacking)
+        )
+    bare = [task for task in tasks if task in options.adapters and task not in adapted]
+    if bare:
+        raise BenchError(
+            f"--adapter {', '.join(bare)}: the bundle has the bare backbone there; leave it out"
+        )
+    return {task: adapter_folder(task, options.adapters[task]) for task in adapted}
+
+
+def _texts(options: BenchOptions, notes: list[str]) -> list[data_files.Text]:
+    file = options.texts
+    texts = data_files.default_texts() if file is None else data_files.read_texts(file)
+    rows = data_files.subset(len(texts), options.effort.texts)
+    if len(rows) < len(texts):
+        notes.append(f"fidelity on {len(rows)} of {len(texts)} texts, drawn by a seed")
+    return [texts[i] for i in rows]
+
+
+def _evaluations(
+    options: BenchOptions, declared: Sequence[str], tasks: Sequence[str], notes: list[str]
+) -> dict[str, list[data_files.EvalSet]]:
+    effort = options.effort
+    result: dict[str, list[data_files.EvalSet]] = {task: [] for task in tasks}
+    for task, file in options.evaluations:
+        if task not in declared:
+            raise BenchError(f"--eval {task}={file}: the bundle's tasks are {', '.join(declared)}")
+        if task not in result:
+            continue
+        if effort.eval_sets is not None and len(result[task]) >= effort.eval_sets:
+            notes.append(f"{file.stem} was left out: one labelled set a task")
+            continue
+        whole = data_files.read_eval(file)
+        result[task].append(data_files.limited(whole, effort.rows))
+        if effort.rows is not None and len(whole.first) > effort.rows:
+            note = f"{whole.name}: {effort.rows} of {len(whole.first)} rows, drawn by a seed"
+            if whole.scores is None:
+                note += "; fewer passages to choose from make retrieval look easier"
+            notes.append(note)
+    return result
+
+
+def _busy(threads: int) -> list[str]:
+    """Return a note if others keep the processor busy before the bench does."""
+    load = psutil.getloadavg()[0]
+    cores = psutil.cpu_count() or 1
+    if load + threads <= cores + 1:
+        return []
+    return [
+        f"the machine was busy when this began (load {load:.1f} on {cores} cores): times are not "
+        "its own, and ratios to torch, whose threads wait for each other, are flattering"
+    ]
