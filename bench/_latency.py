@@ -1,8 +1,9 @@
 """Alternating timing: every system once a round, so that a busy machine is busy for all of them.
 
 A time by itself says little on a shared machine; the ratio of two systems in the same round says a
-lot. So ratios are made round by round and their median is quoted. The order rotates from round to
-round, and a short pause before each run lets the thread pool of the system before it fall asleep.
+lot. So ratios are made round by round and their median is quoted. The order is drawn anew for each
+round, so that nobody always follows the same neighbour, whose threads may still spin and whose
+weights fill the cache; a short pause before each run lets those threads fall asleep.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SHAPES = tuple(Shape(batch=b, tokens=t) for b, t in ((1, 16), (1, 128), (32, 32)
 
 
 def alternate(
-    runs: Runs, rounds: int, *, warm_up: int = 2, pause_s: float = 0.01
+    runs: Runs, rounds: int, *, warm_up: int = 2, pause_s: float = 0.01, seed: int = 0
 ) -> dict[str, Times]:
     """Return the time of every run in every round, milliseconds, float64 ``[rounds]`` by name.
 
@@ -52,13 +53,14 @@ def alternate(
         warm_up: untimed rounds before them.
         pause_s: seconds of sleep before each run; a short run (below 50 ms) is then run once
             untimed, so that all are timed with warm caches and awake threads.
+        seed: of the orders.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
     lasted = dict.fromkeys(names, 0.0)
+    generator = np.random.default_rng(seed)
     for turn in range(warm_up + rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in generator.permutation(names).tolist():
             time.sleep(pause_s)
             if lasted[name] < 0.05:
                 runs[name]()

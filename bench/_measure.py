@@ -133,9 +133,9 @@ def latency(
 def _single_times(systems: Sequence[System], texts: Sequence[str]) -> dict[str, Times]:
     """Return the time of each text alone by each system, its tokenization included."""
     parts: dict[str, list[Times]] = {system.name: [] for system in systems}
-    for text in texts:
+    for number, text in enumerate(texts):
         runs = {s.name: functools.partial(s.encode, [text], 1) for s in systems}
-        for name, times in alternate(runs, 1, warm_up=0).items():
+        for name, times in alternate(runs, 1, warm_up=0, seed=number).items():
             parts[name].append(times)
     return {name: np.concatenate(times) for name, times in parts.items()}
 

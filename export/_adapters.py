@@ -137,7 +137,7 @@ class Adapter:
                 stacklevel=3,
             )
         low_rank = [recipe for recipe in recipes.values() if recipe.a is not None]
-        if not recipes or low_rank and all(recipe.zero_delta for recipe in low_rank):
+        if not recipes or (low_rank and all(recipe.zero_delta for recipe in low_rank)):
             warnings.warn(
                 f"adapter {self.name!r}: B·A is zero in every layer, so its LoRA changes nothing; "
                 "was it saved before it was trained?",

@@ -92,7 +92,9 @@ def unit_length(g: Graph, x: str) -> str:
     return g.op("Div", x, g.op("Max", norm, g.const(1e-12)))
 
 
-def to_model(g: Graph, initializers: list[TensorProto], name: str, notes: Mapping[str, str]) -> onnx.ModelProto:
+def to_model(
+    g: Graph, initializers: list[TensorProto], name: str, notes: Mapping[str, str]
+) -> onnx.ModelProto:
     """Put a pruned graph and its initializers into an ONNX model."""
     constants = sorted(g.constants.values(), key=lambda c: c.name)
     graph = helper.make_graph(

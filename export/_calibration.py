@@ -99,7 +99,9 @@ def calibrate(
             g.output(tap.value, f"tap/{label}", TensorProto.FLOAT, [])
         session, constants = _session(g, threads)
         statistics = {
-            label: InputStatistics(tap, weights.shape(f"{tap.lins[0].name}.weight")[1], wants_hessian(tap))
+            label: InputStatistics(
+                tap, weights.shape(f"{tap.lins[0].name}.weight")[1], wants_hessian(tap)
+            )
             for label, tap in taps.items()
         }
         for label, tap in taps.items():

@@ -202,7 +202,7 @@ def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
     """Return the file that holds each tensor below ``folder``."""
     if (folder / _WEIGHTS).exists():
         file = SafetensorsFile(folder / _WEIGHTS, CheckpointError)
-        return {key: file for key in file.keys()}
+        return dict.fromkeys(file.keys(), file)
     if (folder / _INDEX).exists():
         return _shards(folder)
     if any((folder / name).exists() for name in _PICKLES):

@@ -179,7 +179,12 @@ class Graph:
         return name
 
     def op(
-        self, op_type: str, *inputs: str, domain: str = "", name: str | None = None, **attributes: Any
+        self,
+        op_type: str,
+        *inputs: str,
+        domain: str = "",
+        name: str | None = None,
+        **attributes: Any,
     ) -> str:
         """Append a node with one output and return the output's name."""
         return self.op_n(op_type, 1, *inputs, domain=domain, name=name, **attributes)[0]
@@ -266,9 +271,7 @@ class Graph:
         )
         return self.form.linears(self, x, lins, fold=fold, lower_bound=lower_bound)
 
-    def bias(
-        self, lin: Lin, *, carried: Lin | None = None, negated: bool = False
-    ) -> str | None:
+    def bias(self, lin: Lin, *, carried: Lin | None = None, negated: bool = False) -> str | None:
         """The bias that completes :meth:`linears`: the Linear's own and what was folded into it.
 
         Args:

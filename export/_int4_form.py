@@ -109,9 +109,7 @@ class Int4Form(Form):
                 elem_type=TensorProto.UINT8,
                 shape=(rows, blocks, self.block_size // 2),
             ),
-            TensorSpec(
-                name=f"{name}.scales", elem_type=TensorProto.FLOAT, shape=(rows, blocks)
-            ),
+            TensorSpec(name=f"{name}.scales", elem_type=TensorProto.FLOAT, shape=(rows, blocks)),
             TensorSpec(
                 name=f"{name}.zero_points",
                 elem_type=TensorProto.UINT8,

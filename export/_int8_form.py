@@ -167,9 +167,7 @@ class Int8Form(Form):
                 detail=plan.digest,
             )
             if norm.rms:
-                return g.op(
-                    "RMSNormalization", norm.source, gamma, axis=-1, epsilon=norm.epsilon
-                )
+                return g.op("RMSNormalization", norm.source, gamma, axis=-1, epsilon=norm.epsilon)
 
             def beta() -> NDArray[np.float32]:
                 own = g.weights.read(bias) if bias else np.zeros(size, np.float32)

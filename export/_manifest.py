@@ -95,7 +95,7 @@ def model_card(manifest: Manifest) -> str:
 
 Text embeddings of {model.dim} dimensions, {model.pooling} pooling, texts of up to {model.max_length} tokens.
 Exported from {source.name} ({source.model_type}). Licence of the weights: {licence}.
-Dimensions to truncate to: {', '.join(map(str, dims)) if dims else f'any up to {model.dim}'}.
+Dimensions to truncate to: {", ".join(map(str, dims)) if dims else f"any up to {model.dim}"}.
 
 | task | adapter | prompts |
 |---|---|---|
@@ -113,7 +113,7 @@ vectors = model.encode(["a text", "another text"], task="{first_task}")
 ```
 
 <!-- embedge:bench:start -->
-Quality, latency and memory have not been measured yet; `embedge bench BUNDLE --reference MODEL --record` does.
+Quality, latency and memory are measured by `embedge bench BUNDLE --reference MODEL --record`.
 <!-- embedge:bench:end -->
 """
 

@@ -24,7 +24,9 @@ class MixedForm(Form):
         self._kept = kept
         self.used: set[str] = set()
         self.precision = default.precision
-        self.devices = tuple(d for d in default.devices if all(d in f.devices for f in kept.values()))
+        self.devices = tuple(
+            d for d in default.devices if all(d in f.devices for f in kept.values())
+        )
         self.row_multiple = default.row_multiple
 
     def linears(

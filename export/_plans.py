@@ -34,9 +34,7 @@ def input_plan(statistics: InputStatistics, alpha: float) -> InputPlan:
     peak = np.maximum(np.abs(low), np.abs(high))
     if tap.fold is not None:
         peak, weight_peak = (_shared(p, tap.fold) for p in (peak, statistics.weight_peak))
-        return InputPlan(
-            smooth=_int8.smoothing_scales(peak, weight_peak, alpha), fold=tap.fold
-        )
+        return InputPlan(smooth=_int8.smoothing_scales(peak, weight_peak, alpha), fold=tap.fold)
     return InputPlan()
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from embedge.export._calibration import InputStatistics, TokenBatch, calibrate
-from embedge.export._forms import Form, HalfForm, in_features, out_features, read_linear, weight_name
+from embedge.export._forms import (
+    Form,
+    HalfForm,
+    in_features,
+    out_features,
+    read_linear,
+    weight_name,
+)
 from embedge.export._graph import Graph, Lin, Tap
 from embedge.export._int4_form import Int4Form, pack
 from embedge.export._int8_form import InputPlan, Int8Form

@@ -92,6 +92,4 @@ def check_keep(keep: Mapping[str, str]) -> None:
     """
     for pattern, precision in keep.items():
         if precision not in ("fp32", "int8"):
-            raise EmbedgeValueError(
-                f"keep {pattern!r}={precision!r}: expected 'fp32' or 'int8'"
-            )
+            raise EmbedgeValueError(f"keep {pattern!r}={precision!r}: expected 'fp32' or 'int8'")

@@ -131,7 +131,7 @@ class TensorStore:
     def _store(self, array: NDArray[Any], name: str) -> Stored:
         if array.nbytes <= INLINE_BYTES:
             return Stored(inline=array.tobytes())
-        data = memoryview(array).cast("B")
+        data: Any = array.reshape(-1).view(np.uint8)
         digest = hashlib.sha256(data).hexdigest()
         if digest in self._by_hash:
             return self._by_hash[digest]

@@ -59,9 +59,7 @@ def quantized_rows(g: Graph, name: str, ids: str, bits: int) -> str:
     )
     key = f"{name}@{g.weights.version(name)}|table-int{bits}-{block_size}"
     table, scale, zero = g.recipe(
-        Recipe(
-            key=key, owner=g.owner(name), specs=specs, compute=compute, describe=describe
-        )
+        Recipe(key=key, owner=g.owner(name), specs=specs, compute=compute, describe=describe)
     )
     return g.op(
         "GatherBlockQuantized",

@@ -49,9 +49,8 @@ def read_tokenizer(folder: Path) -> BundleTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
-        )
+        load: Any = AutoTokenizer.from_pretrained
+        tokenizer = load(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
         text = tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # whatever transformers or tokenizers raise for a bad file
         raise CheckpointError(

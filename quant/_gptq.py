@@ -82,7 +82,8 @@ def sweep(
         width = end - begin
         part = np.ascontiguousarray(left[:, begin:end].T)  # a column is contiguous
         corner = upper[begin:end, begin:end]
-        scale, zero, lowest, highest = grid(block, part.T, 1.0 / np.square(np.diag(corner)))
+        importance = (1.0 / np.square(np.diag(corner))).astype(np.float32)
+        scale, zero, lowest, highest = grid(block, part.T, importance)
         errors = np.empty((width, out_features), np.float32)
         for j in range(width):
             level = np.clip(np.rint(part[j] / scale) + zero, lowest, highest)
@@ -114,9 +115,7 @@ def quantize_blocks(
     scales = np.ones((out_features, blocks), np.float32)
     zeros = np.zeros((out_features, blocks), np.uint8)
 
-    def grid(
-        block: int, part: NDArray[np.float32], importance: NDArray[np.float32]
-    ) -> Grid:
+    def grid(block: int, part: NDArray[np.float32], importance: NDArray[np.float32]) -> Grid:
         scales[:, block], zeros[:, block] = _int4.block_grid(part, importance[None, :])
         return scales[:, block], zeros[:, block].astype(np.float32), 0, _int4.LEVELS
 

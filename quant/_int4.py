@@ -73,7 +73,8 @@ def pack_pairs(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pack 4-bit values two to a byte along the last axis, low half first; odd lengths end in 0."""
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    result: NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << 4)
+    high = (values[..., 1::2] << 4).astype(np.uint8)
+    result: NDArray[np.uint8] = np.bitwise_or(values[..., 0::2], high)
     return result
 
 

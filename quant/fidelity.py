@@ -27,9 +27,7 @@ def cosine_rows(a: Floats, b: Floats) -> NDArray[np.float64]:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both_zero = ~a.any(axis=1) & ~b.any(axis=1)
     dots = np.einsum("ij,ij->i", a, b)
-    result: NDArray[np.float64] = np.where(
-        both_zero, 1.0, dots / np.where(norms > 0, norms, 1.0)
-    )
+    result: NDArray[np.float64] = np.where(both_zero, 1.0, dots / np.where(norms > 0, norms, 1.0))
     return result
 
 

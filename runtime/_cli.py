@@ -165,7 +165,7 @@ def _failed(message: str, code: int) -> int:
     return code
 
 
-def _show_warning(  # noqa: PLR0917 - the signature of warnings.showwarning
+def _show_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,

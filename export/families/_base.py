@@ -32,7 +32,7 @@ class Family(ABC):
         inputs: graph inputs in order.
     """
 
-    model_types: ClassVar[tuple[str, ...]]
+    model_types: ClassVar[tuple[str, ...]] = ()
     roots: ClassVar[tuple[str, ...]]
     ignored: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[Mapping[str, str]] = {}

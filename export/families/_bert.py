@@ -18,7 +18,7 @@ class Bert(Family):
     Source of the architecture: Devlin et al., arXiv 1810.04805, and transformers' ``BertModel``.
     """
 
-    model_types = ("bert", "roberta", "xlm-roberta", "camembert")
+    model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta", "camembert")
     roots = ("embeddings", "encoder", "pooler", "cls", "lm_head")
     ignored = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
     renamed: ClassVar = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}

@@ -47,9 +47,9 @@ class Decoder(Family):
             if types:
                 if types[index] != "sliding_attention":
                     return None
-            elif not self.config.get("use_sliding_window"):
-                return None
-            elif index < self.config.get("max_window_layers", 28):
+            elif not self.config.get("use_sliding_window") or index < self.config.get(
+                "max_window_layers", 28
+            ):
                 return None
         return int(window) if int(window) < self.max_length else None
 

@@ -96,9 +96,7 @@ class ModernBert(Family):
         up = Lin(f"{p}mlp.Wi", 0, inner)
         gate = Lin(f"{p}mlp.Wi", inner, 2 * inner)
         a, b = g.linears(x, [up, gate])
-        y = g.op(
-            "Mul", g.activation(a, self.activation, up), g.add(b, g.bias(gate))
-        )
+        y = g.op("Mul", g.activation(a, self.activation, up), g.add(b, g.bias(gate)))
         down = Lin(f"{p}mlp.Wo")
         [y] = g.linears(y, [down], fold=Fold(lin=gate))
         return g.add(g.add(y, g.bias(down)), hidden)

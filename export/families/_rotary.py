@@ -32,12 +32,12 @@ def rotary_tables(
     Raises:
         CheckpointError: a scaling type that depends on the text's length, or an unknown one.
     """
-    frequencies = 1.0 / theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    exponents = np.arange(0, head_size, 2, dtype=np.float64) / head_size
     # transformers holds frequencies and angles in float32
-    frequencies = frequencies.astype(np.float32)
+    frequencies: Table = (1.0 / theta**exponents).astype(np.float32)
     if scaling:
         frequencies = _scaled(frequencies, scaling)
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :].astype(np.float32)
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
     return np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
 
 
@@ -65,9 +65,7 @@ def _scaled(frequencies: Table, scaling: Mapping[str, Any]) -> Table:
     )
 
 
-def rotary_inputs(
-    g: Graph, name: str, tables: tuple[Table, Table], detail: str
-) -> tuple[str, str]:
+def rotary_inputs(g: Graph, name: str, tables: tuple[Table, Table], detail: str) -> tuple[str, str]:
     """The two tables as initializers."""
     cos, sin = tables
     return (

@@ -7,15 +7,17 @@ import numpy as np
 from embedge.bench._latency import alternate, percentiles, ratio
 
 
-def test_runs_alternate_and_the_first_of_a_round_changes() -> None:
+def test_everybody_runs_once_a_round_in_an_order_that_changes() -> None:
     order: list[str] = []
     runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
 
-    times = alternate(runs, 3, warm_up=0, pause_s=0)
+    times = alternate(runs, 30, warm_up=0, pause_s=0)
 
-    # A short run is run once untimed before it is timed.
-    assert order == [name for name in "abcbcacab" for _ in range(2)]
-    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert order[::2] == order[1::2]  # a short run is run once untimed before it is timed
+    rounds = ["".join(order[i : i + 6 : 2]) for i in range(0, len(order), 6)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+    assert {name: len(values) for name, values in times.items()} == {"a": 30, "b": 30, "c": 30}
 
 
 def test_warm_up_rounds_are_not_timed() -> None:

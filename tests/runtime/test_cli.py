@@ -122,7 +122,7 @@ class TestEmbed:
         ],
         ids=["UTF-8", "no object", "blank", "no key", "no string", "too long"],
     )
-    def test_a_line_that_cannot_be_used_is_named_and_nothing_is_left(  # noqa: PLR0917 - fixtures
+    def test_a_line_that_cannot_be_used_is_named_and_nothing_is_left(
         self,
         bundle: Any,
         tmp_path: Path,
