@@ -187,5 +187,5 @@ def _busy(threads: int) -> list[str]:
         return []
     return [
         f"the machine was busy when this began (load {load:.1f} on {cores} cores): times are not "
-        "its own, and ratios to torch, whose threads wait for each other, are flattering"
+        "its own, and may flatter ratios to torch, whose threads wait for each other"
     ]

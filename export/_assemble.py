@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from embedge.export._forms import Form
+from embedge.export._forms import Form, digest
 from embedge.export._graph import CONTRIB, IR_VERSION, OPSET, Graph, Weights
 from embedge.export._sentence_transformers import DenseLayer
 from embedge.export.families import Family
@@ -72,13 +72,15 @@ def apply_dense(g: Graph, x: str, layer: DenseLayer, name: str) -> str:
     """A sentence-transformers Dense layer."""
     matrix = np.ascontiguousarray(layer.weight.T)
     weight = g.computed(
-        f"{name}.weight", matrix.shape, lambda: matrix, detail=layer.weight.tobytes().hex()[:64]
+        f"{name}.weight", matrix.shape, lambda: matrix, detail=digest(layer.weight)
     )
     x = g.op("MatMul", x, weight)
     if layer.bias is not None:
         x = g.op("Add", x, g.const(layer.bias))
     if layer.activation == "gelu":
         return g.op("Gelu", x, domain=CONTRIB)
+    if layer.activation == "silu":
+        return g.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
     if layer.activation in _DENSE_ACTIVATIONS:
         return g.op(_DENSE_ACTIVATIONS[layer.activation], x)
     if layer.activation != "identity":

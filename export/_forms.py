@@ -146,7 +146,8 @@ class HalfForm(Form):
         return g.op("Cast", x, to=TensorProto.FLOAT16)
 
     def attention_mask(self, g: Graph, mask: str) -> str:
-        return g.op("Cast", mask, to=TensorProto.FLOAT16)
+        # -1e9 would become -inf, and a padded row that sees only padding NaN, which spreads
+        return g.op("Cast", g.op("Max", mask, g.const(-3e4)), to=TensorProto.FLOAT16)
 
     def attention_result(self, g: Graph, x: str) -> str:
         return g.op("Cast", x, to=TensorProto.FLOAT)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 QMAX = 127
+_LEAST_SMOOTHING = 0.25
 _CHUNK_ELEMENTS = 4 * 1024 * 1024  # bounds the float temporaries of one step to 16 MiB
 
 
@@ -41,7 +42,8 @@ def smoothing_scales(
         alpha: 0 leaves the difficulty in the activations, 1 moves all of it into the weights.
 
     Returns:
-        float32 ``[in_features]``, positive, geometric mean 1. Channels that never fire keep 1.
+        float32 ``[in_features]``, about geometric mean 1. Channels that never fire keep 1. The
+        smallest is bounded: a channel that calibration saw little of must not blow up on other texts.
     """
     activation = activation_peak.astype(np.float64)
     weight = np.maximum(weight_peak.astype(np.float64), 1e-8)
@@ -50,5 +52,5 @@ def smoothing_scales(
     scales[alive] = activation[alive] ** alpha / weight[alive] ** (1 - alpha)
     if alive.any():
         scales[alive] /= np.exp(np.log(scales[alive]).mean())
-    result: NDArray[np.float32] = np.clip(scales, 1e-3, 1e3).astype(np.float32)
+    result: NDArray[np.float32] = np.clip(scales, _LEAST_SMOOTHING, 1e3).astype(np.float32)
     return result
