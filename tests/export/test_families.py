@@ -1,0 +1,233 @@
+"""fp32 graphs give the vectors of transformers' models with PEFT's adapter, unmerged."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _models import (
+    CONFIGS,
+    DECODERS,
+    Reference,
+    cosines,
+    linears,
+    make_model,
+    make_tokenizer,
+    random_texts,
+    save,
+    save_adapter,
+    write_json,
+)
+from tokenizers import processors
+
+from embedge.export import CheckpointError, export_bundle
+from embedge.runtime import Embedder
+
+BOUND = 0.999999
+TEXTS = random_texts()
+ONE_OF_EACH_KIND = ("bert", "qwen2")
+
+
+def usual_pooling(name: str) -> str:
+    return "lasttoken" if name in DECODERS else "mean"
+
+
+def exported(source: Path, adapter: Path | None, out: Path, **options: Any) -> Embedder:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_bundle(source, adapters={"task": adapter}, precisions=["fp32"], out=out, **options)
+    return Embedder(out, precision="fp32", threads=1)
+
+
+def assert_parity(source: Path, adapter: Path | None, out: Path) -> None:
+    ours = exported(source, adapter, out).encode(TEXTS)
+    theirs = Reference(source, adapter).encode(TEXTS)
+    assert ours.shape == theirs.shape
+    assert cosines(ours, theirs).min() >= BOUND
+    assert np.abs(np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1) - 1).max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    return {
+        name: save(make_model(name), root / name, pooling=usual_pooling(name)) for name in CONFIGS
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_random_lora_on_all_linears_matches_peft(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(sources[name], tmp_path / "adapter", target=linears(name))
+    assert_parity(sources[name], adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_the_bare_backbone_matches_transformers(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    assert_parity(sources[name], None, tmp_path / "out")
+
+
+SAVED = {
+    ("bert", "a norm"): ["attention.output.LayerNorm"],
+    ("bert", "a Linear"): ["encoder.layer.1.output.dense"],
+    ("qwen2", "a norm"): ["input_layernorm", "norm"],
+    ("qwen2", "a Linear"): ["layers.1.mlp.down_proj"],
+}
+TARGETS = {"bert": ["query", "value", "intermediate.dense"], "qwen2": ["q_proj", "v_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize(("name", "what"), SAVED)
+def test_modules_to_save_take_the_place_of_the_base_modules(
+    name: str, what: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(
+        sources[name],
+        tmp_path / "adapter",
+        target=TARGETS[name],
+        modules_to_save=SAVED[name, what],
+    )
+    assert_parity(sources[name], adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_dora_matches_peft(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(
+        sources[name], tmp_path / "adapter", target=linears(name), use_dora=True
+    )
+    assert_parity(sources[name], adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_rank_and_alpha_patterns_match_peft(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    first, second, third = TARGETS[name]
+    adapter = save_adapter(
+        sources[name],
+        tmp_path / "adapter",
+        target=TARGETS[name],
+        rank_pattern={first: 5, f"1.*{third}": 2},
+        alpha_pattern={second: 11},
+        use_rslora=True,
+    )
+    assert_parity(sources[name], adapter, tmp_path / "out")
+
+
+def test_an_adapted_word_embedding_matches_peft(sources: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(
+        sources["bert"], tmp_path / "adapter", target=["word_embeddings", "query"]
+    )
+    assert_parity(sources["bert"], adapter, tmp_path / "out")
+
+
+def test_trained_biases_match_peft(sources: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(
+        sources["bert"], tmp_path / "adapter", target=linears("bert"), bias="all"
+    )
+    assert_parity(sources["bert"], adapter, tmp_path / "out")
+
+
+def test_a_bias_that_only_lora_has_matches_peft(sources: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(
+        sources["llama"], tmp_path / "adapter", target=["o_proj"], lora_bias=True
+    )
+    assert_parity(sources["llama"], adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+@pytest.mark.parametrize("name", ["bert", "mistral"])
+def test_every_pooling_is_the_one_by_hand(name: str, pooling: str, tmp_path: Path) -> None:
+    source = save(make_model(name), tmp_path / "source", pooling=pooling)
+    assert_parity(source, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("activation", ["Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU"])
+def test_dense_layers_follow_pooling(activation: str, normalize: bool, tmp_path: Path) -> None:
+    model = make_model("bert", num_hidden_layers=1)
+    layers = [(24, activation), (20, "Identity")]
+    source = save(model, tmp_path / "source", dense=layers, normalize=normalize)
+    assert_parity(source, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"])
+def test_every_activation_is_that_of_transformers(activation: str, tmp_path: Path) -> None:
+    model = make_model("bert", num_hidden_layers=1, hidden_act=activation)
+    assert_parity(save(model, tmp_path / "source"), None, tmp_path / "out")
+
+
+def test_token_types_of_the_tokenizer_reach_the_model(tmp_path: Path) -> None:
+    source = save(make_model("bert"), tmp_path / "source")
+    tokenizer = make_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s>:0 $A:1 </s>:1", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    tokenizer.save(str(source / "tokenizer.json"))
+    reference = Reference(source).model
+    theirs = []
+    for text in TEXTS:
+        encoding = tokenizer.encode(text)
+        with torch.no_grad():
+            states = reference(
+                input_ids=torch.tensor([encoding.ids]),
+                token_type_ids=torch.tensor([encoding.type_ids]),
+            )[0]
+        theirs.append(states[0].mean(0).numpy())
+    ours = exported(source, None, tmp_path / "out").encode(TEXTS)
+    assert cosines(ours, np.stack(theirs)).min() >= BOUND
+
+
+@pytest.mark.parametrize(("name", "pad"), [(n, p) for n in ("roberta", "mpnet") for p in (0, 1)])
+def test_positions_count_from_where_transformers_counts(
+    name: str, pad: int, tmp_path: Path
+) -> None:
+    source = save(make_model(name, pad_token_id=pad), tmp_path / "source")
+    assert_parity(source, None, tmp_path / "out")
+
+
+def test_a_text_beyond_the_limit_is_cut_like_the_reference(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    text = " ".join(random_texts(12))
+    model = exported(sources["bert"], None, tmp_path / "out")
+    ours = model.encode([text], on_truncate="ignore")
+    assert cosines(ours, Reference(sources["bert"]).encode([text])).min() >= BOUND
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_decoder_with_a_language_head_is_read_without_it(prefix: str, tmp_path: Path) -> None:
+    extra = {"lm_head.weight": torch.randn(96, 32)} if prefix else {}
+    source = save(make_model("llama"), tmp_path / "source", pooling="mean", extra=extra)
+    assert_parity(source, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("bert", "position_embedding_type", "relative_key"),
+        ("bert", "is_decoder", True),
+        ("bert", "hidden_act", "quick_gelu"),
+        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+        ("llama", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        ("llama", "num_hidden_layers", 0),
+        ("qwen3", "num_attention_heads", "four"),
+        ("bert", "model_type", "t5"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_a_family_does_not_implement_is_refused_by_name(
+    name: str, setting: str, value: Any, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = save(make_model(name), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, setting: value})
+    with pytest.raises(CheckpointError, match=setting):
+        export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
