@@ -71,9 +71,7 @@ def pool(g: Graph, hidden: str, lengths: str, pooling: str) -> str:
 def apply_dense(g: Graph, x: str, layer: DenseLayer, name: str) -> str:
     """A sentence-transformers Dense layer."""
     matrix = np.ascontiguousarray(layer.weight.T)
-    weight = g.computed(
-        f"{name}.weight", matrix.shape, lambda: matrix, detail=digest(layer.weight)
-    )
+    weight = g.computed(f"{name}.weight", matrix.shape, lambda: matrix, detail=digest(layer.weight))
     x = g.op("MatMul", x, weight)
     if layer.bias is not None:
         x = g.op("Add", x, g.const(layer.bias))

@@ -1,13 +1,15 @@
 """Running calibration texts through the unquantized model, one layer at a time.
 
-Only one layer's weights and the states of the calibration tokens are in memory. A layer runs in ONNX
+Only one layer's weights (mapped from a file) and the states of the calibration tokens are held. A layer runs in ONNX
 Runtime as a graph whose weights are inputs, written by the same family code as the exported graph.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +22,8 @@ from embedge.export._graph import Graph, Norm, Tap, Weights
 from embedge.export.families import Family
 
 FloatArray = NDArray[np.float32]
+
+SPILL_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,7 @@ def calibrate(
     weights: Weights,
     batches: Sequence[TokenBatch],
     *,
+    scratch: Path,
     wants_hessian: Callable[[Tap], bool] = lambda tap: False,
     threads: int = 0,
 ) -> Iterator[tuple[int, dict[str, InputStatistics]]]:
@@ -80,10 +85,12 @@ def calibrate(
         family: the model.
         weights: the tensors to run with: the backbone's or a task's.
         batches: calibration tokens.
+        scratch: folder for a layer's merged weights, which are mapped from there: pages that the
+            system can drop, not memory of the process.
         wants_hessian: for which inputs ``Σ x xᵀ`` is accumulated.
         threads: of ONNX Runtime; 0 leaves the choice to it.
     """
-    hidden, norm = _first_states(family, weights, batches, threads)
+    hidden, norm = _first_states(family, weights, batches, scratch, threads)
     for index in range(family.num_layers):
         g = Graph(weights=weights, form=Form())
         family.declare_inputs(g)
@@ -97,7 +104,7 @@ def calibrate(
         taps = g.taps
         for label, tap in taps.items():
             g.output(tap.value, f"tap/{label}", TensorProto.FLOAT, [])
-        session, constants = _session(g, threads)
+        session, constants = _session(g, scratch, threads)
         statistics = {
             label: InputStatistics(
                 tap, weights.shape(f"{tap.lins[0].name}.weight")[1], wants_hessian(tap)
@@ -123,7 +130,7 @@ def calibrate(
 
 
 def _first_states(
-    family: Family, weights: Weights, batches: Sequence[TokenBatch], threads: int
+    family: Family, weights: Weights, batches: Sequence[TokenBatch], scratch: Path, threads: int
 ) -> tuple[list[FloatArray], Norm | None]:
     g = Graph(weights=weights, form=_TableRows(batches))
     family.declare_inputs(g)
@@ -131,7 +138,7 @@ def _first_states(
     states = family.embed(g, context)
     norm = g.norms.get(states)
     g.output(states, "hidden", TensorProto.FLOAT, [])
-    session, constants = _session(g, threads)
+    session, constants = _session(g, scratch, threads)
     accepted = {i.name for i in session.get_inputs()}
     hidden = []
     for batch in batches:
@@ -159,13 +166,15 @@ class _TableRows(Form):
         return np.searchsorted(self._rows, ids)
 
 
-def _session(g: Graph, threads: int) -> tuple[ort.InferenceSession, dict[str, FloatArray]]:
+def _session(
+    g: Graph, scratch: Path, threads: int
+) -> tuple[ort.InferenceSession, dict[str, FloatArray]]:
     """A session for ``g`` with its weights as inputs, and those weights."""
     g.prune()
     constants: dict[str, FloatArray] = {}
     for recipe in g.recipes.values():
         for spec, array in zip(recipe.specs, recipe.compute(), strict=True):
-            constants[spec.name] = np.ascontiguousarray(array)
+            constants[spec.name] = _spilled(np.ascontiguousarray(array), scratch)
             g.inputs.append(helper.make_tensor_value_info(spec.name, spec.elem_type, spec.shape))
     for output in g.outputs:
         output.type.tensor_type.ClearField("shape")
@@ -178,3 +187,13 @@ def _session(g: Graph, threads: int) -> tuple[ort.InferenceSession, dict[str, Fl
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return session, constants
+
+
+def _spilled(array: FloatArray, scratch: Path) -> FloatArray:
+    """A large array as a mapped file that has no name any more; a small one as it is."""
+    if array.nbytes < SPILL_BYTES:
+        return array
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        array.tofile(file)
+        file.flush()
+        return np.memmap(file, array.dtype, "r", shape=array.shape)

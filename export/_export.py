@@ -177,7 +177,7 @@ def _write_precision(
             with job.progress.step(f"{precision}/{task}", total):
                 if number == 0:
                     plans = (
-                        int8_plans(model.family, model.base, batches, job.progress.note)
+                        int8_plans(model.family, model.base, batches, place, job.progress.note)
                         if keeps_int8
                         else {}
                     )

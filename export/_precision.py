@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def token_batches(ids: Sequence[Sequence[int]], pad: int, hidden_size: int) -> l
 
 
 def int8_plans(
-    family: Family, base: TaskWeights, batches: Sequence[TokenBatch], report: Report
+    family: Family, base: TaskWeights, batches: Sequence[TokenBatch], scratch: Path, report: Report
 ) -> dict[str, InputPlan]:
     """Shift and smoothing of every Linear input, from the backbone without an adapter.
 
@@ -77,7 +78,7 @@ def int8_plans(
     plans: dict[str, InputPlan] = {}
     if not batches:
         return plans
-    for index, statistics in calibrate(family, base, batches):
+    for index, statistics in calibrate(family, base, batches, scratch=scratch):
         report(f"calibrating int8 on the backbone, layer {index + 1} of {family.num_layers}")
         for label, value in statistics.items():
             plans[label] = input_plan(value, SMOOTHING_ALPHA)
@@ -151,7 +152,13 @@ def store_gptq(
             and not store.has(f.weight_recipe(g, lin).key)
         ]
 
-    passes = calibrate(family, weights, batches, wants_hessian=lambda tap: bool(jobs(tap)))
+    passes = calibrate(
+        family,
+        weights,
+        batches,
+        scratch=store.folder,
+        wants_hessian=lambda tap: bool(jobs(tap)),
+    )
     for index, statistics in passes:
         report(f"{task}: GPTQ, layer {index + 1} of {family.num_layers}")
         for value in statistics.values():
