@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from embedge.bench._errors import BenchError
+from embedge.bench._errors import BenchArgumentError, BenchError
 
 __all__ = ["adapter_folder", "load_backbone", "merge"]
 
@@ -35,7 +35,7 @@ def adapter_folder(name: str, folder: str | Path) -> Path:
     for candidate in (Path(folder), Path(folder) / name):
         if (candidate / "adapter_config.json").is_file():
             return candidate
-    raise BenchError(
+    raise BenchArgumentError(
         f"--adapter {name}={folder}: no adapter_config.json there or in {Path(folder) / name}"
     )
 

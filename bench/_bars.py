@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from embedge.bench._errors import BenchError
+from embedge.bench._errors import BenchArgumentError
 from embedge.bench._report import Report, Row
 
 __all__ = ["BARS", "Check", "check_bars"]
@@ -43,7 +43,7 @@ def check_bars(report: Report, bars: Sequence[int]) -> list[Check]:
     """
     unknown = [bar for bar in bars if bar not in BARS]
     if unknown:
-        raise BenchError(f"--bar {unknown[0]}: known are {', '.join(map(str, BARS))}")
+        raise BenchArgumentError(f"--bar {unknown[0]}: known are {', '.join(map(str, BARS))}")
     checks = []
     for bar in bars:
         found = list(BARS[bar](report))

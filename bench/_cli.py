@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedge.bench._errors import BenchError
+from embedge.bench._errors import BenchArgumentError
 
 if TYPE_CHECKING:
     from embedge.bench._options import BenchOptions
@@ -98,7 +98,7 @@ def check_known_bars(bars: list[int]) -> None:
 
     unknown = [bar for bar in bars if bar not in BARS]
     if unknown:
-        raise BenchError(f"--bar {unknown[0]}: known are {', '.join(map(str, BARS))}")
+        raise BenchArgumentError(f"--bar {unknown[0]}: known are {', '.join(map(str, BARS))}")
 
 
 def _options(args: argparse.Namespace) -> BenchOptions:
@@ -134,5 +134,5 @@ def _options(args: argparse.Namespace) -> BenchOptions:
 def _pair(option: str, text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not (name and separator and path):
-        raise BenchError(f"{option} {text}: expected NAME=PATH")
+        raise BenchArgumentError(f"{option} {text}: expected NAME=PATH")
     return name, Path(path)

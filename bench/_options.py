@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embedge.bench._errors import BenchError
+from embedge.bench._errors import BenchArgumentError
 
 __all__ = ["BenchOptions", "Effort"]
 
@@ -103,4 +103,4 @@ class BenchOptions:
             BenchError: fewer than one thread.
         """
         if self.threads is not None and self.threads < 1:
-            raise BenchError(f"--threads {self.threads}: expected a whole number from 1")
+            raise BenchArgumentError(f"--threads {self.threads}: expected a whole number from 1")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
-from embedge.bench._errors import BenchError
+from embedge.bench._errors import BenchArgumentError
 from embedge.bench._peer_context import PeerContext
 from embedge.bench._systems import System
 
@@ -65,11 +65,13 @@ def chosen_peers(names: Iterable[str] | None, note: Callable[[str], None]) -> li
     wanted = [name for name in (PEERS if names is None else names) if name != "none"]
     unknown = [name for name in wanted if name not in PEERS]
     if unknown:
-        raise BenchError(f"--peers {' '.join(unknown)}: known are {', '.join(PEERS)}, none")
+        raise BenchArgumentError(f"--peers {' '.join(unknown)}: known are {', '.join(PEERS)}, none")
     missing = [name for name in wanted if not PEERS[name].available()]
     if missing and names is not None:
         packages = " ".join(PEERS[name].install for name in missing)
-        raise BenchError(f"--peers {' '.join(missing)}: not installed; run: pip install {packages}")
+        raise BenchArgumentError(
+            f"--peers {' '.join(missing)}: not installed; run: pip install {packages}"
+        )
     for name in missing:
         note(f"{name} is not compared with: not installed (pip install {PEERS[name].install})")
     return [name for name in wanted if name not in missing]

@@ -13,7 +13,7 @@ import psutil
 
 from embedge.bench import _data as data_files
 from embedge.bench._backbone import adapter_folder
-from embedge.bench._errors import BenchError
+from embedge.bench._errors import BenchArgumentError
 from embedge.bench._options import BenchOptions
 from embedge.bench._peers import PEERS, chosen_peers
 from embedge.bench._source import Source, read_source
@@ -111,13 +111,17 @@ def make_plan(options: BenchOptions) -> Plan:
             f"latency was measured on {', '.join(plan.timed_tasks)} alone; the graphs of "
             f"{', '.join(untimed)} differ from it only in the numbers they hold"
         )
+    if options.torch and not options.effort.torch_quality:
+        notes.append(
+            "fidelity and quality of torch fp32 are the yardstick's own, not measured again merged"
+        )
     return plan
 
 
 def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     unknown = [name for name in wanted or () if name not in known]
     if unknown:
-        raise BenchError(
+        raise BenchArgumentError(
             f"--{what} {' '.join(unknown)}: not measurable in this bundle; it has: "
             f"{', '.join(known) or 'none'}"
         )
@@ -128,20 +132,20 @@ def _adapters(options: BenchOptions, bundle: Bundle, tasks: Sequence[str]) -> di
     declared = bundle.manifest.tasks
     unknown = [name for name in options.adapters if name not in declared]
     if unknown:
-        raise BenchError(
+        raise BenchArgumentError(
             f"--adapter {', '.join(unknown)}: the bundle's tasks are {', '.join(declared)}"
         )
     adapted = [task for task in tasks if declared[task].adapter is not None]
     lacking = [task for task in adapted if task not in options.adapters]
     if lacking:
-        raise BenchError(
+        raise BenchArgumentError(
             f"{bundle.root}: the tasks {', '.join(lacking)} were merged from adapters; the "
             "reference needs them too: add "
             + " ".join(f"--adapter {task}=FOLDER" for task in lacking)
         )
     bare = [task for task in tasks if task in options.adapters and task not in adapted]
     if bare:
-        raise BenchError(
+        raise BenchArgumentError(
             f"--adapter {', '.join(bare)}: the bundle has the bare backbone there; leave it out"
         )
     return {task: adapter_folder(task, options.adapters[task]) for task in adapted}
@@ -163,7 +167,9 @@ def _evaluations(
     result: dict[str, list[data_files.EvalSet]] = {task: [] for task in tasks}
     for task, file in options.evaluations:
         if task not in declared:
-            raise BenchError(f"--eval {task}={file}: the bundle's tasks are {', '.join(declared)}")
+            raise BenchArgumentError(
+                f"--eval {task}={file}: the bundle's tasks are {', '.join(declared)}"
+            )
         if task not in result:
             continue
         if effort.eval_sets is not None and len(result[task]) >= effort.eval_sets:

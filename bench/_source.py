@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from embedge.bench._errors import BenchError
+from embedge.bench._errors import BenchArgumentError, BenchError
 
 __all__ = ["DenseModule", "Source", "read_source"]
 
@@ -140,13 +140,13 @@ def _folder(source: str | Path) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or str(source).count("/") > 1:
-        raise BenchError(f"--reference {source}: no such folder")
+        raise BenchArgumentError(f"--reference {source}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source)))
     except Exception as error:  # the hub's own errors have no common base
-        raise BenchError(
+        raise BenchArgumentError(
             f"--reference {source}: neither a folder nor a model the hub or its cache gave: {error}"
         ) from error
 

@@ -2,7 +2,7 @@
 
 A new bundle is written to ``.NAME.partial`` beside its place and renamed at the end. Additions to a
 bundle are new files inside it that nothing refers to until its ``manifest.json`` is replaced, which is
-one rename.
+one rename; a journal of what was there before tells them from a user's own files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from embedge.runtime._manifest import Manifest
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+JOURNAL = ".export.partial"
 
 
 @contextmanager
@@ -51,6 +52,8 @@ def new_bundle(out: Path, *, overwrite: bool) -> Iterator[Path]:
             work.rename(out)
             shutil.rmtree(old)
         else:
+            if out.is_dir():  # an empty folder was allowed
+                out.rmdir()
             work.rename(out)
     except OSError as error:
         raise write_error(out, error) from error
@@ -59,22 +62,22 @@ def new_bundle(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def additions(out: Path, known: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield ``out`` itself; on failure, files that the manifest does not list are removed.
+def additions(out: Path) -> Iterator[Path]:
+    """Yield ``out`` itself; on failure, the files that were written since are removed.
 
     Args:
         out: an existing bundle.
-        known: the ``files`` of its manifest.
 
     Raises:
         ExportError: the disk is full or the folder cannot be written.
     """
-    _remove_strangers(out, known)  # of a killed export
     try:
+        roll_back(out)  # a killed export's
+        replace_file(out / JOURNAL, json.dumps(sorted(relative_files(out))))
         yield out
+        (out / JOURNAL).unlink()
     except BaseException as error:
-        manifest = Manifest.from_dict(json.loads((out / MANIFEST).read_text("utf-8")))
-        _remove_strangers(out, manifest.files)
+        roll_back(out)
         if isinstance(error, OSError):
             raise write_error(out, error) from error
         raise
@@ -111,9 +114,16 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's ``files``: everything in the folder but the manifest and the card."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = {p.relative_to(folder).as_posix(): p for p in paths}
-    return {n: file_entry(p) for n, p in names.items() if n not in (MANIFEST, CARD)}
+    return {
+        name: file_entry(folder / name)
+        for name in sorted(relative_files(folder))
+        if name not in (MANIFEST, CARD)
+    }
+
+
+def relative_files(folder: Path) -> set[str]:
+    """Names of all files in a folder, with ``/``."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
 def read_existing(out: Path, overwrite: bool) -> Manifest | None:
@@ -124,17 +134,44 @@ def read_existing(out: Path, overwrite: bool) -> Manifest | None:
     """
     if not out.exists() and not out.is_symlink():
         return None
+    if out.is_dir() and not any(out.iterdir()):
+        return None
     if not (out / MANIFEST).is_file():
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-            return None
         raise EmbedgeValueError(
             f"{out}: expected no such path, an empty folder or a bundle, found something else; "
             "it is left alone, also with --overwrite: choose another --out"
         )
-    if overwrite:
-        return None
-    return Manifest.from_dict(json.loads((out / MANIFEST).read_text("utf-8")))
+    content = _manifest_content(out)
+    if not overwrite:
+        return Manifest.from_dict(content, str(out / MANIFEST))
+    roll_back(out)
+    strangers = relative_files(out) - {*content["files"], MANIFEST, CARD}
+    if strangers:
+        raise EmbedgeValueError(
+            f"{out}: expected a bundle's files alone, found {', '.join(sorted(strangers)[:5])} "
+            "beside them, which --overwrite would delete; move them away or choose another --out"
+        )
+    return None
+
+
+def _manifest_content(out: Path) -> dict[str, Any]:
+    """The JSON of a bundle's manifest.
+
+    Raises:
+        EmbedgeValueError: it is damaged, or of something else than a bundle.
+    """
+    try:
+        content = json.loads((out / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        content, found = None, str(error)
+    else:
+        found = "JSON without them"
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise EmbedgeValueError(
+            f"{out / MANIFEST}: expected a bundle's manifest with format_version and files, found "
+            f"{found}; it is left alone, also with --overwrite: choose another --out"
+        )
+    return content
 
 
 def _existing(path: Path) -> Path:
@@ -143,16 +180,26 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _remove_strangers(folder: Path, known: Mapping[str, Any]) -> None:
-    """Delete what an unfinished export left; nothing but our own kinds of file in our own folders."""
+def roll_back(out: Path) -> None:
+    """Delete what an unfinished addition wrote: our kinds of file that its journal does not list."""
+    if not (out / JOURNAL).is_file():
+        return
+    try:
+        before = set(json.loads((out / JOURNAL).read_text("utf-8")))
+        known = {*before, *json.loads((out / MANIFEST).read_text("utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError):
+        return
     for precision in PRECISIONS:
-        inside = folder / precision
+        inside = out / precision
         for path in sorted(inside.glob("*")):
             ours = path.name.endswith((".onnx", ".bin", ".layers.json"))
             if ours and path.is_file() and f"{precision}/{path.name}" not in known:
                 path.unlink()
         if inside.is_dir() and not any(inside.iterdir()):
             inside.rmdir()
+    for name in (JOURNAL, MANIFEST, CARD):
+        (out / f".{name}.partial").unlink(missing_ok=True)
+    (out / JOURNAL).unlink()
 
 
 def _sync(folder: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from embedge.export._assemble import to_model
+from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import Graph, Norm, Tap, Weights
 from embedge.export.families import Family
@@ -126,6 +127,12 @@ def calibrate(
             hidden[number] = outputs[0]
             del outputs
         del session, constants
+        for label, value in statistics.items():
+            if not (np.isfinite(value.low) & np.isfinite(value.high)).all():
+                raise CheckpointError(
+                    f"{label}: expected finite inputs for the calibration texts, found NaN or "
+                    "infinity; the weights overflow float32. Check the model and its adapter"
+                )
         yield index, statistics
 
 

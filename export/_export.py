@@ -14,9 +14,11 @@ from embedge.export._bundle_writer import (
     CARD,
     MANIFEST,
     additions,
+    file_entry,
     list_files,
     new_bundle,
     read_existing,
+    relative_files,
     replace_file,
 )
 from embedge.export._calibration import TokenBatch
@@ -26,7 +28,13 @@ from embedge.export._int8_form import ACTIVATION_CONSTANTS
 from embedge.export._manifest import manifest_of, model_card
 from embedge.export._mixed_form import MixedForm
 from embedge.export._model import Model, read_model
-from embedge.export._precision import int8_plans, make_form, store_gptq, token_batches
+from embedge.export._precision import (
+    int4_form_of,
+    int8_plans,
+    make_form,
+    store_gptq,
+    token_batches,
+)
 from embedge.export._progress import Progress
 from embedge.export._request import Request, check_dims
 from embedge.export._store import TensorStore
@@ -55,7 +63,7 @@ def export(request: Request, progress: Progress) -> Path:
     model = read_model(request)
     dims = check_dims(request.matryoshka_dims, model.dim)
     if old is not None:
-        _check_same_source(request, model, old)
+        _check_same_source(request, model, dims, old)
         dims = dims or old.model.matryoshka_dims
     todo = _missing(request, old)
     job = Job(
@@ -70,8 +78,9 @@ def export(request: Request, progress: Progress) -> Path:
     if old is None:
         place = new_bundle(request.out, overwrite=request.overwrite)
     else:
-        place = additions(request.out, old.files)
+        place = additions(request.out)  # first removes what a killed export left
     with place as folder:
+        before = relative_files(folder)
         batches: list[TokenBatch] = []
         if texts and {"int8", "int4"} & set(todo):
             ids = model.tokenizer.encode(texts, model.settings.max_length)
@@ -85,7 +94,7 @@ def export(request: Request, progress: Progress) -> Path:
             precisions=written,
             files=list_files(folder)
             if old is None
-            else {**{n: f.to_dict() for n, f in old.files.items()}, **_new_files(folder, written)},
+            else {**{n: f.to_dict() for n, f in old.files.items()}, **_new_files(folder, written, before)},
             old=old,
         )
         if old is None or not (folder / CARD).exists():
@@ -108,7 +117,9 @@ def _calibration_texts(request: Request) -> list[str]:
     return [] if request.calibration == "none" else packaged_texts()
 
 
-def _check_same_source(request: Request, model: Model, old: Manifest) -> None:
+def _check_same_source(
+    request: Request, model: Model, dims: tuple[int, ...] | None, old: Manifest
+) -> None:
     if old.source.sha256 != model.checkpoint.sha256():
         raise EmbedgeValueError(
             f"{request.out}: is a bundle of {old.source.name} with other weights than "
@@ -117,7 +128,7 @@ def _check_same_source(request: Request, model: Model, old: Manifest) -> None:
     for name, now, before in (
         ("pooling", model.pooling, old.model.pooling),
         ("max_length", model.settings.max_length, old.model.max_length),
-        ("matryoshka dimensions", request.matryoshka_dims, old.model.matryoshka_dims),
+        ("matryoshka dimensions", dims, old.model.matryoshka_dims),
     ):
         if now != before and now is not None:
             raise EmbedgeValueError(
@@ -164,7 +175,9 @@ def _write_precision(
     if job.old is not None and precision in job.old.precisions:
         for path in job.old.precisions[precision].graphs.values():
             store.adopt(folder / path)
+    _check_names_free(place, tasks)
     shared = _fresh_name(place, "shared")
+    own = {task: _fresh_name(place, task) for task in tasks}
     keeps_int8 = precision == "int8" or (precision == "int4" and "int8" in request.keep.values())
     result: dict[str, Any] = {"graphs": {}, "layers": {}}
     form = Form()
@@ -172,7 +185,15 @@ def _write_precision(
         for number, task in enumerate(tasks):
             weights = model.tasks[task]
             if number == 0:
-                sizes = model.graph(weights, Form()).recipes.values()
+                form = make_form(
+                    precision,
+                    plans={},
+                    int4_block_size=request.int4_block_size,
+                    calibrated=False,
+                    keep=request.keep,
+                )
+                sizes = model.graph(weights, form).recipes.values()
+                _check_keep_used(form)
                 total = sum(spec.nbytes for recipe in sizes for spec in recipe.specs)
             with job.progress.step(f"{precision}/{task}", total):
                 if number == 0:
@@ -189,9 +210,9 @@ def _write_precision(
                         keep=request.keep,
                     )
                 if precision == "int4" and batches:
-                    _gptq_passes(job, form, weights, task, number == 0, batches, store, shared)
+                    _gptq_passes(job, form, weights, task, batches, store, shared, own[task])
                 g = model.graph(weights, form)
-                _store_recipes(job, g, store, shared, f"{task}.bin")
+                _store_recipes(job, g, store, shared, own[task])
                 report = _layer_report(g, store)
                 _write_graph(place / f"{task}.onnx", g, store, task)
                 (place / f"{task}.layers.json").write_text(dump(report), "utf-8", newline="\n")
@@ -199,7 +220,6 @@ def _write_precision(
             result["layers"][task] = f"{precision}/{task}.layers.json"
     finally:
         store.close()
-    _check_keep_used(form)
     result["devices"] = list(form.devices)
     result["row_multiple"] = form.row_multiple
     uses_int8 = keeps_int8 and bool(ACTIVATION_CONSTANTS.keys() & g.constants.keys())
@@ -215,18 +235,25 @@ def _gptq_passes(
     form: Form,
     weights: TaskWeights,
     task: str,
-    first: bool,
     batches: Sequence[TokenBatch],
     store: TensorStore,
     shared: str,
+    file: str,
 ) -> None:
     """Quantize what this task's adapter changes with its own activations, the rest with the backbone's."""
     model = job.model
-    names = {weight_name(lin) for lin in _linears(model, weights)}
-    own = {n for n in names if weights.version(n) != BASE}
+    g = model.graph(weights, Form())
+    missing = {
+        weight_name(lin)
+        for tap in g.taps.values()
+        for lin in tap.lins
+        if (int4 := int4_form_of(form, lin, tap)) is not None
+        and not store.has(int4.weight_recipe(g, lin).key)
+    }
+    own = {n for n in missing if weights.version(n) != BASE}
+    left = missing - own
     note = job.progress.note
-    if names - own:
-        left = names - own
+    if left:
         store_gptq(
             model.family,
             model.base,
@@ -247,14 +274,9 @@ def _gptq_passes(
             store,
             task=task,
             wanted=own.__contains__,
-            file=f"{task}.bin",
+            file=file,
             report=note,
         )
-
-
-def _linears(model: Model, weights: TaskWeights) -> list[Any]:
-    g = model.graph(weights, Form())
-    return [lin for tap in g.taps.values() for lin in tap.lins]
 
 
 def _store_recipes(job: Job, g: Graph, store: TensorStore, shared: str, own: str) -> None:
@@ -279,6 +301,17 @@ def _write_graph(path: Path, g: Graph, store: TensorStore, task: str) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def _check_names_free(place: Path, tasks: Sequence[str]) -> None:
+    """Refuse to write over files that no export wrote."""
+    for task in tasks:
+        for name in (f"{task}.onnx", f"{task}.layers.json"):
+            if (place / name).exists():
+                raise EmbedgeValueError(
+                    f"{place / name}: expected no such file, found one that the bundle's manifest "
+                    "does not list; move it away or give the task another name"
+                )
+
+
 def _fresh_name(place: Path, stem: str) -> str:
     """``stem.bin``, or the first of ``stem.2.bin``, … that an earlier export did not write."""
     number = 1
@@ -289,8 +322,9 @@ def _fresh_name(place: Path, stem: str) -> str:
     return name
 
 
-def _new_files(folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: e for n, e in list_files(folder).items() if n.split("/")[0] in written}
+def _new_files(folder: Path, written: Mapping[str, Any], before: set[str]) -> dict[str, Any]:
+    new = sorted(relative_files(folder) - before)
+    return {n: file_entry(folder / n) for n in new if n.split("/")[0] in written}
 
 
 def _options(request: Request, precision: str, calibrated: bool) -> dict[str, Any]:

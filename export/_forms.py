@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._graph import Fold, Graph, Lin, Recipe, TensorSpec
+from embedge.quant.fidelity import sqnr_db
 
 FloatArray = NDArray[np.float32]
 
@@ -208,6 +209,12 @@ def full_bias(g: Graph, lin: Lin, constant: FloatArray | None) -> FloatArray:
     if constant is not None:
         result = result + read_linear(g, lin).astype(np.float64) @ constant.astype(np.float64)
     return result.astype(np.float32)
+
+
+def reported_sqnr(reference: FloatArray, restored: FloatArray) -> float | None:
+    """Signal to noise for the layer report; ``None`` where it is infinite, which JSON has not."""
+    value = sqnr_db(reference, restored)
+    return round(value, 2) if np.isfinite(value) else None
 
 
 def recipe_key(g: Graph, lin: Lin, detail: str) -> str:

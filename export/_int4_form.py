@@ -20,11 +20,11 @@ from embedge.export._forms import (
     out_features,
     read_linear,
     recipe_key,
+    reported_sqnr,
     weight_name,
 )
 from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
 from embedge.quant import _int4
-from embedge.quant.fidelity import sqnr_db
 
 
 class Int4Form(Form):
@@ -99,7 +99,7 @@ class Int4Form(Form):
             restored = restored.reshape(rows, -1)[:, :columns]
             return {
                 "format": f"int4 block {self.block_size} {self.method}",
-                "sqnr_db": round(sqnr_db(read_linear(g, lin), restored), 2),
+                "sqnr_db": reported_sqnr(read_linear(g, lin), restored),
             }
 
         name = lin.label

@@ -20,7 +20,7 @@ holds it), but only without its bias input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,11 @@ from embedge.export._forms import (
     out_features,
     read_linear,
     recipe_key,
+    reported_sqnr,
     weight_name,
 )
-from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
+from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
 from embedge.quant import _int8
-from embedge.quant.fidelity import sqnr_db
 
 ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
     "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
@@ -88,10 +88,20 @@ class Int8Form(Form):
         self._plans = plans
         self._table_bits = table_bits
         self._output_scale: dict[str, NDArray[np.float32]] = {}
-        for plan in plans.values():
-            if plan.fold is not None and plan.smooth is not None:
-                scale = producer_channels(plan.smooth, plan.fold)
-                self._output_scale[plan.fold.lin.label] = 1.0 / scale
+        self.keep_plans(lambda label: True)
+
+    def keep_plans(self, wanted: Callable[[str], bool]) -> None:
+        """Forget the plans of inputs that other forms read: nothing may be folded for those.
+
+        Args:
+            wanted: whether this form runs the Linears of an input, by the label of the first.
+        """
+        self._plans = {label: plan for label, plan in self._plans.items() if wanted(label)}
+        self._output_scale = {
+            plan.fold.lin.label: 1.0 / producer_channels(plan.smooth, plan.fold)
+            for plan in self._plans.values()
+            if plan.fold is not None and plan.smooth is not None
+        }
 
     def linears(
         self,
@@ -137,13 +147,14 @@ class Int8Form(Form):
             return None  # without plans the Linears read x itself
         gamma = g.param(norm.weight)
         own, added = norm.bias, g.recipes[bias]
+        owners = {g.owner(own), added.owner} - {BASE}
         beta = g.computed(
             f"{own}+{bias}",
             g.weights.shape(own),
             lambda: g.weights.read(own) + np.asarray(added.compute()[0], np.float32),
             own,
             detail=added.key,
-            owner=added.owner,
+            owner=owners.pop() if owners else BASE,
         )
         return g.op("LayerNormalization", norm.source, gamma, beta, axis=-1, epsilon=norm.epsilon)
 
@@ -227,7 +238,7 @@ class Int8Form(Form):
             )
             if plan.smooth is not None:
                 restored /= plan.smooth[:, None]
-            return {"format": "int8", "sqnr_db": round(sqnr_db(read_linear(g, lin).T, restored), 2)}
+            return {"format": "int8", "sqnr_db": reported_sqnr(read_linear(g, lin).T, restored)}
 
         specs = (
             TensorSpec(name=name, elem_type=TensorProto.INT8, shape=(columns, rows)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import metadata
+from math import lcm
 from typing import Any
 
 from embedge.export._model import Model
@@ -35,14 +36,7 @@ def manifest_of(
         }
     merged = {p: v.to_dict() for p, v in old.precisions.items()} if old else {}
     for name, value in precisions.items():
-        before = merged.get(name, {})
-        merged[name] = {
-            **value,
-            **{
-                key: {**before.get(key, {}), **value.get(key, {})}
-                for key in ("graphs", "layers", "fidelity")
-            },
-        }
+        merged[name] = _joined(merged[name], value) if name in merged else dict(value)
     return Manifest.from_dict(
         {
             "format_version": FORMAT_VERSION,
@@ -74,6 +68,21 @@ def manifest_of(
             "files": dict(files),
         }
     )
+
+
+def _joined(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A precision's entry after tasks were added, safe for the old and the new graphs."""
+    joined = {**before, **new}
+    for key in ("graphs", "layers", "fidelity", "activation_constants"):
+        joined[key] = {**before.get(key, {}), **new.get(key, {})}
+    joined["devices"] = [d for d in before["devices"] if d in new["devices"]]
+    joined["row_multiple"] = lcm(before.get("row_multiple", 1), new["row_multiple"])
+    options = dict(before.get("options", {}))
+    by_task = dict(options.pop("by_task", {}))
+    if options != new["options"]:
+        by_task |= dict.fromkeys(new["graphs"], new["options"])
+    joined["options"] = {**options, "by_task": by_task} if by_task else options
+    return joined
 
 
 def model_card(manifest: Manifest) -> str:

@@ -49,9 +49,10 @@ class MixedForm(Form):
         return [pattern for pattern in self._kept if pattern not in self.used]
 
     def form_of(self, *names: str) -> Form:
-        """The form of the first pattern that one of the names matches."""
+        """The form of the first pattern that one of the names matches, with or without .weight."""
+        both = [*names, *(f"{name}.weight" for name in names)]
         for pattern, form in self._kept.items():
-            if any(fnmatchcase(name, pattern) for name in names):
+            if any(fnmatchcase(name, pattern) for name in both):
                 self.used.add(pattern)
                 return form
         return self._default

@@ -106,7 +106,11 @@ def make_form(
     if not keep or precision in ("fp32", "fp16"):
         return form
     kept = {pattern: forms[p] for pattern, p in keep.items() if p != precision}
-    return MixedForm(form, kept) if kept else form
+    if not kept:
+        return form
+    mixed = MixedForm(form, kept)
+    int8.keep_plans(lambda label: mixed.form_of(label) is int8)
+    return mixed
 
 
 def int4_form_of(form: Form, lin: Lin, tap: Tap) -> Int4Form | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -124,9 +125,10 @@ class TensorStore:
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        with ExitStack() as stack:  # closes the others also when one fails, on a full disk
+            for file in self._open.values():
+                stack.callback(file.close)
+            self._open.clear()
 
     def _store(self, array: NDArray[Any], name: str) -> Stored:
         if array.nbytes <= INLINE_BYTES:

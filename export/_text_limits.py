@@ -46,7 +46,8 @@ def positions(config: Mapping[str, Any]) -> int | None:
     if not isinstance(count, int) or count <= 0:
         return None
     if config.get("model_type") in _OFFSET_POSITIONS:
-        padding = config.get("pad_token_id")
+        # MPNet has it fixed, whatever the padding token
+        padding = None if config.get("model_type") == "mpnet" else config.get("pad_token_id")
         count -= (padding if isinstance(padding, int) else 1) + 1
     return count
 

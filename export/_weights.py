@@ -11,6 +11,7 @@ from embedge.export._adapters import BoundAdapter
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import CheckpointError
 from embedge.export._graph import BASE
+from embedge.export._safetensors import first_not_finite
 from embedge.export.families import Family
 
 
@@ -59,7 +60,7 @@ class TaskWeights:
         """
         key = self._key(name)
         value = (self._adapter or self._checkpoint).read(key)
-        if not np.isfinite(value).all():
+        if first_not_finite(value.reshape(-1)) is not None:
             count = int(value.size - np.isfinite(value).sum())
             raise CheckpointError(
                 f"{key}{self._where()}: expected finite numbers, found {count} NaN or infinite of "

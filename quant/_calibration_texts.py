@@ -12,7 +12,7 @@ from embedge.runtime._errors import EmbedgeValueError
 def packaged_texts() -> list[str]:
     """The neutral texts that ship with the package (``quant/data``)."""
     text = resources.files("embedge.quant").joinpath("data/calibration.jsonl").read_text("utf-8")
-    return [json.loads(line)["text"] for line in text.splitlines()]
+    return [json.loads(line)["text"] for line in text.split("\n") if line]
 
 
 def read_texts(path: Path) -> list[str]:
@@ -22,7 +22,7 @@ def read_texts(path: Path) -> list[str]:
         EmbedgeValueError: the file cannot be read, is not UTF-8, or holds no text.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # JSON lines may hold U+2028 and kin
     except (OSError, UnicodeDecodeError) as error:
         raise EmbedgeValueError(
             f"calibration file {path}: expected a readable UTF-8 text file, found {error}; "

@@ -40,7 +40,7 @@ class Bert(Family):
         if self.config["model_type"] == "bert":
             self.first_position = 0
         else:  # RoBERTa counts positions from padding_idx + 1
-            self.first_position = int(self.config.get("pad_token_id") or 0) + 1
+            self.first_position = self._padding_index() + 1
         positions = self._int("max_position_embeddings") - self.first_position
         if self.max_length > positions:
             raise CheckpointError(
@@ -48,6 +48,11 @@ class Bert(Family):
             )
         if self._types():
             self.inputs = ("input_ids", "attention_mask", "token_type_ids")
+
+    def _padding_index(self) -> int:
+        """The id whose position transformers reserves; 1 where config.json does not name it."""
+        value = self.config.get("pad_token_id")
+        return 1 if value is None else int(value)
 
     def _types(self) -> bool:
         return int(self.config.get("type_vocab_size", 0)) > 0
@@ -123,6 +128,9 @@ class MPNet(Bert):
     query, key, value = "attention.attn.q", "attention.attn.k", "attention.attn.v"
     attention_out, attention_norm = "attention.attn.o", "attention.LayerNorm"
     bias_table = "encoder.relative_attention_bias.weight"
+
+    def _padding_index(self) -> int:
+        return 1  # transformers' MPNet has it fixed, whatever the padding token
 
     def _types(self) -> bool:
         return False

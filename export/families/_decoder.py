@@ -24,7 +24,7 @@ class Decoder(Family):
     def check(self) -> None:
         self.heads = self._int("num_attention_heads")
         self.kv_heads = self._int("num_key_value_heads", self.heads)
-        self.head_size = self._int("head_dim", None) if self.config.get("head_dim") else 0
+        self.head_size = self._int("head_dim") if self.config.get("head_dim") else 0
         self.head_size = self.head_size or self.hidden_size // self.heads
         self.epsilon = self._float("rms_norm_eps", 1e-6)
         self.activation = self._activation("hidden_act", "silu")

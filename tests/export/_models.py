@@ -15,11 +15,11 @@ import transformers
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 VOCAB = 96
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]  # RoBERTa and MPNet count positions from pad = 1
-WORDS = [f"w{i}" for i in range(VOCAB - len(SPECIAL))]
+WORDS = [chr(33 + i) for i in range(VOCAB - len(SPECIAL))]  # characters, so that any text has ids
 
 SHARED: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -100,8 +100,15 @@ def linears(name: str) -> str:
     return rf"(encoder\.|layers\.).*\.({names or LINEARS['decoder']})"
 
 
-def make_model(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A model whose every parameter is random, norms and biases included."""
+def make_model(name: str, seed: int = 0, gain: float = 1.6, **changes: Any) -> Any:
+    """A model whose every parameter is random, norms and biases included.
+
+    Args:
+        name: a key of ``CONFIGS``.
+        seed: of the random numbers.
+        gain: size of a Linear's output for an input of size 1.
+        **changes: of the configuration.
+    """
     kind = model_type(name)
     settings = {**SHARED, **CONFIGS[name], **changes}
     config = transformers.AutoConfig.for_model(kind, **settings)
@@ -115,11 +122,11 @@ def make_model(name: str, seed: int = 0, **changes: Any) -> Any:
         model = model_class(config, add_pooling_layer=False)
     else:
         model = model_class._from_config(config, attn_implementation="eager")
-    randomize(model, seed)
+    randomize(model, seed, gain)
     return model.eval()
 
 
-def randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int, gain: float) -> None:
     """Random values for every parameter: sensible sizes, nothing zero, no norm at 1."""
     generator = torch.Generator().manual_seed(seed + 1)
     for _, parameter in sorted(model.named_parameters()):
@@ -128,14 +135,16 @@ def randomize(model: Any, seed: int) -> None:
             is_norm = bool((parameter == 1).all())
             parameter.data = 1 + 0.3 * noise if is_norm else 0.3 * noise
         else:
-            parameter.data = noise * (1.6 / parameter.shape[-1] ** 0.5)
+            parameter.data = noise * (gain / parameter.shape[-1] ** 0.5)
 
 
 def make_tokenizer(*, eos: bool = True) -> Tokenizer:
-    """Words by spaces, wrapped in <s> and </s>."""
+    """Characters, wrapped in <s> and </s>."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
+    )
     if eos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>",
@@ -215,7 +224,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_adapter(
-    source: Path, folder: Path, *, target: str | list[str], seed: int = 3, **options: Any
+    source: Path,
+    folder: Path,
+    *,
+    target: str | list[str],
+    seed: int = 3,
+    size: float = 0.7,
+    **options: Any,
 ) -> Path:
     """Save a LoRA adapter with random A, B, magnitudes and saved modules for the model in ``source``.
 
@@ -224,6 +239,7 @@ def save_adapter(
         folder: takes the adapter.
         target: PEFT's ``target_modules``.
         seed: of the random numbers.
+        size: of A and B.
         **options: of ``LoraConfig``.
     """
     settings = {"r": 3, "lora_alpha": 8, "lora_dropout": 0.1, **options}
@@ -236,7 +252,7 @@ def save_adapter(
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.data = noise * (0.7 / parameter.shape[-1] ** 0.5)
+                parameter.data = noise * (size / parameter.shape[-1] ** 0.5)
             else:
                 parameter.data = parameter.data * (1 + 0.2 * noise) + 0.02 * noise
     with warnings.catch_warnings():
@@ -322,7 +338,7 @@ def random_texts(count: int = 40, longest: int = 60, seed: int = 5) -> list[str]
     generator = np.random.default_rng(seed)
     lengths = [1, 2, longest, *generator.integers(1, longest, count - 3)]
     generator.shuffle(lengths)
-    return [" ".join(generator.choice(WORDS, n)) for n in lengths]
+    return ["".join(generator.choice(WORDS, n)) for n in lengths]
 
 
 def cosines(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
