@@ -43,7 +43,13 @@ SHAPES = tuple(Shape(batch=b, tokens=t) for b, t in ((1, 16), (1, 128), (32, 32)
 
 
 def alternate(
-    runs: Runs, rounds: int, *, warm_up: int = 2, pause_s: float = 0.01, seed: int = 0
+    runs: Runs,
+    rounds: int,
+    *,
+    warm_up: int = 2,
+    pause_s: float = 0.01,
+    block_s: float = 0.05,
+    seed: int = 0,
 ) -> dict[str, Times]:
     """Return the time of every run in every round, milliseconds, float64 ``[rounds]`` by name.
 
@@ -51,8 +57,10 @@ def alternate(
         runs: what to time, by name.
         rounds: times each is run.
         warm_up: untimed rounds before them.
-        pause_s: seconds of sleep before each run; a short run (below 50 ms) is then run once
+        pause_s: seconds of sleep before each turn; a short run (below 50 ms) is then run once
             untimed, so that all are timed with warm caches and awake threads.
+        block_s: a turn repeats a short run for about as many seconds and takes the mean, as the
+            first runs after another system's are slowed by what that one left; 0: one run.
         seed: of the orders.
     """
     names = list(runs)
@@ -64,9 +72,12 @@ def alternate(
             time.sleep(pause_s)
             if lasted[name] < 0.05:
                 runs[name]()
+            known = lasted[name] > 0 and turn > 0
+            repeats = max(1, min(25, int(block_s / lasted[name]))) if known else 1
             start = time.perf_counter()
-            runs[name]()
-            lasted[name] = time.perf_counter() - start
+            for _ in range(repeats):
+                runs[name]()
+            lasted[name] = (time.perf_counter() - start) / repeats
             if turn >= warm_up:
                 times[name].append(lasted[name] * 1000)
     return {name: np.array(values) for name, values in times.items()}

@@ -75,10 +75,11 @@ def export(request: Request, progress: Progress) -> Path:
         progress=progress,
     )
     place: AbstractContextManager[Path]
-    if old is None:
-        place = new_bundle(request.out, overwrite=request.overwrite)
-    else:
-        place = additions(request.out)  # first removes what a killed export left
+    place = (
+        new_bundle(request.out, overwrite=request.overwrite)
+        if old is None
+        else additions(request.out)  # first removes what a killed export left
+    )
     with place as folder:
         before = relative_files(folder)
         batches: list[TokenBatch] = []

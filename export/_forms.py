@@ -211,7 +211,7 @@ def full_bias(g: Graph, lin: Lin, constant: FloatArray | None) -> FloatArray:
     return result.astype(np.float32)
 
 
-def reported_sqnr(reference: FloatArray, restored: FloatArray) -> float | None:
+def reported_sqnr(reference: NDArray[Any], restored: NDArray[Any]) -> float | None:
     """Signal to noise for the layer report; ``None`` where it is infinite, which JSON has not."""
     value = sqnr_db(reference, restored)
     return round(value, 2) if np.isfinite(value) else None

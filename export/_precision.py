@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedge.export._calibration import InputStatistics, TokenBatch, calibrate
+from embedge.export._errors import CheckpointError
 from embedge.export._forms import (
     Form,
     HalfForm,
@@ -181,7 +182,10 @@ def _quantize_group(
     if not lins or value.hessian is None:
         return
     hessian = value.hessian
-    upper = _gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
+    try:
+        upper = _gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
+    except ArithmeticError as error:
+        raise CheckpointError(f"{lins[0].label}: GPTQ is not possible here: {error}") from error
     for lin in lins:
         int4 = int4_form_of(form, lin, value.tap)
         assert int4 is not None

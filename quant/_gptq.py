@@ -47,7 +47,7 @@ def inverse_factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
         lower, info = lapack.spotrf(
             np.asfortranarray(hessian[::-1, ::-1]), lower=1, clean=1, overwrite_a=1
         )
-        if info == 0:
+        if info == 0 and np.isfinite(np.diag(lower)).all():
             break
     else:
         raise ArithmeticError(f"the calibration Hessian of size {size} is not positive definite")

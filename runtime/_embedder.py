@@ -34,8 +34,8 @@ from embedge.runtime._tokenize import TextTokenizer
 __all__ = ["Embedder"]
 
 # Past some tokens a batch no longer fits into the cores' caches and every element-wise pass goes to
-# memory: 32 texts of 128 tokens run 1.2 times as fast in runs of 512 tokens (bench/LOG.md).
-CPU_BATCH_TOKENS_PER_THREAD = 256
+# memory: 32 texts of 128 tokens take longer in one run than in four (bench/LOG.md).
+CPU_BATCH_TOKENS_PER_THREAD = 512
 GPU_BATCH_TOKENS = 16384
 
 Vectors = NDArray[np.float32]

@@ -6,6 +6,8 @@ right, so a real token never sees padding and no mask is needed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from embedge.export._graph import Fold, Graph, Lin
@@ -28,13 +30,22 @@ class Decoder(Family):
         self.head_size = self.head_size or self.hidden_size // self.heads
         self.epsilon = self._float("rms_norm_eps", 1e-6)
         self.activation = self._activation("hidden_act", "silu")
-        self.theta = self._float("rope_theta", 10000.0)
+        self.rope = self._rope()
+        self.theta = float(self.rope.get("rope_theta", self._float("rope_theta", 10000.0)))
         if self.config.get("is_causal") is False or self.config.get("bidirectional"):
             raise self._unsupported("is_causal", False, "causal attention")
         factor = self.config.get("partial_rotary_factor", 1.0)
         if factor != 1.0:
             raise self._unsupported("partial_rotary_factor", factor, "1.0")
         self.windows = [self._window(i) for i in range(self.num_layers)]
+
+    def _rope(self) -> dict[str, Any]:
+        """``rope_scaling``, or ``rope_parameters`` as transformers 5 writes it, with its theta."""
+        key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
+        rope = self.config.get(key) or {}
+        if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+            raise self._unsupported(key, rope, "one set of numbers for all layers")
+        return rope
 
     def _window(self, index: int) -> int | None:
         """Tokens a token of this layer sees, itself included, or ``None`` for all before it."""
@@ -55,9 +66,9 @@ class Decoder(Family):
 
     def context(self, g: Graph) -> dict[str, str]:
         tokens = self.tokens(g)
-        scaling = self.config.get("rope_scaling")
-        tables = rotary_tables(self.head_size, self.theta, self.max_length, scaling)
-        cos, sin = rotary_inputs(g, "rotary", tables, f"{self.theta}|{scaling}|{self.max_length}")
+        tables = rotary_tables(self.head_size, self.theta, self.max_length, self.rope)
+        detail = f"{self.theta}|{self.rope}|{self.max_length}"
+        cos, sin = rotary_inputs(g, "rotary", tables, detail)
         context = {
             "lengths": self.lengths(g),
             "cos": cos,

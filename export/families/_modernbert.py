@@ -29,6 +29,11 @@ class ModernBert(Family):
         self.activation = self._activation("hidden_activation", "gelu")
         self.every = self._int("global_attn_every_n_layers", 3)
         self.window = self._int("local_attention", 128) // 2
+        if "rope_parameters" in self.config:  # transformers 5; the thetas would be overlooked
+            found = self.config["rope_parameters"]
+            raise self._unsupported(
+                "rope_parameters", found, "global_rope_theta and local_rope_theta"
+            )
         positions = self._int("max_position_embeddings", 8192)
         if self.max_length > positions:
             raise CheckpointError(

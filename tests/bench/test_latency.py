@@ -11,7 +11,7 @@ def test_everybody_runs_once_a_round_in_an_order_that_changes() -> None:
     order: list[str] = []
     runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
 
-    times = alternate(runs, 30, warm_up=0, pause_s=0)
+    times = alternate(runs, 30, warm_up=0, pause_s=0, block_s=0)
 
     assert order[::2] == order[1::2]  # a short run is run once untimed before it is timed
     rounds = ["".join(order[i : i + 6 : 2]) for i in range(0, len(order), 6)]
@@ -23,7 +23,7 @@ def test_everybody_runs_once_a_round_in_an_order_that_changes() -> None:
 def test_warm_up_rounds_are_not_timed() -> None:
     calls: list[int] = []
 
-    times = alternate({"a": lambda: calls.append(1)}, 2, warm_up=3, pause_s=0)
+    times = alternate({"a": lambda: calls.append(1)}, 2, warm_up=3, pause_s=0, block_s=0)
 
     assert len(times["a"]) == 2
     assert len(calls) == 10

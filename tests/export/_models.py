@@ -90,7 +90,7 @@ def model_type(name: str) -> str:
     for kind in ("xlm-roberta", "modernbert", "roberta", "bert", "mpnet"):
         if name.startswith(kind):
             return kind
-    return name.split("-")[0]
+    return name.split("-", maxsplit=1)[0]
 
 
 def linears(name: str) -> str:

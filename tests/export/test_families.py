@@ -81,7 +81,10 @@ SAVED = {
     ("qwen2", "a norm"): ["input_layernorm", "norm"],
     ("qwen2", "a Linear"): ["layers.1.mlp.down_proj"],
 }
-TARGETS = {"bert": ["query", "value", "intermediate.dense"], "qwen2": ["q_proj", "v_proj", "up_proj"]}
+TARGETS = {
+    "bert": ["query", "value", "intermediate.dense"],
+    "qwen2": ["q_proj", "v_proj", "up_proj"],
+}
 
 
 @pytest.mark.parametrize(("name", "what"), SAVED)
@@ -99,9 +102,7 @@ def test_modules_to_save_take_the_place_of_the_base_modules(
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_dora_matches_peft(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    adapter = save_adapter(
-        sources[name], tmp_path / "adapter", target=linears(name), use_dora=True
-    )
+    adapter = save_adapter(sources[name], tmp_path / "adapter", target=linears(name), use_dora=True)
     assert_parity(sources[name], adapter, tmp_path / "out")
 
 
@@ -209,9 +210,20 @@ def test_a_decoder_with_a_language_head_is_read_without_it(prefix: str, tmp_path
     assert_parity(source, None, tmp_path / "out")
 
 
+def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
+    source = save(make_model("llama", rope_theta=500.0), tmp_path / "source", pooling="mean")
+    config = json.loads((source / "config.json").read_text())
+    before = exported(source, None, tmp_path / "before").encode(TEXTS)
+    rope = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    write_json(source / "config.json", {**config, "rope_parameters": rope})
+    assert np.array_equal(exported(source, None, tmp_path / "after").encode(TEXTS), before)
+
+
 @pytest.mark.parametrize(
     ("name", "setting", "value"),
     [
+        ("modernbert", "rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
+        ("qwen2", "rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
         ("bert", "position_embedding_type", "relative_key"),
         ("bert", "is_decoder", True),
         ("bert", "hidden_act", "quick_gelu"),

@@ -115,9 +115,7 @@ def test_vectors_stay_close_to_fp32(name: str, precision: str, export: Export) -
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
-def test_vectors_stay_close_without_calibration(
-    name: str, precision: str, export: Export
-) -> None:
+def test_vectors_stay_close_without_calibration(name: str, precision: str, export: Export) -> None:
     exact = vectors(export(name, "fp32"), "fp32")
     quantized = vectors(export(name, precision, calibration="none"), precision)
     assert_close(exact, quantized, precision)
@@ -267,7 +265,9 @@ def test_layers_kept_at_fp32_and_only_those_are_float(kept: str, export: Export)
 
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("part", ["o_proj|attention.output.dense", "v_proj|self.value", "down_proj"])
+@pytest.mark.parametrize(
+    "part", ["o_proj|attention.output.dense", "v_proj|self.value", "down_proj"]
+)
 def test_a_kept_layer_leaves_the_vectors_as_close(
     name: str, precision: str, part: str, export: Export
 ) -> None:
@@ -379,9 +379,7 @@ def test_a_layer_of_zeros_is_exported_with_strict_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
-def test_activation_constants_are_the_same_in_graph_and_manifest(
-    name: str, export: Export
-) -> None:
+def test_activation_constants_are_the_same_in_graph_and_manifest(name: str, export: Export) -> None:
     bundle = export(name, "int8")
     stated = json.loads((bundle / "manifest.json").read_text())["precisions"]["int8"]
     held = {n: t for n, t in initializers(bundle, "int8").items() if n.startswith("embedge.")}

@@ -1,0 +1,638 @@
+"""Bundles: what lies where, what is shared, what is added, and what a failed export leaves."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from _models import linears, make_model, random_texts, save, save_adapter, write_json
+from onnx import TensorProto
+from safetensors.torch import load_file, save_file
+
+from embedge.export import AdapterError, CheckpointError, ExportError, export_bundle
+from embedge.export import _store as store_module
+from embedge.runtime import Embedder, EmbedgeError
+from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._manifest import Manifest
+
+PRECISIONS = ["fp32", "fp16", "int8", "int4"]
+# Weights above 4096 bytes at every precision, so that they lie in files.
+WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192, "gain": 0.6}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(make_model("bert", **WIDE), tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapters(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: save_adapter(source, root / name, target=["query", "value"], seed=seed)
+        for seed, name in enumerate(("first", "second"), 20)
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    source: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "out"
+    return export_bundle(
+        source, adapters=adapters, precisions=PRECISIONS, out=out, matryoshka_dims=[16, 32]
+    )
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to change."""
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def small(source: Path, out: Path, **options: Any) -> Path:
+    settings: dict[str, Any] = {
+        "adapters": {"task": None},
+        "precisions": ["int8"],
+        "calibration": "none",
+    }
+    return export_bundle(source, out=out, **{**settings, **options})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def manifest(bundle: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    return document
+
+
+def external(bundle: Path, graph: str) -> dict[str, tuple[str, int, int]]:
+    """File, offset and length of every tensor outside a graph."""
+    model = onnx.load(bundle / graph, load_external_data=False)
+    found = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entry = {e.key: e.value for e in tensor.external_data}
+            found[tensor.name] = (entry["location"], int(entry["offset"]), int(entry["length"]))
+    return found
+
+
+def leftovers(out: Path) -> list[str]:
+    return sorted(p.name for p in out.parent.iterdir() if out.name in p.name)
+
+
+# -- layout -------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_holds_these_files_and_no_others(bundle: Path) -> None:
+    expected = {"manifest.json", "README.md", "tokenizer.json"}
+    for precision in PRECISIONS:
+        names = ["shared.bin"]
+        for task in ("first", "second"):
+            names += [f"{task}.onnx", f"{task}.bin", f"{task}.layers.json"]
+        expected |= {f"{precision}/{name}" for name in names}
+    assert contents(bundle).keys() == expected
+
+
+def test_the_manifest_is_valid_and_names_every_file_with_its_hash(bundle: Path) -> None:
+    parsed = Manifest.from_dict(manifest(bundle))
+    stated = {name: entry.sha256 for name, entry in parsed.files.items()}
+    found = contents(bundle)
+    assert stated == {n: h for n, h in found.items() if n not in ("manifest.json", "README.md")}
+    assert all((bundle / n).stat().st_size == e.size for n, e in parsed.files.items())
+
+
+def test_the_full_check_passes(bundle: Path) -> None:
+    Embedder(bundle, precision="int8", verify="full")
+
+
+def test_matryoshka_dimensions_include_the_whole(bundle: Path) -> None:
+    assert manifest(bundle)["model"]["matryoshka_dims"] == [16, 32, 96]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_offsets_are_aligned_and_tensors_do_not_overlap(bundle: Path, precision: str) -> None:
+    pieces: dict[str, set[tuple[int, int]]] = {}
+    for task in ("first", "second"):
+        for file, offset, length in external(bundle, f"{precision}/{task}.onnx").values():
+            assert offset % 4096 == 0
+            pieces.setdefault(file, set()).add((offset, length))
+    for file, spans in pieces.items():
+        ends = 0
+        for offset, length in sorted(spans):
+            assert offset >= ends
+            ends = offset + length
+        assert ends == (bundle / precision / file).stat().st_size
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_tasks_share_lies_once_in_the_shared_file(bundle: Path, precision: str) -> None:
+    first, second = (external(bundle, f"{precision}/{t}.onnx") for t in ("first", "second"))
+    adapted = re.compile(r".*self\.(query|value)\.(weight|scales)$")
+    for name, place in first.items():
+        assert (place == second[name]) == (place[0] == "shared.bin")
+        if adapted.match(name):
+            assert place[0] == "first.bin"
+        else:
+            assert place[0] == "shared.bin", name
+    assert any("intermediate.dense.weight" in name for name in first)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_bytes_are_stored_twice(bundle: Path, precision: str) -> None:
+    seen = set()
+    places = {
+        place
+        for task in ("first", "second")
+        for place in external(bundle, f"{precision}/{task}.onnx").values()
+    }
+    for file, offset, length in places:
+        data = (bundle / precision / file).read_bytes()[offset : offset + length]
+        assert data not in seen
+        seen.add(data)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_onnxruntime_loads_every_graph(bundle: Path, precision: str) -> None:
+    for task in ("first", "second"):
+        session = ort.InferenceSession(
+            bundle / precision / f"{task}.onnx", providers=["CPUExecutionProvider"]
+        )
+        assert [o.name for o in session.get_outputs()] == ["embedding"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_onnx_checks_the_graphs_with_their_external_data(bundle: Path, precision: str) -> None:
+    onnx.checker.check_model(str(bundle / precision / "first.onnx"))
+
+
+# -- the same bytes -----------------------------------------------------------------------------------
+
+EXPORT_AGAIN = """
+import json, sys
+from embedge.export import export_bundle
+source, adapters, precisions, out = json.loads(sys.argv[1])
+export_bundle(source, adapters=adapters, precisions=precisions, out=out, matryoshka_dims=[16, 32])
+"""
+
+
+def child(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_another_process_with_another_hash_seed_writes_the_same_bytes(
+    source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
+) -> None:
+    job = [str(source), {n: str(a) for n, a in adapters.items()}, PRECISIONS]
+    process = child(
+        EXPORT_AGAIN, json.dumps([*job, str(tmp_path / "again")]), PYTHONHASHSEED="12345"
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert contents(tmp_path / "again") == contents(bundle)
+
+
+# -- adding -------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_added_without_touching_or_repeating_what_is_there(
+    source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = {"first": adapters["first"]}
+    options: dict[str, Any] = {"precisions": PRECISIONS, "out": out, "matryoshka_dims": [16, 32]}
+    export_bundle(source, adapters=first, **options)
+    before = contents(out)
+    export_bundle(source, adapters={"second": adapters["second"]}, **options)
+    after = contents(out)
+    assert {n: h for n, h in after.items() if n in before and n != "manifest.json"} == {
+        n: h for n, h in before.items() if n != "manifest.json"
+    }
+    for precision in PRECISIONS:
+        new = {n for n in after if n not in before and n.startswith(precision)}
+        assert new == {f"{precision}/second.{end}" for end in ("onnx", "bin", "layers.json")}
+        added = external(out, f"{precision}/second.onnx")
+        assert added == external(bundle, f"{precision}/second.onnx")
+    Embedder(out, precision="int8", verify="full")
+
+
+def test_added_tasks_give_the_vectors_of_one_export(
+    source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
+) -> None:
+    out = small(source, tmp_path / "out", adapters={"first": adapters["first"]})
+    small(source, out, adapters={"second": adapters["second"]})
+    at_once = small(source, tmp_path / "at-once", adapters=adapters)
+    texts = random_texts(5)
+    for task in adapters:
+        apart = Embedder(out, precision="int8").encode(texts, task=task)
+        assert np.array_equal(apart, Embedder(at_once, precision="int8").encode(texts, task=task))
+
+
+def test_a_precision_is_added_without_touching_what_is_there(
+    source: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    out = small(source, tmp_path / "out", adapters=adapters)
+    before = contents(out)
+    small(source, out, adapters=adapters, precisions=["int8", "fp32"])
+    after = contents(out)
+    assert all(after[n] == h for n, h in before.items() if n != "manifest.json")
+    assert list(manifest(out)["precisions"]) == ["int8", "fp32"]
+    Embedder(out, precision="fp32", verify="full")
+
+
+def test_the_same_dimensions_can_be_given_again(
+    source: Path, adapters: dict[str, Path], copy: Path
+) -> None:
+    options: dict[str, Any] = {"calibration": "none", "matryoshka_dims": [32, 16]}
+    small(source, copy, adapters={"third": None}, **options)
+    assert set(manifest(copy)["tasks"]) == {"first", "second", "third"}
+
+
+def test_adding_does_not_bless_a_damaged_file(source: Path, copy: Path) -> None:
+    stated = manifest(copy)["files"]["int8/shared.bin"]
+    with (copy / "int8/shared.bin").open("r+b") as file:
+        file.seek(10)
+        file.write(b"\x55\xaa")
+    small(source, copy, adapters={"third": None})
+    assert manifest(copy)["files"]["int8/shared.bin"] == stated
+
+
+def test_tasks_of_other_options_keep_what_older_graphs_need(source: Path, tmp_path: Path) -> None:
+    out = small(
+        source, tmp_path / "out", precisions=["int4"], int4_block_size=64, keep={"*.value": "int8"}
+    )
+    before = manifest(out)["precisions"]["int4"]
+    small(source, out, adapters={"other": None}, precisions=["int4"])
+    after = manifest(out)["precisions"]["int4"]
+    assert before["activation_constants"]
+    assert after["activation_constants"] == before["activation_constants"]
+    assert after["row_multiple"] % before["row_multiple"] == 0
+    assert after["devices"] == ["cpu"]
+    assert after["options"]["block_size"] == 64
+    assert after["options"]["by_task"]["other"]["block_size"] == 32
+
+
+def test_figures_of_bench_survive_an_addition(source: Path, copy: Path) -> None:
+    document = manifest(copy)
+    document["precisions"]["int8"]["fidelity"] = {"first": {"cosine": 0.5}}
+    write_json(copy / "manifest.json", document)
+    small(source, copy, adapters={"third": None})
+    assert manifest(copy)["precisions"]["int8"]["fidelity"] == {"first": {"cosine": 0.5}}
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+def edit_config(source: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, **changes})
+    return folder
+
+
+def test_an_out_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(EmbedgeValueError, match="left alone, also with --overwrite"):
+        small(source, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json"])
+def test_a_folder_of_other_things_is_refused(
+    name: str, overwrite: bool, source: Path, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "out" / name, {"name": "a web page"})
+    with pytest.raises(EmbedgeValueError, match=r"left alone, also with --overwrite"):
+        small(source, tmp_path / "out", overwrite=overwrite)
+    assert leftovers(tmp_path / "out") == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_a_broken_manifest_is_an_error_that_names_it(source: Path, copy: Path) -> None:
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(EmbedgeError, match=r"manifest\.json"):
+        small(source, copy, adapters={"third": None})
+
+
+def test_an_empty_folder_is_used(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert "manifest.json" in contents(small(source, tmp_path / "out"))
+
+
+def test_nothing_to_add_is_an_error(source: Path, adapters: dict[str, Path], copy: Path) -> None:
+    with pytest.raises(EmbedgeValueError, match="already holds first at int8"):
+        small(source, copy, adapters={"first": adapters["first"]})
+
+
+def test_a_task_of_another_adapter_is_refused(
+    source: Path, adapters: dict[str, Path], copy: Path
+) -> None:
+    with pytest.raises(EmbedgeValueError, match="already has a task first"):
+        small(source, copy, adapters={"first": adapters["second"]})
+
+
+def test_a_bundle_of_other_weights_is_refused(copy: Path, tmp_path: Path) -> None:
+    other = save(make_model("bert", seed=5, **WIDE), tmp_path / "other")
+    with pytest.raises(EmbedgeValueError, match="with other weights"):
+        small(other, copy)
+
+
+def test_a_bundle_of_other_dimensions_is_refused(source: Path, copy: Path) -> None:
+    with pytest.raises(EmbedgeValueError, match="matryoshka dimensions"):
+        small(source, copy, adapters={"third": None}, matryoshka_dims=[8])
+
+
+@pytest.mark.filterwarnings("ignore:.*pooling:embedge.runtime.EmbedgeWarning")
+def test_a_bundle_of_another_pooling_is_refused(source: Path, copy: Path) -> None:
+    with pytest.raises(EmbedgeValueError, match="has pooling mean, this export cls"):
+        small(source, copy, adapters={"third": None}, pooling="cls")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precisions": ["int7"]}, "'int7'"),
+        ({"precisions": []}, "found none"),
+        ({"adapters": {}}, "at least one task"),
+        ({"adapters": {"a/b": None}}, "task 'a/b'"),
+        ({"adapters": {"..": None}}, r"task '\.\.'"),
+        ({"adapters": {"shared": None}}, "task 'shared'"),
+        ({"adapters": {"base": None}}, "task 'base'"),
+        ({"pooling": "max"}, "pooling 'max'"),
+        ({"matryoshka_dims": [97]}, "dimension 97"),
+        ({"matryoshka_dims": [0]}, "dimension 0"),
+        ({"matryoshka_dims": [True]}, "dimension True"),
+        ({"int4_block_size": 48}, "int4_block_size 48"),
+        ({"keep": {"*": "int4"}}, r"keep '\*'='int4'"),
+        ({"calibration": "no/such/file"}, "no/such/file"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else re.sub(r"\W+", "-", value),
+)
+def test_a_bad_argument_is_named_and_nothing_is_written(
+    options: dict[str, Any], message: str, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EmbedgeValueError, match=message):
+        small(source, tmp_path / "out", **options)
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_a_model_without_pooling_asks_for_one(source: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(source, tmp_path / "bare")
+    (bare / "modules.json").unlink()
+    with pytest.raises(EmbedgeValueError, match="--pooling"):
+        small(bare, tmp_path / "out")
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(
+    source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="'deberta-v2' is not supported.*bert, .*xlm-roberta"):
+        small(edit_config(source, tmp_path / "other", model_type="deberta-v2"), tmp_path / "out")
+
+
+def test_tensors_that_the_architecture_lacks_are_refused_by_name(tmp_path: Path) -> None:
+    extra = {"encoder.layer.0.adapter.weight": torch.ones(3, 3)}
+    other = save(make_model("bert"), tmp_path / "other", extra=extra)
+    with pytest.raises(CheckpointError, match=r"found encoder\.layer\.0\.adapter\.weight"):
+        small(other, tmp_path / "out")
+
+
+def test_more_layers_than_the_configuration_says_are_refused(source: Path, tmp_path: Path) -> None:
+    other = edit_config(source, tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.1\."):
+        small(other, tmp_path / "out")
+
+
+def test_fewer_layers_than_the_configuration_says_are_refused(source: Path, tmp_path: Path) -> None:
+    other = edit_config(source, tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"expected a tensor encoder\.layer\.2\."):
+        small(other, tmp_path / "out")
+
+
+def test_an_adapted_tensor_that_reaches_no_vector_is_refused_by_name(tmp_path: Path) -> None:
+    extra = {"pooler.dense.weight": torch.randn(32, 32), "pooler.dense.bias": torch.randn(32)}
+    other = save(make_model("bert"), tmp_path / "other", extra=extra)
+    adapter = save_adapter(other, tmp_path / "lora", target=["query"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for part, shape in (("lora_A", (3, 32)), ("lora_B", (32, 3))):
+        tensors[f"base_model.model.pooler.dense.{part}.weight"] = torch.randn(shape)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"pooler\.dense\.weight"):
+        small(other, tmp_path / "out", adapters={"task": adapter})
+    assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "key", ["encoder.layer.1.output.dense.weight", "encoder.layer.0.output.LayerNorm.bias"]
+)
+def test_nan_in_a_weight_is_named_and_nothing_is_left(
+    key: str, precision: str, source: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(source, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors[key].view(-1)[5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(key)):
+        small(broken, tmp_path / "out", precisions=[precision], calibration="default")
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_activations_that_overflow_are_refused_by_layer(source: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(source, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["encoder.layer.0.attention.self.value.weight"] *= 1e38
+    tensors["encoder.layer.0.attention.output.dense.weight"] *= 1e38
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.0\..*overflow"):
+        small(broken, tmp_path / "out", calibration="default")
+
+
+# -- overwriting, foreign files -----------------------------------------------------------------------
+
+
+def test_overwriting_replaces_the_whole_bundle(source: Path, copy: Path) -> None:
+    small(source, copy, overwrite=True)
+    assert list(manifest(copy)["tasks"]) == ["task"]
+    assert not (copy / "int4").exists()
+    assert leftovers(copy) == ["copy"]
+
+
+def test_a_failed_overwrite_leaves_the_old_bundle(source: Path, copy: Path) -> None:
+    before = contents(copy)
+    with pytest.raises(EmbedgeValueError):
+        small(source, copy, overwrite=True, keep={"nothing": "fp32"})
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "int8/mine.bin", "int8/other.onnx", "deep/x/y"])
+def test_overwriting_refuses_to_delete_a_foreign_file(name: str, source: Path, copy: Path) -> None:
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_text("mine")
+    with pytest.raises(EmbedgeValueError, match=re.escape(name)):
+        small(source, copy, overwrite=True)
+    assert (copy / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "int8/mine.bin", "int8/third.bin", "int8/a.onnx"])
+def test_adding_leaves_a_foreign_file_and_does_not_list_it(
+    name: str, source: Path, copy: Path
+) -> None:
+    (copy / name).write_text("mine")
+    adapter = save_adapter(source, copy.parent / "lora", target=linears("bert"))
+    small(source, copy, adapters={"third": adapter})
+    assert (copy / name).read_text() == "mine"
+    assert name not in manifest(copy)["files"]
+    Embedder(copy, precision="int8", verify="full").encode("ab", task="third")
+
+
+def test_a_failed_addition_leaves_a_foreign_file(source: Path, copy: Path) -> None:
+    (copy / "int8/mine.bin").write_text("mine")
+    before = contents(copy)
+    with pytest.raises(EmbedgeValueError):
+        small(source, copy, adapters={"third": None}, keep={"nothing": "fp32"})
+    assert contents(copy) == before
+
+
+def test_a_foreign_graph_of_the_new_tasks_name_is_refused(source: Path, copy: Path) -> None:
+    (copy / "int8/third.onnx").write_text("mine")
+    with pytest.raises(EmbedgeValueError, match=r"third\.onnx"):
+        small(source, copy, adapters={"third": None})
+    assert (copy / "int8/third.onnx").read_text() == "mine"
+
+
+# -- faults -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the weight files refuse bytes after some have been written."""
+
+    def fill(free: int) -> None:
+        class File:
+            def __init__(self, path: Path, mode: str) -> None:
+                self._file = path.open(mode)
+
+            def write(self, data: Any) -> None:
+                if self._file.tell() + len(data) > free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._file.write(data)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._file, name)
+
+        def open_(path: Path, mode: str) -> Any:
+            return File(path, mode) if mode == "wb" else path.open(mode)
+
+        monkeypatch.setattr(store_module, "open", open_, raising=False)
+
+    return fill
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_full_disk_is_one_readable_error_and_leaves_nothing(
+    precision: str, source: Path, tmp_path: Path, full_disk: Callable[[int], None]
+) -> None:
+    full_disk(20_000)
+    with pytest.raises(ExportError, match="No space left on device.*nothing was left") as caught:
+        small(source, tmp_path / "out", precisions=[precision])
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_a_full_disk_leaves_an_older_bundle_as_it_was(
+    source: Path, adapters: dict[str, Path], tmp_path: Path, full_disk: Callable[[int], None]
+) -> None:
+    out = small(source, tmp_path / "out", adapters={"first": adapters["first"]})
+    before = contents(out)
+    full_disk(2_000)
+    with pytest.raises(ExportError, match="No space left"):
+        small(source, out, adapters={"second": adapters["second"]}, precisions=["int8", "fp32"])
+    assert contents(out) == before
+    assert [p.name for p in sorted(out.iterdir()) if p.is_dir()] == ["int8"]
+
+
+SLOW_EXPORT = """
+import json, sys, time
+from embedge.export import _store, export_bundle
+put = _store.TensorStore.put
+def slowly(self, *arguments):
+    put(self, *arguments)
+    for file in self._open.values():
+        file.flush()
+    if self._open:
+        time.sleep(0.2)
+_store.TensorStore.put = slowly
+source, task, out = sys.argv[1:]
+export_bundle(source, adapters={task: None}, out=out, calibration="none", precisions=["fp32"])
+"""
+
+
+def killed_export(source: Path, task: str, out: Path, watched: Path) -> None:
+    process = child(SLOW_EXPORT, str(source), task, str(out))
+    deadline = time.monotonic() + 60
+    while not any(p.stat().st_size for p in watched.glob("fp32/*.bin")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_killed_export_leaves_nothing_under_the_name_and_a_second_run_succeeds(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    killed_export(source, "task", out, tmp_path / ".out.partial")
+    assert not out.exists()
+    small(source, out)
+    assert leftovers(out) == ["out"]
+    Embedder(out, precision="int8", verify="full")
+
+
+def test_a_killed_addition_leaves_the_bundle_usable_and_a_second_run_succeeds(
+    source: Path, copy: Path
+) -> None:
+    shutil.rmtree(copy / "fp32")
+    document = manifest(copy)
+    del document["precisions"]["fp32"]
+    document["files"] = {n: e for n, e in document["files"].items() if "fp32" not in n}
+    write_json(copy / "manifest.json", document)
+    (copy / "int8/mine.bin").write_text("mine")
+    killed_export(source, "third", copy, copy)
+    Embedder(copy, precision="int8", verify="full").encode("ab", task="first")
+    small(source, copy, adapters={"fourth": None}, precisions=["int8"])
+    assert not (copy / "fp32").exists()
+    assert set(contents(copy)) - {"manifest.json", "README.md"} == {
+        *manifest(copy)["files"],
+        "int8/mine.bin",
+    }

@@ -1,0 +1,124 @@
+"""``embedge export``: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _models import make_model, save, save_adapter
+
+from embedge.export import _export
+from embedge.runtime._cli import main
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(make_model("bert"), tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapters(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with several adapters."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name in ("code", "retrieval"):
+        save_adapter(source, root / name, target=["query"])
+    return root
+
+
+def run(*arguments: str | Path) -> int:
+    return main(["export", *map(str, arguments), "--calibration", "none"])
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((out / "manifest.json").read_text("utf-8"))
+    return document
+
+
+def test_a_success_prints_the_cost_of_every_task_and_the_size(
+    source: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    tasks = [f"--adapter=code={adapters / 'code'}", "--no-adapter", "plain"]
+    assert run(source, *tasks, "--precision", "int8", "fp32", "--out", out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    steps = ["int8/code", "int8/plain", "fp32/code", "fp32/plain"]
+    assert [line.split(":")[0] for line in lines[:-1]] == steps
+    assert all(" s, peak " in line and line.endswith("MB anonymous memory") for line in lines[:-1])
+    assert lines[-1].startswith(f"wrote {out} (")
+
+
+def test_int8_is_what_is_written_where_no_precision_is_named(source: Path, tmp_path: Path) -> None:
+    assert run(source, "--no-adapter", "plain", "--out", tmp_path / "out", "--quiet") == 0
+    assert list(manifest(tmp_path / "out")["precisions"]) == ["int8"]
+
+
+def test_options_reach_the_bundle(source: Path, adapters: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--matryoshka", "8,16", "--int4-block-size", "16", "--keep", "*.dense=fp32"]
+    folder = f"--adapter=retrieval={adapters}"  # which holds several
+    assert run(source, folder, "--precision", "int4", *options, "--out", out) == 0
+    document = manifest(out)
+    assert document["model"]["matryoshka_dims"] == [8, 16, 32]
+    stated = document["precisions"]["int4"]["options"]
+    assert stated == {"calibration": "none", "keep": {"*.dense": "fp32"}, "block_size": 16}
+    assert document["tasks"]["retrieval"]["adapter"]["name"] == "retrieval"
+
+
+WRONG_CALLS = {
+    "no task": ([], "--adapter NAME=FOLDER"),
+    "no folder": (["--adapter", "code"], "NAME=FOLDER"),
+    "a task given twice": (["--no-adapter", "a", "--no-adapter", "a"], "task 'a' is given twice"),
+    "precision": (["--no-adapter", "a", "--precision", "int5"], "'int5'"),
+    "dimensions": (["--no-adapter", "a", "--matryoshka", "8,x"], "--matryoshka '8,x'"),
+    "keep": (["--no-adapter", "a", "--keep", "x"], "PATTERN=PRECISION"),
+    "block size": (["--no-adapter", "a", "--int4-block-size", "5"], "int4_block_size 5"),
+    "an unknown option": (["--no-adapter", "a", "--fast"], "--fast"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_CALLS)
+def test_a_wrong_call_exits_with_2_and_one_line(
+    what: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = WRONG_CALLS[what]
+    assert run(source, *arguments, "--out", tmp_path / "out") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("embedge: error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_source_exits_with_1_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "nowhere", "--no-adapter", "a", "--out", tmp_path / "out") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "nowhere: no such folder" in line
+
+
+def test_a_missing_adapter_exits_with_1_and_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(source, f"--adapter=a={tmp_path / 'none'}", "--out", tmp_path / "out") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "adapter_config.json" in line
+
+
+def test_a_full_disk_exits_with_1_and_one_line(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_export, "_write_graph", refuse)
+    assert run(source, "--no-adapter", "a", "--out", tmp_path / "out", "--quiet") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,67 @@
+"""int8 weights are within half a step; smoothing moves outliers and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from embedge.quant import _int8
+
+RNG = np.random.default_rng(0)
+
+
+def test_every_weight_is_within_half_a_step_of_its_column() -> None:
+    weight = RNG.normal(0, 1, (70, 30)).astype(np.float32) * np.exp(RNG.normal(0, 3, 30))
+    weight = weight.astype(np.float32)
+    values, scales = _int8.quantize_columns(weight)
+    assert values.dtype == np.int8
+    assert np.abs(values * scales - weight).max(axis=0) == pytest.approx(scales / 2, rel=0.2)
+    assert (np.abs(values * scales - weight) <= scales * 0.5001).all()
+
+
+def test_the_largest_weight_of_a_column_is_exact_at_127() -> None:
+    weight = RNG.normal(0, 1, (9, 5)).astype(np.float32)
+    values, scales = _int8.quantize_columns(weight)
+    assert (np.abs(values.astype(int)).max(axis=0) == 127).all()
+    assert scales == pytest.approx(np.abs(weight).max(axis=0) / 127)
+
+
+def test_a_column_of_zeros_stays_zero_with_scale_1() -> None:
+    values, scales = _int8.quantize_columns(np.zeros((4, 2), np.float32))
+    assert not values.any()
+    assert (scales == 1).all()
+
+
+def test_the_steps_that_bound_memory_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = RNG.normal(0, 1, (50, 8)).astype(np.float32)
+    whole, _ = _int8.quantize_columns(weight)
+    monkeypatch.setattr(_int8, "_CHUNK_ELEMENTS", 24)
+    assert np.array_equal(_int8.quantize_columns(weight)[0], whole)
+
+
+def test_smoothing_is_the_formula_of_smoothquant() -> None:
+    activation = np.array([1.0, 4.0, 2.0, 0.5], np.float32)
+    weight = np.array([0.5, 0.5, 1.0, 0.25], np.float32)
+    scales = _int8.smoothing_scales(activation, weight, 0.5)
+    expected = np.sqrt(activation / weight)
+    assert scales == pytest.approx(expected / np.exp(np.log(expected).mean()))
+
+
+def test_an_outlier_channel_is_divided_by_more_than_the_others() -> None:
+    activation = np.array([1, 1, 100, 1], np.float32)
+    scales = _int8.smoothing_scales(activation, np.ones(4, np.float32), 0.7)
+    assert scales[2] > 10 * scales[0]
+
+
+def test_channels_that_never_fire_keep_1() -> None:
+    activation = np.array([0, 3, 5], np.float32)
+    assert _int8.smoothing_scales(activation, np.ones(3, np.float32), 0.7)[0] == 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-30, 1e30])
+def test_smoothing_stays_finite_and_positive(weight: float) -> None:
+    scales = _int8.smoothing_scales(
+        np.array([1e-9, 1e-3, 1e6], np.float32), np.full(3, weight, np.float32), 0.7
+    )
+    assert np.isfinite(scales).all()
+    assert (scales > 0).all()
