@@ -26,6 +26,7 @@ from embedge.export.families import Family
 FloatArray = NDArray[np.float32]
 
 SPILL_BYTES = 4 * 1024 * 1024
+_HESSIAN_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +52,20 @@ class InputStatistics:
         rows: tokens seen.
         hessian: float32 ``[in, in]`` ``Σ x xᵀ``, or ``None`` when it was not asked for.
         tap: where in the graph the input is.
+
+    Args:
+        tap: see above.
+        width: its channels.
+        scratch: folder for a large Hessian, which is mapped from there; ``None``: it is not wanted.
     """
 
-    def __init__(self, tap: Tap, width: int, with_hessian: bool) -> None:
+    def __init__(self, tap: Tap, width: int, scratch: Path | None) -> None:
         self.tap = tap
         self.rows = 0
         self.low = np.full(width, np.inf, np.float32)
         self.high = np.full(width, -np.inf, np.float32)
         self.total = np.zeros(width, np.float64)
-        self.hessian = np.zeros((width, width), np.float32) if with_hessian else None
+        self.hessian = None if scratch is None else _zeros((width, width), scratch)
         self.weight_peak = np.zeros(width, np.float32)
 
     def add(self, x: FloatArray) -> None:
@@ -69,7 +75,9 @@ class InputStatistics:
         np.maximum(self.high, x.max(axis=0), out=self.high)
         self.total += x.sum(axis=0, dtype=np.float64)
         if self.hessian is not None:
-            self.hessian += x.T @ x
+            for start in range(0, len(self.hessian), _HESSIAN_ROWS):  # bounds the product's memory
+                rows = slice(start, start + _HESSIAN_ROWS)
+                self.hessian[rows] += x[:, rows].T @ x
 
 
 def calibrate(
@@ -109,7 +117,9 @@ def calibrate(
         session, constants = _session(g, scratch, threads)
         statistics = {
             label: InputStatistics(
-                tap, weights.shape(f"{tap.lins[0].name}.weight")[1], wants_hessian(tap)
+                tap,
+                weights.shape(f"{tap.lins[0].name}.weight")[1],
+                scratch if wants_hessian(tap) else None,
             )
             for label, tap in taps.items()
         }
@@ -205,3 +215,15 @@ def _spilled(array: FloatArray, scratch: Path) -> FloatArray:
         array.tofile(file)
         file.flush()
         return np.memmap(file, array.dtype, "r", shape=array.shape)
+
+
+def _zeros(shape: tuple[int, int], scratch: Path) -> FloatArray:
+    """Zeros, in a mapped file that has no name where they are many."""
+    nbytes = 4 * shape[0] * shape[1]
+    if nbytes < SPILL_BYTES:
+        return np.zeros(shape, np.float32)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        for start in range(0, nbytes, 1 << 20):  # a full disk is an error here, not a crash later
+            file.write(bytes(min(1 << 20, nbytes - start)))
+        file.flush()
+        return np.memmap(file, np.float32, "r+", shape=shape)

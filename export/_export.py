@@ -95,7 +95,10 @@ def export(request: Request, progress: Progress) -> Path:
             precisions=written,
             files=list_files(folder)
             if old is None
-            else {**{n: f.to_dict() for n, f in old.files.items()}, **_new_files(folder, written, before)},
+            else {
+                **{n: f.to_dict() for n, f in old.files.items()},
+                **_new_files(folder, written, before),
+            },
             old=old,
         )
         if old is None or not (folder / CARD).exists():

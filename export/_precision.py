@@ -184,8 +184,8 @@ def _quantize_group(
     hessian = value.hessian
     try:
         upper = _gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
-    except ArithmeticError as error:
-        raise CheckpointError(f"{lins[0].label}: GPTQ is not possible here: {error}") from error
+    except ArithmeticError as problem:
+        raise CheckpointError(f"{lins[0].label}: GPTQ is not possible here: {problem}") from problem
     for lin in lins:
         int4 = int4_form_of(form, lin, value.tap)
         assert int4 is not None

@@ -101,6 +101,22 @@ class Family(ABC):
         shape = g.op("Shape", "attention_mask")
         return g.op("Gather", shape, g.const(1, "int64"), axis=0)
 
+    def expect_shape(self, g: Graph, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that does not have the shape config.json implies."""
+        found = g.weights.shape(name)
+        if found != shape:
+            raise CheckpointError(
+                f"{name}: expected shape {list(shape)} by config.json, found {list(found)}; is "
+                "config.json of the same model as the weights?"
+            )
+
+    def _divides(self, part: int, whole: int, what: str) -> None:
+        if whole % part:
+            raise CheckpointError(
+                f"config.json: {what}: expected the second to be a multiple of the first, found "
+                f"{part} and {whole}"
+            )
+
     def _int(self, key: str, default: int | None = None) -> int:
         value = self.config.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:

@@ -29,6 +29,7 @@ class Bert(Family):
 
     def check(self) -> None:
         self.heads = self._int("num_attention_heads")
+        self._divides(self.heads, self.hidden_size, "num_attention_heads and hidden_size")
         self.epsilon = self._float("layer_norm_eps", 1e-12)
         self.activation = self._activation("hidden_act", "gelu")
         kind = self.config.get("position_embedding_type", "absolute")
@@ -82,6 +83,8 @@ class Bert(Family):
     def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
         p = f"encoder.layer.{index}."
         query, key, value = (Lin(p + n) for n in (self.query, self.key, self.value))
+        for lin in (query, key, value):
+            self.expect_shape(g, f"{lin.name}.weight", (self.hidden_size, self.hidden_size))
         q, k, v = g.linears(hidden, [query, key, value])
         # softmax ignores what is the same for all keys, so the key bias is dropped; its rows sum to 1,
         # so the value bias passes attention unchanged and is added behind the output projection.

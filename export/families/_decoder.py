@@ -26,6 +26,7 @@ class Decoder(Family):
     def check(self) -> None:
         self.heads = self._int("num_attention_heads")
         self.kv_heads = self._int("num_key_value_heads", self.heads)
+        self._divides(self.kv_heads, self.heads, "num_key_value_heads and num_attention_heads")
         self.head_size = self._int("head_dim") if self.config.get("head_dim") else 0
         self.head_size = self.head_size or self.hidden_size // self.heads
         self.epsilon = self._float("rms_norm_eps", 1e-6)
@@ -86,6 +87,9 @@ class Decoder(Family):
         p = f"layers.{index}."
         x = g.norm(hidden, f"{p}input_layernorm.weight", None, self.epsilon, rms=True)
         query, key, value = (Lin(f"{p}self_attn.{n}_proj") for n in "qkv")
+        for lin, heads in ((query, self.heads), (key, self.kv_heads), (value, self.kv_heads)):
+            rows = heads * self.head_size
+            self.expect_shape(g, f"{lin.name}.weight", (rows, self.hidden_size))
         q, k, v = g.linears(x, [query, key, value])
         q = self._head_norm(g, g.add(q, g.bias(query)), f"{p}self_attn.q_norm.weight", self.heads)
         k = self._head_norm(g, g.add(k, g.bias(key)), f"{p}self_attn.k_norm.weight", self.kv_heads)

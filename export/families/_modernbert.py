@@ -23,6 +23,7 @@ class ModernBert(Family):
 
     def check(self) -> None:
         self.heads = self._int("num_attention_heads")
+        self._divides(self.heads, self.hidden_size, "num_attention_heads and hidden_size")
         self.head_size = self.hidden_size // self.heads
         self.intermediate = self._int("intermediate_size")
         self.epsilon = self._float("norm_eps", 1e-5)
@@ -74,6 +75,8 @@ class ModernBert(Family):
         kind = self._kind(index)
         # the first layer reads the embedding norm directly
         x = self._norm(g, hidden, f"{p}attn_norm") if index else hidden
+        self.expect_shape(g, f"{p}attn.Wqkv.weight", (3 * width, width))
+        self.expect_shape(g, f"{p}mlp.Wi.weight", (2 * self.intermediate, width))
         query, key, value = (Lin(f"{p}attn.Wqkv", i * width, (i + 1) * width) for i in range(3))
         q, k, v = g.linears(x, [query, key, value])
         mixed = g.attention(

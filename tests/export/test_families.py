@@ -210,6 +210,28 @@ def test_a_decoder_with_a_language_head_is_read_without_it(prefix: str, tmp_path
     assert_parity(source, None, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bert", {"num_attention_heads": 5}, "num_attention_heads and hidden_size"),
+        ("bert", {"hidden_size": 16}, "query.weight: expected shape"),
+        ("modernbert", {"intermediate_size": 48}, r"mlp\.Wi\.weight: expected shape"),
+        ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads and num_attention_heads"),
+        ("qwen2", {"num_key_value_heads": 4}, r"k_proj\.weight: expected shape \[32, 32\]"),
+        ("qwen3", {"head_dim": 8}, r"q_proj\.weight: expected shape"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = save(make_model(name), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, **changes})
+    with pytest.raises(CheckpointError, match=message):
+        export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
+
+
 def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
     source = save(make_model("llama", rope_theta=500.0), tmp_path / "source", pooling="mean")
     config = json.loads((source / "config.json").read_text())
