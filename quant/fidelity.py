@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["cosine_rows", "pair_spearman", "sqnr_db", "top_k_overlap"]
 
 Floats = NDArray[np.floating]
+_ROWS = 128
 
 
 def cosine_rows(a: Floats, b: Floats) -> NDArray[np.float64]:
@@ -70,11 +73,19 @@ def top_k_overlap(a: Floats, b: Floats, k: int = 10) -> float:
 
 def sqnr_db(reference: Floats, approximation: Floats) -> float:
     """Signal to quantization noise in decibels, ``10·log10(Σ r² / Σ (r − a)²)``; inf when equal."""
-    noise = float(np.square(np.subtract(reference, approximation, dtype=np.float64)).sum())
-    signal = float(np.square(np.asarray(reference, np.float64)).sum())
+    noise = signal = 0.0
+    for rows in _row_blocks(len(reference)):  # bounds the memory of the float64 copies
+        exact = np.asarray(reference[rows], np.float64)
+        noise += float(np.square(exact - approximation[rows]).sum())
+        signal += float(np.square(exact).sum())
     if noise == 0:
         return float("inf")
     return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def _row_blocks(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, _ROWS):
+        yield slice(start, start + _ROWS)
 
 
 def _same_shape(a: Floats, b: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
