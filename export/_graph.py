@@ -102,7 +102,7 @@ class Norm:
     """Where a normalized value came from, so that a consumer can ask for it with other parameters."""
 
     source: str
-    weight: str | None
+    weight: str
     bias: str | None
     epsilon: float
     rms: bool
@@ -300,10 +300,10 @@ class Graph:
         return a if b is None else self.op("Add", a, b)
 
     def norm(
-        self, x: str, weight: str | None, bias: str | None, epsilon: float, *, rms: bool = False
+        self, x: str, weight: str, bias: str | None, epsilon: float, *, rms: bool = False
     ) -> str:
         """LayerNorm, or RMSNorm with ``rms``, over the last axis."""
-        gamma = self._gamma(weight, x)
+        gamma = self.param(weight)
         if rms:
             y = self.op("RMSNormalization", x, gamma, axis=-1, epsilon=epsilon)
         else:
@@ -396,11 +396,6 @@ class Graph:
             softmax_precision=TensorProto.FLOAT,
         )
         return self.form.attention_result(self, y)
-
-    def _gamma(self, weight: str | None, x: str) -> str:
-        if weight is None:
-            raise AssertionError("a norm without weights is written by its family")
-        return self.param(weight)
 
     # -- finishing ----------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ class Int8Form(Form):
     def shifted_norm(self, g: Graph, x: str, bias: str) -> str | None:
         """The residual's norm with the bias in its own; the Linears read another norm anyway."""
         norm = g.norms.get(x)
-        if norm is None or norm.rms or norm.weight is None or norm.bias is None:
+        if norm is None or norm.rms or norm.bias is None:
             return None
         if not self._plans:
             return None  # without plans the Linears read x itself
@@ -167,7 +167,7 @@ class Int8Form(Form):
         smooth = np.float32(1) if plan.smooth is None else plan.smooth
         shift = np.float32(0) if plan.shift is None else plan.shift
         norm = g.norms.get(x)
-        if norm is not None and norm.weight is not None:
+        if norm is not None:
             weight, bias = norm.weight, norm.bias
             size = g.weights.shape(weight)
             gamma = g.computed(
