@@ -12,7 +12,9 @@ What PEFT's ``save_pretrained`` writes, below ``base_model.model.``:
 Full tensors come from ``modules_to_save``, ``bias="all"`` or ``"lora_only"`` and from saved
 embedding layers; the doubles where ``bias="all"`` meets ``modules_to_save``.
 
-A raw ``state_dict`` has the adapter's name in it (``X.lora_A.default.weight``); that is read too.
+A raw ``state_dict`` has the adapter's name in it (``X.lora_A.default.weight``); that is read too. A file
+with several names, one per task (``X.lora_A.retrieval.weight``, as jina-embeddings-v4 has it), holds that
+many adapters: only the keys of the wanted one are sorted, and all have to cover the same modules.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ __all__ = ["AdapterKeys", "sort_keys"]
 _PREFIX = "base_model.model."
 _LORA = re.compile(
     r"(?P<module>.+)\.(?:"
-    r"(?P<factor>lora_A|lora_B)(?:\.[^.]+)?\.(?P<parameter>weight|bias)"
+    r"(?P<factor>lora_A|lora_B)(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)"
     r"|(?P<embedding>lora_embedding_A|lora_embedding_B)(?:\.[^.]+)?"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+?)??(?:\.weight)?"
     r")"
@@ -47,20 +49,25 @@ class AdapterKeys:
         full: parameter paths that a full tensor may be meant for, the likelier first → keys.
         originals: parameter path → key of a copy of the base's tensor that PEFT does not use.
         problems: one text for every key that is not understood.
+        others: keys of the other adapters in the file.
     """
 
     lora: dict[str, dict[str, str]] = field(default_factory=dict)
     full: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     originals: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    others: frozenset[str] = frozenset()
 
 
-def sort_keys(keys: Iterable[str]) -> AdapterKeys:
-    """Sort the ``keys`` of an adapter file by what they are."""
+def sort_keys(keys: Iterable[str], name: str) -> AdapterKeys:
+    """Sort the ``keys`` of an adapter file by what they are; ``name`` chooses among several adapters."""
     keys = sorted(keys)
-    sorted_keys = AdapterKeys()
+    problems, others = _other_adapters(keys, name)
+    sorted_keys = AdapterKeys(problems=problems, others=others)
     rest = []
     for key in keys:
+        if key in others:
+            continue
         if match := _LORA.fullmatch(key.removeprefix(_PREFIX)):
             part = match["factor"] or match["embedding"] or match["magnitude"]
             part += ".bias" if match["parameter"] == "bias" else ""
@@ -78,6 +85,29 @@ def sort_keys(keys: Iterable[str]) -> AdapterKeys:
     for key in rest:
         _sort_full_tensor(key, sorted_keys)
     return sorted_keys
+
+
+def _other_adapters(keys: Iterable[str], name: str) -> tuple[list[str], frozenset[str]]:
+    """What is wrong with a file of several adapters, and the keys that are not those of ``name``."""
+    by_adapter: dict[str, dict[str, str]] = {}
+    for key in keys:
+        match = _LORA.fullmatch(key.removeprefix(_PREFIX))
+        if match and match["adapter"]:
+            part = f"{match['module']}.{match['factor']}.{match['parameter']}"
+            by_adapter.setdefault(match["adapter"], {})[part] = key
+    if len(by_adapter) < 2:
+        return [], frozenset()
+    if name not in by_adapter:
+        found = ", ".join(sorted(by_adapter))
+        return [f"the file holds the adapters {found}, expected {name} among them"], frozenset()
+    everything = set().union(*by_adapter.values())
+    problems = [
+        f"{part}: the adapter {adapter} has none, others in the file do"
+        for adapter, parts in sorted(by_adapter.items())
+        for part in sorted(everything - set(parts))
+    ]
+    others = (k for a, parts in by_adapter.items() if a != name for k in parts.values())
+    return problems, frozenset(others)
 
 
 def _sort_full_tensor(key: str, sorted_keys: AdapterKeys) -> None:

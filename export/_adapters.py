@@ -50,7 +50,7 @@ class Adapter:
         self.folder = folder
         self.settings = settings
         self.file = file
-        self.adapter_keys: AdapterKeys = sort_keys(file.keys())
+        self.adapter_keys: AdapterKeys = sort_keys(file.keys(), name)
         self.sha256 = _hash_files(folder / _CONFIG, folder / _WEIGHTS)
 
     @classmethod
@@ -58,7 +58,8 @@ class Adapter:
         """Read the adapter in ``folder``, or in ``folder/name`` where ``folder`` holds several.
 
         The sub-folder goes first where both exist: PEFT puts the adapter ``default`` into the
-        folder itself and all others into sub-folders.
+        folder itself and all others into sub-folders. A file that holds several adapters gives the
+        one called ``name``.
 
         Raises:
             AdapterError: if there is no adapter, a file is missing or damaged, or it is of a kind

@@ -8,6 +8,7 @@ from pathlib import Path
 from embedge.export._export import export
 from embedge.export._progress import Progress
 from embedge.export._request import (
+    MODALITIES,
     POOLINGS,
     Request,
     check_keep,
@@ -20,9 +21,10 @@ from embedge.runtime._errors import EmbedgeValueError
 def export_bundle(
     source: str | Path,
     *,
-    adapters: Mapping[str, str | Path | None],
+    adapters: Mapping[str, str | Path | None] | None = None,
     precisions: Sequence[str] = ("int8",),
     out: str | Path,
+    modality: str = "all",
     matryoshka_dims: Sequence[int] | None = None,
     pooling: str | None = None,
     calibration: str | Path = "default",
@@ -40,10 +42,12 @@ def export_bundle(
     Args:
         source: folder of a transformers or sentence-transformers model, or its hub id.
         adapters: folder of a PEFT LoRA adapter by task name (``FOLDER`` itself, or ``FOLDER/NAME``);
-            ``None`` exports the bare backbone as that task.
+            ``None`` exports the bare backbone as that task. Without any, the tasks that the model is
+            published with (jina-embeddings-v4).
         precisions: some of "fp32", "fp16" (GPU), "int8" and "int4".
         out: the bundle's folder. An existing bundle of the same source gains what it lacks.
-        matryoshka_dims: dimensions callers may truncate to; ``None``: any.
+        modality: "all", or "text" to leave a vision tower out.
+        matryoshka_dims: dimensions callers may truncate to; ``None``: those the model declares, or any.
         pooling: "mean", "cls" or "lasttoken"; ``None``: what the source says.
         calibration: file of calibration texts (a text per line, or JSON lines with ``text``),
             "default" for the neutral set of the package, "none" for the data-free methods.
@@ -73,6 +77,7 @@ def export_bundle(
         keep=keep,
         int4_block_size=int4_block_size,
         overwrite=overwrite,
+        modality=modality,
     )
     return export(request, Progress(show=progress))
 
@@ -80,7 +85,7 @@ def export_bundle(
 def make_request(
     source: str | Path,
     *,
-    adapters: Mapping[str, str | Path | None],
+    adapters: Mapping[str, str | Path | None] | None,
     precisions: Sequence[str],
     out: str | Path,
     matryoshka_dims: Sequence[int] | None,
@@ -89,9 +94,13 @@ def make_request(
     keep: Mapping[str, str] | None,
     int4_block_size: int,
     overwrite: bool,
+    modality: str,
 ) -> Request:
     """Check the arguments of :func:`export_bundle` that need no file."""
+    adapters = adapters or {}
     check_tasks(adapters)
+    if modality not in MODALITIES:
+        raise EmbedgeValueError(f"modality {modality!r}: expected one of {', '.join(MODALITIES)}")
     check_keep(keep or {})
     if pooling is not None and pooling not in POOLINGS:
         raise EmbedgeValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
@@ -110,4 +119,5 @@ def make_request(
         keep=dict(keep or {}),
         int4_block_size=int4_block_size,
         overwrite=overwrite,
+        modality=modality,
     )

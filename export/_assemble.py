@@ -27,6 +27,8 @@ def task_graph(
 ) -> Graph:
     """Write the graph from token ids to ``embedding`` float32 ``[batch, dim]``.
 
+    A family with a head for it also gives ``token_embeddings`` ``[batch, tokens, multi_vector_dim]``.
+
     Args:
         family: the model.
         weights: the task's tensors.
@@ -42,26 +44,30 @@ def task_graph(
     for index in range(family.num_layers):
         hidden = family.layer(g, context, index, hidden)
     hidden = family.final(g, context, hidden)
-    x = pool(g, hidden, context["lengths"], pooling)
+    x = pool(g, hidden, context["lengths"], pooling, family.pool_mask)
     for index, layer in enumerate(dense):
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:
         x = unit_length(g, x)
     width = dense[-1].out_features if dense else family.hidden_size
     g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
+    if family.multi_vector_dim is not None:
+        rows = family.token_embeddings(g, hidden)
+        axes = ["batch", "tokens", family.multi_vector_dim]
+        g.output(rows, "token_embeddings", TensorProto.FLOAT, axes)
     g.prune()
     return g
 
 
-def pool(g: Graph, hidden: str, lengths: str, pooling: str) -> str:
-    """One vector per text from ``[batch, tokens, hidden]``, over the attended tokens."""
+def pool(g: Graph, hidden: str, lengths: str, pooling: str, mask: str = "attention_mask") -> str:
+    """One vector per text from ``[batch, tokens, hidden]``; a mean is over the tokens of ``mask``."""
     if pooling == "cls":
         return g.op("Gather", hidden, g.const(0, "int64"), axis=1)
     if pooling == "lasttoken":
         last = g.op("Sub", lengths, g.const(1, "int64"))
         index = g.op("Unsqueeze", last, g.const([1], "int64"))
         return g.op("GatherND", hidden, index, batch_dims=1)
-    attended = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+    attended = g.op("Cast", mask, to=TensorProto.FLOAT)
     row = g.op("Unsqueeze", attended, g.const([1], "int64"))
     total = g.op("Squeeze", g.op("MatMul", row, hidden), g.const([1], "int64"))
     count = g.op("ReduceSum", attended, g.const([1], "int64"), keepdims=1)

@@ -44,7 +44,7 @@ def plan(
     """
     planner = _Planner(file, settings, checkpoint, canonical)
     planner.problems.extend(keys.problems)
-    planner.check_numbers(file.keys())
+    planner.check_numbers(key for key in file.keys() if key not in keys.others)
     for targets, sources in keys.full.items():
         planner.replace(targets, sources)
     for path, key in keys.originals.items():

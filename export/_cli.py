@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="task name and its PEFT LoRA adapter; may be repeated",
+        help="task name and its PEFT LoRA adapter; may be repeated (default: those the model brings)",
     )
     parser.add_argument(
         "--no-adapter",
@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="P",
         help="fp32, fp16 (GPU), int8, int4 (default: int8)",
+    )
+    parser.add_argument(
+        "--modality",
+        default="all",
+        metavar="M",
+        help="all, or text to leave a vision tower out (default: all)",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the bundle to write")
     parser.add_argument("--matryoshka", metavar="64,128,…", help="dimensions to truncate to")
@@ -78,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         keep=dict(_pair("--keep", k, "PATTERN=PRECISION") for k in args.keep),
         int4_block_size=args.int4_block_size,
         overwrite=args.overwrite,
+        modality=args.modality,
     )
     progress = Progress(show=False if args.quiet else None)
     out = export(request, progress)

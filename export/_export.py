@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from embedge.export._assemble import to_model
 from embedge.export._bundle_writer import (
     CARD,
@@ -29,6 +31,7 @@ from embedge.export._manifest import manifest_of, model_card
 from embedge.export._mixed_form import MixedForm
 from embedge.export._model import Model, read_model
 from embedge.export._precision import (
+    MAX_TOKENS_PER_TEXT,
     int4_form_of,
     int8_plans,
     make_form,
@@ -42,6 +45,9 @@ from embedge.export._weights import TaskWeights
 from embedge.quant._calibration_texts import packaged_texts, read_texts
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import Manifest
+
+VISION = "vision"
+VISION_GRAPH = f"{VISION}.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +67,11 @@ def export(request: Request, progress: Progress) -> Path:
     old = read_existing(request.out, request.overwrite)
     texts = _calibration_texts(request)
     model = read_model(request)
-    dims = check_dims(request.matryoshka_dims, model.dim)
+    dims = check_dims(request.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is not None:
         _check_same_source(request, model, dims, old)
         dims = dims or old.model.matryoshka_dims
-    todo = _missing(request, old)
+    todo = _missing(request, list(model.adapters), old)
     job = Job(
         request=request,
         model=model,
@@ -84,7 +90,7 @@ def export(request: Request, progress: Progress) -> Path:
         before = relative_files(folder)
         batches: list[TokenBatch] = []
         if texts and {"int8", "int4"} & set(todo):
-            ids = model.tokenizer.encode(texts, model.settings.max_length)
+            ids = model.tokenizer.encode(texts, min(MAX_TOKENS_PER_TEXT, model.settings.max_length))
             batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
         written = {p: _write_precision(job, folder, p, tasks, batches) for p, tasks in todo.items()}
         if old is None:
@@ -133,6 +139,7 @@ def _check_same_source(
         ("pooling", model.pooling, old.model.pooling),
         ("max_length", model.settings.max_length, old.model.max_length),
         ("matryoshka dimensions", dims, old.model.matryoshka_dims),
+        ("modalities", model.modalities, list(old.model.modalities)),
     ):
         if now != before and now is not None:
             raise EmbedgeValueError(
@@ -150,17 +157,17 @@ def _check_same_source(
             )
 
 
-def _missing(request: Request, old: Manifest | None) -> dict[str, list[str]]:
+def _missing(request: Request, names: Sequence[str], old: Manifest | None) -> dict[str, list[str]]:
     """Tasks to write, by precision."""
     todo = {}
     for precision in request.precisions:
         there = old.precisions[precision].graphs if old and precision in old.precisions else {}
-        tasks = [t for t in request.adapters if t not in there]
+        tasks = [t for t in names if t not in there]
         if tasks:
             todo[precision] = tasks
     if not todo:
         raise EmbedgeValueError(
-            f"{request.out}: already holds {', '.join(request.adapters)} at "
+            f"{request.out}: already holds {', '.join(names)} at "
             f"{', '.join(request.precisions)}; nothing to add. Use --overwrite to export anew"
         )
     return todo
@@ -179,6 +186,7 @@ def _write_precision(
     if job.old is not None and precision in job.old.precisions:
         for path in job.old.precisions[precision].graphs.values():
             store.adopt(folder / path)
+    writes_tower = model.tower is not None and not (place / VISION_GRAPH).exists()
     _check_names_free(place, tasks)
     shared = _fresh_name(place, "shared")
     own = {task: _fresh_name(place, task) for task in tasks}
@@ -197,12 +205,17 @@ def _write_precision(
                     keep=request.keep,
                 )
                 sizes = model.graph(weights, form).recipes.values()
-                _check_keep_used(form)
+                tower_form = _tower_form(precision, request)
+                if model.tower is not None:
+                    model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
+                _check_keep_used(form, tower_form)
                 total = sum(spec.nbytes for recipe in sizes for spec in recipe.specs)
             with job.progress.step(f"{precision}/{task}", total):
                 if number == 0:
                     plans = (
-                        int8_plans(model.family, model.base, batches, place, job.progress.note)
+                        int8_plans(
+                            model.family.text_only(), model.base, batches, place, job.progress.note
+                        )
                         if keeps_int8
                         else {}
                     )
@@ -222,16 +235,48 @@ def _write_precision(
                 (place / f"{task}.layers.json").write_text(dump(report), "utf-8", newline="\n")
             result["graphs"][task] = f"{precision}/{task}.onnx"
             result["layers"][task] = f"{precision}/{task}.layers.json"
+        constants = set(g.constants)
+        if model.tower is not None:
+            if writes_tower:
+                _write_tower(job, place, precision, store)
+            result["vision"] = f"{precision}/{VISION_GRAPH}"
+            constants |= _constant_names(place / VISION_GRAPH)
     finally:
         store.close()
     result["devices"] = list(form.devices)
     result["row_multiple"] = form.row_multiple
-    uses_int8 = keeps_int8 and bool(ACTIVATION_CONSTANTS.keys() & g.constants.keys())
-    result["activation_constants"] = (
-        {n: c for n, c in ACTIVATION_CONSTANTS.items() if n in g.constants} if uses_int8 else {}
-    )
+    result["activation_constants"] = {
+        n: c for n, c in ACTIVATION_CONSTANTS.items() if n in constants
+    }
     result["options"] = _options(request, precision, bool(batches))
     return result
+
+
+def _tower_form(precision: str, request: Request) -> Form:
+    """Images lose more than texts: beside 4-bit Linears the tower is stored at 8 bits."""
+    return make_form(
+        "int8" if precision == "int4" else precision,
+        plans={},
+        int4_block_size=request.int4_block_size,
+        calibrated=False,
+        keep=request.keep,
+    )
+
+
+def _write_tower(job: Job, place: Path, precision: str, store: TensorStore) -> None:
+    model = job.model
+    assert model.tower is not None
+    g = model.tower.graph(model.base, _tower_form(precision, job.request))
+    total = sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
+    file = _fresh_name(place, VISION)
+    with job.progress.step(f"{precision}/{VISION}", total):
+        _store_recipes(job, g, store, file, file)
+        _write_graph(place / VISION_GRAPH, g, store, VISION)
+
+
+def _constant_names(graph: Path) -> set[str]:
+    """Names of the initializers in a graph file, small constants among them."""
+    return {t.name for t in onnx.load(str(graph), load_external_data=False).graph.initializer}
 
 
 def _gptq_passes(
@@ -259,7 +304,7 @@ def _gptq_passes(
     note = job.progress.note
     if left:
         store_gptq(
-            model.family,
+            model.family.text_only(),
             model.base,
             form,
             batches,
@@ -271,7 +316,7 @@ def _gptq_passes(
         )
     if own:
         store_gptq(
-            model.family,
+            model.family.text_only(),
             weights,
             form,
             batches,
@@ -343,9 +388,11 @@ def _options(request: Request, precision: str, calibrated: bool) -> dict[str, An
     return options
 
 
-def _check_keep_used(form: Form) -> None:
+def _check_keep_used(form: Form, tower: Form) -> None:
     if isinstance(form, MixedForm):
         unused = form.unused()
+        if isinstance(tower, MixedForm):
+            unused = [pattern for pattern in unused if pattern in tower.unused()]
         if unused:
             raise EmbedgeValueError(
                 f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "

@@ -30,6 +30,7 @@ class Form:
     precision = "fp32"
     devices: tuple[str, ...] = ("cpu", "cuda")
     row_multiple = 1
+    fused_attention = False  # fp32 and fp16 also run on CUDA, whose fused kernels differ
     elem_type: int = TensorProto.FLOAT
     dtype: Any = np.float32
 

@@ -152,6 +152,7 @@ class Graph:
     left_out: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     output_scale: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     _constant_names: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
+    _shared: dict[str, str] = field(default_factory=dict)
     _counter: int = 0
 
     # -- values ---------------------------------------------------------------------------------
@@ -366,8 +367,13 @@ class Graph:
         lengths: str | None = None,
         mask: str | None = None,
         causal: bool = False,
+        tokens: str | None = None,
     ) -> str:
         """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
+
+        Where the form allows it, causal attention becomes ``GroupQueryAttention`` and attention without
+        lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow
+        with the square of the tokens.
 
         Args:
             q: queries.
@@ -379,7 +385,15 @@ class Graph:
             lengths: int64 ``[batch]``, keys from there on are padding.
             mask: float32 ``[batch or 1, heads or 1, tokens, tokens]`` added to the scores, or bool.
             causal: no token sees a later one.
+            tokens: int64 scalar, padded tokens of the batch; needed where ``causal``.
         """
+        if self.form.fused_attention and not mask and not lengths:
+            if not causal:
+                return self.op(
+                    "MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads, scale=scale
+                )
+            if tokens:
+                return self._causal_attention(q, k, v, heads, kv_heads, scale, tokens)
         q, k, v = (self.form.attention_operand(self, t) for t in (q, k, v))
         if mask:
             mask = self.form.attention_mask(self, mask)
@@ -396,6 +410,28 @@ class Graph:
             softmax_precision=TensorProto.FLOAT,
         )
         return self.form.attention_result(self, y)
+
+    def _causal_attention(
+        self, q: str, k: str, v: str, heads: int, kv_heads: int, scale: float, tokens: str
+    ) -> str:
+        """``GroupQueryAttention`` over a prompt: every row counts as full, padding comes last."""
+        if "causal.total" not in self._shared:
+            last = self.op("Sub", tokens, self.const(1, "int64"))
+            rows = self.op("Shape", q, start=0, end=1)
+            lengths = self.op("Expand", last, rows)
+            self._shared["causal.lengths"] = self.op("Cast", lengths, to=TensorProto.INT32)
+            self._shared["causal.total"] = self.op("Cast", tokens, to=TensorProto.INT32)
+        lengths, total = self._shared["causal.lengths"], self._shared["causal.total"]
+        arguments = [q, k, v, "", "", lengths, total]
+        return self.op_n(
+            "GroupQueryAttention",
+            3,
+            *arguments,
+            domain=CONTRIB,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=scale,
+        )[0]
 
     # -- finishing ----------------------------------------------------------------------------------
 

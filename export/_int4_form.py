@@ -38,6 +38,7 @@ class Int4Form(Form):
 
     precision = "int4"
     devices = ("cpu", "cuda")
+    fused_attention = True
 
     def __init__(self, block_size: int, method: str, table_bits: int) -> None:
         self.block_size = block_size

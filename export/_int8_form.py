@@ -83,6 +83,7 @@ class Int8Form(Form):
 
     precision = "int8"
     devices = ("cpu",)
+    fused_attention = True
 
     def __init__(self, plans: Mapping[str, InputPlan], table_bits: int = 8) -> None:
         self._plans = plans

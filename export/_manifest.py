@@ -24,7 +24,7 @@ def manifest_of(
     tasks: dict[str, Any] = {t: v.to_dict() for t, v in old.tasks.items()} if old else {}
     for task, bound in model.adapters.items():
         tasks[task] = {
-            "prompts": dict(settings.prompts),
+            "prompts": model.prompts(task),
             "default_prompt": settings.default_prompt_name,
             "adapter": None
             if bound is None
@@ -43,7 +43,7 @@ def manifest_of(
             "producer": {"name": "embedge", "version": metadata.version("embedge")},
             "source": {
                 "name": model.checkpoint.name,
-                "model_type": model.checkpoint.config["model_type"],
+                "model_type": model.family.config["model_type"],
                 "license": model.checkpoint.license,
                 "sha256": model.checkpoint.sha256(),
             },
@@ -53,10 +53,11 @@ def manifest_of(
                 "normalize": settings.normalize,
                 "max_length": settings.max_length,
                 "matryoshka_dims": list(matryoshka_dims) if matryoshka_dims else None,
-                "multi_vector_dim": None,
-                "modalities": ["text"],
+                "multi_vector_dim": model.family.multi_vector_dim,
+                "modalities": model.modalities,
                 "inputs": list(model.family.inputs),
                 "similarity": settings.similarity,
+                "image": model.image,
             },
             "tokenizer": {
                 "file": "tokenizer.json",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from embedge.export._adapters import Adapter, BoundAdapter
 from embedge.export._assemble import task_graph
@@ -11,11 +13,14 @@ from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError, CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import BASE, Graph
-from embedge.export._request import POOLINGS, Request
+from embedge.export._images import image_settings
+from embedge.export._request import POOLINGS, Request, check_tasks
 from embedge.export._sentence_transformers import SentenceSettings, read_modules
 from embedge.export._tokenizer import BundleTokenizer, read_tokenizer
 from embedge.export._weights import TaskWeights
 from embedge.export.families import Family, family_of
+from embedge.export.families._base import flat_config
+from embedge.export.families._qwen2_5_vision import Qwen25Vision
 from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
 
 
@@ -24,6 +29,9 @@ class Model:
     """Everything that is read before anything is written.
 
     Attributes:
+        family: with the inputs for images where there is a tower.
+        tower: the vision tower, ``None`` where the export is for texts alone.
+        image: what the manifest says about images.
         pooling: how token states become a vector.
         tasks: the tensors of every requested task.
         adapters: the adapter of every requested task, ``None`` for the bare backbone.
@@ -32,6 +40,8 @@ class Model:
 
     checkpoint: Checkpoint
     family: Family
+    tower: Qwen25Vision | None
+    image: dict[str, Any] | None
     settings: SentenceSettings
     pooling: str
     tokenizer: BundleTokenizer
@@ -45,6 +55,11 @@ class Model:
         dense = self.settings.dense
         return dense[-1].out_features if dense else self.family.hidden_size
 
+    @property
+    def modalities(self) -> list[str]:
+        """What the bundle embeds."""
+        return ["text"] if self.tower is None else ["text", "image"]
+
     def graph(self, weights: TaskWeights, form: Form) -> Graph:
         """The graph of a task at a precision."""
         return task_graph(
@@ -56,6 +71,10 @@ class Model:
             normalize=self.settings.normalize,
         )
 
+    def prompts(self, task: str) -> dict[str, str]:
+        """Prompts of a task by name."""
+        return dict(self.settings.task_prompts.get(task, self.settings.prompts))
+
 
 def read_model(request: Request) -> Model:
     """Open the model, bind all adapters, and write every graph once without its weights.
@@ -65,8 +84,11 @@ def read_model(request: Request) -> Model:
         AdapterError: an adapter does not fit, or changes what no vector depends on.
     """
     checkpoint = Checkpoint.open(request.source)
-    family_class = family_of(checkpoint.config)
-    settings = read_modules(checkpoint.path, checkpoint.config)
+    family_class = family_of(checkpoint.config, checkpoint.name)
+    config = flat_config(checkpoint.config)
+    settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
+        checkpoint.path, config
+    )
     pooling = request.pooling or settings.pooling or family_class.default_pooling
     if pooling not in POOLINGS:
         raise EmbedgeValueError(
@@ -89,9 +111,15 @@ def read_model(request: Request) -> Model:
         )
         settings = replace(settings, truncate_dim=None)
     family = family_class(checkpoint.config, settings.max_length)
+    tokenizer = read_tokenizer(checkpoint.transformer_path)
+    tower, image = None, None
+    if family_class.tower is not None and request.modality != "text":
+        tower = family_class.tower(checkpoint.config, family.hidden_size)
+        image = image_settings(checkpoint, tower, tokenizer)
+        family = family.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
-    for task, folder in request.adapters.items():
+    for task, folder in _task_folders(request, checkpoint, family_class).items():
         bound = None
         if folder is not None:
             bound = Adapter.load(folder, task).bind(checkpoint, family_class.canonical)
@@ -100,17 +128,50 @@ def read_model(request: Request) -> Model:
     model = Model(
         checkpoint=checkpoint,
         family=family,
+        tower=tower,
+        image=image,
         settings=settings,
         pooling=pooling,
-        tokenizer=read_tokenizer(checkpoint.transformer_path),
+        tokenizer=tokenizer,
         adapters=adapters,
         tasks=tasks,
         base=TaskWeights(checkpoint, family_class),
     )
     for task, weights in {BASE: model.base, **tasks}.items():
         model.graph(weights, Form())  # asks for every tensor by name and shape
+        if tower is not None:
+            _check_tower_shared(task, weights)
+            tower.graph(weights, Form())
         _check_all_read(model, task, weights)
     return model
+
+
+def _task_folders(
+    request: Request, checkpoint: Checkpoint, family: type[Family]
+) -> dict[str, Path | None]:
+    """The adapter's folder of every task: those asked for, else those the model is published with."""
+    if request.adapters:
+        return dict(request.adapters)
+    own = family.own_tasks(checkpoint.config, checkpoint.name)
+    if not own:
+        raise EmbedgeValueError(
+            f"adapters: expected at least one task, found none, and {checkpoint.name} brings none of "
+            "its own; give {'name': 'adapter folder'}, or {'name': None} for the bare backbone "
+            "(--adapter NAME=FOLDER, --no-adapter NAME)"
+        )
+    check_tasks(own)
+    return {t: None if f is None else checkpoint.path / f for t, f in own.items()}
+
+
+def _check_tower_shared(task: str, weights: TaskWeights) -> None:
+    touched = sorted(n for n in weights.changed() if n.startswith("visual."))
+    if touched:
+        raise AdapterError(
+            f"adapter of task {task}: expected to leave the vision tower alone, which all tasks of a "
+            f"bundle share, but it changes {', '.join(touched[:5])}"
+            f"{f' and {len(touched) - 5} more' if len(touched) > 5 else ''}; merge it into the model's "
+            "own weights and export those, or export with modality='text' (--modality text)"
+        )
 
 
 def _check_all_read(model: Model, task: str, weights: TaskWeights) -> None:
@@ -121,6 +182,8 @@ def _check_all_read(model: Model, task: str, weights: TaskWeights) -> None:
             f"do not: {', '.join(changed)}; remove them from the adapter"
         )
     ignored = model.family.ignored
+    if model.tower is not None:
+        ignored = tuple(prefix for prefix in ignored if prefix != "visual.")
     left = [n for n in others if not n.startswith(ignored) and not n.endswith(".inv_freq")]
     if left and task == BASE:
         shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")

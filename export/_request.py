@@ -10,9 +10,10 @@ from pathlib import Path
 from embedge.runtime._errors import EmbedgeValueError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+MODALITIES = ("all", "text")
 POOLINGS = ("mean", "cls", "lasttoken")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-RESERVED = ("base", "shared")
+RESERVED = ("base", "shared", "vision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +30,15 @@ class Request:
     keep: Mapping[str, str]
     int4_block_size: int
     overwrite: bool
+    modality: str = "all"
 
 
 def check_tasks(adapters: Mapping[str, object]) -> None:
-    """Refuse an empty mapping and names that cannot be file names.
+    """Refuse names that cannot be file names.
 
     Raises:
         EmbedgeValueError: naming the bad task.
     """
-    if not adapters:
-        raise EmbedgeValueError(
-            "adapters: expected at least one task, found none; give {'name': 'adapter folder'}, or "
-            "{'name': None} for the bare backbone (--adapter NAME=FOLDER, --no-adapter NAME)"
-        )
     for name in adapters:
         if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or name in RESERVED:
             raise EmbedgeValueError(

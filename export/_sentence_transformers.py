@@ -55,6 +55,8 @@ class SentenceSettings:
         similarity: ``"cosine"`` or ``"dot"``.
         truncate_dim: the dimension that vectors are cut to after all modules, ``None`` for all of
             it.
+        matryoshka_dims: dimensions it was trained to be cut to, where it declares them.
+        task_prompts: prompts of the tasks that have others than ``prompts``.
     """
 
     pooling: str | None
@@ -66,6 +68,8 @@ class SentenceSettings:
     max_length: int
     similarity: str = "cosine"
     truncate_dim: int | None = None
+    matryoshka_dims: tuple[int, ...] = ()
+    task_prompts: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:

@@ -75,6 +75,11 @@ class TaskWeights:
             return self._task
         return BASE
 
+    def changed(self) -> list[str]:
+        """Canonical names of the tensors that the adapter changes."""
+        touched = self._adapter.touched if self._adapter else frozenset()
+        return [name for name, key in self._keys.items() if key in touched]
+
     def unread(self) -> tuple[list[str], list[str]]:
         """Floating-point tensors that no graph has asked for, ``(changed by the adapter, others)``."""
         changed = self._adapter.touched if self._adapter else frozenset()

@@ -1,4 +1,4 @@
-"""Model families, chosen by ``model_type``."""
+"""Model families, chosen by ``config.json``."""
 
 from __future__ import annotations
 
@@ -10,26 +10,36 @@ from embedge.export.families._base import Family
 from embedge.export.families._bert import Bert, MPNet
 from embedge.export.families._decoder import Decoder
 from embedge.export.families._modernbert import ModernBert
+from embedge.export.families._qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES: dict[str, type[Family]] = {
-    model_type: family
-    for family in (Bert, MPNet, ModernBert, Decoder)
-    for model_type in family.model_types
-}
+FAMILIES: tuple[type[Family], ...] = (
+    JinaV4,  # before the family it is built on
+    JinaV4Merged,
+    Qwen25VL,
+    Bert,
+    MPNet,
+    ModernBert,
+    Decoder,
+)
 
 
-def family_of(config: Mapping[str, Any]) -> type[Family]:
-    """The family that serves a ``config.json``.
+def family_of(config: Mapping[str, Any], name: str = "") -> type[Family]:
+    """The first family that serves a model.
+
+    Args:
+        config: its config.json.
+        name: its short name, by which pre-merged models are known.
 
     Raises:
-        CheckpointError: no family serves its ``model_type``; the message lists those there are.
+        CheckpointError: no family serves it; the message lists those there are.
     """
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"config.json: model_type {model_type!r} is not supported; "
-            f"expected one of {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
+    for family in FAMILIES:
+        if family.serves(config, name):
+            return family
+    known = sorted({kind for family in FAMILIES for kind in family.model_types})
+    raise CheckpointError(
+        f"config.json: model_type {config.get('model_type')!r} is not supported; "
+        f"expected one of {', '.join(known)}"
+    )

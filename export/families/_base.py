@@ -10,26 +10,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from onnx import TensorProto
 
-from embedge.export._errors import CheckpointError
 from embedge.export._graph import Graph
+from embedge.export.families._config import ConfigReader
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish", "relu")
+if TYPE_CHECKING:
+    from embedge.export._sentence_transformers import SentenceSettings
+    from embedge.export.families._qwen2_5_vision import Qwen25Vision
+
 GELU_LOWER_BOUND = -0.17004  # the minimum of x·Φ(x) is -0.169971; margin for float rounding
 
 
-class Family(ABC):
+class Family(ConfigReader, ABC):
     """One architecture, for one ``config.json``.
 
     Attributes:
         model_types: values of ``model_type`` the family serves.
-        prefixes: wrapper prefixes that transformers or PEFT put before the backbone's tensor names.
         roots: first components of the backbone's own tensor names.
         ignored: canonical prefixes of tensors that do not reach an embedding (poolers, heads).
         inputs: graph inputs in order.
+        default_pooling: where neither the model nor the caller says.
+        tower: the vision tower, or ``None``.
+        multi_vector_dim: width of :meth:`token_embeddings`, or ``None``.
+        pool_mask: the input that says which tokens a mean is taken over.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -38,9 +45,12 @@ class Family(ABC):
     renamed: ClassVar[Mapping[str, str]] = {}
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     default_pooling: ClassVar[str | None] = None
+    tower: ClassVar[type[Qwen25Vision] | None] = None
+    multi_vector_dim: int | None = None
+    pool_mask: str = "attention_mask"
 
     def __init__(self, config: Mapping[str, Any], max_length: int) -> None:
-        self.config = config
+        self.config = {"model_type": self.model_types[0], **flat_config(config)}
         self.max_length = max_length
         self.hidden_size = self._int("hidden_size")
         self.num_layers = self._int("num_hidden_layers")
@@ -67,6 +77,35 @@ class Family(ABC):
     def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
         """Token states as the model returns them."""
         return hidden
+
+    def token_embeddings(self, g: Graph, hidden: str) -> str:
+        """Vectors of the tokens, float32 ``[batch, tokens, multi_vector_dim]``, where there is a head."""
+        raise NotImplementedError
+
+    def with_images(self) -> Family:
+        """The same model with the inputs for images, where there is a vision tower."""
+        raise NotImplementedError
+
+    def text_only(self) -> Family:
+        """The same model with token ids as its only inputs."""
+        return self
+
+    # -- what a published model brings ----------------------------------------------------------------
+
+    @classmethod
+    def own_settings(cls, config: Mapping[str, Any], folder: Path) -> SentenceSettings | None:
+        """How texts become vectors, where the family knows it better than the model's files."""
+        return None
+
+    @classmethod
+    def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
+        """Tasks a model is published with: folder of their adapter below the model's, or ``None``."""
+        return {}
+
+    @classmethod
+    def serves(cls, config: Mapping[str, Any], name: str) -> bool:
+        """Whether this is the family of a model with this config.json and short name."""
+        return config.get("model_type") in cls.model_types
 
     # -- shared -------------------------------------------------------------------------------------
 
@@ -101,48 +140,13 @@ class Family(ABC):
         shape = g.op("Shape", "attention_mask")
         return g.op("Gather", shape, g.const(1, "int64"), axis=0)
 
-    def expect_shape(self, g: Graph, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that does not have the shape config.json implies."""
-        found = g.weights.shape(name)
-        if found != shape:
-            raise CheckpointError(
-                f"{name}: expected shape {list(shape)} by config.json, found {list(found)}; is "
-                "config.json of the same model as the weights?"
-            )
 
-    def _divides(self, part: int, whole: int, what: str) -> None:
-        if whole % part:
-            raise CheckpointError(
-                f"config.json: {what}: expected the second to be a multiple of the first, found "
-                f"{part} and {whole}"
-            )
-
-    def _int(self, key: str, default: int | None = None) -> int:
-        value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise CheckpointError(
-                f"config.json: {key}: expected a positive integer, found {value!r}; "
-                "is this the folder of a transformers model?"
-            )
-        return value
-
-    def _float(self, key: str, default: float | None = None) -> float:
-        value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: {key}: expected a number, found {value!r}")
-        return float(value)
-
-    def _activation(self, key: str, default: str) -> str:
-        value = self.config.get(key, default)
-        if value not in ACTIVATIONS:
-            raise self._unsupported(key, value, f"one of {', '.join(ACTIVATIONS)}")
-        return str(value)
-
-    def _unsupported(self, key: str, found: object, expected: str) -> CheckpointError:
-        return CheckpointError(
-            f"config.json: {key} is {found!r}, which the {self.config.get('model_type')} family here "
-            f"does not implement (expected {expected}); this model cannot be exported yet"
-        )
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the settings of its ``text_config``, if it has one, at the top."""
+    text = config.get("text_config")
+    own = text if isinstance(text, dict) else {}
+    own = {key: value for key, value in own.items() if value is not None and key != "model_type"}
+    return {**config, **own}
 
 
 def lower_bound(activation: str) -> float | None:

@@ -54,7 +54,7 @@ class Decoder(Family):
         kind = self.config["model_type"]
         if not window or kind == "llama":
             return None
-        if kind in ("qwen2", "qwen3"):
+        if kind != "mistral":  # Qwen's rule
             types = self.config.get("layer_types")
             if types:
                 if types[index] != "sliding_attention":
@@ -67,18 +67,17 @@ class Decoder(Family):
 
     def context(self, g: Graph) -> dict[str, str]:
         tokens = self.tokens(g)
-        tables = rotary_tables(self.head_size, self.theta, self.max_length, self.rope)
-        detail = f"{self.theta}|{self.rope}|{self.max_length}"
-        cos, sin = rotary_inputs(g, "rotary", tables, detail)
-        context = {
-            "lengths": self.lengths(g),
-            "cos": cos,
-            "sin": sin,
-            "positions": position_ids(g, tokens),
-        }
+        context = {"lengths": self.lengths(g), "tokens": tokens, **self.rotary(g, tokens)}
         for window in {w for w in self.windows if w}:
             context[f"mask{window}"] = causal_window(g, tokens, window)
         return context
+
+    def rotary(self, g: Graph, tokens: str) -> dict[str, str]:
+        """What :meth:`_rotate` needs: ``cos``, ``sin`` and, for tables by position, ``positions``."""
+        tables = rotary_tables(self.head_size, self.theta, self.max_length, self.rope)
+        detail = f"{self.theta}|{self.rope}|{self.max_length}"
+        cos, sin = rotary_inputs(g, "rotary", tables, detail)
+        return {"cos": cos, "sin": sin, "positions": position_ids(g, tokens)}
 
     def embed(self, g: Graph, context: dict[str, str]) -> str:
         return g.embedding("embed_tokens.weight", "input_ids")
@@ -104,6 +103,7 @@ class Decoder(Family):
             scale=self.head_size**-0.5,
             mask=context[f"mask{window}"] if window else None,
             causal=window is None,
+            tokens=context["tokens"],
         )
         out = Lin(f"{p}self_attn.o_proj")
         groups = (self.kv_heads, self.heads // self.kv_heads, self.head_size)
@@ -123,15 +123,9 @@ class Decoder(Family):
         return g.norm(hidden, "norm.weight", None, self.epsilon, rms=True)
 
     def _rotate(self, g: Graph, context: dict[str, str], x: str, heads: int) -> str:
-        return g.op(
-            "RotaryEmbedding",
-            x,
-            context["cos"],
-            context["sin"],
-            context["positions"],
-            num_heads=heads,
-            interleaved=0,
-        )
+        positions = [context["positions"]] if "positions" in context else []
+        arguments = [x, context["cos"], context["sin"], *positions]
+        return g.op("RotaryEmbedding", *arguments, num_heads=heads, interleaved=0)
 
     def _head_norm(self, g: Graph, x: str, weight: str, heads: int) -> str:
         """Qwen3's RMSNorm of each query and key head; other models have no such weights."""
