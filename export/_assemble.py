@@ -53,7 +53,7 @@ def task_graph(
     g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
     if family.multi_vector_dim is not None:
         rows = family.token_embeddings(g, hidden)
-        axes = ["batch", "tokens", family.multi_vector_dim]
+        axes: list[int | str] = ["batch", "tokens", family.multi_vector_dim]
         g.output(rows, "token_embeddings", TensorProto.FLOAT, axes)
     g.prune()
     return g

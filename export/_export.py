@@ -30,6 +30,7 @@ from embedge.export._int8_form import ACTIVATION_CONSTANTS
 from embedge.export._manifest import manifest_of, model_card
 from embedge.export._mixed_form import MixedForm
 from embedge.export._model import Model, read_model
+from embedge.export._parallel import in_order
 from embedge.export._precision import (
     MAX_TOKENS_PER_TEXT,
     int4_form_of,
@@ -329,11 +330,15 @@ def _gptq_passes(
 
 
 def _store_recipes(job: Job, g: Graph, store: TensorStore, shared: str, own: str) -> None:
+    """Compute and write what is not stored yet, in the graph's order, a few recipes at a time."""
+    missing = {r.key: r for r in g.recipes.values() if not store.has(r.key)}
+    arrays = in_order(
+        list(missing.values()), lambda recipe: recipe.compute(), cost=lambda recipe: recipe.elements
+    )
     for recipe in g.recipes.values():
-        nbytes = sum(spec.nbytes for spec in recipe.specs)
         if not store.has(recipe.key):
-            store.put(recipe, recipe.compute(), shared if recipe.owner == BASE else own)
-        job.progress.advance(nbytes, recipe.specs[0].name)
+            store.put(recipe, next(arrays), shared if recipe.owner == BASE else own)
+        job.progress.advance(sum(spec.nbytes for spec in recipe.specs), recipe.specs[0].name)
 
 
 def _layer_report(g: Graph, store: TensorStore) -> dict[str, Any]:

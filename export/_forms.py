@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._graph import Fold, Graph, Lin, Recipe, TensorSpec
-from embedge.quant.fidelity import sqnr_db
 
 FloatArray = NDArray[np.float32]
 
@@ -212,9 +211,8 @@ def full_bias(g: Graph, lin: Lin, constant: FloatArray | None) -> FloatArray:
     return result.astype(np.float32)
 
 
-def reported_sqnr(reference: NDArray[Any], restored: NDArray[Any]) -> float | None:
-    """Signal to noise for the layer report; ``None`` where it is infinite, which JSON has not."""
-    value = sqnr_db(reference, restored)
+def reported_db(value: float) -> float | None:
+    """Decibels for the layer report; ``None`` where they are infinite, which JSON has not."""
     return round(value, 2) if np.isfinite(value) else None
 
 

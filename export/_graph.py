@@ -69,6 +69,11 @@ class Recipe:
     compute: Callable[[], Sequence[Array]]
     describe: Callable[[Sequence[Array]], dict[str, Any]] | None = None
 
+    @property
+    def elements(self) -> int:
+        """Elements of the largest initializer, a measure of what computing takes."""
+        return max(int(np.prod(spec.shape, dtype=np.int64)) for spec in self.specs)
+
 
 @dataclass(frozen=True)
 class Lin:

@@ -20,7 +20,7 @@ from embedge.export._forms import (
     out_features,
     read_linear,
     recipe_key,
-    reported_sqnr,
+    reported_db,
     weight_name,
 )
 from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
@@ -87,21 +87,20 @@ class Int4Form(Form):
         rows, columns = out_features(g, lin), in_features(g, lin)
         blocks = -(-columns // self.block_size)
 
+        noise: list[float] = []
+
         def compute() -> list[NDArray[Any]]:
             parts = _int4.split_blocks(read_linear(g, lin), self.block_size)
             scales, zeros = _int4.block_grid(parts)
-            return pack(_int4.quantize(parts, scales, zeros), scales, zeros)
+            values = _int4.quantize(parts, scales, zeros)
+            noise[:] = [_int4.blocks_sqnr_db(parts, values, scales, zeros)]
+            return pack(values, scales, zeros)
 
         def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
-            values, scales, zeros = arrays
-            level = _int4.unpack_pairs(values, self.block_size)
-            zero = _int4.unpack_pairs(zeros, blocks)
-            restored = _int4.dequantize(level, scales.reshape(rows, blocks), zero)
-            restored = restored.reshape(rows, -1)[:, :columns]
-            return {
-                "format": f"int4 block {self.block_size} {self.method}",
-                "sqnr_db": reported_sqnr(read_linear(g, lin), restored),
-            }
+            facts: dict[str, Any] = {"format": f"int4 block {self.block_size} {self.method}"}
+            if noise:  # GPTQ, which stores values of its own, states it itself
+                facts["sqnr_db"] = reported_db(noise[0])
+            return facts
 
         name = lin.label
         specs = (

@@ -35,7 +35,7 @@ from embedge.export._forms import (
     out_features,
     read_linear,
     recipe_key,
-    reported_sqnr,
+    reported_db,
     weight_name,
 )
 from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
@@ -225,21 +225,16 @@ class Int8Form(Form):
         name = f"{lin.label}.weight"
         output_scale = self._output_scale.get(lin.label)
 
+        noise: list[float] = []
+
         def compute() -> list[NDArray[Any]]:
-            weight = read_linear(g, lin)
-            if plan.smooth is not None:
-                weight = weight * plan.smooth
-            values, scales = _int8.quantize_columns(np.ascontiguousarray(weight.T))
-            return [values, scales if output_scale is None else scales * output_scale]
+            result = _int8.quantize_rows(read_linear(g, lin), plan.smooth)
+            noise[:] = [result.sqnr_db]
+            scales = result.scales if output_scale is None else result.scales * output_scale
+            return [np.ascontiguousarray(result.values.T), scales]
 
         def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
-            values, scales = arrays
-            restored = values.astype(np.float32) * (
-                scales if output_scale is None else scales / output_scale
-            )
-            if plan.smooth is not None:
-                restored /= plan.smooth[:, None]
-            return {"format": "int8", "sqnr_db": reported_sqnr(read_linear(g, lin).T, restored)}
+            return {"format": "int8", "sqnr_db": reported_db(noise[0])}
 
         specs = (
             TensorSpec(name=name, elem_type=TensorProto.INT8, shape=(columns, rows)),

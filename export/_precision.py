@@ -16,6 +16,7 @@ from embedge.export._forms import (
     in_features,
     out_features,
     read_linear,
+    reported_db,
     weight_name,
 )
 from embedge.export._graph import Graph, Lin, Tap
@@ -192,13 +193,15 @@ def _quantize_group(
         assert int4 is not None
         weight = read_linear(g, lin)
         levels, scales, zeros = _gptq.quantize_blocks(weight, upper, int4.block_size)
+        parts = _int4.split_blocks(weight, int4.block_size)
+        noise = reported_db(_int4.blocks_sqnr_db(parts, levels, scales, zeros))
         restored = _int4.dequantize(levels, scales, zeros).reshape(out_features(g, lin), -1)
         error = _output_error(weight, restored[:, : in_features(g, lin)], hessian)
         recipe, packed = int4.weight_recipe(g, lin), pack(levels, scales, zeros)
-        del weight, levels, restored  # what follows reads the weight again
+        del weight, parts, levels, restored  # what follows reads the weight again
         if lin is lins[-1]:
             del upper
-        store.put(recipe, packed, file, {"output_error": error})
+        store.put(recipe, packed, file, {"sqnr_db": noise, "output_error": error})
     value.hessian = None
 
 

@@ -18,6 +18,7 @@ from embedge.quant import _int4, _int8
 Grid = tuple[NDArray[np.float32], NDArray[np.float32] | np.float32, int, int]
 """Scales and zero points of the output channels, and the lowest and highest level."""
 
+_SPAN_COLUMNS = 256  # columns after which errors are passed on to all that follow
 _DAMP = 0.01  # share of the mean diagonal added to it (the paper's value)
 
 
@@ -77,23 +78,45 @@ def sweep(
     out_features, in_features = weight.shape
     left = weight.astype(np.float32, copy=True)
     levels = np.empty((out_features, in_features), np.int16)
-    for block, begin in enumerate(range(0, in_features, block_size)):
-        end = min(begin + block_size, in_features)
-        width = end - begin
-        part = np.ascontiguousarray(left[:, begin:end].T)  # a column is contiguous
-        corner = upper[begin:end, begin:end]
-        importance = (1.0 / np.square(np.diag(corner))).astype(np.float32)
-        scale, zero, lowest, highest = grid(block, part.T, importance)
-        errors = np.empty((width, out_features), np.float32)
-        for j in range(width):
-            level = np.clip(np.rint(part[j] / scale) + zero, lowest, highest)
-            levels[:, begin + j] = level
-            errors[j] = (part[j] - (level - zero) * scale) / corner[j, j]
-            if j + 1 < width:
-                part[j + 1 :] -= corner[j, j + 1 :, None] * errors[j]
-        if end < in_features:
-            left[:, end:] -= errors.T @ upper[begin:end, end:]
+    span = block_size * max(1, _SPAN_COLUMNS // block_size)
+    for first in range(0, in_features, span):
+        # errors reach the columns of the span at once, those after it in one product
+        last = min(first + span, in_features)
+        collected = np.empty((last - first, out_features), np.float32)
+        for begin in range(first, last, block_size):
+            end = min(begin + block_size, in_features)
+            errors = _sweep_block(left, upper, levels, begin, end, block_size, grid)
+            collected[begin - first : end - first] = errors
+            if end < last:
+                left[:, end:last] -= errors.T @ upper[begin:end, end:last]
+        if last < in_features:
+            left[:, last:] -= collected.T @ upper[first:last, last:]
     return levels
+
+
+def _sweep_block(
+    left: NDArray[np.float32],
+    upper: NDArray[np.float32],
+    levels: NDArray[np.int16],
+    begin: int,
+    end: int,
+    block_size: int,
+    grid: Callable[[int, NDArray[np.float32], NDArray[np.float32]], Grid],
+) -> NDArray[np.float32]:
+    """Round the columns of one block into ``levels``; float32 ``[width, out]`` errors."""
+    width = end - begin
+    part = np.ascontiguousarray(left[:, begin:end].T)  # a column is contiguous
+    corner = upper[begin:end, begin:end]
+    importance = (1.0 / np.square(np.diag(corner))).astype(np.float32)
+    scale, zero, lowest, highest = grid(begin // block_size, part.T, importance)
+    errors = np.empty((width, len(left)), np.float32)
+    for j in range(width):
+        level = np.clip(np.rint(part[j] / scale) + zero, lowest, highest)
+        levels[:, begin + j] = level
+        errors[j] = (part[j] - (level - zero) * scale) / corner[j, j]
+        if j + 1 < width:
+            part[j + 1 :] -= corner[j, j + 1 :, None] * errors[j]
+    return errors
 
 
 def quantize_blocks(

@@ -10,7 +10,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.quant._int8 import decibels
+
 LEVELS = 15
+_CACHED_ELEMENTS = 1 << 16  # 256 KiB of float32 at a time, which a core's cache holds
 _SHRINK = np.linspace(1.0, 0.72, 15, dtype=np.float32)  # candidate ranges, widest first
 
 
@@ -29,20 +32,48 @@ def block_grid(
     Returns:
         ``(scales, zero_points)``: float32 and uint8 in 0…15, both of the leading shape of ``blocks``.
     """
-    low = np.minimum(blocks.min(axis=-1), 0.0)
-    high = np.maximum(blocks.max(axis=-1), 0.0)
+    size = blocks.shape[-1]
+    flat = blocks.reshape(-1, size)
+    scales = np.empty(len(flat), np.float32)
+    zeros = np.empty(len(flat), np.uint8)
+    weight = None if importance is None else np.broadcast_to(importance, blocks.shape)
+    flat_weight = None if weight is None else weight.reshape(-1, size)
+    step = max(1, _CACHED_ELEMENTS // size)
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        # elements of a block along the first axis: every operation runs over neighbouring blocks
+        part = np.ascontiguousarray(flat[rows].T)
+        part_weight = None if flat_weight is None else np.ascontiguousarray(flat_weight[rows].T)
+        scales[rows], zeros[rows] = _best_grid(part, part_weight)
+    shape = blocks.shape[:-1]
+    return scales.reshape(shape), zeros.reshape(shape)
+
+
+def _best_grid(
+    part: NDArray[np.float32], weight: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scale and zero point of every column of float32 ``[block_size, blocks]``."""
+    low = np.minimum(part.min(axis=0), 0.0)
+    high = np.maximum(part.max(axis=0), 0.0)
     best_scale = np.ones(low.shape, np.float32)
-    best_zero = np.zeros(low.shape, np.uint8)
+    best_zero = np.zeros(low.shape, np.float32)
     best_error = np.full(low.shape, np.inf, np.float32)
+    work = np.empty_like(part)
     for shrink in _SHRINK:
         scale = (high - low) * (shrink / LEVELS)
         scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
-        zero = np.clip(np.rint(-low * shrink / scale), 0, LEVELS).astype(np.uint8)
-        difference = dequantize(quantize(blocks, scale, zero), scale, zero) - blocks
-        np.square(difference, out=difference)
-        if importance is not None:
-            difference *= importance
-        error = difference.sum(axis=-1)
+        zero = np.clip(np.rint(-low * shrink / scale), 0, LEVELS).astype(np.float32)
+        np.divide(part, scale, out=work)
+        np.rint(work, out=work)
+        # clipping the level to 0…15 before the zero point is taken off again
+        np.maximum(work, -zero, out=work)
+        np.minimum(work, LEVELS - zero, out=work)
+        work *= scale
+        work -= part
+        work *= work
+        if weight is not None:
+            work *= weight
+        error = work.sum(axis=0)
         better = error < best_error
         best_scale[better], best_zero[better] = scale[better], zero[better]
         best_error[better] = error[better]
@@ -53,9 +84,18 @@ def quantize(
     blocks: NDArray[np.float32], scales: NDArray[np.float32], zero_points: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
     """Round float32 ``[..., block_size]`` to uint8 0…15 on the grid of each block."""
-    levels = np.rint(blocks / scales[..., None])
-    levels += zero_points[..., None]
-    result: NDArray[np.uint8] = np.clip(levels, 0, LEVELS).astype(np.uint8)
+    result = np.empty(blocks.shape, np.uint8)
+    size = blocks.shape[-1]
+    flat, flat_result = blocks.reshape(-1, size), result.reshape(-1, size)
+    scale, zero = scales.reshape(-1, 1), zero_points.reshape(-1, 1).astype(np.float32)
+    step = max(1, _CACHED_ELEMENTS // size)
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        levels = flat[rows] / scale[rows]
+        np.rint(levels, out=levels)
+        levels += zero[rows]
+        np.clip(levels, 0, LEVELS, out=levels)
+        flat_result[rows] = levels
     return result
 
 
@@ -67,6 +107,23 @@ def dequantize(
         values.astype(np.float32) - zero_points[..., None].astype(np.float32)
     ) * scales[..., None]
     return result
+
+
+def blocks_sqnr_db(
+    blocks: NDArray[np.float32],
+    values: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    zero_points: NDArray[np.uint8],
+) -> float:
+    """Signal to quantization noise of quantized float32 ``[rows, blocks, block_size]`` in decibels."""
+    noise = signal = 0.0
+    step = max(1, _CACHED_ELEMENTS // (blocks.shape[1] * blocks.shape[2]))
+    for start in range(0, len(blocks), step):
+        rows = slice(start, start + step)
+        error = dequantize(values[rows], scales[rows], zero_points[rows]) - blocks[rows]
+        noise += float(np.square(error, out=error).sum(dtype=np.float64))
+        signal += float(np.square(blocks[rows]).sum(dtype=np.float64))
+    return decibels(signal, noise)
 
 
 def pack_pairs(values: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,33 +2,74 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 QMAX = 127
 _LEAST_SMOOTHING = 0.25
-_CHUNK_ELEMENTS = 4 * 1024 * 1024  # bounds the float temporaries of one step to 16 MiB
+_CACHED_ELEMENTS = 1 << 16  # 256 KiB of float32 at a time, which a core's cache holds
 
 
-def quantize_columns(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Quantize a matrix symmetrically, one scale per column (output channel).
+@dataclass(frozen=True)
+class QuantizedRows:
+    """A quantized matrix and what it lost.
+
+    Attributes:
+        values: int8 ``[out, in]`` within ±127.
+        scales: float32 ``[out]``; ``values * scales[:, None]`` approximates the matrix.
+        sqnr_db: signal to quantization noise in decibels, inf when exact.
+    """
+
+    values: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    sqnr_db: float
+
+
+def quantize_rows(
+    weight: NDArray[np.float32], smooth: NDArray[np.float32] | None = None
+) -> QuantizedRows:
+    """Quantize a matrix symmetrically, one scale per row (output channel).
 
     Args:
-        weight: float32 ``[in_features, out_features]``.
+        weight: float32 ``[out, in]``; not changed.
+        smooth: float32 ``[in]`` by which the columns are multiplied first, or ``None``. The noise
+            is that of the weight without it.
 
     Returns:
-        ``(values, scales)``: int8 ``[in_features, out_features]`` within ±127 and float32
-        ``[out_features]``, so that ``values * scales`` approximates ``weight``. A column of zeros
-        has scale 1.
+        The result; a row of zeros has scale 1.
     """
-    peak = np.abs(weight).max(axis=0, initial=0.0)
-    scales = np.where(peak > 0, peak / QMAX, 1.0).astype(np.float32)
-    values = np.empty(weight.shape, np.int8)
-    step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        np.clip(np.rint(weight[rows] / scales), -QMAX, QMAX, out=values[rows], casting="unsafe")
-    return values, scales
+    rows, columns = weight.shape
+    values = np.empty((rows, columns), np.int8)
+    scales = np.empty(rows, np.float32)
+    noise = signal = 0.0
+    step = max(1, _CACHED_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        part = weight[start : start + step]
+        scaled = part if smooth is None else part * smooth
+        peak = np.abs(scaled).max(axis=1, initial=0.0)
+        scale = np.where(peak > 0, peak / QMAX, 1.0).astype(np.float32)
+        level = scaled / scale[:, None]
+        np.rint(level, out=level)
+        np.clip(level, -QMAX, QMAX, out=level)
+        values[start : start + step] = level
+        scales[start : start + step] = scale
+        level *= scale[:, None]
+        if smooth is not None:
+            level /= smooth
+        level -= part
+        noise += float(np.einsum("ij,ij->", level, level, dtype=np.float64))
+        signal += float(np.einsum("ij,ij->", part, part, dtype=np.float64))
+    return QuantizedRows(values, scales, decibels(signal, noise))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """``10·log10(signal / noise)``: inf without noise, -inf without signal."""
+    if noise == 0:
+        return float("inf")
+    return 10 * math.log10(signal / noise) if signal > 0 else float("-inf")
 
 
 def smoothing_scales(

@@ -6,7 +6,7 @@ right, so a real token never sees padding and no mask is needed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,10 +18,10 @@ from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_
 class Decoder(Family):
     """Decoders with rotary positions, RMSNorm, grouped-query attention and a gated MLP."""
 
-    model_types = ("llama", "mistral", "qwen2", "qwen3")
-    roots = ("embed_tokens", "layers", "norm", "lm_head", "score")
-    ignored = ("lm_head.", "score.")
-    default_pooling = "lasttoken"
+    model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    roots: ClassVar[tuple[str, ...]] = ("embed_tokens", "layers", "norm", "lm_head", "score")
+    ignored: ClassVar[tuple[str, ...]] = ("lm_head.", "score.")
+    default_pooling: ClassVar[str | None] = "lasttoken"
 
     def check(self) -> None:
         self.heads = self._int("num_attention_heads")

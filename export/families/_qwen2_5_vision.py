@@ -4,8 +4,8 @@ Most blocks attend within windows of 8 × 8 patches; the patches are laid out wi
 them, so that a window costs what a window costs. The others attend to the whole image. Everything
 that depends on an image's size is an input, computed by the runtime (``runtime/_image_layout.py``).
 
-Source: Bai et al., arXiv 2502.13923, section 2.1.1; transformers'
-``Qwen2_5_VisionTransformerPretrainedModel``.
+Source: Bai et al., arXiv 2502.13923, section 2.1.1; ``Qwen2_5_VisionTransformerPretrainedModel`` of
+transformers.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Qwen25Vision(ConfigReader):
         for index in range(self.depth):
             hidden = self._block(g, context, index, hidden)
         features = self._merged(g, hidden)
-        axes = ["images", "features", self.out_width]
+        axes: list[int | str] = ["images", "features", self.out_width]
         g.output(features, OUTPUT, TensorProto.FLOAT, axes)
         g.prune()
         return g

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import TensorProto
@@ -35,7 +35,7 @@ _IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions
 class Qwen25VL(Decoder):
     """The language tower alone, until :meth:`with_images` is asked for."""
 
-    model_types = ("qwen2_5_vl", "qwen2_5_vl_text")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_5_vl_text")
     roots = ("embed_tokens", "layers", "norm", "lm_head", "visual", "multi_vector_projector")
     ignored = ("lm_head.", "visual.")
     default_pooling = "mean"

@@ -5,38 +5,52 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedge.quant import _int8
+from embedge.quant import _int8, fidelity
 
 RNG = np.random.default_rng(0)
 
 
-def test_every_weight_is_within_half_a_step_of_its_column() -> None:
-    weight = RNG.normal(0, 1, (70, 30)).astype(np.float32) * np.exp(RNG.normal(0, 3, 30))
+def test_every_weight_is_within_half_a_step_of_its_row() -> None:
+    weight = RNG.normal(0, 1, (70, 30)) * np.exp(RNG.normal(0, 3, (70, 1)))
     weight = weight.astype(np.float32)
-    values, scales = _int8.quantize_columns(weight)
-    assert values.dtype == np.int8
-    assert np.abs(values * scales - weight).max(axis=0) == pytest.approx(scales / 2, rel=0.2)
-    assert (np.abs(values * scales - weight) <= scales * 0.5001).all()
+    result = _int8.quantize_rows(weight)
+    assert result.values.dtype == np.int8
+    scales = result.scales[:, None]
+    error = np.abs(result.values * scales - weight)
+    assert error.max(axis=1) == pytest.approx(result.scales / 2, rel=0.2)
+    assert (error <= scales * 0.5001).all()
 
 
-def test_the_largest_weight_of_a_column_is_exact_at_127() -> None:
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_the_noise_is_that_of_the_weight_itself(smoothed: bool) -> None:
+    weight = RNG.normal(0, 1, (70, 30)).astype(np.float32)
+    smooth = np.exp(RNG.normal(0, 1, 30)).astype(np.float32) if smoothed else None
+    result = _int8.quantize_rows(weight, smooth)
+    restored = result.values * result.scales[:, None]
+    if smooth is not None:
+        restored = restored / smooth
+    assert result.sqnr_db == pytest.approx(fidelity.sqnr_db(weight, restored), abs=1e-3)
+
+
+def test_the_largest_weight_of_a_row_is_exact_at_127() -> None:
     weight = RNG.normal(0, 1, (9, 5)).astype(np.float32)
-    values, scales = _int8.quantize_columns(weight)
-    assert (np.abs(values.astype(int)).max(axis=0) == 127).all()
-    assert scales == pytest.approx(np.abs(weight).max(axis=0) / 127)
+    result = _int8.quantize_rows(weight)
+    assert (np.abs(result.values.astype(int)).max(axis=1) == 127).all()
+    assert result.scales == pytest.approx(np.abs(weight).max(axis=1) / 127)
 
 
-def test_a_column_of_zeros_stays_zero_with_scale_1() -> None:
-    values, scales = _int8.quantize_columns(np.zeros((4, 2), np.float32))
-    assert not values.any()
-    assert (scales == 1).all()
+def test_a_row_of_zeros_stays_zero_with_scale_1() -> None:
+    result = _int8.quantize_rows(np.zeros((4, 2), np.float32))
+    assert not result.values.any()
+    assert (result.scales == 1).all()
+    assert result.sqnr_db == float("inf")
 
 
 def test_the_steps_that_bound_memory_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = RNG.normal(0, 1, (50, 8)).astype(np.float32)
-    whole, _ = _int8.quantize_columns(weight)
-    monkeypatch.setattr(_int8, "_CHUNK_ELEMENTS", 24)
-    assert np.array_equal(_int8.quantize_columns(weight)[0], whole)
+    whole = _int8.quantize_rows(weight)
+    monkeypatch.setattr(_int8, "_CACHED_ELEMENTS", 24)
+    assert np.array_equal(_int8.quantize_rows(weight).values, whole.values)
 
 
 def test_smoothing_is_the_formula_of_smoothquant() -> None:
