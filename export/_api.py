@@ -8,6 +8,7 @@ from pathlib import Path
 from embedge.export._export import export
 from embedge.export._progress import Progress
 from embedge.export._request import (
+    INT4_METHODS,
     MODALITIES,
     POOLINGS,
     Request,
@@ -30,6 +31,7 @@ def export_bundle(
     calibration: str | Path = "default",
     keep: Mapping[str, str] | None = None,
     int4_block_size: int = 32,
+    int4_method: str = "gptq",
     overwrite: bool = False,
     progress: bool | None = False,
 ) -> Path:
@@ -54,6 +56,8 @@ def export_bundle(
         keep: "fp32" or "int8" by shell-style pattern of layer names, for layers that int8 or int4
             would hurt, e.g. ``{"encoder.layer.0.*": "fp32"}``.
         int4_block_size: input channels that share a scale at int4: 16, 32, 64, 128 or 256.
+        int4_method: "gptq" rounds with the calibration texts' activations; "rtn" rounds every weight
+            to nearest on an error-minimising grid, several times faster and less exact.
         overwrite: replace an existing bundle.
         progress: draw progress bars on stderr; ``None``: only on a terminal.
 
@@ -76,6 +80,7 @@ def export_bundle(
         calibration=calibration,
         keep=keep,
         int4_block_size=int4_block_size,
+        int4_method=int4_method,
         overwrite=overwrite,
         modality=modality,
     )
@@ -93,6 +98,7 @@ def make_request(
     calibration: str | Path,
     keep: Mapping[str, str] | None,
     int4_block_size: int,
+    int4_method: str,
     overwrite: bool,
     modality: str,
 ) -> Request:
@@ -108,6 +114,10 @@ def make_request(
         raise EmbedgeValueError(
             f"int4_block_size {int4_block_size!r}: expected 16, 32, 64, 128 or 256"
         )
+    if int4_method not in INT4_METHODS:
+        raise EmbedgeValueError(
+            f"int4_method {int4_method!r}: expected one of {', '.join(INT4_METHODS)}"
+        )
     return Request(
         source=str(source),
         adapters={n: None if f is None else Path(f) for n, f in adapters.items()},
@@ -118,6 +128,7 @@ def make_request(
         calibration=calibration if calibration in ("default", "none") else Path(calibration),
         keep=dict(keep or {}),
         int4_block_size=int4_block_size,
+        int4_method=int4_method,
         overwrite=overwrite,
         modality=modality,
     )

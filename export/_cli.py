@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave layers of these names at fp32 or int8",
     )
     parser.add_argument("--int4-block-size", type=int, default=32, metavar="N")
+    parser.add_argument(
+        "--int4-method",
+        default="gptq",
+        metavar="M",
+        help="gptq, or rtn: faster and less exact (default: gptq)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -83,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         keep=dict(_pair("--keep", k, "PATTERN=PRECISION") for k in args.keep),
         int4_block_size=args.int4_block_size,
+        int4_method=args.int4_method,
         overwrite=args.overwrite,
         modality=args.modality,
     )

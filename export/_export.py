@@ -90,7 +90,7 @@ def export(request: Request, progress: Progress) -> Path:
     with place as folder:
         before = relative_files(folder)
         batches: list[TokenBatch] = []
-        if texts and {"int8", "int4"} & set(todo):
+        if texts and _uses_calibration(request, todo):
             ids = model.tokenizer.encode(texts, min(MAX_TOKENS_PER_TEXT, model.settings.max_length))
             batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
         written = {p: _write_precision(job, folder, p, tasks, batches) for p, tasks in todo.items()}
@@ -126,6 +126,12 @@ def _calibration_texts(request: Request) -> list[str]:
     if isinstance(request.calibration, Path):
         return read_texts(request.calibration)
     return [] if request.calibration == "none" else packaged_texts()
+
+
+def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a precision's numbers depend on calibration texts."""
+    kept_int8 = "int8" in request.keep.values()
+    return "int8" in todo or ("int4" in todo and (request.int4_method == "gptq" or kept_int8))
 
 
 def _check_same_source(
@@ -224,10 +230,10 @@ def _write_precision(
                         precision,
                         plans=plans,
                         int4_block_size=request.int4_block_size,
-                        calibrated=bool(batches),
+                        calibrated=bool(batches) and request.int4_method == "gptq",
                         keep=request.keep,
                     )
-                if precision == "int4" and batches:
+                if precision == "int4" and batches and request.int4_method == "gptq":
                     _gptq_passes(job, form, weights, task, batches, store, shared, own[task])
                 g = model.graph(weights, form)
                 _store_recipes(job, g, store, shared, own[task])
@@ -390,6 +396,7 @@ def _options(request: Request, precision: str, calibrated: bool) -> dict[str, An
         options["keep"] = dict(request.keep)
     if precision == "int4":
         options["block_size"] = request.int4_block_size
+        options["method"] = request.int4_method if calibrated else "rtn"
     return options
 
 

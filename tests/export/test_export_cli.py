@@ -64,7 +64,12 @@ def test_options_reach_the_bundle(source: Path, adapters: Path, tmp_path: Path) 
     document = manifest(out)
     assert document["model"]["matryoshka_dims"] == [8, 16, 32]
     stated = document["precisions"]["int4"]["options"]
-    assert stated == {"calibration": "none", "keep": {"*.dense": "fp32"}, "block_size": 16}
+    assert stated == {
+        "calibration": "none",
+        "keep": {"*.dense": "fp32"},
+        "block_size": 16,
+        "method": "rtn",
+    }
     assert document["tasks"]["retrieval"]["adapter"]["name"] == "retrieval"
 
 
@@ -76,6 +81,8 @@ WRONG_CALLS = {
     "dimensions": (["--no-adapter", "a", "--matryoshka", "8,x"], "--matryoshka '8,x'"),
     "keep": (["--no-adapter", "a", "--keep", "x"], "PATTERN=PRECISION"),
     "block size": (["--no-adapter", "a", "--int4-block-size", "5"], "int4_block_size 5"),
+    "int4 method": (["--no-adapter", "a", "--int4-method", "awq"], "int4_method 'awq'"),
+    "modality": (["--no-adapter", "a", "--modality", "audio"], "modality 'audio'"),
     "an unknown option": (["--no-adapter", "a", "--fast"], "--fast"),
 }
 

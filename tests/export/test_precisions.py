@@ -178,6 +178,7 @@ SETTINGS = {
     "int8": ("int8", {}),
     "int8 without calibration": ("int8", {"calibration": "none"}),
     "int4": ("int4", {}),
+    "int4 rounded to nearest": ("int4", {"int4_method": "rtn"}),
     "int4 in blocks of 16": ("int4", {"int4_block_size": 16, "calibration": "none"}),
     "int4 in blocks of 64": ("int4", {"int4_block_size": 64, "calibration": "none"}),
     "int4 in blocks of 128": ("int4", {"int4_block_size": 128, "calibration": "none"}),
