@@ -93,7 +93,9 @@ class Adapter:
         """The rank where no rank pattern says otherwise."""
         return self.settings.r
 
-    def bind(self, checkpoint: Checkpoint, canonical: Callable[[str], str]) -> BoundAdapter:
+    def bind(
+        self, checkpoint: Checkpoint, canonical: Callable[[str], str], *, published: bool = False
+    ) -> BoundAdapter:
         """Find the tensor of ``checkpoint`` for every tensor of the adapter.
 
         Args:
@@ -101,6 +103,7 @@ class Adapter:
             canonical: maps the checkpoint's keys, and the adapter's with ``base_model.model.`` and
                 any wrapper in front, to one form; ``"encoder.layer.0.attention.self.query.weight"``
                 for both.
+            published: whether it comes with the model, which may lie under any name.
 
         Raises:
             AdapterError: listing everything that does not fit: keys that find no tensor or several,
@@ -125,11 +128,11 @@ class Adapter:
                 f"{checkpoint.name!r}, {count}: {'; '.join(problems)}; use it with the model that "
                 "it was trained on, as PEFT saved it"
             )
-        self._warn(checkpoint, recipes)
+        self._warn(checkpoint, recipes, published)
         return BoundAdapter(self, checkpoint, recipes)
 
-    def _warn(self, checkpoint: Checkpoint, recipes: dict[str, Recipe]) -> None:
-        base = self.settings.base_model
+    def _warn(self, checkpoint: Checkpoint, recipes: dict[str, Recipe], published: bool) -> None:
+        base = None if published else self.settings.base_model
         if base is not None and base_name(base).lower() not in checkpoint.names:
             warnings.warn(
                 f"adapter {self.name!r} was trained on {base_name(base)!r}, "

@@ -122,7 +122,10 @@ def read_model(request: Request) -> Model:
     for task, folder in _task_folders(request, checkpoint, family_class).items():
         bound = None
         if folder is not None:
-            bound = Adapter.load(folder, task).bind(checkpoint, family_class.canonical)
+            published = not request.adapters
+            bound = Adapter.load(folder, task).bind(
+                checkpoint, family_class.canonical, published=published
+            )
         adapters[task] = bound
         tasks[task] = TaskWeights(checkpoint, family_class, bound, task)
     model = Model(

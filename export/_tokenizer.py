@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,21 @@ class BundleTokenizer:
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
+@contextmanager
+def _no_mistral_advice() -> Iterator[None]:
+    """Without the warning about Mistral's regex that transformers gives for any large local vocabulary."""
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "fix_mistral_regex" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 def read_tokenizer(folder: Path) -> BundleTokenizer:
     """Load a model's fast tokenizer through transformers, which patches some files when it reads them.
 
@@ -50,7 +68,10 @@ def read_tokenizer(folder: Path) -> BundleTokenizer:
 
     try:
         load: Any = AutoTokenizer.from_pretrained
-        tokenizer = load(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
+        with _no_mistral_advice():
+            tokenizer = load(
+                str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
+            )
         text = tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # whatever transformers or tokenizers raise for a bad file
         raise CheckpointError(
