@@ -8,7 +8,6 @@ calls; single-text latency, fidelity and quality go through it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,6 @@ from embedge.bench._reference import Reference
 from embedge.bench._tokens import Ids
 from embedge.runtime import Embedder
 from embedge.runtime._bundle import Bundle
-from embedge.runtime._session import GraphSession
 
 __all__ = ["EmbedgeSystem", "System", "TorchSystem"]
 
@@ -81,31 +79,14 @@ class EmbedgeSystem:
         self.precision: str | None = precision
         self.bytes_on_disk: int | None = opened.graph_bytes(precision, task)
         self._task = task
-        self._inputs = opened.manifest.model.inputs
-        self._row_multiple = opened.manifest.precisions[precision].row_multiple
         self._model = Embedder(bundle, precision=precision, device="cpu", threads=threads)
 
     def forward(self, ids: Ids, mask: Ids) -> Vectors:
-        """Return the vectors, float32 ``[batch, dim]``, by a session as ``encode`` opens it.
-
-        In runs of as many rows as ``encode`` would take.
-        """
-        step = max(1, self._model.default_batch_tokens // ids.shape[1])
-        starts = range(0, len(ids), step)
-        parts = [self._run(ids[s : s + step], mask[s : s + step]) for s in starts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _run(self, ids: Ids, mask: Ids) -> Vectors:
-        while ids.size % self._row_multiple:  # as the runtime pads: one masked column more
-            ids, mask = (np.pad(array, ((0, 0), (0, 1))) for array in (ids, mask))
-        arrays = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self._inputs:
-            arrays["token_type_ids"] = np.zeros_like(ids)
-        return self._session.run("embedding", arrays)
-
-    @cached_property
-    def _session(self) -> GraphSession:
-        return self._model._open_session(self._task)  # no public door takes ids
+        """Return the vectors, float32 ``[batch, dim]``, by what ``encode`` does with its ids."""
+        lengths = mask.sum(axis=1)
+        return self._model.run_ids(
+            [row[:length] for row, length in zip(ids, lengths, strict=True)], task=self._task
+        )
 
     def encode(
         self, texts: Sequence[str], batch_size: int = 32, role: str | None = None

@@ -4,6 +4,8 @@ Rules:
     * Longest first, so that a batch that does not fit into memory fails at once.
     * A batch has at most ``batch_size`` texts and ``max_batch_tokens`` padded tokens (longest ×
       texts), but always one text.
+    * Where batches run at the same time, there are as many as lanes, or twice as many, …, of about
+      the same size, if there are enough texts.
     * Padding is on the right. Batch × tokens is made a multiple of ``row_multiple`` by token
       columns, or, where those would go past the model's limit, by rows of one token that are
       dropped again.
@@ -32,15 +34,22 @@ class PaddedBatch:
 
 
 def plan_batches(
-    lengths: Sequence[int], *, batch_size: int, max_batch_tokens: int
+    lengths: Sequence[int], *, batch_size: int, max_batch_tokens: int, lanes: int = 1
 ) -> list[NDArray[np.intp]]:
-    """Indices of the texts of each batch; every index once.
+    """Indices of the texts of each batch, the largest first; every index once.
 
     Args:
         lengths: tokens of each text.
         batch_size: most texts of a batch.
         max_batch_tokens: most padded tokens of a batch of more than one text.
+        lanes: batches that run at the same time.
     """
+    if 1 < lanes <= len(lengths):
+        total = sum(lengths)
+        needed = max(-(-total // max_batch_tokens), -(-len(lengths) // batch_size))
+        share = -(-total // _round_up(needed, lanes))
+        # The longest text may end up on top of the share, or equal ones would leave a rest.
+        max_batch_tokens = min(max_batch_tokens, share + max(lengths) - 1)
     # Stable, so that equal lengths keep their order and a run can be repeated exactly.
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     batches = []

@@ -25,19 +25,15 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
 from embedge.runtime._device import choose_device
 from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._graphs import Graphs
 from embedge.runtime._pipeline import Request, TextPipeline
 from embedge.runtime._progress import Progress
-from embedge.runtime._session import GraphSession, SessionPool
 from embedge.runtime._similarity import similarity
-from embedge.runtime._tokenize import TextTokenizer
+from embedge.runtime._tokenize import TextTokenizer, TokenIds
 
 __all__ = ["Embedder"]
 
-# Past some tokens a batch no longer fits into the cores' caches and every element-wise pass goes to
-# memory: 32 texts of 128 tokens take longer in one run than in four (bench/LOG.md).
-CPU_BATCH_TOKENS_PER_THREAD = 512
-GPU_BATCH_TOKENS = 16384
-
+BATCH_SIZE = 32
 Vectors = NDArray[np.float32]
 
 
@@ -94,11 +90,11 @@ class Embedder:
         self._precision = choose_precision(manifest, precision)
         self._settings = manifest.precisions[self._precision]
         self._device = choose_device(device, self._precision, self._settings.devices)
-        self._threads = available_cores() if threads is None else threads
-        self._keeps_arena = memory_limit is None
-        pool = SessionPool(
-            self._open_session,
-            functools.cache(functools.partial(self._bundle.graph_bytes, self._precision)),
+        graphs = Graphs(
+            self._bundle,
+            self._precision,
+            device=self._device,
+            threads=available_cores() if threads is None else threads,
             max_sessions=max_sessions,
             memory_limit=memory_limit,
         )
@@ -107,7 +103,7 @@ class Embedder:
         )
         self._pipeline = TextPipeline(
             tokenizer,
-            pool,
+            graphs,
             self._model,
             pad_token_id=manifest.tokenizer.pad_token_id,
             row_multiple=self._settings.row_multiple,
@@ -197,7 +193,7 @@ class Embedder:
         task: str | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: int = BATCH_SIZE,
         max_batch_tokens: int | None = None,
         truncate_dim: int | None = None,
         normalize_embeddings: bool = False,
@@ -217,8 +213,8 @@ class Embedder:
                 default.
             prompt: a text to put there instead; ``prompt_name`` is then ignored.
             batch_size: most texts of a batch.
-            max_batch_tokens: most padded tokens of a batch; decides the real batch. ``None``:
-                :attr:`default_batch_tokens`.
+            max_batch_tokens: most padded tokens of a batch; decides the real batch. ``None``: what
+                runs fastest here.
             truncate_dim: one of the declared dimensions, or any where none are declared. The vector
                 is cut and, where the source normalizes, normalized again.
             normalize_embeddings: L2-normalize in any case.
@@ -309,6 +305,26 @@ class Embedder:
         """
         return similarity(a, b, self._model.similarity)
 
+    def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
+        """Vectors of texts that are token ids already: what :meth:`encode` does after its tokenizer.
+
+        For measurements of the graphs by themselves.
+
+        Args:
+            ids: int64 ``[tokens]`` each, special tokens included.
+            task: as for :meth:`encode`.
+
+        Returns:
+            float32 ``[texts, dim]``.
+        """
+        request = self._request(task=task)
+        vectors = np.zeros((len(ids), request.dim), np.float32)
+        texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
+        self._pipeline.embed_tokens(
+            texts, range(len(ids)), request, vectors.__setitem__, lambda _: None
+        )
+        return vectors
+
     # -- inside ---------------------------------------------------------------------------------
 
     def _with_role(self, options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -323,14 +339,14 @@ class Embedder:
         self,
         *,
         task: str | None,
-        prompt_name: str | None,
-        prompt: str | None,
-        batch_size: int,
-        max_batch_tokens: int | None,
-        truncate_dim: int | None,
-        normalize_embeddings: bool,
-        on_truncate: str,
-        multi_vector: bool,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = BATCH_SIZE,
+        max_batch_tokens: int | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        on_truncate: str = "warn",
+        multi_vector: bool = False,
     ) -> Request:
         manifest = self._bundle.manifest
         name = choose_task(manifest, self._precision, task)
@@ -347,28 +363,11 @@ class Embedder:
             task=name,
             prefix=choose_prompt(name, manifest.tasks[name], prompt_name, prompt),
             batch_size=check_positive("batch_size", batch_size),
-            max_batch_tokens=self.default_batch_tokens
+            max_batch_tokens=None
             if max_batch_tokens is None
             else check_positive("max_batch_tokens", max_batch_tokens),
             dim=dim,
             normalize=check_flag("normalize_embeddings", normalize_embeddings),
             on_truncate=check_choice("on_truncate", on_truncate, ON_TRUNCATE),
             multi_vector=multi_vector,
-        )
-
-    @property
-    def default_batch_tokens(self) -> int:
-        """Padded tokens of a batch where ``encode`` is not told: what runs fastest here."""
-        if self._device == "cuda":
-            return GPU_BATCH_TOKENS
-        return CPU_BATCH_TOKENS_PER_THREAD * max(2, self._threads)
-
-    def _open_session(self, task: str) -> GraphSession:
-        return GraphSession(
-            self._bundle.graph(self._precision, task),
-            device=self._device,
-            threads=self._threads,
-            constants=self._settings.activation_constants,
-            inputs=self._model.inputs,
-            arena=self._keeps_arena,
         )

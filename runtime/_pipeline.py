@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from embedge.runtime._batching import pad_batch, plan_batches
 from embedge.runtime._errors import BundleError, EmbedgeWarning, TextTooLongError
+from embedge.runtime._graphs import Graphs
 from embedge.runtime._manifest import Model
-from embedge.runtime._session import GraphSession, SessionPool
+from embedge.runtime._session import GraphSession
 from embedge.runtime._similarity import normalized
 from embedge.runtime._tokenize import TextTokenizer, TokenIds
 
@@ -34,6 +35,7 @@ class Request:
 
     Attributes:
         prefix: text to put before every text.
+        max_batch_tokens: ``None``: what runs fastest here.
         dim: length of the vectors to give.
         normalize: L2-normalize even where the source does not.
         multi_vector: a vector per token.
@@ -42,7 +44,7 @@ class Request:
     task: str
     prefix: str
     batch_size: int
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     dim: int
     normalize: bool
     on_truncate: str
@@ -54,7 +56,7 @@ class TextPipeline:
 
     Args:
         tokenizer: texts to token ids.
-        pool: sessions by task.
+        graphs: graphs by task.
         model: what the graphs compute.
         pad_token_id: the id that fills rows.
         row_multiple: batch × tokens is a multiple of this.
@@ -63,14 +65,14 @@ class TextPipeline:
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        pool: SessionPool,
+        graphs: Graphs,
         model: Model,
         *,
         pad_token_id: int,
         row_multiple: int,
     ) -> None:
         self._tokenizer = tokenizer
-        self._pool = pool
+        self._graphs = graphs
         self._model = model
         self._pad_token_id = pad_token_id
         self._row_multiple = row_multiple
@@ -99,20 +101,8 @@ class TextPipeline:
             filled = [index for index, text in enumerate(tokens) if len(text)]
             without_tokens += (start + i for i, text in enumerate(tokens) if not len(text))
             advance(len(tokens) - len(filled))
-            if not filled:
-                continue
-            batches = plan_batches(
-                [len(tokens[index]) for index in filled],
-                batch_size=request.batch_size,
-                max_batch_tokens=request.max_batch_tokens,
-            )
-            with self._pool.use(request.task) as session:
-                for batch in batches:
-                    chosen = [filled[i] for i in batch]
-                    rows = self._run(session, [tokens[i] for i in chosen], request)
-                    for index, row in zip(chosen, rows, strict=True):
-                        store(start + index, row)
-                    advance(len(chosen))
+            places = [start + index for index in filled]
+            self.embed_tokens([tokens[i] for i in filled], places, request, store, advance)
         if without_tokens:
             warnings.warn(
                 f"{len(without_tokens)} of {len(texts)} texts have no tokens and become zero "
@@ -120,6 +110,44 @@ class TextPipeline:
                 EmbedgeWarning,
                 stacklevel=3,
             )
+
+    def embed_tokens(
+        self,
+        texts: Sequence[TokenIds],
+        places: Sequence[int],
+        request: Request,
+        store: Callable[[int, Vectors], None],
+        advance: Callable[[int], object],
+    ) -> None:
+        """Stores each text's result under its place.
+
+        Args:
+            texts: token ids, at least one each.
+            places: the index to store each under.
+            request: the call.
+            store: as for :meth:`embed`.
+            advance: as for :meth:`embed`.
+        """
+        if not texts:
+            return
+        batches = plan_batches(
+            [len(text) for text in texts],
+            batch_size=request.batch_size,
+            max_batch_tokens=request.max_batch_tokens or self._graphs.batch_tokens(request.task),
+            lanes=self._graphs.lanes(request.task),
+        )
+
+        def work(session: GraphSession, batch: NDArray[np.intp]) -> list[Vectors]:
+            return self._run(session, [texts[i] for i in batch], request)
+
+        def done(batch: NDArray[np.intp], rows: list[Vectors]) -> None:
+            for index, row in zip(batch, rows, strict=True):
+                store(places[index], row)
+            advance(len(batch))
+
+        longest = len(texts[batches[0][0]])
+        with self._graphs.use(request.task) as lanes:
+            lanes.run(batches, work, done, tokens=longest * len(batches[0]))
 
     def _run(
         self, session: GraphSession, texts: Sequence[TokenIds], request: Request

@@ -1,12 +1,8 @@
-"""Sessions: a graph opened by ONNX Runtime, and a pool that keeps a bounded number of them."""
+"""A graph opened by ONNX Runtime."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +11,10 @@ from numpy.typing import NDArray
 
 from embedge.runtime._cpu import saturates_u8s8
 from embedge.runtime._device import PROVIDERS
-from embedge.runtime._errors import BundleError, EmbedgeError, InferenceError
+from embedge.runtime._errors import BundleError, InferenceError
 from embedge.runtime._manifest import ActivationConstant
 
-__all__ = ["GraphSession", "SessionPool"]
+__all__ = ["GraphSession"]
 
 
 class GraphSession:
@@ -54,6 +50,7 @@ class GraphSession:
 
         self.file = file
         self.device = device
+        self.threads = threads
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = threads
@@ -128,111 +125,6 @@ class GraphSession:
         binding.bind_output(output, self.device, 0)
         self._session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()[0]
-
-
-@dataclass
-class _Entry:
-    """A session of the pool, ``None`` while it is being opened, and who uses it."""
-
-    size_bytes: int
-    session: GraphSession | None = None
-    users: int = 0
-
-
-class SessionPool:
-    """Sessions by name, opened at first use; the longest unused goes when there are too many.
-
-    A session in use is never closed. A call that would need more than the limits waits until others
-    have finished theirs.
-
-    Args:
-        open_session: opens the session of a name.
-        size_bytes: what a session counts towards the memory limit.
-        max_sessions: most sessions at once, ``None``: no limit.
-        memory_limit: most bytes at once, ``None``: no limit.
-    """
-
-    def __init__(
-        self,
-        open_session: Callable[[str], GraphSession],
-        size_bytes: Callable[[str], int],
-        *,
-        max_sessions: int | None = None,
-        memory_limit: int | None = None,
-    ) -> None:
-        self._open_session = open_session
-        self._size_bytes = size_bytes
-        self._max_sessions = max_sessions
-        self._memory_limit = memory_limit
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # longest unused first
-        self._changed = threading.Condition()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the open sessions, the longest unused first."""
-        with self._changed:
-            return tuple(self._entries)
-
-    @contextmanager
-    def use(self, name: str) -> Iterator[GraphSession]:
-        """The session of a name, kept open until the block ends.
-
-        Raises:
-            EmbedgeError: if the session alone is above the memory limit, or cannot be opened.
-        """
-        entry, session = self._take(name)
-        try:
-            yield session
-        finally:
-            with self._changed:
-                entry.users -= 1
-                self._changed.notify_all()
-
-    def _take(self, name: str) -> tuple[_Entry, GraphSession]:
-        size = self._size_bytes(name)
-        if self._memory_limit is not None and size > self._memory_limit:
-            raise EmbedgeError(
-                f"the graph of {name!r} and its weights take {size} bytes, above memory_limit "
-                f"({self._memory_limit}); raise the limit or choose a smaller precision"
-            )
-        with self._changed:
-            while True:
-                entry = self._entries.get(name)
-                if entry is not None and entry.session is not None:
-                    entry.users += 1
-                    self._entries.move_to_end(name)
-                    return entry, entry.session
-                if entry is None and self._make_room(size):
-                    entry = self._entries[name] = _Entry(size, users=1)
-                    break
-                self._changed.wait()
-        # Opened outside the lock: other sessions go on meanwhile.
-        try:
-            session = self._open_session(name)
-        except BaseException:
-            with self._changed:
-                del self._entries[name]
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            entry.session = session
-            self._changed.notify_all()
-        return entry, session
-
-    def _make_room(self, size: int) -> bool:
-        """Closes unused sessions until one more fits; ``False`` if those in use leave no room."""
-        while not self._fits(size):
-            unused = next((name for name, e in self._entries.items() if not e.users), None)
-            if unused is None:
-                return False
-            del self._entries[unused]
-        return True
-
-    def _fits(self, size: int) -> bool:
-        if self._max_sessions is not None and len(self._entries) >= self._max_sessions:
-            return False
-        total = size + sum(entry.size_bytes for entry in self._entries.values())
-        return self._memory_limit is None or total <= self._memory_limit
 
 
 def _one_line(error: Exception) -> str:

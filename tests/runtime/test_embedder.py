@@ -4,6 +4,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from embedge.runtime import (
     InferenceError,
     TextTooLongError,
 )
+from embedge.runtime._bundle import Bundle
 from embedge.runtime._session import GraphSession
 
 CLS, SEP, UNK = 2, 3, 1
@@ -375,6 +377,149 @@ class TestBatches:
             atol=TOLERANCE,
             rtol=0,
         )
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The ``(graph, threads)`` of every session, in the order of their opening."""
+    seen: list[tuple[str, int]] = []
+    init = GraphSession.__init__
+
+    def recording(self: GraphSession, file: Path, **options: Any) -> None:
+        seen.append((file.stem, options["threads"]))
+        init(self, file, **options)
+
+    monkeypatch.setattr(GraphSession, "__init__", recording)
+    return seen
+
+
+INTEGER = {"activation_constants": {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}}
+
+
+class TestLanes:
+    def test_batches_that_run_together_give_what_each_text_gives_alone(
+        self, bundle: Any, shapes: list[tuple[int, int]]
+    ) -> None:
+        generator = np.random.default_rng(5)
+        texts = [
+            " ".join(f"w{generator.integers(60)}" for _ in range(generator.integers(1, 14)))
+            for _ in range(300)
+        ]
+        alone = Embedder(bundle.path, threads=1)
+        expected = np.stack([alone.encode(text) for text in texts])
+        shapes.clear()
+        together = Embedder(bundle.path, threads=4).encode(texts, batch_size=8)
+        assert len(shapes) >= 300 / 8
+        np.testing.assert_allclose(together, expected, atol=TOLERANCE, rtol=0)
+
+    def test_several_callers_share_the_lanes(self, two_tasks: Any) -> None:
+        model = Embedder(two_tasks.path, precision="fp32", max_sessions=1, threads=2)
+        texts = [f"w{i}" for i in range(60)]
+        expected = {task: model.encode(texts, task=task) for task in model.tasks}
+        failures: list[BaseException] = []
+
+        def work(task: str) -> None:
+            try:
+                for count in (60, 1, 7) * 5:
+                    vectors = model.encode(texts[:count], task=task, batch_size=8)
+                    np.testing.assert_allclose(
+                        vectors, expected[task][:count], atol=TOLERANCE, rtol=0
+                    )
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(task,)) for task in model.tasks * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+        assert failures == []
+
+    def test_a_graph_that_fails_in_a_lane_is_the_calls_error(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = Embedder(bundle.path, threads=2)
+        run = GraphSession.run
+
+        def failing(self: GraphSession, output: str, inputs: Any) -> Any:
+            if inputs["input_ids"].shape[1] == 4:
+                raise InferenceError("the batch of 4 tokens failed")
+            return run(self, output, inputs)
+
+        texts = ["w1 w2 w3", "w1 w2", "w1"] * 10
+        with monkeypatch.context() as patch:
+            patch.setattr(GraphSession, "run", failing)
+            with pytest.raises(InferenceError, match="the batch of 4 tokens failed"):
+                model.encode(texts, batch_size=10)
+        assert model.encode(texts).shape == (30, 8)
+
+    def test_one_text_is_wide_and_several_are_narrow(
+        self, bundle: Any, opened: list[tuple[str, int]]
+    ) -> None:
+        model = Embedder(bundle.path, threads=2)
+        assert opened == []
+        model.encode("w1")
+        assert opened == [("retrieval", 2)]
+        model.encode(["w1", "w2"])
+        model.encode("w1")
+        assert opened == [("retrieval", 2), ("retrieval", 1)]
+
+    def test_short_texts_of_8_bit_graphs_take_one_thread(
+        self, make_bundle: Any, opened: list[tuple[str, int]]
+    ) -> None:
+        tiny = make_bundle(precisions={"int8": INTEGER}, model={"max_length": 100})
+        model = Embedder(tiny.path, threads=2)
+        model.encode("w1 " * 62)  # and two special tokens
+        assert opened == [("retrieval", 1)]
+        model.encode("w1 " * 63)
+        assert opened == [("retrieval", 1), ("retrieval", 2)]
+
+    def test_a_large_graph_has_one_session_and_larger_batches(
+        self,
+        bundle: Any,
+        opened: list[tuple[str, int]],
+        shapes: list[tuple[int, int]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        texts = ["w1 " * 14] * 256  # 16 tokens each
+        Embedder(bundle.path, threads=2).encode(texts, batch_size=1000)
+        assert shapes == [(32, 16)] * 8
+        monkeypatch.setattr("embedge.runtime._graphs.SMALL_GRAPH_BYTES", 100)
+        shapes.clear()
+        opened.clear()
+        model = Embedder(bundle.path, threads=2)
+        model.encode(texts, batch_size=1000)
+        model.encode("w1")
+        assert shapes == [(64, 16)] * 4 + [(1, 3)]
+        assert opened == [("retrieval", 2)]
+
+    def test_a_limit_without_room_for_two_sessions_leaves_one(
+        self, bundle: Any, opened: list[tuple[str, int]]
+    ) -> None:
+        size = Bundle(bundle.path).graph_bytes("fp32", "retrieval")
+        texts = ["w1", "w2 w3", "w4"] * 10
+        expected = Embedder(bundle.path, threads=2).encode(texts)
+        for limit, sessions in ((2 * size - 1, 1), (2 * size, 2)):
+            opened.clear()
+            model = Embedder(bundle.path, threads=2, memory_limit=limit)
+            for count in (30, 1, 30):
+                np.testing.assert_allclose(
+                    model.encode(texts[:count]), expected[:count], atol=TOLERANCE, rtol=0
+                )
+            assert len(opened) == sessions
+
+    def test_token_ids_go_the_way_of_texts(
+        self, bundle: Any, shapes: list[tuple[int, int]]
+    ) -> None:
+        model = Embedder(bundle.path, threads=2)
+        expected = model.encode(["w1", "w2 w3", "w4"])
+        of_texts = list(shapes)
+        shapes.clear()
+        rows = [np.array(ids(*words)) for words in ((1,), (2, 3), (4,))]
+        np.testing.assert_array_equal(model.run_ids(rows, task="retrieval"), expected)
+        assert sorted(shapes) == sorted(of_texts)
+        assert model.run_ids([]).shape == (0, 8)
 
 
 class TestSessions:
