@@ -186,8 +186,8 @@ class BoundAdapter:
         """
         return self._recipes[key].shape if key in self.added else self.checkpoint.shape(key)
 
-    def read(self, key: str) -> NDArray[np.float32]:
-        """Return the merged tensor ``key`` as a fresh array, by PEFT's rule in float32.
+    def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """Return the merged tensor ``key``, or some rows, as a fresh array, by PEFT's rule in float32.
 
         Raises:
             CheckpointError: if there is no such tensor, or the base's holds NaN or infinity.
@@ -195,13 +195,14 @@ class BoundAdapter:
         """
         recipe = self._recipes.get(key)
         if recipe is None or not recipe.changes:
-            return self.checkpoint.read(key)
+            return self.checkpoint.read(key, rows)
         keeps_base = recipe.replacement is None and self.checkpoint.has(key)
         base = self.checkpoint.read(key) if keeps_base else None
         try:
-            return recipe.merge(base, self.adapter.file)
+            merged = recipe.merge(base, self.adapter.file)
         except AdapterError as problem:
             raise AdapterError(f"adapter {self.adapter.name!r}: {key!r} {problem}") from problem
+        return merged if rows is None else merged[rows]
 
 
 def _find(folder: Path, name: str) -> Path:

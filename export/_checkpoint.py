@@ -43,8 +43,8 @@ class Tensors(Protocol):
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of ``key``."""
 
-    def read(self, key: str) -> NDArray[np.float32]:
-        """Return ``key`` as a fresh array."""
+    def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """Return ``key``, or some of its rows, as a fresh array."""
 
 
 class Checkpoint:
@@ -119,13 +119,13 @@ class Checkpoint:
         """
         return self._file(key).nbytes(key)
 
-    def read(self, key: str) -> NDArray[np.float32]:
-        """Return ``key`` as a fresh array; float16 and bfloat16 become float32 exactly.
+    def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """Return ``key``, or some of its rows, as a fresh array; 16-bit floats become float32 exactly.
 
         Raises:
             CheckpointError: if there is no such tensor, it is not a float or holds NaN or infinity.
         """
-        return self._file(key).read(key)
+        return self._file(key).read(key, rows)
 
     def sha256(self) -> str:
         """Return the hash of the weights: names, dtypes, shapes and bytes in the order of the

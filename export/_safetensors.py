@@ -152,8 +152,12 @@ class SafetensorsFile:
         """Return whether :meth:`read` can give ``key``: float16, bfloat16, float32 or float64."""
         return self.dtype(key) == "BF16" or self.dtype(key) in _FLOATS
 
-    def read(self, key: str) -> NDArray[np.float32]:
+    def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Return ``key`` as a fresh float32 array (bfloat16 and float16 exactly, float64 rounded).
+
+        Args:
+            key: the tensor.
+            rows: neighbours along the first axis to read instead of all.
 
         Raises:
             ExportError: as the file's error class, if the tensor is not a float or holds NaN or
@@ -165,24 +169,31 @@ class SafetensorsFile:
                 f"{self.path}: tensor {key!r} is {tensor.dtype}, expected F16, BF16, F32 or F64 "
                 "(quantized weights cannot be exported: start from the original model)"
             )
-        count = prod(tensor.shape)
+        shape, begin = tensor.shape, tensor.begin
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            shape = (last - first, *shape[1:])
+            begin += first * prod(shape[1:]) * _ITEM_BYTES[tensor.dtype]
+        count = prod(shape)
         if tensor.dtype == "BF16":
             # bfloat16 is the upper half of a float32.
-            bits = np.frombuffer(self._map, "<u2", count, tensor.begin).astype(np.uint32)
+            bits = np.frombuffer(self._map, "<u2", count, begin).astype(np.uint32)
             bits <<= 16
             values = bits.view(np.float32)
         else:
-            stored = np.frombuffer(self._map, _FLOATS[tensor.dtype], count, tensor.begin)
+            stored = np.frombuffer(self._map, _FLOATS[tensor.dtype], count, begin)
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, refused below
                 values = stored.astype(np.float32)
         bad = first_not_finite(values)
         if bad is not None:
-            place = [int(i) for i in np.unravel_index(bad, tensor.shape)]
+            place = [int(i) for i in np.unravel_index(bad, shape)]
+            if rows is not None:
+                place[0] += first
             raise self._error(
                 f"{self.path}: tensor {key!r} holds {values[bad]} at "
                 f"{place}, expected finite numbers"
             )
-        return values.reshape(tensor.shape)
+        return values.reshape(shape)
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """Yield the stored bytes of ``key`` a few MB at a time."""

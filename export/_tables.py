@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export._graph import CONTRIB, Graph, Recipe, TensorSpec
+from embedge.export._graph import BASE, CONTRIB, Graph, Recipe, TensorSpec
 from embedge.quant import _int4, _tables
 
 
@@ -39,7 +40,10 @@ def quantized_rows(g: Graph, name: str, ids: str, bits: int) -> str:
     blocks = width // block_size
 
     def compute() -> list[NDArray[Any]]:
-        values, scales, zeros = _tables.quantize_table(g.weights.read(name), bits, block_size)
+        # a table of 150,000 tokens is over a GB as float32; one with an adapter is merged as a whole
+        merged = g.weights.version(name) != BASE
+        read_rows = g.weights.read(name).__getitem__ if merged else partial(g.weights.read, name)
+        values, scales, zeros = _tables.quantize_table(read_rows, (rows, width), bits, block_size)
         if bits == 4:
             return [_int4.pack_pairs(values), scales, _int4.pack_pairs(zeros)]
         return [values, scales, zeros]

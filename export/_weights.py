@@ -52,14 +52,14 @@ class TaskWeights:
         source = self._adapter or self._checkpoint
         return source.shape(key)
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """The merged tensor, float32, a fresh array.
+    def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """The merged tensor, or neighbours along its first axis, float32, a fresh array.
 
         Raises:
             CheckpointError: the tensor is missing, or holds NaN or infinity.
         """
         key = self._key(name)
-        value = (self._adapter or self._checkpoint).read(key)
+        value = (self._adapter or self._checkpoint).read(key, rows)
         if first_not_finite(value.reshape(-1)) is not None:
             count = int(value.size - np.isfinite(value).sum())
             raise CheckpointError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,12 +21,16 @@ def block_size_for(width: int, bits: int) -> int | None:
 
 
 def quantize_table(
-    table: NDArray[np.float32], bits: int, block_size: int
+    read_rows: Callable[[slice], NDArray[np.float32]],
+    shape: tuple[int, int],
+    bits: int,
+    block_size: int,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
     """Quantize rows in blocks, a few rows at a time.
 
     Args:
-        table: float32 ``[rows, width]``, ``width`` a multiple of ``block_size``.
+        read_rows: gives float32 ``[some rows, width]`` of the table.
+        shape: ``(rows, width)``, ``width`` a multiple of ``block_size``.
         bits: 8 or 4.
         block_size: neighbours in a row that share a scale and a zero point.
 
@@ -32,14 +38,14 @@ def quantize_table(
         ``(values, scales, zero_points)``: uint8 ``[rows, width]``, float32 and uint8
         ``[rows, width / block_size]``; ``(values - zero_point) * scale`` approximates the table.
     """
-    rows, width = table.shape
+    rows, width = shape
     blocks = width // block_size
     values = np.empty((rows, width), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
     zeros = np.empty((rows, blocks), np.uint8)
     step = max(1, _CHUNK_ROWS_ELEMENTS // width)
     for start in range(0, rows, step):
-        part = table[start : start + step].reshape(-1, blocks, block_size)
+        part = read_rows(slice(start, start + step)).reshape(-1, blocks, block_size)
         stop = start + len(part)
         if bits == 4:
             scale, zero = _int4.block_grid(part)

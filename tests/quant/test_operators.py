@@ -81,7 +81,7 @@ def test_gatherblockquantized_reads_tables_as_we_pack_them(width: int, bits: int
     table = RNG.normal(0, 1, (11, width)).astype(np.float32)
     block_size = _tables.block_size_for(width, bits)
     assert block_size is not None
-    values, scales, zeros = _tables.quantize_table(table, bits, block_size)
+    values, scales, zeros = _tables.quantize_table(table.__getitem__, table.shape, bits, block_size)
     blocks = values.reshape(11, -1, block_size).astype(np.float32)
     restored = ((blocks - zeros[..., None]) * scales[..., None]).reshape(11, width)
     stored = [_int4.pack_pairs(v) if bits == 4 else v for v in (values, zeros)]

@@ -31,7 +31,7 @@ def test_the_largest_block_that_divides_a_row_is_taken(
 
 def test_8_bit_rows_are_within_half_a_step() -> None:
     table = (RNG.normal(0, 1, (50, 64)) * np.exp(RNG.normal(0, 2, (50, 1)))).astype(np.float32)
-    values, scales, zeros = _tables.quantize_table(table, 8, 32)
+    values, scales, zeros = _tables.quantize_table(table.__getitem__, table.shape, 8, 32)
     restored = (values.reshape(50, 2, 32).astype(np.float32) - zeros[..., None]) * scales[..., None]
     error = np.abs(restored.reshape(50, 64) - table)
     # the zero point is rounded too: half a step more at the ends of the range
@@ -40,7 +40,7 @@ def test_8_bit_rows_are_within_half_a_step() -> None:
 
 def test_4_bit_rows_are_those_of_the_error_minimising_grid() -> None:
     table = RNG.normal(0, 1, (30, 64)).astype(np.float32)
-    values, scales, zeros = _tables.quantize_table(table, 4, 32)
+    values, scales, zeros = _tables.quantize_table(table.__getitem__, table.shape, 4, 32)
     parts = table.reshape(30, 2, 32)
     grid = _int4.block_grid(parts)
     assert np.array_equal(scales, grid[0])
@@ -50,7 +50,9 @@ def test_4_bit_rows_are_those_of_the_error_minimising_grid() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_row_of_zeros_stays_zero(bits: int) -> None:
-    values, scales, zeros = _tables.quantize_table(np.zeros((2, 32), np.float32), bits, 32)
+    values, scales, zeros = _tables.quantize_table(
+        np.zeros((2, 32), np.float32).__getitem__, (2, 32), bits, 32
+    )
     assert np.array_equal(values, np.repeat(zeros, 32, axis=1))
     assert np.isfinite(scales).all()
 
@@ -60,7 +62,9 @@ def test_the_steps_that_bound_memory_do_not_show(
     bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = RNG.normal(0, 1, (23, 32)).astype(np.float32)
-    whole = _tables.quantize_table(table, bits, 16)
+    whole = _tables.quantize_table(table.__getitem__, table.shape, bits, 16)
     monkeypatch.setattr(_tables, "_CHUNK_ROWS_ELEMENTS", 160)
-    for expected, found in zip(whole, _tables.quantize_table(table, bits, 16), strict=True):
+    for expected, found in zip(
+        whole, _tables.quantize_table(table.__getitem__, table.shape, bits, 16), strict=True
+    ):
         assert np.array_equal(expected, found)
