@@ -1,21 +1,18 @@
-"""Similarity of vectors, and late interaction (MaxSim) of multi-vectors."""
+"""Similarity of vectors or of multi-vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._late_interaction import max_sim
 
-__all__ = ["max_sim", "normalized", "similarity", "vector_similarity"]
+__all__ = ["normalized", "similarity", "vector_similarity"]
 
 Vectors = NDArray[np.float32]
-
-# Token products held at once by late interaction, in float32 values (64 MiB).
-_BLOCK_VALUES = 1 << 24
 
 
 def normalized(vectors: Vectors) -> Vectors:
@@ -62,42 +59,6 @@ def vector_similarity(a: Vectors, b: Vectors, kind: str) -> Vectors:
     if kind == "cosine":
         a, b = normalized(a), normalized(b)
     return a @ b.T
-
-
-def max_sim(queries: Sequence[Vectors], documents: Sequence[Vectors]) -> Vectors:
-    """Late interaction: per query token its best document token's product, summed over the query.
-
-    Args:
-        queries: float32 ``[tokens, dim]`` each.
-        documents: float32 ``[tokens, dim]`` each; one without tokens scores 0.
-
-    Returns:
-        float32 ``[len(queries), len(documents)]``.
-
-    Raises:
-        EmbedgeValueError: if dimensions differ.
-    """
-    dims = {part.shape[1] for part in (*queries, *documents)}
-    if len(dims) > 1:
-        raise EmbedgeValueError(
-            f"multi-vectors of different dimensions: {', '.join(map(str, sorted(dims)))}"
-        )
-    scores = np.zeros((len(queries), len(documents)), np.float32)
-    filled = [row for row, query in enumerate(queries) if len(query)]
-    if not filled:
-        return scores
-    tokens = np.concatenate([queries[row] for row in filled])
-    starts = np.cumsum([0, *(len(queries[row]) for row in filled[:-1])])
-    best = np.empty(len(tokens), np.float32)
-    for column, document in enumerate(documents):
-        if not len(document):
-            continue
-        block = max(1, _BLOCK_VALUES // len(document))
-        for start in range(0, len(tokens), block):
-            products = tokens[start : start + block] @ document.T
-            best[start : start + block] = products.max(axis=1)
-        scores[filled, column] = np.add.reduceat(best, starts)
-    return scores
 
 
 def _multi_vectors(value: Any) -> list[Vectors] | None:

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedge.runtime import EmbedgeValueError
-from embedge.runtime._similarity import max_sim, normalized, similarity
+from embedge.runtime import EmbedgeValueError, _late_interaction
+from embedge.runtime._late_interaction import max_sim
+from embedge.runtime._similarity import normalized, similarity
 
 GENERATOR = np.random.default_rng(3)
 A = GENERATOR.normal(size=(3, 5)).astype(np.float32)
@@ -34,19 +35,62 @@ def test_nothing_gives_an_empty_matrix(a: Any, b: Any, shape: tuple[int, int]) -
     assert similarity(a, b, "cosine").shape == shape
 
 
-def test_late_interaction_sums_each_query_tokens_best_match(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    queries = [GENERATOR.normal(size=(n, 6)).astype(np.float32) for n in (3, 0, 7)]
-    documents = [GENERATOR.normal(size=(n, 6)).astype(np.float32) for n in (5, 1, 0, 9)]
-    by_hand = np.zeros((3, 4))
+def by_hand(queries: Any, documents: Any) -> Any:
+    scores = np.zeros((len(queries), len(documents)))
     for row, query in enumerate(queries):
         for column, document in enumerate(documents):
             if len(query) and len(document):
-                by_hand[row, column] = (query @ document.T).max(axis=1).sum()
-    np.testing.assert_allclose(similarity(queries, documents, "cosine"), by_hand, rtol=1e-5)
-    monkeypatch.setattr("embedge.runtime._similarity._BLOCK_VALUES", 10)
-    np.testing.assert_allclose(max_sim(queries, documents), by_hand, rtol=1e-5)
+                scores[row, column] = (query @ document.T).max(axis=1).sum()
+    return scores
+
+
+def multi_vectors(lengths: Any, dim: int = 6) -> list[Any]:
+    return [GENERATOR.normal(size=(n, dim)).astype(np.float32) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"_BLOCK_VALUES": 10}, {"_STEP_TOKENS": 8}, {"_STEP_TOKENS": 1}, {"_WIDE_ROW": 1}],
+    ids=str,
+)
+def test_late_interaction_sums_each_query_tokens_best_match(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(_late_interaction, name, value)
+    queries, documents = multi_vectors((3, 0, 7, 1, 20)), multi_vectors((5, 1, 0, 9, 400, 31, 1))
+    scores = similarity(queries, documents, "cosine")
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, by_hand(queries, documents), rtol=1e-5)
+
+
+def test_one_query_against_long_and_short_documents() -> None:
+    query, documents = multi_vectors([32], 128), multi_vectors([768, 2, 1500, 767, 1] * 3, 128)
+    np.testing.assert_allclose(max_sim(query, documents), by_hand(query, documents), rtol=1e-4)
+
+
+def test_multi_vectors_of_one_length_may_be_one_array() -> None:
+    queries, documents = np.stack(multi_vectors([4] * 2)), np.stack(multi_vectors([9] * 3))
+    np.testing.assert_allclose(
+        similarity(queries, documents, "dot"), by_hand(queries, documents), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("queries", "documents", "shape"),
+    [
+        ([], [], (0, 0)),
+        ([(0, 6)], [], (1, 0)),
+        ([(0, 6)], [(0, 6)] * 2, (1, 2)),
+        ([(2, 6), (0, 6)], [(0, 6)], (2, 1)),
+        ([(0, 6)], [(3, 6), (1, 6)], (1, 2)),
+    ],
+)
+def test_multi_vectors_without_tokens_score_zero(
+    queries: Any, documents: Any, shape: tuple[int, int]
+) -> None:
+    scores = max_sim(*([np.ones(s, np.float32) for s in side] for side in (queries, documents)))
+    np.testing.assert_array_equal(scores, np.zeros(shape))
 
 
 def test_late_interaction_adds_in_float32() -> None:
