@@ -94,6 +94,17 @@ class Table:
                 self.fail(f"{key}[{index}]", f"expected a string, found {_shown(item)}")
         return tuple(items)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers; the key must be there."""
+        items = self._required(key, list, "a list of numbers")
+        named = Table({str(i): item for i, item in enumerate(items)}, self._joined(key), self.file)
+        return tuple(float(named.number(name)) for name in named.values)
+
+    def integers(self, key: str, *, minimum: int) -> tuple[int, ...]:
+        """A list of whole numbers of at least ``minimum``; the key must be there."""
+        self._required(key, list, "a list of whole numbers")
+        return self.optional_integers(key, minimum=minimum) or ()
+
     def optional_integers(self, key: str, *, minimum: int) -> tuple[int, ...] | None:
         """A list of whole numbers, or ``None`` for null or no such key."""
         if self.values.get(key) is None:
@@ -107,7 +118,7 @@ class Table:
     def table(self, key: str) -> Table:
         """An object; the key must be there."""
         values = self._required(key, dict, "an object")
-        return Table(values, f"{self.path}.{key}" if self.path else key, self.file)
+        return Table(values, self._joined(key), self.file)
 
     def optional_table(self, key: str) -> Table | None:
         """An object, or ``None`` for null or no such key."""
@@ -127,6 +138,9 @@ class Table:
         """An object whose members are not looked at; empty for null or no such key."""
         table = self.optional_table(key)
         return {} if table is None else dict(table.values)
+
+    def _joined(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
 
     def _present(self, key: str) -> Any:
         if key not in self.values:

@@ -1,0 +1,186 @@
+"""Anything a caller may call an image, as one RGB picture.
+
+What is done to it:
+    * the first frame of an animation or a file of several pages;
+    * turned as its EXIF orientation says;
+    * 16-bit grey becomes 8-bit by its upper byte (Pillow alone would cut at 255), floats are taken as
+      0…1;
+    * everything else by ``Image.convert("RGB")``: palettes are looked up, alpha is dropped, grey is
+      repeated, CMYK is converted without a colour profile. This is what transformers' processor sees.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedge.runtime._errors import EmbedgeImportError, EmbedgeValueError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["is_image", "load_image"]
+
+
+class _UnusableError(Exception):
+    """What is wrong with an image, without its name."""
+
+
+_URL = re.compile(r"(?:[a-z][a-z0-9+.-]*://|data:|file:)", re.IGNORECASE)
+_KINDS = "a path, bytes, a PIL image or a numpy array"
+_ARRAYS = (
+    "uint8, uint16, bool or floats in 0…1 of shape [height, width] or [height, width, 1, 3 or 4]"
+)
+
+
+def is_image(value: object) -> bool:
+    """Whether a value in a list of texts and images is meant as an image; strings are texts."""
+    if isinstance(value, (os.PathLike, bytes, bytearray, memoryview, np.ndarray)):
+        return True
+    return any(cls.__module__.startswith("PIL.") for cls in type(value).__mro__)
+
+
+def load_image(source: Any, where: str) -> Image:
+    """The picture, RGB.
+
+    Args:
+        source: a path, the bytes of an image file, a PIL image, or an array ``[height, width]`` or
+            ``[height, width, channels]`` with 1 (grey), 3 (RGB) or 4 (RGBA) channels, of uint8, uint16,
+            bool or floats from 0 to 1.
+        where: how messages name it, e.g. ``"images[3]"``.
+
+    Raises:
+        EmbedgeValueError: it is none of these, a URL, missing, damaged, empty, or beyond Pillow's limit
+            against decompression bombs.
+        EmbedgeImportError: Pillow is not installed.
+    """
+    pillow = _pillow()
+    if isinstance(source, str):
+        if _URL.match(source):
+            shown = source if len(source) <= 60 else source[:57] + "..."
+            raise EmbedgeValueError(
+                f"{where}: {shown!r} is a URL; embedge opens no network connections: download it and "
+                "give its path or bytes"
+            )
+        source = Path(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, where)
+    try:
+        if isinstance(source, pillow.Image):
+            return _rgb(source)
+        if isinstance(source, os.PathLike):
+            return _from_path(Path(source), where)
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return _opened(io.BytesIO(bytes(source)))
+    except _UnusableError as error:
+        raise EmbedgeValueError(f"{where}: {error}") from error
+    except pillow.UnidentifiedImageError as error:
+        found = f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else f"{source}"
+        raise EmbedgeValueError(
+            f"{where}: expected an image file, found {found} that Pillow cannot read as one; check "
+            "that it is complete and of a common format (PNG, JPEG, WebP, TIFF, …)"
+        ) from error
+    except pillow.DecompressionBombError as error:
+        raise EmbedgeValueError(
+            f"{where}: {error}; scale it down first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's decoders
+        if isinstance(error, EmbedgeValueError):
+            raise
+        raise EmbedgeValueError(
+            f"{where}: the image is damaged or cut short ({error}); fetch or save it again"
+        ) from error
+    raise EmbedgeValueError(f"{where}: expected {_KINDS}, found {type(source).__name__}")
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise EmbedgeImportError(
+            'images need Pillow, which is not installed; run: pip install "embedge[images]"'
+        ) from error
+    return Image
+
+
+def _from_path(path: Path, where: str) -> Image:
+    path = path.expanduser()
+    if path.is_dir():
+        raise EmbedgeValueError(f"{where}: {path} is a folder; name the image files in it")
+    if not path.exists():
+        raise EmbedgeValueError(f"{where}: {path}: no such file; check the path")
+    with open(path, "rb") as file:
+        return _opened(file)
+
+
+def _opened(file: Any) -> Image:
+    pillow = _pillow()
+    with pillow.open(file) as picture:
+        picture.seek(0)
+        picture.load()
+        return _rgb(picture)
+
+
+def _rgb(picture: Image) -> Image:
+    from PIL import Image, ImageOps
+
+    if min(picture.size) < 1:
+        raise _UnusableError(
+            f"expected at least one pixel, found {picture.size[0]} × {picture.size[1]}"
+        )
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        values = np.asarray(picture)
+        if picture.mode == "F":
+            return Image.fromarray(_unit_floats(values)).convert("RGB")
+        return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    return picture.convert("RGB") if picture.mode != "RGB" else picture
+
+
+def _unit_floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Floats in 0…1 as bytes.
+
+    Raises:
+        _UnusableError: a value is not in 0…1.
+    """
+    if not np.isfinite(values).all():
+        raise _UnusableError("expected finite numbers, found NaN or infinity")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 1:
+        raise _UnusableError(
+            f"expected floats from 0 to 1, found {low:g} to {high:g}; divide by the largest value or "
+            "give uint8"
+        )
+    return np.asarray(np.rint(values * 255), np.uint8)
+
+
+def _from_array(array: np.ndarray[Any, Any], where: str) -> Image:
+    from PIL import Image
+
+    shape = array.shape
+    if array.ndim not in (2, 3) or 0 in shape or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
+        hint = ""
+        if array.ndim == 3 and shape[0] in (1, 3, 4):
+            hint = "; the channels come last: array.transpose(1, 2, 0)"
+        raise EmbedgeValueError(f"{where}: expected {_ARRAYS}, found shape {list(shape)}{hint}")
+    if array.ndim == 3 and shape[2] == 1:
+        array = array[:, :, 0]
+    try:
+        if array.dtype == np.bool_:
+            values = array.astype(np.uint8) * np.uint8(255)
+        elif array.dtype == np.uint8:
+            values = array
+        elif array.dtype == np.uint16:
+            values = (array >> 8).astype(np.uint8)
+        elif array.dtype.kind == "f":
+            values = _unit_floats(array)
+        else:
+            raise _UnusableError(f"expected {_ARRAYS}, found {array.dtype}")
+    except _UnusableError as error:
+        raise EmbedgeValueError(f"{where}: {error}") from error
+    return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
