@@ -30,7 +30,7 @@ def export_bundle(
     pooling: str | None = None,
     calibration: str | Path = "default",
     keep: Mapping[str, str] | None = None,
-    int4_block_size: int = 32,
+    int4_block_size: int | None = None,
     int4_method: str = "gptq",
     overwrite: bool = False,
     progress: bool | None = False,
@@ -55,7 +55,8 @@ def export_bundle(
             "default" for the neutral set of the package, "none" for the data-free methods.
         keep: "fp32" or "int8" by shell-style pattern of layer names, for layers that int8 or int4
             would hurt, e.g. ``{"encoder.layer.0.*": "fp32"}``.
-        int4_block_size: input channels that share a scale at int4: 16, 32, 64, 128 or 256.
+        int4_block_size: input channels that share a scale at int4: 16, 32, 64, 128 or 256; ``None``: 32,
+            or 64 from a hidden size of 1536 on, where scales of blocks of 32 are a fifth of the memory.
         int4_method: "gptq" rounds with the calibration texts' activations; "rtn" rounds every weight
             to nearest on an error-minimising grid, several times faster and less exact.
         overwrite: replace an existing bundle.
@@ -97,7 +98,7 @@ def make_request(
     pooling: str | None,
     calibration: str | Path,
     keep: Mapping[str, str] | None,
-    int4_block_size: int,
+    int4_block_size: int | None,
     int4_method: str,
     overwrite: bool,
     modality: str,
@@ -110,7 +111,7 @@ def make_request(
     check_keep(keep or {})
     if pooling is not None and pooling not in POOLINGS:
         raise EmbedgeValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
-    if int4_block_size not in (16, 32, 64, 128, 256):
+    if int4_block_size not in (None, 16, 32, 64, 128, 256):
         raise EmbedgeValueError(
             f"int4_block_size {int4_block_size!r}: expected 16, 32, 64, 128 or 256"
         )

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=PRECISION",
         help="leave layers of these names at fp32 or int8",
     )
-    parser.add_argument("--int4-block-size", type=int, default=32, metavar="N")
+    parser.add_argument("--int4-block-size", type=int, metavar="N")
     parser.add_argument(
         "--int4-method",
         default="gptq",

@@ -40,7 +40,7 @@ from embedge.export._precision import (
     token_batches,
 )
 from embedge.export._progress import Progress
-from embedge.export._request import Request, check_dims
+from embedge.export._request import WIDE_MODEL, Request, check_dims
 from embedge.export._store import TensorStore
 from embedge.export._weights import TaskWeights
 from embedge.quant._calibration_texts import packaged_texts, read_texts
@@ -207,12 +207,12 @@ def _write_precision(
                 form = make_form(
                     precision,
                     plans={},
-                    int4_block_size=request.int4_block_size,
+                    int4_block_size=_block_size(job),
                     calibrated=False,
                     keep=request.keep,
                 )
                 sizes = model.graph(weights, form).recipes.values()
-                tower_form = _tower_form(precision, request)
+                tower_form = _tower_form(precision, job)
                 if model.tower is not None:
                     model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
                 _check_keep_used(form, tower_form)
@@ -229,7 +229,7 @@ def _write_precision(
                     form = make_form(
                         precision,
                         plans=plans,
-                        int4_block_size=request.int4_block_size,
+                        int4_block_size=_block_size(job),
                         calibrated=bool(batches) and request.int4_method == "gptq",
                         keep=request.keep,
                     )
@@ -255,25 +255,25 @@ def _write_precision(
     result["activation_constants"] = {
         n: c for n, c in ACTIVATION_CONSTANTS.items() if n in constants
     }
-    result["options"] = _options(request, precision, bool(batches))
+    result["options"] = _options(job, precision, bool(batches))
     return result
 
 
-def _tower_form(precision: str, request: Request) -> Form:
+def _tower_form(precision: str, job: Job) -> Form:
     """Images lose more than texts: beside 4-bit Linears the tower is stored at 8 bits."""
     return make_form(
         "int8" if precision == "int4" else precision,
         plans={},
-        int4_block_size=request.int4_block_size,
+        int4_block_size=_block_size(job),
         calibrated=False,
-        keep=request.keep,
+        keep=job.request.keep,
     )
 
 
 def _write_tower(job: Job, place: Path, precision: str, store: TensorStore) -> None:
     model = job.model
     assert model.tower is not None
-    g = model.tower.graph(model.base, _tower_form(precision, job.request))
+    g = model.tower.graph(model.base, _tower_form(precision, job))
     total = sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
     file = _fresh_name(place, VISION)
     with job.progress.step(f"{precision}/{VISION}", total):
@@ -387,7 +387,13 @@ def _new_files(folder: Path, written: Mapping[str, Any], before: set[str]) -> di
     return {n: file_entry(folder / n) for n in new if n.split("/")[0] in written}
 
 
-def _options(request: Request, precision: str, calibrated: bool) -> dict[str, Any]:
+def _block_size(job: Job) -> int:
+    wide = job.model.family.hidden_size >= WIDE_MODEL
+    return job.request.int4_block_size or (64 if wide else 32)
+
+
+def _options(job: Job, precision: str, calibrated: bool) -> dict[str, Any]:
+    request = job.request
     options: dict[str, Any] = {}
     if precision in ("int8", "int4"):
         kind = request.calibration
@@ -395,7 +401,7 @@ def _options(request: Request, precision: str, calibrated: bool) -> dict[str, An
         options["calibration"] = named if calibrated else "none"
         options["keep"] = dict(request.keep)
     if precision == "int4":
-        options["block_size"] = request.int4_block_size
+        options["block_size"] = _block_size(job)
         options["method"] = request.int4_method if calibrated else "rtn"
     return options
 
