@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import numpy as np
+
 from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._image_input import is_image
 from embedge.runtime._manifest import Manifest, Model, Task
 
 __all__ = [
+    "as_images",
+    "as_items",
     "as_texts",
     "check_choice",
     "check_flag",
@@ -30,20 +35,68 @@ def as_texts(sentences: Any) -> tuple[list[str], bool]:
     """
     if isinstance(sentences, str):
         return [sentences], True
-    if isinstance(sentences, (bytes, bytearray, dict)) or not isinstance(sentences, Iterable):
-        raise EmbedgeValueError(
-            f"sentences: expected a string or a list of strings, found {type(sentences).__name__}"
-        )
-    try:
-        texts = list(sentences)
-    except TypeError as error:  # a NumPy scalar calls itself iterable
-        raise EmbedgeValueError(f"sentences: expected a list of strings: {error}") from error
+    expected = "a string or a list of strings"
+    if isinstance(sentences, (bytes, bytearray)):
+        raise EmbedgeValueError(f"sentences: expected {expected}, found {type(sentences).__name__}")
+    texts = _listed_items("sentences", sentences, expected)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise EmbedgeValueError(
                 f"sentences[{index}]: expected a string, found {type(text).__name__}"
             )
     return texts, False
+
+
+def as_items(sentences: Any) -> tuple[list[Any], bool]:
+    """The texts (``str``) and images (anything else) of a call, and whether it was a single one.
+
+    Raises:
+        EmbedgeValueError: with the index and type of the first item that is neither.
+    """
+    if isinstance(sentences, str) or _is_one_image(sentences):
+        return [sentences], True
+    items = _listed_items("sentences", sentences, "a string, an image or a list of them")
+    for index, item in enumerate(items):
+        if not isinstance(item, str) and not is_image(item):
+            raise EmbedgeValueError(
+                f"sentences[{index}]: expected a string or an image (a path, bytes, a PIL image or "
+                f"a numpy array), found {type(item).__name__}"
+            )
+    return items, False
+
+
+def as_images(images: Any) -> tuple[list[Any], bool]:
+    """The images of a call, strings being paths, and whether it was a single one.
+
+    Raises:
+        EmbedgeValueError: with the index and type of the first item that is none.
+    """
+    if isinstance(images, str) or _is_one_image(images):
+        return [images], True
+    items = _listed_items("images", images, "an image or a list of images")
+    for index, item in enumerate(items):
+        if not isinstance(item, str) and not is_image(item):
+            raise EmbedgeValueError(
+                f"images[{index}]: expected a path, bytes, a PIL image or a numpy array, found "
+                f"{type(item).__name__}"
+            )
+    return items, False
+
+
+def _is_one_image(value: Any) -> bool:
+    """Whether a value is one image, not a list: an array of strings or of four axes is a list."""
+    if isinstance(value, np.ndarray):
+        return value.ndim < 4 and value.dtype.kind in "biuf"
+    return is_image(value)
+
+
+def _listed_items(name: str, value: Any, expected: str) -> list[Any]:
+    if isinstance(value, dict) or not isinstance(value, Iterable):
+        raise EmbedgeValueError(f"{name}: expected {expected}, found {type(value).__name__}")
+    try:
+        return list(value)
+    except TypeError as error:  # a NumPy scalar calls itself iterable
+        raise EmbedgeValueError(f"{name}: expected {expected}: {error}") from error
 
 
 def check_positive(name: str, value: Any) -> int:

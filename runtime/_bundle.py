@@ -13,7 +13,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
-from embedge.runtime._manifest import Manifest
+from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._onnx_file import ExternalData, read_external_data
 from embedge.runtime._typed_json import read_json_object
 
@@ -92,12 +92,14 @@ class Bundle:
             raise BundleError(f"{path}: expected a file, found something else; {_AGAIN}")
         return path
 
-    def graph(self, precision: str, task: str) -> Path:
-        """The graph file of a task at a precision, both in the manifest."""
-        return self.file(self.manifest.precisions[precision].graphs[task])
+    def graph(self, precision: str, name: str) -> Path:
+        """The graph file of a task, or of ``VISION``, at a precision; all in the manifest."""
+        settings = self.manifest.precisions[precision]
+        path = settings.vision if name == VISION and settings.vision else settings.graphs[name]
+        return self.file(path)
 
-    def graph_bytes(self, precision: str, task: str) -> int:
-        """Bytes of a task's graph and of the external data it uses.
+    def graph_bytes(self, precision: str, name: str) -> int:
+        """Bytes of the graph of a task, or of ``VISION``, and of the external data it uses.
 
         This is the estimate of a session's weights in memory: what ONNX Runtime repacks replaces
         what it read, activations come on top.
@@ -106,7 +108,7 @@ class Bundle:
             BundleError: if the graph cannot be read, or uses data outside its folder or past the
                 end of a file.
         """
-        graph = self.graph(precision, task)
+        graph = self.graph(precision, name)
         sizes: dict[tuple[str, int], int] = {}
         for data in read_external_data(graph):
             sizes[data.location, data.offset] = self._external_bytes(graph, data)

@@ -1,18 +1,26 @@
-"""``embedge embed``: lines or JSONL in, JSONL or .npy out, in bounded memory."""
+"""``embedge embed``: lines or JSONL in, JSONL or .npy out, in bounded memory.
+
+With ``--images`` a line is the path of an image, relative to the working folder.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
 from embedge.runtime._arguments import ON_TRUNCATE
 from embedge.runtime._device import DEVICES
 from embedge.runtime._embedder import Embedder
-from embedge.runtime._errors import EmbedgeError, EmbedgeValueError, TextTooLongError
+from embedge.runtime._errors import (
+    EmbedgeError,
+    EmbedgeValueError,
+    ImageError,
+    TextTooLongError,
+)
 from embedge.runtime._progress import Progress
 from embedge.runtime._text_input import Record, chunked, read_records
 from embedge.runtime._vector_output import open_output, vector_writer
@@ -21,6 +29,7 @@ __all__ = ["add_arguments", "run"]
 
 # A chunk is what is read, embedded and written before the next one is read.
 _CHUNK_TEXTS = 1024
+_CHUNK_IMAGES = 64
 _CHUNK_CHARACTERS = 4_000_000
 
 
@@ -40,7 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("lines", "jsonl"),
         help="a text per line (default), or a JSON object per line (default with --field)",
     )
-    parser.add_argument("--field", help='key of the text in an object (default "text")')
+    parser.add_argument(
+        "--field", help='key of the text in an object (default "text", with --images "image")'
+    )
+    parser.add_argument(
+        "--images", action="store_true", help="the lines are paths of images, not texts"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="with --images: scale larger ones down to this"
+    )
     parser.add_argument(
         "--format",
         choices=("jsonl", "npy"),
@@ -63,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-truncate",
         choices=ON_TRUNCATE,
-        default="warn",
         help="when a text is longer than the model takes (warn)",
     )
     parser.add_argument("--verify", choices=("none", "size", "full"), default="size")
@@ -79,10 +95,16 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.field is not None and args.input_format == "lines":
         raise EmbedgeValueError("--field is for JSONL; leave out --input-format lines")
+    for name in ("prompt_name", "max_batch_tokens", "on_truncate"):
+        if args.images and getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise EmbedgeValueError(f"--{option} is for texts; leave it out with --images")
+    if args.max_pixels is not None and not args.images:
+        raise EmbedgeValueError("--max-pixels goes with --images")
     if args.verbose:
         logging.basicConfig(format="embedge: %(message)s", level=logging.INFO)
     jsonl = args.field is not None or args.input_format == "jsonl"
-    field = (args.field or "text") if jsonl else None
+    field = (args.field or ("image" if args.images else "text")) if jsonl else None
     file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
     model = Embedder(
         args.bundle,
@@ -93,39 +115,48 @@ def run(args: argparse.Namespace) -> int:
     )
     options = {
         "task": args.task,
-        "prompt_name": args.prompt_name,
         "batch_size": args.batch_size,
-        "max_batch_tokens": args.max_batch_tokens,
         "truncate_dim": args.truncate_dim,
         "normalize_embeddings": args.normalize,
-        "on_truncate": args.on_truncate,
     }
-    dim = model.encode([], **options).shape[1]  # a wrong call shows before anything is read
+    if args.images:
+        options |= {"max_pixels": args.max_pixels}
+    else:
+        options |= {
+            "prompt_name": args.prompt_name,
+            "max_batch_tokens": args.max_batch_tokens,
+            "on_truncate": args.on_truncate or "warn",
+        }
+    encode = model.encode_image if args.images else model.encode
+    dim = encode([], **options).shape[1]  # a wrong call shows before anything is read
     with ExitStack() as stack:
         source = stack.enter_context(_open_input(args.input)) if args.input != "-" else _stdin()
         output = stack.enter_context(open_output(args.output))
         writer = stack.enter_context(vector_writer(output, file_format, dim))
-        progress = stack.enter_context(Progress(None, shown=sys.stderr.isatty()))
+        unit = "image" if args.images else "text"
+        progress = stack.enter_context(Progress(None, shown=sys.stderr.isatty(), unit=unit))
         for records in chunked(
             read_records(source, field),
-            texts=max(_CHUNK_TEXTS, args.batch_size),
+            texts=max(_CHUNK_IMAGES if args.images else _CHUNK_TEXTS, args.batch_size),
             characters=_CHUNK_CHARACTERS,
         ):
-            vectors = _encode(model, records, options)
+            vectors = _encode(encode, records, options)
             writer.write([record.others for record in records], vectors)
             progress.advance(len(records))
     return 0
 
 
-def _encode(model: Embedder, records: list[Record], options: Mapping[str, Any]) -> Any:
-    """Vectors of some records; a text that is too long is a failure, not a wrong call."""
+def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[str, Any]) -> Any:
+    """Vectors of some records; one that cannot be embedded is a failure, not a wrong call."""
     try:
-        return model.encode([record.text for record in records], **options)
+        return encode([record.text for record in records], **options)
     except TextTooLongError as error:
         raise EmbedgeError(
             f"input line {records[error.index].line}: longer than {error.max_length} tokens; "
             "shorten it, or pass --on-truncate ignore"
         ) from error
+    except ImageError as error:
+        raise EmbedgeError(f"input line {records[error.index].line}: {error.reason}") from error
 
 
 def _open_input(name: str) -> BinaryIO:

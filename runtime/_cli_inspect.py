@@ -73,6 +73,9 @@ def _summary(bundle: Bundle) -> list[str]:
         ("longest text", f"{model.max_length} tokens"),
         ("takes", ", ".join(model.modalities)),
     ]
+    if model.image is not None:
+        pixels = f"{model.image.min_pixels:,} to {model.image.max_pixels:,} pixels"
+        facts.append(("images", f"scaled to {pixels}, {model.image.factor}² of them a token"))
     lines = [f"{name:14}{value}" for name, value in facts]
     rows = [["task", "adapter", "prompts (* default)"]]
     for name, task in manifest.tasks.items():

@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime._arguments import (
-    ON_TRUNCATE,
+    as_images,
+    as_items,
     as_texts,
-    check_choice,
-    check_flag,
     check_positive,
-    choose_dim,
     choose_precision,
-    choose_prompt,
     choose_task,
 )
 from embedge.runtime._bundle import Bundle
@@ -26,23 +23,32 @@ from embedge.runtime._cores import available_cores
 from embedge.runtime._device import choose_device
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._graphs import Graphs
-from embedge.runtime._pipeline import Request, TextPipeline
+from embedge.runtime._image_pipeline import ImagePipeline
+from embedge.runtime._pipeline import TextPipeline
 from embedge.runtime._progress import Progress
+from embedge.runtime._request import BATCH_SIZE, Request, make_request
+from embedge.runtime._rows import RowRunner
 from embedge.runtime._similarity import similarity
 from embedge.runtime._tokenize import TextTokenizer, TokenIds
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    # What may stand for an image; a string is a path for encode_image and a text for encode.
+    Image = os.PathLike[str] | bytes | NDArray[Any] | Picture
+
 __all__ = ["Embedder"]
 
-BATCH_SIZE = 32
 Vectors = NDArray[np.float32]
 
 
 class Embedder:
-    """Embeds texts with a bundle, without torch. Safe to share between threads.
+    """Embeds texts and images with a bundle, without torch. Safe to share between threads.
 
-    A task's graph is opened at its first use. ``max_sessions`` and ``memory_limit`` bound how many
-    stay open; the longest unused is closed first, and a call waits while those in use leave no
-    room.
+    A graph, of a task or of the vision tower, is opened at its first use. ``max_sessions`` and
+    ``memory_limit`` bound how many stay open; the longest unused is closed first, and a call waits
+    while those in use leave no room. Images need the vision tower and then a task's graph, one
+    after the other: the limit need not have room for both.
 
     Args:
         bundle: the bundle's folder.
@@ -101,13 +107,17 @@ class Embedder:
         tokenizer = TextTokenizer(
             self._bundle.file(manifest.tokenizer.file), manifest.tokenizer, self._model.max_length
         )
-        self._pipeline = TextPipeline(
-            tokenizer,
+        runner = RowRunner(
             graphs,
             self._model,
             pad_token_id=manifest.tokenizer.pad_token_id,
             row_multiple=self._settings.row_multiple,
         )
+        self._rows = runner
+        self._texts = TextPipeline(tokenizer, runner, self._model.max_length)
+        self._images: ImagePipeline | None = None
+        if self._model.image is not None and self._settings.vision is not None:
+            self._images = ImagePipeline(graphs, runner, self._model.image, self._model.max_length)
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -129,6 +139,11 @@ class Embedder:
     def max_seq_length(self) -> int:
         """Most tokens of a text, special tokens included."""
         return self._model.max_length
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What can be embedded at this precision: "text", or "text" and "image"."""
+        return ("text",) if self._images is None else ("text", "image")
 
     @property
     def precision(self) -> str:
@@ -155,7 +170,7 @@ class Embedder:
     @overload
     def encode(
         self,
-        sentences: str | Sequence[str],
+        sentences: str | Image | Sequence[str | Image],
         *,
         task: str | None = ...,
         prompt_name: str | None = ...,
@@ -172,7 +187,7 @@ class Embedder:
     @overload
     def encode(
         self,
-        sentences: str | Sequence[str],
+        sentences: str | Image | Sequence[str | Image],
         *,
         task: str | None = ...,
         prompt_name: str | None = ...,
@@ -188,7 +203,7 @@ class Embedder:
 
     def encode(
         self,
-        sentences: str | Sequence[str],
+        sentences: str | Image | Sequence[str | Image],
         *,
         task: str | None = None,
         prompt_name: str | None = None,
@@ -201,18 +216,19 @@ class Embedder:
         on_truncate: str = "warn",
         multi_vector: bool = False,
     ) -> Vectors | list[Vectors]:
-        """Vectors of some texts, in their order.
+        """Vectors of some texts, and images where the bundle takes them, in their order.
 
         A text without a single token is a zero vector, with a warning. Lone surrogates are read as
-        U+FFFD. A vector does not depend on the other texts of the call.
+        U+FFFD. A vector does not depend on the others of the call.
 
         Args:
-            sentences: texts, or one text.
+            sentences: texts and images, or one. A string is always a text; an image is a path
+                object, the bytes of a file, a PIL image or an array, see :meth:`encode_image`.
             task: may be left out where the bundle has exactly one.
             prompt_name: a prompt of the task to put before every text; ``None``: the task's
-                default.
+                default. Images take none.
             prompt: a text to put there instead; ``prompt_name`` is then ignored.
-            batch_size: most texts of a batch.
+            batch_size: most texts or images of a batch.
             max_batch_tokens: most padded tokens of a batch; decides the real batch. ``None``: what
                 runs fastest here.
             truncate_dim: one of the declared dimensions, or any where none are declared. The vector
@@ -224,17 +240,17 @@ class Embedder:
             multi_vector: give a vector per token instead, from models with such a head.
 
         Returns:
-            float32 ``[texts, dim]``, ``[dim]`` for one text, ``[0, dim]`` for no text. With
-            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array for one
-            text.
+            float32 ``[items, dim]``, ``[dim]`` for one text or image, ``[0, dim]`` for none. With
+            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array.
 
         Raises:
             EmbedgeValueError: for an argument that cannot be used.
-        TextTooLongError: for a text that would be cut, under "error".
+            TextTooLongError: for a text that would be cut, under "error".
+            ImageError: for an image that cannot be used.
             BundleError: if the task's graph cannot be opened.
             InferenceError: if the graph fails.
         """
-        texts, single = as_texts(sentences)
+        items, single = as_texts(sentences) if self._images is None else as_items(sentences)
         request = self._request(
             task=task,
             prompt_name=prompt_name,
@@ -246,31 +262,37 @@ class Embedder:
             on_truncate=on_truncate,
             multi_vector=multi_vector,
         )
-        with Progress(len(texts), shown=bool(show_progress_bar) and bool(texts)) as progress:
-            if multi_vector:
-                parts: list[Vectors] = [np.zeros((0, request.dim), np.float32)] * len(texts)
-                self._pipeline.embed(texts, request, parts.__setitem__, progress.advance)
-                return parts[0] if single else parts
-            vectors = np.zeros((len(texts), request.dim), np.float32)
-            self._pipeline.embed(texts, request, vectors.__setitem__, progress.advance)
-            return vectors[0] if single else vectors
+        results = request.empty_results(len(items))
+        texts = [place for place, item in enumerate(items) if isinstance(item, str)]
+        images = [place for place, item in enumerate(items) if not isinstance(item, str)]
+        with Progress(len(items), shown=bool(show_progress_bar) and bool(items)) as progress:
+            store, advance = results.__setitem__, progress.advance
+            # Images first: they end with the task's graph open, which the texts then find.
+            if images and self._images is not None:
+                pictures = [items[place] for place in images]
+                self._images.embed(pictures, images, "sentences", request, store, advance)
+            self._texts.embed([items[place] for place in texts], texts, request, store, advance)
+        vectors: Vectors | list[Vectors] = results[0] if single else results
+        return vectors
 
-    def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Any:
+    def encode_query(self, sentences: str | Image | Sequence[str | Image], **options: Any) -> Any:
         """:meth:`encode` with the task's prompt "query"; without one, its default or none.
 
         Args:
-            sentences: texts, or one text.
+            sentences: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
         return self.encode(sentences, **self._with_role(options, ("query",)))
 
-    def encode_document(self, sentences: str | Sequence[str], **options: Any) -> Any:
+    def encode_document(
+        self, sentences: str | Image | Sequence[str | Image], **options: Any
+    ) -> Any:
         """:meth:`encode` with the task's prompt "document" or "passage"; without one, none.
 
         A default prompt is left out too: it is the queries' where documents have none of their own.
 
         Args:
-            sentences: texts, or one text.
+            sentences: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
         options = self._with_role(options, ("document", "passage"))
@@ -278,16 +300,76 @@ class Embedder:
             options["prompt"] = ""
         return self.encode(sentences, **options)
 
-    def encode_image(self, images: Any, *, task: str | None = None, **options: Any) -> NoReturn:
-        """Vectors of images, from models with a vision tower; this version has none to run.
+    def encode_image(
+        self,
+        images: str | Image | Sequence[str | Image],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = BATCH_SIZE,
+        max_pixels: int | None = None,
+        min_pixels: int | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        show_progress_bar: bool | None = None,
+        multi_vector: bool = False,
+    ) -> Any:
+        """Vectors of some images, in their order; the bundle needs a vision tower.
+
+        Args:
+            images: images, or one: a path (a string too), the bytes of an image file, a PIL image,
+                or an array ``[height, width]`` or ``[height, width, 1, 3 or 4]`` of uint8, uint16,
+                bool or floats from 0 to 1. Several pages or frames: the first.
+            task: as for :meth:`encode`.
+            prompt_name: refused, images take no prompt.
+            prompt: likewise.
+            batch_size: most images of a batch.
+            max_pixels: pixels that larger images are scaled down to; ``None``: as the source does.
+                More pixels are more tokens: finer, and slower.
+            min_pixels: pixels that smaller images are scaled up to; ``None``: as the source does.
+            truncate_dim: as for :meth:`encode`.
+            normalize_embeddings: as for :meth:`encode`.
+            show_progress_bar: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
+
+        Returns:
+            float32 ``[images, dim]``, ``[dim]`` for one image, ``[0, dim]`` for none. With
+            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array.
 
         Raises:
-            EmbedgeValueError: always, with what the bundle can embed.
+            ImageError: for an image that cannot be used, with its place.
+            EmbedgeValueError: for another argument that cannot be used, or without a vision tower.
+            EmbedgeImportError: without Pillow.
+            BundleError: if a graph cannot be opened.
+            InferenceError: if a graph fails.
         """
-        raise EmbedgeValueError(
-            f"{self._bundle.root}: the bundle has no vision tower; it embeds: "
-            f"{', '.join(self._model.modalities)}"
+        if self._images is None:
+            where = "" if self._model.image is None else f" at precision {self._precision!r}"
+            raise EmbedgeValueError(
+                f"{self._bundle.root}: the bundle has no vision tower{where}; it embeds: "
+                f"{', '.join(self.modalities)}"
+            )
+        if prompt_name is not None or prompt is not None:
+            raise EmbedgeValueError("images take no prompt; leave prompt_name and prompt out")
+        items, single = as_images(images)
+        request = self._request(
+            task=task,
+            prompt="",
+            batch_size=batch_size,
+            truncate_dim=truncate_dim,
+            normalize_embeddings=normalize_embeddings,
+            multi_vector=multi_vector,
+            max_pixels=max_pixels,
+            min_pixels=min_pixels,
         )
+        results = request.empty_results(len(items))
+        shown = bool(show_progress_bar) and bool(items)
+        with Progress(len(items), shown=shown, unit="image") as progress:
+            self._images.embed(
+                items, range(len(items)), "images", request, results.__setitem__, progress.advance
+            )
+        return results[0] if single else results
 
     def similarity(self, a: Any, b: Any) -> Vectors:
         """Similarity of each of ``a`` to each of ``b``, as the source model defines it.
@@ -320,9 +402,7 @@ class Embedder:
         request = self._request(task=task)
         vectors = np.zeros((len(ids), request.dim), np.float32)
         texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
-        self._pipeline.embed_tokens(
-            texts, range(len(ids)), request, vectors.__setitem__, lambda _: None
-        )
+        self._rows.run(texts, range(len(ids)), request, vectors.__setitem__, lambda _: None)
         return vectors
 
     # -- inside ---------------------------------------------------------------------------------
@@ -335,39 +415,5 @@ class Embedder:
         prompts = self._bundle.manifest.tasks[task].prompts
         return {**options, "prompt_name": next((n for n in names if n in prompts), None)}
 
-    def _request(
-        self,
-        *,
-        task: str | None,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = BATCH_SIZE,
-        max_batch_tokens: int | None = None,
-        truncate_dim: int | None = None,
-        normalize_embeddings: bool = False,
-        on_truncate: str = "warn",
-        multi_vector: bool = False,
-    ) -> Request:
-        manifest = self._bundle.manifest
-        name = choose_task(manifest, self._precision, task)
-        dim = choose_dim(self._model, truncate_dim)
-        if check_flag("multi_vector", multi_vector):
-            if self._model.multi_vector_dim is None:
-                raise EmbedgeValueError(
-                    f"{self._bundle.root}: no multi-vector head; leave multi_vector out"
-                )
-            if truncate_dim is not None:
-                raise EmbedgeValueError("truncate_dim is for single vectors, not multi_vector=True")
-            dim = self._model.multi_vector_dim
-        return Request(
-            task=name,
-            prefix=choose_prompt(name, manifest.tasks[name], prompt_name, prompt),
-            batch_size=check_positive("batch_size", batch_size),
-            max_batch_tokens=None
-            if max_batch_tokens is None
-            else check_positive("max_batch_tokens", max_batch_tokens),
-            dim=dim,
-            normalize=check_flag("normalize_embeddings", normalize_embeddings),
-            on_truncate=check_choice("on_truncate", on_truncate, ON_TRUNCATE),
-            multi_vector=multi_vector,
-        )
+    def _request(self, **arguments: Any) -> Request:
+        return make_request(self._bundle.manifest, self._precision, **arguments)

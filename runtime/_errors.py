@@ -2,7 +2,8 @@
 
     EmbedgeError
     ├── EmbedgeValueError        an argument that cannot be used (also a ValueError)
-    │   └── TextTooLongError     a text that would be cut, under on_truncate="error"
+    │   ├── TextTooLongError     a text that would be cut, under on_truncate="error"
+    │   └── ImageError           an image that cannot be read, or has too many tokens
     ├── EmbedgeImportError       a package is missing or installed twice (also an ImportError)
     ├── BundleError              a bundle is missing, damaged, or not what its manifest says
     │   └── ManifestError        its manifest.json cannot be used
@@ -24,6 +25,7 @@ __all__ = [
     "EmbedgeImportError",
     "EmbedgeValueError",
     "EmbedgeWarning",
+    "ImageError",
     "InferenceError",
     "ManifestError",
     "TextTooLongError",
@@ -56,6 +58,25 @@ class TextTooLongError(EmbedgeValueError):
             f"sentences[{self.index}] is longer than {self.max_length} tokens; shorten it, or pass "
             'on_truncate="ignore"'
         )
+
+
+class ImageError(EmbedgeValueError):
+    """One of a call's images cannot be used.
+
+    Args:
+        name: the argument it came in.
+        index: the image's place in the call.
+        reason: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, name: str, index: int, reason: str) -> None:
+        super().__init__(name, index, reason)
+        self.name = name
+        self.index = index
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.index}]: {self.reason}"
 
 
 class EmbedgeImportError(EmbedgeError, ImportError):

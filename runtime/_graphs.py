@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._lanes import Lanes
+from embedge.runtime._manifest import VISION
 from embedge.runtime._pool import GraphPool
 from embedge.runtime._session import GraphSession
 
@@ -27,11 +28,19 @@ __all__ = ["Graphs"]
 SMALL_GRAPH_BYTES = 100_000_000
 CPU_BATCH_TOKENS_PER_THREAD = 512
 GPU_BATCH_TOKENS = 16384
+VISION_INPUTS = (
+    "pixel_values",
+    "rotary_cos",
+    "rotary_sin",
+    "window_index",
+    "window_lengths",
+    "window_restore",
+)
 NARROW_TOKENS = 64  # at 8 bits the crossover lies between 64 and 128
 
 
 class Graphs:
-    """Opens graphs by task and bounds how many stay open.
+    """Opens graphs by name, a task's or ``VISION``, and bounds how many stay open.
 
     Args:
         bundle: where the graphs are.
@@ -65,44 +74,44 @@ class Graphs:
             self._make, self._size_bytes, max_graphs=max_sessions, memory_limit=memory_limit
         )
 
-    def use(self, task: str) -> AbstractContextManager[Lanes]:
-        """The graph of a task, kept open until the block ends.
+    def use(self, name: str) -> AbstractContextManager[Lanes]:
+        """A graph, kept open until the block ends.
 
         Raises:
             EmbedgeError: if one session of the graph is above the memory limit.
         """
-        return self._pool.use(task)
+        return self._pool.use(name)
 
-    def lanes(self, task: str) -> int:
-        """Batches of a task's graph that run at the same time."""
-        small = self._device == "cpu" and self._size_bytes(task) <= SMALL_GRAPH_BYTES
+    def lanes(self, name: str) -> int:
+        """Batches of a graph that run at the same time."""
+        small = self._device == "cpu" and self._size_bytes(name) <= SMALL_GRAPH_BYTES
         return self._threads if small else 1
 
-    def batch_tokens(self, task: str) -> int:
-        """Padded tokens of a batch that run fastest here."""
+    def batch_tokens(self, name: str) -> int:
+        """Padded tokens, or patches, of a run that is fast here."""
         if self._device == "cuda":
             return GPU_BATCH_TOKENS
-        if self._size_bytes(task) <= SMALL_GRAPH_BYTES:
+        if self._size_bytes(name) <= SMALL_GRAPH_BYTES:
             return CPU_BATCH_TOKENS_PER_THREAD
         return CPU_BATCH_TOKENS_PER_THREAD * max(2, self._threads)
 
-    def _make(self, task: str, may_open_second: Callable[[], bool]) -> Lanes:
+    def _make(self, name: str, may_open_second: Callable[[], bool]) -> Lanes:
         # Constants are listed where products are 8-bit integers.
         narrow_tokens = NARROW_TOKENS if self._settings.activation_constants else 0
         return Lanes(
-            functools.partial(self._open, task),
+            functools.partial(self._open, name),
             may_open_second,
             threads=self._threads,
-            executor=self._executor if self.lanes(task) > 1 else None,
+            executor=self._executor if self.lanes(name) > 1 else None,
             narrow_tokens=narrow_tokens,
         )
 
-    def _open(self, task: str, threads: int) -> GraphSession:
+    def _open(self, name: str, threads: int) -> GraphSession:
         return GraphSession(
-            self._bundle.graph(self._precision, task),
+            self._bundle.graph(self._precision, name),
             device=self._device,
             threads=threads,
             constants=self._settings.activation_constants,
-            inputs=self._inputs,
+            inputs=VISION_INPUTS if name == VISION and self._settings.vision else self._inputs,
             arena=self._keeps_arena,
         )

@@ -104,6 +104,7 @@ def _column_maxima(products: Vectors) -> Vectors:
     side = min(count, max(1, _WIDE_ROW // width))
     even = count - count % side
     wide = products[:even].reshape(-1, side * width).max(axis=0).reshape(side, width)
-    if even == count:
-        return wide.max(axis=0)
-    return np.maximum(wide.max(axis=0), products[even:].max(axis=0))
+    best: Vectors = wide.max(axis=0)
+    if even < count:
+        np.maximum(best, products[even:].max(axis=0), out=best)
+    return best

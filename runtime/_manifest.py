@@ -2,7 +2,7 @@
 
 Rules:
     * ``format_version`` is "major.minor". Another major version is refused, a newer minor one
-      warns.
+      warns. 1.1 added images: ``model.image`` and ``vision`` of a precision.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, layer table and the tokenizer is listed in ``files``.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedge.runtime._errors import EmbedgeWarning, ManifestError
+from embedge.runtime._image_settings import ImageSettings
 from embedge.runtime._manifest_parts import (
     ActivationConstant,
     Adapter,
@@ -34,9 +35,11 @@ from embedge.runtime._typed_json import Table
 
 __all__ = [
     "FORMAT_VERSION",
+    "VISION",
     "ActivationConstant",
     "Adapter",
     "FileEntry",
+    "ImageSettings",
     "Manifest",
     "Model",
     "Precision",
@@ -46,7 +49,8 @@ __all__ = [
     "TokenizerSettings",
 ]
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
+VISION = "vision"  # what the graph of the vision tower is called among those of the tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,13 @@ class Manifest:
             raise ManifestError(f"{file}: {missing}: expected at least one, found none")
         named = {"tokenizer.file": self.tokenizer.file}
         for name, precision in self.precisions.items():
+            if precision.vision is not None:
+                key = f"precisions.{name}.vision"
+                if self.model.image is None:
+                    raise ManifestError(f"{file}: {key}: expected null, as model.image is")
+                if VISION in self.tasks:
+                    raise ManifestError(f"{file}: {key}: a task has the name {VISION!r} as well")
+                named[key] = precision.vision
             for kind, paths in (("graphs", precision.graphs), ("layers", precision.layers)):
                 for task, path in paths.items():
                     key = f"precisions.{name}.{kind}.{task}"

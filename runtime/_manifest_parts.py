@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from embedge.runtime._image_settings import ImageSettings
 from embedge.runtime._typed_json import Table
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions")
 CONSTANT_TYPES = ("float32", "uint8", "int8")
 
 
@@ -89,8 +91,9 @@ class Model:
         matryoshka_dims: dimensions that may be asked for; ``None``: any.
         multi_vector_dim: length of a token's vector, ``None`` without a multi-vector head.
         modalities: "text", "image".
-        inputs: names of the graphs' inputs.
+        inputs: names of the task graphs' inputs; with images, all of :data:`IMAGE_INPUTS` too.
         similarity: "cosine" or "dot".
+        image: how images become patches and tokens, ``None`` where they are not taken.
     """
 
     dim: int
@@ -102,10 +105,12 @@ class Model:
     modalities: tuple[str, ...]
     inputs: tuple[str, ...]
     similarity: str
+    image: ImageSettings | None = None
 
     @classmethod
     def parse(cls, table: Table) -> Model:
         """Reads the object, see :class:`Table` for what it raises."""
+        image = table.optional_table("image")
         model = cls(
             dim=table.integer("dim", minimum=1),
             pooling=table.string("pooling"),
@@ -116,17 +121,21 @@ class Model:
             modalities=table.strings("modalities"),
             inputs=table.strings("inputs"),
             similarity=table.choice("similarity", ("cosine", "dot")),
+            image=None if image is None else ImageSettings.parse(image),
         )
         for index, dim in enumerate(model.matryoshka_dims or ()):
             if dim > model.dim:
                 table.fail(f"matryoshka_dims[{index}]", f"{dim} is above model.dim, {model.dim}")
-        unknown = [name for name in model.inputs if name not in INPUTS]
-        if unknown or not {"input_ids", "attention_mask"} <= set(model.inputs):
+        needed = {"input_ids", "attention_mask", *(IMAGE_INPUTS if image else ())}
+        if not needed <= set(model.inputs) <= needed | set(INPUTS):
             table.fail(
                 "inputs",
-                "expected input_ids, attention_mask and perhaps token_type_ids, found "
+                f"expected {', '.join(sorted(needed))} and perhaps token_type_ids, found "
                 + (", ".join(model.inputs) or "none"),
             )
+        if ("image" in model.modalities) != (image is not None):
+            found = "an object" if image else "null"
+            table.fail("image", f"found {found}, where modalities are {list(model.modalities)}")
         return model
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +151,7 @@ class Model:
             "modalities": list(self.modalities),
             "inputs": list(self.inputs),
             "similarity": self.similarity,
+            "image": None if self.image is None else self.image.to_dict(),
         }
 
 
@@ -259,6 +269,7 @@ class Precision:
 
     Attributes:
         graphs: path of the graph by task; a task may be missing.
+        vision: path of the graph of the vision tower, which the tasks share; ``None`` without one.
         devices: "cpu", "cuda": where its kernels exist.
         row_multiple: batch × tokens has to be a multiple of this.
         activation_constants: initializers to replace where u8×s8 products saturate, by name.
@@ -274,6 +285,7 @@ class Precision:
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
     fidelity: Mapping[str, Any] = field(default_factory=dict)
+    vision: str | None = None
 
     @classmethod
     def parse(cls, table: Table) -> Precision:
@@ -292,6 +304,7 @@ class Precision:
             options=table.free("options"),
             layers={task: _path(layers, task) for task in layers.values} if layers else {},
             fidelity=table.free("fidelity"),
+            vision=None if table.values.get("vision") is None else _path(table, "vision"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -299,6 +312,7 @@ class Precision:
         constants = self.activation_constants
         return {
             "graphs": dict(self.graphs),
+            "vision": self.vision,
             "devices": list(self.devices),
             "row_multiple": self.row_multiple,
             "activation_constants": {name: c.to_dict() for name, c in constants.items()},

@@ -9,14 +9,15 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Counts texts on standard error; closes with its block.
+    """Counts what was embedded on standard error; closes with its block.
 
     Args:
-        total: texts to come, ``None`` where that is not known.
+        total: texts or images to come, ``None`` where that is not known.
         shown: ``False`` counts in silence.
+        unit: what is counted.
     """
 
-    def __init__(self, total: int | None, *, shown: bool) -> None:
+    def __init__(self, total: int | None, *, shown: bool, unit: str = "text") -> None:
         self._bar: Any = None
         if not shown:
             return
@@ -24,12 +25,12 @@ class Progress:
             from tqdm import tqdm
         except ImportError:
             return
-        self._bar = tqdm(total=total, unit="text", desc="embed", dynamic_ncols=True)
+        self._bar = tqdm(total=total, unit=unit, desc="embed", dynamic_ncols=True)
 
-    def advance(self, texts: int) -> None:
-        """Counts some more texts."""
+    def advance(self, count: int) -> None:
+        """Counts some more."""
         if self._bar is not None:
-            self._bar.update(texts)
+            self._bar.update(count)
 
     def __enter__(self) -> Progress:
         return self

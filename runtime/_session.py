@@ -83,7 +83,7 @@ class GraphSession:
             )
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
-    def run(self, output: str, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    def run(self, output: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """One output for a batch, as float32.
 
         Raises:
@@ -101,10 +101,9 @@ class GraphSession:
             else:
                 (result,) = self._session.run([output], dict(inputs))
         except Exception as error:  # ONNX Runtime's errors have no common base
-            rows, tokens = inputs["input_ids"].shape
             raise InferenceError(
-                f"{self.file}: failed on a batch of {rows} × {tokens} tokens: {_one_line(error)}; "
-                "if memory ran out, lower max_batch_tokens"
+                f"{self.file}: failed on {_batch(inputs)}: {_one_line(error)}; if memory ran out, "
+                "lower max_batch_tokens, or max_pixels for images"
             ) from error
         if not np.isfinite(result).all():
             raise InferenceError(
@@ -113,7 +112,7 @@ class GraphSession:
             )
         return np.asarray(result, np.float32)
 
-    def _run_bound(self, output: str, inputs: Mapping[str, NDArray[np.int64]]) -> Any:
+    def _run_bound(self, output: str, inputs: Mapping[str, NDArray[Any]]) -> Any:
         """A run with its inputs copied to the device first and its output fetched once."""
         import onnxruntime
 
@@ -125,6 +124,15 @@ class GraphSession:
         binding.bind_output(output, self.device, 0)
         self._session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()[0]
+
+
+def _batch(inputs: Mapping[str, NDArray[Any]]) -> str:
+    """The size of a batch in words."""
+    if "input_ids" in inputs:
+        rows, tokens = inputs["input_ids"].shape
+        return f"a batch of {rows} × {tokens} tokens"
+    images, patches = inputs["pixel_values"].shape[:2]
+    return f"{images} images of {patches} patches"
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Texts from a stream of lines, or of JSON objects.
+"""Texts, or paths of images, from a stream of lines, or of JSON objects.
 
 Rules:
     * Lines end with a line feed; a carriage return before it, and a byte order mark at the start,
@@ -22,7 +22,7 @@ __all__ = ["Record", "chunked", "read_records"]
 
 @dataclass(frozen=True)
 class Record:
-    """A text, the number of its line (from 1), and the other members of its JSON object."""
+    """A text or path, the number of its line (from 1), the other members of its JSON object."""
 
     text: str
     line: int

@@ -16,9 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _image_graphs import PATCH_VALUES, TINY, of_image, of_text, write_task, write_vision
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from embedge.runtime._manifest import FORMAT_VERSION
+from embedge.runtime._manifest_parts import IMAGE_INPUTS
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60)), "query:", "passage:")
 DIM, MULTI_DIM, MAX_LENGTH = 8, 4, 16
@@ -34,17 +38,27 @@ class TinyBundle:
     Attributes:
         table: float32 ``[words, DIM]``.
         matrices: float32 ``[DIM, DIM]`` by task.
+        projection: float32 ``[PATCH_VALUES, DIM]`` of the vision graph.
     """
 
     path: Path
     table: NDArray[np.float32]
     matrices: Mapping[str, NDArray[np.float32]]
+    projection: NDArray[np.float32]
 
     def expected(self, task: str, ids: Sequence[int]) -> NDArray[np.float32]:
         """The vector of some token ids, float32 ``[DIM]``."""
         pooled = (self.table[list(ids)] @ self.matrices[task]).mean(axis=0)
         vector: NDArray[np.float32] = (pooled / np.linalg.norm(pooled)).astype(np.float32)
         return vector
+
+    def of_text(self, task: str, ids: Sequence[int]) -> tuple[Array, Array]:
+        """Vector and multi-vectors of token ids, from a bundle with images."""
+        return of_text(self.table, self.matrices[task], ids)
+
+    def of_image(self, task: str, image: Any, **pixels: int) -> tuple[Array, Array]:
+        """Vector and multi-vectors of an image."""
+        return of_image(self.table, self.matrices[task], self.projection, image, **pixels)
 
     def manifest(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
@@ -188,6 +202,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
         eos: int | None = None,
         multi_vector: bool = False,
         token_type_ids: bool = False,
+        images: bool = False,
         model: Mapping[str, Any] | None = None,
     ) -> TinyBundle:
         folder = tmp_path / name
@@ -195,21 +210,35 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
         generator = np.random.default_rng(FP32_SEED)
         table = generator.normal(size=(len(WORDS), DIM)).astype(np.float32)
         matrices = {task: generator.normal(size=(DIM, DIM)).astype(np.float32) for task in tasks}
+        projection = generator.normal(size=(PATCH_VALUES, DIM)).astype(np.float32)
         write_tokenizer(folder / "tokenizer.json", special_tokens=special_tokens)
         settings = precisions or {"fp32": {}}
         for precision in settings:
             (folder / precision).mkdir()
+            if images:
+                write_vision(folder / precision / "vision.onnx", projection)
             for task in tasks:
-                write_graph(
-                    folder / precision / f"{task}.onnx",
-                    table,
-                    matrices[task],
-                    multi_vector=multi_vector,
-                    token_type_ids=token_type_ids,
-                )
+                graph = folder / precision / f"{task}.onnx"
+                if images:
+                    write_task(graph, table, matrices[task])
+                else:
+                    write_graph(
+                        graph,
+                        table,
+                        matrices[task],
+                        multi_vector=multi_vector,
+                        token_type_ids=token_type_ids,
+                    )
                 write_layers(folder / precision / f"{task}.layers.json")
+        of_images = {
+            "max_length": 64,
+            "multi_vector_dim": MULTI_DIM,
+            "modalities": ["text", "image"],
+            "inputs": ["input_ids", "attention_mask", *IMAGE_INPUTS],
+            "image": TINY.to_dict(),
+        }
         manifest = {
-            "format_version": "1.0",
+            "format_version": FORMAT_VERSION,
             "producer": {"name": "embedge", "version": "0.1.0"},
             "source": {"name": "tiny", "model_type": "bert", "license": None, "sha256": "0" * 64},
             "model": {
@@ -223,6 +252,8 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
                 "inputs": ["input_ids", "attention_mask"]
                 + (["token_type_ids"] if token_type_ids else []),
                 "similarity": "cosine",
+                "image": None,
+                **(of_images if images else {}),
                 **(model or {}),
             },
             "tokenizer": {"file": "tokenizer.json", "pad_token_id": 0, "append_eos_token_id": eos},
@@ -237,6 +268,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
             "precisions": {
                 precision: {
                     "graphs": {task: f"{precision}/{task}.onnx" for task in tasks},
+                    "vision": f"{precision}/vision.onnx" if images else None,
                     "devices": ["cpu"],
                     "row_multiple": 1,
                     "activation_constants": {},
@@ -250,9 +282,22 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
             "files": file_entries(folder),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        return TinyBundle(path=folder, table=table, matrices=matrices)
+        return TinyBundle(path=folder, table=table, matrices=matrices, projection=projection)
 
     return make
+
+
+@pytest.fixture
+def with_images(make_bundle: MakeBundle) -> TinyBundle:
+    """Two tasks and a vision tower, prompts and multi-vectors."""
+    return make_bundle(
+        "images",
+        tasks=("retrieval", "code"),
+        images=True,
+        prompts={"query": "query: "},
+        default_prompt="query",
+        model={"matryoshka_dims": [4, 8]},
+    )
 
 
 @pytest.fixture

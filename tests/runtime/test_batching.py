@@ -70,7 +70,7 @@ def test_batch_times_tokens_is_a_multiple_within_the_limit(
     )
     mask = batch.inputs["attention_mask"]
     assert mask.shape == shape
-    assert batch.texts == rows
+    assert batch.rows == rows
     assert mask[:rows].sum() == rows * length
     assert (mask[rows:].sum(axis=1) == 1).all()  # no row without a token
 

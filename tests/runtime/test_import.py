@@ -14,7 +14,17 @@ import embedge.runtime
 from embedge.runtime import EmbedgeError, EmbedgeImportError
 from embedge.runtime._requirements import check_onnxruntime
 
-BANNED = ("torch", "transformers", "onnx", "peft", "scipy", "optimum", "onnx_ir", "safetensors")
+BANNED = (
+    "torch",
+    "transformers",
+    "onnx",
+    "peft",
+    "scipy",
+    "optimum",
+    "onnx_ir",
+    "safetensors",
+    "PIL",
+)
 
 LOADED = """
 import embedge.runtime, embedge.runtime._cli, embedge.runtime._cli_embed

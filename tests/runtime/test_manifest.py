@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+from _images import SETTINGS
 
 from embedge.runtime import BundleError, EmbedgeWarning, ManifestError
 from embedge.runtime._manifest import FORMAT_VERSION, Manifest
@@ -25,6 +26,7 @@ DOCUMENT: dict[str, Any] = {
         "modalities": ["text"],
         "inputs": ["input_ids", "attention_mask", "token_type_ids"],
         "similarity": "cosine",
+        "image": None,
     },
     "tokenizer": {"file": "tokenizer.json", "pad_token_id": 0, "append_eos_token_id": None},
     "tasks": {
@@ -38,6 +40,7 @@ DOCUMENT: dict[str, Any] = {
     "precisions": {
         "int8": {
             "graphs": {"retrieval": "int8/retrieval.onnx"},
+            "vision": None,
             "devices": ["cpu"],
             "row_multiple": 2,
             "activation_constants": {
@@ -75,6 +78,65 @@ def test_reading_and_writing_are_inverses_and_keep_the_order() -> None:
     assert Manifest.from_dict(written) == Manifest.from_dict(DOCUMENT)
 
 
+def test_documents_of_version_1_0_have_no_images() -> None:
+    document = changed("format_version", "1.0")
+    del document["model"]["image"], document["precisions"]["int8"]["vision"]
+    manifest = Manifest.from_dict(document)
+    assert manifest.format_version == "1.0"
+    assert manifest.model.image is None
+    assert manifest.precisions["int8"].vision is None
+
+
+def with_images() -> dict[str, Any]:
+    document = changed("model/image", SETTINGS.to_dict())
+    document["model"]["modalities"] = ["text", "image"]
+    document["model"]["inputs"] = ["input_ids", "attention_mask", "position_ids", "pool_mask"]
+    document["model"]["inputs"] += ["image_features", "image_positions"]
+    document["precisions"]["int8"]["vision"] = "int8/vision.onnx"
+    document["files"]["int8/vision.onnx"] = {"size": 1, "sha256": SHA}
+    return document
+
+
+def test_images_are_read_and_written() -> None:
+    document = with_images()
+    manifest = Manifest.from_dict(document)
+    assert manifest.model.image is not None
+    assert manifest.model.image.before_ids == (151644, 872, 198, 151652)
+    assert manifest.precisions["int8"].vision == "int8/vision.onnx"
+    assert json.dumps(manifest.to_dict()) == json.dumps(document)
+    del document["precisions"]["int8"]["vision"]
+    assert Manifest.from_dict(document).precisions["int8"].vision is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model/image", None, "model.inputs: expected attention_mask, input_ids and perhaps"),
+        ("model/modalities", ["text"], "model.image: found an object, where modalities are ['te"),
+        ("model/inputs", ["input_ids", "attention_mask"], "model.inputs: expected attention_mask,"),
+        ("model/image/hidden_size", 0, "model.image.hidden_size: expected a whole number ≥ 1"),
+        ("precisions/int8/vision", "../v.onnx", "is not a path inside the bundle"),
+        ("precisions/int8/vision", "int8/v.onnx", "int8.vision: 'int8/v.onnx' is not listed in"),
+        ("tasks/vision", {}, "precisions.int8.vision: a task has the name 'vision' as well"),
+    ],
+)
+def test_what_does_not_fit_images_is_named(path: str, value: Any, message: str) -> None:
+    document = with_images()
+    *parents, key = path.split("/")
+    table = document
+    for parent in parents:
+        table = table[parent]
+    table[key] = value
+    with pytest.raises(ManifestError) as caught:
+        Manifest.from_dict(document)
+    assert message in str(caught.value)
+
+
+def test_a_vision_tower_needs_to_know_its_images() -> None:
+    with pytest.raises(ManifestError, match=r"int8\.vision: expected null, as model\.image is"):
+        Manifest.from_dict(changed("precisions/int8/vision", "int8/retrieval.onnx"))
+
+
 def test_unknown_keys_are_ignored() -> None:
     document = changed("model/new_key", {"deep": 1})
     document["another"] = 3
@@ -103,7 +165,11 @@ def test_keys_that_may_be_missing_have_defaults() -> None:
         ("model/normalize", 1, "model.normalize: expected true or false, found 1"),
         ("model/matryoshka_dims", [64, "x"], "model.matryoshka_dims[1]: expected a whole number"),
         ("model/matryoshka_dims", [512], "model.matryoshka_dims[0]: 512 is above model.dim, 384"),
-        ("model/inputs", ["input_ids"], "model.inputs: expected input_ids, attention_mask"),
+        (
+            "model/inputs",
+            ["input_ids"],
+            "model.inputs: expected attention_mask, input_ids and perhaps token_type_ids, found",
+        ),
         ("model/inputs", [1], "model.inputs[0]: expected a string, found 1"),
         ("model/similarity", "l2", 'model.similarity: expected one of cosine, dot, found "l2"'),
         ("tokenizer/pad_token_id", None, "tokenizer.pad_token_id: expected a whole number ≥ 0"),
@@ -176,6 +242,6 @@ def test_another_major_version_is_refused(version: str, hint: str) -> None:
 
 
 def test_a_newer_minor_version_warns_and_is_read() -> None:
-    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.7 is newer than 1\.0"):
+    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.7 is newer than 1\.1"):
         manifest = Manifest.from_dict(changed("format_version", "1.7"))
     assert manifest.model.dim == 384

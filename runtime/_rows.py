@@ -1,0 +1,105 @@
+"""From rows of tokens to vectors: batch, pad, run, truncate. A row is a text or an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.runtime._batching import Row, pad_batch, plan_batches
+from embedge.runtime._errors import BundleError
+from embedge.runtime._graphs import Graphs
+from embedge.runtime._manifest import Model
+from embedge.runtime._request import Request
+from embedge.runtime._session import GraphSession
+from embedge.runtime._similarity import normalized
+
+__all__ = ["RowRunner"]
+
+_OUTPUTS = {False: "embedding", True: "token_embeddings"}
+
+Vectors = NDArray[np.float32]
+
+
+class RowRunner:
+    """Runs a task's graph on rows.
+
+    Args:
+        graphs: of one precision.
+        model: what they compute.
+        pad_token_id: the id that fills rows.
+        row_multiple: batch × tokens is a multiple of this.
+    """
+
+    def __init__(
+        self, graphs: Graphs, model: Model, *, pad_token_id: int, row_multiple: int
+    ) -> None:
+        self._graphs = graphs
+        self._model = model
+        self._pad_token_id = pad_token_id
+        self._row_multiple = row_multiple
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        places: Sequence[int],
+        request: Request,
+        store: Callable[[int, Vectors], None],
+        advance: Callable[[int], object],
+    ) -> None:
+        """Stores each row's result under its place.
+
+        Args:
+            rows: of at least one token each.
+            places: the index to store each under.
+            request: the call.
+            store: takes a place and float32 ``[dim]``, or ``[tokens, dim]`` for multi-vectors.
+            advance: takes the number of rows that were done.
+        """
+        if not rows:
+            return
+        batches = plan_batches(
+            [len(row) for row in rows],
+            batch_size=request.batch_size,
+            max_batch_tokens=request.max_batch_tokens or self._graphs.batch_tokens(request.task),
+            lanes=self._graphs.lanes(request.task),
+        )
+
+        def work(session: GraphSession, batch: NDArray[np.intp]) -> list[Vectors]:
+            return self._run(session, [rows[i] for i in batch], request)
+
+        def done(batch: NDArray[np.intp], results: list[Vectors]) -> None:
+            for index, result in zip(batch, results, strict=True):
+                store(places[index], result)
+            advance(len(batch))
+
+        longest = len(rows[batches[0][0]])
+        with self._graphs.use(request.task) as lanes:
+            lanes.run(batches, work, done, tokens=longest * len(batches[0]))
+
+    def _run(self, session: GraphSession, rows: Sequence[Row], request: Request) -> list[Vectors]:
+        """The result of each row of one batch."""
+        model = self._model
+        padded = pad_batch(
+            rows,
+            input_names=model.inputs,
+            pad_token_id=self._pad_token_id,
+            row_multiple=self._row_multiple,
+            max_length=model.max_length,
+            hidden_size=model.image.hidden_size if model.image else 0,
+        )
+        result = session.run(_OUTPUTS[request.multi_vector], padded.inputs)[: padded.rows]
+        full_dim = model.multi_vector_dim if request.multi_vector else model.dim
+        if result.shape[-1] != full_dim:
+            raise BundleError(
+                f"{session.file}: expected vectors of {full_dim} dimensions, found "
+                f"{result.shape[-1]}; export the bundle again"
+            )
+        cut = request.dim < result.shape[-1]
+        result = result[..., : request.dim]
+        if request.normalize or (cut and model.normalize):
+            result = normalized(result)
+        if request.multi_vector:
+            return [vectors[: len(row)].copy() for vectors, row in zip(result, rows, strict=True)]
+        return list(result)
