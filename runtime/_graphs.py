@@ -1,11 +1,14 @@
 """The graphs of one precision of a bundle: opened when they are needed, with what runs fast here.
 
-Measured on MiniLM-L6 with 2 threads: batches of 512 tokens at the same time, one thread each, take
-0.8 of the time (int8) to 0.6 (fp32) that runs of 1024 with both threads take. A text alone is
-slower on one thread (0.5 of the speed at int4 and fp32, whatever its length), except up to 64
-tokens at int8, where one thread is 1.1 times as fast as two. Past some tokens a batch no longer
-fits into the cores' caches and every element-wise pass goes to memory (bench/LOG.md). Products with
-thousands of columns scale well over threads.
+Measured on MiniLM-L6 at int8 with 2 threads: batches of 512 tokens at the same time, one thread each,
+take 0.86 of the time of runs of 1024 with both threads (0.78 for 8 texts of 16 tokens), and a text
+of 16 tokens is 1.1 times as fast with one thread as with two; past some 100 tokens two are faster.
+ONNX Runtime cuts 8-bit products into slices of 16 columns once there is a second thread, and packs
+the left side again for each. At int4 and fp32 both ways are within 10 %, and a second session would
+hold the weights twice for nothing; so are products with thousands of columns.
+
+Past some tokens a batch no longer fits into the cores' caches, and every element-wise pass goes to
+memory (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from embedge.runtime._session import GraphSession
 
 __all__ = ["Graphs"]
 
-# Above it a graph's products are wide enough for all threads: 768 columns and 12 layers at int8 are
-# about 110 MB, 384 columns and 6 layers are 23 MB (int8) to 90 MB (fp32).
+# Above it 8-bit products are wide enough for all threads: 12 layers of 768 columns are about 110 MB,
+# 6 layers of 384 columns 23 MB.
 SMALL_GRAPH_BYTES = 100_000_000
 CPU_BATCH_TOKENS_PER_THREAD = 512
 GPU_BATCH_TOKENS = 16384
@@ -36,7 +39,7 @@ VISION_INPUTS = (
     "window_lengths",
     "window_restore",
 )
-NARROW_TOKENS = 64  # at 8 bits the crossover lies between 64 and 128
+NARROW_TOKENS = 64  # the crossover lies between 64 and 128
 
 
 class Graphs:
@@ -84,26 +87,29 @@ class Graphs:
 
     def lanes(self, name: str) -> int:
         """Batches of a graph that run at the same time."""
-        small = self._device == "cpu" and self._size_bytes(name) <= SMALL_GRAPH_BYTES
-        return self._threads if small else 1
+        return self._threads if self._is_narrow(name) else 1
 
     def batch_tokens(self, name: str) -> int:
         """Padded tokens, or patches, of a run that is fast here."""
         if self._device == "cuda":
             return GPU_BATCH_TOKENS
-        if self._size_bytes(name) <= SMALL_GRAPH_BYTES:
+        if self._is_narrow(name):
             return CPU_BATCH_TOKENS_PER_THREAD
         return CPU_BATCH_TOKENS_PER_THREAD * max(2, self._threads)
 
+    def _is_narrow(self, name: str) -> bool:
+        """Whether a run is best left to one thread: narrow products of 8-bit integers on a CPU."""
+        # Activation constants are listed where products are 8-bit integers.
+        integer = self._device == "cpu" and bool(self._settings.activation_constants)
+        return integer and self._size_bytes(name) <= SMALL_GRAPH_BYTES
+
     def _make(self, name: str, may_open_second: Callable[[], bool]) -> Lanes:
-        # Constants are listed where products are 8-bit integers.
-        narrow_tokens = NARROW_TOKENS if self._settings.activation_constants else 0
         return Lanes(
             functools.partial(self._open, name),
             may_open_second,
             threads=self._threads,
             executor=self._executor if self.lanes(name) > 1 else None,
-            narrow_tokens=narrow_tokens,
+            narrow_tokens=NARROW_TOKENS,
         )
 
     def _open(self, name: str, threads: int) -> GraphSession:

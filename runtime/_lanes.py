@@ -1,14 +1,13 @@
 """The sessions of one graph, and how the batches of a call are spread over the processor's cores.
 
 Rules:
-    * A small graph scales badly over the threads of a run. Its batches run at the same time
-      instead, each by one thread of a *narrow* session.
-    * A batch that is alone takes a *wide* session, all threads on one run; unless it is short and
-      the graph's products are 8-bit integers: ONNX Runtime cuts those into slices of 16 columns
-      once there is a second thread, and packs the left side again for each.
+    * The products of a small 8-bit graph scale badly over the threads of a run. Its batches run at
+      the same time instead, each by one thread of a *narrow* session.
+    * A batch that is alone takes the narrow session where it is short, else a *wide* one, all
+      threads on one run.
     * Both sessions are opened when they are first needed. Where the memory limit leaves no room
       for the second, the first does its work.
-    * A large graph, and any graph on a GPU, has the wide session alone and runs batch by batch.
+    * Any other graph has the wide session alone and runs batch by batch.
 """
 
 from __future__ import annotations

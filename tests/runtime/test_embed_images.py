@@ -205,11 +205,12 @@ class TestRuns:
 
     def test_runs_stay_below_the_patch_budget_but_take_one_image(
         self,
-        model: Embedder,
+        with_images: Any,
         runs: list[tuple[str, tuple[int, ...]]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("embedge.runtime._graphs.CPU_BATCH_TOKENS_PER_THREAD", 40)
+        monkeypatch.setattr("embedge.runtime._graphs.CPU_BATCH_TOKENS_PER_THREAD", 20)
+        model = Embedder(with_images.path, threads=2)
         images = [picture(8, 8, seed) for seed in range(5)] + [picture(28, 24)]
         model.encode_image(images, task="code")
         vision = [shape for name, shape in runs if name == "vision"]
@@ -263,6 +264,16 @@ class TestRuns:
         monkeypatch.setattr(pipeline, "_CHUNK_BYTES", 3 * 16 * 24 * 4)  # three of 8 × 8
         model.encode_image([picture(8, 8, seed) for seed in range(30)], task="code")
         assert 0 < most[0] <= 3
+
+    def test_lanes_give_what_each_image_gives_alone(self, make_bundle: Any) -> None:
+        constants = {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}
+        precisions = {"int8": {"activation_constants": constants}}
+        tiny = make_bundle("integer", images=True, precisions=precisions)
+        images = pictures()
+        vectors = Embedder(tiny.path, threads=3).encode_image(images)
+        for vector, image in zip(vectors, images, strict=True):
+            expected, _ = tiny.of_image("retrieval", image)
+            np.testing.assert_allclose(vector, expected, atol=TOLERANCE, rtol=0)
 
     def test_two_threads_share_both_graphs_under_a_limit_for_one(self, with_images: Any) -> None:
         model = Embedder(with_images.path, max_sessions=1)

@@ -397,23 +397,29 @@ INTEGER = {"activation_constants": {"a": {"dtype": "uint8", "full": 128, "reduce
 
 
 class TestLanes:
+    @pytest.fixture
+    def integer(self, make_bundle: Any) -> Any:
+        """A small graph that lists itself as one with 8-bit products."""
+        return make_bundle("integer", precisions={"int8": INTEGER}, model={"max_length": 100})
+
     def test_batches_that_run_together_give_what_each_text_gives_alone(
-        self, bundle: Any, shapes: list[tuple[int, int]]
+        self, integer: Any, shapes: list[tuple[int, int]]
     ) -> None:
         generator = np.random.default_rng(5)
         texts = [
             " ".join(f"w{generator.integers(60)}" for _ in range(generator.integers(1, 14)))
             for _ in range(300)
         ]
-        alone = Embedder(bundle.path, threads=1)
+        alone = Embedder(integer.path, threads=1)
         expected = np.stack([alone.encode(text) for text in texts])
         shapes.clear()
-        together = Embedder(bundle.path, threads=4).encode(texts, batch_size=8)
+        together = Embedder(integer.path, threads=4).encode(texts, batch_size=8)
         assert len(shapes) >= 300 / 8
         np.testing.assert_allclose(together, expected, atol=TOLERANCE, rtol=0)
 
-    def test_several_callers_share_the_lanes(self, two_tasks: Any) -> None:
-        model = Embedder(two_tasks.path, precision="fp32", max_sessions=1, threads=2)
+    def test_several_callers_share_the_lanes(self, make_bundle: Any) -> None:
+        tiny = make_bundle(tasks=("retrieval", "code"), precisions={"int8": INTEGER})
+        model = Embedder(tiny.path, max_sessions=1, threads=2)
         texts = [f"w{i}" for i in range(60)]
         expected = {task: model.encode(texts, task=task) for task in model.tasks}
         failures: list[BaseException] = []
@@ -437,9 +443,9 @@ class TestLanes:
         assert failures == []
 
     def test_a_graph_that_fails_in_a_lane_is_the_calls_error(
-        self, bundle: Any, monkeypatch: pytest.MonkeyPatch
+        self, integer: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model = Embedder(bundle.path, threads=2)
+        model = Embedder(integer.path, threads=2)
         run = GraphSession.run
 
         def failing(self: GraphSession, output: str, inputs: Any) -> Any:
@@ -454,55 +460,58 @@ class TestLanes:
                 model.encode(texts, batch_size=10)
         assert model.encode(texts).shape == (30, 8)
 
-    def test_one_text_is_wide_and_several_are_narrow(
-        self, bundle: Any, opened: list[tuple[str, int]]
+    def test_several_texts_and_a_short_one_are_narrow_and_a_long_one_is_wide(
+        self, integer: Any, opened: list[tuple[str, int]]
     ) -> None:
-        model = Embedder(bundle.path, threads=2)
+        model = Embedder(integer.path, threads=2)
         assert opened == []
-        model.encode("w1")
-        assert opened == [("retrieval", 2)]
-        model.encode(["w1", "w2"])
-        model.encode("w1")
-        assert opened == [("retrieval", 2), ("retrieval", 1)]
-
-    def test_short_texts_of_8_bit_graphs_take_one_thread(
-        self, make_bundle: Any, opened: list[tuple[str, int]]
-    ) -> None:
-        tiny = make_bundle(precisions={"int8": INTEGER}, model={"max_length": 100})
-        model = Embedder(tiny.path, threads=2)
+        model.encode(["w1 " * 90] * 2)
         model.encode("w1 " * 62)  # and two special tokens
         assert opened == [("retrieval", 1)]
         model.encode("w1 " * 63)
+        model.encode(["w1", "w2"])
         assert opened == [("retrieval", 1), ("retrieval", 2)]
 
-    def test_a_large_graph_has_one_session_and_larger_batches(
+    def test_one_thread_needs_one_session(
+        self, integer: Any, opened: list[tuple[str, int]]
+    ) -> None:
+        model = Embedder(integer.path, threads=1)
+        model.encode(["w1", "w2"])
+        model.encode("w1 " * 90)
+        assert opened == [("retrieval", 1)]
+
+    @pytest.mark.parametrize("kind", ["large", "not 8-bit"])
+    def test_other_graphs_have_one_session_and_larger_batches(
         self,
+        integer: Any,
         bundle: Any,
         opened: list[tuple[str, int]],
         shapes: list[tuple[int, int]],
         monkeypatch: pytest.MonkeyPatch,
+        kind: str,
     ) -> None:
         texts = ["w1 " * 14] * 256  # 16 tokens each
-        Embedder(bundle.path, threads=2).encode(texts, batch_size=1000)
+        Embedder(integer.path, threads=2).encode(texts, batch_size=1000)
         assert shapes == [(32, 16)] * 8
-        monkeypatch.setattr("embedge.runtime._graphs.SMALL_GRAPH_BYTES", 100)
+        if kind == "large":
+            monkeypatch.setattr("embedge.runtime._graphs.SMALL_GRAPH_BYTES", 100)
         shapes.clear()
         opened.clear()
-        model = Embedder(bundle.path, threads=2)
+        model = Embedder((integer if kind == "large" else bundle).path, threads=2)
         model.encode(texts, batch_size=1000)
         model.encode("w1")
         assert shapes == [(64, 16)] * 4 + [(1, 3)]
         assert opened == [("retrieval", 2)]
 
     def test_a_limit_without_room_for_two_sessions_leaves_one(
-        self, bundle: Any, opened: list[tuple[str, int]]
+        self, integer: Any, opened: list[tuple[str, int]]
     ) -> None:
-        size = Bundle(bundle.path).graph_bytes("fp32", "retrieval")
-        texts = ["w1", "w2 w3", "w4"] * 10
-        expected = Embedder(bundle.path, threads=2).encode(texts)
+        size = Bundle(integer.path).graph_bytes("int8", "retrieval")
+        texts = ["w1 " * 80, "w2 w3", "w4"] * 10
+        expected = Embedder(integer.path, threads=2).encode(texts)
         for limit, sessions in ((2 * size - 1, 1), (2 * size, 2)):
             opened.clear()
-            model = Embedder(bundle.path, threads=2, memory_limit=limit)
+            model = Embedder(integer.path, threads=2, memory_limit=limit)
             for count in (30, 1, 30):
                 np.testing.assert_allclose(
                     model.encode(texts[:count]), expected[:count], atol=TOLERANCE, rtol=0
@@ -510,9 +519,9 @@ class TestLanes:
             assert len(opened) == sessions
 
     def test_token_ids_go_the_way_of_texts(
-        self, bundle: Any, shapes: list[tuple[int, int]]
+        self, integer: Any, shapes: list[tuple[int, int]]
     ) -> None:
-        model = Embedder(bundle.path, threads=2)
+        model = Embedder(integer.path, threads=2)
         expected = model.encode(["w1", "w2 w3", "w4"])
         of_texts = list(shapes)
         shapes.clear()
