@@ -28,6 +28,7 @@ from embedge.bench._errors import BenchError
 __all__ = ["main"]
 
 Vector = NDArray[np.float32]
+_Stages = Sequence[tuple[str, Callable[[Any], Any]]]
 _STAGES = ("decode", "prepare", "vision", "language", "total")
 _RENAMES = (
     (re.compile(r"^visual"), "model.visual"),
@@ -86,7 +87,7 @@ def _in_child(options: argparse.Namespace, image: Path, kind: str, name: str) ->
     return result
 
 
-def _timed(stages: Sequence[tuple[str, Callable[[Any], Any]]], runs: int) -> dict[str, Any]:
+def _timed(stages: _Stages, runs: int) -> dict[str, Any]:
     """Run the stages one after the other, each with the result of the one before."""
     seconds: dict[str, list[float]] = {name: [] for name in _STAGES}
     value: Any = None
@@ -142,12 +143,13 @@ def _embedge(options: argparse.Namespace, precision: str) -> dict[str, Any]:
             "image_features": features[0],
             "image_positions": places,
         }
-        return task.run("embedding", inputs)[0]
+        vector: Vector = task.run("embedding", inputs)[0]
+        return vector
 
     def vision(patches: Any) -> tuple[Any, Any]:
         return patches, tower.run("image_features", vision_inputs([patches], image))
 
-    stages = [
+    stages: _Stages = [
         ("decode", lambda _: load_image(options.image, "image")),
         ("prepare", process),
         ("vision", vision),
@@ -166,7 +168,8 @@ def _torch(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     model = _load(options.checkpoint, options.task, getattr(torch, dtype))
     processor = Qwen2VLImageProcessor.from_pretrained(options.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, local_files_only=True)
+    read: Any = AutoTokenizer.from_pretrained  # untyped
+    tokenizer = read(options.checkpoint, local_files_only=True)
     config = model.config
 
     def prepare(picture: Any) -> Any:
@@ -195,7 +198,7 @@ def _torch(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         end = int((ids[0] == config.vision_end_token_id).int().argmax())
         return torch.nn.functional.normalize(hidden[start : end + 1].mean(0), dim=-1).numpy()
 
-    stages = [
+    stages: _Stages = [
         ("decode", lambda _: Image.open(options.image).convert("RGB")),
         ("prepare", prepare),
         ("vision", vision),
@@ -211,9 +214,10 @@ def _load(folder: Path, task: str, dtype: Any) -> Any:
     from safetensors import safe_open
 
     settings = json.loads((folder / "config.json").read_text("utf-8"))
-    wanted = ("text_config", "vision_config", "image_token_id", "video_token_id")
-    wanted += ("vision_start_token_id", "vision_end_token_id")
-    config = transformers.Qwen2_5_VLConfig(**{name: settings[name] for name in wanted})
+    wanted = ["text_config", "vision_config", "image_token_id", "video_token_id"]
+    wanted += ["vision_start_token_id", "vision_end_token_id"]
+    make: Any = transformers.Qwen2_5_VLConfig  # untyped
+    config = make(**{name: settings[name] for name in wanted})
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
     with transformers.modeling_utils.no_init_weights():
