@@ -9,6 +9,7 @@ from typing import Any
 
 from embedge.export._model import Model
 from embedge.runtime._manifest import FORMAT_VERSION, Manifest
+from embedge.runtime._manifest import Model as ManifestModel
 
 
 def manifest_of(
@@ -103,7 +104,7 @@ def model_card(manifest: Manifest) -> str:
     front = f"---\nlicense: {source.license}\n---\n\n" if source.license else ""
     return f"""{front}# {source.name}, as ONNX graphs per task
 
-Text embeddings of {model.dim} dimensions, {model.pooling} pooling, texts of up to {model.max_length} tokens.
+{_embeds(model)} of {model.dim} dimensions, {model.pooling} pooling, texts of up to {model.max_length} tokens.
 Exported from {source.name} ({source.model_type}). Licence of the weights: {licence}.
 Dimensions to truncate to: {", ".join(map(str, dims)) if dims else f"any up to {model.dim}"}.
 
@@ -126,6 +127,13 @@ vectors = model.encode(["a text", "another text"], task="{first_task}")
 Quality, latency and memory are measured by `embedge bench BUNDLE --reference MODEL --record`.
 <!-- embedge:bench:end -->
 """
+
+
+def _embeds(model: ManifestModel) -> str:
+    kinds = "Embeddings of texts and images" if "image" in model.modalities else "Text embeddings"
+    if model.multi_vector_dim is not None:
+        return f"{kinds}, also multi-vectors of {model.multi_vector_dim} dimensions a token,"
+    return kinds
 
 
 def _adapter(task: Any) -> str:
