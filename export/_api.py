@@ -15,6 +15,7 @@ from embedge.export._request import (
     check_keep,
     check_precisions,
     check_tasks,
+    parse_bytes,
 )
 from embedge.runtime._errors import EmbedgeValueError
 
@@ -33,6 +34,7 @@ def export_bundle(
     int4_block_size: int | None = None,
     int4_method: str = "gptq",
     int8_method: str | None = None,
+    budget: int | str | None = None,
     overwrite: bool = False,
     progress: bool | None = False,
 ) -> Path:
@@ -62,6 +64,8 @@ def export_bundle(
             to nearest on an error-minimising grid, several times faster and less exact.
         int8_method: the same for int8; ``None``: "gptq" for decoders up to a hidden size of 1536, where
             it halves the error, else "rtn".
+        budget: most bytes of a task's tensors at int4, "2.0GB" for example: the layers that lose most at
+            4 bits get 8, as far as it goes. ``None``: 4 bits everywhere.
         overwrite: replace an existing bundle.
         progress: draw progress bars on stderr; ``None``: only on a terminal.
 
@@ -86,6 +90,7 @@ def export_bundle(
         int4_block_size=int4_block_size,
         int4_method=int4_method,
         int8_method=int8_method,
+        budget=budget,
         overwrite=overwrite,
         modality=modality,
     )
@@ -105,6 +110,7 @@ def make_request(
     int4_block_size: int | None,
     int4_method: str,
     int8_method: str | None,
+    budget: int | str | None,
     overwrite: bool,
     modality: str,
 ) -> Request:
@@ -123,6 +129,11 @@ def make_request(
     for name, method in (("int4_method", int4_method), ("int8_method", int8_method or "rtn")):
         if method not in METHODS:
             raise EmbedgeValueError(f"{name} {method!r}: expected one of {', '.join(METHODS)}")
+    if budget is not None and ("int4" not in precisions or calibration == "none"):
+        raise EmbedgeValueError(
+            f"budget {budget!r}: it chooses between 4 and 8 bits by calibration; add int4 to the precisions "
+            "and leave the calibration texts on"
+        )
     return Request(
         source=str(source),
         adapters={n: None if f is None else Path(f) for n, f in adapters.items()},
@@ -135,6 +146,7 @@ def make_request(
         int4_block_size=int4_block_size,
         int4_method=int4_method,
         int8_method=int8_method,
+        budget=None if budget is None else parse_bytes(budget),
         overwrite=overwrite,
         modality=modality,
     )

@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="gptq or rtn (default: gptq for decoders up to a hidden size of 1536, else rtn)",
     )
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="at int4: most bytes of a task, e.g. 2.0GB; the most sensitive layers get 8 bits",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -96,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         int4_block_size=args.int4_block_size,
         int4_method=args.int4_method,
         int8_method=args.int8_method,
+        budget=args.budget,
         overwrite=args.overwrite,
         modality=args.modality,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,7 @@ from embedge.export._precision import (
 )
 from embedge.export._progress import Progress
 from embedge.export._request import WIDE_MODEL, Request, check_dims
+from embedge.export._sensitivity import candidates, within_budget
 from embedge.export._store import TensorStore
 from embedge.quant._calibration_texts import packaged_texts, read_texts
 from embedge.runtime._errors import EmbedgeValueError
@@ -90,7 +92,9 @@ def export(request: Request, progress: Progress) -> Path:
         before = relative_files(folder)
         batches: list[TokenBatch] = []
         if texts and _uses_calibration(request, todo):
-            ids = model.tokenizer.encode(_with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length))
+            ids = model.tokenizer.encode(
+                _with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length)
+            )
             batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
         written = {p: _write_precision(job, folder, p, tasks, batches) for p, tasks in todo.items()}
         if old is None:
@@ -137,7 +141,7 @@ def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
 
 def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bool:
     """Whether a precision's numbers depend on calibration texts."""
-    kept_int8 = "int8" in request.keep.values()
+    kept_int8 = "int8" in request.keep.values() or request.budget is not None
     return "int8" in todo or ("int4" in todo and (request.int4_method == "gptq" or kept_int8))
 
 
@@ -216,25 +220,16 @@ def _write_precision(
     _check_names_free(place, tasks)
     shared = _fresh_name(place, "shared")
     own = {task: _fresh_name(place, task) for task in tasks}
-    keeps_int8 = precision == "int8" or (precision == "int4" and "int8" in request.keep.values())
     result: dict[str, Any] = {"graphs": {}, "layers": {}}
     form, total = _uncalibrated(job, precision, tasks[0])
+    chosen: list[str] = []
     if not writes_tower:
         _check_same_rotation(job, precision)
     try:
         for number, task in enumerate(tasks):
             with job.progress.step(f"{precision}/{task}", total):
                 if number == 0:
-                    base = model.weights(model.base, form)
-                    family, note = model.family.text_only(), job.progress.note
-                    plans = int8_plans(family, base, batches, place, note) if keeps_int8 else {}
-                    form = make_form(
-                        precision,
-                        plans=plans,
-                        int4_block_size=_block_size(job),
-                        methods=_methods(job, calibrated=bool(batches)),
-                        keep=request.keep,
-                    )
+                    form, chosen = _calibrated(job, precision, form, total, batches, place)
                 weights = model.weights(model.tasks[task], form)
                 g = model.graph(weights, form)
                 if batches:
@@ -259,6 +254,8 @@ def _write_precision(
         n: c for n, c in ACTIVATION_CONSTANTS.items() if n in constants
     }
     result["options"] = _options(job, precision, bool(batches))
+    if precision == "int4" and request.budget is not None:
+        result["options"] |= {"budget": request.budget, "int8": chosen}
     return result
 
 
@@ -278,6 +275,40 @@ def _uncalibrated(job: Job, precision: str, task: str) -> tuple[Form, int]:
         model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
     _check_keep_used(form, tower_form)
     return form, sum(spec.nbytes for recipe in recipes for spec in recipe.specs)
+
+
+def _calibrated(
+    job: Job,
+    precision: str,
+    form: Form,
+    total: int,
+    batches: Sequence[TokenBatch],
+    scratch: Path,
+) -> tuple[Form, list[str]]:
+    """The form with its calibrated constants, and the layers that a budget gives 8 bits.
+
+    Args:
+        job: the export.
+        precision: its name.
+        form: the precision's form without calibration.
+        total: bytes of a task's tensors in it.
+        batches: calibration tokens.
+        scratch: folder for a layer's weights.
+    """
+    model, request, note = job.model, job.request, job.progress.note
+    base, family = model.weights(model.base, form), model.family.text_only()
+    keep, chosen = dict(request.keep), []
+    if precision == "int4" and request.budget is not None:
+        found = candidates(family, base, batches, _block_size(job), scratch, note)
+        chosen = within_budget(found, total, request.budget)
+        keep |= {glob.escape(label): "int8" for label in chosen if label not in keep}
+    has_int8 = precision == "int8" or (precision == "int4" and "int8" in keep.values())
+    plans = int8_plans(family, base, batches, scratch, note) if has_int8 else {}
+    methods = _methods(job, calibrated=bool(batches))
+    size = _block_size(job)
+    return make_form(
+        precision, plans=plans, int4_block_size=size, methods=methods, keep=keep
+    ), sorted(chosen)
 
 
 def _check_same_rotation(job: Job, precision: str) -> None:

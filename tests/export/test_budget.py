@@ -1,0 +1,120 @@
+"""int4 under a budget: which layers get 8 bits, and that the bytes hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from _models import cosines, make_model, random_texts, save
+
+from embedge.export import export_bundle
+from embedge.export._request import parse_bytes
+from embedge.export._sensitivity import Candidate, within_budget
+from embedge.runtime import Embedder
+from embedge.runtime._bundle import Bundle
+from embedge.runtime._errors import EmbedgeValueError
+
+TEXTS = random_texts(24)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(5000, 5000), ("2.0GB", 2 * 10**9), ("900 MB", 9 * 10**8), ("1.5GiB", 3 << 29), ("7kb", 7000)],
+)
+def test_sizes_are_read(text: Any, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2 tons", "-1", "1e9", True, "nan"])
+def test_other_sizes_are_refused(text: Any) -> None:
+    with pytest.raises(EmbedgeValueError, match="expected a number of bytes"):
+        parse_bytes(text)
+
+
+FOUND = [
+    Candidate(labels=("a",), gain=1.0, extra_bytes=100),
+    Candidate(labels=("b", "c"), gain=3.0, extra_bytes=200),
+    Candidate(labels=("d",), gain=0.1, extra_bytes=10),
+]
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [
+        (1000, []),
+        (1010, ["d"]),
+        (1100, ["a"]),
+        (1200, ["b", "c"]),
+        (1299, ["b", "c", "d"]),
+        (1310, ["b", "c", "a", "d"]),
+    ],
+)
+def test_the_largest_gains_per_byte_that_fit_are_chosen(budget: int, chosen: list[str]) -> None:
+    assert within_budget(FOUND, 1000, budget) == chosen
+
+
+def test_a_budget_below_four_bits_names_what_is_needed() -> None:
+    with pytest.raises(EmbedgeValueError, match="budget 999 bytes: a task at int4 takes 1,000"):
+        within_budget(FOUND, 1000, 999)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("budget") / "model"
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "gain": 0.6}
+    save(make_model("qwen2", **shape, num_hidden_layers=3), folder, pooling="mean")
+    return folder
+
+
+def error(bundle: Path, precision: str, exact: Any) -> float:
+    found = Embedder(bundle, precision=precision, threads=1).encode(TEXTS)
+    return float(1 - cosines(exact, found).mean())
+
+
+def test_a_budget_buys_closeness_within_its_bytes(source: Path, tmp_path: Path) -> None:
+    adapters = {"task": None}
+    plain = export_bundle(
+        source, adapters=adapters, precisions=["fp32", "int8", "int4"], out=tmp_path / "plain"
+    )
+    exact = Embedder(plain, precision="fp32", threads=1).encode(TEXTS)
+    sizes = {p: Bundle(plain).graph_bytes(p, "task") for p in ("int8", "int4")}
+    budget = sizes["int4"] + (sizes["int8"] - sizes["int4"]) // 4
+    mixed = export_bundle(
+        source, adapters=adapters, precisions=["int4"], budget=budget, out=tmp_path / "mixed"
+    )
+    options = Bundle(mixed).manifest.precisions["int4"].options
+    chosen = options["int8"]
+    assert 0 < len(chosen) < 21  # of three layers' seven
+    assert options["budget"] == budget
+    data = sum(path.stat().st_size for path in (mixed / "int4").glob("*.bin"))
+    assert data <= budget * 1.1  # files are padded to pages
+    assert error(mixed, "int4", exact) < 0.8 * error(plain, "int4", exact)
+
+
+def test_a_whole_budget_gives_eight_bits_to_every_layer(source: Path, tmp_path: Path) -> None:
+    out = export_bundle(
+        source, adapters={"task": None}, precisions=["int4"], budget="1GB", out=tmp_path / "b"
+    )
+    assert len(Bundle(out).manifest.precisions["int4"].options["int8"]) == 21
+
+
+@pytest.mark.parametrize(
+    "options", [{"precisions": ["int8"]}, {"precisions": ["int4"], "calibration": "none"}]
+)
+def test_a_budget_without_a_choice_is_refused(
+    options: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EmbedgeValueError, match="it chooses between 4 and 8 bits by calibration"):
+        export_bundle(source, adapters={"task": None}, out=tmp_path / "b", budget="1GB", **options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_choice_is_the_same_for_a_task_that_is_added(source: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"precisions": ["int4"], "budget": 120_000, "out": tmp_path / "b"}
+    export_bundle(source, adapters={"one": None}, **settings)
+    export_bundle(source, adapters={"one": None, "two": None}, **settings)
+    model = Embedder(tmp_path / "b", threads=1)
+    first, second = (model.encode(TEXTS, task=task) for task in ("one", "two"))
+    np.testing.assert_array_equal(first, second)
