@@ -28,7 +28,7 @@ FloatArray = NDArray[np.float32]
 SPILL_BYTES = 4 * 1024 * 1024
 _HESSIAN_ROWS = 1024
 _SAMPLE_ROWS = 1024
-_TABLE_ROWS = 8192
+_TABLE_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -302,3 +304,142 @@ def test_mteb_takes_multi_vectors(
 
     table = encoder.similarity(list(rows.values()), list(rows.values()))
     assert results.task_results[0].get_score() == pytest.approx(own_ndcg(table), abs=1e-4)
+
+
+# -- pages and pairs, on a bundle of texts and images ---------------------------------------------------
+
+
+def metadata_of(**changes: Any) -> Any:
+    """mteb's description of a task of our own."""
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    unknown = dict.fromkeys(
+        ("date", "domains", "task_subtypes", "license", "annotations_creators", "dialect",
+         "sample_creation", "bibtex_citation", "reference")
+    )  # fmt: skip
+    fields = {
+        "description": "Random weights.",
+        "dataset": {"path": "local/none", "revision": "1"},
+        "eval_splits": ["test"],
+        "eval_langs": ["eng-Latn"],
+        **unknown,
+        **changes,
+    }
+    return TaskMetadata(**fields)
+
+
+@pytest.fixture(scope="module")
+def pages_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random jina-embeddings-v4."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+    from random_jina_v4 import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("pages")
+    source = write_checkpoint(folder / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the adapters name another base
+        return export_bundle(source, precisions=["fp32"], calibration="none", out=folder / "bundle")
+
+
+@pytest.fixture
+def quiet_mteb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    import mteb
+
+    return mteb
+
+
+@needs_mteb
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("multi_vector", [True, False])
+def test_mteb_ranks_pages_by_either_kind_of_vector(
+    pages_bundle: Path, quiet_mteb: Any, multi_vector: bool
+) -> None:
+    """A task of the kind of ViDoRe's: queries are texts, documents are page images."""
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from PIL import Image, ImageDraw
+
+    pages = []
+    for number in range(12):
+        page = Image.new("RGB", (120 + 9 * number, 160), (255, 255 - 12 * number, 230))
+        ImageDraw.Draw(page).text((8, 10 + 9 * number), f"page {number} " * 3, fill=(0, 0, 0))
+        pages.append(page)
+    queries = [f"what does page {number} say?" for number in range(8)]
+
+    class Pages(AbsTaskRetrieval):  # type: ignore[misc]
+        metadata = metadata_of(
+            name="LocalPages",
+            type="DocumentUnderstanding",
+            category="t2i",
+            modalities=["text", "image"],
+            main_score="ndcg_at_5",
+        )
+
+        def load_data(self, **options: Any) -> None:
+            corpus = Dataset.from_dict(
+                {"id": [f"p{i}" for i in range(12)], "image": pages}
+            ).cast_column("image", ImageColumn())
+            asked = Dataset.from_dict({"id": [f"q{i}" for i in range(8)], "text": queries})
+            self.corpus, self.queries = {"test": corpus}, {"test": asked}
+            self.relevant_docs = {"test": {f"q{i}": {f"p{i}": 1} for i in range(8)}}
+            self.convert_v1_dataset_format_to_v2(None)
+            self.data_loaded = True
+
+    encoder = EmbedgeEncoder(pages_bundle, "fp32", multi_vector=multi_vector)
+    result = quiet_mteb.evaluate(encoder, Pages(), cache=None, show_progress_bar=False)
+
+    options: dict[str, Any] = {"task": "retrieval", "multi_vector": multi_vector}
+    model = Embedder(pages_bundle)
+    asked = model.encode_query(queries, **options)
+    table = model.similarity(asked, model.encode_image(pages, **options))
+    ranks = (table > np.diag(table)[:, None]).sum(axis=1)
+    expected = float(np.where(ranks < 5, 1 / np.log2(ranks + 2), 0).mean())
+    assert 0.01 < expected < 0.99  # the ranks decide
+    assert result.task_results[0].get_score() == pytest.approx(expected, abs=1e-4)
+
+
+@needs_mteb
+@pytest.mark.filterwarnings("default")
+def test_mteb_scores_pairs_by_text_matching(pages_bundle: Path, quiet_mteb: Any) -> None:
+    from datasets import Dataset
+    from mteb.abstasks.sts import AbsTaskSTS
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijk"), 4)) for _ in range(60)]
+    first = [" ".join(rng.choice(words, 6)) for _ in range(40)]
+    kept = rng.integers(0, 6, 40)
+    second = [
+        " ".join([*one.split()[:keep], *rng.choice(words, 6 - keep)])
+        for one, keep in zip(first, kept, strict=True)
+    ]
+
+    class Pairs(AbsTaskSTS):  # type: ignore[misc]
+        min_score, max_score = 0, 5
+        metadata = metadata_of(
+            name="LocalPairs",
+            type="STS",
+            category="t2t",
+            modalities=["text"],
+            main_score="cosine_spearman",
+        )
+
+        def load_data(self, **options: Any) -> None:
+            columns = {"sentence1": first, "sentence2": second, "score": kept.astype(float)}
+            self.dataset = {"test": Dataset.from_dict(columns)}
+            self.data_loaded = True
+
+    encoder = EmbedgeEncoder(pages_bundle, "fp32")
+    result = quiet_mteb.evaluate(encoder, Pairs(), cache=None, show_progress_bar=False)
+
+    model = Embedder(pages_bundle)
+    scores = {}
+    for task in ("text-matching", "retrieval"):
+        a, b = (model.encode(texts, task=task) for texts in (first, second))
+        scores[task] = spearmanr((a * b).sum(axis=1), kept)[0]
+    found = result.task_results[0].get_score()
+    assert found == pytest.approx(scores["text-matching"], abs=1e-4)
+    assert abs(scores["text-matching"] - scores["retrieval"]) > 1e-3  # another task would be seen
