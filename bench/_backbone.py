@@ -87,7 +87,7 @@ def _multi_vector_head(transformer: Path) -> torch.nn.Linear:
     Raises:
         BenchError: config.json has its width, and no weight file has the Linear.
     """
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in sorted(transformer.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             names = [name for name in tensors.keys() if name.startswith(f"{HEAD}.")]
