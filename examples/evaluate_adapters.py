@@ -188,7 +188,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, help="adapters/ of the backbone by default")
     parser.add_argument("--eval", type=Path, default=HERE / "eval", help="the held-out sets")
     parser.add_argument("--rows", type=int, help="at most so many of a set; all by default")
-    parser.add_argument("--tokens", type=int, help="where texts are cut; as the backbone by default")
+    parser.add_argument(
+        "--tokens", type=int, help="where texts are cut; as the backbone by default"
+    )
     parser.add_argument("--out", type=Path, help="the results' file in eval/ by default")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
