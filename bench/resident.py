@@ -1,7 +1,8 @@
 """Resident memory of an embedding process under a real limit: ``python -m embedge.bench.resident``.
 
-A child process, in a memory control group of its own where the machine lets one be made, opens a bundle and
-embeds a text of ``--tokens`` tokens. Shown are its anonymous memory and the mapped pages it has touched.
+A child process, in a memory control group of its own where the machine lets one be made, opens a bundle
+and embeds a text of ``--tokens`` tokens and, with ``--image``, a page image of 768 features. Shown are
+its anonymous memory and the mapped pages it has touched.
 A group's limit counts both and the page cache; ``ulimit -v`` would count what is mapped and never read.
 """
 
@@ -16,6 +17,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from embedge.bench._errors import BenchError
 
@@ -32,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", required=True)
     parser.add_argument("--task", default=None)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--image", action="store_true", help="embed a page image too")
     parser.add_argument("--limit-gb", type=float, help="10⁹ bytes the process may take")
+    parser.add_argument(
+        "--memory-limit-gb", type=float, help="memory_limit of the Embedder, in 10⁹ bytes"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -40,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-m", "embedge.bench.resident", str(options.bundle), "--child"]
     command += ["--precision", options.precision, "--tokens", str(options.tokens)]
     command += ["--task", options.task] if options.task else []
+    command += ["--image"] if options.image else []
+    if options.memory_limit_gb is not None:
+        command += ["--memory-limit-gb", str(options.memory_limit_gb)]
     with _group(options.limit_gb) as group:
 
         def join() -> None:
@@ -79,7 +89,12 @@ def _embed(options: argparse.Namespace) -> int:
     from embedge.runtime import Embedder
 
     begin = time.perf_counter()
-    model = Embedder(options.bundle, precision=options.precision)
+    limit = options.memory_limit_gb
+    model = Embedder(
+        options.bundle,
+        precision=options.precision,
+        memory_limit=None if limit is None else int(limit * 1e9),
+    )
     task = options.task or model.tasks[0]
     model.encode("one", task=task)
     print(f"first vector after {time.perf_counter() - begin:.1f} s: {json.dumps(_memory())}")
@@ -89,6 +104,11 @@ def _embed(options: argparse.Namespace) -> int:
     print(
         f"{options.tokens} tokens in {time.perf_counter() - begin:.2f} s: {json.dumps(_memory())}"
     )
+    if options.image:
+        page = np.random.default_rng(0).integers(0, 256, (896, 672, 3), np.uint8)
+        begin = time.perf_counter()
+        model.encode_image(page, task=task)
+        print(f"a page in {time.perf_counter() - begin:.2f} s: {json.dumps(_memory())}")
     return 0
 
 

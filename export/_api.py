@@ -8,7 +8,7 @@ from pathlib import Path
 from embedge.export._export import export
 from embedge.export._progress import Progress
 from embedge.export._request import (
-    INT4_METHODS,
+    METHODS,
     MODALITIES,
     POOLINGS,
     Request,
@@ -32,6 +32,7 @@ def export_bundle(
     keep: Mapping[str, str] | None = None,
     int4_block_size: int | None = None,
     int4_method: str = "gptq",
+    int8_method: str | None = None,
     overwrite: bool = False,
     progress: bool | None = False,
 ) -> Path:
@@ -59,6 +60,8 @@ def export_bundle(
             or 64 from a hidden size of 1536 on, where scales of blocks of 32 are a fifth of the memory.
         int4_method: "gptq" rounds with the calibration texts' activations; "rtn" rounds every weight
             to nearest on an error-minimising grid, several times faster and less exact.
+        int8_method: the same for int8; ``None``: "gptq" for decoders up to a hidden size of 1536, where
+            it halves the error, else "rtn".
         overwrite: replace an existing bundle.
         progress: draw progress bars on stderr; ``None``: only on a terminal.
 
@@ -82,6 +85,7 @@ def export_bundle(
         keep=keep,
         int4_block_size=int4_block_size,
         int4_method=int4_method,
+        int8_method=int8_method,
         overwrite=overwrite,
         modality=modality,
     )
@@ -100,6 +104,7 @@ def make_request(
     keep: Mapping[str, str] | None,
     int4_block_size: int | None,
     int4_method: str,
+    int8_method: str | None,
     overwrite: bool,
     modality: str,
 ) -> Request:
@@ -115,10 +120,9 @@ def make_request(
         raise EmbedgeValueError(
             f"int4_block_size {int4_block_size!r}: expected 16, 32, 64, 128 or 256"
         )
-    if int4_method not in INT4_METHODS:
-        raise EmbedgeValueError(
-            f"int4_method {int4_method!r}: expected one of {', '.join(INT4_METHODS)}"
-        )
+    for name, method in (("int4_method", int4_method), ("int8_method", int8_method or "rtn")):
+        if method not in METHODS:
+            raise EmbedgeValueError(f"{name} {method!r}: expected one of {', '.join(METHODS)}")
     return Request(
         source=str(source),
         adapters={n: None if f is None else Path(f) for n, f in adapters.items()},
@@ -130,6 +134,7 @@ def make_request(
         keep=dict(keep or {}),
         int4_block_size=int4_block_size,
         int4_method=int4_method,
+        int8_method=int8_method,
         overwrite=overwrite,
         modality=modality,
     )

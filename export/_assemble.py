@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from embedge.export._forms import Form, digest
 from embedge.export._graph import CONTRIB, IR_VERSION, OPSET, Graph, Weights
+from embedge.export._rotated import RotatedWeights
 from embedge.export._sentence_transformers import DenseLayer
 from embedge.export.families import Family
 
@@ -45,6 +46,11 @@ def task_graph(
         hidden = family.layer(g, context, index, hidden)
     hidden = family.final(g, context, hidden)
     x = pool(g, hidden, context["lengths"], pooling, family.pool_mask)
+    if isinstance(weights, RotatedWeights) and (norm := weights.output) is not None:
+        # pooling is linear, so a vector is turned back instead of every token
+        shape = (family.hidden_size, family.hidden_size)
+        back = g.computed("unrotation", shape, lambda: weights.unrotation(norm), norm)
+        x = g.op("MatMul", x, back)
     for index, layer in enumerate(dense):
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:

@@ -27,6 +27,8 @@ FloatArray = NDArray[np.float32]
 
 SPILL_BYTES = 4 * 1024 * 1024
 _HESSIAN_ROWS = 1024
+_SAMPLE_ROWS = 1024
+_TABLE_ROWS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class InputStatistics:
         rows: tokens seen.
         hessian: float32 ``[in, in]`` ``Σ x xᵀ``, or ``None`` when it was not asked for.
         tap: where in the graph the input is.
+        sample: float32 ``[rows, in]`` parts, some of the rows, where they were asked for.
+        matrices: float32 ``[in, out]`` weights of the Linears that read the input, until the next layer.
 
     Args:
         tap: see above.
@@ -67,6 +71,8 @@ class InputStatistics:
         self.total = np.zeros(width, np.float64)
         self.hessian = None if scratch is None else _zeros((width, width), scratch)
         self.weight_peak = np.zeros(width, np.float32)
+        self.sample: list[FloatArray] = []
+        self.matrices: list[FloatArray] = []
 
     def add(self, x: FloatArray) -> None:
         """Account for float32 ``[rows, in]`` of attended tokens."""
@@ -87,6 +93,7 @@ def calibrate(
     *,
     scratch: Path,
     wants_hessian: Callable[[Tap], bool] = lambda tap: False,
+    wants_sample: Callable[[Tap], bool] = lambda tap: False,
     threads: int = 0,
 ) -> Iterator[tuple[int, dict[str, InputStatistics]]]:
     """Yield each layer's index and the statistics of its Linear inputs, by label.
@@ -98,8 +105,10 @@ def calibrate(
         scratch: folder for a layer's merged weights, which are mapped from there: pages that the
             system can drop, not memory of the process.
         wants_hessian: for which inputs ``Σ x xᵀ`` is accumulated.
+        wants_sample: for which inputs some rows are kept.
         threads: of ONNX Runtime; 0 leaves the choice to it.
     """
+    every = max(1, sum(int(batch.mask.sum()) for batch in batches) // _SAMPLE_ROWS)
     hidden, norm = _first_states(family, weights, batches, scratch, threads)
     for index in range(family.num_layers):
         g = Graph(weights=weights, form=Form())
@@ -128,13 +137,17 @@ def calibrate(
                 matrix = constants[f"{lin.label}.weight"]  # [in, out]
                 peak = statistics[label].weight_peak
                 np.maximum(peak, np.abs(matrix).max(axis=1), out=peak)
+                statistics[label].matrices.append(matrix)
         accepted = {i.name for i in session.get_inputs()}
         for number, batch in enumerate(batches):
             feeds = {**batch.feeds(family.inputs), "hidden": hidden[number], **constants}
             outputs = session.run(None, {n: v for n, v in feeds.items() if n in accepted})
             attended = batch.mask.astype(bool)
             for label, value in zip(taps, outputs[1:], strict=True):
-                statistics[label].add(value[attended])
+                rows = value[attended]
+                statistics[label].add(rows)
+                if wants_sample(taps[label]):
+                    statistics[label].sample.append(rows[::every].copy())
             hidden[number] = outputs[0]
             del outputs
         del session, constants
@@ -145,6 +158,7 @@ def calibrate(
                     "infinity; the weights overflow float32. Check the model and its adapter"
                 )
         yield index, statistics
+        del statistics
 
 
 def _first_states(
@@ -176,8 +190,19 @@ class _TableRows(Form):
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         shape = (len(self._rows), g.weights.shape(name)[1])
-        table = g.computed(name, shape, lambda: g.weights.read(name)[self._rows], name)
+        table = g.computed(name, shape, lambda: self._read(g.weights, name), name)
         return g.op("Gather", table, ids)
+
+    def _read(self, weights: Weights, name: str) -> FloatArray:
+        """The used rows, from parts of the table, which may be large."""
+        count = weights.shape(name)[0]
+        parts = []
+        for start in range(0, count, _TABLE_ROWS):
+            stop = min(start + _TABLE_ROWS, count)
+            used = self._rows[(self._rows >= start) & (self._rows < stop)] - start
+            if len(used):
+                parts.append(weights.read(name, slice(start, stop))[used])
+        return np.concatenate(parts)
 
     def local_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Row numbers in the cut table."""

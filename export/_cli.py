@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="gptq, or rtn: faster and less exact (default: gptq)",
     )
+    parser.add_argument(
+        "--int8-method",
+        metavar="M",
+        help="gptq or rtn (default: gptq for decoders up to a hidden size of 1536, else rtn)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         keep=dict(_pair("--keep", k, "PATTERN=PRECISION") for k in args.keep),
         int4_block_size=args.int4_block_size,
         int4_method=args.int4_method,
+        int8_method=args.int8_method,
         overwrite=args.overwrite,
         modality=args.modality,
     )

@@ -25,7 +25,7 @@ from embedge.export._bundle_writer import (
 )
 from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, weight_name
-from embedge.export._graph import BASE, Graph, Recipe
+from embedge.export._graph import BASE, Graph, Recipe, Weights
 from embedge.export._int8_form import ACTIVATION_CONSTANTS
 from embedge.export._manifest import manifest_of, model_card
 from embedge.export._mixed_form import MixedForm
@@ -33,7 +33,7 @@ from embedge.export._model import Model, read_model
 from embedge.export._parallel import in_order
 from embedge.export._precision import (
     MAX_TOKENS_PER_TEXT,
-    int4_form_of,
+    gptq_form_of,
     int8_plans,
     make_form,
     store_gptq,
@@ -42,7 +42,6 @@ from embedge.export._precision import (
 from embedge.export._progress import Progress
 from embedge.export._request import WIDE_MODEL, Request, check_dims
 from embedge.export._store import TensorStore
-from embedge.export._weights import TaskWeights
 from embedge.quant._calibration_texts import packaged_texts, read_texts
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import Manifest
@@ -91,7 +90,7 @@ def export(request: Request, progress: Progress) -> Path:
         before = relative_files(folder)
         batches: list[TokenBatch] = []
         if texts and _uses_calibration(request, todo):
-            ids = model.tokenizer.encode(texts, min(MAX_TOKENS_PER_TEXT, model.settings.max_length))
+            ids = model.tokenizer.encode(_with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length))
             batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
         written = {p: _write_precision(job, folder, p, tasks, batches) for p, tasks in todo.items()}
         if old is None:
@@ -128,10 +127,30 @@ def _calibration_texts(request: Request) -> list[str]:
     return [] if request.calibration == "none" else packaged_texts()
 
 
+def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
+    """Every prompt, and none, before its share of the texts: in causal models all tokens see it."""
+    settings = model.settings  # whichever tasks are asked for: all of a bundle share the constants
+    sets = [settings.prompts, *settings.task_prompts.values()]
+    starts = list(dict.fromkeys(["", *(text for prompts in sets for text in prompts.values())]))
+    return [starts[number % len(starts)] + text for number, text in enumerate(texts)]
+
+
 def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bool:
     """Whether a precision's numbers depend on calibration texts."""
     kept_int8 = "int8" in request.keep.values()
     return "int8" in todo or ("int4" in todo and (request.int4_method == "gptq" or kept_int8))
+
+
+def _methods(job: Job, *, calibrated: bool) -> dict[str, str]:
+    """How weights are rounded at int8 and int4: "gptq" or "rtn"."""
+    family, request = job.model.family, job.request
+    small_decoder = bool(family.streams()) and family.hidden_size < WIDE_MODEL
+    int8 = request.int8_method or ("gptq" if small_decoder else "rtn")
+    return (
+        {"int8": int8, "int4": request.int4_method}
+        if calibrated
+        else dict.fromkeys(("int8", "int4"), "rtn")
+    )
 
 
 def _check_same_source(
@@ -199,43 +218,27 @@ def _write_precision(
     own = {task: _fresh_name(place, task) for task in tasks}
     keeps_int8 = precision == "int8" or (precision == "int4" and "int8" in request.keep.values())
     result: dict[str, Any] = {"graphs": {}, "layers": {}}
-    form = Form()
+    form, total = _uncalibrated(job, precision, tasks[0])
+    if not writes_tower:
+        _check_same_rotation(job, precision)
     try:
         for number, task in enumerate(tasks):
-            weights = model.tasks[task]
-            if number == 0:
-                form = make_form(
-                    precision,
-                    plans={},
-                    int4_block_size=_block_size(job),
-                    calibrated=False,
-                    keep=request.keep,
-                )
-                sizes = model.graph(weights, form).recipes.values()
-                tower_form = _tower_form(precision, job)
-                if model.tower is not None:
-                    model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
-                _check_keep_used(form, tower_form)
-                total = sum(spec.nbytes for recipe in sizes for spec in recipe.specs)
             with job.progress.step(f"{precision}/{task}", total):
                 if number == 0:
-                    plans = (
-                        int8_plans(
-                            model.family.text_only(), model.base, batches, place, job.progress.note
-                        )
-                        if keeps_int8
-                        else {}
-                    )
+                    base = model.weights(model.base, form)
+                    family, note = model.family.text_only(), job.progress.note
+                    plans = int8_plans(family, base, batches, place, note) if keeps_int8 else {}
                     form = make_form(
                         precision,
                         plans=plans,
                         int4_block_size=_block_size(job),
-                        calibrated=bool(batches) and request.int4_method == "gptq",
+                        methods=_methods(job, calibrated=bool(batches)),
                         keep=request.keep,
                     )
-                if precision == "int4" and batches and request.int4_method == "gptq":
-                    _gptq_passes(job, form, weights, task, batches, store, shared, own[task])
+                weights = model.weights(model.tasks[task], form)
                 g = model.graph(weights, form)
+                if batches:
+                    _gptq_passes(job, form, g, weights, task, batches, store, shared, own[task])
                 _store_recipes(job, g, store, shared, own[task])
                 report = _layer_report(g, store)
                 _write_graph(place / f"{task}.onnx", g, store, task)
@@ -259,13 +262,43 @@ def _write_precision(
     return result
 
 
+def _uncalibrated(job: Job, precision: str, task: str) -> tuple[Form, int]:
+    """The form before calibration, and the bytes of a task's tensors; refuses keep patterns of nothing."""
+    model = job.model
+    form = make_form(
+        precision,
+        plans={},
+        int4_block_size=_block_size(job),
+        methods=_methods(job, calibrated=False),
+        keep=job.request.keep,
+    )
+    recipes = model.graph(model.tasks[task], form).recipes.values()
+    tower_form = _tower_form(precision, job)
+    if model.tower is not None:
+        model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
+    _check_keep_used(form, tower_form)
+    return form, sum(spec.nbytes for recipe in recipes for spec in recipe.specs)
+
+
+def _check_same_rotation(job: Job, precision: str) -> None:
+    """Features of a tower that is there already must fit the stream of the tasks to come."""
+    old = job.old.precisions.get(precision) if job.old else None
+    if job.model.tower is None or old is None:
+        return
+    if not old.options.get("rotation", False) and precision in ("int8", "int4"):
+        raise EmbedgeValueError(
+            f"{job.request.out}: its {precision} vision tower was exported by an earlier version, without "
+            "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
+        )
+
+
 def _tower_form(precision: str, job: Job) -> Form:
     """Images lose more than texts: beside 4-bit Linears the tower is stored at 8 bits."""
     return make_form(
         "int8" if precision == "int4" else precision,
         plans={},
         int4_block_size=_block_size(job),
-        calibrated=False,
+        methods=_methods(job, calibrated=False),
         keep=job.request.keep,
     )
 
@@ -273,7 +306,8 @@ def _tower_form(precision: str, job: Job) -> Form:
 def _write_tower(job: Job, place: Path, precision: str, store: TensorStore) -> None:
     model = job.model
     assert model.tower is not None
-    g = model.tower.graph(model.base, _tower_form(precision, job))
+    form = _tower_form(precision, job)
+    g = model.tower.graph(model.weights(model.base, form), form)
     total = sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
     file = _fresh_name(place, VISION)
     with job.progress.step(f"{precision}/{VISION}", total):
@@ -289,7 +323,8 @@ def _constant_names(graph: Path) -> set[str]:
 def _gptq_passes(
     job: Job,
     form: Form,
-    weights: TaskWeights,
+    g: Graph,
+    weights: Weights,
     task: str,
     batches: Sequence[TokenBatch],
     store: TensorStore,
@@ -298,41 +333,32 @@ def _gptq_passes(
 ) -> None:
     """Quantize what this task's adapter changes with its own activations, the rest with the backbone's."""
     model = job.model
-    g = model.graph(weights, Form())
     missing = {
         weight_name(lin)
         for tap in g.taps.values()
+        if (rounding := gptq_form_of(form, tap)) is not None
         for lin in tap.lins
-        if (int4 := int4_form_of(form, lin, tap)) is not None
-        and not store.has(int4.weight_recipe(g, lin).key)
+        if not store.has(rounding.weight_recipe(g, tap.lins, lin).key)
     }
     own = {n for n in missing if weights.version(n) != BASE}
-    left = missing - own
-    note = job.progress.note
-    if left:
-        store_gptq(
-            model.family.text_only(),
-            model.base,
-            form,
-            batches,
-            store,
-            task=BASE,
-            wanted=left.__contains__,
-            file=shared,
-            report=note,
-        )
-    if own:
-        store_gptq(
-            model.family.text_only(),
-            weights,
-            form,
-            batches,
-            store,
-            task=task,
-            wanted=own.__contains__,
-            file=file,
-            report=note,
-        )
+    passes = (
+        (BASE, missing - own, model.weights(model.base, form), shared),
+        (task, own, weights, file),
+    )
+    for name, wanted, source, target in passes:
+        if wanted:
+            store_gptq(
+                model.family.text_only(),
+                source,
+                form,
+                g,
+                batches,
+                store,
+                task=name,
+                wanted=wanted.__contains__,
+                file=target,
+                report=job.progress.note,
+            )
 
 
 def _store_recipes(job: Job, g: Graph, store: TensorStore, shared: str, own: str) -> None:
@@ -400,9 +426,10 @@ def _options(job: Job, precision: str, calibrated: bool) -> dict[str, Any]:
         named = kind.name if isinstance(kind, Path) else kind
         options["calibration"] = named if calibrated else "none"
         options["keep"] = dict(request.keep)
+        options["method"] = _methods(job, calibrated=calibrated)[precision]
+        options["rotation"] = bool(job.model.family.streams())
     if precision == "int4":
         options["block_size"] = _block_size(job)
-        options["method"] = request.int4_method if calibrated else "rtn"
     return options
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,30 @@ from embedge.export._graph import Fold, Graph, Lin, Recipe, TensorSpec
 FloatArray = NDArray[np.float32]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """A quantized Linear.
+
+    Attributes:
+        arrays: the stored tensors, in the order of the recipe's specs.
+        sqnr_db: signal to noise of the weight in decibels.
+        weight: float32 ``[out, in]``, what was quantized.
+        lost: float32 ``[out, in]``, what of it was lost; ``None`` where nobody asked.
+    """
+
+    arrays: list[NDArray[Any]]
+    sqnr_db: float
+    weight: FloatArray
+    lost: FloatArray | None
+
+
 class Form:
     """Float32 storage and arithmetic; the base of the other forms."""
 
     precision = "fp32"
     devices: tuple[str, ...] = ("cpu", "cuda")
     row_multiple = 1
+    rotates = False  # whether residual streams are rotated first, where the family allows it
     fused_attention = False  # fp32 and fp16 also run on CUDA, whose fused kernels differ
     elem_type: int = TensorProto.FLOAT
     dtype: Any = np.float32
@@ -221,7 +240,7 @@ def recipe_key(g: Graph, lin: Lin, detail: str) -> str:
     return f"{lin.label}@{g.weights.version(weight_name(lin))}|{detail}"
 
 
-def digest(*arrays: FloatArray | None) -> str:
+def digest(*arrays: NDArray[Any] | None) -> str:
     """A short identity of constants, for recipe keys."""
     state = hashlib.sha256()
     for array in arrays:

@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from embedge.export._forms import (
     Form,
+    Rounded,
     in_features,
     out_features,
     read_linear,
@@ -24,7 +25,7 @@ from embedge.export._forms import (
     weight_name,
 )
 from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
-from embedge.quant import _int4
+from embedge.quant import _gptq, _int4
 
 
 class Int4Form(Form):
@@ -38,6 +39,7 @@ class Int4Form(Form):
 
     precision = "int4"
     devices = ("cpu", "cuda")
+    rotates = True
     fused_attention = True
 
     def __init__(self, block_size: int, method: str, table_bits: int) -> None:
@@ -61,7 +63,7 @@ class Int4Form(Form):
             g.op(
                 "MatMulNBits",
                 x,
-                *self.weight(g, lin),
+                *g.recipe(self.weight_recipe(g, lins, lin)),
                 domain=CONTRIB,
                 name=lin.label,
                 K=in_features(g, lin),
@@ -78,23 +80,44 @@ class Int4Form(Form):
 
         return quantized_rows(g, name, ids, self._table_bits)
 
-    def weight(self, g: Graph, lin: Lin) -> list[str]:
-        """Values, scales and zero points of a Linear as initializers."""
-        return g.recipe(self.weight_recipe(g, lin))
+    # -- rounding -----------------------------------------------------------------------------------
 
-    def weight_recipe(self, g: Graph, lin: Lin) -> Recipe:
-        """The recipe behind :meth:`weight`; its ``compute`` rounds to nearest."""
+    def smooth_hessian(self, g: Graph, lins: Sequence[Lin], hessian: NDArray[np.float32]) -> None:
+        """Nothing: the input is quantized as it is."""
+
+    def round(
+        self,
+        g: Graph,
+        lins: Sequence[Lin],
+        lin: Lin,
+        upper: NDArray[np.float32] | None = None,
+    ) -> Rounded:
+        """Quantize one of the Linears that share an input; see :meth:`Int8Form.round`."""
+        weight = read_linear(g, lin)
+        parts = _int4.split_blocks(weight, self.block_size)
+        if upper is None:
+            scales, zeros = _int4.block_grid(parts)
+            values = _int4.quantize(parts, scales, zeros)
+            lost = None
+        else:
+            values, scales, zeros = _gptq.quantize_blocks(weight, upper, self.block_size)
+            restored = _int4.dequantize(values, scales, zeros).reshape(len(weight), -1)
+            lost = weight - restored[:, : weight.shape[1]]
+        sqnr_db = _int4.blocks_sqnr_db(parts, values, scales, zeros)
+        arrays = pack(values, scales, zeros)
+        return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
+
+    def weight_recipe(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> Recipe:
+        """Values, scales and zero points of a Linear; ``compute`` rounds to nearest."""
         rows, columns = out_features(g, lin), in_features(g, lin)
         blocks = -(-columns // self.block_size)
 
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            parts = _int4.split_blocks(read_linear(g, lin), self.block_size)
-            scales, zeros = _int4.block_grid(parts)
-            values = _int4.quantize(parts, scales, zeros)
-            noise[:] = [_int4.blocks_sqnr_db(parts, values, scales, zeros)]
-            return pack(values, scales, zeros)
+            rounded = self.round(g, lins, lin)
+            noise[:] = [rounded.sqnr_db]
+            return rounded.arrays
 
         def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
             facts: dict[str, Any] = {"format": f"int4 block {self.block_size} {self.method}"}

@@ -8,6 +8,8 @@ a vector depends neither on its batch nor on its padding.
 * After a norm, shift and smooth are a second norm on the same sum with other parameters, for free
   where nothing else reads the first.
 * Where a Linear (value, up) scales the input channel by channel, the smoothing goes into its scales.
+* In such an input, the channels that are hundreds of times the others in single tokens (the gated
+  product of language models) are scaled down to nothing there and multiplied in float32 beside it.
 * An input that is never below a bound (GELU) spends 20 levels below zero and 235 above:
   ``q = round(x' / s) + 20`` with ``s = max(max x' / 235, -bound / 20)``.
 
@@ -30,6 +32,7 @@ from onnx import TensorProto
 
 from embedge.export._forms import (
     Form,
+    Rounded,
     digest,
     in_features,
     out_features,
@@ -39,7 +42,7 @@ from embedge.export._forms import (
     weight_name,
 )
 from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
-from embedge.quant import _int8
+from embedge.quant import _gptq, _int8
 
 ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
     "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
@@ -58,16 +61,19 @@ class InputPlan:
         shift: float32 ``[in]`` subtracted from the input, or ``None``.
         smooth: float32 ``[in]`` by which the input is divided, or ``None``.
         fold: the producer that takes ``1 / smooth`` into its scales, or ``None``.
+        outliers: int64, channels that are multiplied in float32; ``smooth`` makes them vanish among
+            the others, or ``None``.
     """
 
     shift: NDArray[np.float32] | None = None
     smooth: NDArray[np.float32] | None = None
     fold: Fold | None = None
+    outliers: NDArray[np.int64] | None = None
 
     @property
     def digest(self) -> str:
         """Identifies the constants in recipe keys."""
-        return digest(self.shift, self.smooth)
+        return digest(self.shift, self.smooth, self.outliers)
 
 
 NO_PLAN = InputPlan()
@@ -78,14 +84,19 @@ class Int8Form(Form):
 
     Args:
         plans: constants by the label of an input's first Linear; empty without calibration.
+        method: "gptq" or "rtn", how weights are rounded; part of the recipe keys.
         table_bits: bits of embedding tables.
     """
 
     precision = "int8"
     devices = ("cpu",)
+    rotates = True
     fused_attention = True
 
-    def __init__(self, plans: Mapping[str, InputPlan], table_bits: int = 8) -> None:
+    def __init__(
+        self, plans: Mapping[str, InputPlan], method: str = "rtn", table_bits: int = 8
+    ) -> None:
+        self.method = method
         self._plans = plans
         self._table_bits = table_bits
         self._output_scale: dict[str, NDArray[np.float32]] = {}
@@ -113,9 +124,7 @@ class Int8Form(Form):
         fold: Fold | None,
         lower_bound: float | None,
     ) -> list[str]:
-        plan = self._plans.get(lins[0].label, NO_PLAN)
-        if plan.fold is not None and plan.fold.lin.label not in g.output_scale:
-            plan = NO_PLAN  # the producer is kept at another precision and was not scaled
+        plan = self._plan(g, lins)
         for lin in lins:
             if plan.shift is not None:
                 g.left_out[lin.label] = plan.shift
@@ -127,11 +136,10 @@ class Int8Form(Form):
         values, scale, zero_point = self._quantized(g, x, lower_bound)
         products = []
         for lin in lins:
-            weight, weight_scale = self._weight(g, lin, plan)
+            weight, weight_scale = self._weight(g, lins, lin)
             arguments = [values, weight, scale, weight_scale, zero_point]
-            products.append(
-                g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=lin.label)
-            )
+            y = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=lin.label)
+            products.append(y if plan.outliers is None else self._with_outliers(g, x, y, lin, plan))
         return products
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
@@ -220,31 +228,113 @@ class Int8Form(Form):
         values = g.op("QuantizeLinear", g.op("Div", x, scale), g.const(1.0), zero_point)
         return values, scale, zero_point
 
-    def _weight(self, g: Graph, lin: Lin, plan: InputPlan) -> list[str]:
-        rows, columns = out_features(g, lin), in_features(g, lin)
-        name = f"{lin.label}.weight"
-        output_scale = self._output_scale.get(lin.label)
+    def _plan(self, g: Graph, lins: Sequence[Lin]) -> InputPlan:
+        plan = self._plans.get(lins[0].label, NO_PLAN)
+        if plan.fold is not None and plan.fold.lin.label not in g.output_scale:
+            return NO_PLAN  # the producer is kept at another precision and was not scaled
+        return plan
 
+    def _with_outliers(self, g: Graph, x: str, y: str, lin: Lin, plan: InputPlan) -> str:
+        """``y`` and the part of the product that the outlier channels make, in float32."""
+        channels, smooth = plan.outliers, plan.smooth
+        assert channels is not None and smooth is not None
+        scale = self._output_scale.get(lin.label)
+
+        def compute() -> NDArray[np.float32]:
+            columns = read_linear(g, lin)[:, channels] * smooth[channels]
+            return np.ascontiguousarray((columns if scale is None else columns * scale[:, None]).T)
+
+        matrix = g.computed(
+            f"{lin.label}.outliers",
+            (len(channels), out_features(g, lin)),
+            compute,
+            weight_name(lin),
+            detail=f"{plan.digest}|{digest(scale)}",
+        )
+        few = g.op("Gather", x, g.const(channels, "int64"), axis=-1)
+        return g.op("Add", y, g.op("MatMul", few, matrix))
+
+    # -- rounding -----------------------------------------------------------------------------------
+
+    def smooth_hessian(self, g: Graph, lins: Sequence[Lin], hessian: NDArray[np.float32]) -> None:
+        """Turn ``Σ x xᵀ`` of a Linear input into that of what is quantized, in place."""
+        plan = self._plan(g, lins)
+        if plan.smooth is not None:
+            for row, divisor in enumerate(plan.smooth):  # mapped from a file: row by row
+                hessian[row] /= divisor * plan.smooth
+        if plan.outliers is not None:
+            hessian[plan.outliers] = 0
+            hessian[:, plan.outliers] = 0
+
+    def round(
+        self,
+        g: Graph,
+        lins: Sequence[Lin],
+        lin: Lin,
+        upper: NDArray[np.float32] | None = None,
+    ) -> Rounded:
+        """Quantize one of the Linears that share an input, to nearest or by GPTQ.
+
+        Args:
+            g: the graph whose weights are read.
+            lins: the Linears that share the input.
+            lin: one of them.
+            upper: what :func:`embedge.quant._gptq.inverse_factor` made of the smoothed Hessian.
+        """
+        plan = self._plan(g, lins)
+        weight = read_linear(g, lin)
+        if plan.outliers is not None:
+            weight[:, plan.outliers] = 0
+        lost = None
+        if upper is None:
+            result = _int8.quantize_rows(weight, plan.smooth)
+            values, scales, sqnr_db = result.values, result.scales, result.sqnr_db
+        else:
+            signal = float(np.square(weight).sum())
+            if plan.smooth is not None:
+                weight *= plan.smooth
+            values, scales = _gptq.quantize_rows(weight, upper)
+            lost = weight - values * scales[:, None]
+            own = lost if plan.smooth is None else lost / plan.smooth
+            sqnr_db = _int8.decibels(signal, float(np.square(own).sum()))
+        output_scale = self._output_scale.get(lin.label)
+        if output_scale is not None:
+            scales = scales * output_scale
+        arrays: list[NDArray[Any]] = [np.ascontiguousarray(values.T), scales]
+        return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
+
+    def _weight(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> list[str]:
+        return g.recipe(self.weight_recipe(g, lins, lin))
+
+    def weight_recipe(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> Recipe:
+        """The recipe of one of the Linears that share an input; its ``compute`` rounds to nearest."""
+        plan = self._plan(g, lins)
+        rows, columns = out_features(g, lin), in_features(g, lin)
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            result = _int8.quantize_rows(read_linear(g, lin), plan.smooth)
-            noise[:] = [result.sqnr_db]
-            scales = result.scales if output_scale is None else result.scales * output_scale
-            return [np.ascontiguousarray(result.values.T), scales]
+            rounded = self.round(g, lins, lin)
+            noise[:] = [rounded.sqnr_db]
+            return rounded.arrays
 
         def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
-            return {"format": "int8", "sqnr_db": reported_db(noise[0])}
+            facts: dict[str, Any] = {"format": f"int8 {self.method}"}
+            if plan.outliers is not None:
+                facts["float32_channels"] = len(plan.outliers)
+            if noise:  # GPTQ, which stores values of its own, states it itself
+                facts["sqnr_db"] = reported_db(noise[0])
+            return facts
 
         specs = (
-            TensorSpec(name=name, elem_type=TensorProto.INT8, shape=(columns, rows)),
+            TensorSpec(
+                name=f"{lin.label}.weight", elem_type=TensorProto.INT8, shape=(columns, rows)
+            ),
             TensorSpec(name=f"{lin.label}.scales", elem_type=TensorProto.FLOAT, shape=(rows,)),
         )
-        key = recipe_key(g, lin, f"int8|{plan.digest}|{digest(output_scale)}")
+        scale = digest(self._output_scale.get(lin.label))
+        key = recipe_key(g, lin, f"int8|{self.method}|{plan.digest}|{scale}")
         owner = g.owner(weight_name(lin))
-        return g.recipe(
-            Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
-        )
+        return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
 
 
 def producer_channels(smooth: NDArray[np.float32], fold: Fold) -> NDArray[np.float32]:

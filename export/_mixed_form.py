@@ -28,6 +28,7 @@ class MixedForm(Form):
             d for d in default.devices if all(d in f.devices for f in kept.values())
         )
         self.row_multiple = default.row_multiple
+        self.rotates = default.rotates
         self.fused_attention = default.fused_attention
 
     def linears(

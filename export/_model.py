@@ -12,9 +12,10 @@ from embedge.export._assemble import task_graph
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError, CheckpointError
 from embedge.export._forms import Form
-from embedge.export._graph import BASE, Graph
+from embedge.export._graph import BASE, Graph, Weights
 from embedge.export._images import image_settings
 from embedge.export._request import POOLINGS, Request, check_tasks
+from embedge.export._rotated import RotatedWeights
 from embedge.export._sentence_transformers import SentenceSettings, read_modules
 from embedge.export._tokenizer import BundleTokenizer, read_tokenizer
 from embedge.export._weights import TaskWeights
@@ -60,8 +61,15 @@ class Model:
         """What the bundle embeds."""
         return ["text"] if self.tower is None else ["text", "image"]
 
-    def graph(self, weights: TaskWeights, form: Form) -> Graph:
-        """The graph of a task at a precision."""
+    def weights(self, weights: TaskWeights, form: Form) -> Weights:
+        """A task's tensors, or the backbone's, as a precision wants them: rotated for small integers."""
+        streams = self.family.streams() if form.rotates else ()
+        if streams and self.tower is not None:
+            streams += self.tower.streams()
+        return RotatedWeights(weights, streams) if streams else weights
+
+    def graph(self, weights: Weights, form: Form) -> Graph:
+        """The graph of a task at a precision, of tensors as :meth:`weights` gives them."""
         return task_graph(
             self.family,
             weights,

@@ -10,6 +10,47 @@ from embedge.export._graph import Fold
 from embedge.export._int8_form import InputPlan
 from embedge.quant import _int8
 
+ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+OUTLIER_RATIO = 4.0
+MOST_OUTLIERS = 16
+
+
+def rotated_plan(statistics: InputStatistics) -> InputPlan:
+    """The constants of one Linear input of a rotated model.
+
+    Only what a gated MLP multiplies is left with outliers: its channels are smoothed as far as it pays,
+    and those that are far above a usual row's largest value in single tokens are set apart. Smoothing a
+    rotated stream, or the mixed values of attention, gained nothing (measured; bench/LOG.md).
+
+    Args:
+        statistics: of the input, over the rotated backbone's calibration run.
+    """
+    fold, sample = statistics.tap.fold, statistics.sample
+    if fold is None or fold.groups is not None or not sample:
+        return InputPlan()
+    inputs = np.concatenate(sample)
+    peak = np.maximum(np.abs(statistics.low), np.abs(statistics.high))
+    usual = float(np.median(np.abs(inputs).max(axis=1)))
+    above = np.flatnonzero(peak > OUTLIER_RATIO * usual)
+    outliers = np.sort(above[np.argsort(-peak[above], kind="stable")][:MOST_OUTLIERS])
+    weights = statistics.matrices
+    if len(outliers):
+        inputs[:, outliers] = 0
+        weights = [weight.copy() for weight in weights]
+        for weight in weights:
+            weight[outliers] = 0
+    smooth = _int8.search_smoothing(inputs, peak * _kept(peak, outliers), weights, ALPHAS)
+    if not len(outliers):
+        return InputPlan(smooth=smooth, fold=fold)
+    smooth[outliers] = peak[outliers] / np.float32(usual * 1e-4)
+    return InputPlan(smooth=smooth, fold=fold, outliers=outliers.astype(np.int64))
+
+
+def _kept(peak: NDArray[np.float32], outliers: NDArray[np.int64]) -> NDArray[np.float32]:
+    kept = np.ones_like(peak)
+    kept[outliers] = 0
+    return kept
+
 
 def input_plan(statistics: InputStatistics, alpha: float) -> InputPlan:
     """The shift and smoothing of one Linear input.

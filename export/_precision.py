@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedge.export._calibration import InputStatistics, TokenBatch, calibrate
 from embedge.export._errors import CheckpointError
-from embedge.export._forms import (
-    Form,
-    HalfForm,
-    in_features,
-    out_features,
-    read_linear,
-    reported_db,
-    weight_name,
-)
-from embedge.export._graph import Graph, Lin, Tap
-from embedge.export._int4_form import Int4Form, pack
+from embedge.export._forms import Form, HalfForm, Rounded, reported_db, weight_name
+from embedge.export._graph import Graph, Lin, Tap, Weights
+from embedge.export._int4_form import Int4Form
 from embedge.export._int8_form import InputPlan, Int8Form
 from embedge.export._mixed_form import MixedForm
-from embedge.export._plans import input_plan
+from embedge.export._plans import input_plan, rotated_plan
+from embedge.export._rotated import RotatedWeights
 from embedge.export._store import TensorStore
-from embedge.export._weights import TaskWeights
 from embedge.export.families import Family
-from embedge.quant import _gptq, _int4
+from embedge.quant import _gptq
 
 SMOOTHING_ALPHA = 0.7  # measured on MiniLM: 0.4 … 0.7 differ little, 0.7 is best
 BATCH_TOKENS = 1024
@@ -72,7 +64,7 @@ def token_batches(ids: Sequence[Sequence[int]], pad: int, hidden_size: int) -> l
 
 
 def int8_plans(
-    family: Family, base: TaskWeights, batches: Sequence[TokenBatch], scratch: Path, report: Report
+    family: Family, base: Weights, batches: Sequence[TokenBatch], scratch: Path, report: Report
 ) -> dict[str, InputPlan]:
     """Shift and smoothing of every Linear input, from the backbone without an adapter.
 
@@ -81,10 +73,18 @@ def int8_plans(
     plans: dict[str, InputPlan] = {}
     if not batches:
         return plans
-    for index, statistics in calibrate(family, base, batches, scratch=scratch):
+    rotated = isinstance(base, RotatedWeights)
+    passes = calibrate(
+        family,
+        base,
+        batches,
+        scratch=scratch,
+        wants_sample=lambda tap: rotated and tap.fold is not None and tap.fold.groups is None,
+    )
+    for index, statistics in passes:
         report(f"calibrating int8 on the backbone, layer {index + 1} of {family.num_layers}")
         for label, value in statistics.items():
-            plans[label] = input_plan(value, SMOOTHING_ALPHA)
+            plans[label] = rotated_plan(value) if rotated else input_plan(value, SMOOTHING_ALPHA)
     return plans
 
 
@@ -93,17 +93,24 @@ def make_form(
     *,
     plans: Mapping[str, InputPlan],
     int4_block_size: int,
-    calibrated: bool,
+    methods: Mapping[str, str],
     keep: Mapping[str, str],
 ) -> Form:
-    """The form of a precision, wrapped where layers are kept at another one."""
-    int8 = Int8Form(plans)
-    method = "gptq" if calibrated else "rtn"
+    """The form of a precision, wrapped where layers are kept at another one.
+
+    Args:
+        precision: its name.
+        plans: constants of int8 inputs.
+        int4_block_size: input channels that share a scale.
+        methods: how weights are rounded, "gptq" or "rtn", for "int8" and "int4".
+        keep: precisions by pattern.
+    """
+    int8 = Int8Form(plans, methods["int8"])
     forms: dict[str, Form] = {
         "fp32": Form(),
         "fp16": HalfForm(),
         "int8": int8,
-        "int4": Int4Form(int4_block_size, method, 4),
+        "int4": Int4Form(int4_block_size, methods["int4"], 4),
     }
     form = forms[precision]
     if not keep or precision in ("fp32", "fp16"):
@@ -116,17 +123,20 @@ def make_form(
     return mixed
 
 
-def int4_form_of(form: Form, lin: Lin, tap: Tap) -> Int4Form | None:
-    """The 4-bit form that stores a Linear, ``None`` where it is kept at another precision."""
+def gptq_form_of(form: Form, tap: Tap) -> Int8Form | Int4Form | None:
+    """The form that rounds the Linears of an input by GPTQ, ``None`` where none does."""
     if isinstance(form, MixedForm):
-        form = form.form_of(*(other.label for other in tap.lins))
-    return form if isinstance(form, Int4Form) else None
+        form = form.form_of(*(lin.label for lin in tap.lins))
+    if isinstance(form, (Int8Form, Int4Form)) and form.method == "gptq":
+        return form
+    return None
 
 
 def store_gptq(
     family: Family,
-    weights: TaskWeights,
+    weights: Weights,
     form: Form,
+    g: Graph,
     batches: Sequence[TokenBatch],
     store: TensorStore,
     *,
@@ -139,24 +149,26 @@ def store_gptq(
 
     Args:
         family: the model.
-        weights: the tensors to run and to quantize: a task's, or the backbone's.
+        weights: the tensors to run: a task's, or the backbone's.
         form: the precision's form.
+        g: a task's graph in that form, whose recipes are stored.
         batches: calibration tokens.
-        store: takes the results under the recipe keys that the graph will ask for.
+        store: takes the results.
         task: for the progress line.
         wanted: whether the weight of this canonical name is to be quantized in this pass.
         file: the weight file for new tensors.
         report: takes progress lines.
     """
-    g = Graph(weights=weights, form=form)
 
     def jobs(tap: Tap) -> list[Lin]:
+        rounding = gptq_form_of(form, tap)
+        if rounding is None:
+            return []
         return [
             lin
             for lin in tap.lins
             if wanted(weight_name(lin))
-            and (f := int4_form_of(form, lin, tap)) is not None
-            and not store.has(f.weight_recipe(g, lin).key)
+            and not store.has(rounding.weight_recipe(g, tap.lins, lin).key)
         ]
 
     passes = calibrate(
@@ -169,51 +181,51 @@ def store_gptq(
     for index, statistics in passes:
         report(f"{task}: GPTQ, layer {index + 1} of {family.num_layers}")
         for value in statistics.values():
-            _quantize_group(g, form, value, jobs(value.tap), store, file)
+            value.matrices.clear()
+            rounding = gptq_form_of(form, value.tap)
+            if rounding is not None and value.hessian is not None:
+                _quantize_group(g, rounding, value, jobs(value.tap), store, file)
 
 
 def _quantize_group(
     g: Graph,
-    form: Form,
+    form: Int8Form | Int4Form,
     value: InputStatistics,
     lins: Sequence[Lin],
     store: TensorStore,
     file: str,
 ) -> None:
     """Quantize the Linears that share an input, with its Hessian."""
-    if not lins or value.hessian is None:
-        return
     hessian = value.hessian
+    if not lins or hessian is None:
+        return
+    form.smooth_hessian(g, value.tap.lins, hessian)
     try:
         upper = _gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
     except ArithmeticError as problem:
         raise CheckpointError(f"{lins[0].label}: GPTQ is not possible here: {problem}") from problem
     for lin in lins:
-        int4 = int4_form_of(form, lin, value.tap)
-        assert int4 is not None
-        weight = read_linear(g, lin)
-        levels, scales, zeros = _gptq.quantize_blocks(weight, upper, int4.block_size)
-        parts = _int4.split_blocks(weight, int4.block_size)
-        noise = reported_db(_int4.blocks_sqnr_db(parts, levels, scales, zeros))
-        restored = _int4.dequantize(levels, scales, zeros).reshape(out_features(g, lin), -1)
-        error = _output_error(weight, restored[:, : in_features(g, lin)], hessian)
-        recipe, packed = int4.weight_recipe(g, lin), pack(levels, scales, zeros)
-        del weight, parts, levels, restored  # what follows reads the weight again
+        rounded = form.round(g, value.tap.lins, lin, upper)
         if lin is lins[-1]:
             del upper
-        store.put(recipe, packed, file, {"sqnr_db": noise, "output_error": error})
+        facts = {
+            "sqnr_db": reported_db(rounded.sqnr_db),
+            "output_error": _output_error(rounded, hessian),
+        }
+        store.put(form.weight_recipe(g, value.tap.lins, lin), rounded.arrays, file, facts)
+        del rounded  # what follows reads a weight again
     value.hessian = None
 
 
-def _output_error(weight: Any, restored: Any, hessian: Any) -> float:
+def _output_error(rounded: Rounded, hessian: NDArray[np.float32]) -> float:
     """``‖(W - W_q)·X‖ / ‖W·X‖`` over the calibration tokens."""
+    assert rounded.lost is not None
     noise = signal = 0.0
-    for start in range(0, len(weight), _ERROR_ROWS):  # bounds the memory of the products
-        part = weight[start : start + _ERROR_ROWS]
-        difference = part - restored[start : start + _ERROR_ROWS]
-        noise += float(np.einsum("ij,ij->", difference @ hessian, difference))
-        signal += float(np.einsum("ij,ij->", part @ hessian, part))
+    for start in range(0, len(rounded.weight), _ERROR_ROWS):  # bounds the memory of the products
+        rows = slice(start, start + _ERROR_ROWS)
+        noise += float(np.einsum("ij,ij->", rounded.lost[rows] @ hessian, rounded.lost[rows]))
+        signal += float(np.einsum("ij,ij->", rounded.weight[rows] @ hessian, rounded.weight[rows]))
     return round(float(np.sqrt(max(noise, 0.0) / signal)), 6) if signal > 0 else 0.0
 
 
-__all__ = ["int8_plans", "make_form", "store_gptq", "token_batches"]
+__all__ = ["gptq_form_of", "int8_plans", "make_form", "store_gptq", "token_batches"]

@@ -12,7 +12,7 @@ from embedge.runtime._errors import EmbedgeValueError
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 MODALITIES = ("all", "text")
 WIDE_MODEL = 1536  # hidden size
-INT4_METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "rtn")
 POOLINGS = ("mean", "cls", "lasttoken")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 RESERVED = ("base", "shared", "vision")
@@ -32,6 +32,7 @@ class Request:
     keep: Mapping[str, str]
     int4_block_size: int | None
     int4_method: str
+    int8_method: str | None
     overwrite: bool
     modality: str = "all"
 

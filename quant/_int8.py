@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,3 +96,67 @@ def smoothing_scales(
         scales[alive] /= np.exp(np.log(scales[alive]).mean())
     result: NDArray[np.float32] = np.clip(scales, _LEAST_SMOOTHING, 1e3).astype(np.float32)
     return result
+
+
+def search_smoothing(
+    inputs: NDArray[np.float32],
+    peak: NDArray[np.float32],
+    weights: Sequence[NDArray[np.float32]],
+    alphas: Sequence[float],
+) -> NDArray[np.float32]:
+    """Choose SmoothQuant's α for a Linear input by the noise that both roundings are expected to make.
+
+    Rounding to a step ``s`` makes noise of variance ``s²/12``. A row of inputs brings its own into every
+    output, ``step² · ‖W'‖²``, and the weights' rows theirs, ``‖x'‖² · Σ step²``; both are known without a
+    product. Rows count alike, each relative to the power of its output.
+
+    Args:
+        inputs: float32 ``[rows, in]``, a sample.
+        peak: float32 ``[in]``, largest magnitude of every channel.
+        weights: float32 ``[in, out]`` of the Linears that read the input.
+        alphas: candidates.
+
+    Returns:
+        float32 ``[in]`` divisors, the best of the candidates' and of none at all.
+    """
+    weight_peak = np.max([np.abs(w).max(axis=1) for w in weights], axis=0)
+    power = np.zeros(len(inputs), np.float64)
+    for weight in weights:
+        power += np.square(inputs @ weight).sum(axis=1, dtype=np.float64)
+    rows = 1.0 / np.maximum(power, power.mean() * 1e-6 + 1e-30)
+    best = np.ones(inputs.shape[1], np.float32)
+    least = _expected_noise(inputs, weights, best, rows)
+    for alpha in alphas:
+        smooth = smoothing_scales(peak, weight_peak, alpha)
+        noise = _expected_noise(inputs, weights, smooth, rows)
+        if noise < least:
+            best, least = smooth, noise
+    return best
+
+
+def _expected_noise(
+    inputs: NDArray[np.float32],
+    weights: Sequence[NDArray[np.float32]],
+    smooth: NDArray[np.float32],
+    importance: NDArray[np.float64],
+) -> float:
+    """The noise of :func:`search_smoothing` up to a factor, summed over rows by their importance."""
+    input_steps = np.zeros(len(inputs), np.float64)
+    input_power = np.zeros(len(inputs), np.float64)
+    chunk = max(1, _CACHED_ELEMENTS // inputs.shape[1])
+    for start in range(0, len(inputs), chunk):
+        part = inputs[start : start + chunk] / smooth
+        input_steps[start : start + chunk] = np.abs(part).max(axis=1)
+        input_power[start : start + chunk] = np.einsum("ij,ij->i", part, part)
+    noise = 0.0
+    for weight in weights:
+        peaks = np.zeros(weight.shape[1], np.float32)
+        power = 0.0
+        chunk = max(1, _CACHED_ELEMENTS // weight.shape[1])
+        for start in range(0, len(weight), chunk):
+            part = weight[start : start + chunk] * smooth[start : start + chunk, None]
+            np.maximum(peaks, np.abs(part).max(axis=0), out=peaks)
+            power += float(np.einsum("ij,ij->", part, part))
+        weight_steps = float(np.square(peaks, dtype=np.float64).sum())
+        noise += float(importance @ (np.square(input_steps) * power + input_power * weight_steps))
+    return noise

@@ -43,6 +43,10 @@ _COMMANDS = {
         module="embedge.runtime._cli_embed",
         help="turn lines or JSONL into vectors",
     ),
+    "prepare": _Command(
+        module="embedge.runtime._cli_prepare",
+        help="pack a bundle's graphs for this machine, so that they open faster",
+    ),
     "inspect": _Command(
         module="embedge.runtime._cli_inspect",
         help="show what a bundle holds, and check its files",

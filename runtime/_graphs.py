@@ -17,14 +17,17 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._cpu import saturates_u8s8
 from embedge.runtime._lanes import Lanes
-from embedge.runtime._manifest import VISION
+from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._pool import GraphPool
+from embedge.runtime._prepared import PreparedGraphs
 from embedge.runtime._session import GraphSession
 
-__all__ = ["Graphs"]
+__all__ = ["Graphs", "graph_inputs"]
 
 # Above it 8-bit products are wide enough for all threads: 12 layers of 768 columns are about 110 MB,
 # 6 layers of 384 columns 23 MB.
@@ -67,10 +70,10 @@ class Graphs:
         self._bundle = bundle
         self._precision = precision
         self._settings = bundle.manifest.precisions[precision]
-        self._inputs = bundle.manifest.model.inputs
         self._device = device
         self._threads = threads
         self._keeps_arena = memory_limit is None
+        self._prepared = PreparedGraphs(bundle)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="embedge")
         self._size_bytes = functools.cache(functools.partial(bundle.graph_bytes, precision))
         self._pool = GraphPool(
@@ -118,6 +121,19 @@ class Graphs:
             device=self._device,
             threads=threads,
             constants=self._settings.activation_constants,
-            inputs=VISION_INPUTS if name == VISION and self._settings.vision else self._inputs,
+            inputs=graph_inputs(self._bundle.manifest, self._precision, name),
             arena=self._keeps_arena,
+            prepared=self._find_prepared(name),
         )
+
+    def _find_prepared(self, name: str) -> Path | None:
+        """What `embedge prepare` stored; not where other activation constants are needed."""
+        if self._device != "cpu" or (self._settings.activation_constants and saturates_u8s8()):
+            return None
+        return self._prepared.find(self._precision, name)
+
+
+def graph_inputs(manifest: Manifest, precision: str, name: str) -> tuple[str, ...]:
+    """Names of the inputs of a task's graph, or of ``VISION``."""
+    is_tower = name == VISION and manifest.precisions[precision].vision is not None
+    return VISION_INPUTS if is_tower else tuple(manifest.model.inputs)

@@ -1,7 +1,7 @@
 """From texts to rows of tokens to vectors.
 
 Texts go through in windows, so that the token ids held at once are bounded; lengths are sorted
-within a window.
+within a window, and texts with the same tokens run once.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TextPipeline:
             filled = [index for index, text in enumerate(tokens) if len(text)]
             without_tokens += (here[i] for i, text in enumerate(tokens) if not len(text))
             advance(len(tokens) - len(filled))
-            self._runner.run(
+            self._run_once_each(
                 [tokens[i] for i in filled], [here[i] for i in filled], request, store, advance
             )
         if without_tokens:
@@ -75,6 +75,31 @@ class TextPipeline:
                 EmbedgeWarning,
                 stacklevel=3,
             )
+
+    def _run_once_each(
+        self,
+        tokens: Sequence[TokenIds],
+        places: Sequence[int],
+        request: Request,
+        store: Callable[[int, Vectors], None],
+        advance: Callable[[int], object],
+    ) -> None:
+        """Runs texts with the same tokens once; each gets a result of its own."""
+        same: dict[bytes, list[int]] = {}
+        for index, text in enumerate(tokens):
+            same.setdefault(text.ids.tobytes(), []).append(index)
+        groups = list(same.values())
+
+        def store_all(group: int, result: Vectors) -> None:
+            first, *others = groups[group]
+            for index in others:
+                store(places[index], result.copy())
+            store(places[first], result)
+            if others:
+                advance(len(others))
+
+        rows = [tokens[group[0]] for group in groups]
+        self._runner.run(rows, range(len(groups)), request, store_all, advance)
 
     def _report_truncation(
         self, tokens: Sequence[TokenIds], places: Sequence[int], on_truncate: str

@@ -30,6 +30,8 @@ class GraphSession:
         constants: activation constants by initializer name, empty where there are none.
         inputs: names the graph has to take.
         arena: keep freed activations for the next run; faster, at the size of the largest batch.
+        prepared: the same graph as :class:`PreparedGraphs` stored it, opened in its place; for a
+            processor whose integer products do not saturate.
 
     Raises:
         BundleError: if ONNX Runtime refuses the graph, or it takes other inputs.
@@ -45,14 +47,18 @@ class GraphSession:
         constants: Mapping[str, ActivationConstant],
         inputs: Sequence[str],
         arena: bool = True,
+        prepared: Path | None = None,
     ) -> None:
         import onnxruntime
 
-        self.file = file
+        self.file = file = prepared or file
         self.device = device
         self.threads = threads
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = (
+            level.ORT_ENABLE_ALL if prepared is None else level.ORT_DISABLE_ALL
+        )
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.enable_cpu_mem_arena = arena

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from onnx import TensorProto
 
 from embedge.export._graph import Graph
+from embedge.export._rotated import Stream
 from embedge.export.families._config import ConfigReader
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ class Family(ConfigReader, ABC):
     def text_only(self) -> Family:
         """The same model with token ids as its only inputs."""
         return self
+
+    def streams(self) -> tuple[Stream, ...]:
+        """The residual streams that may be rotated; none where norms are not RMSNorm before a block."""
+        return ()
 
     # -- what a published model brings ----------------------------------------------------------------
 

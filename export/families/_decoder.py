@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin
+from embedge.export._rotated import Stream
 from embedge.export.families._base import Family
 from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
 
@@ -74,6 +75,26 @@ class Decoder(Family):
             ):
                 return None
         return int(window) if int(window) < self.max_length else None
+
+    def streams(self) -> tuple[Stream, ...]:
+        readers: dict[str, str] = {}
+        writers: list[str] = []
+        for index in range(self.num_layers):
+            p = f"layers.{index}."
+            readers |= {f"{p}self_attn.{n}_proj": f"{p}input_layernorm.weight" for n in "qkv"}
+            after = f"{p}post_attention_layernorm.weight"
+            readers |= {f"{p}mlp.gate_proj": after, f"{p}mlp.up_proj": after}
+            writers += [f"{p}self_attn.o_proj", f"{p}mlp.down_proj"]
+        if self.multi_vector_dim is not None:
+            readers["multi_vector_projector"] = "norm.weight"
+        stream = Stream(
+            width=self.hidden_size,
+            tables=("embed_tokens.weight",),
+            writers=writers,
+            readers=readers,
+            output="norm.weight",
+        )
+        return (stream,)
 
     def context(self, g: Graph) -> dict[str, str]:
         tokens = self.tokens(g)

@@ -19,6 +19,7 @@ from onnx import TensorProto
 from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin, Weights
+from embedge.export._rotated import Stream
 from embedge.export.families._base import GELU_LOWER_BOUND
 from embedge.export.families._config import ConfigReader
 
@@ -71,6 +72,17 @@ class Qwen25Vision(ConfigReader):
     def head_size(self) -> int:
         """Channels of a head."""
         return self.width // self.heads
+
+    def streams(self) -> tuple[Stream, ...]:
+        """The tower's own residual stream."""
+        readers, writers = {}, ["visual.patch_embed.proj"]
+        for index in range(self.depth):
+            p = f"visual.blocks.{index}."
+            readers[f"{p}attn.qkv"] = f"{p}norm1.weight"
+            readers |= {f"{p}mlp.{n}_proj": f"{p}norm2.weight" for n in ("gate", "up")}
+            writers += [f"{p}attn.proj", f"{p}mlp.down_proj"]
+        readers["visual.merger.mlp.0"] = "visual.merger.ln_q.weight"
+        return (Stream(width=self.width, writers=writers, readers=readers),)
 
     def graph(self, weights: Weights, form: Form) -> Graph:
         """Write the graph from patches to ``image_features``, see ``ARCHITECTURE.md`` for its inputs."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ import numpy as np
 from onnx import TensorProto
 
 from embedge.export._graph import Graph
+from embedge.export._rotated import Stream
 from embedge.export._sentence_transformers import SentenceSettings
 from embedge.export._text_limits import read_optional
 from embedge.export.families._base import Family, flat_config
@@ -70,6 +72,11 @@ class Qwen25VL(Decoder):
         model.images = False
         model.inputs, model.pool_mask = Family.inputs, Family.pool_mask
         return model
+
+    def streams(self) -> tuple[Stream, ...]:
+        """The tower's last Linear writes the stream too: its features take the places of tokens."""
+        (stream,) = super().streams()
+        return (replace(stream, writers=[*stream.writers, "visual.merger.mlp.2"]),)
 
     def declare_inputs(self, g: Graph) -> None:
         g.input("input_ids", TensorProto.INT64, ["batch", "tokens"])

@@ -67,6 +67,7 @@ def test_options_reach_the_bundle(source: Path, adapters: Path, tmp_path: Path) 
     assert stated == {
         "calibration": "none",
         "keep": {"*.dense": "fp32"},
+        "rotation": False,
         "block_size": 16,
         "method": "rtn",
     }

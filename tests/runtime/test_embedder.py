@@ -94,6 +94,28 @@ class TestResult:
             mixed = model.encode([texts[i] for i in order], task="code", batch_size=7)
             assert min(map(cosine, alone[order], mixed)) >= 0.999999
 
+    def test_texts_with_the_same_tokens_run_once(
+        self, make_bundle: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = Embedder(make_bundle(multi_vector=True).path, threads=1)
+        texts = ["w1 w2", "w3", " w1  w2", "w3", "w1 w2", "w4"]
+        expected = np.stack([model.encode(text) for text in texts])
+        rows: list[int] = []
+        run = GraphSession.run
+
+        def counted(session: GraphSession, output: str, inputs: Any) -> Any:
+            rows.append(len(inputs["input_ids"]))
+            return run(session, output, inputs)
+
+        monkeypatch.setattr(GraphSession, "run", counted)
+        found = model.encode(texts)
+        np.testing.assert_array_equal(found, expected)
+        assert sum(rows) == 3
+        first, _, third, *_ = model.encode(texts, multi_vector=True)
+        np.testing.assert_array_equal(first, third)
+        first += 1
+        assert not np.array_equal(first, third)
+
     def test_a_dense_window_and_the_next_are_one_call(
         self, bundle: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -344,11 +366,17 @@ class TestMultiVectors:
             model.encode("w1", multi_vector=True, truncate_dim=2)
 
 
+def distinct(count: int, words: int) -> list[str]:
+    """Texts of some words each, of which no two are the same."""
+    rest = "w1 " * (words - 2) if words > 1 else ""
+    return [f"{rest}w{i % 60} w{i // 60}" if words > 1 else f"w{i}" for i in range(count)]
+
+
 class TestBatches:
     def test_batches_stay_below_both_limits(
         self, bundle: Any, shapes: list[tuple[int, int]]
     ) -> None:
-        texts = ["w1 " * 10] * 5 + ["w1"] * 20
+        texts = distinct(5, 10) + distinct(20, 1)
         Embedder(bundle.path).encode(texts, batch_size=8, max_batch_tokens=30)
         assert all(rows <= 8 and rows * tokens <= 30 for rows, tokens in shapes)
         assert sum(rows for rows, _ in shapes) == 25
@@ -356,7 +384,7 @@ class TestBatches:
     def test_one_text_above_the_token_limit_runs_alone(
         self, bundle: Any, shapes: list[tuple[int, int]]
     ) -> None:
-        Embedder(bundle.path).encode(["w1 w2 w3"] * 2, max_batch_tokens=1)
+        Embedder(bundle.path).encode(distinct(2, 3), max_batch_tokens=1)
         assert shapes == [(1, 5), (1, 5)]
 
     def test_rows_are_padded_to_the_multiple_that_a_kernel_needs(
@@ -453,7 +481,7 @@ class TestLanes:
                 raise InferenceError("the batch of 4 tokens failed")
             return run(self, output, inputs)
 
-        texts = ["w1 w2 w3", "w1 w2", "w1"] * 10
+        texts = distinct(10, 3) + distinct(10, 2) + distinct(10, 1)
         with monkeypatch.context() as patch:
             patch.setattr(GraphSession, "run", failing)
             with pytest.raises(InferenceError, match="the batch of 4 tokens failed"):
@@ -465,7 +493,7 @@ class TestLanes:
     ) -> None:
         model = Embedder(integer.path, threads=2)
         assert opened == []
-        model.encode(["w1 " * 90] * 2)
+        model.encode(distinct(2, 90))
         model.encode("w1 " * 62)  # and two special tokens
         assert opened == [("retrieval", 1)]
         model.encode("w1 " * 63)
@@ -490,7 +518,7 @@ class TestLanes:
         monkeypatch: pytest.MonkeyPatch,
         kind: str,
     ) -> None:
-        texts = ["w1 " * 14] * 256  # 16 tokens each
+        texts = distinct(256, 14)  # 16 tokens each
         Embedder(integer.path, threads=2).encode(texts, batch_size=1000)
         assert shapes == [(32, 16)] * 8
         if kind == "large":
@@ -507,7 +535,7 @@ class TestLanes:
         self, integer: Any, opened: list[tuple[str, int]]
     ) -> None:
         size = Bundle(integer.path).graph_bytes("int8", "retrieval")
-        texts = ["w1 " * 80, "w2 w3", "w4"] * 10
+        texts = distinct(10, 80) + distinct(10, 2) + distinct(10, 1)
         expected = Embedder(integer.path, threads=2).encode(texts)
         for limit, sessions in ((2 * size - 1, 1), (2 * size, 2)):
             opened.clear()

@@ -1,0 +1,111 @@
+"""The tensors of a task with the residual streams rotated, see ``quant/_rotation.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export._graph import BASE, Weights
+from embedge.quant._rotation import Rotation
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A residual stream: what writes it and what reads it, by canonical tensor names.
+
+    Attributes:
+        width: its channels.
+        tables: weights whose rows are states of the stream (token embeddings).
+        writers: Linears whose output is added to the stream, without ``.weight``.
+        readers: Linears that read a norm of the stream, and the norm's weight; a Linear that
+            reads several states side by side counts too.
+        output: weight of the norm after the last layer, ``None`` where nothing but Linears reads it.
+    """
+
+    width: int
+    tables: Sequence[str] = ()
+    writers: Sequence[str] = ()
+    readers: Mapping[str, str] = field(default_factory=dict)
+    output: str | None = None
+
+
+class RotatedWeights:
+    """Reads the tensors of a task as those of the rotated model, which computes the same.
+
+    Args:
+        weights: the tensors.
+        streams: the streams to rotate; a tensor may read one and write another.
+    """
+
+    def __init__(self, weights: Weights, streams: Iterable[Stream]) -> None:
+        self._weights = weights
+        self._norms: dict[str, str] = {}  # by the weight that took the norm's
+        self._changes: dict[str, list[Callable[[FloatArray], FloatArray]]] = {}
+        self._mixes_rows: set[str] = set()
+        self._ones: set[str] = set()
+        self._outputs: dict[str, Rotation] = {}
+        for stream in streams:
+            self._rotate(stream, Rotation(stream.width))
+
+    def has(self, name: str) -> bool:
+        return self._weights.has(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(name)
+
+    def version(self, name: str) -> str:
+        """The task if its adapter changes the tensor or the norm that went into it."""
+        sources = [name, self._norms[name]] if name in self._norms else [name]
+        versions = [self._weights.version(source) for source in sources]
+        return next((v for v in versions if v != BASE), BASE)
+
+    def read(self, name: str, rows: slice | None = None) -> FloatArray:
+        """The rotated tensor, or neighbours along its first axis, float32, a fresh array."""
+        if name in self._ones:
+            ones = np.ones(self.shape(name), np.float32)
+            return ones if rows is None else ones[rows]
+        changes = self._changes.get(name, [])
+        whole = rows is not None and name in self._mixes_rows
+        value = self._weights.read(name, None if whole else rows)
+        for change in changes:
+            value = change(value)
+        return value[rows] if whole else value
+
+    def unrotation(self, norm: str) -> FloatArray:
+        """float32 ``[width, width]`` by which a normalized state of the stream becomes the model's own."""
+        return np.ascontiguousarray(self._outputs[norm].matrix().T * self._weights.read(norm))
+
+    @property
+    def output(self) -> str | None:
+        """Weight of the norm whose states :meth:`unrotation` turns back."""
+        return next(iter(self._outputs), None)
+
+    def _rotate(self, stream: Stream, rotation: Rotation) -> None:
+        for name in stream.tables:
+            self._change(name, rotation.rows)
+        for linear, norm in stream.readers.items():
+            self._norms[f"{linear}.weight"] = norm
+            self._ones.add(norm)
+            self._change(f"{linear}.weight", self._reader(norm, rotation))
+        for linear in stream.writers:
+            for name in (f"{linear}.weight", f"{linear}.bias"):
+                self._change(name, rotation.columns)
+                self._mixes_rows.add(name)
+        if stream.output is not None:
+            self._ones.add(stream.output)
+            self._outputs[stream.output] = rotation
+
+    def _reader(self, norm: str, rotation: Rotation) -> Callable[[FloatArray], FloatArray]:
+        def change(weight: FloatArray) -> FloatArray:
+            states = weight.reshape(len(weight), -1, rotation.width)
+            return rotation.rows(states * self._weights.read(norm)).reshape(weight.shape)
+
+        return change
+
+    def _change(self, name: str, change: Callable[[FloatArray], FloatArray]) -> None:
+        self._changes.setdefault(name, []).append(change)

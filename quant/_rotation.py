@@ -1,0 +1,77 @@
+"""Rotating the residual stream of RMSNorm models, so that no channel is an outlier.
+
+With an orthogonal ``R``, ``RMSNorm(x·R) = RMSNorm(x)·R`` for a norm without weights. So the norm's weights
+go into the Linears behind it, what writes the stream is multiplied by ``R`` and what reads it by its
+inverse, and the model computes the same. A random Hadamard matrix spreads a channel that is a hundred
+times the others over all of them.
+
+Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", arXiv 2404.00456,
+sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+_LARGEST_FACTOR = 64  # a Hadamard matrix of 2048 is applied as one of 32 and one of 64
+
+
+class Rotation:
+    """The orthogonal matrix ``R = D · (C ⊗ H)`` of a width, the same on every machine.
+
+    ``D`` are signs drawn by a hash, ``H`` is the Hadamard matrix of the width's largest power of two and
+    ``C`` the orthogonal DCT-II matrix of its odd part. Factors are applied one after the other.
+
+    Args:
+        width: channels of the stream.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        power = width & -width
+        draws = np.frombuffer(hashlib.shake_256(b"embedge rotation").digest(width), np.uint8)
+        self._signs = np.where(draws & 1, 1.0, -1.0).astype(np.float32)
+        second = min(power, _LARGEST_FACTOR)
+        factors = (_dct(width // power), _hadamard(power // second), _hadamard(second))
+        self._factors = tuple(factor.astype(np.float32) for factor in factors)
+
+    def rows(self, values: FloatArray) -> FloatArray:
+        """``values @ R`` for float32 ``[…, width]``, a fresh array."""
+        odd, first, second = self._factors
+        x: FloatArray = (values * self._signs).reshape(-1, len(odd), len(first), len(second))
+        x = np.matmul(first, np.matmul(x, second))
+        x = np.matmul(odd.T, x.reshape(-1, len(odd), len(first) * len(second)))
+        return x.reshape(values.shape)
+
+    def columns(self, values: FloatArray) -> FloatArray:
+        """``Rᵀ @ values`` for float32 ``[width, …]``, a fresh array."""
+        flat = values.reshape(self.width, -1)
+        return np.ascontiguousarray(self.rows(flat.T).T).reshape(values.shape)
+
+    def matrix(self) -> FloatArray:
+        """``R`` itself, float32 ``[width, width]``."""
+        return self.rows(np.eye(self.width, dtype=np.float32))
+
+
+def _hadamard(size: int) -> NDArray[np.float64]:
+    """Sylvester's Hadamard matrix of a power of two, scaled to be orthogonal."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / math.sqrt(size)
+
+
+def _dct(size: int) -> NDArray[np.float64]:
+    """The orthogonal DCT-II matrix, ``[1]`` for one channel."""
+    rows, columns = np.mgrid[:size, :size]
+    matrix: NDArray[np.float64] = np.cos(np.pi * rows * (2 * columns + 1) / (2 * size)) * math.sqrt(
+        2 / size
+    )
+    matrix[0] /= math.sqrt(2)
+    return matrix

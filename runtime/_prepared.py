@@ -1,0 +1,174 @@
+"""Graphs as ONNX Runtime optimized and pre-packed them on this machine, kept beside the bundle.
+
+Opening a session, ONNX Runtime optimizes the graph and packs every weight into the layout that the
+processor's products want: time and memory that each process spends again. A prepared graph is its
+result on disk. The next session maps it: nothing is packed, the pages are shared by all processes
+and can be dropped under pressure. (ONNX Runtime's session options
+``session.save_external_prepacked_constant_initializers`` and ``optimized_model_filepath``.)
+
+Rules:
+    * They lie in ``prepared/MACHINE/PRECISION/NAME/`` of the bundle's folder; MACHINE names ONNX
+      Runtime's version and the processor's instructions, so another machine does not see them.
+    * Each carries the hashes of the files that it was made from. One that does not fit the manifest
+      any more, or is cut short, is left out with a warning.
+    * Deleting the folder loses nothing but the time.
+    * Each takes the graph's weights twice on disk: as they were and packed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from embedge.runtime._bundle import Bundle
+from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
+from embedge.runtime._onnx_file import read_external_data
+from embedge.runtime._typed_json import read_json_object
+
+__all__ = ["PreparedGraphs", "machine_name"]
+
+_FOLDER = "prepared"
+_RECORD, _GRAPH, _DATA = "prepared.json", "graph.onnx", "graph.bin"
+_INLINE_BYTES = "1024"  # as in a bundle, small tensors stay in the graph
+_SPACE = 2.5  # of a graph's bytes, while it is written
+
+
+class PreparedGraphs:
+    """The prepared graphs of a bundle on this machine.
+
+    Args:
+        bundle: whose graphs.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self.folder = bundle.root / _FOLDER / machine_name()
+
+    def find(self, precision: str, name: str) -> Path | None:
+        """The prepared graph of a task, or of ``VISION``; ``None`` if there is none that fits."""
+        folder = self.folder / precision / name
+        if not (folder / _RECORD).exists():
+            return None
+        try:
+            record = read_json_object(folder / _RECORD)
+            problem = self._problem(folder, record, self._source(precision, name))
+        except (BundleError, OSError) as error:
+            problem = str(error)
+        if problem is None:
+            return folder / _GRAPH
+        warnings.warn(
+            f"{folder}: not used: {problem}; run `embedge prepare {self._bundle.root}` again",
+            EmbedgeWarning,
+            stacklevel=2,
+        )
+        return None
+
+    def write(self, precision: str, name: str) -> int:
+        """Prepares a graph, in place of an earlier one.
+
+        Returns:
+            The bytes that it takes.
+
+        Raises:
+            EmbedgeError: if the disk has no room, or ONNX Runtime refuses.
+            OSError: if the folder cannot be written.
+        """
+        source, folder = self._source(precision, name), self.folder / precision / name
+        partial = folder.with_name(f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            self._check_space(precision, name)
+            _save_prepacked(self._bundle.graph(precision, name), partial)
+            files = {path.name: path.stat().st_size for path in partial.iterdir()}
+            record = {"source": source, "files": files}
+            (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return sum(files.values())
+
+    def remove(self) -> bool:
+        """Deletes what was prepared on any machine; whether there was something."""
+        everything = self._bundle.root / _FOLDER
+        found = everything.is_dir()
+        if found:
+            shutil.rmtree(everything)
+        return found
+
+    def _source(self, precision: str, name: str) -> dict[str, str]:
+        """SHA-256, as the manifest has them, of the files of a graph."""
+        graph = self._bundle.graph(precision, name)
+        paths = {graph, *(graph.parent / data.location for data in read_external_data(graph))}
+        listed = self._bundle.manifest.files
+        names = sorted(path.relative_to(self._bundle.root).as_posix() for path in paths)
+        return {name: listed[name].sha256 for name in names}
+
+    @staticmethod
+    def _problem(folder: Path, record: dict[str, Any], source: dict[str, str]) -> str | None:
+        if record.get("source") != source:
+            return "made from other files than the bundle has now"
+        files = record.get("files")
+        if not isinstance(files, dict) or _GRAPH not in files:
+            return f"{_RECORD} lists no files"
+        for name, size in files.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name}: expected {size} bytes, found {found}"
+        return None
+
+    def _check_space(self, precision: str, name: str) -> None:
+        needed = int(_SPACE * self._bundle.graph_bytes(precision, name))
+        free = shutil.disk_usage(self._bundle.root).free
+        if free < needed:
+            raise EmbedgeError(
+                f"{self._bundle.root}: preparing {precision}/{name} takes {needed:,} bytes, and the disk has "
+                f"{free:,}; free some, or prepare fewer tasks with --task"
+            )
+
+
+def machine_name() -> str:
+    """A folder name for what packed weights depend on: ONNX Runtime and the processor's instructions."""
+    import onnxruntime
+
+    digest = hashlib.sha256(_instructions().encode()).hexdigest()[:12]
+    return f"onnxruntime-{onnxruntime.__version__}-{platform.machine()}-{digest}"
+
+
+@functools.cache
+def _instructions() -> str:
+    """The processor's name and flags as Linux lists them, or what Python knows elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return platform.processor()
+    keys = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    found = {line for line in lines if line.partition(":")[0].strip() in keys}
+    return "\n".join(sorted(found))
+
+
+def _save_prepacked(graph: Path, folder: Path) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / _GRAPH)
+    prefix = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{prefix}_file_name", _DATA)
+    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", _INLINE_BYTES)
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    try:
+        onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise EmbedgeError(
+            f"{graph}: ONNX Runtime {onnxruntime.__version__} cannot prepare it: "
+            f"{' '.join(str(error).split())}; `embedge inspect --verify` checks the bundle's files"
+        ) from error

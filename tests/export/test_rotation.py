@@ -1,0 +1,245 @@
+"""Rotating residual streams changes no vector, and what rotation and outlier channels buy at int8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from _models import cosines, linears, make_model, random_texts, save, save_adapter
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from safetensors.numpy import load_file, save_file
+
+from embedge.export import export_bundle
+from embedge.export._assemble import to_model
+from embedge.export._calibration import InputStatistics
+from embedge.export._forms import Form
+from embedge.export._graph import Fold, Graph, Lin, Tap
+from embedge.export._int8_form import Int8Form
+from embedge.export._plans import rotated_plan
+from embedge.export._rotated import RotatedWeights, Stream
+from embedge.quant._rotation import Rotation
+from embedge.runtime import Embedder
+from embedge.runtime._errors import EmbedgeValueError
+
+TEXTS = random_texts(24)
+DECODERS = ("llama", "llama-with-biases", "mistral", "qwen2", "qwen2-sliding", "qwen3")
+GENTLE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 136, "gain": 0.6}
+
+
+@pytest.mark.parametrize("width", [1, 2, 24, 64, 128, 576, 1280, 1536, 2048])
+def test_a_rotation_is_orthogonal_and_spreads_every_channel(width: int) -> None:
+    matrix = Rotation(width).matrix().astype(np.float64)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=2e-6)
+    odd = width // (width & -width)
+    limit = np.sqrt((2 if odd > 1 else 1) / width)
+    assert np.abs(matrix).max() <= limit * 1.0001
+
+
+def test_rows_and_columns_are_products_with_the_matrix() -> None:
+    rotation, values = Rotation(96), np.random.default_rng(0).normal(size=(3, 5, 96))
+    matrix = rotation.matrix().astype(np.float64)
+    rows = rotation.rows(values.astype(np.float32))
+    np.testing.assert_allclose(rows, values @ matrix, atol=1e-5)
+    columns = rotation.columns(values.reshape(15, 96).T.astype(np.float32))
+    np.testing.assert_allclose(columns, matrix.T @ values.reshape(15, 96).T, atol=1e-5)
+    bias = rotation.columns(values[0, 0].astype(np.float32))
+    np.testing.assert_allclose(bias, matrix.T @ values[0, 0], atol=1e-5)
+
+
+class Stored:
+    """A few random tensors."""
+
+    def __init__(self) -> None:
+        draw = np.random.default_rng(1)
+        self.tensors = {
+            name: draw.normal(size=shape).astype(np.float32)
+            for name, shape in (("table", (20, 8)), ("w.weight", (8, 6)), ("norm", (8,)))
+        }
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def version(self, name: str) -> str:
+        return "task" if name == "norm" else "base"
+
+    def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        return self.tensors[name][rows or slice(None)].copy()
+
+
+def test_rows_of_a_rotated_tensor_are_those_of_the_whole() -> None:
+    stream = Stream(width=8, tables=("table",), writers=("w",))
+    weights = RotatedWeights(Stored(), [stream])
+    for name in ("table", "w.weight"):
+        part = weights.read(name, slice(2, 5))
+        np.testing.assert_allclose(part, weights.read(name)[2:5], atol=1e-6)
+
+
+def test_a_reader_belongs_to_the_task_that_changes_its_norm() -> None:
+    stored = Stored()
+    stored.tensors["r.weight"] = np.ones((3, 8), np.float32)
+    weights = RotatedWeights(stored, [Stream(width=8, readers={"r": "norm"}, output="norm")])
+    assert weights.version("r.weight") == "task"
+    assert weights.version("table") == "base"
+    np.testing.assert_array_equal(weights.read("norm"), np.ones(8))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_rotated_model_gives_the_same_vectors(
+    name: str, pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, adapter = tmp_path / "model", tmp_path / "lora"
+    save(make_model(name, hidden_size=48, intermediate_size=56), source, pooling=pooling)
+    save_adapter(source, adapter, target=linears(name))
+
+    def vectors(out: Path) -> NDArray[Any]:
+        export_bundle(source, adapters={"task": adapter}, precisions=["fp32"], out=out)
+        return Embedder(out, threads=1).encode(TEXTS)
+
+    plain = vectors(tmp_path / "plain")
+    monkeypatch.setattr(Form, "rotates", True)
+    turned = vectors(tmp_path / "turned")
+    graphs = [(tmp_path / n / "fp32" / "task.bin").read_bytes() for n in ("plain", "turned")]
+    assert graphs[0] != graphs[1]
+    assert cosines(plain, turned).min() > 0.9999999
+
+
+def spoil(source: Path) -> None:
+    """Give a decoder what large ones have: loud residual channels, and one gated channel far above all."""
+    tensors = load_file(source / "model.safetensors")
+    table = next(n for n in tensors if n.endswith("embed_tokens.weight"))
+    tensors[table][:, [3, 40]] *= 40
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            tensor[7] *= 30
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("spoilt") / "model"
+    save(make_model("qwen2", **GENTLE, num_hidden_layers=3), source, pooling="mean")
+    spoil(source)
+    return source
+
+
+def exported(source: Path, out: Path, **options: Any) -> NDArray[Any]:
+    export_bundle(source, adapters={"task": None}, out=out, **options)
+    vectors: NDArray[Any] = Embedder(out, threads=1).encode(TEXTS)
+    return vectors
+
+
+def test_rotation_takes_the_error_of_loud_channels_down(
+    spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = exported(spoilt, tmp_path / "exact", precisions=["fp32"])
+    options: dict[str, Any] = {"precisions": ["int8"], "int8_method": "rtn"}
+    rotated = 1 - cosines(exact, exported(spoilt, tmp_path / "a", **options)).mean()
+    monkeypatch.setattr("embedge.export._int8_form.Int8Form.rotates", False)
+    plain = 1 - cosines(exact, exported(spoilt, tmp_path / "b", **options)).mean()
+    assert rotated < 0.5 * plain
+
+
+def gated(loud: float) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Inputs ``[rows, 64]``, of which every tenth has a loud channel, and weights up and down."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(200, 64)).astype(np.float32)
+    up = np.eye(64, dtype=np.float32)
+    down = draw.normal(size=(32, 64)).astype(np.float32)
+    x[::10, 7] *= loud
+    return x, up, down
+
+
+def product_error(loud: float) -> tuple[float, int]:
+    """Median error of the rows of an int8 product, relative to what the other channels make of it.
+
+    Also how many channels were set apart.
+    """
+    x, up, down = gated(loud)
+    stored = Stored()
+    stored.tensors = {"up.weight": up, "down.weight": down}
+    lins = (Lin("down"),)
+    tap = Tap(value="y", lins=lins, fold=Fold(lin=Lin("up")), lower_bound=None, norm=None)
+    statistics = InputStatistics(tap, 64, None)
+    statistics.add(x)
+    statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
+    plan = rotated_plan(statistics)
+    form = Int8Form({"down": plan})
+    g = Graph(weights=stored, form=form)
+    g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64])
+    g.output_scale["up"] = 1 / plan.smooth
+    (y,) = form.linears(g, "x", lins, fold=tap.fold, lower_bound=None)
+    g.output(y, "out", TensorProto.FLOAT, [])
+    for output in g.outputs:
+        output.type.tensor_type.ClearField("shape")
+    tensors = [
+        numpy_helper.from_array(array, spec.name)
+        for recipe in g.recipes.values()
+        for spec, array in zip(recipe.specs, recipe.compute(), strict=True)
+    ]
+    session = ort.InferenceSession(to_model(g, tensors, "g", {}).SerializeToString())
+    # the producer would have divided by the smoothing
+    (found,) = session.run(None, {"x": (x / plan.smooth)[None]})
+    quiet = x.copy()
+    quiet[:, 7] = 0
+    errors = np.linalg.norm(found[0] - x @ down.T, axis=1)
+    errors /= np.linalg.norm(quiet @ down.T, axis=1)
+    return float(np.median(errors[::10])), 0 if plan.outliers is None else len(plan.outliers)
+
+
+def test_loud_channels_are_set_apart_and_cost_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quiet, none = product_error(loud=1)
+    assert none == 0
+    loud, one = product_error(loud=1000)
+    assert one == 1
+    assert loud < 1.5 * quiet
+    monkeypatch.setattr("embedge.export._plans.OUTLIER_RATIO", np.inf)
+    assert product_error(loud=1000)[0] > 3 * loud
+
+
+def test_gptq_takes_the_error_of_int8_weights_down(spoilt: Path, tmp_path: Path) -> None:
+    exact = exported(spoilt, tmp_path / "exact", precisions=["fp32"])
+    errors = {
+        method: 1
+        - cosines(
+            exact,
+            exported(spoilt, tmp_path / method, precisions=["int8"], int8_method=method),
+        ).mean()
+        for method in ("rtn", "gptq")
+    }
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_int8_decoders_do_not_depend_on_the_batch(spoilt: Path, tmp_path: Path) -> None:
+    export_bundle(spoilt, adapters={"task": None}, precisions=["int8"], out=tmp_path / "b")
+    model = Embedder(tmp_path / "b", threads=1)
+    together = model.encode(TEXTS)
+    alone = np.concatenate([model.encode([text]) for text in TEXTS])
+    assert cosines(together, alone).min() > 0.999999
+
+
+def test_the_manifest_records_method_and_rotation(spoilt: Path, tmp_path: Path) -> None:
+    export_bundle(spoilt, adapters={"task": None}, precisions=["int8", "int4"], out=tmp_path / "b")
+    options = {name: value.options for name, value in _manifest(tmp_path / "b").precisions.items()}
+    assert options["int8"]["method"] == options["int4"]["method"] == "gptq"
+    assert options["int8"]["rotation"] and options["int4"]["rotation"]
+
+
+def _manifest(path: Path) -> Any:
+    from embedge.runtime._bundle import Bundle
+
+    return Bundle(path).manifest
+
+
+def test_a_bad_method_is_refused(spoilt: Path, tmp_path: Path) -> None:
+    with pytest.raises(EmbedgeValueError, match="int8_method 'best': expected one of gptq, rtn"):
+        export_bundle(spoilt, adapters={"task": None}, out=tmp_path / "b", int8_method="best")

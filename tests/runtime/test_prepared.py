@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedge.runtime import Embedder, EmbedgeError, EmbedgeWarning
+from embedge.runtime._bundle import Bundle
+from embedge.runtime._cli import main
+from embedge.runtime._prepared import PreparedGraphs, machine_name
+
+TEXTS = ["w1 w2 w3", "w4", "", "w5 w6"]
+
+
+def prepared_folder(path: Path, task: str = "retrieval", precision: str = "fp32") -> Path:
+    return path / "prepared" / machine_name() / precision / task
+
+
+def test_a_prepared_graph_is_opened_in_place_of_the_bundles(bundle, monkeypatch):
+    expected = Embedder(bundle.path).encode(TEXTS)
+    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    opened = []
+    monkeypatch.setattr(
+        "embedge.runtime._graphs.GraphSession",
+        lambda file, **settings: opened.append(settings["prepared"]) or session(file, **settings),
+    )
+    found = Embedder(bundle.path).encode(TEXTS)
+    assert opened == [prepared_folder(bundle.path) / "graph.onnx"]
+    np.testing.assert_array_equal(found, expected)
+
+
+def session(*arguments, **settings):
+    from embedge.runtime._session import GraphSession
+
+    return GraphSession(*arguments, **settings)
+
+
+def test_the_command_prepares_every_graph_and_verifies_after(with_images, capsys):
+    image = np.zeros((20, 30, 3), np.uint8)
+    expected = Embedder(with_images.path).encode(["w1", image], task="code")
+    assert main(["prepare", str(with_images.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "fp32/retrieval",
+        "fp32/code",
+        "fp32/vision",
+    ]
+    assert prepared_folder(with_images.path, "vision").is_dir()
+    np.testing.assert_array_equal(
+        Embedder(with_images.path).encode(["w1", image], task="code"), expected
+    )
+    assert main(["inspect", str(with_images.path), "--verify"]) == 0
+
+
+def test_the_command_takes_tasks_and_precisions(two_tasks, capsys):
+    assert main(["prepare", str(two_tasks.path), "--task", "code", "--precision", "int4"]) == 0
+    assert prepared_folder(two_tasks.path, "code", "int4").is_dir()
+    assert not prepared_folder(two_tasks.path, "retrieval", "int4").exists()
+    assert main(["prepare", str(two_tasks.path), "--task", "law"]) == 2
+    assert "the bundle has no task 'law'; it has retrieval, code" in capsys.readouterr().err
+    assert main(["prepare", str(two_tasks.path), "--precision", "int2"]) == 2
+    assert "the bundle has no precision 'int2'" in capsys.readouterr().err
+
+
+def test_remove(bundle, capsys):
+    assert main(["prepare", str(bundle.path)]) == 0
+    assert main(["prepare", str(bundle.path), "--remove"]) == 0
+    assert not (bundle.path / "prepared").exists()
+    assert main(["prepare", str(bundle.path), "--remove"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["removed", "nothing was prepared"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda folder: (folder / "graph.bin").write_bytes(b""), "graph.bin: expected"),
+        (lambda folder: (folder / "graph.bin").unlink(), "No such file"),
+        (lambda folder: (folder / "prepared.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "prepared.json").write_text("{}"), "made from other files"),
+    ],
+)
+def test_a_damaged_one_is_left_out_with_a_warning(bundle, spoil, reason):
+    expected = Embedder(bundle.path).encode(TEXTS)
+    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    spoil(prepared_folder(bundle.path))
+    model = Embedder(bundle.path)
+    with pytest.warns(EmbedgeWarning, match=f"not used: .*{reason}.*embedge prepare"):
+        found = model.encode(TEXTS)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_one_of_other_weights_is_left_out_until_prepared_again(make_bundle):
+    first, second = make_bundle("first"), make_bundle("second", tasks=("code", "retrieval"))
+    PreparedGraphs(Bundle(first.path)).write("fp32", "retrieval")
+    shutil.copytree(first.path / "prepared", second.path / "prepared")
+    model = Embedder(second.path)
+    with pytest.warns(EmbedgeWarning, match="made from other files"):
+        found = model.encode("w1", task="retrieval")
+    np.testing.assert_allclose(found, second.expected("retrieval", [2, 5, 3]), atol=1e-6)
+    PreparedGraphs(Bundle(second.path)).write("fp32", "retrieval")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Embedder(second.path).encode("w1", task="retrieval")
+
+
+def test_another_machine_does_not_see_it(bundle, monkeypatch):
+    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    monkeypatch.setattr("embedge.runtime._prepared._instructions", lambda: "another processor")
+    assert PreparedGraphs(Bundle(bundle.path)).find("fp32", "retrieval") is None
+
+
+def test_a_full_disk_is_told_before_anything_is_written(bundle, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(EmbedgeError, match="the disk has 10; free some"):
+        PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    assert not prepared_folder(bundle.path).exists()
+    assert list(prepared_folder(bundle.path).parent.iterdir()) == []
+
+
+def test_a_graph_that_cannot_be_prepared_leaves_the_earlier_one(bundle):
+    graphs = PreparedGraphs(Bundle(bundle.path))
+    graphs.write("fp32", "retrieval")
+    before = json.loads((prepared_folder(bundle.path) / "prepared.json").read_text())
+    weights = bundle.path / "fp32" / "retrieval.bin"
+    kept = weights.read_bytes()
+    weights.write_bytes(b"")
+    with pytest.raises(EmbedgeError, match="truncated"):
+        graphs.write("fp32", "retrieval")
+    weights.write_bytes(kept)
+    assert json.loads((prepared_folder(bundle.path) / "prepared.json").read_text()) == before
+    assert graphs.find("fp32", "retrieval") is not None
+
+
+def test_packed_weights_are_mapped(tmp_path, bundle):
+    """Of a wide product, the session's weights are file pages instead of anonymous memory."""
+    from onnx import TensorProto, helper, save
+
+    width = 3072
+    weight = np.random.default_rng(0).normal(size=(width, width)).astype(np.float32)
+    tensor = helper.make_tensor("w", TensorProto.FLOAT, weight.shape, weight.tobytes(), raw=True)
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", width]) for n in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", values[:1], values[1:], [tensor]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin")
+    from embedge.runtime._prepared import _save_prepacked
+
+    (tmp_path / "packed").mkdir()
+    _save_prepacked(tmp_path / "m.onnx", tmp_path / "packed")
+    plain = anonymous_mb(tmp_path / "m.onnx")
+    mapped = anonymous_mb(tmp_path / "packed" / "graph.onnx")
+    assert plain - mapped > 0.8 * width * width * 4 / 1e6
+
+
+def anonymous_mb(file: Path) -> float:
+    """Anonymous memory that a session of the graph adds, in a process of its own."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    code = """
+import re, sys, onnxruntime, numpy as np
+from pathlib import Path
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+before = anonymous()
+options = onnxruntime.SessionOptions()
+options.enable_cpu_mem_arena = False
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+session.run(None, {"x": np.ones((1, 3072), np.float32)})
+print(anonymous() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
