@@ -7,20 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModel
 
 from embedge.bench._errors import BenchArgumentError, BenchError
 
 __all__ = ["adapter_folder", "load_backbone", "merge"]
 
+HEAD = "multi_vector_projector"
+HEAD_WIDTH = "multi_vector_projector_dim"
 
-class _Headless(torch.nn.Module):
-    """Puts a backbone where a model with a head has it: adapters trained there say ``model.…``."""
 
-    def __init__(self, model: Any) -> None:
+class _Inner(torch.nn.Module):
+    """Puts a backbone where a model with a head has it: adapters trained there say ``model.…``.
+
+    Of heads, there is the multi-vector one, where the checkpoint has it, so that an adapter's tensors
+    for it find their place. The hidden states come from the backbone alone.
+    """
+
+    def __init__(self, model: Any, transformer: Path) -> None:
         super().__init__()
         self.config = model.config
         self.model = model
+        if getattr(model.config, HEAD_WIDTH, None) is not None:
+            self.multi_vector_projector = _multi_vector_head(transformer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -53,7 +63,7 @@ def load_backbone(transformer: Path, adapter: str | Path | None = None) -> Any:
     if adapter is None:
         return _backbone(transformer)
     attempts = []
-    for wrap in (lambda model: model, _Headless):
+    for wrap in (lambda model: model, lambda model: _Inner(model, transformer)):
         model, left_over = _apply(wrap(_backbone(transformer)), Path(adapter), transformer)
         if not left_over:
             return model
@@ -68,7 +78,31 @@ def load_backbone(transformer: Path, adapter: str | Path | None = None) -> Any:
 def merge(model: Any) -> Any:
     """Return the bare torch model of a PEFT model, with the adapter added to its weights."""
     merged = model.merge_and_unload()
-    return merged.model if isinstance(merged, _Headless) else merged
+    return merged.model if isinstance(merged, _Inner) else merged
+
+
+def _multi_vector_head(transformer: Path) -> torch.nn.Linear:
+    """Return the Linear ``multi_vector_projector`` of a checkpoint.
+
+    Raises:
+        BenchError: config.json has its width, and no weight file has the Linear.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(transformer.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith(f"{HEAD}.")]
+            found |= {name: tensors.get_tensor(name).float() for name in names}
+    weight, bias = found.get(f"{HEAD}.weight"), found.get(f"{HEAD}.bias")
+    if weight is None:
+        raise BenchError(
+            f"{transformer}: config.json has {HEAD_WIDTH}, expected {HEAD}.weight in a safetensors "
+            "file, found none"
+        )
+    head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    head.weight.data = weight
+    if bias is not None:
+        head.bias.data = bias
+    return head
 
 
 def _backbone(transformer: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from metrics import truncate
+from metrics import Rows, max_sim, truncate
 
 _SCALE = 20.0
 
@@ -17,7 +17,10 @@ def info_nce(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
         queries: float32 [pairs, width], rows of length 1.
         passages: float32 [pairs, width], rows of length 1; a row belongs to the same row.
     """
-    scores = _SCALE * queries @ passages.T
+    return _contrast(_SCALE * queries @ passages.T)
+
+
+def _contrast(scores: torch.Tensor) -> torch.Tensor:
     target = torch.arange(len(scores))
     entropy = torch.nn.functional.cross_entropy
     return 0.75 * entropy(scores, target) + 0.25 * entropy(scores.T, target)
@@ -31,10 +34,35 @@ def cosent(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> t
         second: float32 [pairs, width], rows of length 1.
         scores: float32 [pairs].
     """
-    cosines = _SCALE * (first * second).sum(-1)
+    return _rank(_SCALE * (first * second).sum(-1), scores)
+
+
+def _rank(cosines: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     gaps = cosines.unsqueeze(0) - cosines.unsqueeze(1)
     wrong = gaps[scores.unsqueeze(1) > scores.unsqueeze(0) + 0.05]
     return torch.logsumexp(torch.cat([torch.zeros(1), wrong]), dim=0)
+
+
+def late_info_nce(queries: Rows, passages: Rows) -> torch.Tensor:
+    """Return the in-batch contrastive loss of late interaction (MaxSim, a mean over the tokens).
+
+    Args:
+        queries: float32 [tokens, width] of each query, rows of length 1.
+        passages: float32 [tokens, width] of each passage, rows of length 1.
+    """
+    return _contrast(_SCALE * max_sim(queries, passages))
+
+
+def late_cosent(first: Rows, second: Rows, scores: torch.Tensor) -> torch.Tensor:
+    """Return the CoSENT loss of late interaction, the mean of both directions.
+
+    Args:
+        first: float32 [tokens, width] of each text, rows of length 1.
+        second: float32 [tokens, width] of each text, rows of length 1.
+        scores: float32 [pairs].
+    """
+    forth, back = max_sim(first, second).diagonal(), max_sim(second, first).diagonal()
+    return _rank(_SCALE * 0.5 * (forth + back), scores)
 
 
 def over_widths(

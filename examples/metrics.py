@@ -1,6 +1,8 @@
-"""nDCG@10, Spearman's correlation and paired bootstrap intervals."""
+"""Late interaction, nDCG@10, Spearman's correlation and paired bootstrap intervals."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 Floats = NDArray[np.float64]
+Rows = Sequence[torch.Tensor]
 
 
 def truncate(vectors: torch.Tensor, dim: int) -> torch.Tensor:
@@ -23,17 +26,32 @@ def truncate(vectors: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors[:, :dim], dim=-1)
 
 
-def ndcg_at_10(queries: torch.Tensor, passages: torch.Tensor) -> Floats:
+def max_sim(queries: Rows, passages: Rows) -> torch.Tensor:
+    """Return how well each passage answers each query, token by token.
+
+    Args:
+        queries: float32 [tokens, width] of each query, rows of length 1.
+        passages: float32 [tokens, width] of each passage, rows of length 1.
+
+    Returns:
+        float32 [queries, passages]: the highest cosine of each query token among the passage's
+        tokens, averaged over the query's tokens.
+    """
+    lengths = [len(query) for query in queries]
+    tokens = torch.cat(list(queries))
+    best = torch.stack([(tokens @ passage.T).amax(1) for passage in passages], dim=1)
+    return torch.stack([rows.mean(0) for rows in best.split(lengths)])
+
+
+def ndcg_at_10(scores: torch.Tensor) -> Floats:
     """Return nDCG@10 of each query; the passage of the same row is the one that is relevant.
 
     Args:
-        queries: float32 [rows, width], rows of length 1.
-        passages: float32 [rows, width], rows of length 1.
+        scores: float32 [queries, passages], higher is better.
 
     Returns:
-        float64 [rows].
+        float64 [queries].
     """
-    scores = queries @ passages.T
     own = scores.diagonal().unsqueeze(1)
     ranks = (scores > own).sum(1).numpy()
     return np.where(ranks < 10, 1.0 / np.log2(ranks + 2.0), 0.0)

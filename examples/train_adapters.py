@@ -1,4 +1,4 @@
-"""Trains the three adapters with PEFT and saves them below ``adapters/``."""
+"""Trains the three adapters of a backbone with PEFT and saves them below ``adapters/``."""
 
 from __future__ import annotations
 
@@ -13,30 +13,21 @@ from typing import Any
 
 import torch
 from allocator import keep_freed_memory
-from backbone import BACKBONE_NAME, MATRYOSHKA_DIMS, embed, load_backbone, load_tokenizer
+from backbone import Backbone, embed, embed_all
 from jsonl import read_jsonl
-from losses import cosent, drift, info_nce, over_widths
+from losses import cosent, drift, info_nce, late_cosent, late_info_nce, over_widths
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tasks import HERE, TASKS, Task, measure, read_eval
+from safetensors.torch import load_file, save_file
+from tasks import BACKBONES, HERE, Task, backbone_of, columns, measure, read_eval, tasks_of
+from tokenizers import Tokenizer
 
 SEED = 7
-RANK = 8
-ALPHA = 16
-TRAIN_TOKENS = 96
 MIXED_TEXTS = 32
 VALIDATION_PAIRS = 400
 SCALES = (1.0, 0.75, 0.5)
 TOLERATED_LOSS = 0.0025
 REPORT_EVERY = 20
-TARGETS = (
-    "query",
-    "key",
-    "value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
 
 Row = dict[str, Any]
 
@@ -49,32 +40,41 @@ def _batches(rows: list[Row], size: int, seed: str) -> Iterator[list[Row]]:
             yield rows[start : start + size]
 
 
-def _new_adapter(targets: tuple[str, ...]) -> PeftModel:
+def _new_adapter(backbone: Backbone) -> PeftModel:
     config = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=list(targets),
+        r=backbone.rank,
+        lora_alpha=backbone.alpha,
+        target_modules=list(backbone.targets),
         lora_dropout=0.0,
         bias="none",
         task_type="FEATURE_EXTRACTION",
-        base_model_name_or_path=BACKBONE_NAME,
+        base_model_name_or_path=backbone.name,
     )
-    model = get_peft_model(load_backbone(attention="eager"), config).eval()
+    model = get_peft_model(backbone.load(attention=backbone.attention), config).eval()
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False  # autocast does it, and only once
     return model
 
 
-def _task_loss(model: PeftModel, tokenizer: Any, batch: list[Row]) -> torch.Tensor:
+def _task_loss(
+    backbone: Backbone, model: PeftModel, tokenizer: Tokenizer, batch: list[Row]
+) -> torch.Tensor:
+    first_texts, second_texts = columns(backbone, batch)
     if "score" in batch[0]:
-        texts = [row["text1"] for row in batch] + [row["text2"] for row in batch]
-        first, second = embed(model, tokenizer, texts).chunk(2)
-        loss = partial(cosent, scores=torch.tensor([row["score"] for row in batch]))
-        return over_widths(loss, first, second, MATRYOSHKA_DIMS)
-    queries = embed(model, tokenizer, [row["query"] for row in batch])
-    passages = embed(model, tokenizer, [row["passage"] for row in batch])
-    return over_widths(info_nce, queries, passages, MATRYOSHKA_DIMS)
+        both, tokens = embed_all(model, tokenizer, first_texts + second_texts)
+        first, second = both.chunk(2)
+        scores = torch.tensor([row["score"] for row in batch])
+        loss = over_widths(partial(cosent, scores=scores), first, second, backbone.widths)
+        if tokens:
+            loss = loss + late_cosent(tokens[: len(batch)], tokens[len(batch) :], scores)
+        return loss
+    queries, query_tokens = embed_all(model, tokenizer, first_texts)
+    passages, passage_tokens = embed_all(model, tokenizer, second_texts)
+    loss = over_widths(info_nce, queries, passages, backbone.widths)
+    if query_tokens:
+        loss = loss + late_info_nce(query_tokens, passage_tokens)
+    return loss
 
 
 def _set_scale(model: PeftModel, scale: float) -> None:
@@ -83,16 +83,20 @@ def _set_scale(model: PeftModel, scale: float) -> None:
             module.set_scale("default", scale)
 
 
-def _qualities(model: PeftModel, sets: dict[str, list[Row]]) -> dict[str, float]:
-    tokenizer = load_tokenizer()
+def _qualities(
+    backbone: Backbone, model: PeftModel, sets: dict[str, list[Row]]
+) -> dict[str, float]:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return {name: measure(model, tokenizer, rows).quality() for name, rows in sets.items()}
+        return {name: measure(backbone, model, rows).quality() for name, rows in sets.items()}
 
 
-def _choose_scale(model: PeftModel, sets: dict[str, list[Row]]) -> tuple[float, list[Row]]:
+def _choose_scale(
+    backbone: Backbone, model: PeftModel, sets: dict[str, list[Row]]
+) -> tuple[float, list[Row]]:
     """Return the factor of ``lora_alpha`` that serves the task best without forgetting.
 
     Args:
+        backbone: What it was trained for.
         model: The trained adapter.
         sets: Rows of ``"validation"`` (the task's own kind) and of the dev sets (other kinds).
 
@@ -102,12 +106,12 @@ def _choose_scale(model: PeftModel, sets: dict[str, list[Row]]) -> tuple[float, 
         and all measurements.
     """
     with model.disable_adapter():
-        bare = _qualities(model, sets)
+        bare = _qualities(backbone, model, sets)
     print(f"  bare: {bare}", flush=True)
     tried: list[Row] = []
     for scale in SCALES:
         _set_scale(model, scale)
-        gains = {name: q - bare[name] for name, q in _qualities(model, sets).items()}
+        gains = {name: q - bare[name] for name, q in _qualities(backbone, model, sets).items()}
         shown = ", ".join(f"{name} {gain:+.4f}" for name, gain in gains.items())
         print(f"  scale {scale}: {shown}", flush=True)
         tried.append({"scale": scale, "gains": gains})
@@ -121,23 +125,29 @@ def _choose_scale(model: PeftModel, sets: dict[str, list[Row]]) -> tuple[float, 
     return max(tried, key=rank)["scale"], tried
 
 
-def _save(model: PeftModel, scale: float, folder: Path) -> None:
+def _save(backbone: Backbone, model: PeftModel, scale: float, folder: Path) -> None:
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    if backbone.half:
+        file = folder / "adapter_model.safetensors"
+        halves = {name: tensor.half() for name, tensor in load_file(file).items()}
+        save_file(halves, file, metadata={"format": "pt"})
+        file.chmod(0o644)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = BACKBONE_NAME
+    config["base_model_name_or_path"] = backbone.name
     config["inference_mode"] = True
-    alpha = round(ALPHA * scale, 4)
+    alpha = round(backbone.alpha * scale, 4)
     config["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def train(task: Task, data: Path, out: Path) -> Row:
+def train(backbone: Backbone, task: Task, data: Path, out: Path) -> Row:
     """Train one adapter, shrink it, save it, and return what was measured on the way.
 
     Args:
+        backbone: What to train it for.
         task: What to train.
         data: Folder of the training files.
         out: Folder that gets a folder per adapter.
@@ -153,8 +163,8 @@ def train(task: Task, data: Path, out: Path) -> Row:
         name: _batches(rows, task.batch_size, f"{SEED}:{name}") for name, rows in files.items()
     }
     mixed = _batches(read_jsonl(data / "mixed.jsonl"), MIXED_TEXTS, f"{SEED}:mixed")
-    model = _new_adapter(TARGETS)
-    tokenizer = load_tokenizer(TRAIN_TOKENS)
+    model = _new_adapter(backbone)
+    tokenizer = backbone.tokenizer(backbone.train_tokens)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -164,12 +174,14 @@ def train(task: Task, data: Path, out: Path) -> Row:
     totals = [0.0, 0.0]
     for step in range(1, task.steps + 1):
         name = draw.choices(list(task.mixture), list(task.mixture.values()))[0]
-        texts = [row["text"] for row in next(mixed)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = _task_loss(model, tokenizer, next(streams[name]))
-            with torch.no_grad(), model.disable_adapter():
-                teacher = embed(model, tokenizer, texts)
-            moved = drift(embed(model, tokenizer, texts), teacher)
+            loss = _task_loss(backbone, model, tokenizer, next(streams[name]))
+            moved = torch.zeros(())
+            if task.drift_weight:
+                texts = [row["text"] for row in next(mixed)]
+                with torch.no_grad(), model.disable_adapter():
+                    teacher = embed(model, tokenizer, texts)
+                moved = drift(embed(model, tokenizer, texts), teacher)
         (loss + task.drift_weight * moved).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -184,10 +196,12 @@ def train(task: Task, data: Path, out: Path) -> Row:
                 flush=True,
             )
             totals = [0.0, 0.0]
-            _save(model, 1.0, out / task.name)
-    sets = {"validation": validation} | {name: read_eval(name) for name in task.dev}
-    scale, tried = _choose_scale(model, sets)
-    _save(model, scale, out / task.name)
+            _save(backbone, model, 1.0, out / task.name)
+    scale, tried = 1.0, list[Row]()
+    if task.dev:
+        sets = {"validation": validation} | {name: read_eval(name) for name in task.dev}
+        scale, tried = _choose_scale(backbone, model, sets)
+    _save(backbone, model, scale, out / task.name)
     seconds = round(time.monotonic() - started, 1)
     print(f"{task.name}: scale {scale}, {seconds} s", flush=True)
     return {"scale": scale, "seconds": seconds, "tried": tried}
@@ -196,20 +210,24 @@ def train(task: Task, data: Path, out: Path) -> Row:
 def main() -> None:
     """Train what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="*", default=[task.name for task in TASKS])
+    parser.add_argument("tasks", nargs="*", help="all by default")
+    parser.add_argument("--backbone", choices=BACKBONES, default=BACKBONES[0])
+    parser.add_argument("--model", type=Path, help="folder of the checkpoint, for smollm2")
     parser.add_argument("--data", type=Path, default=HERE / "data")
-    parser.add_argument("--out", type=Path, default=HERE / "adapters")
+    parser.add_argument("--out", type=Path, help="adapters/ of the backbone by default")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    backbone = backbone_of(options.backbone, options.model)
+    out = options.out or HERE / backbone.home
+    out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
-    for task in TASKS:
-        if task.name in options.tasks:
-            report = train(task, options.data, options.out)
+    for task in tasks_of(backbone):
+        if not options.tasks or task.name in options.tasks:
+            report = train(backbone, task, options.data, out)
             text = json.dumps(report, indent=2) + "\n"
-            (options.out / f"{task.name}-training.json").write_text(text, encoding="utf-8")
+            (out / f"{task.name}-training.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

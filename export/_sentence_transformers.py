@@ -109,7 +109,18 @@ def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
         max_length=max_length(folder, config, transformer),
         similarity=settings["similarity"],
         truncate_dim=settings["truncate_dim"],
+        matryoshka_dims=_matryoshka_dims(folder / "config.json", config),
     )
+
+
+def _matryoshka_dims(file: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """The ``matryoshka_dims`` of config.json, where jina-embeddings-v4 has them."""
+    dims = config.get("matryoshka_dims") or []
+    if not isinstance(dims, list) or not all(type(dim) is int for dim in dims):
+        raise CheckpointError(
+            f"{file}: matryoshka_dims is {dims!r}, expected a list of whole numbers"
+        )
+    return tuple(dims)
 
 
 def _pipeline(path: Path) -> list[tuple[str, Path]]:

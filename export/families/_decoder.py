@@ -2,6 +2,9 @@
 
 Attention is causal, as in the published embedding models of these families. Rows are padded on the
 right, so a real token never sees padding and no mask is needed.
+
+A checkpoint may have a multi-vector head beside the decoder, as jina-embeddings-v4 has: the Linear
+``multi_vector_projector``, its width in config.json's ``multi_vector_projector_dim``.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+from onnx import TensorProto
 
+from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin
 from embedge.export._rotated import Stream
 from embedge.export.families._base import Family
@@ -20,7 +25,10 @@ class Decoder(Family):
     """Decoders with rotary positions, RMSNorm, grouped-query attention and a gated MLP."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
-    roots: ClassVar[tuple[str, ...]] = ("embed_tokens", "layers", "norm", "lm_head", "score")
+    roots: ClassVar[tuple[str, ...]] = (
+        *("embed_tokens", "layers", "norm", "lm_head", "score"),
+        "multi_vector_projector",
+    )
     ignored: ClassVar[tuple[str, ...]] = ("lm_head.", "score.")
     default_pooling: ClassVar[str | None] = "lasttoken"
 
@@ -40,6 +48,8 @@ class Decoder(Family):
         if factor != 1.0:
             raise self._unsupported("partial_rotary_factor", factor, "1.0")
         self.windows = [self._window(i) for i in range(self.num_layers)]
+        if self.config.get("multi_vector_projector_dim") is not None:
+            self.multi_vector_dim = self._int("multi_vector_projector_dim")
 
     def _rope(self) -> dict[str, Any]:
         """``rope_scaling``, or ``rope_parameters`` as transformers 5 writes it, with its theta."""
@@ -142,6 +152,18 @@ class Decoder(Family):
 
     def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
         return g.norm(hidden, "norm.weight", None, self.epsilon, rms=True)
+
+    def token_embeddings(self, g: Graph, hidden: str) -> str:
+        """float32 ``[batch, tokens, multi_vector_dim]``, rows of length 1, padding of length 0."""
+        head = Lin("multi_vector_projector")
+        self.expect_shape(g, f"{head.name}.weight", (self.multi_vector_dim or 0, self.hidden_size))
+        y = g.op("MatMul", hidden, Form().matrix(g, head))
+        bias = Form().bias(g, head, None, False)
+        y = g.add(y, bias)
+        norm = g.op("ReduceL2", y, g.const([-1], "int64"), keepdims=1)
+        y = g.op("Div", y, g.op("Max", norm, g.const(1e-12)))
+        real = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+        return g.op("Mul", y, g.op("Unsqueeze", real, g.const([2], "int64")))
 
     def _rotate(self, g: Graph, context: dict[str, str], x: str, heads: int) -> str:
         positions = [context["positions"]] if "positions" in context else []

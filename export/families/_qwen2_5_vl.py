@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from onnx import TensorProto
 
-from embedge.export._forms import Form
-from embedge.export._graph import Graph, Lin
+from embedge.export._graph import Graph
 from embedge.export._rotated import Stream
 from embedge.export._sentence_transformers import SentenceSettings
 from embedge.export._text_limits import read_optional
@@ -120,6 +119,10 @@ class JinaV4Merged(Qwen25VL):
 
     model_types = ("jina_embeddings_v4_merged",)
 
+    def check(self) -> None:
+        super().check()
+        self.multi_vector_dim = None
+
     @classmethod
     def serves(cls, config: Mapping[str, Any], name: str) -> bool:
         return name.lower().startswith(_MERGED) and config.get("model_type") == "qwen2_5_vl"
@@ -159,18 +162,6 @@ class JinaV4(Qwen25VL):
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             names = ["retrieval", "text-matching", "code"]
         return dict.fromkeys(names, "adapters")
-
-    def token_embeddings(self, g: Graph, hidden: str) -> str:
-        """float32 ``[batch, tokens, multi_vector_dim]``, rows of length 1, padding of length 0."""
-        head = Lin("multi_vector_projector")
-        self.expect_shape(g, f"{head.name}.weight", (self.multi_vector_dim or 0, self.hidden_size))
-        y = g.op("MatMul", hidden, Form().matrix(g, head))
-        bias = Form().bias(g, head, None, False)
-        y = g.add(y, bias)
-        norm = g.op("ReduceL2", y, g.const([-1], "int64"), keepdims=1)
-        y = g.op("Div", y, g.op("Max", norm, g.const(1e-12)))
-        real = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
-        return g.op("Mul", y, g.op("Unsqueeze", real, g.const([2], "int64")))
 
 
 def encode_settings(config: Mapping[str, Any], folder: Path) -> SentenceSettings:

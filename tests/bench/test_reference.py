@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertModel
+from transformers import BertModel, LlamaConfig, LlamaModel
 
 from embedge.bench import Reference
 from embedge.bench._errors import BenchError
@@ -106,6 +108,44 @@ def test_adapter_keys_of_a_model_with_a_head_are_placed(
     found = Reference(model, tmp_path).encode(TEXTS)
 
     np.testing.assert_allclose(found, Reference(model, adapter).encode(TEXTS), atol=SAME)
+
+
+class WithHead(torch.nn.Module):
+    def __init__(self, model: LlamaModel) -> None:
+        super().__init__()
+        self.model, self.multi_vector_projector = model, torch.nn.Linear(32, 5)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_an_adapter_that_reaches_the_multi_vector_head_is_placed(
+    merged: bool, model: Path, tmp_path: Path
+) -> None:
+    source, adapter = tmp_path / "source", tmp_path / "adapter"
+    shutil.copytree(model, source)
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 60}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    whole = WithHead(LlamaModel(config))
+    config.multi_vector_projector_dim = 5
+    config.save_pretrained(source)
+    save_file(whole.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj", "multi_vector_projector"])
+    adapted = get_peft_model(whole, lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(adapter)
+
+    found = Reference(source, adapter, merged=merged).encode(TEXTS)
+
+    expected = []
+    for ids in TextTokens(read_source(source))(TEXTS):
+        with torch.inference_mode():
+            inner = adapted.base_model.model.model  # adapted in place
+            mean = inner(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+        expected.append((mean / mean.norm()).numpy())
+    np.testing.assert_allclose(found, np.stack(expected), atol=SAME)
+    assert np.abs(found - Reference(source).encode(TEXTS)).max() > 0.01
 
 
 def test_an_adapter_tensor_without_a_place_is_named(
