@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from embedge.bench._errors import BenchArgumentError
+from embedge.bench._gguf import FAMILIES as GGUF_FAMILIES
 from embedge.bench._peer_context import PeerContext
 from embedge.bench._systems import System
 
@@ -23,11 +24,13 @@ class Peer:
             strongest first.
         requires: modules that have to be installed.
         install: the packages that bring them.
+        families: values of ``model_type`` that it is written for, ``None`` for any.
     """
 
     builders: tuple[str, ...]
     requires: tuple[str, ...]
     install: str
+    families: tuple[str, ...] | None = None
 
     def available(self) -> bool:
         """Return whether everything it needs is installed."""
@@ -48,6 +51,17 @@ PEERS = {
         builders=("_peer_openvino:openvino_int8",),
         requires=("optimum.exporters.onnx", "openvino", "nncf"),
         install="optimum-onnx openvino nncf",
+    ),
+    "llama.cpp": Peer(
+        builders=(
+            "_peer_llama_cpp:llama_cpp_q8_0",
+            "_peer_llama_cpp:llama_cpp_q4_k_m",
+            "_peer_llama_cpp:llama_cpp_q4_0",
+            "_peer_llama_cpp:llama_cpp_f16",
+        ),
+        requires=("gguf", "llama_cpp"),
+        install="gguf llama-cpp-python",
+        families=GGUF_FAMILIES,
     ),
 }
 
@@ -91,7 +105,14 @@ def build_peers(
         note: takes a sentence for the report.
         variants: the most of each peer, ``None`` for all.
     """
-    for builder in [builder for name in names for builder in PEERS[name].builders[:variants]]:
+    chosen = []
+    for name in names:
+        families, found = PEERS[name].families, context.config.model_type
+        if families is None or found in families:
+            chosen += PEERS[name].builders[:variants]
+        else:
+            note(f"{name} is not compared with: written for {', '.join(families)}, not for {found}")
+    for builder in chosen:
         module, _, function = builder.partition(":")
         try:
             system: System = getattr(import_module(f"embedge.bench.{module}"), function)(context)
