@@ -24,7 +24,7 @@ class Effort:
         eval_sets: most evaluation files a task.
         warm_up: untimed rounds before the timed ones.
         process_repeats: child processes for cold start and memory, each system.
-        peer_variants: variants of each peer, the strongest first.
+        peer_variants: the most variants of a peer that is not named with its variant.
         torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
         latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
             the numbers they hold.
@@ -71,8 +71,8 @@ class BenchOptions:
         precisions: precisions to measure, ``None`` for all that run on the CPU.
         texts: file of texts for fidelity, ``None`` for the bench's own.
         evaluations: task and labelled file, in order; the first of a task is its main one.
-        peers: names of :data:`embedge.bench._peers.PEERS`, ``("none",)``, or ``None`` for all that
-            are installed.
+        peers: names of :data:`embedge.bench.peers._catalogue.PEERS` or ``peer:variant``, ``("none",)``, or
+            ``None`` for the usual variants of all that are installed.
         pooling: where the source's files name none.
         threads: threads of every system, ``None`` for the cores this process has.
         effort: how much; ``FULL`` or ``QUICK``.

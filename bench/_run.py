@@ -25,14 +25,14 @@ from embedge.bench._measure import (
     vectors_against,
 )
 from embedge.bench._options import BenchOptions
-from embedge.bench._peer_context import PeerContext
-from embedge.bench._peers import build_peers
 from embedge.bench._plan import Plan, make_plan
 from embedge.bench._process import measure_process
 from embedge.bench._reference import Reference
 from embedge.bench._report import Report, Row
 from embedge.bench._source import Source
 from embedge.bench._systems import EmbedgeSystem, System, TorchSystem
+from embedge.bench.peers._catalogue import build_peers
+from embedge.bench.peers._context import PeerContext
 
 __all__ = ["run_bench"]
 
@@ -139,8 +139,7 @@ class _Run:
             if plan.peers:
                 self._step(f"{task}: building peers")
                 context = PeerContext(merged=merged, threads=plan.threads, workdir=workdir)
-                variants = self._effort.peer_variants
-                systems += build_peers(plan.peers, context, plan.notes.append, variants)
+                systems += build_peers(plan.peers, context, plan.notes.append)
             systems += [
                 EmbedgeSystem(plan.bundle.root, task, precision, plan.threads)
                 for precision in plan.precisions

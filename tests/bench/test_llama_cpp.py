@@ -9,9 +9,9 @@ import pytest
 from _decoders import write_decoder
 
 from embedge.bench import Reference
-from embedge.bench import _peers as peers
-from embedge.bench._gguf import GgufError, read_table, write_gguf
-from embedge.bench._peer_context import PeerContext
+from embedge.bench.peers import _catalogue as peers
+from embedge.bench.peers._context import PeerContext
+from embedge.bench.peers._gguf import GgufError, read_table, write_gguf
 
 TEXTS = ["the", "a lazy dog", "the quick brown fox jumps over w1 w2 w3 w4 w5 w6 w7"]
 
@@ -47,7 +47,8 @@ def test_it_computes_the_merged_model(family: str, tmp_path: Path) -> None:
     context = PeerContext(merged=merged, threads=1, workdir=tmp_path / "work")
     notes: list[str] = []
 
-    systems = {s.name: s for s in peers.build_peers(["llama.cpp"], context, notes.append)}
+    chosen = peers.chosen_peers(["llama.cpp"], notes.append)
+    systems = {s.name: s for s in peers.build_peers(chosen, context, notes.append)}
 
     assert notes == []
     expected = merged.encode(TEXTS)
@@ -63,5 +64,5 @@ def test_it_is_not_built_for_other_families(model: Path, tmp_path: Path) -> None
     context = PeerContext(merged=Reference(model), threads=1, workdir=tmp_path)
     notes: list[str] = []
 
-    assert list(peers.build_peers(["llama.cpp"], context, notes.append)) == []
-    assert notes == ["llama.cpp is not compared with: written for llama, qwen2, not for bert"]
+    assert list(peers.build_peers(["llama.cpp:f16"], context, notes.append)) == []
+    assert notes == ["llama.cpp:f16 was not built: written for llama, qwen2, not for bert"]

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.bench._gguf import read_table, write_gguf
-from embedge.bench._hidden_state import HiddenStateSystem
-from embedge.bench._peer_context import PeerContext
 from embedge.bench._tokens import Ids
+from embedge.bench.peers._context import PeerContext
+from embedge.bench.peers._gguf import read_table, write_gguf
+from embedge.bench.peers._hidden_state import HiddenStateSystem
 
-__all__ = ["llama_cpp_f16", "llama_cpp_q4_0", "llama_cpp_q4_k_m", "llama_cpp_q8_0"]
+__all__ = ["f16", "q4_0", "q4_k_m", "q8_0"]
 
 _ROWS = 32  # of the table in the file that runs: what a quantized block needs at least
 _CELLS = 256  # the cache of a sequence is rounded up to as many tokens
@@ -167,7 +167,7 @@ def _pointer(values: NDArray[Any], kind: Any) -> Any:
     return values.ctypes.data_as(ctypes.POINTER(kind))
 
 
-llama_cpp_q8_0 = partial(_system, "Q8_0")
-llama_cpp_q4_0 = partial(_system, "Q4_0")
-llama_cpp_q4_k_m = partial(_system, "Q4_K_M")
-llama_cpp_f16 = partial(_system, "F16")
+q8_0 = partial(_system, "Q8_0")
+q4_0 = partial(_system, "Q4_0")
+q4_k_m = partial(_system, "Q4_K_M")
+f16 = partial(_system, "F16")
