@@ -88,7 +88,8 @@ def _file(core: Any, bits: int | None, context: PeerContext) -> Path:
     if bits == 4:
         options = {
             "mode": nncf.CompressWeightsMode.INT4_SYM,
-            "group_size": 128,
+            # OpenVINO does not compile a weight that is a single group.
+            "group_size": min(128, context.config.hidden_size // 2),
             "ratio": 1.0,
             "advanced_parameters": nncf.AdvancedCompressionParameters(
                 group_size_fallback_mode=GroupSizeFallbackMode.ADJUST
