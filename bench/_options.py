@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embedge.bench._errors import BenchArgumentError
+from embedge.bench._latency import SHAPES, Shape
 
 __all__ = ["BenchOptions", "Effort"]
 
@@ -18,9 +19,9 @@ class Effort:
     Attributes:
         texts: most texts for fidelity, ``None`` for all.
         rows: most rows of an evaluation file.
-        rounds: alternating rounds of a batch shape; a single text gets four times as many.
-        singles: texts that are timed one by one.
-        invariance: texts of the batch-invariance check.
+        rounds: alternating rounds of a batch shape; a short single text gets four times as many.
+        singles: texts that are timed one by one, 0 for none.
+        invariance: texts of the batch-invariance check, 0 for no check.
         eval_sets: most evaluation files a task.
         warm_up: untimed rounds before the timed ones.
         process_repeats: child processes for cold start and memory, each system.
@@ -79,6 +80,7 @@ class BenchOptions:
         process: measure cold start, task switch and memory in child processes.
         latency: measure latency.
         torch: measure merged torch fp32 and bf16 beside the bundle.
+        shapes: of the token batches that are timed.
     """
 
     bundle: Path
@@ -95,6 +97,7 @@ class BenchOptions:
     process: bool = True
     latency: bool = True
     torch: bool = True
+    shapes: Sequence[Shape] = SHAPES
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.

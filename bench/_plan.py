@@ -76,7 +76,8 @@ class Plan:
         systems = 1 + 2 * self.options.torch + len(self.precisions)
         systems += len(self.peers) + bool(self.peers)
         processes = (len(self.precisions) + 1) * self.options.process
-        return len(self.tasks) * systems + 5 * len(self.timed_tasks) + processes
+        timed = len(self.options.shapes) + bool(self.options.effort.singles)
+        return len(self.tasks) * systems + timed * len(self.timed_tasks) + processes
 
 
 def make_plan(options: BenchOptions) -> Plan:
