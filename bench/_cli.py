@@ -42,8 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a subset, in three minutes")
     parser.add_argument(
-        "--peers", nargs="+", help="onnxruntime, openvino, none (default: installed)"
-    )
+        "--peers", nargs="+", metavar="NAME",
+        help="onnxruntime, openvino, llama.cpp, torch, or one variant such as openvino:int8-dq32; "
+        "none (default: the usual variants of those installed)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="BATCHxTOKENS",
+        help="compare the systems side by side at these shapes, such as 1x16 8x64, and by fidelity; "
+        "no single texts, no cold start, no check of invariance",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, metavar="N", help="alternating rounds of a shape")
+    parser.add_argument("--limit", type=int, metavar="N", help="the most texts for fidelity")
     parser.add_argument("--pooling", help="where the source's files name none")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every system")
     parser.add_argument(
@@ -68,14 +77,17 @@ def run(args: argparse.Namespace) -> int:
     from embedge.bench._bars import check_bars
     from embedge.bench._record import record
     from embedge.bench._run import run_bench
-    from embedge.bench._tables import main_table, process_table
-    from embedge.bench._write import HOW_TO_READ, write_report
+    from embedge.bench._tables import comparison_table, main_table, process_table
+    from embedge.bench._write import HOW_TO_COMPARE, HOW_TO_READ, write_report
 
     if args.bar:
         check_known_bars(args.bar)
     report = run_bench(options, show_progress_bar=sys.stderr.isatty() or not args.bar)
     checks = check_bars(report, args.bar or [])
-    print(HOW_TO_READ, main_table(report.rows).text(), sep="\n\n")
+    if args.shapes:
+        print(HOW_TO_COMPARE, comparison_table(report.rows).text(), sep="\n\n")
+    else:
+        print(HOW_TO_READ, main_table(report.rows).text(), sep="\n\n")
     if report.process:
         print("\n" + process_table(report).text())
     for note in report.notes:
@@ -102,6 +114,7 @@ def check_known_bars(bars: list[int]) -> None:
 
 
 def _options(args: argparse.Namespace) -> BenchOptions:
+    from embedge.bench._latency import Shape
     from embedge.bench._options import FULL, QUICK, BenchOptions
 
     bars = set(args.bar or ())
@@ -110,6 +123,15 @@ def _options(args: argparse.Namespace) -> BenchOptions:
         effort = replace(effort, texts=64, invariance=1)
     evaluations = [_pair("--eval", text) for text in args.eval]
     chosen: dict[str, Any] = {"peers": args.peers}
+    if args.shapes:
+        chosen["shapes"] = [Shape.parse(name) for name in args.shapes]
+        chosen["process"] = False
+        effort = replace(effort, singles=0, invariance=0)
+    for option, field, least in (("rounds", "rounds", 1), ("limit", "texts", 11)):
+        number = getattr(args, option)
+        if number is not None and number < least:
+            raise BenchArgumentError(f"--{option} {number}: expected a number from {least}")
+        effort = effort if number is None else replace(effort, **{field: number})
     if bars:
         chosen["process"] = False
         chosen["latency"] = chosen["torch"] = bool(bars & _NEEDS_LATENCY)

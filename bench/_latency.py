@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.bench._errors import BenchArgumentError
+
 __all__ = ["SHAPES", "Shape", "alternate", "percentiles", "ratio"]
 
 Times = NDArray[np.float64]
@@ -37,6 +39,22 @@ class Shape:
     def name(self) -> str:
         """``"32x128"``: batch × tokens."""
         return f"{self.batch}x{self.tokens}"
+
+    @staticmethod
+    def parse(name: str) -> Shape:
+        """Return the shape of a :attr:`name`.
+
+        Raises:
+            BenchError: it is none.
+        """
+        batch, _, tokens = name.partition("x")
+        if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
+            raise BenchArgumentError(f"--shapes {name}: expected BATCHxTOKENS, such as 8x64")
+        return Shape(batch=int(batch), tokens=int(tokens))
+
+    def rounds(self, rounds: int) -> int:
+        """Return how often to time it: what is short varies more, and costs less."""
+        return rounds * (4 if self.batch == 1 and self.tokens <= 128 else 1)
 
 
 SHAPES = tuple(Shape(batch=b, tokens=t) for b, t in ((1, 16), (1, 128), (32, 32), (32, 128)))

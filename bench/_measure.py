@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedge.bench._data import EvalSet, Text
 from embedge.bench._fidelity import batch_invariance, by_kind, fidelity
-from embedge.bench._latency import SHAPES, Shape, Times, alternate, percentiles, ratio
+from embedge.bench._latency import Shape, Times, alternate, percentiles, ratio
 from embedge.bench._options import Effort
 from embedge.bench._quality import Quality, compare, quality, truncated
 from embedge.bench._reference import Reference
@@ -90,7 +90,7 @@ def vectors_against(
             "items": len(qualities[evaluation.name, data.dims[0]].items),
             "dims": dims,
         }
-    if system.role != "torch":
+    if system.role != "torch" and effort.invariance:
         step = max(1, len(texts) // effort.invariance)
         figures["invariance"] = batch_invariance(system.encode, texts[::step][: effort.invariance])
     return figures
@@ -100,29 +100,34 @@ def latency(
     systems: Sequence[System],
     tokens: TextTokens,
     texts: Sequence[str],
+    shapes: Sequence[Shape],
     effort: Effort,
     step: Callable[[str], None],
 ) -> dict[str, Figures]:
     """Return ``single`` and ``shapes`` of each system, timed in turn.
 
+    Shapes of more tokens than the model takes are passed over.
+
     Args:
         systems: all that are compared.
         tokens: makes the ids that every system gets.
         texts: where the ids come from, and what is embedded one by one.
+        shapes: of the token batches.
         effort: rounds and texts.
         step: told the name of what is about to be timed.
     """
     result: dict[str, Figures] = {s.name: {"single": {}, "shapes": {}} for s in systems}
-    for shape in SHAPES:
+    for shape in shapes:
         if shape.tokens > tokens.max_length:
             continue
         step(shape.name)
         ids, mask = tokens.exact(texts, shape.batch, shape.tokens)
         runs = {s.name: functools.partial(s.forward, ids, mask) for s in systems}
-        rounds = effort.rounds * (4 if shape.batch == 1 else 1)
-        times = alternate(runs, rounds, warm_up=effort.warm_up)
+        times = alternate(runs, shape.rounds(effort.rounds), warm_up=effort.warm_up)
         for name, values in times.items():
             result[name]["shapes"][shape.name] = _shape_figures(shape, values, times)
+    if not effort.singles:
+        return result
     step("single texts")
     chosen = texts[:: max(1, len(texts) // effort.singles)][: effort.singles]
     for name, values in _single_times(systems, chosen).items():

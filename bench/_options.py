@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embedge.bench._errors import BenchArgumentError
+from embedge.bench._latency import SHAPES, Shape
 
 __all__ = ["BenchOptions", "Effort"]
 
@@ -18,13 +19,13 @@ class Effort:
     Attributes:
         texts: most texts for fidelity, ``None`` for all.
         rows: most rows of an evaluation file.
-        rounds: alternating rounds of a batch shape; a single text gets four times as many.
-        singles: texts that are timed one by one.
-        invariance: texts of the batch-invariance check.
+        rounds: alternating rounds of a batch shape; a short single text gets four times as many.
+        singles: texts that are timed one by one, 0 for none.
+        invariance: texts of the batch-invariance check, 0 for no check.
         eval_sets: most evaluation files a task.
         warm_up: untimed rounds before the timed ones.
         process_repeats: child processes for cold start and memory, each system.
-        peer_variants: variants of each peer, the strongest first.
+        peer_variants: the most variants of a peer that is not named with its variant.
         torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
         latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
             the numbers they hold.
@@ -71,14 +72,15 @@ class BenchOptions:
         precisions: precisions to measure, ``None`` for all that run on the CPU.
         texts: file of texts for fidelity, ``None`` for the bench's own.
         evaluations: task and labelled file, in order; the first of a task is its main one.
-        peers: names of :data:`embedge.bench._peers.PEERS`, ``("none",)``, or ``None`` for all that
-            are installed.
+        peers: names of :data:`embedge.bench.peers._catalogue.PEERS` or ``peer:variant``, ``("none",)``, or
+            ``None`` for the usual variants of all that are installed.
         pooling: where the source's files name none.
         threads: threads of every system, ``None`` for the cores this process has.
         effort: how much; ``FULL`` or ``QUICK``.
         process: measure cold start, task switch and memory in child processes.
         latency: measure latency.
         torch: measure merged torch fp32 and bf16 beside the bundle.
+        shapes: of the token batches that are timed.
     """
 
     bundle: Path
@@ -95,6 +97,7 @@ class BenchOptions:
     process: bool = True
     latency: bool = True
     torch: bool = True
+    shapes: Sequence[Shape] = SHAPES
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.

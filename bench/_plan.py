@@ -15,8 +15,8 @@ from embedge.bench import _data as data_files
 from embedge.bench._backbone import adapter_folder
 from embedge.bench._errors import BenchArgumentError
 from embedge.bench._options import BenchOptions
-from embedge.bench._peers import PEERS, chosen_peers
 from embedge.bench._source import Source, read_source
+from embedge.bench.peers._catalogue import chosen_peers
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
 from embedge.runtime._manifest import Manifest
@@ -36,7 +36,7 @@ class Plan:
         tasks: tasks, in the bundle's order.
         precisions: precisions that run on the CPU.
         adapters: adapter folder by task; a bare task has none.
-        peers: names of peers that are installed.
+        peers: ``peer:variant`` of each that is compared with.
         texts: for fidelity.
         evaluations: labelled sets by task, the main one first.
         notes: sentences for the report; grows while measuring.
@@ -73,11 +73,11 @@ class Plan:
     @property
     def steps(self) -> int:
         """How many steps a progress bar has."""
-        variants = self.options.effort.peer_variants
-        peers = sum(len(PEERS[name].builders[:variants]) for name in self.peers)
-        systems = 1 + 2 * self.options.torch + len(self.precisions) + peers + bool(self.peers)
+        systems = 1 + 2 * self.options.torch + len(self.precisions)
+        systems += len(self.peers) + bool(self.peers)
         processes = (len(self.precisions) + 1) * self.options.process
-        return len(self.tasks) * systems + 5 * len(self.timed_tasks) + processes
+        timed = len(self.options.shapes) + bool(self.options.effort.singles)
+        return len(self.tasks) * systems + timed * len(self.timed_tasks) + processes
 
 
 def make_plan(options: BenchOptions) -> Plan:
@@ -100,7 +100,7 @@ def make_plan(options: BenchOptions) -> Plan:
         tasks=tasks,
         precisions=_chosen("precision", options.precisions, on_cpu),
         adapters=_adapters(options, bundle, tasks),
-        peers=chosen_peers(options.peers, notes.append),
+        peers=chosen_peers(options.peers, notes.append, options.effort.peer_variants),
         texts=_texts(options, notes),
         evaluations=_evaluations(options, list(declared), tasks, notes),
         notes=notes,

@@ -25,14 +25,14 @@ from embedge.bench._measure import (
     vectors_against,
 )
 from embedge.bench._options import BenchOptions
-from embedge.bench._peer_context import PeerContext
-from embedge.bench._peers import build_peers
 from embedge.bench._plan import Plan, make_plan
 from embedge.bench._process import measure_process
 from embedge.bench._reference import Reference
 from embedge.bench._report import Report, Row
 from embedge.bench._source import Source
 from embedge.bench._systems import EmbedgeSystem, System, TorchSystem
+from embedge.bench.peers._catalogue import build_peers
+from embedge.bench.peers._context import PeerContext
 
 __all__ = ["run_bench"]
 
@@ -69,6 +69,7 @@ def run_bench(options: BenchOptions, show_progress_bar: bool = False) -> Report:
             "texts": len(plan.texts),
             "evaluations": {t: [e.name for e in sets] for t, sets in plan.evaluations.items()},
             "latency_tasks": plan.timed_tasks,
+            "shapes": [shape.name for shape in options.shapes],
             "effort": asdict(options.effort),
             "seconds": round(time.monotonic() - started, 1),
         },
@@ -106,10 +107,12 @@ class _Run:
                 figures[system.name] = vectors_against(system, data, reference, self._effort)
             if task in plan.timed_tasks:
                 texts = [text.text for text in plan.texts]
+                self._note_long_shapes(merged.tokens.max_length)
                 times = latency(
                     systems,
                     merged.tokens,
                     texts,
+                    plan.options.shapes,
                     self._effort,
                     lambda name: self._step(f"{task}: {name}"),
                 )
@@ -139,8 +142,7 @@ class _Run:
             if plan.peers:
                 self._step(f"{task}: building peers")
                 context = PeerContext(merged=merged, threads=plan.threads, workdir=workdir)
-                variants = self._effort.peer_variants
-                systems += build_peers(plan.peers, context, plan.notes.append, variants)
+                systems += build_peers(plan.peers, context, plan.notes.append)
             systems += [
                 EmbedgeSystem(plan.bundle.root, task, precision, plan.threads)
                 for precision in plan.precisions
@@ -175,6 +177,13 @@ class _Run:
         }
         result[TORCH_FP32] = measure_process(job, self._effort.process_repeats)
         return result
+
+    def _note_long_shapes(self, most: int) -> None:
+        for shape in self._plan.options.shapes:
+            if shape.tokens > most:
+                self._plan.notes.append(
+                    f"{shape.name} was not timed: the model takes {most} tokens"
+                )
 
     def _step(self, name: str) -> None:
         self._bar.set_description(name, refresh=False)

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 
 from embedge.bench._report import Report, Row
 
-__all__ = ["Table", "dimension_table", "main_table", "process_table", "shape_table"]
+__all__ = [
+    "Table",
+    "comparison_table",
+    "dimension_table",
+    "kind_table",
+    "main_table",
+    "process_table",
+    "shape_table",
+]
 
 _MISSING = "–"
+_COSINES = ("cosine_mean", "cosine_min", "pair_spearman")
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,32 @@ def shape_table(rows: Sequence[Row]) -> Table:
             line.append(_number(figures.get("times_as_fast_as", {}).get("torch fp32"), 2))
         lines.append(tuple(line))
     return Table(tuple(header), tuple(lines))
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Return a line per system: median ms of each shape and how many times embedge's, fidelity.
+
+    Embedge's is that of its int8, else of its first precision.
+    """
+    own = [row for row in rows if row.role == "embedge"]
+    yardstick = next((row for row in own if row.precision == "int8"), own[0] if own else None)
+    name = yardstick.system if yardstick else "embedge"
+    shapes = list(dict.fromkeys(shape for row in rows for shape in row.shapes))
+    header = ["task", "system", "MB"]
+    for shape in shapes:
+        header += [f"{shape} ms", f"{shape} / {name}"]
+    lines = []
+    for row in rows:
+        line = [row.task, row.system, _number(row.bytes_on_disk and row.bytes_on_disk / 1e6, 1)]
+        for shape in shapes:
+            figures = row.shapes.get(shape, {})
+            times = figures.get("times_as_fast_as", {}).get(name)
+            line.append(_number(figures.get("median_ms"), 2))
+            line.append(_number(1 / times if times else None, 2))
+        fidelity = row.full_fidelity
+        line += [_cosine(fidelity.get(key)) for key in _COSINES]
+        lines.append((*line, _number(fidelity.get("top10_overlap"), 3)))
+    return Table((*header, "cosine mean", "min", "pair Spearman", "top-10"), tuple(lines))
 
 
 def dimension_table(rows: Sequence[Row]) -> Table:

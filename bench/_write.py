@@ -11,6 +11,7 @@ from embedge.bench._bars import Check
 from embedge.bench._plot import plot
 from embedge.bench._report import Report
 from embedge.bench._tables import (
+    comparison_table,
     dimension_table,
     kind_table,
     main_table,
@@ -18,7 +19,7 @@ from embedge.bench._tables import (
     shape_table,
 )
 
-__all__ = ["HOW_TO_READ", "write_report"]
+__all__ = ["HOW_TO_COMPARE", "HOW_TO_READ", "write_report"]
 
 HOW_TO_READ = """\
 Each row is one system on one task, all measured in one run with the same threads on the same texts.
@@ -28,6 +29,13 @@ alone, tokenization included. texts/s and "x torch": token batches of batch x to
 every system once a round in turn, ratios round by round, their median; a peer is timed up to its
 hidden states, embedge and torch to the finished vector. cosine, top-10: against the yardstick.
 quality: nDCG@10 or Spearman in points; difference to the yardstick with its paired bootstrap."""
+
+HOW_TO_COMPARE = """\
+ms: median of a batch of batch x tokens, the ids given; every system once a round, in an order drawn for
+each round, after a pause. "/ embedge …": its time over embedge's in the same round, the median; below 1 it
+is faster than embedge. A peer is timed up to its hidden states, embedge and torch to the finished vector.
+Fidelity is to the unquantized model in torch fp32: cosine, rank correlation of the similarities of all
+pairs of texts, and how many of the ten nearest texts are the same."""
 
 
 def write_report(report: Report, out: Path, checks: Sequence[Check] = ()) -> list[Path]:
@@ -60,6 +68,7 @@ def markdown(report: Report, checks: Sequence[Check] = ()) -> str:
     ]
     if any(row.shapes for row in report.rows):
         parts += ["## Batch x tokens", shape_table(report.rows).markdown()]
+        parts += ["## Side by side", HOW_TO_COMPARE, comparison_table(report.rows).markdown()]
     parts += ["## At every dimension", dimension_table(report.rows).markdown()]
     parts += ["## By kind of text: cosine mean / min", kind_table(report.rows).markdown()]
     if report.process:

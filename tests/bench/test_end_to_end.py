@@ -111,6 +111,52 @@ def test_the_command_writes_reports_and_records(
     assert "embedge fp32" in (bundle / "README.md").read_text()
 
 
+def test_the_command_compares_systems_at_named_shapes(
+    bundle: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = [str(bundle), "--reference", str(model), "--task", "plain", "--threads", "1"]
+    arguments += ["--shapes", "1x4", "3x8", "1x64", "--rounds", "1", "--limit", "16"]
+    arguments += ["--peers", "torch:int8", "--json", "--out", str(tmp_path / "report")]
+
+    status = run(parser.parse_args(arguments))
+
+    output = capsys.readouterr().out
+    assert status == 0
+    assert "3x8 / embedge int8" in output
+    assert "note: 1x64 was not timed: the model takes 24 tokens" in output
+    report = Report.from_dict(json.loads(output.splitlines()[-1]))
+    systems = ["torch fp32", "torch bf16", "torch dynamic int8", "embedge fp32", "embedge int8"]
+    assert [row.system for row in report.rows] == systems
+    for row in report.rows:
+        assert list(row.shapes) == ["1x4", "3x8"]
+        assert row.full_fidelity["cosine_min"] > 0.9
+        assert row.full_fidelity.keys() >= {"pair_spearman", "top10_overlap"}
+        assert not row.single
+        assert not row.invariance
+    assert report.settings["texts"] == 16
+    assert not report.process
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "8-64"], "--shapes 8-64: expected BATCHxTOKENS, such as 8x64"),
+        (["--rounds", "0"], "--rounds 0: expected a number from 1"),
+        (["--limit", "10"], "--limit 10: expected a number from 11"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(
+    arguments: list[str], message: str, bundle: Path, model: Path
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+
+    with pytest.raises(BenchError, match=message):
+        run(parser.parse_args([str(bundle), "--reference", str(model), *arguments]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from embedge.bench._latency import alternate, percentiles, ratio
+from embedge.bench._errors import BenchError
+from embedge.bench._latency import Shape, alternate, percentiles, ratio
 
 
 def test_everybody_runs_once_a_round_in_an_order_that_changes() -> None:
@@ -38,3 +40,15 @@ def test_a_ratio_is_the_median_of_rounds_and_ignores_what_slows_both() -> None:
 
 def test_percentiles_are_in_milliseconds() -> None:
     assert percentiles(np.arange(101.0)) == {"p50_ms": 50.0, "p95_ms": 95.0}
+
+
+def test_a_shape_is_read_from_its_name() -> None:
+    assert Shape.parse("8x64") == Shape(batch=8, tokens=64)
+    assert Shape.parse("8x64").name == "8x64"
+    for wrong in ("8", "x64", "8x", "0x64", "8x-1", "8x64x2"):
+        with pytest.raises(BenchError, match=f"--shapes {wrong}: expected BATCHxTOKENS"):
+            Shape.parse(wrong)
+
+
+def test_only_short_single_texts_get_more_rounds() -> None:
+    assert [Shape.parse(s).rounds(5) for s in ("1x128", "8x64", "1x2048")] == [20, 5, 5]

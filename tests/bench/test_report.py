@@ -11,7 +11,7 @@ import pytest
 from embedge.bench import Report
 from embedge.bench._bars import check_bars
 from embedge.bench._errors import BenchError
-from embedge.bench._tables import Table, main_table
+from embedge.bench._tables import Table, comparison_table, main_table
 from embedge.bench._write import markdown, write_report
 
 
@@ -63,6 +63,18 @@ def test_a_line_holds_speed_and_quality_together(report: Report) -> None:
         "quality": "80.00",
         "difference (95 % interval)": "-0.10 (-0.30 to +0.10)",
     }
+
+
+def test_systems_stand_side_by_side_by_time_and_fidelity(report: Report) -> None:
+    peer = report.rows[1]
+    shapes = {"8x64": {"median_ms": 5.0, "times_as_fast_as": {"embedge int8": 0.8}}}
+    table = comparison_table([replace(peer, shapes=shapes), report.rows[2]])
+
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert cells["8x64 ms"] == "5.00"
+    assert cells["8x64 / embedge int8"] == "1.25"
+    assert [cells[name] for name in table.header[-4:]] == ["0.9995", "0.9980", "0.9990", "0.970"]
+    assert dict(zip(table.header, table.rows[1], strict=True))["8x64 ms"] == "–"
 
 
 def test_a_cosine_near_1_keeps_its_digits(report: Report) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from embedge.bench._hidden_state import HiddenStateSystem, graph_inputs
-from embedge.bench._peer_context import PeerContext
 from embedge.bench._source import Source
 from embedge.bench._tokens import Ids, TextTokens
+from embedge.bench.peers._context import PeerContext
+from embedge.bench.peers._hidden_state import HiddenStateSystem, graph_inputs
 
 __all__ = ["optimized_int8", "per_channel_int8", "plain_int8"]
 

@@ -1,0 +1,159 @@
+"""The systems to compare with: which there are, which are installed, and how each is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+from embedge.bench._errors import BenchArgumentError
+from embedge.bench._systems import System
+from embedge.bench.peers._context import PeerContext
+from embedge.bench.peers._gguf import FAMILIES as GGUF_FAMILIES
+
+__all__ = ["PEERS", "Peer", "build_peers", "chosen_peers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A family of peers.
+
+    Attributes:
+        variants: ``module:function`` by name, from a :class:`PeerContext` to a system; the one to
+            take alone first.
+        usual: how many of them run when no peer is named.
+        requires: modules that have to be installed.
+        install: the packages that bring them.
+        families: values of ``model_type`` that it is written for, ``None`` for any.
+    """
+
+    variants: Mapping[str, str]
+    usual: int = 3
+    requires: tuple[str, ...]
+    install: str
+    families: tuple[str, ...] | None = None
+
+    def available(self) -> bool:
+        """Return whether everything it needs is installed."""
+        return all(_installed(name) for name in self.requires)
+
+
+PEERS = {
+    "onnxruntime": Peer(
+        variants={
+            "int8-per-channel": "_onnxruntime:per_channel_int8",
+            "int8-optimized": "_onnxruntime:optimized_int8",
+            "int8": "_onnxruntime:plain_int8",
+        },
+        requires=("optimum.exporters.onnx", "onnxruntime"),
+        install="optimum-onnx",
+    ),
+    "openvino": Peer(
+        variants={
+            "int8": "_openvino:int8",
+            "fp": "_openvino:floating_point",
+            "int8-dq128": "_openvino:int8_dq128",
+            "int8-dq32": "_openvino:int8_dq32",
+            "int4": "_openvino:int4",
+            "int4-dq128": "_openvino:int4_dq128",
+            "int4-dq32": "_openvino:int4_dq32",
+        },
+        requires=("optimum.exporters.onnx", "openvino", "nncf"),
+        install="optimum-onnx openvino nncf",
+    ),
+    "llama.cpp": Peer(
+        variants={
+            "q8_0": "_llama_cpp:q8_0",
+            "q4_k_m": "_llama_cpp:q4_k_m",
+            "q4_0": "_llama_cpp:q4_0",
+            "f16": "_llama_cpp:f16",
+        },
+        requires=("gguf", "llama_cpp"),
+        install="gguf llama-cpp-python",
+        families=GGUF_FAMILIES,
+    ),
+    "torch": Peer(
+        variants={"int8": "_torch:dynamic_int8"},
+        usual=0,
+        requires=("torch.ao.quantization",),
+        install="torch",
+    ),
+}
+
+
+def chosen_peers(
+    names: Iterable[str] | None, note: Callable[[str], None], most: int | None = None
+) -> list[str]:
+    """Return the peers to run, each as ``peer:variant``.
+
+    Args:
+        names: of ``PEERS``, all variants of it; ``peer:variant``; only ``"none"``; or ``None`` for
+            the usual variants of all that are installed.
+        note: told about each peer that is left out because it is not installed.
+        most: variants of a peer whose variants are not named, ``None`` for all.
+
+    Raises:
+        BenchError: an unknown name, or a named peer that is not installed.
+    """
+    wanted = [name for name in (PEERS if names is None else names) if name != "none"]
+    chosen: list[str] = []
+    missing: list[str] = []
+    for name in wanted:
+        family, separator, variant = name.partition(":")
+        if family not in PEERS:
+            raise BenchArgumentError(f"--peers {name}: known are {', '.join(PEERS)}, none")
+        peer = PEERS[family]
+        if separator and variant not in peer.variants:
+            known = ", ".join(f"{family}:{known}" for known in peer.variants)
+            raise BenchArgumentError(f"--peers {name}: known are {known}")
+        if not peer.available():
+            missing.append(family)
+        usual = peer.usual if names is None else None
+        variants = [variant] if separator else list(peer.variants)[:usual][:most]
+        chosen += [f"{family}:{variant}" for variant in variants]
+    missing = list(dict.fromkeys(missing))
+    if missing and names is not None:
+        packages = " ".join(PEERS[name].install for name in missing)
+        raise BenchArgumentError(
+            f"--peers {' '.join(missing)}: not installed; run: pip install {packages}"
+        )
+    for name in missing:
+        note(f"{name} is not compared with: not installed (pip install {PEERS[name].install})")
+    return [name for name in dict.fromkeys(chosen) if name.partition(":")[0] not in missing]
+
+
+def build_peers(
+    names: Iterable[str], context: PeerContext, note: Callable[[str], None]
+) -> Iterator[System]:
+    """Yield the named variants; one that cannot be built is told to ``note``.
+
+    Args:
+        names: from :func:`chosen_peers`.
+        context: one task's merged model.
+        note: takes a sentence for the report.
+    """
+    found = context.config.model_type
+    for name in names:
+        family, _, variant = name.partition(":")
+        families = PEERS[family].families
+        if families is not None and found not in families:
+            note(f"{name} was not built: written for {', '.join(families)}, not for {found}")
+            continue
+        module, _, function = PEERS[family].variants[variant].partition(":")
+        try:
+            system: System = getattr(import_module(f"embedge.bench.peers.{module}"), function)(
+                context
+            )
+        except Exception as error:  # a stranger's exporter: whatever it raises is its result
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            note(f"{name} was not built: {reason[0]}")
+            continue
+        yield system
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
