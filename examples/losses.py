@@ -75,8 +75,8 @@ def over_widths(
 
     Args:
         loss: Takes two float32 [pairs, width].
-        first: float32 [pairs, 384].
-        second: float32 [pairs, 384].
+        first: float32 [pairs, dim].
+        second: float32 [pairs, dim].
         widths: Widths that the vectors are truncated to.
     """
     parts = [loss(truncate(first, width), truncate(second, width)) for width in widths]
@@ -87,8 +87,8 @@ def drift(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Return how far vectors and their mutual cosines moved from the bare backbone's.
 
     Args:
-        student: float32 [texts, 384], rows of length 1, with the adapter.
-        teacher: float32 [texts, 384], rows of length 1, without it.
+        student: float32 [texts, dim], rows of length 1, with the adapter.
+        teacher: float32 [texts, dim], rows of length 1, without it.
     """
     moved = (student - teacher).square().sum(-1).mean()
     cosines = (student @ student.T - teacher @ teacher.T).square().mean()
