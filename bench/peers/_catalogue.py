@@ -126,7 +126,7 @@ def chosen_peers(
 def build_peers(
     names: Iterable[str], context: PeerContext, note: Callable[[str], None]
 ) -> Iterator[System]:
-    """Yield the named variants; one that cannot be built is told to ``note``.
+    """Yield the named variants; one that cannot be built, or has a caveat, is told to ``note``.
 
     Args:
         names: from :func:`chosen_peers`.
@@ -149,6 +149,9 @@ def build_peers(
             reason = str(error).strip().splitlines() or [type(error).__name__]
             note(f"{name} was not built: {reason[0]}")
             continue
+        caveat = getattr(system, "caveat", None)
+        if caveat:
+            note(f"{name}: {caveat}")
         yield system
 
 

@@ -1,4 +1,4 @@
-"""A decoder's transformer as a GGUF file: Llama and Qwen2, matrices in float16, no tokenizer.
+"""A transformer as a GGUF file: Llama, Qwen2 and BERT, matrices in float16, no tokenizer.
 
 The file has no vocabulary but a count of tokens: whoever runs it gives ids or rows of the table.
 """
@@ -17,9 +17,9 @@ from embedge.bench._errors import BenchError
 
 __all__ = ["FAMILIES", "GgufError", "read_table", "write_gguf"]
 
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "qwen2", "bert")
 _TABLE = "token_embd"
-_LINEARS = {
+_DECODER_LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -30,6 +30,25 @@ _LINEARS = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_BERT_LAYER = {
+    "attention.self.query": "attn_q",
+    "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "output.LayerNorm": "layer_output_norm",
+}
+_OUTSIDE = {
+    "embed_tokens": _TABLE,
+    "norm": "output_norm",
+    "embeddings.word_embeddings": _TABLE,
+    "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types",
+    "embeddings.LayerNorm": "token_embd_norm",
+}
+_FLOAT32 = ("position_embd", "token_types")  # added to every token, never multiplied
 
 
 class GgufError(BenchError):
@@ -37,7 +56,7 @@ class GgufError(BenchError):
 
 
 def write_gguf(model: Any, file: Path, rows: int | None = None) -> None:
-    """Write a ``LlamaModel`` or ``Qwen2Model`` of transformers.
+    """Write a ``LlamaModel``, ``Qwen2Model`` or ``BertModel`` of transformers.
 
     Args:
         model: in torch, any float type.
@@ -52,20 +71,25 @@ def write_gguf(model: Any, file: Path, rows: int | None = None) -> None:
     config = model.config
     _check(config)
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
-    heads, width = config.num_attention_heads, _head_width(config)
     writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count(config.num_attention_heads)
+    if config.model_type == "bert":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_causal_attention(False)
+        writer.add_token_type_count(config.type_vocab_size)
+    else:
+        width = _head_width(config)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(width)
+        writer.add_value_length(width)
+        writer.add_rope_dimension_count(width)
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(rows or config.vocab_size)
     writer.add_tokenizer_model("none")
     for name, values in _tensors(model, rows):
@@ -89,13 +113,16 @@ def read_table(file: Path) -> NDArray[np.float32]:
 def _check(config: Any) -> None:
     if config.model_type not in FAMILIES:
         raise GgufError(f"model_type {config.model_type}: written are {', '.join(FAMILIES)}")
-    scaling = config.rope_scaling or {}
+    scaling = getattr(config, "rope_scaling", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    activation = "gelu" if config.model_type == "bert" else "silu"
     found = {
         "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
         "mlp_bias": getattr(config, "mlp_bias", False),
-        "hidden_act": config.hidden_act != "silu",
+        "hidden_act": config.hidden_act != activation,
         "layer_types": kinds != {"full_attention"},
+        "position_embedding_type": getattr(config, "position_embedding_type", "absolute")
+        != "absolute",
     }
     odd = [f"{name}={getattr(config, name)}" for name, is_odd in found.items() if is_odd]
     if odd:
@@ -115,26 +142,27 @@ def _tensors(model: Any, rows: int | None) -> Iterator[tuple[str, NDArray[Any]]]
         GgufError: a tensor that no name of the file stands for.
     """
     config = model.config
-    heads = {
-        "attn_q": config.num_attention_heads,
-        "attn_k": config.num_key_value_heads,
-    }
+    bert = config.model_type == "bert"
+    layer, prefix = (_BERT_LAYER, "encoder.layer.") if bert else (_DECODER_LAYER, "layers.")
     for name, tensor in model.state_dict().items():
         values = tensor.detach().float().numpy()
         module, _, parameter = name.rpartition(".")
-        if module == "embed_tokens":
-            target, values = _TABLE, values[:rows]
-        elif module == "norm":
-            target = "output_norm"
+        number, _, rest = module.removeprefix(prefix).partition(".")
+        if module in _OUTSIDE:
+            target = _OUTSIDE[module]
+            values = values[:rows] if target == _TABLE else values
+        elif module.startswith(prefix) and rest in layer:
+            target = f"blk.{number}.{layer[rest]}"
+        elif bert and module.startswith("pooler"):
+            continue
         else:
-            _, number, rest = [*module.split(".", 2), "", ""][:3]
-            if rest not in _LINEARS:
-                raise GgufError(f"{name}: expected a tensor of a plain {config.model_type}")
-            kind = _LINEARS[rest]
-            target = f"blk.{number}.{kind}"
-            if config.model_type == "llama" and kind in heads:
-                values = _pairs_adjacent(values, heads[kind])
-        yield f"{target}.{parameter}", values.astype(np.float16 if values.ndim > 1 else np.float32)
+            raise GgufError(f"{name}: expected a tensor of a plain {config.model_type}")
+        if config.model_type == "llama" and rest == "self_attn.q_proj":
+            values = _pairs_adjacent(values, config.num_attention_heads)
+        if config.model_type == "llama" and rest == "self_attn.k_proj":
+            values = _pairs_adjacent(values, config.num_key_value_heads)
+        wide = values.ndim == 1 or target in _FLOAT32
+        yield f"{target}.{parameter}", values.astype(np.float32 if wide else np.float16)
 
 
 def _pairs_adjacent(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

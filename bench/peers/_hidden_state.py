@@ -19,10 +19,14 @@ class HiddenStateSystem:
     """A peer; subclasses give :meth:`forward`, from ids to hidden states.
 
     ``forward`` stops there: a peer is not charged for pooling when shapes are timed.
+
+    Attributes:
+        caveat: what a reader of its figures has to know, ``None`` for nothing.
     """
 
     role = "peer"
     precision: str | None = None
+    caveat: str | None = None
 
     def __init__(
         self, name: str, source: Source, tokens: TextTokens, bytes_on_disk: int | None

@@ -59,30 +59,40 @@ def plain_int8(context: PeerContext) -> HiddenStateSystem:
 
 
 def optimized_int8(context: PeerContext) -> HiddenStateSystem:
-    """Return ``quantize_dynamic`` of the export after ``onnxruntime.transformers.optimizer``."""
+    """Return ``quantize_dynamic`` of the export after ``onnxruntime.transformers.optimizer``.
+
+    Raises:
+        ValueError: the optimizer does not know the family.
+    """
+    if not _has_fusions(context):
+        family = context.config.model_type
+        raise ValueError(f"ONNX Runtime's optimizer has no fusions for {family}")
     graph = context.workdir / "ort-fused-int8.onnx"
     _quantize(_fused(context), graph)
     return _system("ORT optimizer + dynamic int8", graph, context)
 
 
 def per_channel_int8(context: PeerContext) -> HiddenStateSystem:
-    """Return the same with a scale per output channel of each weight, ONNX Runtime's most exact."""
-    graph = context.workdir / "ort-fused-per-channel-int8.onnx"
-    _quantize(_fused(context), graph, per_channel=True)
-    return _system("ORT optimizer + per-channel int8", graph, context)
+    """Return the same with a scale per output channel of each weight, ONNX Runtime's most exact.
+
+    Without the optimizer where that does not know the family.
+    """
+    graph = context.workdir / "ort-per-channel-int8.onnx"
+    fusions = _has_fusions(context)
+    _quantize(_fused(context) if fusions else context.onnx(), graph, per_channel=True)
+    name = "ORT optimizer + per-channel int8" if fusions else "ORT per-channel int8"
+    return _system(name, graph, context)
+
+
+def _has_fusions(context: PeerContext) -> bool:
+    return context.config.model_type in _OPTIMIZER_TYPES
 
 
 def _fused(context: PeerContext) -> Path:
-    """Return the fp32 export after the optimizer, made on the first call.
-
-    Raises:
-        ValueError: the optimizer does not know the family.
-    """
+    """Return the fp32 export after the optimizer, made on the first call."""
     from onnxruntime.transformers import optimizer
 
     config, graph = context.config, context.workdir / "ort-fused.onnx"
-    if config.model_type not in _OPTIMIZER_TYPES:
-        raise ValueError(f"ONNX Runtime's optimizer has no fusions for {config.model_type}")
     if not graph.exists():
         optimizer.optimize_model(
             str(context.onnx()),

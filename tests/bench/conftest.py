@@ -42,7 +42,7 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_modules(folder: Path, pooling: str) -> None:
+def write_modules(folder: Path, pooling: str, width: int = 32) -> None:
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -60,7 +60,7 @@ def write_modules(folder: Path, pooling: str) -> None:
             "similarity_fn_name": "cosine",
         },
         "1_Pooling/config.json": {
-            "word_embedding_dimension": 32,
+            "word_embedding_dimension": width,
             **{f"pooling_mode_{flag}": name == pooling for name, flag in flags.items()},
         },
     }
@@ -69,16 +69,16 @@ def write_modules(folder: Path, pooling: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a pooling to a model folder."""
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function from a pooling and a width to a model folder."""
 
-    def make(pooling: str = "mean") -> Path:
+    def make(pooling: str = "mean", width: int = 32) -> Path:
         folder = tmp_path_factory.mktemp(f"tiny-{pooling}-1")
         torch.manual_seed(0)
         config = BertConfig(
             vocab_size=len(WORDS),
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=64,
@@ -86,14 +86,14 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         )
         BertModel(config).save_pretrained(folder)
         write_tokenizer(folder)
-        write_modules(folder, pooling)
+        write_modules(folder, pooling, width)
         return folder
 
     return make
 
 
 @pytest.fixture(scope="session")
-def model(make_model: Callable[[str], Path]) -> Path:
+def model(make_model: Callable[..., Path]) -> Path:
     """A tiny mean-pooled model."""
     return make_model("mean")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ from embedge.bench import Reference
 from embedge.bench.peers import _catalogue as peers
 from embedge.bench.peers._context import PeerContext
 from embedge.bench.peers._gguf import GgufError, read_table, write_gguf
+from embedge.bench.peers._llama_probe import runs
 
 TEXTS = ["the", "a lazy dog", "the quick brown fox jumps over w1 w2 w3 w4 w5 w6 w7"]
+needs_llama_cpp = pytest.mark.skipif(
+    not peers.PEERS["llama.cpp"].available(), reason="not installed: pip install embedge[llama]"
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -38,31 +43,55 @@ def test_a_stretched_rope_is_refused_by_name(tmp_path: Path) -> None:
         write_gguf(model, tmp_path / "model.gguf")
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_it_computes_the_merged_model(family: str, tmp_path: Path) -> None:
-    if not peers.PEERS["llama.cpp"].available():
-        pytest.skip("llama.cpp is not installed: pip install embedge[llama]")
+def test_a_text_is_the_same_in_any_batch(family: str, tmp_path: Path) -> None:
     merged = Reference(write_decoder(tmp_path / "model", family), merged=True)
     (tmp_path / "work").mkdir()
     context = PeerContext(merged=merged, threads=1, workdir=tmp_path / "work")
-    notes: list[str] = []
 
-    chosen = peers.chosen_peers(["llama.cpp"], notes.append)
-    systems = {s.name: s for s in peers.build_peers(chosen, context, notes.append)}
+    system = next(peers.build_peers(["llama.cpp:f16"], context, print))
 
-    assert notes == []
-    expected = merged.encode(TEXTS)
-    floors = {"F16": 0.9995, "Q8_0": 0.995, "Q4_K_M": 0.9, "Q4_0": 0.9}
-    for kind, floor in floors.items():
-        vectors = systems[f"llama.cpp {kind}"].encode(TEXTS)
-        assert ((vectors * expected).sum(1) > floor).all(), kind
-        one_by_one = np.concatenate([systems[f"llama.cpp {kind}"].encode([t]) for t in TEXTS])
-        assert ((vectors * one_by_one).sum(1) > 0.999).all(), kind
+    together = system.encode(TEXTS)
+    alone = np.concatenate([system.encode([text]) for text in TEXTS])
+    assert ((together * alone).sum(1) > 0.9999).all()
+    assert ((together * merged.encode(TEXTS)).sum(1) > 0.9999).all()
 
 
-def test_it_is_not_built_for_other_families(model: Path, tmp_path: Path) -> None:
-    context = PeerContext(merged=Reference(model), threads=1, workdir=tmp_path)
-    notes: list[str] = []
+@needs_llama_cpp
+def test_an_encoder_takes_more_texts_than_one_call_holds(model: Path, tmp_path: Path) -> None:
+    merged = Reference(model)
+    context = PeerContext(merged=merged, threads=1, workdir=tmp_path)
+    system = next(peers.build_peers(["llama.cpp:f16"], context, print))
+    texts = [f"{a}{b}" * 8 for a in "abcdefg" for b in "hijklmn"]  # 49 of 18 tokens
 
-    assert list(peers.build_peers(["llama.cpp:f16"], context, notes.append)) == []
-    assert notes == ["llama.cpp:f16 was not built: written for llama, qwen2, not for bert"]
+    cosines = (system.encode(texts, 49) * merged.encode(texts)).sum(1)
+
+    assert (cosines > 0.999).all()
+
+
+def test_other_families_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    model = Reference(write_decoder(tmp_path, "llama")).backbone
+    model.config.model_type = "mistral"
+
+    with pytest.raises(GgufError, match="model_type mistral: written are llama, qwen2, bert"):
+        write_gguf(model, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("status", "works"), [(0, True), (-11, False)])
+def test_a_crash_of_the_child_is_a_no(
+    status: int, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.CompletedProcess([], status, stdout="", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: done)
+
+    assert runs(Path("model.gguf"), 64, causal=True) is works
+
+
+def test_an_error_of_the_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nValueError: no such\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: done)
+
+    with pytest.raises(ValueError, match="no such"):
+        runs(Path("model.gguf"), 64, causal=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
+from _decoders import write_decoder
 
 from embedge.bench import Reference
 from embedge.bench._errors import BenchError
 from embedge.bench.peers import _catalogue as peers
 from embedge.bench.peers._context import PeerContext
-from embedge.bench.peers._hidden_state import graph_inputs
+from embedge.bench.peers._hidden_state import HiddenStateSystem, graph_inputs
 
 ABSENT = peers.Peer(variants={}, requires=("no_such_module.inside",), install="nothing")
 TEXTS = ["a", "hello world", "the quick brown fox jumps over"]
@@ -60,28 +64,80 @@ def test_a_graph_that_asks_for_an_unknown_input_is_refused() -> None:
         graph_inputs(["input_ids", "past_key"], ids, ids)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen2"])
 @pytest.mark.parametrize("name", peers.PEERS)
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_a_peer_computes_the_merged_model(
-    name: str, model: Path, adapter: Path, tmp_path: Path
+    name: str,
+    family: str,
+    make_model: Callable[..., Path],
+    model: Path,
+    adapter: Path,
+    tmp_path: Path,
 ) -> None:
-    if not peers.PEERS[name].available():
-        pytest.skip(f"{name} is not installed")
-    if peers.PEERS[name].families is not None:
-        pytest.skip(f"{name} is written for other families; test_llama_cpp.py has it")
-    merged = Reference(model, adapter, merged=True)
+    peer = peers.PEERS[name]
+    if not peer.available():
+        pytest.skip(f"{name} is not installed: pip install {peer.install}")
+    if family == "bert" and name == "llama.cpp":  # its AMX kernels compute widths of 32 wrongly
+        merged = Reference(make_model(width=64), merged=True)
+    elif family == "bert":
+        merged = Reference(model, adapter, merged=True)
+    else:
+        merged = Reference(write_decoder(tmp_path / "model", family), merged=True)
+    (tmp_path / "work").mkdir()
+    context = PeerContext(merged=merged, threads=1, workdir=tmp_path / "work")
     notes: list[str] = []
 
-    built = list(
-        peers.build_peers(
-            peers.chosen_peers([name], notes.append),
-            PeerContext(merged=merged, threads=1, workdir=tmp_path),
-            notes.append,
-        )
-    )
+    built = list(peers.build_peers(peers.chosen_peers([name], notes.append), context, notes.append))
 
-    assert notes == []
+    unfused = "onnxruntime:int8-optimized was not built: ONNX Runtime's optimizer has no fusions"
+    unexpected = [n for n in notes if not n.startswith(unfused) and "not repacked" not in n]
+    assert unexpected == []
+    assert len(built) == len(peer.variants) - any(n.startswith(unfused) for n in notes)
+    texts = TEXTS if family == "bert" else ["the", "a lazy dog", "the quick fox w1 w2 w3 w4 w5 w6"]
+    expected = merged.encode(texts, prompt=merged.source.prompt("query"))
     for system in built:
-        cosines = (system.encode(TEXTS, role="query") * merged.encode(TEXTS, prompt="q ")).sum(1)
-        assert (cosines > 0.95).all(), system.name  # 8 bits of random weights, two layers
+        cosines = (system.encode(texts, role="query") * expected).sum(1)
+        assert (cosines > least_cosine(system.name)).all(), (system.name, cosines)
         assert system.bytes_on_disk
+
+
+def least_cosine(system: str) -> float:
+    """Return what random weights, two layers of them, leave of the cosine."""
+    if "F16" in system or "fp32" in system:
+        return 0.999
+    if "bf16" in system:
+        return 0.998
+    return 0.85 if "int4" in system or "Q4" in system else 0.95
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_padding_changes_no_text_of_a_decoder(tmp_path: Path) -> None:
+    if not peers.PEERS["onnxruntime"].available():
+        pytest.skip("optimum-onnx is not installed")
+    merged = Reference(write_decoder(tmp_path / "model", "llama"), merged=True)
+    context = PeerContext(merged=merged, threads=1, workdir=tmp_path)
+    session = onnxruntime.InferenceSession(context.onnx(), providers=["CPUExecutionProvider"])
+    names = [graph_input.name for graph_input in session.get_inputs()]
+    ids, mask = merged.tokens.pad(merged.tokens(["the quick brown fox", "dog"]))
+
+    [together] = session.run(None, graph_inputs(names, ids, mask))
+    [alone] = session.run(None, graph_inputs(names, ids[1:, :1], mask[1:, :1]))
+
+    np.testing.assert_allclose(together[1, :1], alone[0], atol=1e-5)
+
+
+def test_a_caveat_of_a_peer_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Careful(HiddenStateSystem):
+        def __init__(self, context: PeerContext) -> None:
+            self.caveat = "slower than it could be"
+
+    module = SimpleNamespace(build=Careful)
+    monkeypatch.setattr(peers, "import_module", lambda name: module)
+    peer = peers.Peer(variants={"v": "m:build"}, requires=(), install="")
+    monkeypatch.setattr(peers, "PEERS", {"peer": peer})
+    context = SimpleNamespace(config=SimpleNamespace(model_type="bert"))
+    notes: list[str] = []
+
+    assert len(list(peers.build_peers(["peer:v"], context, notes.append))) == 1  # type: ignore[arg-type]
+    assert notes == ["peer:v: slower than it could be"]
