@@ -31,7 +31,6 @@ class Task:
             backbone is no embedder.
         dev: Files of ``eval/`` of other kinds that the adapter must not fall behind on; without
             any, ``lora_alpha`` stays as it was trained.
-        start: Another task, trained before, whose adapter this one starts from.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Task:
     learning_rate: float
     drift_weight: float = 0.0
     dev: tuple[str, ...] = ()
-    start: str | None = None
 
 
 _MINILM = (
@@ -85,9 +83,8 @@ _SMOLLM2 = (
         name="text-matching",
         mixture={"text-matching": 1.0},
         batch_size=48,
-        steps=40,
-        learning_rate=4e-4,
-        start="retrieval",
+        steps=80,
+        learning_rate=1e-3,
     ),
     Task(
         name="code",

@@ -16,7 +16,7 @@ from allocator import keep_freed_memory
 from backbone import Backbone, embed, embed_all
 from jsonl import read_jsonl
 from losses import cosent, drift, info_nce, late_cosent, late_info_nce, over_widths
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tasks import BACKBONES, HERE, Task, backbone_of, columns, measure, read_eval, tasks_of
@@ -164,8 +164,6 @@ def train(backbone: Backbone, task: Task, data: Path, out: Path) -> Row:
     }
     mixed = _batches(read_jsonl(data / "mixed.jsonl"), MIXED_TEXTS, f"{SEED}:mixed")
     model = _new_adapter(backbone)
-    if task.start is not None:
-        set_peft_model_state_dict(model, load_file(out / task.start / "adapter_model.safetensors"))
     tokenizer = backbone.tokenizer(backbone.train_tokens)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.01)
