@@ -65,7 +65,7 @@ def alternate(
     rounds: int,
     *,
     warm_up: int = 2,
-    pause_s: float = 0.01,
+    pause_s: float = 0.2,
     block_s: float = 0.05,
     seed: int = 0,
 ) -> dict[str, Times]:
@@ -75,8 +75,9 @@ def alternate(
         runs: what to time, by name.
         rounds: times each is run.
         warm_up: untimed rounds before them.
-        pause_s: seconds of sleep before each turn; a short run (below 50 ms) is then run once
-            untimed, so that all are timed with warm caches and awake threads.
+        pause_s: seconds of sleep before each turn, as some runtimes' threads spin for a while; a
+            short run (below 50 ms) is then run once untimed, so that all are timed with warm caches
+            and awake threads.
         block_s: a turn repeats a short run for about as many seconds and takes the mean, as the
             first runs after another system's are slowed by what that one left; 0: one run.
         seed: of the orders.

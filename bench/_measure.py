@@ -140,7 +140,9 @@ def _single_times(systems: Sequence[System], texts: Sequence[str]) -> dict[str, 
     parts: dict[str, list[Times]] = {system.name: [] for system in systems}
     for number, text in enumerate(texts):
         runs = {s.name: functools.partial(s.encode, [text], 1) for s in systems}
-        for name, times in alternate(runs, 1, warm_up=0, block_s=0, seed=number).items():
+        for name, times in alternate(
+            runs, 1, warm_up=0, pause_s=0.01, block_s=0, seed=number
+        ).items():
             parts[name].append(times)
     return {name: np.concatenate(times) for name, times in parts.items()}
 

@@ -15,6 +15,7 @@ from embedge.bench._source import Source
 __all__ = ["Ids", "TextTokens", "sorted_batches"]
 
 Ids = NDArray[np.int64]
+PADDED_TOKENS = 4096
 _NO_LIMIT = 10**6  # tokenizers without a limit say 10**30
 _OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start after padding
 
@@ -102,10 +103,18 @@ class TextTokens:
 
 
 def sorted_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Yield row numbers in batches of similar length, the longest first."""
+    """Yield row numbers in batches of similar length, the longest first.
+
+    A batch of more than one row has at most ``PADDED_TOKENS`` tokens: frameworks keep the memory of
+    their largest batch, and several of them run side by side.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    start = 0
+    while start < len(order):
+        longest = max(1, len(rows[order[start]]))
+        count = max(1, min(batch_size, PADDED_TOKENS // longest))
+        yield order[start : start + count]
+        start += count
 
 
 def _load(source: Source) -> Any:

@@ -9,10 +9,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from embedge.export._forms import Form, digest
-from embedge.export._graph import CONTRIB, IR_VERSION, OPSET, Graph, Weights
+from embedge.export._graph import CONTRIB, IR_VERSION, OPSET, Graph, TensorSpec, Weights
 from embedge.export._rotated import RotatedWeights
 from embedge.export._sentence_transformers import DenseLayer
 from embedge.export.families import Family
+from embedge.runtime._unpack import UNPACKED
 
 _DENSE_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
 
@@ -109,8 +110,9 @@ def to_model(
 ) -> onnx.ModelProto:
     """Put a pruned graph and its initializers into an ONNX model."""
     constants = sorted(g.constants.values(), key=lambda c: c.name)
+    unpacked = [_unpacked(spec) for u in g.unpacked.values() for spec in u.specs]
     graph = helper.make_graph(
-        g.nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers]
+        g.nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]
     )
     model = helper.make_model(
         graph,
@@ -120,3 +122,12 @@ def to_model(
     )
     helper.set_model_props(model, dict(notes))
     return model
+
+
+def _unpacked(spec: TensorSpec) -> TensorProto:
+    """An initializer that the runtime gives when it opens the graph."""
+    tensor = TensorProto(name=spec.name, data_type=spec.elem_type, dims=spec.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", UNPACKED), ("offset", "0"), ("length", str(spec.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

@@ -6,7 +6,8 @@ import glob
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from embedge.export._bundle_writer import (
 from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
-from embedge.export._int8_form import ACTIVATION_CONSTANTS
+from embedge.export._int8_form import ACTIVATION_CONSTANTS, InputPlan
 from embedge.export._manifest import manifest_of, model_card
 from embedge.export._mixed_form import MixedForm
 from embedge.export._model import Model, read_model
@@ -41,15 +42,17 @@ from embedge.export._precision import (
     token_batches,
 )
 from embedge.export._progress import Progress
-from embedge.export._request import WIDE_MODEL, Request, check_dims
+from embedge.export._request import UNPACKED_PRECISION, WIDE_MODEL, Request, check_dims
 from embedge.export._sensitivity import candidates, within_budget
 from embedge.export._store import TensorStore
+from embedge.export._unpacked_form import unpack_list
 from embedge.quant._calibration_texts import packaged_texts, read_texts
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import Manifest
 
 VISION = "vision"
 VISION_GRAPH = f"{VISION}.onnx"
+UNPACKED_GRAPH, UNPACK_LIST = ".unpacked.onnx", ".unpack.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class Job:
     todo: Mapping[str, Sequence[str]]  # tasks by precision
     old: Manifest | None
     progress: Progress
+    plans: dict[str, InputPlan] = field(default_factory=dict)  # filled by the first that needs them
 
 
 def export(request: Request, progress: Progress) -> Path:
@@ -96,7 +100,9 @@ def export(request: Request, progress: Progress) -> Path:
                 _with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length)
             )
             batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
-        written = {p: _write_precision(job, folder, p, tasks, batches) for p, tasks in todo.items()}
+        written: dict[str, Any] = {}
+        for precision, tasks in todo.items():
+            written |= _write_precision(job, folder, precision, tasks, batches)
         if old is None:
             (folder / "tokenizer.json").write_text(model.tokenizer.text, "utf-8", newline="\n")
         manifest = manifest_of(
@@ -141,8 +147,7 @@ def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
 
 def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bool:
     """Whether a precision's numbers depend on calibration texts."""
-    kept_int8 = "int8" in request.keep.values() or request.budget is not None
-    return "int8" in todo or ("int4" in todo and (request.int4_method == "gptq" or kept_int8))
+    return "int8" in todo or "int4" in todo
 
 
 def _methods(job: Job, *, calibrated: bool) -> dict[str, str]:
@@ -208,7 +213,12 @@ def _missing(request: Request, names: Sequence[str], old: Manifest | None) -> di
 
 def _write_precision(
     job: Job, folder: Path, precision: str, tasks: Sequence[str], batches: Sequence[TokenBatch]
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
+    """Write the graphs of a precision.
+
+    Returns:
+        The manifest's entry, and that of int4's second way to run the same files.
+    """
     model, request = job.model, job.request
     place = folder / precision
     place.mkdir(exist_ok=True)
@@ -220,95 +230,130 @@ def _write_precision(
     _check_names_free(place, tasks)
     shared = _fresh_name(place, "shared")
     own = {task: _fresh_name(place, task) for task in tasks}
-    result: dict[str, Any] = {"graphs": {}, "layers": {}}
-    form, total = _uncalibrated(job, precision, tasks[0])
+    forms, total = _uncalibrated(job, precision, tasks[0])
     chosen: list[str] = []
+    constants: dict[str, set[str]] = {name: set() for name in forms}
     if not writes_tower:
         _check_same_rotation(job, precision)
     try:
         for number, task in enumerate(tasks):
             with job.progress.step(f"{precision}/{task}", total):
                 if number == 0:
-                    form, chosen = _calibrated(job, precision, form, total, batches, place)
-                weights = model.weights(model.tasks[task], form)
-                g = model.graph(weights, form)
+                    forms, chosen = _calibrated(job, forms, total, batches, place)
+                weights = model.weights(model.tasks[task], forms[precision])
+                g = model.graph(weights, forms[precision])
                 if batches:
-                    _gptq_passes(job, form, g, weights, task, batches, store, shared, own[task])
+                    _gptq_passes(
+                        job, forms[precision], g, weights, task, batches, store, shared, own[task]
+                    )
                 _store_recipes(job, g, store, shared, own[task])
                 report = _layer_report(g, store)
                 _write_graph(place / f"{task}.onnx", g, store, task)
                 (place / f"{task}.layers.json").write_text(dump(report), "utf-8", newline="\n")
-            result["graphs"][task] = f"{precision}/{task}.onnx"
-            result["layers"][task] = f"{precision}/{task}.layers.json"
-        constants = set(g.constants)
+                constants[precision] |= set(g.constants)
+                if UNPACKED_PRECISION in forms:
+                    g = model.graph(weights, forms[UNPACKED_PRECISION])
+                    _write_unpacked(g, place, store, task, shared, own[task])
+                    constants[UNPACKED_PRECISION] |= set(g.constants)
         if model.tower is not None:
             if writes_tower:
                 _write_tower(job, place, precision, store)
-            result["vision"] = f"{precision}/{VISION_GRAPH}"
-            constants |= _constant_names(place / VISION_GRAPH)
+            of_tower = _constant_names(place / VISION_GRAPH)
+            constants = {name: own_names | of_tower for name, own_names in constants.items()}
     finally:
         store.close()
-    result["devices"] = list(form.devices)
-    result["row_multiple"] = form.row_multiple
-    result["activation_constants"] = {
-        n: c for n, c in ACTIVATION_CONSTANTS.items() if n in constants
-    }
-    result["options"] = _options(job, precision, bool(batches))
+    options = _options(job, precision, bool(batches))
     if precision == "int4" and request.budget is not None:
-        result["options"] |= {"budget": request.budget, "int8": chosen}
-    return result
+        options |= {"budget": request.budget, "int8": chosen}
+    return {
+        name: _entry(form, precision, tasks, constants[name])
+        | ({} if model.tower is None else {"vision": f"{precision}/{VISION_GRAPH}"})
+        | {"options": options}
+        for name, form in forms.items()
+    }
 
 
-def _uncalibrated(job: Job, precision: str, task: str) -> tuple[Form, int]:
-    """The form before calibration, and the bytes of a task's tensors; refuses keep patterns of nothing."""
+def _entry(form: Form, folder: str, tasks: Sequence[str], constants: set[str]) -> dict[str, Any]:
+    """The manifest's entry of graphs that were written, without options and tower."""
+    used = {n: c for n, c in ACTIVATION_CONSTANTS.items() if n in constants}
+    if form.precision == UNPACKED_PRECISION:
+        files = {
+            "graphs": {task: f"{folder}/{task}{UNPACKED_GRAPH}" for task in tasks},
+            "unpack": {task: f"{folder}/{task}{UNPACK_LIST}" for task in tasks},
+        }
+    else:
+        files = {
+            "graphs": {task: f"{folder}/{task}.onnx" for task in tasks},
+            "layers": {task: f"{folder}/{task}.layers.json" for task in tasks},
+        }
+    return {
+        **files,
+        "devices": list(form.devices),
+        "row_multiple": form.row_multiple,
+        "activation_constants": used,
+    }
+
+
+def _uncalibrated(job: Job, precision: str, task: str) -> tuple[dict[str, Form], int]:
+    """The forms before calibration, and the bytes of a task's tensors.
+
+    Refuses keep patterns that match nothing.
+    """
     model = job.model
-    form = make_form(
-        precision,
-        plans={},
-        int4_block_size=_block_size(job),
-        methods=_methods(job, calibrated=False),
-        keep=job.request.keep,
-    )
+    names = (precision, UNPACKED_PRECISION) if precision == "int4" else (precision,)
+    forms = {
+        name: make_form(
+            name,
+            plans={},
+            int4_block_size=_block_size(job),
+            methods=_methods(job, calibrated=False),
+            keep=job.request.keep,
+        )
+        for name in names
+    }
+    form = forms[precision]
     recipes = model.graph(model.tasks[task], form).recipes.values()
     tower_form = _tower_form(precision, job)
     if model.tower is not None:
         model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
     _check_keep_used(form, tower_form)
-    return form, sum(spec.nbytes for recipe in recipes for spec in recipe.specs)
+    return forms, sum(spec.nbytes for recipe in recipes for spec in recipe.specs)
 
 
 def _calibrated(
     job: Job,
-    precision: str,
-    form: Form,
+    forms: Mapping[str, Form],
     total: int,
     batches: Sequence[TokenBatch],
     scratch: Path,
-) -> tuple[Form, list[str]]:
-    """The form with its calibrated constants, and the layers that a budget gives 8 bits.
+) -> tuple[dict[str, Form], list[str]]:
+    """The forms with their calibrated constants, and the layers that a budget gives 8 bits.
 
     Args:
         job: the export.
-        precision: its name.
-        form: the precision's form without calibration.
+        forms: by precision, without calibration; the first one's weights are stored.
         total: bytes of a task's tensors in it.
         batches: calibration tokens.
         scratch: folder for a layer's weights.
     """
     model, request, note = job.model, job.request, job.progress.note
+    precision, form = next(iter(forms.items()))
     base, family = model.weights(model.base, form), model.family.text_only()
     keep, chosen = dict(request.keep), []
     if precision == "int4" and request.budget is not None:
         found = candidates(family, base, batches, _block_size(job), scratch, note)
         chosen = within_budget(found, total, request.budget)
         keep |= {glob.escape(label): "int8" for label in chosen if label not in keep}
-    has_int8 = precision == "int8" or (precision == "int4" and "int8" in keep.values())
-    plans = int8_plans(family, base, batches, scratch, note) if has_int8 else {}
-    methods = _methods(job, calibrated=bool(batches))
-    size = _block_size(job)
-    return make_form(
-        precision, plans=plans, int4_block_size=size, methods=methods, keep=keep
-    ), sorted(chosen)
+    if precision in ("int8", "int4") and not job.plans:  # the same for both
+        job.plans.update(int8_plans(family, base, batches, scratch, note))
+    make = partial(
+        make_form,
+        plans=job.plans,
+        int4_block_size=_block_size(job),
+        methods=_methods(job, calibrated=bool(batches)),
+        keep=keep,
+    )
+    return {name: make(name) for name in forms}, sorted(chosen)
 
 
 def _check_same_rotation(job: Job, precision: str) -> None:
@@ -418,10 +463,32 @@ def _write_graph(path: Path, g: Graph, store: TensorStore, task: str) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def _write_unpacked(
+    g: Graph, place: Path, store: TensorStore, task: str, shared: str, own: str
+) -> None:
+    """The graph that runs a task's stored int4 weights as int8, and the list that it needs.
+
+    Args:
+        g: the graph.
+        place: the folder of int4.
+        store: has the int4 weights; takes what is new.
+        task: its name.
+        shared: file for new tensors of all tasks.
+        own: file for new tensors of this one.
+    """
+    for recipe in [*g.recipes.values(), *(r for u in g.unpacked.values() for r in u.recipes)]:
+        if not store.has(recipe.key):
+            store.put(recipe, recipe.compute(), shared if recipe.owner == BASE else own)
+    _write_graph(place / f"{task}{UNPACKED_GRAPH}", g, store, task)
+    text = dump(unpack_list(g, store))
+    (place / f"{task}{UNPACK_LIST}").write_text(text, "utf-8", newline="\n")
+
+
 def _check_names_free(place: Path, tasks: Sequence[str]) -> None:
     """Refuse to write over files that no export wrote."""
     for task in tasks:
-        for name in (f"{task}.onnx", f"{task}.layers.json"):
+        for end in (".onnx", ".layers.json", UNPACKED_GRAPH, UNPACK_LIST):
+            name = task + end
             if (place / name).exists():
                 raise EmbedgeValueError(
                     f"{place / name}: expected no such file, found one that the bundle's manifest "

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 if TYPE_CHECKING:
     from embedge.export._forms import Form
+    from embedge.export._unpacked_form import Unpacked
 
 OPSET = 24  # Attention's nonpad_kv_seqlen: right padding without a tokens × tokens mask
 IR_VERSION = 11
@@ -143,6 +144,7 @@ class Graph:
         norms: normalized values and what made them.
         left_out: by Linear, the constant float32 ``[in]`` that was subtracted from its input.
         output_scale: by Linear, the float32 ``[out]`` by which its weight's rows were multiplied.
+        unpacked: by Linear, weights that the runtime makes from stored 4-bit ones.
     """
 
     weights: Weights
@@ -156,6 +158,7 @@ class Graph:
     norms: dict[str, Norm] = field(default_factory=dict)
     left_out: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     output_scale: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    unpacked: dict[str, Unpacked] = field(default_factory=dict)
     _constant_names: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     _shared: dict[str, str] = field(default_factory=dict)
     _counter: int = 0
@@ -453,3 +456,4 @@ class Graph:
         self.recipes = {
             n: r for n, r in self.recipes.items() if needed.intersection(s.name for s in r.specs)
         }
+        self.unpacked = {n: u for n, u in self.unpacked.items() if u.specs[0].name in needed}

@@ -75,7 +75,7 @@ def manifest_of(
 def _joined(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """A precision's entry after tasks were added, safe for the old and the new graphs."""
     joined = {**before, **new}
-    for key in ("graphs", "layers", "fidelity", "activation_constants"):
+    for key in ("graphs", "layers", "fidelity", "activation_constants", "unpack"):
         joined[key] = {**before.get(key, {}), **new.get(key, {})}
     joined["devices"] = [d for d in before["devices"] if d in new["devices"]]
     joined["row_multiple"] = lcm(before.get("row_multiple", 1), new["row_multiple"])
@@ -96,7 +96,7 @@ def model_card(manifest: Manifest) -> str:
         for name, task in manifest.tasks.items()
     )
     sizes = "\n".join(
-        f"| {name} | {', '.join(p.graphs)} | {_megabytes(manifest, name):.1f} |"
+        f"| {name} | {', '.join(p.graphs)} | {manifest.folder_bytes(name) / 1e6:.1f} |"
         for name, p in manifest.precisions.items()
     )
     dims = model.matryoshka_dims
@@ -138,7 +138,3 @@ def _embeds(model: ManifestModel) -> str:
 
 def _adapter(task: Any) -> str:
     return "none (bare backbone)" if task.adapter is None else f"LoRA {task.adapter.name}, merged"
-
-
-def _megabytes(manifest: Manifest, precision: str) -> float:
-    return sum(f.size for n, f in manifest.files.items() if n.startswith(f"{precision}/")) / 1e6

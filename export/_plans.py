@@ -55,6 +55,7 @@ def _kept(peak: NDArray[np.float32], outliers: NDArray[np.int64]) -> NDArray[np.
 def input_plan(statistics: InputStatistics, alpha: float) -> InputPlan:
     """The shift and smoothing of one Linear input.
 
+    The shift is the mean: what it leaves out, ``W·shift``, joins the bias with the exact weight.
     A norm with a bias takes both for free; one without, and a foldable producer, take the smoothing.
     Any other input would pay for a pass of its own and is left as it is; on the bounded ones (GELU)
     smoothing was measured to cost accuracy as well, as it multiplies the bound.
@@ -66,7 +67,8 @@ def input_plan(statistics: InputStatistics, alpha: float) -> InputPlan:
     tap = statistics.tap
     low, high = statistics.low, statistics.high
     if tap.norm is not None:
-        shift = None if tap.norm.rms else ((low + high) / 2).astype(np.float32)
+        mean = (statistics.total / statistics.rows).astype(np.float32)
+        shift = None if tap.norm.rms else mean
         centre = np.float32(0) if shift is None else shift
         peak = np.maximum(np.abs(low - centre), np.abs(high - centre))
         return InputPlan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from embedge.export._int4_form import Int4Form
 from embedge.export._int8_form import InputPlan, Int8Form
 from embedge.export._mixed_form import MixedForm
 from embedge.export._plans import input_plan, rotated_plan
+from embedge.export._request import UNPACKED_PRECISION
 from embedge.export._rotated import RotatedWeights
 from embedge.export._store import TensorStore
+from embedge.export._unpacked_form import UnpackedForm
 from embedge.export.families import Family
 from embedge.quant import _gptq
 
@@ -106,21 +109,31 @@ def make_form(
         keep: precisions by pattern.
     """
     int8 = Int8Form(plans, methods["int8"])
+    int4 = Int4Form(int4_block_size, methods["int4"], 4)
+    unpacked = UnpackedForm(plans, int4)
     forms: dict[str, Form] = {
         "fp32": Form(),
         "fp16": HalfForm(),
         "int8": int8,
-        "int4": Int4Form(int4_block_size, methods["int4"], 4),
+        "int4": int4,
+        UNPACKED_PRECISION: unpacked,
     }
     form = forms[precision]
     if not keep or precision in ("fp32", "fp16"):
         return form
-    kept = {pattern: forms[p] for pattern, p in keep.items() if p != precision}
+    own = "int4" if precision == UNPACKED_PRECISION else precision
+    kept = {pattern: forms[p] for pattern, p in keep.items() if p != own}
     if not kept:
         return form
     mixed = MixedForm(form, kept)
-    int8.keep_plans(lambda label: mixed.form_of(label) is int8)
+    for eight in (int8, unpacked):
+        eight.keep_plans(partial(_runs, mixed, eight))
     return mixed
+
+
+def _runs(mixed: MixedForm, form: Form, label: str) -> bool:
+    """Whether ``form`` is the one of a Linear."""
+    return mixed.form_of(label) is form
 
 
 def gptq_form_of(form: Form, tap: Tap) -> Int8Form | Int4Form | None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from embedge.runtime._errors import EmbedgeValueError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+UNPACKED_PRECISION = "int4-unpacked"  # written with int4
 MODALITIES = ("all", "text")
 WIDE_MODEL = 1536  # hidden size
 METHODS = ("gptq", "rtn")
 POOLINGS = ("mean", "cls", "lasttoken")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 RESERVED = ("base", "shared", "vision")
+RESERVED_END = ".unpacked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,12 @@ def check_tasks(adapters: Mapping[str, object]) -> None:
         EmbedgeValueError: naming the bad task.
     """
     for name in adapters:
-        if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or name in RESERVED:
+        fits = isinstance(name, str) and _TASK_NAME.fullmatch(name)
+        if not fits or name in RESERVED or name.endswith(RESERVED_END):
             raise EmbedgeValueError(
                 f"task {name!r}: expected a name of letters, digits, '-', '_' and '.', at most 64 "
-                f"long and none of {', '.join(RESERVED)}; choose another name"
+                f"long, none of {', '.join(RESERVED)} and not ending in {RESERVED_END}; choose "
+                "another name"
             )
 
 
@@ -81,6 +85,7 @@ def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
         raise EmbedgeValueError(
             f"precisions: expected some of {', '.join(PRECISIONS)}, "
             f"found {', '.join(map(repr, unknown)) or 'none'}"
+            + ("; an int4 export has it too" if unknown == [UNPACKED_PRECISION] else "")
         )
     return tuple(dict.fromkeys(precisions))
 

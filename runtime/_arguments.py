@@ -125,14 +125,15 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def choose_precision(manifest: Manifest, precision: str | None) -> str:
-    """The precision named, or the bundle's only one."""
+    """The precision named, or the bundle's only one; unpacked ones are asked for by name."""
     known = manifest.precisions
     if precision is None:
-        if len(known) > 1:
+        stored = [name for name, settings in known.items() if not settings.unpack]
+        if len(stored) > 1:
             raise EmbedgeValueError(
                 f"the bundle has several precisions: {_listed(known)}; name one"
             )
-        return next(iter(known))
+        return next(iter(stored or known))
     if precision not in known:
         raise EmbedgeValueError(
             f"the bundle has no precision {precision!r}; it has {_listed(known)}"

@@ -16,6 +16,7 @@ from embedge.runtime._errors import BundleError, EmbedgeValueError
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._onnx_file import ExternalData, read_external_data
 from embedge.runtime._typed_json import read_json_object
+from embedge.runtime._unpack import UNPACKED, Initializers, PackedWeight, read_packed, unpack
 
 __all__ = ["MANIFEST_NAME", "VERIFY_MODES", "Bundle"]
 
@@ -110,11 +111,56 @@ class Bundle:
         """
         graph = self.graph(precision, name)
         sizes: dict[tuple[str, int], int] = {}
+        unpacked = 0
         for data in read_external_data(graph):
-            sizes[data.location, data.offset] = self._external_bytes(graph, data)
-        return graph.stat().st_size + sum(sizes.values())
+            if data.location == UNPACKED and data.length is not None:
+                unpacked += data.length
+            else:
+                sizes[data.location, data.offset] = self._external_bytes(graph, data)
+        return graph.stat().st_size + sum(sizes.values()) + unpacked
+
+    def graph_files(self, precision: str, name: str) -> set[Path]:
+        """The graph of a task, or of ``VISION``, and every file that opening it reads."""
+        graph = self.graph(precision, name)
+        used = [data for data in read_external_data(graph) if data.location != UNPACKED]
+        files = {graph, *(graph.parent / data.location for data in used)}
+        packed = self._packed(precision, name)
+        if packed is not None:
+            listed, weights = packed
+            tensors = (tensor for weight in weights for tensor, _, _ in weight.tensors)
+            places = (tensor for tensor in tensors if not isinstance(tensor, bytes))
+            files |= {listed, *(listed.parent / place.location for place in places)}
+        return files
+
+    def unpacked(self, precision: str, name: str, *, threads: int) -> Initializers:
+        """The initializers that a graph's file does not hold, made from 4-bit weights; often none.
+
+        Args:
+            precision: the graph's.
+            name: of a task, or ``VISION``.
+            threads: cores to use.
+
+        Raises:
+            BundleError: if the weights cannot be read.
+        """
+        packed = self._packed(precision, name)
+        if packed is None:
+            return {}
+        listed, weights = packed
+        return unpack(weights, lambda data: self._external_file(listed, data)[0], threads=threads)
+
+    def _packed(self, precision: str, name: str) -> tuple[Path, list[PackedWeight]] | None:
+        path = self.manifest.precisions[precision].unpack.get(name)
+        if path is None:
+            return None
+        listed = self.file(path)
+        return listed, read_packed(listed)
 
     def _external_bytes(self, graph: Path, data: ExternalData) -> int:
+        return self._external_file(graph, data)[1]
+
+    def _external_file(self, graph: Path, data: ExternalData) -> tuple[Path, int]:
+        """The file in which data lie, and how many bytes they are."""
         location = PurePosixPath(data.location)
         if location.is_absolute() or ".." in location.parts or "\\" in data.location:
             raise BundleError(
@@ -128,7 +174,7 @@ class Bundle:
                 f"{file}: truncated: {graph.name} uses bytes {data.offset} to "
                 f"{data.offset + length}, found {size} bytes; {_AGAIN}"
             )
-        return length
+        return file, length
 
     def _check(self, name: str, *, hashes: bool) -> None:
         path, expected = self.file(name), self.manifest.files[name]

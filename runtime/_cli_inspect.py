@@ -88,9 +88,8 @@ def _summary(bundle: Bundle) -> list[str]:
     lines += ["", *_table(rows)]
     rows = [["precision", "devices", "bytes", "tasks"]]
     for name, precision in manifest.precisions.items():
-        folders = tuple({path.rpartition("/")[0] + "/" for path in precision.graphs.values()})
-        size = sum(e.size for file, e in manifest.files.items() if file.startswith(folders))
-        rows.append([name, ", ".join(precision.devices), f"{size:,}", ", ".join(precision.graphs)])
+        size = f"{manifest.folder_bytes(name):,}"
+        rows.append([name, ", ".join(precision.devices), size, ", ".join(precision.graphs)])
     lines += ["", *_table(rows)]
     total = sum(entry.size for entry in manifest.files.values())
     lines.append(f"{len(manifest.files)} files, {total:,} bytes in all")

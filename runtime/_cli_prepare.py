@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import saturates_u8s8
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._graphs import graph_inputs
@@ -84,5 +85,6 @@ def _seconds_to_open(
         constants=bundle.manifest.precisions[precision].activation_constants,
         inputs=graph_inputs(bundle.manifest, precision, name),
         prepared=prepared.find(precision, name) if prepared else None,
+        unpack=lambda: bundle.unpacked(precision, name, threads=available_cores()),
     )
     return time.perf_counter() - begin

@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from embedge.runtime._bundle import Bundle
@@ -75,7 +76,7 @@ class Graphs:
         self._keeps_arena = memory_limit is None
         self._prepared = PreparedGraphs(bundle)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="embedge")
-        self._size_bytes = functools.cache(functools.partial(bundle.graph_bytes, precision))
+        self._size_bytes = functools.cache(partial(bundle.graph_bytes, precision))
         self._pool = GraphPool(
             self._make, self._size_bytes, max_graphs=max_sessions, memory_limit=memory_limit
         )
@@ -108,7 +109,7 @@ class Graphs:
 
     def _make(self, name: str, may_open_second: Callable[[], bool]) -> Lanes:
         return Lanes(
-            functools.partial(self._open, name),
+            partial(self._open, name),
             may_open_second,
             threads=self._threads,
             executor=self._executor if self.lanes(name) > 1 else None,
@@ -124,6 +125,7 @@ class Graphs:
             inputs=graph_inputs(self._bundle.manifest, self._precision, name),
             arena=self._keeps_arena,
             prepared=self._find_prepared(name),
+            unpack=partial(self._bundle.unpacked, self._precision, name, threads=self._threads),
         )
 
     def _find_prepared(self, name: str) -> Path | None:

@@ -2,7 +2,8 @@
 
 Rules:
     * ``format_version`` is "major.minor". Another major version is refused, a newer minor one
-      warns. 1.1 added images: ``model.image`` and ``vision`` of a precision.
+      warns. 1.1 added images: ``model.image`` and ``vision`` of a precision; 1.2 precisions whose
+      weights are unpacked when a graph opens: ``unpack``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, layer table and the tokenizer is listed in ``files``.
@@ -49,7 +50,7 @@ __all__ = [
     "TokenizerSettings",
 ]
 
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 VISION = "vision"  # what the graph of the vision tower is called among those of the tasks
 
 
@@ -111,6 +112,12 @@ class Manifest:
             "files": {name: entry.to_dict() for name, entry in self.files.items()},
         }
 
+    def folder_bytes(self, precision: str) -> int:
+        """Bytes of the files in the folders of a precision's graphs, which another may use too."""
+        graphs = self.precisions[precision].graphs.values()
+        folders = tuple({path.rpartition("/")[0] + "/" for path in graphs})
+        return sum(entry.size for name, entry in self.files.items() if name.startswith(folders))
+
     def _check_references(self, file: str) -> None:
         """Every task and file that is named exists in the manifest."""
         if not self.tasks or not self.precisions:
@@ -125,7 +132,12 @@ class Manifest:
                 if VISION in self.tasks:
                     raise ManifestError(f"{file}: {key}: a task has the name {VISION!r} as well")
                 named[key] = precision.vision
-            for kind, paths in (("graphs", precision.graphs), ("layers", precision.layers)):
+            listed = {
+                "graphs": precision.graphs,
+                "layers": precision.layers,
+                "unpack": precision.unpack,
+            }
+            for kind, paths in listed.items():
                 for task, path in paths.items():
                     key = f"precisions.{name}.{kind}.{task}"
                     if task not in self.tasks:

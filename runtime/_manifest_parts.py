@@ -276,6 +276,8 @@ class Precision:
         options: what the export was called with; free.
         layers: path of the layer table by task.
         fidelity: figures against the reference, by task; free, empty until ``bench --record``.
+        unpack: path, by task, of the list of weights that are unpacked when its graph opens; see
+            :mod:`embedge.runtime._unpack`. Empty where weights run as they are stored.
     """
 
     graphs: Mapping[str, str]
@@ -286,6 +288,7 @@ class Precision:
     layers: Mapping[str, str] = field(default_factory=dict)
     fidelity: Mapping[str, Any] = field(default_factory=dict)
     vision: str | None = None
+    unpack: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, table: Table) -> Precision:
@@ -293,6 +296,7 @@ class Precision:
         graphs = table.table("graphs")
         layers = table.optional_table("layers")
         constants = table.optional_table("activation_constants")
+        unpack = table.optional_table("unpack")
         return cls(
             graphs={task: _path(graphs, task) for task in graphs.values},
             devices=table.strings("devices"),
@@ -305,6 +309,7 @@ class Precision:
             layers={task: _path(layers, task) for task in layers.values} if layers else {},
             fidelity=table.free("fidelity"),
             vision=None if table.values.get("vision") is None else _path(table, "vision"),
+            unpack={task: _path(unpack, task) for task in unpack.values} if unpack else {},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,6 +324,7 @@ class Precision:
             "options": dict(self.options),
             "layers": dict(self.layers),
             "fidelity": dict(self.fidelity),
+            **({"unpack": dict(self.unpack)} if self.unpack else {}),
         }
 
 

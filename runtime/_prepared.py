@@ -28,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._cores import available_cores
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
-from embedge.runtime._onnx_file import read_external_data
+from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
+from embedge.runtime._unpack import Initializers
 
 __all__ = ["PreparedGraphs", "machine_name"]
 
@@ -86,7 +88,9 @@ class PreparedGraphs:
         partial.mkdir(parents=True)
         try:
             self._check_space(precision, name)
-            _save_prepacked(self._bundle.graph(precision, name), partial)
+            unpacked = self._bundle.unpacked(precision, name, threads=available_cores())
+            _save_prepacked(self._bundle.graph(precision, name), unpacked, partial)
+            del unpacked
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
             record = {"source": source, "files": files}
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -106,8 +110,7 @@ class PreparedGraphs:
 
     def _source(self, precision: str, name: str) -> dict[str, str]:
         """SHA-256, as the manifest has them, of the files of a graph."""
-        graph = self._bundle.graph(precision, name)
-        paths = {graph, *(graph.parent / data.location for data in read_external_data(graph))}
+        paths = self._bundle.graph_files(precision, name)
         listed = self._bundle.manifest.files
         names = sorted(path.relative_to(self._bundle.root).as_posix() for path in paths)
         return {name: listed[name].sha256 for name in names}
@@ -155,7 +158,7 @@ def _instructions() -> str:
     return "\n".join(sorted(found))
 
 
-def _save_prepacked(graph: Path, folder: Path) -> None:
+def _save_prepacked(graph: Path, unpacked: Initializers, folder: Path) -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -165,6 +168,7 @@ def _save_prepacked(graph: Path, folder: Path) -> None:
     options.add_session_config_entry(f"{prefix}_file_name", _DATA)
     options.add_session_config_entry(f"{prefix}_min_size_in_bytes", _INLINE_BYTES)
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    held = give_initializers(options, unpacked)
     try:
         onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base
@@ -172,3 +176,5 @@ def _save_prepacked(graph: Path, folder: Path) -> None:
             f"{graph}: ONNX Runtime {onnxruntime.__version__} cannot prepare it: "
             f"{' '.join(str(error).split())}; `embedge inspect --verify` checks the bundle's files"
         ) from error
+    finally:
+        del held

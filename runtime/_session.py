@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from embedge.runtime._cpu import saturates_u8s8
 from embedge.runtime._device import PROVIDERS
 from embedge.runtime._errors import BundleError, InferenceError
 from embedge.runtime._manifest import ActivationConstant
+from embedge.runtime._unpack import Initializers
 
-__all__ = ["GraphSession"]
+__all__ = ["GraphSession", "give_initializers"]
 
 
 class GraphSession:
@@ -32,6 +33,8 @@ class GraphSession:
         arena: keep freed activations for the next run; faster, at the size of the largest batch.
         prepared: the same graph as :class:`PreparedGraphs` stored it, opened in its place; for a
             processor whose integer products do not saturate.
+        unpack: makes the initializers that the graph's file does not hold, see
+            :mod:`embedge.runtime._unpack`; not called for a prepared graph.
 
     Raises:
         BundleError: if ONNX Runtime refuses the graph, or it takes other inputs.
@@ -48,6 +51,7 @@ class GraphSession:
         inputs: Sequence[str],
         arena: bool = True,
         prepared: Path | None = None,
+        unpack: Callable[[], Initializers] | None = None,
     ) -> None:
         import onnxruntime
 
@@ -70,6 +74,8 @@ class GraphSession:
                 value = np.array(constant.reduced, constant.dtype)
                 self._replaced.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
                 options.add_initializer(name, self._replaced[-1])
+        unpacked = unpack() if unpack is not None and prepared is None else {}
+        held = give_initializers(options, unpacked)
         providers: list[Any] = [PROVIDERS["cpu"]]
         if device == "cuda":
             # TF32 keeps 10 bits of a product's mantissa: fp32 would not be fp32.
@@ -81,6 +87,7 @@ class GraphSession:
                 f"{file}: ONNX Runtime {onnxruntime.__version__} cannot open it: "
                 f"{_one_line(error)}; `embedge inspect --verify` checks the bundle's files"
             ) from error
+        del held, unpacked  # ONNX Runtime has packed them
         found = {value.name for value in self._session.get_inputs()}
         if found != set(inputs):
             raise BundleError(
@@ -130,6 +137,20 @@ class GraphSession:
         binding.bind_output(output, self.device, 0)
         self._session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()[0]
+
+
+def give_initializers(options: Any, arrays: Initializers) -> list[Any]:
+    """Let a session that is opened with ``options`` take arrays as external initializers.
+
+    Returns:
+        What has to live until the session is open.
+    """
+    import onnxruntime
+
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+    if values:
+        options.add_external_initializers(list(arrays), values)
+    return values
 
 
 def _batch(inputs: Mapping[str, NDArray[Any]]) -> str:

@@ -79,6 +79,12 @@ PEERS = {
         requires=("torch.ao.quantization",),
         install="torch",
     ),
+    "rounding": Peer(
+        variants={"int8": "_rounding:int8_weights", "int4": "_rounding:int4_weights"},
+        usual=0,
+        requires=("torch",),
+        install="torch",
+    ),
 }
 
 

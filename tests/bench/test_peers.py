@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from _decoders import write_decoder
 
 from embedge.bench import Reference
@@ -16,6 +17,7 @@ from embedge.bench._errors import BenchError
 from embedge.bench.peers import _catalogue as peers
 from embedge.bench.peers._context import PeerContext
 from embedge.bench.peers._hidden_state import HiddenStateSystem, graph_inputs
+from embedge.bench.peers._rounding import rounded_blocks, rounded_rows
 
 ABSENT = peers.Peer(variants={}, requires=("no_such_module.inside",), install="nothing")
 TEXTS = ["a", "hello world", "the quick brown fox jumps over"]
@@ -40,7 +42,7 @@ def test_a_peer_asked_for_by_name_has_to_be_installed(monkeypatch: pytest.Monkey
 
 def test_none_is_no_peer_and_an_unknown_one_an_error() -> None:
     assert peers.chosen_peers(["none"], print) == []
-    with pytest.raises(BenchError, match="known are onnxruntime, openvino, llama.cpp, torch, none"):
+    with pytest.raises(BenchError, match=r"known are onnxruntime, .*, rounding, none"):
         peers.chosen_peers(["tensorrt"], print)
 
 
@@ -141,3 +143,19 @@ def test_a_caveat_of_a_peer_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert len(list(peers.build_peers(["peer:v"], context, notes.append))) == 1  # type: ignore[arg-type]
     assert notes == ["peer:v: slower than it could be"]
+
+
+def test_the_yardsticks_round_rows_and_blocks_to_nearest() -> None:
+    weight = torch.randn(6, 80, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0
+    rows, blocks = rounded_rows(weight), rounded_blocks(weight)
+
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((rows - weight).abs() <= step * 0.501).all()
+    assert ((rows / step.clamp_min(1e-9)).round() - rows / step.clamp_min(1e-9)).abs().max() < 1e-3
+    for start in (0, 32, 64):
+        part, rounded = weight[:, start : start + 32], blocks[:, start : start + 32]
+        low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+        assert ((rounded - part).abs().amax(1) <= (high - low) / 15 * 1.01).all()
+        assert max(len(row.unique()) for row in rounded) <= 16
+    assert not blocks[1].any()

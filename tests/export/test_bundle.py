@@ -99,6 +99,12 @@ def external(bundle: Path, graph: str) -> dict[str, tuple[str, int, int]]:
     return found
 
 
+def endings(precision: str) -> list[str]:
+    """Of the files that a task has at a precision."""
+    unpacked = ["unpacked.onnx", "unpack.json"] if precision == "int4" else []
+    return ["onnx", "bin", "layers.json", *unpacked]
+
+
 def leftovers(out: Path) -> list[str]:
     return sorted(p.name for p in out.parent.iterdir() if out.name in p.name)
 
@@ -111,7 +117,7 @@ def test_a_bundle_holds_these_files_and_no_others(bundle: Path) -> None:
     for precision in PRECISIONS:
         names = ["shared.bin"]
         for task in ("first", "second"):
-            names += [f"{task}.onnx", f"{task}.bin", f"{task}.layers.json"]
+            names += [f"{task}.{end}" for end in endings(precision)]
         expected |= {f"{precision}/{name}" for name in names}
     assert contents(bundle).keys() == expected
 
@@ -238,7 +244,7 @@ def test_a_task_is_added_without_touching_or_repeating_what_is_there(
     }
     for precision in PRECISIONS:
         new = {n for n in after if n not in before and n.startswith(precision)}
-        assert new == {f"{precision}/second.{end}" for end in ("onnx", "bin", "layers.json")}
+        assert new == {f"{precision}/second.{end}" for end in endings(precision)}
         added = external(out, f"{precision}/second.onnx")
         assert added == external(bundle, f"{precision}/second.onnx")
     Embedder(out, precision="int8", verify="full")

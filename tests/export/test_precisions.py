@@ -35,8 +35,9 @@ MODELS = ("bert", "mpnet", "modernbert-with-biases", "qwen2", "qwen3")
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "gain": 0.6}
 EXACT = 0.999999
 # Of random weights, whose vectors rounding moves more than those of trained ones.
-MEAN = {"int8": 0.999, "int4": 0.94}
-LOWEST = {"int8": 0.995, "int4": 0.7}
+MEAN = {"int8": 0.999, "int4": 0.94, "int4-unpacked": 0.94}
+LOWEST = {"int8": 0.995, "int4": 0.7, "int4-unpacked": 0.7}
+QUANTIZED = ["int8", "int4", "int4-unpacked"]
 
 Export = Callable[..., Path]
 
@@ -60,6 +61,7 @@ def export(root: Path) -> Export:
         return source, adapter
 
     def run(name: str, precision: str, **options: Any) -> Path:
+        precision = precision.removesuffix("-unpacked")  # an int4 export has both
         key = json.dumps([name, precision, options], default=str)
         if key not in made:
             source, adapter = source_of(name)
@@ -106,14 +108,14 @@ def feeds(session: ort.InferenceSession, ids: NDArray[Any], mask: NDArray[Any]) 
 # -- closeness ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", QUANTIZED)
 @pytest.mark.parametrize("name", MODELS)
 def test_vectors_stay_close_to_fp32(name: str, precision: str, export: Export) -> None:
     exact = vectors(export(name, "fp32"), "fp32")
     assert_close(exact, vectors(export(name, precision), precision), precision)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", QUANTIZED)
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
 def test_vectors_stay_close_without_calibration(name: str, precision: str, export: Export) -> None:
     exact = vectors(export(name, "fp32"), "fp32")
@@ -121,7 +123,7 @@ def test_vectors_stay_close_without_calibration(name: str, precision: str, expor
     assert_close(exact, quantized, precision)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", QUANTIZED)
 def test_vectors_stay_close_with_a_file_of_calibration_texts(
     precision: str, export: Export, root: Path
 ) -> None:
@@ -182,6 +184,7 @@ SETTINGS = {
     "int4 in blocks of 16": ("int4", {"int4_block_size": 16, "calibration": "none"}),
     "int4 in blocks of 64": ("int4", {"int4_block_size": 64, "calibration": "none"}),
     "int4 in blocks of 128": ("int4", {"int4_block_size": 128, "calibration": "none"}),
+    "int4 unpacked": ("int4-unpacked", {}),
 }
 
 
@@ -219,13 +222,16 @@ def test_a_row_of_padding_gives_numbers_and_changes_no_other_row(
     assert cosines(both[:1], alone).min() > (EXACT if precision != "fp16" else 0.9999)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", QUANTIZED)
 def test_a_token_of_zeros_gives_no_nan(precision: str, tmp_path: Path) -> None:
     model = make_model("qwen2", **WIDE)
     model.embed_tokens.weight.data[[5, 7]] = 0
     source = save(model, tmp_path / "source", pooling="mean")
     out = export_bundle(
-        source, adapters={"task": None}, precisions=["fp32", precision], out=tmp_path / "out"
+        source,
+        adapters={"task": None},
+        precisions=["fp32", precision.removesuffix("-unpacked")],
+        out=tmp_path / "out",
     )
     zero, other = (WORDS[i - 4] for i in (5, 7))
     texts = [zero + other + zero, zero, "ab" + zero + "cd" + other]
@@ -265,7 +271,7 @@ def test_layers_kept_at_fp32_and_only_those_are_float(kept: str, export: Export)
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", QUANTIZED)
 @pytest.mark.parametrize(
     "part", ["o_proj|attention.output.dense", "v_proj|self.value", "down_proj"]
 )
@@ -296,6 +302,7 @@ def test_layers_kept_at_int8_leave_int4_as_close(name: str, part: str, export: E
     assert TensorProto.INT8 in types_of_linears(bundle, "int4").values()
     exact = vectors(export(name, "fp32"), "fp32")
     assert_close(exact, vectors(bundle, "int4"), "int4")
+    assert_close(exact, vectors(bundle, "int4-unpacked"), "int4-unpacked")
 
 
 def test_a_kept_embedding_table_is_float(export: Export) -> None:
@@ -374,6 +381,34 @@ def test_a_layer_of_zeros_is_exported_with_strict_json(tmp_path: Path) -> None:
         json.loads(file.read_text("utf-8"), parse_constant=refuse)
     for precision in ("int8", "int4"):
         assert_close(vectors(out, "fp32"), vectors(out, precision), precision)
+
+
+def test_unpacked_int4_loses_little_more_than_its_weights_have_lost(export: Export) -> None:
+    for name in MODELS:
+        exact, bundle = vectors(export(name, "fp32"), "fp32"), export(name, "int4")
+        lost = {p: 1 - cosines(exact, vectors(bundle, p)).mean() for p in ("int4", "int4-unpacked")}
+        assert lost["int4-unpacked"] < 1.1 * lost["int4"] + 1 - MEAN["int8"]
+
+
+def test_unpacked_int4_adds_a_graph_and_constants_but_no_weights(export: Export) -> None:
+    bundle = export("qwen2", "int4", calibration="none")  # nothing smoothed
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["precisions"]["int4-unpacked"]["graphs"] == {"task": "int4/task.unpacked.onnx"}
+    assert manifest["precisions"]["int4-unpacked"]["devices"] == ["cpu"]
+    graph = onnx.load(bundle / "int4/task.unpacked.onnx", load_external_data=False)
+    assert not [n for n in graph.graph.node if n.op_type == "MatMulNBits"]
+    places: dict[str, set[str]] = {}
+    for name, tensor in {t.name: t for t in graph.graph.initializer}.items():
+        entry = {e.key: e.value for e in tensor.external_data}
+        places.setdefault(entry.get("location", ""), set()).add(name)
+    listed = json.loads((bundle / "int4/task.unpack.json").read_text())["weights"]
+    assert places["unpacked"] == {f"{n}.{k}" for n in listed for k in ("weight", "scales")}
+    assert len(listed) == 14  # two layers' seven
+
+
+def test_a_task_may_not_be_called_as_the_unpacked_graph_of_another(export: Export) -> None:
+    with pytest.raises(EmbedgeValueError, match=r"not ending in \.unpacked"):
+        export_bundle("nowhere", adapters={"a.unpacked": None}, precisions=["int4"], out="nowhere")
 
 
 # -- activation constants -----------------------------------------------------------------------------
