@@ -30,7 +30,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -280,10 +280,10 @@ def _builders(
             yield "torch bf16", partial(_torch, half, patches)
         if "torch bf16, batched windows" in halves:
             yield "torch bf16, batched windows", partial(_batched, half, patches)
+    models = _OpenVinoModels(tower, patches)
     for variant in OPENVINO:
         if f"OpenVINO {variant}" not in options.without:
-            build = partial(_openvino, tower, variant, patches, options.threads)
-            yield f"OpenVINO {variant}", build
+            yield f"OpenVINO {variant}", partial(_openvino, models, variant, options.threads)
 
 
 def _page(width: int, height: int) -> Any:
@@ -339,19 +339,37 @@ def _batched(tower: Any, patches: ImagePatches) -> Run:
     return run
 
 
-def _openvino(tower: Any, variant: str, patches: ImagePatches, threads: int) -> Run:
-    """Return a variant for pictures of one size, converted from torch and compiled for the CPU."""
-    import nncf
+class _OpenVinoModels:
+    """The tower for pictures of one size in OpenVINO's form, each made when it is first asked for."""
+
+    def __init__(self, tower: Any, patches: ImagePatches) -> None:
+        self._tower, self.patches = tower, patches
+
+    @cached_property
+    def fp(self) -> Any:
+        """Converted from torch."""
+        import openvino
+
+        module = FixedGridTower(self._tower, self.patches.grid).eval()
+        example = torch.from_numpy(self.patches.values)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the tracer's
+            return openvino.convert_model(module, example_input=example, input=[example.shape])
+
+    @cached_property
+    def int8(self) -> Any:
+        """The same with NNCF's 8-bit weights, symmetric."""
+        import nncf
+
+        logging.getLogger("nncf").setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):  # NNCF prints tables and bars
+            return nncf.compress_weights(self.fp.clone(), mode=nncf.CompressWeightsMode.INT8_SYM)
+
+
+def _openvino(models: _OpenVinoModels, variant: str, threads: int) -> Run:
+    """Return a variant compiled for the CPU."""
     import openvino
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    module = FixedGridTower(tower, patches.grid).eval()
-    example = torch.from_numpy(patches.values)
-    with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of the tracer; NNCF prints tables and bars
-        model = openvino.convert_model(module, example_input=example, input=[example.shape])
-        if variant != "fp":
-            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
@@ -360,10 +378,12 @@ def _openvino(tower: Any, variant: str, patches: ImagePatches, threads: int) -> 
     if group is not None:
         settings["INFERENCE_PRECISION_HINT"] = "f32"
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group
+    model = models.fp if variant == "fp" else models.int8
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    pixels = models.patches.values
 
     def run() -> Features:
-        features: Features = np.array(request.infer([patches.values], share_inputs=True)[0])
+        features: Features = np.array(request.infer([pixels], share_inputs=True)[0])
         return features
 
     return run
