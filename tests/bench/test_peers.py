@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from _decoders import write_decoder
 
 from embedge.bench import Reference
@@ -88,7 +89,7 @@ def test_a_peer_computes_the_merged_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("torch._dynamo.config.disable", True)  # the same numbers, minutes sooner
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)  # the same, minutes sooner
     peer = peers.PEERS[name]
     if not peer.available():
         pytest.skip(f"{name} is not installed: pip install {peer.install}")
