@@ -2,7 +2,8 @@
 
 The files, names, shapes and types are those of the published repository, which cannot be had
 everywhere and is not small; the values are random. ``python examples/random_jina_v4.py FOLDER``
-writes the tiny one (39 MB), ``--size full`` the one of 3.93 billion parameters (7.9 GB).
+writes the tiny one (39 MB), ``--size full`` the one of 3.93 billion parameters (7.9 GB), and with
+``--layers 1 --vision-blocks 8`` its widths at a quarter of the tower's depth.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,22 @@ def main() -> None:
     parser.add_argument("--alpha", type=int, help="lora_alpha")
     parser.add_argument("--prefix", choices=("old", "new"), help="of the base tensors' names")
     parser.add_argument("--threads", type=int, default=2)
-    write_checkpoint(**vars(parser.parse_args()))
+    parser.add_argument("--layers", type=int, help="of the language model, the size's by default")
+    parser.add_argument("--vision-blocks", type=int, help="of the tower, the size's by default")
+    args = vars(parser.parse_args())
+    args["size"] = shallower(SIZES[args["size"]], args.pop("layers"), args.pop("vision_blocks"))
+    write_checkpoint(**args)
+
+
+def shallower(size: Size, layers: int | None, vision_blocks: int | None) -> Size:
+    """Return a size with fewer layers; at least the last block of the tower sees whole images."""
+    if layers is not None:
+        size = replace(size, layers=layers)
+    if vision_blocks is not None:
+        full = [block for block in size.full_attention_blocks if block < vision_blocks]
+        full = full or [vision_blocks - 1]
+        size = replace(size, vision_depth=vision_blocks, full_attention_blocks=tuple(full))
+    return size
 
 
 if __name__ == "__main__":

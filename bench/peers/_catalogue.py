@@ -85,6 +85,18 @@ PEERS = {
         requires=("torch",),
         install="torch",
     ),
+    "bitsandbytes": Peer(
+        variants={"int8": "_bitsandbytes:int8", "nf4": "_bitsandbytes:nf4"},
+        usual=0,
+        requires=("bitsandbytes", "accelerate"),
+        install="bitsandbytes accelerate",
+    ),
+    "torchao": Peer(
+        variants={"int8-dynamic": "_torchao:int8_dynamic", "int4": "_torchao:int4"},
+        usual=0,
+        requires=("torchao",),
+        install="torchao",
+    ),
 }
 
 
@@ -96,7 +108,7 @@ def chosen_peers(
     Args:
         names: of ``PEERS``, all variants of it; ``peer:variant``; only ``"none"``; or ``None`` for
             the usual variants of all that are installed.
-        note: told about each peer that is left out because it is not installed.
+        note: told about each peer that would run and is not installed.
         most: variants of a peer whose variants are not named, ``None`` for all.
 
     Raises:
@@ -113,7 +125,7 @@ def chosen_peers(
         if separator and variant not in peer.variants:
             known = ", ".join(f"{family}:{known}" for known in peer.variants)
             raise BenchArgumentError(f"--peers {name}: known are {known}")
-        if not peer.available():
+        if not peer.available() and (names is not None or peer.usual):
             missing.append(family)
         usual = peer.usual if names is None else None
         variants = [variant] if separator else list(peer.variants)[:usual][:most]

@@ -1,4 +1,4 @@
-"""Torch's own dynamic int8: 8-bit weights a tensor, activations quantized as they come."""
+"""Torch's own dynamic int8, and what every peer that is a torch module shares."""
 
 from __future__ import annotations
 
@@ -13,33 +13,54 @@ from embedge.bench._tokens import Ids
 from embedge.bench.peers._context import PeerContext
 from embedge.bench.peers._hidden_state import HiddenStateSystem
 
-__all__ = ["dynamic_int8"]
+__all__ = ["TorchModuleSystem", "dynamic_int8", "stored_bytes"]
 
 
-class _TorchInt8System(HiddenStateSystem):
-    def __init__(self, model: Any, context: PeerContext, size: int) -> None:
-        super().__init__("torch dynamic int8", context.source, context.tokens, size)
+class TorchModuleSystem(HiddenStateSystem):
+    """A module that takes ids and mask and gives ``last_hidden_state``, in any float type.
+
+    Args:
+        name: what the report calls it.
+        model: the module, ready to run.
+        context: what it was made from.
+        size: bytes of its weights in a file.
+        caveat: see :class:`HiddenStateSystem`.
+    """
+
+    def __init__(
+        self, name: str, model: Any, context: PeerContext, size: int, caveat: str | None = None
+    ) -> None:
+        super().__init__(name, context.source, context.tokens, size)
         self._model = model
+        self.caveat = caveat
 
     def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
         with torch.inference_mode():
             output = self._model(
                 input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
             )
-        hidden: NDArray[np.float32] = output.last_hidden_state.numpy()
+        hidden: NDArray[np.float32] = output.last_hidden_state.float().numpy()
         return hidden
 
 
+def stored_bytes(model: Any, context: PeerContext) -> int:
+    """Return the size of the file that ``torch.save`` makes of a module's weights."""
+    file = context.workdir / "weights.pt"
+    torch.save(model.state_dict(), file)
+    size = file.stat().st_size
+    file.unlink()
+    return size
+
+
 def dynamic_int8(context: PeerContext) -> HiddenStateSystem:
-    """Return ``torch.ao.quantization.quantize_dynamic`` of every Linear."""
+    """Return ``torch.ao.quantization.quantize_dynamic`` of every Linear.
+
+    8-bit weights a tensor, activations quantized as they come.
+    """
     from torch.ao import quantization
 
     quantize: Any = quantization.quantize_dynamic  # it has no annotations
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it is deprecated
         model = quantize(context.merged.backbone, {torch.nn.Linear}, dtype=torch.qint8)
-    file = context.workdir / "torch-int8.pt"
-    torch.save(model.state_dict(), file)
-    size = file.stat().st_size
-    file.unlink()
-    return _TorchInt8System(model, context, size)
+    return TorchModuleSystem("torch dynamic int8", model, context, stored_bytes(model, context))
