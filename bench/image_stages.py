@@ -132,7 +132,7 @@ def _embedge(options: argparse.Namespace, precision: str) -> dict[str, Any]:
 
     def language(seen: tuple[Any, Any]) -> Vector:
         patches, features = seen
-        row = image_row(patches.grid, image)
+        row = image_row(patches.grid, image, pooled_only=True)
         ones = np.ones((1, len(row.ids)), np.int64)
         places = np.stack([np.zeros_like(row.features), row.features], axis=1)
         inputs = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from embedge.export._forms import Form, digest
@@ -48,10 +49,7 @@ def task_graph(
     hidden = family.final(g, context, hidden)
     x = pool(g, hidden, context["lengths"], pooling, family.pool_mask)
     if isinstance(weights, RotatedWeights) and (norm := weights.output) is not None:
-        # pooling is linear, so a vector is turned back instead of every token
-        shape = (family.hidden_size, family.hidden_size)
-        back = g.computed("unrotation", shape, lambda: weights.unrotation(norm), norm)
-        x = g.op("MatMul", x, back)
+        x = rotated_back(g, weights, norm, x)  # pooling is linear: a vector instead of every token
     for index, layer in enumerate(dense):
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:
@@ -79,6 +77,45 @@ def pool(g: Graph, hidden: str, lengths: str, pooling: str, mask: str = "attenti
     total = g.op("Squeeze", g.op("MatMul", row, hidden), g.const([1], "int64"))
     count = g.op("ReduceSum", attended, g.const([1], "int64"), keepdims=1)
     return g.op("Div", total, g.op("Max", count, g.const(1e-9)))
+
+
+def rotated_back(g: Graph, weights: RotatedWeights, norm: str, x: str) -> str:
+    """``[batch, width]`` of a rotated stream in the model's own axes, the norm's weights applied.
+
+    The matrix is a Kronecker product, and its factors are a hundredth of its size.
+
+    Args:
+        g: the graph.
+        weights: the task's tensors.
+        norm: weight of the norm that made the states.
+        x: the states.
+    """
+    rotation = weights.rotation(norm)
+    odd, first, second = rotation.factors
+
+    def factor(name: str, matrix: NDArray[np.float32]) -> str:
+        return g.computed(f"unrotation.{name}", matrix.shape, lambda: matrix, detail="1")
+
+    def shaped(y: str, *shape: int) -> str:
+        return g.op("Reshape", y, g.const([-1, *shape], "int64"))
+
+    y = shaped(x, len(odd) * len(first), len(second))
+    y = g.op("MatMul", y, factor("second", np.ascontiguousarray(second.T)))
+    if len(first) > 1:
+        y = g.op(
+            "MatMul",
+            factor("first", np.ascontiguousarray(first.T)),
+            shaped(y, len(first), len(second)),
+        )
+    if len(odd) > 1:
+        y = g.op("MatMul", factor("odd", odd), shaped(y, len(odd), len(first) * len(second)))
+    scale = g.computed(
+        "unrotation.scale",
+        (rotation.width,),
+        lambda: rotation.signs * weights.norm_weight(norm),
+        norm,
+    )
+    return g.op("Mul", shaped(y, rotation.width), scale)
 
 
 def apply_dense(g: Graph, x: str, layer: DenseLayer, name: str) -> str:

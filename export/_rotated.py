@@ -76,13 +76,17 @@ class RotatedWeights:
             value = change(value)
         return value[rows] if whole else value
 
-    def unrotation(self, norm: str) -> FloatArray:
-        """float32 ``[width, width]`` by which a normalized state of the stream becomes the model's own."""
-        return np.ascontiguousarray(self._outputs[norm].matrix().T * self._weights.read(norm))
+    def rotation(self, norm: str) -> Rotation:
+        """By what the states behind a norm are rotated."""
+        return self._outputs[norm]
+
+    def norm_weight(self, norm: str) -> FloatArray:
+        """float32 ``[width]``, a norm's own weights, which :meth:`read` has moved elsewhere."""
+        return self._weights.read(norm)
 
     @property
     def output(self) -> str | None:
-        """Weight of the norm whose states :meth:`unrotation` turns back."""
+        """Weight of the norm whose rotated states are the model's last."""
         return next(iter(self._outputs), None)
 
     def _rotate(self, stream: Stream, rotation: Rotation) -> None:

@@ -30,21 +30,25 @@ class Rotation:
 
     Args:
         width: channels of the stream.
+
+    Attributes:
+        signs: float32 ``[width]``, the diagonal of ``D``.
+        factors: float32 ``C``, and two whose Kronecker product is ``H``.
     """
 
     def __init__(self, width: int) -> None:
         self.width = width
         power = width & -width
         draws = np.frombuffer(hashlib.shake_256(b"embedge rotation").digest(width), np.uint8)
-        self._signs = np.where(draws & 1, 1.0, -1.0).astype(np.float32)
+        self.signs = np.where(draws & 1, 1.0, -1.0).astype(np.float32)
         second = min(power, _LARGEST_FACTOR)
         factors = (_dct(width // power), _hadamard(power // second), _hadamard(second))
-        self._factors = tuple(factor.astype(np.float32) for factor in factors)
+        self.factors = tuple(factor.astype(np.float32) for factor in factors)
 
     def rows(self, values: FloatArray) -> FloatArray:
         """``values @ R`` for float32 ``[…, width]``, a fresh array."""
-        odd, first, second = self._factors
-        x: FloatArray = (values * self._signs).reshape(-1, len(odd), len(first), len(second))
+        odd, first, second = self.factors
+        x: FloatArray = (values * self.signs).reshape(-1, len(odd), len(first), len(second))
         x = np.matmul(first, np.matmul(x, second))
         x = np.matmul(odd.T, x.reshape(-1, len(odd), len(first) * len(second)))
         return x.reshape(values.shape)

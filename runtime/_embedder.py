@@ -117,7 +117,9 @@ class Embedder:
         self._texts = TextPipeline(tokenizer, runner, self._model.max_length)
         self._images: ImagePipeline | None = None
         if self._model.image is not None and self._settings.vision is not None:
-            self._images = ImagePipeline(graphs, runner, self._model.image, self._model.max_length)
+            self._images = ImagePipeline(
+                graphs, runner, self._model.image, self._model.max_length, self._model.pooling
+            )
 
     # -- what it is -----------------------------------------------------------------------------
 

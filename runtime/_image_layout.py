@@ -44,12 +44,14 @@ def image_tokens(grid: Grid, settings: ImageSettings) -> int:
     return len(settings.before_ids) + features + len(settings.after_ids)
 
 
-def image_row(grid: Grid, settings: ImageSettings) -> ImageRow:
+def image_row(grid: Grid, settings: ImageSettings, *, pooled_only: bool = False) -> ImageRow:
     """Tokens, positions and pooling of one image.
 
     Args:
         grid: rows and columns of its patches.
         settings: of the bundle.
+        pooled_only: leave out the tokens behind the pooled ones: attention is causal, so that a mean
+            does not depend on them.
     """
     rows, columns = (n // settings.merge_size for n in grid)
     before, after = settings.before_ids, settings.after_ids
@@ -62,8 +64,11 @@ def image_row(grid: Grid, settings: ImageSettings) -> ImageRow:
     positions[2, start : start + count] = start + np.tile(np.arange(columns), rows)
     positions[:, start + count :] = start + max(rows, columns) + np.arange(len(after))
     pooled = np.zeros(len(ids), np.bool_)
-    pooled[start - settings.pooled_before : start + count + settings.pooled_after] = True
-    return ImageRow(ids, positions, pooled, np.arange(start, start + count))
+    end = start + count + settings.pooled_after
+    pooled[start - settings.pooled_before : end] = True
+    kept = end if pooled_only else len(ids)
+    features = np.arange(start, start + count)
+    return ImageRow(ids[:kept], positions[:, :kept], pooled[:kept], features)
 
 
 def vision_inputs(

@@ -55,15 +55,22 @@ class ImagePipeline:
         runner: rows to vectors.
         settings: how images become patches and tokens.
         max_length: most tokens of an image's row.
+        pooling: "mean" lets a single vector do without the tokens behind the image.
     """
 
     def __init__(
-        self, graphs: Graphs, runner: RowRunner, settings: ImageSettings, max_length: int
+        self,
+        graphs: Graphs,
+        runner: RowRunner,
+        settings: ImageSettings,
+        max_length: int,
+        pooling: str,
     ) -> None:
         self._graphs = graphs
         self._runner = runner
         self._settings = settings
         self._max_length = max_length
+        self._pools_mean = pooling == "mean"
         self._processor = ImageProcessor(settings)
 
     def embed(
@@ -130,7 +137,11 @@ class ImagePipeline:
 
                 def done(run: list[_Seen], features: Vectors) -> None:
                     for image, of_image in zip(run, features, strict=True):
-                        row = image_row(image.patches.grid, self._settings)
+                        row = image_row(
+                            image.patches.grid,
+                            self._settings,
+                            pooled_only=self._pools_mean and not request.multi_vector,
+                        )
                         window.append((image.place, ImageTokens(row, of_image)))
 
                 largest = max(len(run) * run[0].patches.patches for run in runs)

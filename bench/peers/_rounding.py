@@ -11,38 +11,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from embedge.bench._tokens import Ids
 from embedge.bench.peers._context import PeerContext
 from embedge.bench.peers._hidden_state import HiddenStateSystem
+from embedge.bench.peers._torch import TorchModuleSystem
 
 __all__ = ["int4_weights", "int8_weights", "rounded_blocks", "rounded_rows"]
 
 _BLOCK = 32
 
 
-class _RoundedSystem(HiddenStateSystem):
-    def __init__(
-        self, name: str, rounding: Callable[[torch.Tensor], torch.Tensor], context: PeerContext
-    ) -> None:
-        self._model = copy.deepcopy(context.merged.backbone)
-        size = sum(p.numel() * p.element_size() for p in self._model.parameters())
-        super().__init__(name, context.source, context.tokens, size)
-        with torch.no_grad():
-            for module in self._model.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.weight.copy_(rounding(module.weight))
-
-    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
-            )
-        hidden: NDArray[np.float32] = output.last_hidden_state.numpy()
-        return hidden
+def _rounded(
+    name: str, rounding: Callable[[torch.Tensor], torch.Tensor], context: PeerContext
+) -> TorchModuleSystem:
+    """Return the merged model with every Linear's weight rounded."""
+    model = copy.deepcopy(context.merged.backbone)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(rounding(module.weight))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return TorchModuleSystem(name, model, context, size)
 
 
 def rounded_rows(weight: torch.Tensor) -> torch.Tensor:
@@ -65,9 +55,9 @@ def rounded_blocks(weight: torch.Tensor) -> torch.Tensor:
 
 def int8_weights(context: PeerContext) -> HiddenStateSystem:
     """Return torch fp32 with Linears on 255 levels a row."""
-    return _RoundedSystem("int8 weights alone", rounded_rows, context)
+    return _rounded("int8 weights alone", rounded_rows, context)
 
 
 def int4_weights(context: PeerContext) -> HiddenStateSystem:
     """Return torch fp32 with Linears on 16 levels for every 32 inputs."""
-    return _RoundedSystem("int4 weights alone, blocks of 32", rounded_blocks, context)
+    return _rounded("int4 weights alone, blocks of 32", rounded_blocks, context)

@@ -20,7 +20,7 @@ WORDS += [f"w{number}" for number in range(53)]
 SIZES = {
     "vocab_size": len(WORDS),
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -94,7 +94,8 @@ def test_a_peer_computes_the_merged_model(
     peer = peers.PEERS[name]
     if not peer.available():
         pytest.skip(f"{name} is not installed: pip install {peer.install}")
-    if family == "bert" and name == "llama.cpp":  # its AMX kernels compute widths of 32 wrongly
+    # llama.cpp's AMX kernels compute widths of 32 wrongly, bitsandbytes' nf4 needs blocks of 64
+    if family == "bert" and name in ("llama.cpp", "bitsandbytes"):
         merged = Reference(make_model(width=64), merged=True)
     elif family == "bert":
         merged = Reference(model, adapter, merged=True)

@@ -100,3 +100,9 @@ def test_the_row_of_an_image(language: Qwen2_5_VLModel, grid: tuple[int, int]) -
     assert np.array_equal(row.positions, expected[:, 0].numpy())
     start, end = row.ids.tolist().index(151652), row.ids.tolist().index(151653)
     assert np.array_equal(np.flatnonzero(row.pooled), np.arange(start, end + 1))
+
+    cut = image_row(grid, SETTINGS, pooled_only=True)
+    assert cut.ids.tolist() == row.ids.tolist()[: end + 1]
+    assert np.array_equal(cut.positions, row.positions[:, : end + 1])
+    assert np.array_equal(cut.pooled, row.pooled[: end + 1])
+    assert np.array_equal(cut.features, row.features)
