@@ -1,6 +1,7 @@
 """int4 Linears: ``MatMulNBits`` with 4-bit blocks, a scale and a zero point each.
 
-The operator quantizes its input per row and block (accuracy level 4), so outliers stay in their block.
+On the CPU the operator quantizes its input per row and block (accuracy level 4), so outliers stay in
+their block; on GPUs (int4-fp16) it takes float16 inputs and scales.
 Where calibration ran, the values come from GPTQ (``_calibration.py`` has stored them under the same
 recipe key); this form's own ``compute`` is the data-free fallback with error-minimising grids.
 """
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._forms import (
+    CudaForm,
     Form,
     Rounded,
     in_features,
@@ -22,6 +24,7 @@ from embedge.export._forms import (
     read_linear,
     recipe_key,
     reported_db,
+    to_half,
     weight_name,
 )
 from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
@@ -38,9 +41,9 @@ class Int4Form(Form):
     """
 
     precision = "int4"
-    devices = ("cpu", "cuda")
     rotates = True
     fused_attention = True
+    scale_type: int = TensorProto.FLOAT
 
     def __init__(self, block_size: int, method: str, table_bits: int) -> None:
         self.block_size = block_size
@@ -59,21 +62,21 @@ class Int4Form(Form):
         fold: Fold | None,
         lower_bound: float | None,
     ) -> list[str]:
-        return [
-            g.op(
-                "MatMulNBits",
-                x,
-                *g.recipe(self.weight_recipe(g, lins, lin)),
-                domain=CONTRIB,
-                name=lin.label,
-                K=in_features(g, lin),
-                N=out_features(g, lin),
-                bits=4,
-                block_size=self.block_size,
-                accuracy_level=4,
-            )
-            for lin in lins
-        ]
+        return [self._product(g, x, lins, lin, accuracy_level=4) for lin in lins]
+
+    def _product(self, g: Graph, x: str, lins: Sequence[Lin], lin: Lin, **options: int) -> str:
+        return g.op(
+            "MatMulNBits",
+            x,
+            *g.recipe(self.weight_recipe(g, lins, lin)),
+            domain=CONTRIB,
+            name=lin.label,
+            K=in_features(g, lin),
+            N=out_features(g, lin),
+            bits=4,
+            block_size=self.block_size,
+            **options,
+        )
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         from embedge.export._tables import quantized_rows
@@ -105,6 +108,8 @@ class Int4Form(Form):
             lost = weight - restored[:, : weight.shape[1]]
         sqnr_db = _int4.blocks_sqnr_db(parts, values, scales, zeros)
         arrays = pack(values, scales, zeros)
+        if self.scale_type == TensorProto.FLOAT16:
+            arrays[1] = to_half(scales, weight_name(lin))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
     def weight_recipe(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> Recipe:
@@ -132,16 +137,46 @@ class Int4Form(Form):
                 elem_type=TensorProto.UINT8,
                 shape=(rows, blocks, self.block_size // 2),
             ),
-            TensorSpec(name=f"{name}.scales", elem_type=TensorProto.FLOAT, shape=(rows, blocks)),
+            TensorSpec(name=f"{name}.scales", elem_type=self.scale_type, shape=(rows, blocks)),
             TensorSpec(
                 name=f"{name}.zero_points",
                 elem_type=TensorProto.UINT8,
                 shape=(rows, -(-blocks // 2)),
             ),
         )
-        key = recipe_key(g, lin, f"int4|{self.block_size}|{self.method}")
+        key = recipe_key(g, lin, f"{self.precision}|{self.block_size}|{self.method}")
         owner = g.owner(weight_name(lin))
         return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
+
+
+class Int4HalfForm(Int4Form, CudaForm):
+    """int4 for GPUs: the same values, float16 scales and inputs; see the module's description."""
+
+    precision = "int4-fp16"
+    devices = CudaForm.devices
+    scale_type = TensorProto.FLOAT16
+
+    def __init__(self, block_size: int, method: str, table_bits: int) -> None:
+        super().__init__(block_size, method, table_bits)
+        self.row_multiple = 1
+
+    def linears(
+        self,
+        g: Graph,
+        x: str,
+        lins: Sequence[Lin],
+        *,
+        fold: Fold | None,
+        lower_bound: float | None,
+    ) -> list[str]:
+        half = g.op("Cast", x, to=TensorProto.FLOAT16)
+        products = [self._product(g, half, lins, lin) for lin in lins]
+        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
+
+    def embedding(self, g: Graph, name: str, ids: str) -> str:
+        from embedge.export._tables import quantized_rows
+
+        return quantized_rows(g, name, ids, self._table_bits, half=True)
 
 
 def pack(

@@ -12,7 +12,7 @@ from embedge.export._calibration import InputStatistics, TokenBatch, calibrate
 from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form, HalfForm, Rounded, reported_db, weight_name
 from embedge.export._graph import Graph, Lin, Tap, Weights
-from embedge.export._int4_form import Int4Form
+from embedge.export._int4_form import Int4Form, Int4HalfForm
 from embedge.export._int8_form import InputPlan, Int8Form
 from embedge.export._mixed_form import MixedForm
 from embedge.export._plans import input_plan, rotated_plan
@@ -111,6 +111,7 @@ def make_form(
         "fp16": HalfForm(),
         "int8": int8,
         "int4": Int4Form(int4_block_size, methods["int4"], 4),
+        "int4-fp16": Int4HalfForm(int4_block_size, methods["int4"], 4),
     }
     form = forms[precision]
     if not keep or precision in ("fp32", "fp16"):
