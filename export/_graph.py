@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPSET = 24  # Attention's nonpad_kv_seqlen: right padding without a tokens × tokens mask
 # ONNX Runtime takes a kernel without an end version for the version of its schema alone. Up to 20
 # the CUDA provider has one for every operator used here; Identity lacks it from 21, Cos and Sin
-# from 22, Cast, Shape and Reshape at 24 (tests/export/cuda_kernels.json).
+# from 22, Cast, Shape and Reshape at 24 (tests/export/cuda_kernels.tsv).
 CUDA_OPSET = 20
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
