@@ -49,7 +49,7 @@ def export_bundle(
         adapters: folder of a PEFT LoRA adapter by task name (``FOLDER`` itself, or ``FOLDER/NAME``);
             ``None`` exports the bare backbone as that task. Without any, the tasks that the model is
             published with (jina-embeddings-v4).
-        precisions: some of "fp32", "fp16" (GPU), "int8" and "int4".
+        precisions: some of "fp32", "int8" and "int4" for CPUs, "fp16" and "int4-fp16" for CUDA.
         out: the bundle's folder. An existing bundle of the same source gains what it lacks.
         modality: "all", or "text" to leave a vision tower out.
         matryoshka_dims: dimensions callers may truncate to; ``None``: those the model declares, or any.
@@ -119,7 +119,8 @@ def make_request(
     check_tasks(adapters)
     if modality not in MODALITIES:
         raise EmbedgeValueError(f"modality {modality!r}: expected one of {', '.join(MODALITIES)}")
-    check_keep(keep or {})
+    precisions = check_precisions(precisions)
+    check_keep(keep or {}, precisions)
     if pooling is not None and pooling not in POOLINGS:
         raise EmbedgeValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
     if int4_block_size not in (None, 16, 32, 64, 128, 256):
@@ -137,7 +138,7 @@ def make_request(
     return Request(
         source=str(source),
         adapters={n: None if f is None else Path(f) for n, f in adapters.items()},
-        precisions=check_precisions(precisions),
+        precisions=precisions,
         out=Path(out),
         matryoshka_dims=None if matryoshka_dims is None else tuple(matryoshka_dims),
         pooling=pooling,

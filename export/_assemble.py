@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from embedge.export._forms import Form, digest
-from embedge.export._graph import CONTRIB, IR_VERSION, OPSET, Graph, TensorSpec, Weights
+from embedge.export._graph import CONTRIB, IR_VERSION, Graph, TensorSpec, Weights
 from embedge.export._rotated import RotatedWeights
 from embedge.export._sentence_transformers import DenseLayer
 from embedge.export.families import Family
@@ -153,7 +153,7 @@ def to_model(
     )
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+        opset_imports=[helper.make_opsetid("", g.form.opset), helper.make_opsetid(CONTRIB, 1)],
         ir_version=IR_VERSION,
         producer_name="embedge",
     )

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="P",
-        help="fp32, fp16 (GPU), int8, int4 (default: int8)",
+        help="fp32, int8, int4 (CPU), fp16, int4-fp16 (CUDA) (default: int8)",
     )
     parser.add_argument(
         "--modality",

@@ -26,7 +26,7 @@ from embedge.export._bundle_writer import (
     replace_file,
 )
 from embedge.export._calibration import TokenBatch
-from embedge.export._forms import Form, weight_name
+from embedge.export._forms import Form, HalfForm, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
 from embedge.export._int8_form import ACTIVATION_CONSTANTS, InputPlan
 from embedge.export._manifest import manifest_of, model_card
@@ -42,7 +42,7 @@ from embedge.export._precision import (
     token_batches,
 )
 from embedge.export._progress import Progress
-from embedge.export._request import UNPACKED_PRECISION, WIDE_MODEL, Request, check_dims
+from embedge.export._request import INT4, UNPACKED_PRECISION, WIDE_MODEL, Request, check_dims
 from embedge.export._sensitivity import candidates, within_budget
 from embedge.export._store import TensorStore
 from embedge.export._unpacked_form import unpack_list
@@ -147,7 +147,9 @@ def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
 
 def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bool:
     """Whether a precision's numbers depend on calibration texts."""
-    return "int8" in todo or "int4" in todo
+    if "int8" in todo or "int4" in todo:
+        return True
+    return request.int4_method == "gptq" and any(p in todo for p in INT4)
 
 
 def _methods(job: Job, *, calibrated: bool) -> dict[str, str]:
@@ -361,7 +363,7 @@ def _check_same_rotation(job: Job, precision: str) -> None:
     old = job.old.precisions.get(precision) if job.old else None
     if job.model.tower is None or old is None:
         return
-    if not old.options.get("rotation", False) and precision in ("int8", "int4"):
+    if not old.options.get("rotation", False) and precision in ("int8", *INT4):
         raise EmbedgeValueError(
             f"{job.request.out}: its {precision} vision tower was exported by an earlier version, without "
             "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
@@ -369,7 +371,9 @@ def _check_same_rotation(job: Job, precision: str) -> None:
 
 
 def _tower_form(precision: str, job: Job) -> Form:
-    """Images lose more than texts: beside 4-bit Linears the tower is stored at 8 bits."""
+    """Images lose more than texts: beside 4-bit Linears the tower is stored at 8 bits, or as float16."""
+    if precision == "int4-fp16":
+        return HalfForm(rotates=True)
     return make_form(
         "int8" if precision == "int4" else precision,
         plans={},
@@ -519,14 +523,15 @@ def _block_size(job: Job) -> int:
 def _options(job: Job, precision: str, calibrated: bool) -> dict[str, Any]:
     request = job.request
     options: dict[str, Any] = {}
-    if precision in ("int8", "int4"):
+    if precision in ("int8", *INT4):
         kind = request.calibration
         named = kind.name if isinstance(kind, Path) else kind
         options["calibration"] = named if calibrated else "none"
         options["keep"] = dict(request.keep)
-        options["method"] = _methods(job, calibrated=calibrated)[precision]
+        method = "int8" if precision == "int8" else "int4"
+        options["method"] = _methods(job, calibrated=calibrated)[method]
         options["rotation"] = bool(job.model.family.streams())
-    if precision == "int4":
+    if precision in INT4:
         options["block_size"] = _block_size(job)
     return options
 

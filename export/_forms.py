@@ -5,6 +5,7 @@ fp32        ``MatMul`` with the transposed weight, ``Gather``
 fp16        the same with float16 weights and products; everything between them stays float32
 int8        smoothed, per-row quantized inputs and ``MatMulIntegerToFloat`` (``_int8_form.py``)
 int4        ``MatMulNBits`` at accuracy level 4 (``_int4_form.py``)
+int4-fp16   ``MatMulNBits`` on float16, for GPUs (``_int4_form.py``)
 ==========  =====================================================================================
 """
 
@@ -19,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export._graph import Fold, Graph, Lin, Recipe, TensorSpec
+from embedge.export._errors import CheckpointError
+from embedge.export._graph import CUDA_OPSET, OPSET, Fold, Graph, Lin, Recipe, TensorSpec
 
 FloatArray = NDArray[np.float32]
+HALF_MAX = float(np.finfo(np.float16).max)  # 65504
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,13 @@ class Form:
     """Float32 storage and arithmetic; the base of the other forms."""
 
     precision = "fp32"
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu",)
     row_multiple = 1
     rotates = False  # whether residual streams are rotated first, where the family allows it
-    fused_attention = False  # fp32 and fp16 also run on CUDA, whose fused kernels differ
+    fused_attention = False  # whether causal attention takes ONNX Runtime's own operators
+    cuda = False  # whether only operators and types are used that its CUDA provider implements
+    opset = OPSET
     elem_type: int = TensorProto.FLOAT
-    dtype: Any = np.float32
 
     def linears(
         self,
@@ -117,7 +121,9 @@ class Form:
         )
 
         def compute() -> list[NDArray[Any]]:
-            return [np.ascontiguousarray(read_linear(g, lin).T.astype(self.dtype))]
+            weight = np.ascontiguousarray(read_linear(g, lin).T)
+            half = self.elem_type == TensorProto.FLOAT16
+            return [to_half(weight, weight_name(lin)) if half else weight]
 
         recipe = Recipe(
             key=recipe_key(g, lin, self.precision),
@@ -128,13 +134,40 @@ class Form:
         return g.recipe(recipe)[0]
 
 
-class HalfForm(Form):
-    """Float16 weights and products for GPUs; norms, softmax, residuals and pooling stay float32."""
+class CudaForm(Form):
+    """What the precisions for GPUs share: float16 inside products and attention, float32 elsewhere.
+
+    Norms, the softmax's sums, residuals, rotary positions and pooling stay float32.
+    """
+
+    devices = ("cuda",)
+    fused_attention = True  # GroupQueryAttention has no float32 kernel there
+    cuda = True
+    opset = CUDA_OPSET
+
+    def attention_operand(self, g: Graph, x: str) -> str:
+        return g.op("Cast", x, to=TensorProto.FLOAT16)
+
+    def attention_mask(self, g: Graph, mask: str) -> str:
+        # -1e9 would become -inf, and a padded row that sees only padding NaN, which spreads
+        return g.op("Cast", g.op("Max", mask, g.const(-3e4)), to=TensorProto.FLOAT16)
+
+    def attention_result(self, g: Graph, x: str) -> str:
+        return g.op("Cast", x, to=TensorProto.FLOAT)
+
+
+class HalfForm(CudaForm):
+    """Float16 weights and products for GPUs.
+
+    Args:
+        rotates: whether the residual streams are rotated: of a vision tower whose language tower is.
+    """
 
     precision = "fp16"
-    devices = ("cuda",)
     elem_type = TensorProto.FLOAT16
-    dtype = np.float16
+
+    def __init__(self, *, rotates: bool = False) -> None:
+        self.rotates = rotates
 
     def linears(
         self,
@@ -150,27 +183,35 @@ class HalfForm(Form):
         return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
-        spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT16, shape=g.weights.shape(name))
-        version = g.weights.version(name)
-        table = g.recipe(
-            Recipe(
-                key=f"{name}@{version}|fp16",
-                owner=g.owner(name),
-                specs=(spec,),
-                compute=lambda: [g.weights.read(name).astype(np.float16)],
+        return half_rows(g, name, ids)
+
+
+def half_rows(g: Graph, name: str, ids: str) -> str:
+    """Rows of the table ``name`` for int64 ``ids``, stored as float16, looked up as float32."""
+    spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT16, shape=g.weights.shape(name))
+    recipe = Recipe(
+        key=f"{name}@{g.weights.version(name)}|fp16",
+        owner=g.owner(name),
+        specs=(spec,),
+        compute=lambda: [to_half(g.weights.read(name), name)],
+    )
+    return g.op("Cast", g.op("Gather", g.recipe(recipe)[0], ids), to=TensorProto.FLOAT)
+
+
+def to_half(array: FloatArray, name: str) -> NDArray[np.float16]:
+    """The float16 of a tensor.
+
+    Raises:
+        CheckpointError: for an element that float16 has no finite number for.
+    """
+    largest = float(max(array.max(initial=0), -array.min(initial=0)))
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.float16(largest)):
+            raise CheckpointError(
+                f"{name}: expected magnitudes of at most {HALF_MAX:.0f}, the largest of float16, found "
+                f"{largest:.6g}; export at int8, int4 or fp32 instead"
             )
-        )[0]
-        return g.op("Cast", g.op("Gather", table, ids), to=TensorProto.FLOAT)
-
-    def attention_operand(self, g: Graph, x: str) -> str:
-        return g.op("Cast", x, to=TensorProto.FLOAT16)
-
-    def attention_mask(self, g: Graph, mask: str) -> str:
-        # -1e9 would become -inf, and a padded row that sees only padding NaN, which spreads
-        return g.op("Cast", g.op("Max", mask, g.const(-3e4)), to=TensorProto.FLOAT16)
-
-    def attention_result(self, g: Graph, x: str) -> str:
-        return g.op("Cast", x, to=TensorProto.FLOAT)
+    return array.astype(np.float16)
 
 
 # -- reading Linears --------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from embedge.export._unpacked_form import Unpacked
 
 OPSET = 24  # Attention's nonpad_kv_seqlen: right padding without a tokens × tokens mask
+# ONNX Runtime takes a kernel without an end version for the version of its schema alone. Up to 20
+# the CUDA provider has one for every operator used here; Identity lacks it from 21, Cos and Sin
+# from 22, Cast, Shape and Reshape at 24 (tests/export/cuda_kernels.tsv).
+CUDA_OPSET = 20
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
 BASE = "base"  # the version of a tensor that no adapter changes
@@ -314,12 +318,54 @@ class Graph:
         """LayerNorm, or RMSNorm with ``rms``, over the last axis."""
         gamma = self.param(weight)
         if rms:
-            y = self.op("RMSNormalization", x, gamma, axis=-1, epsilon=epsilon)
+            y = self.rms_norm(x, gamma, epsilon)
         else:
             beta = [self.param(bias)] if bias else []
             y = self.op("LayerNormalization", x, gamma, *beta, axis=-1, epsilon=epsilon)
         self.norms[y] = Norm(source=x, weight=weight, bias=bias, epsilon=epsilon, rms=rms)
         return y
+
+    def rms_norm(self, x: str, gamma: str, epsilon: float) -> str:
+        """RMSNorm over the last axis; ONNX has it from version 23, ONNX Runtime had it before."""
+        kind = "SimplifiedLayerNormalization" if self.form.cuda else "RMSNormalization"
+        return self.op(kind, x, gamma, axis=-1, epsilon=epsilon)
+
+    def rotary(self, x: str, cos: str, sin: str, positions: str | None, heads: int) -> str:
+        """Rotary embedding of ``x`` float32 ``[batch, tokens, heads · head_size]``, halves rotated.
+
+        Args:
+            x: queries or keys.
+            cos: float32 ``[positions, head_size / 2]``, or without ``positions`` a row for every token,
+                ``[batch, tokens, head_size / 2]``.
+            sin: as ``cos``.
+            positions: int64 ``[batch, tokens]``, or ``None``.
+            heads: heads of ``x``.
+        """
+        if not self.form.cuda:
+            tables = [cos, sin] if positions is None else [cos, sin, positions]
+            return self.op("RotaryEmbedding", x, *tables, num_heads=heads, interleaved=0)
+        if positions is None:
+            cos, sin, positions = self._rotary_rows(cos, sin)
+        arguments = [x, positions, cos, sin]
+        return self.op(
+            "RotaryEmbedding", *arguments, domain=CONTRIB, num_heads=heads, interleaved=0
+        )
+
+    def _rotary_rows(self, cos: str, sin: str) -> tuple[str, str, str]:
+        """A row for every token as tables, whose rows ONNX Runtime's own operator wants, and positions."""
+        if f"rows.{cos}" not in self._shared:
+            axes = self.op("Shape", cos)
+            row = self.op("Gather", axes, self.const([2], "int64"), axis=0)
+            table = self.op("Concat", self.const([-1], "int64"), row, axis=0)
+            zero, one = self.const(0, "int64"), self.const(1, "int64")
+            places = self.op("Shape", cos, start=0, end=2)
+            count = self.op("Mul", *(self.op("Gather", axes, i, axis=0) for i in (zero, one)))
+            steps = self.op("Range", zero, count, one)
+            self._shared[f"rows.{cos}"] = self.op("Reshape", cos, table)
+            self._shared[f"rows.{sin}"] = self.op("Reshape", sin, table)
+            self._shared[f"places.{cos}"] = self.op("Reshape", steps, places)
+        rows = self._shared[f"rows.{cos}"], self._shared[f"rows.{sin}"]
+        return *rows, self._shared[f"places.{cos}"]
 
     def add_norm(
         self,
@@ -375,13 +421,14 @@ class Graph:
         lengths: str | None = None,
         mask: str | None = None,
         causal: bool = False,
+        window: int | None = None,
         tokens: str | None = None,
     ) -> str:
         """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
 
         Where the form allows it, causal attention becomes ``GroupQueryAttention`` and attention without
         lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow
-        with the square of the tokens.
+        with the square of the tokens. On CUDA these two do everything.
 
         Args:
             q: queries.
@@ -391,36 +438,68 @@ class Graph:
             kv_heads: key and value heads.
             scale: factor of the scores.
             lengths: int64 ``[batch]``, keys from there on are padding.
-            mask: float32 ``[batch or 1, heads or 1, tokens, tokens]`` added to the scores, or bool.
+            mask: float32 ``[batch or 1, heads or 1, tokens, tokens]`` added to the scores.
             causal: no token sees a later one.
+            window: where ``causal``, the tokens that a token sees, itself and those before; ``mask``
+                says the same to the operators that have no windows.
             tokens: int64 scalar, padded tokens of the batch; needed where ``causal``.
         """
-        if self.form.fused_attention and not mask and not lengths:
-            if not causal:
-                return self.op(
-                    "MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads, scale=scale
-                )
-            if tokens:
-                return self._causal_attention(q, k, v, heads, kv_heads, scale, tokens)
         q, k, v = (self.form.attention_operand(self, t) for t in (q, k, v))
-        if mask:
-            mask = self.form.attention_mask(self, mask)
-        arguments = [q, k, v, mask or "", "", "", lengths or ""]
-        while not arguments[-1]:
-            arguments.pop()
-        y = self.op(
-            "Attention",
-            *arguments,
-            q_num_heads=heads,
-            kv_num_heads=kv_heads,
-            scale=scale,
-            is_causal=int(causal),
-            softmax_precision=TensorProto.FLOAT,
-        )
+        if self.form.fused_attention and causal and tokens:
+            y = self._causal_attention(q, k, v, heads, kv_heads, scale, window, tokens)
+        elif self.form.cuda or (self.form.fused_attention and not mask and not lengths):
+            y = self._full_attention(q, k, v, heads, scale, lengths, mask)
+        else:
+            arguments = _without_trailing_blanks(q, k, v, mask or "", "", "", lengths or "")
+            y = self.op(
+                "Attention",
+                *arguments,
+                q_num_heads=heads,
+                kv_num_heads=kv_heads,
+                scale=scale,
+                is_causal=int(causal and not mask),
+                softmax_precision=TensorProto.FLOAT,
+            )
         return self.form.attention_result(self, y)
 
+    def _full_attention(
+        self,
+        q: str,
+        k: str,
+        v: str,
+        heads: int,
+        scale: float,
+        lengths: str | None,
+        mask: str | None,
+    ) -> str:
+        """``MultiHeadAttention``, over keys up to ``lengths`` and with ``mask`` where they are given."""
+        padding = bias = ""
+        if lengths:
+            if f"int32.{lengths}" not in self._shared:
+                self._shared[f"int32.{lengths}"] = self.op("Cast", lengths, to=TensorProto.INT32)
+            padding = self._shared[f"int32.{lengths}"]
+        if mask:
+            if f"half.{mask}" not in self._shared:
+                self._shared[f"half.{mask}"] = self.form.attention_mask(self, mask)
+            bias = self._shared[f"half.{mask}"]
+        return self.op(
+            "MultiHeadAttention",
+            *_without_trailing_blanks(q, k, v, "", padding, bias),
+            domain=CONTRIB,
+            num_heads=heads,
+            scale=scale,
+        )
+
     def _causal_attention(
-        self, q: str, k: str, v: str, heads: int, kv_heads: int, scale: float, tokens: str
+        self,
+        q: str,
+        k: str,
+        v: str,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int | None,
+        tokens: str,
     ) -> str:
         """``GroupQueryAttention`` over a prompt: every row counts as full, padding comes last."""
         if "causal.total" not in self._shared:
@@ -439,6 +518,7 @@ class Graph:
             num_heads=heads,
             kv_num_heads=kv_heads,
             scale=scale,
+            **({} if window is None else {"local_window_size": window}),
         )[0]
 
     # -- finishing ----------------------------------------------------------------------------------
@@ -457,3 +537,9 @@ class Graph:
             n: r for n, r in self.recipes.items() if needed.intersection(s.name for s in r.specs)
         }
         self.unpacked = {n: u for n, u in self.unpacked.items() if u.specs[0].name in needed}
+
+
+def _without_trailing_blanks(*arguments: str) -> list[str]:
+    """Inputs of a node up to the last that is given."""
+    last = max(number for number, name in enumerate(arguments) if name)
+    return list(arguments[: last + 1])

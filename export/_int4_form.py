@@ -1,13 +1,14 @@
 """int4 Linears: ``MatMulNBits`` with 4-bit blocks, a scale and a zero point each.
 
-The operator quantizes its input per row and block (accuracy level 4), so outliers stay in their block.
+On the CPU the operator quantizes its input per row and block (accuracy level 4), so outliers stay in
+their block; on GPUs (int4-fp16) it takes float16 inputs and scales.
 Where calibration ran, the values come from GPTQ (``_calibration.py`` has stored them under the same
 recipe key); this form's own ``compute`` is the data-free fallback with error-minimising grids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,20 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._forms import (
+    CudaForm,
     Form,
     Rounded,
+    digest,
     in_features,
     out_features,
     read_linear,
     recipe_key,
     reported_db,
+    to_half,
     weight_name,
 )
 from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
+from embedge.export._outliers import with_outliers
 from embedge.quant import _gptq, _int4
 
 
@@ -35,14 +40,22 @@ class Int4Form(Form):
         block_size: input channels per block, a power of two ≥ 16.
         method: "gptq" or "rtn", part of the recipe keys.
         table_bits: bits of embedding tables.
+        outliers: channels that are multiplied in float32, by the label of an input's first Linear.
     """
 
     precision = "int4"
-    devices = ("cpu", "cuda")
     rotates = True
     fused_attention = True
+    scale_type: int = TensorProto.FLOAT
 
-    def __init__(self, block_size: int, method: str, table_bits: int) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        method: str,
+        table_bits: int,
+        outliers: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> None:
+        self._outliers = outliers or {}
         self.block_size = block_size
         self.method = method
         self._table_bits = table_bits
@@ -59,21 +72,27 @@ class Int4Form(Form):
         fold: Fold | None,
         lower_bound: float | None,
     ) -> list[str]:
+        products = [self._product(g, x, lins, lin, accuracy_level=4) for lin in lins]
+        channels = self._outliers.get(lins[0].label)
+        if channels is None:
+            return products
         return [
-            g.op(
-                "MatMulNBits",
-                x,
-                *g.recipe(self.weight_recipe(g, lins, lin)),
-                domain=CONTRIB,
-                name=lin.label,
-                K=in_features(g, lin),
-                N=out_features(g, lin),
-                bits=4,
-                block_size=self.block_size,
-                accuracy_level=4,
-            )
-            for lin in lins
+            with_outliers(g, x, y, lin, channels) for y, lin in zip(products, lins, strict=True)
         ]
+
+    def _product(self, g: Graph, x: str, lins: Sequence[Lin], lin: Lin, **options: int) -> str:
+        return g.op(
+            "MatMulNBits",
+            x,
+            *g.recipe(self.weight_recipe(g, lins, lin)),
+            domain=CONTRIB,
+            name=lin.label,
+            K=in_features(g, lin),
+            N=out_features(g, lin),
+            bits=4,
+            block_size=self.block_size,
+            **options,
+        )
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         from embedge.export._tables import quantized_rows
@@ -83,7 +102,11 @@ class Int4Form(Form):
     # -- rounding -----------------------------------------------------------------------------------
 
     def smooth_hessian(self, g: Graph, lins: Sequence[Lin], hessian: NDArray[np.float32]) -> None:
-        """Nothing: the input is quantized as it is."""
+        """Take the outlier channels, which are not quantized, out of ``Σ x xᵀ``, in place."""
+        channels = self._outliers.get(lins[0].label)
+        if channels is not None:
+            hessian[channels] = 0
+            hessian[:, channels] = 0
 
     def round(
         self,
@@ -94,6 +117,9 @@ class Int4Form(Form):
     ) -> Rounded:
         """Quantize one of the Linears that share an input; see :meth:`Int8Form.round`."""
         weight = read_linear(g, lin)
+        channels = self._outliers.get(lins[0].label)
+        if channels is not None:
+            weight[:, channels] = 0
         parts = _int4.split_blocks(weight, self.block_size)
         if upper is None:
             scales, zeros = _int4.block_grid(parts)
@@ -105,6 +131,8 @@ class Int4Form(Form):
             lost = weight - restored[:, : weight.shape[1]]
         sqnr_db = _int4.blocks_sqnr_db(parts, values, scales, zeros)
         arrays = pack(values, scales, zeros)
+        if self.scale_type == TensorProto.FLOAT16:
+            arrays[1] = to_half(scales, weight_name(lin))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
     def weight_recipe(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> Recipe:
@@ -132,16 +160,47 @@ class Int4Form(Form):
                 elem_type=TensorProto.UINT8,
                 shape=(rows, blocks, self.block_size // 2),
             ),
-            TensorSpec(name=f"{name}.scales", elem_type=TensorProto.FLOAT, shape=(rows, blocks)),
+            TensorSpec(name=f"{name}.scales", elem_type=self.scale_type, shape=(rows, blocks)),
             TensorSpec(
                 name=f"{name}.zero_points",
                 elem_type=TensorProto.UINT8,
                 shape=(rows, -(-blocks // 2)),
             ),
         )
-        key = recipe_key(g, lin, f"int4|{self.block_size}|{self.method}")
+        outliers = digest(self._outliers.get(lins[0].label))
+        key = recipe_key(g, lin, f"{self.precision}|{self.block_size}|{self.method}|{outliers}")
         owner = g.owner(weight_name(lin))
         return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
+
+
+class Int4HalfForm(Int4Form, CudaForm):
+    """int4 for GPUs: the same values, float16 scales and inputs; see the module's description."""
+
+    precision = "int4-fp16"
+    devices = CudaForm.devices
+    scale_type = TensorProto.FLOAT16
+
+    def __init__(self, block_size: int, method: str, table_bits: int) -> None:
+        super().__init__(block_size, method, table_bits)
+        self.row_multiple = 1
+
+    def linears(
+        self,
+        g: Graph,
+        x: str,
+        lins: Sequence[Lin],
+        *,
+        fold: Fold | None,
+        lower_bound: float | None,
+    ) -> list[str]:
+        half = g.op("Cast", x, to=TensorProto.FLOAT16)
+        products = [self._product(g, half, lins, lin) for lin in lins]
+        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
+
+    def embedding(self, g: Graph, name: str, ids: str) -> str:
+        from embedge.export._tables import quantized_rows
+
+        return quantized_rows(g, name, ids, self._table_bits, half=True)
 
 
 def pack(

@@ -42,6 +42,7 @@ from embedge.export._forms import (
     weight_name,
 )
 from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
+from embedge.export._outliers import with_outliers
 from embedge.quant import _gptq, _int8
 
 ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
@@ -139,7 +140,10 @@ class Int8Form(Form):
             weight, weight_scale = self._weight(g, lins, lin)
             arguments = [values, weight, scale, weight_scale, zero_point]
             y = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=lin.label)
-            products.append(y if plan.outliers is None else self._with_outliers(g, x, y, lin, plan))
+            if plan.outliers is not None:
+                scale = self._output_scale.get(lin.label)
+                y = with_outliers(g, x, y, lin, plan.outliers, columns=plan.smooth, rows=scale)
+            products.append(y)
         return products
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
@@ -233,26 +237,6 @@ class Int8Form(Form):
         if plan.fold is not None and plan.fold.lin.label not in g.output_scale:
             return NO_PLAN  # the producer is kept at another precision and was not scaled
         return plan
-
-    def _with_outliers(self, g: Graph, x: str, y: str, lin: Lin, plan: InputPlan) -> str:
-        """``y`` and the part of the product that the outlier channels make, in float32."""
-        channels, smooth = plan.outliers, plan.smooth
-        assert channels is not None and smooth is not None
-        scale = self._output_scale.get(lin.label)
-
-        def compute() -> NDArray[np.float32]:
-            columns = read_linear(g, lin)[:, channels] * smooth[channels]
-            return np.ascontiguousarray((columns if scale is None else columns * scale[:, None]).T)
-
-        matrix = g.computed(
-            f"{lin.label}.outliers",
-            (len(channels), out_features(g, lin)),
-            compute,
-            weight_name(lin),
-            detail=f"{plan.digest}|{digest(scale)}",
-        )
-        few = g.op("Gather", x, g.const(channels, "int64"), axis=-1)
-        return g.op("Add", y, g.op("MatMul", few, matrix))
 
     # -- rounding -----------------------------------------------------------------------------------
 

@@ -24,12 +24,14 @@ class MixedForm(Form):
         self._kept = kept
         self.used: set[str] = set()
         self.precision = default.precision
-        self.devices = tuple(
-            d for d in default.devices if all(d in f.devices for f in kept.values())
-        )
+        self.devices = (
+            default.devices
+        )  # float32 products run anywhere, int8 is kept on the CPU alone
         self.row_multiple = default.row_multiple
         self.rotates = default.rotates
         self.fused_attention = default.fused_attention
+        self.cuda = default.cuda
+        self.opset = default.opset
 
     def linears(
         self,
@@ -45,6 +47,15 @@ class MixedForm(Form):
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         return self.form_of(name.removesuffix(".weight")).embedding(g, name, ids)
+
+    def attention_operand(self, g: Graph, x: str) -> str:
+        return self._default.attention_operand(g, x)
+
+    def attention_mask(self, g: Graph, mask: str) -> str:
+        return self._default.attention_mask(g, mask)
+
+    def attention_result(self, g: Graph, x: str) -> str:
+        return self._default.attention_result(g, x)
 
     def unused(self) -> list[str]:
         """Patterns that no Linear and no table has matched."""

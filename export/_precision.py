@@ -13,7 +13,7 @@ from embedge.export._calibration import InputStatistics, TokenBatch, calibrate
 from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form, HalfForm, Rounded, reported_db, weight_name
 from embedge.export._graph import Graph, Lin, Tap, Weights
-from embedge.export._int4_form import Int4Form
+from embedge.export._int4_form import Int4Form, Int4HalfForm
 from embedge.export._int8_form import InputPlan, Int8Form
 from embedge.export._mixed_form import MixedForm
 from embedge.export._plans import input_plan, rotated_plan
@@ -109,7 +109,8 @@ def make_form(
         keep: precisions by pattern.
     """
     int8 = Int8Form(plans, methods["int8"])
-    int4 = Int4Form(int4_block_size, methods["int4"], 4)
+    loud = {label: p.outliers for label, p in plans.items() if p.outliers is not None}
+    int4 = Int4Form(int4_block_size, methods["int4"], 4, loud)
     unpacked = UnpackedForm(plans, int4)
     forms: dict[str, Form] = {
         "fp32": Form(),
@@ -117,6 +118,7 @@ def make_form(
         "int8": int8,
         "int4": int4,
         UNPACKED_PRECISION: unpacked,
+        "int4-fp16": Int4HalfForm(int4_block_size, methods["int4"], 4),
     }
     form = forms[precision]
     if not keep or precision in ("fp32", "fp16"):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from embedge.runtime._errors import EmbedgeValueError
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "int4-fp16")
+INT4 = ("int4", "int4-fp16")  # on the CPU, on GPUs
 UNPACKED_PRECISION = "int4-unpacked"  # written with int4
 MODALITIES = ("all", "text")
 WIDE_MODEL = 1536  # hidden size
@@ -107,8 +108,8 @@ def check_dims(dims: Sequence[int] | None, dim: int) -> tuple[int, ...] | None:
     return tuple(sorted({*dims, dim}))
 
 
-def check_keep(keep: Mapping[str, str]) -> None:
-    """Refuse precisions that a kept layer cannot have.
+def check_keep(keep: Mapping[str, str], precisions: Sequence[str]) -> None:
+    """Refuse precisions that a kept layer cannot have, in any of the graphs.
 
     Raises:
         EmbedgeValueError: naming the pattern.
@@ -116,3 +117,8 @@ def check_keep(keep: Mapping[str, str]) -> None:
     for pattern, precision in keep.items():
         if precision not in ("fp32", "int8"):
             raise EmbedgeValueError(f"keep {pattern!r}={precision!r}: expected 'fp32' or 'int8'")
+        if precision == "int8" and "int4-fp16" in precisions:
+            raise EmbedgeValueError(
+                f"keep {pattern!r}='int8': int8 products run on the CPU, int4-fp16 graphs on CUDA; keep "
+                "the layers at 'fp32', or export int4-fp16 in a call of its own"
+            )

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from embedge.export._forms import half_rows, to_half
 from embedge.export._graph import BASE, CONTRIB, Graph, Recipe, TensorSpec
 from embedge.quant import _int4, _tables
 
 
-def quantized_rows(g: Graph, name: str, ids: str, bits: int) -> str:
+def quantized_rows(g: Graph, name: str, ids: str, bits: int, *, half: bool = False) -> str:
     """Rows of the table ``name`` through ``GatherBlockQuantized`` (ONNX Runtime's contrib operator).
 
     Args:
@@ -22,28 +22,23 @@ def quantized_rows(g: Graph, name: str, ids: str, bits: int) -> str:
         name: canonical name of the table, ``[rows, width]``.
         ids: int64 ids of any shape.
         bits: 8 or 4.
+        half: float16 scales, as on GPUs.
     """
     rows, width = g.weights.shape(name)
     block_size = _tables.block_size_for(width, bits)
     if block_size is None:  # no block divides the width: stored as float16
-        spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT16, shape=(rows, width))
-        key = f"{name}@{g.weights.version(name)}|table-fp16"
-        [table] = g.recipe(
-            Recipe(
-                key=key,
-                owner=g.owner(name),
-                specs=(spec,),
-                compute=lambda: [g.weights.read(name).astype(np.float16)],
-            )
-        )
-        return g.op("Cast", g.op("Gather", table, ids), to=TensorProto.FLOAT)
+        return half_rows(g, name, ids)
     blocks = width // block_size
+    if half and bits == 4 and blocks % 2:
+        # the CUDA kernel counts packed zero points through the whole table, the CPU's row by row
+        return quantized_rows(g, name, ids, 8, half=True)
 
     def compute() -> list[NDArray[Any]]:
         # a table of 150,000 tokens is over a GB as float32; one with an adapter is merged as a whole
         merged = g.weights.version(name) != BASE
         read_rows = g.weights.read(name).__getitem__ if merged else partial(g.weights.read, name)
-        values, scales, zeros = _tables.quantize_table(read_rows, (rows, width), bits, block_size)
+        values, full, zeros = _tables.quantize_table(read_rows, (rows, width), bits, block_size)
+        scales = to_half(full, name) if half else full
         if bits == 4:
             return [_int4.pack_pairs(values), scales, _int4.pack_pairs(zeros)]
         return [values, scales, zeros]
@@ -54,18 +49,22 @@ def quantized_rows(g: Graph, name: str, ids: str, bits: int) -> str:
     per_byte = 8 // bits
     specs = (
         TensorSpec(name=name, elem_type=TensorProto.UINT8, shape=(rows, width // per_byte)),
-        TensorSpec(name=f"{name}.scales", elem_type=TensorProto.FLOAT, shape=(rows, blocks)),
+        TensorSpec(
+            name=f"{name}.scales",
+            elem_type=TensorProto.FLOAT16 if half else TensorProto.FLOAT,
+            shape=(rows, blocks),
+        ),
         TensorSpec(
             name=f"{name}.zero_points",
             elem_type=TensorProto.UINT8,
             shape=(rows, -(-blocks // per_byte)),
         ),
     )
-    key = f"{name}@{g.weights.version(name)}|table-int{bits}-{block_size}"
+    key = f"{name}@{g.weights.version(name)}|table-int{bits}-{block_size}{'-fp16' * half}"
     table, scale, zero = g.recipe(
         Recipe(key=key, owner=g.owner(name), specs=specs, compute=compute, describe=describe)
     )
-    return g.op(
+    found = g.op(
         "GatherBlockQuantized",
         table,
         ids,
@@ -77,3 +76,4 @@ def quantized_rows(g: Graph, name: str, ids: str, bits: int) -> str:
         gather_axis=0,
         quantize_axis=1,
     )
+    return g.op("Cast", found, to=TensorProto.FLOAT) if half else found

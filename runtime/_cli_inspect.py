@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._cpu import describe_processor
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeValueError
 from embedge.runtime._typed_json import read_json_object
 
@@ -76,6 +77,7 @@ def _summary(bundle: Bundle) -> list[str]:
     if model.image is not None:
         pixels = f"{model.image.min_pixels:,} to {model.image.max_pixels:,} pixels"
         facts.append(("images", f"scaled to {pixels}, {model.image.factor}² of them a token"))
+    facts.append(("processor", describe_processor()))
     lines = [f"{name:14}{value}" for name, value in facts]
     rows = [["task", "adapter", "prompts (* default)"]]
     for name, task in manifest.tasks.items():
@@ -164,6 +166,7 @@ def _document(
         "manifest": bundle.manifest.to_dict(),
         "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         "problems": list(problems),
+        "processor": describe_processor(),
     }
     return {**document, "layers": list(layers)} if layers else document
 

@@ -2,40 +2,75 @@
 
 Without VNNI (or AMX, or Arm's dot products) ONNX Runtime multiplies uint8 by int8 with an
 instruction that adds pairs of products in 16 bits: 2 · 255 · 127 does not fit, and vectors are
-spoiled in silence. What a kernel does is asked of ONNX Runtime itself, by a product whose exact
-result is known, rather than guessed from the processor's name.
+spoiled in silence. Its option ``session.x64quantprecision`` makes it turn int8 weights into uint8
+ones on such a processor when a session opens, whose products are widened first: exact, slower.
+Every session here is opened with it; elsewhere it changes nothing.
+
+What a kernel does is asked of ONNX Runtime itself, by a product whose exact result is known, rather
+than guessed from the processor's name.
 """
 
 from __future__ import annotations
 
+import platform
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["probe_model", "saturates_u8s8"]
+__all__ = ["describe_processor", "keep_products_exact", "probe_model", "saturates_u8s8"]
 
 _DEPTH, _COLUMNS = 64, 32
 _LEFT, _RIGHT = 255, 127  # the largest uint8 and int8: a pair gives 64770, above 32767
-_ROWS = (1, 5)  # one row takes a kernel of its own
+_ROWS = (1, 5)  # one row may take a kernel of its own
+_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "i8mm", "asimddp")
 
 _lock = threading.Lock()
-_known: list[bool] = []
+_known: dict[bool, bool] = {}
 
 
-def saturates_u8s8() -> bool:
-    """Whether integer products of ONNX Runtime saturate here; asked once per process."""
+def keep_products_exact(options: Any) -> None:
+    """Asks ONNX Runtime, in a session's options, for integer products that do not saturate."""
+    options.add_session_config_entry("session.x64quantprecision", "1")
+
+
+def saturates_u8s8(*, asked: bool = True) -> bool:
+    """Whether integer products of ONNX Runtime saturate here; found out once per process.
+
+    Args:
+        asked: in sessions that were asked for exact products, which are all that this package opens.
+    """
     with _lock:
-        if not _known:
-            _known.append(_probe())
-        return _known[0]
+        if asked not in _known:
+            _known[asked] = _probe(asked)
+        return _known[asked]
 
 
-def _probe() -> bool:
+def describe_processor() -> str:
+    """What the processor has for 8-bit products, and what becomes of them: a line for people."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        text = ""
+    flags = {word for line in text.splitlines() if ":" in line for word in line.split()}
+    found = [name for name in _INSTRUCTIONS if name in flags]
+    name = ", ".join(found) or platform.machine() or "unknown"
+    if not saturates_u8s8(asked=False):
+        return f"{name}; 8-bit products are exact"
+    if not saturates_u8s8():
+        return f"{name}; u8×s8 products saturate, so u8×u8 ones are used: exact, slower"
+    return f"{name}; 8-bit products saturate, so 7-bit activations are used: less precise"
+
+
+def _probe(asked: bool) -> bool:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    if asked:
+        keep_products_exact(options)
     session = onnxruntime.InferenceSession(
         probe_model(), options, providers=["CPUExecutionProvider"]
     )

@@ -29,6 +29,7 @@ from typing import Any
 
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
+from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
 from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
@@ -163,6 +164,7 @@ def _save_prepacked(graph: Path, unpacked: Initializers, folder: Path) -> None:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    keep_products_exact(options)
     options.optimized_model_filepath = str(folder / _GRAPH)
     prefix = "session.optimized_model_external_initializers"
     options.add_session_config_entry(f"{prefix}_file_name", _DATA)

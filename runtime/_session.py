@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime._cpu import saturates_u8s8
+from embedge.runtime._cpu import keep_products_exact, saturates_u8s8
 from embedge.runtime._device import PROVIDERS
 from embedge.runtime._errors import BundleError, InferenceError
 from embedge.runtime._manifest import ActivationConstant
@@ -21,7 +21,7 @@ __all__ = ["GraphSession", "give_initializers"]
 class GraphSession:
     """A graph that is ready to run; safe to run from several threads at once.
 
-    On the processor, if integer products saturate there, ``constants`` are replaced by their
+    On the processor, if integer products saturate there all the same, ``constants`` are replaced by their
     reduced values when the session opens.
 
     Args:
@@ -67,6 +67,7 @@ class GraphSession:
         options.inter_op_num_threads = 1
         options.enable_cpu_mem_arena = arena
         options.log_severity_level = 4  # what it logs at 3 it also raises
+        keep_products_exact(options)
         # ONNX Runtime reads these where they lie: they live as long as the session.
         self._replaced = []
         if constants and device == "cpu" and saturates_u8s8():

@@ -133,7 +133,8 @@ class Decoder(Family):
             kv_heads=self.kv_heads,
             scale=self.head_size**-0.5,
             mask=context[f"mask{window}"] if window else None,
-            causal=window is None,
+            causal=True,
+            window=window,
             tokens=context["tokens"],
         )
         out = Lin(f"{p}self_attn.o_proj")
@@ -166,16 +167,14 @@ class Decoder(Family):
         return g.op("Mul", y, g.op("Unsqueeze", real, g.const([2], "int64")))
 
     def _rotate(self, g: Graph, context: dict[str, str], x: str, heads: int) -> str:
-        positions = [context["positions"]] if "positions" in context else []
-        arguments = [x, context["cos"], context["sin"], *positions]
-        return g.op("RotaryEmbedding", *arguments, num_heads=heads, interleaved=0)
+        return g.rotary(x, context["cos"], context["sin"], context.get("positions"), heads)
 
     def _head_norm(self, g: Graph, x: str, weight: str, heads: int) -> str:
         """Qwen3's RMSNorm of each query and key head; other models have no such weights."""
         if not g.weights.has(weight):
             return x
         split = g.op("Reshape", x, g.const([0, 0, heads, self.head_size], "int64"))
-        y = g.op("RMSNormalization", split, g.param(weight), axis=-1, epsilon=self.epsilon)
+        y = g.rms_norm(split, g.param(weight), self.epsilon)
         return g.op("Reshape", y, g.const([0, 0, heads * self.head_size], "int64"))
 
 

@@ -117,12 +117,5 @@ class ModernBert(Family):
         return g.norm(x, f"{name}.weight", bias if g.weights.has(bias) else None, self.epsilon)
 
     def _rotate(self, g: Graph, context: dict[str, str], kind: str, x: str) -> str:
-        return g.op(
-            "RotaryEmbedding",
-            x,
-            context[f"{kind}.cos"],
-            context[f"{kind}.sin"],
-            context["positions"],
-            num_heads=self.heads,
-            interleaved=0,
-        )
+        cos, sin = context[f"{kind}.cos"], context[f"{kind}.sin"]
+        return g.rotary(x, cos, sin, context["positions"], self.heads)

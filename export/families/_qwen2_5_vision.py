@@ -187,4 +187,4 @@ class Qwen25Vision(ConfigReader):
         return g.op("Gather", rows, "window_index")
 
     def _rotate(self, g: Graph, x: str, cos: str, sin: str) -> str:
-        return g.op("RotaryEmbedding", x, cos, sin, num_heads=self.heads, interleaved=0)
+        return g.rotary(x, cos, sin, None, self.heads)
