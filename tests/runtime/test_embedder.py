@@ -722,6 +722,40 @@ class TestFacts:
         assert capsys.readouterr().err == ""
 
 
+class TestMemory:
+    def test_a_run_without_memory_is_one_error_that_says_what_to_lower(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = Embedder(bundle.path)
+        model.encode("w1")
+
+        class Full:
+            def run(self, *_: Any) -> Any:
+                raise RuntimeError("Failed to allocate memory\nfor requested buffer of size 7")
+
+        make = GraphSession.run
+        message = (
+            r"failed on a batch of 1 × 4 tokens: Failed to allocate memory for requested buffer of "
+            r"size 7; if memory ran out, lower max_batch_tokens, shorten the text"
+        )
+
+        def full(self: GraphSession, output: str, inputs: Any) -> Any:
+            monkeypatch.setattr(self, "_session", Full())
+            return make(self, output, inputs)
+
+        monkeypatch.setattr(GraphSession, "run", full)
+        with pytest.raises(InferenceError, match=message):
+            model.encode("w1 w2")
+
+    def test_short_texts_do_not_run_in_rows_of_a_long_one(
+        self, bundle: Any, shapes: list[tuple[int, int]]
+    ) -> None:
+        texts = ["w1 " * 14, *distinct(20, 1)]
+        Embedder(bundle.path).encode(texts, batch_size=50)
+        assert shapes[0] == (3, 16)  # 26 tokens of padding; a third short text would make it 39
+        assert sum(rows for rows, _ in shapes) == 21
+
+
 class TestDamagedGraphs:
     def test_values_that_are_not_finite_are_an_error(self, bundle: Any) -> None:
         file = bundle.path / "fp32/shared.bin"
