@@ -106,7 +106,9 @@ class TextPipeline:
             results: as for :meth:`embed`.
             advance: as for :meth:`embed`.
         """
-        rows, places_of_rows, copies = [], [], []
+        rows: list[TokenIds] = []
+        places_of_rows: list[int] = []
+        copies: list[tuple[int, int]] = []
         for text, place in zip(tokens, places, strict=True):
             if not len(text):
                 continue
