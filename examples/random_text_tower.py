@@ -26,8 +26,15 @@ from embedge.bench._data import default_texts
 MAX_TOKENS = 4096
 
 
-def write_text_tower(folder: Path, size: Size, seed: int = 0) -> Path:
-    """Write the model and return the folder; the same arguments give the same weights."""
+def write_text_tower(folder: Path, size: Size, seed: int = 0, max_tokens: int = MAX_TOKENS) -> Path:
+    """Write the model and return the folder; the same arguments give the same weights.
+
+    Args:
+        folder: made if it does not exist.
+        size: the widths, the layers and the vocabulary.
+        seed: of the weights.
+        max_tokens: tokens that the model takes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = RandomWeights(size, seed)
     tensors = {}
@@ -37,12 +44,12 @@ def write_text_tower(folder: Path, size: Size, seed: int = 0) -> Path:
             values = torch.from_numpy(rows.reshape(shape).view(np.int16)).view(torch.bfloat16)
             tensors[name.removeprefix(TEXT)] = values
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder, size.vocabulary)
+    write_tokenizer(folder, size.vocabulary, max_tokens)
     config = text_config(size) | {
         "architectures": ["Qwen2Model"],
         "bos_token_id": None,
         "eos_token_id": None,
-        "max_position_embeddings": MAX_TOKENS,
+        "max_position_embeddings": max_tokens,
         "max_window_layers": size.layers,
         "model_type": "qwen2",
         "pad_token_id": 0,
@@ -50,11 +57,11 @@ def write_text_tower(folder: Path, size: Size, seed: int = 0) -> Path:
         "vocab_size": size.vocabulary,
     }
     write_json(folder / "config.json", config)
-    write_modules(folder, size.hidden)
+    write_modules(folder, size.hidden, max_tokens)
     return folder
 
 
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
+def write_tokenizer(folder: Path, vocabulary: int, max_tokens: int) -> None:
     """Write a byte-level BPE made from the bench's texts, so that they are not all unknown words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,11 +74,11 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     )
     tokenizer.train_from_iterator((text.text for text in default_texts()), trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=MAX_TOKENS
+        tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=max_tokens
     ).save_pretrained(folder)
 
 
-def write_modules(folder: Path, width: int) -> None:
+def write_modules(folder: Path, width: int, max_tokens: int) -> None:
     """Write what makes the folder a sentence-transformers model with mean pooling."""
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     for path in kinds.values():
@@ -81,7 +88,7 @@ def write_modules(folder: Path, width: int) -> None:
         for i, (kind, path) in enumerate(kinds.items())
     ]
     write_json(folder / "modules.json", modules)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": MAX_TOKENS})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens})
     pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
     write_json(folder / "1_Pooling" / "config.json", pooling)
 
@@ -99,9 +106,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens (default: 4096)")
     parser.add_argument("--size", choices=list(SIZES), default="full", help="the widths")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-tokens", type=int, default=MAX_TOKENS, help="tokens that it takes (default: 4096)"
+    )
     args = parser.parse_args()
     size = replace(SIZES[args.size], layers=args.layers, vocabulary=args.vocabulary)
-    print(write_text_tower(args.folder, size, args.seed))
+    print(write_text_tower(args.folder, size, args.seed, args.max_tokens))
 
 
 if __name__ == "__main__":

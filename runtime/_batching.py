@@ -4,6 +4,7 @@ Rules:
     * Longest first, so that a batch that does not fit into memory fails at once.
     * A batch has at most ``batch_size`` rows and ``max_batch_tokens`` padded tokens (longest ×
       rows), but always one row.
+    * A batch ends where its rows would hold more padding than a further run costs.
     * Where batches run at the same time, there are as many as lanes, or twice as many, …, of about
       the same size, if there are enough rows.
     * Padding is on the right. Batch × tokens is made a multiple of ``row_multiple`` by token
@@ -52,7 +53,12 @@ class PaddedBatch:
 
 
 def plan_batches(
-    lengths: Sequence[int], *, batch_size: int, max_batch_tokens: int, lanes: int = 1
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    max_batch_tokens: int,
+    lanes: int = 1,
+    max_padding: int | None = None,
 ) -> list[NDArray[np.intp]]:
     """Indices of the rows of each batch, the largest first; every index once.
 
@@ -61,6 +67,7 @@ def plan_batches(
         batch_size: most rows of a batch.
         max_batch_tokens: most padded tokens of a batch of more than one row.
         lanes: batches that run at the same time.
+        max_padding: most tokens of a batch that only fill its rows, ``None``: any number.
     """
     if 1 < lanes <= len(lengths):
         total = sum(lengths)
@@ -69,14 +76,19 @@ def plan_batches(
         # The longest row may end up on top of the share, or equal ones would leave a rest.
         max_batch_tokens = min(max_batch_tokens, share + max(lengths) - 1)
     # Stable, so that equal lengths keep their order and a run can be repeated exactly.
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    sizes = np.maximum(np.asarray(lengths, np.int64), 1)
+    order = np.argsort(-sizes, kind="stable")
     batches = []
     start = 0
     while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
+        longest = int(sizes[order[start]])
         count = max(1, min(batch_size, max_batch_tokens // longest))
-        batches.append(order[start : start + count])
-        start += count
+        batch = order[start : start + count]
+        if max_padding is not None:
+            padding = np.cumsum(longest - sizes[batch])
+            batch = batch[: np.searchsorted(padding, max_padding, side="right")]
+        batches.append(batch)
+        start += len(batch)
     return batches
 
 

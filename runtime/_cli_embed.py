@@ -9,6 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ from embedge.runtime._vector_output import open_output, vector_writer
 
 __all__ = ["add_arguments", "run"]
 
-# A chunk is what is read, embedded and written before the next one is read.
+# A chunk is what is read and embedded before the next one is read; it is written meanwhile.
 _CHUNK_TEXTS = 1024
 _CHUNK_IMAGES = 64
 _CHUNK_CHARACTERS = 4_000_000
@@ -135,14 +136,20 @@ def run(args: argparse.Namespace) -> int:
         writer = stack.enter_context(vector_writer(output, file_format, dim))
         unit = "image" if args.images else "text"
         progress = stack.enter_context(Progress(None, shown=sys.stderr.isatty(), unit=unit))
+        # Vectors become text while the graph runs the next chunk. Not the other way round: this
+        # thread is the one that an interrupt reaches, and a chunk takes longer to embed.
+        thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="embedge-write"))
+        written: Future[Any] = thread.submit(int)
         for records in chunked(
             read_records(source, field),
             texts=max(_CHUNK_IMAGES if args.images else _CHUNK_TEXTS, args.batch_size),
             characters=_CHUNK_CHARACTERS,
         ):
             vectors = _encode(encode, records, options)
-            writer.write([record.others for record in records], vectors)
+            written.result()
+            written = thread.submit(writer.write, [record.others for record in records], vectors)
             progress.advance(len(records))
+        written.result()
     return 0
 
 

@@ -268,12 +268,14 @@ class Embedder:
         texts = [place for place, item in enumerate(items) if isinstance(item, str)]
         images = [place for place, item in enumerate(items) if not isinstance(item, str)]
         with Progress(len(items), shown=bool(show_progress_bar) and bool(items)) as progress:
-            store, advance = results.__setitem__, progress.advance
+            advance = progress.advance
             # Images first: they end with the task's graph open, which the texts then find.
             if images and self._images is not None:
                 pictures = [items[place] for place in images]
-                self._images.embed(pictures, images, "sentences", request, store, advance)
-            self._texts.embed([items[place] for place in texts], texts, request, store, advance)
+                self._images.embed(
+                    pictures, images, "sentences", request, results.__setitem__, advance
+                )
+            self._texts.embed([items[place] for place in texts], texts, request, results, advance)
         vectors: Vectors | list[Vectors] = results[0] if single else results
         return vectors
 

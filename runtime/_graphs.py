@@ -34,6 +34,7 @@ __all__ = ["Graphs", "graph_inputs"]
 # 6 layers of 384 columns 23 MB.
 SMALL_GRAPH_BYTES = 100_000_000
 CPU_BATCH_TOKENS_PER_THREAD = 512
+CPU_PADDING_TOKENS = 32  # what a run costs beside its tokens is about that of 20 to 30 tokens
 GPU_BATCH_TOKENS = 16384
 VISION_INPUTS = (
     "pixel_values",
@@ -100,6 +101,10 @@ class Graphs:
         if self._is_narrow(name):
             return CPU_BATCH_TOKENS_PER_THREAD
         return CPU_BATCH_TOKENS_PER_THREAD * max(2, self._threads)
+
+    def max_padding(self) -> int | None:
+        """Padding of a run that costs less than a second run would, in tokens; ``None``: any."""
+        return None if self._device == "cuda" else CPU_PADDING_TOKENS
 
     def _is_narrow(self, name: str) -> bool:
         """Whether a run is best left to one thread: narrow products of 8-bit integers on a CPU."""

@@ -3,19 +3,22 @@
 Images go through in windows: first the vision tower gives the features of a window, then the task's
 graph makes vectors of them. So the two graphs are never needed at once, and under a memory limit
 one is closed before the other is opened. Within a window images are read chunk by chunk, and those
-of a chunk that have the same number of patches share runs.
+of a chunk that have the same number of patches share runs. A thread reads the next chunk while the
+graphs run.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime._ahead import ahead
 from embedge.runtime._batching import ImageTokens
 from embedge.runtime._errors import BundleError, EmbedgeValueError, ImageError
 from embedge.runtime._graphs import Graphs
@@ -31,9 +34,10 @@ from embedge.runtime._session import GraphSession
 __all__ = ["ImagePipeline"]
 
 # Features and patches held at once, besides those of one image. Patches are 1176 float32 values, a
-# feature of four patches is 2048: a window of features comes from some three chunks of patches.
+# feature of four patches is 2048: a window of features comes from some five chunks of patches. Two
+# chunks are held, the one in the graph and the one that is being read.
 _WINDOW_BYTES = 64 << 20
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 32 << 20
 _OUTPUT = "image_features"
 
 Vectors = NDArray[np.float32]
@@ -100,12 +104,12 @@ class ImagePipeline:
             for image, place in zip(images, places, strict=True)
         )
         done = 0
-        while done < len(images):
-            window = self._window(seen, request)
-            done += len(window)
-            self._runner.run(
-                [row for _, row in window], [place for place, _ in window], request, store, advance
-            )
+        with closing(ahead(_chunks(seen))) as chunks:
+            while done < len(images):
+                window = self._window(chunks, request)
+                done += len(window)
+                rows, places_of_rows = [row for _, row in window], [place for place, _ in window]
+                self._runner.run(rows, places_of_rows, request, store, advance)
 
     def _read(self, image: Any, place: int, name: str, request: Request) -> ImagePatches:
         """The patches of one image."""
@@ -126,12 +130,14 @@ class ImagePipeline:
             )
         return patches
 
-    def _window(self, seen: Iterator[_Seen], request: Request) -> list[tuple[int, ImageTokens]]:
+    def _window(
+        self, chunks: Iterator[list[_Seen]], request: Request
+    ) -> list[tuple[int, ImageTokens]]:
         """Places and rows of the next images, in any order; empty after the last one."""
         window: list[tuple[int, ImageTokens]] = []
         with self._graphs.use(VISION) as lanes:
             while sum(row.features.nbytes for _, row in window) < _WINDOW_BYTES:
-                runs = self._runs(_chunk(seen), request.batch_size)
+                runs = self._runs(next(chunks, []), request.batch_size)
                 if not runs:
                     break
 
@@ -176,13 +182,16 @@ class ImagePipeline:
         return features
 
 
-def _chunk(seen: Iterator[_Seen]) -> list[_Seen]:
-    """The next images, until their patches are as many bytes as are held at once."""
-    chunk = []
+def _chunks(seen: Iterator[_Seen]) -> Iterator[list[_Seen]]:
+    """The images in chunks, each until its patches are as many bytes as a chunk holds."""
+    chunk: list[_Seen] = []
     held = 0
     for image in seen:
         chunk.append(image)
         held += image.patches.values.nbytes
+        del image
         if held >= _CHUNK_BYTES:
-            break
-    return chunk
+            handed, chunk, held = [chunk], [], 0
+            yield handed.pop()  # popped, so that nothing here keeps it alive
+    if chunk:
+        yield chunk

@@ -64,8 +64,9 @@ class Lanes:
     ) -> None:
         """Runs some batches, in their order as far as there are lanes for them.
 
-        The first error ends the call, once the runs that were going on have ended. No more than
-        ``threads`` results wait to be taken.
+        The first error ends the call, once the runs that were going on have ended. A lane that
+        finishes a batch finds the next one waiting; no more than ``2 * threads`` batches are between
+        their start and their result's being taken.
 
         Args:
             batches: what to run.
@@ -99,7 +100,7 @@ class Lanes:
 
         try:
             for batch in batches:
-                if len(running) == self._threads:
+                if len(running) == 2 * self._threads:
                     take_finished()
                 running[executor.submit(work, session, batch)] = batch
             while running:

@@ -1,17 +1,20 @@
 """From texts to rows of tokens to vectors.
 
 Texts go through in windows, so that the token ids held at once are bounded; lengths are sorted
-within a window, and texts with the same tokens run once.
+within a window. While the graph runs one window, a thread reads the tokens of the next. The first
+windows are small, so that the graph need not wait for tokens. Texts of a call that have the same
+tokens run once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from embedge.runtime._ahead import ahead
 from embedge.runtime._errors import EmbedgeWarning, TextTooLongError
 from embedge.runtime._request import Request
 from embedge.runtime._rows import RowRunner
@@ -19,9 +22,12 @@ from embedge.runtime._tokenize import TextTokenizer, TokenIds
 
 __all__ = ["TextPipeline"]
 
+# Of a text of 16 tokens the graph of a small model takes some 20 times as long as its tokens: windows
+# may grow by 4 and the next one is yet ready in time. Two are held at once.
+_FIRST_TEXTS = 512
+_GROWTH = 4
 _WINDOW_TEXTS = 8192
-
-Vectors = NDArray[np.float32]
+_WINDOW_CHARACTERS = 8_000_000  # some 32 MB of ids
 
 
 class TextPipeline:
@@ -44,30 +50,28 @@ class TextPipeline:
         texts: Sequence[str],
         places: Sequence[int],
         request: Request,
-        store: Callable[[int, Vectors], None],
+        results: Any,
         advance: Callable[[int], object],
     ) -> None:
-        """Stores each text's result under its place; texts without tokens are left out.
+        """Sets each text's result; those of texts without tokens stay as they are.
 
         Args:
             texts: without their prefix.
-            places: where each stands in the call.
+            places: the index of each in ``results``.
             request: the call.
-            store: takes a place and float32 ``[dim]``, or ``[tokens, dim]`` for multi-vectors.
+            results: takes float32 ``[dim]`` at an index, or ``[tokens, dim]`` for multi-vectors.
             advance: takes the number of texts that were done.
         """
         without_tokens: list[int] = []
-        for start in range(0, len(texts), _WINDOW_TEXTS):
-            window = [request.prefix + text for text in texts[start : start + _WINDOW_TEXTS]]
-            tokens = self._tokenizer(window)
-            here = places[start : start + _WINDOW_TEXTS]
-            self._report_truncation(tokens, here, request.on_truncate)
-            filled = [index for index, text in enumerate(tokens) if len(text)]
-            without_tokens += (here[i] for i, text in enumerate(tokens) if not len(text))
-            advance(len(tokens) - len(filled))
-            self._run_once_each(
-                [tokens[i] for i in filled], [here[i] for i in filled], request, store, advance
-            )
+        first_places: dict[bytes, int] = {}
+        with closing(self._windows(texts, request.prefix)) as windows:
+            start = 0
+            for tokens in windows:
+                here = places[start : start + len(tokens)]
+                start += len(tokens)
+                self._report_truncation(tokens, here, request.on_truncate)
+                without_tokens += (p for p, text in zip(here, tokens, strict=True) if not len(text))
+                self._run_once_each(tokens, here, first_places, request, results, advance)
         if without_tokens:
             warnings.warn(
                 f"{len(without_tokens)} of {len(texts)} texts have no tokens and become zero "
@@ -76,30 +80,49 @@ class TextPipeline:
                 stacklevel=3,
             )
 
+    def _windows(self, texts: Sequence[str], prefix: str) -> Generator[list[TokenIds], None, None]:
+        """The tokens of the texts, window by window, each read while the one before it is in use."""
+        windows = (self._tokenizer([prefix + text for text in part]) for part in _parts(texts))
+        # No thread for a call that has a single window.
+        return windows if len(texts) <= _FIRST_TEXTS else ahead(windows)
+
     def _run_once_each(
         self,
         tokens: Sequence[TokenIds],
         places: Sequence[int],
+        first_places: dict[bytes, int],
         request: Request,
-        store: Callable[[int, Vectors], None],
+        results: Any,
         advance: Callable[[int], object],
     ) -> None:
-        """Runs texts with the same tokens once; each gets a result of its own."""
-        same: dict[bytes, list[int]] = {}
-        for index, text in enumerate(tokens):
-            same.setdefault(text.ids.tobytes(), []).append(index)
-        groups = list(same.values())
+        """Runs texts with the same tokens once; each gets a result of its own.
 
-        def store_all(group: int, result: Vectors) -> None:
-            first, *others = groups[group]
-            for index in others:
-                store(places[index], result.copy())
-            store(places[first], result)
-            if others:
-                advance(len(others))
-
-        rows = [tokens[group[0]] for group in groups]
-        self._runner.run(rows, range(len(groups)), request, store_all, advance)
+        Args:
+            tokens: of the texts of a window.
+            places: of the same texts.
+            first_places: the place of the first text of the call with some tokens, by their digest
+                (the ids themselves could be more than the vectors); extended.
+            request: the call.
+            results: as for :meth:`embed`.
+            advance: as for :meth:`embed`.
+        """
+        rows: list[TokenIds] = []
+        places_of_rows: list[int] = []
+        copies: list[tuple[int, int]] = []
+        for text, place in zip(tokens, places, strict=True):
+            if not len(text):
+                continue
+            digest = hashlib.blake2b(text.ids.tobytes(), digest_size=16).digest()
+            first = first_places.setdefault(digest, place)
+            if first == place:
+                rows.append(text)
+                places_of_rows.append(place)
+            else:
+                copies.append((place, first))
+        self._runner.run(rows, places_of_rows, request, results.__setitem__, advance)
+        for place, first in copies:
+            results[place] = results[first].copy()
+        advance(len(tokens) - len(rows))
 
     def _report_truncation(
         self, tokens: Sequence[TokenIds], places: Sequence[int], on_truncate: str
@@ -119,3 +142,15 @@ class TextPipeline:
             EmbedgeWarning,
             stacklevel=4,
         )
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts of each window."""
+    start, most = 0, _FIRST_TEXTS
+    while start < len(texts):
+        stop, characters = start, 0
+        while stop < min(start + most, len(texts)) and characters < _WINDOW_CHARACTERS:
+            characters += len(texts[stop])
+            stop += 1
+        yield texts[start:stop]
+        start, most = stop, min(most * _GROWTH, _WINDOW_TEXTS)

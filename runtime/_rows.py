@@ -64,6 +64,7 @@ class RowRunner:
             batch_size=request.batch_size,
             max_batch_tokens=request.max_batch_tokens or self._graphs.batch_tokens(request.task),
             lanes=self._graphs.lanes(request.task),
+            max_padding=self._graphs.max_padding(),
         )
 
         def work(session: GraphSession, batch: NDArray[np.intp]) -> list[Vectors]:

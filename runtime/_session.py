@@ -117,7 +117,7 @@ class GraphSession:
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise InferenceError(
                 f"{self.file}: failed on {_batch(inputs)}: {_one_line(error)}; if memory ran out, "
-                "lower max_batch_tokens, or max_pixels for images"
+                "lower max_batch_tokens, shorten the text, or lower max_pixels for images"
             ) from error
         if not np.isfinite(result).all():
             raise InferenceError(

@@ -105,3 +105,27 @@ def test_lanes_keep_to_both_limits(lanes: int) -> None:
     for batch in batches:
         assert len(batch) <= 9
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 100
+
+
+@pytest.mark.parametrize(
+    ("most", "batches"),
+    [
+        (None, [[1, 3, 0, 4, 2]]),
+        (100, [[1, 3, 0, 4, 2]]),
+        (21, [[1, 3, 0, 4, 2]]),
+        (20, [[1, 3, 0, 4], [2]]),
+        (8, [[1, 3, 0], [4, 2]]),
+        (0, [[1], [3], [0], [4], [2]]),
+    ],
+)
+def test_a_batch_ends_where_padding_would_cost_more(
+    most: int | None, batches: list[list[int]]
+) -> None:
+    lengths = [6, 10, 2, 8, 3]  # in one batch 0, 2, 6, 13 and 21 tokens of padding, row by row
+    found = plan_batches(lengths, batch_size=9, max_batch_tokens=1000, max_padding=most)
+    assert [list(batch) for batch in found] == batches
+
+
+def test_equal_lengths_share_batches_without_any_padding() -> None:
+    found = plan_batches([5, 3, 5, 3, 5], batch_size=9, max_batch_tokens=1000, max_padding=0)
+    assert [list(batch) for batch in found] == [[0, 2, 4], [1, 3]]

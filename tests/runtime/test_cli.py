@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ from PIL import Image
 from embedge.runtime import Embedder, EmbedgeError, __version__
 from embedge.runtime import _cli_embed as embed_module
 from embedge.runtime._cli import main
+from embedge.runtime._vector_output import _JsonlWriter
 
 Capture = pytest.CaptureFixture[str]
 CaptureBytes = pytest.CaptureFixture[bytes]
@@ -82,6 +84,54 @@ class TestEmbed:
         vectors = np.load(target)
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, Embedder(bundle.path).encode(lines), atol=1e-6, rtol=0)
+
+    def test_a_chunk_is_written_while_the_next_one_is_embedded(
+        self, bundle: Any, stdin: SetStdin, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 2)
+        second = threading.Event()
+        encode, write = Embedder.encode, _JsonlWriter.write
+
+        def encoding(self: Embedder, texts: Any, **options: Any) -> Any:
+            if texts == ["w3", "w4"]:
+                second.set()
+            return encode(self, texts, **options)
+
+        def writing(self: _JsonlWriter, *arguments: Any) -> None:
+            assert second.wait(timeout=10)
+            write(self, *arguments)
+
+        monkeypatch.setattr(Embedder, "encode", encoding)
+        monkeypatch.setattr(_JsonlWriter, "write", writing)
+        stdin(b"w1\nw2\nw3\nw4\nw5\n")
+        assert main(["embed", str(bundle.path), "--batch-size", "2"]) == 0
+        monkeypatch.undo()
+        expected = Embedder(bundle.path).encode([f"w{i}" for i in range(1, 6)])
+        found = vectors_of(capsys.readouterr().out)
+        np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("texts", [1, 3])
+    def test_a_chunk_that_cannot_be_written_fails_the_command_and_nothing_is_left(
+        self,
+        bundle: Any,
+        tmp_path: Path,
+        stdin: SetStdin,
+        capsys: Capture,
+        monkeypatch: pytest.MonkeyPatch,
+        texts: int,
+    ) -> None:
+        def full(self: _JsonlWriter, *arguments: Any) -> None:
+            raise OSError("no space left on device")
+
+        before = set(tmp_path.iterdir())
+        monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 1)
+        monkeypatch.setattr(_JsonlWriter, "write", full)
+        stdin(b"w1\n" * texts)
+        call = ["embed", str(bundle.path), "--output", str(tmp_path / "v"), "--batch-size", "1"]
+        assert main(call) == 1
+        assert "no space left on device" in error_line(capsys)
+        assert set(tmp_path.iterdir()) == before
+        assert not [t for t in threading.enumerate() if t.name.startswith("embedge-write")]
 
     def test_npy_goes_through_a_pipe(
         self, bundle: Any, stdin: SetStdin, capsysbinary: CaptureBytes

@@ -22,6 +22,7 @@ from embedge.runtime import (
 )
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._session import GraphSession
+from embedge.runtime._tokenize import TextTokenizer
 
 CLS, SEP, UNK = 2, 3, 1
 FIRST_WORD = 4  # id of "w0"
@@ -35,6 +36,17 @@ def ids(*words: int) -> list[int]:
 
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def small_windows(monkeypatch: pytest.MonkeyPatch, *, first: int = 2) -> None:
+    """Windows of 2, 8, 20, 20, … texts."""
+    monkeypatch.setattr("embedge.runtime._pipeline._FIRST_TEXTS", first)
+    monkeypatch.setattr("embedge.runtime._pipeline._WINDOW_TEXTS", 20)
+
+
+def threads_ahead() -> list[threading.Thread]:
+    """Threads that read ahead."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("embedge-ahead")]
 
 
 @pytest.fixture
@@ -116,14 +128,107 @@ class TestResult:
         first += 1
         assert not np.array_equal(first, third)
 
-    def test_a_dense_window_and_the_next_are_one_call(
+    def test_windows_are_one_call(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, int]]
+    ) -> None:
+        texts = [f"w{i % 60}" + " w1" * (i // 60) for i in range(83)]
+        model = Embedder(bundle.path)
+        whole = model.encode(texts, batch_size=100)
+        small_windows(monkeypatch)
+        shapes.clear()
+        np.testing.assert_allclose(
+            model.encode(texts, batch_size=100), whole, atol=TOLERANCE, rtol=0
+        )
+        assert [rows for rows, _ in shapes] == [2, 8, 20, 20, 20, 13]
+
+    def test_texts_with_the_same_tokens_run_once_whatever_the_windows(
+        self,
+        make_bundle: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        shapes: list[tuple[int, int]],
+    ) -> None:
+        model = Embedder(make_bundle(multi_vector=True).path)
+        texts = [f"w{i % 7}" for i in range(50)]
+        alone = np.stack([model.encode(text) for text in texts])
+        small_windows(monkeypatch)
+        shapes.clear()
+        np.testing.assert_allclose(model.encode(texts), alone, atol=TOLERANCE, rtol=0)
+        assert sum(rows for rows, _ in shapes) == 7
+        first, *_, last = model.encode([*texts, "w0"], multi_vector=True)
+        np.testing.assert_array_equal(first, last)
+        first += 1
+        assert not np.array_equal(first, last)
+
+    def test_long_texts_make_windows_of_fewer(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, int]]
+    ) -> None:
+        monkeypatch.setattr("embedge.runtime._pipeline._WINDOW_CHARACTERS", 6)
+        small_windows(monkeypatch, first=3)
+        texts = [f"w{i}" for i in range(10, 19)] + ["w1 w2 w3 w4"] * 2
+        model = Embedder(bundle.path)
+        vectors = model.encode(texts)
+        assert [rows for rows, _ in shapes] == [2, 2, 2, 2, 2]  # the last text runs with the first
+        for vector, text in zip(vectors, texts, strict=True):
+            np.testing.assert_allclose(vector, model.encode(text), atol=TOLERANCE, rtol=0)
+
+    def test_the_next_window_is_read_while_the_graph_runs(
         self, bundle: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        texts = [f"w{i % 60}" for i in range(23)]
+        small_windows(monkeypatch)
+        read: list[int] = []
+        changed = threading.Condition()
+        tokenize = TextTokenizer.__call__
+
+        def watched(self: TextTokenizer, texts: Any) -> Any:
+            with changed:
+                read.append(len(texts))
+                changed.notify_all()
+            return tokenize(self, texts)
+
+        run = GraphSession.run
+        windows = [0]
+
+        def waiting(self: GraphSession, output: str, inputs: Any) -> Any:
+            windows[0] += 1
+            with changed:
+                assert changed.wait_for(lambda: len(read) > min(windows[0], 3), timeout=10)
+                assert len(read) <= windows[0] + 1
+            return run(self, output, inputs)
+
+        monkeypatch.setattr(TextTokenizer, "__call__", watched)
+        monkeypatch.setattr(GraphSession, "run", waiting)
+        Embedder(bundle.path).encode([f"w{i}" for i in range(45)], batch_size=100)
+        assert read == [2, 8, 20, 15]
+        assert windows == [4]
+
+    @pytest.mark.parametrize("place", [1, 3, 44])
+    def test_a_text_of_any_window_is_named_by_its_place(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch, place: int
+    ) -> None:
+        small_windows(monkeypatch)
+        texts = [f"w{i}" for i in range(45)]
+        texts[place] = "w1 " * 20
         model = Embedder(bundle.path)
-        whole = model.encode(texts)
-        monkeypatch.setattr("embedge.runtime._pipeline._WINDOW_TEXTS", 5)
-        np.testing.assert_allclose(model.encode(texts), whole, atol=TOLERANCE, rtol=0)
+        message = rf"sentences\[{place}\] is longer than 16 tokens"
+        with pytest.raises(TextTooLongError, match=message):
+            model.encode(texts, on_truncate="error")
+        assert not threads_ahead()
+        with pytest.warns(EmbedgeWarning, match=message):
+            model.encode(texts)
+
+    def test_a_graph_that_fails_leaves_no_thread(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small_windows(monkeypatch)
+        model = Embedder(bundle.path)
+
+        def failing(self: GraphSession, output: str, inputs: Any) -> Any:
+            raise InferenceError("it failed")
+
+        monkeypatch.setattr(GraphSession, "run", failing)
+        with pytest.raises(InferenceError, match="it failed"):
+            model.encode([f"w{i}" for i in range(45)])
+        assert not threads_ahead()
 
 
 class TestTexts:
@@ -615,6 +720,40 @@ class TestFacts:
         assert "2/2" in capsys.readouterr().err
         model.encode(["w1", "w2"])
         assert capsys.readouterr().err == ""
+
+
+class TestMemory:
+    def test_a_run_without_memory_is_one_error_that_says_what_to_lower(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = Embedder(bundle.path)
+        model.encode("w1")
+
+        class Full:
+            def run(self, *_: Any) -> Any:
+                raise RuntimeError("Failed to allocate memory\nfor requested buffer of size 7")
+
+        make = GraphSession.run
+        message = (
+            r"failed on a batch of 1 × 4 tokens: Failed to allocate memory for requested buffer of "
+            r"size 7; if memory ran out, lower max_batch_tokens, shorten the text"
+        )
+
+        def full(self: GraphSession, output: str, inputs: Any) -> Any:
+            monkeypatch.setattr(self, "_session", Full())
+            return make(self, output, inputs)
+
+        monkeypatch.setattr(GraphSession, "run", full)
+        with pytest.raises(InferenceError, match=message):
+            model.encode("w1 w2")
+
+    def test_short_texts_do_not_run_in_rows_of_a_long_one(
+        self, bundle: Any, shapes: list[tuple[int, int]]
+    ) -> None:
+        texts = ["w1 " * 14, *distinct(20, 1)]
+        Embedder(bundle.path).encode(texts, batch_size=50)
+        assert shapes[0] == (3, 16)  # 26 tokens of padding; a third short text would make it 39
+        assert sum(rows for rows, _ in shapes) == 21
 
 
 class TestDamagedGraphs:

@@ -168,7 +168,9 @@ class TestRunningTogether:
         assert sorted(done) == list(range(6))
         assert done[-1] == 0
 
-    def test_no_more_results_than_threads_wait(self, executor: ThreadPoolExecutor) -> None:
+    def test_no_more_than_two_batches_a_thread_are_under_way(
+        self, executor: ThreadPoolExecutor
+    ) -> None:
         started: list[int] = []
         taken = [0]
 
@@ -177,11 +179,28 @@ class TestRunningTogether:
 
         def take(batch: int, _: None) -> None:
             time.sleep(0.01)  # long enough for every lane to run ahead, if it could
-            assert len(started) <= taken[0] + THREADS
+            assert len(started) <= taken[0] + 2 * THREADS
             taken[0] += 1
 
         Graph().lanes(executor).run(range(12), work, take, tokens=1)
         assert taken[0] == 12
+
+    def test_a_lane_takes_its_next_batch_while_the_callers_thread_is_away(
+        self, executor: ThreadPoolExecutor
+    ) -> None:
+        taking = threading.Event()
+        fourth_ran = threading.Event()
+
+        def work(session: GraphSession, batch: int) -> None:
+            if batch == THREADS:
+                assert taking.wait(timeout=10)
+                fourth_ran.set()
+
+        def take(batch: int, _: None) -> None:
+            taking.set()
+            assert fourth_ran.wait(timeout=10)
+
+        Graph().lanes(executor).run(range(THREADS + 1), work, take, tokens=1)
 
     @pytest.mark.parametrize("where", ["work", "done"])
     def test_an_error_ends_the_call_once_nobody_runs_any_more(
@@ -211,7 +230,7 @@ class TestRunningTogether:
         with pytest.raises(InferenceError, match="batch 1 failed"):
             lanes.run(range(100), work, take, tokens=1)
         assert inside == set()
-        assert len(started) <= THREADS
+        assert len(started) <= 2 * THREADS
         assert run(lanes, 4) == [(i, 1) for i in range(4)]
 
     def test_several_threads_share_the_lanes(self, executor: ThreadPoolExecutor) -> None:
