@@ -167,7 +167,7 @@ def _recorded() -> Iterator[list[_Run]]:
         runs.append(_Run(session.threads * seconds, mask.size, int(mask.sum())))
         return result
 
-    GraphSession.run = recording  # type: ignore[method-assign]
+    GraphSession.run = recording  # type: ignore[method-assign, assignment]
     try:
         yield runs
     finally:

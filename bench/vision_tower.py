@@ -104,6 +104,14 @@ class FixedGridTower(torch.nn.Module):
         grid: rows and columns of patches.
     """
 
+    order: torch.Tensor
+    restore: torch.Tensor
+    index: torch.Tensor
+    places: torch.Tensor
+    mask: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, tower: Any, grid: tuple[int, int]) -> None:
         super().__init__()
         self.tower = tower
@@ -112,7 +120,8 @@ class FixedGridTower(torch.nn.Module):
         order, bounds = tower.get_window_index(size)
         angles = tower.rot_pos_emb(size).reshape(-1, group, tower.blocks[0].attn.head_dim // 2)
         angles = angles[order].reshape(grid[0] * grid[1], -1)
-        lengths = torch.tensor(bounds).unique_consecutive().diff()
+        lengths = torch.tensor(bounds).diff()
+        lengths = lengths[lengths > 0]  # transformers repeats a bound where a window is empty
         width = int(lengths.max())
         real = torch.arange(width) < lengths[:, None]
         index = torch.zeros(len(lengths), width, dtype=torch.int64)

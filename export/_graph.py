@@ -510,6 +510,7 @@ class Graph:
             self._shared["causal.total"] = self.op("Cast", tokens, to=TensorProto.INT32)
         lengths, total = self._shared["causal.lengths"], self._shared["causal.total"]
         arguments = [q, k, v, "", "", lengths, total]
+        limits: dict[str, Any] = {} if window is None else {"local_window_size": window}
         return self.op_n(
             "GroupQueryAttention",
             3,
@@ -518,7 +519,7 @@ class Graph:
             num_heads=heads,
             kv_num_heads=kv_heads,
             scale=scale,
-            **({} if window is None else {"local_window_size": window}),
+            **limits,
         )[0]
 
     # -- finishing ----------------------------------------------------------------------------------

@@ -141,8 +141,8 @@ class Int8Form(Form):
             arguments = [values, weight, scale, weight_scale, zero_point]
             y = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=lin.label)
             if plan.outliers is not None:
-                scale = self._output_scale.get(lin.label)
-                y = with_outliers(g, x, y, lin, plan.outliers, columns=plan.smooth, rows=scale)
+                factors = self._output_scale.get(lin.label)
+                y = with_outliers(g, x, y, lin, plan.outliers, columns=plan.smooth, rows=factors)
             products.append(y)
         return products
 

@@ -44,7 +44,8 @@ def rounded_rows(weight: torch.Tensor) -> torch.Tensor:
 def rounded_blocks(weight: torch.Tensor) -> torch.Tensor:
     """float32 ``[out, in]`` on 16 levels for every 32 neighbours of a row, a shorter rest included."""
     parts = []
-    for part in weight.split(_BLOCK, dim=1):
+    for start in range(0, weight.shape[1], _BLOCK):
+        part = weight[:, start : start + _BLOCK]
         low = part.amin(dim=1, keepdim=True).clamp_max(0)
         high = part.amax(dim=1, keepdim=True).clamp_min(0)
         step = ((high - low) / 15).clamp_min(1e-12)
