@@ -347,7 +347,9 @@ def _calibrated(
         chosen = within_budget(found, total, request.budget)
         keep |= {glob.escape(label): "int8" for label in chosen if label not in keep}
     if precision in ("int8", "int4") and not job.plans:  # the same for both
-        job.plans.update(int8_plans(family, base, batches, scratch, note))
+        # ranges of channels need fewer tokens than GPTQ, and a wide model's cost minutes
+        seen = batches[::2] if family.hidden_size >= WIDE_MODEL else batches
+        job.plans.update(int8_plans(family, base, seen, scratch, note))
     make = partial(
         make_form,
         plans=job.plans,

@@ -138,7 +138,7 @@ def test_products_and_attention_are_float16(precision: str, export: Export) -> N
 
 def test_graphs_for_the_cpu_would_not_do(export: Export) -> None:
     """The check finds what was wrong with them: float32 attention, and versions without a kernel."""
-    [graph] = graphs(export("qwen2"), "int4")
+    graph, _ = graphs(export("qwen2"), "int4")  # and the unpacked one
     text = "\n".join(Problems(graph, KERNELS))
     assert "(GroupQueryAttention): no kernel for {'T': 'float'" in text
     assert "(Cast): no kernel of version 24; there are 23+, 21-22" in text
@@ -271,7 +271,8 @@ def on_the_cpu(bundle: Path) -> Path:
 def test_precisions_say_where_they_run(export: Export) -> None:
     manifest = json.loads((export("bert") / "manifest.json").read_text("utf-8"))
     devices = {name: entry["devices"] for name, entry in manifest["precisions"].items()}
-    assert devices == {"fp32": ["cpu"], "int4": ["cpu"], "fp16": ["cuda"], "int4-fp16": ["cuda"]}
+    on_cpu, on_gpu = ("fp32", "int4", "int4-unpacked"), ("fp16", "int4-fp16")
+    assert devices == dict.fromkeys(on_cpu, ["cpu"]) | dict.fromkeys(on_gpu, ["cuda"])
 
 
 # -- what float16 cannot hold -----------------------------------------------------------------------------
