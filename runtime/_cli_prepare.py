@@ -13,11 +13,11 @@ from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import saturates_u8s8
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._graphs import graph_inputs
-from embedge.runtime._host_timing import measure_precision
+from embedge.runtime._host_timing import measure_precisions
 from embedge.runtime._manifest import VISION
 from embedge.runtime._prepared import PreparedGraphs
 from embedge.runtime._session import GraphSession
-from embedge.runtime._wisdom import RunSettings, Wisdom, add_wisdom, wisdom_file
+from embedge.runtime._wisdom import Measured, RunSettings, Wisdom, add_wisdom, wisdom_file
 
 __all__ = ["add_arguments", "run"]
 
@@ -87,13 +87,13 @@ def _measure(bundle: Bundle, graphs: Iterable[tuple[str, str]], threads: int) ->
     for precision, name in graphs:
         if name != VISION and "cpu" in settings[precision].devices:
             tasks.setdefault(precision, name)
-    measured = {}
-    for precision, task in tasks.items():
-        measured[precision] = measure_precision(bundle, precision, task, threads=threads)
-        add_wisdom(bundle, threads, {precision: measured[precision]})
-    if not measured:
+    if not tasks:
         print("measured nothing: none of these precisions runs on the CPU")
         return
+    measured: dict[str, Measured] = {}
+    for found in measure_precisions(bundle, tasks, threads=threads):
+        add_wisdom(bundle, threads, found)
+        measured |= found
     count = "1 thread" if threads == 1 else f"{threads} threads"
     print(f"measured on {count}, milliseconds by texts x tokens, into {wisdom_file(bundle)}:")
     print("\n".join(_times_table(measured)))

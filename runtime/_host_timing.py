@@ -1,4 +1,4 @@
-"""Times a precision on this machine, and finds the way of running its batches that is fastest here.
+"""Times precisions on this machine, and finds the way of running batches that is fastest here.
 
 Ways that are tried:
     * batches of 256, 512 and 1024 tokens a thread;
@@ -14,8 +14,9 @@ batch that would take longer than all of it is left out.
 from __future__ import annotations
 
 import functools
+import gc
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -26,9 +27,9 @@ from embedge.runtime._graphs import SMALL_GRAPH_BYTES, Graphs
 from embedge.runtime._request import make_request
 from embedge.runtime._rows import RowRunner
 from embedge.runtime._tokenize import TextTokenizer, TokenIds
-from embedge.runtime._wisdom import MARGIN, Measured, RunSettings
+from embedge.runtime._wisdom import MARGIN, Measured, RunSettings, Wisdom
 
-__all__ = ["measure_precision", "medians_ms"]
+__all__ = ["measure_precisions", "medians_ms"]
 
 SECONDS = 45.0  # of a precision
 _ROUNDS = 9
@@ -40,56 +41,65 @@ _TOKENS_PER_THREAD = (256, 512, 1024)
 # Lanes may hold the weights twice. The default's own limit comes from one machine; others may gain
 # from somewhat larger graphs.
 _LANES_BYTES = 4 * SMALL_GRAPH_BYTES
+_TOGETHER_BYTES = 1_000_000_000  # of graphs that are open at the same time
 _TEXT = "An edge box turns every text into one vector, and looks up the nearest of many others."
 
 Key = TypeVar("Key", bound=Hashable)
 Shape = tuple[int, int]  # texts, tokens of each
 
 
-def measure_precision(
-    bundle: Bundle, precision: str, task: str, *, threads: int, seconds: float = SECONDS
-) -> Measured:
-    """Times of a precision on this machine's processor, with the fastest settings.
+def measure_precisions(
+    bundle: Bundle, tasks: Mapping[str, str], *, threads: int, seconds: float = SECONDS
+) -> Iterator[Wisdom]:
+    """Times of some precisions on this machine's processor, each with its fastest settings.
+
+    Those that fit into memory together are timed in turn, so that a moment in which the machine is
+    busy does not speak against one of them; larger ones come one by one.
 
     Args:
-        bundle: whose graph.
-        precision: one that runs on a CPU.
-        task: whose graph runs; the other tasks' are as fast.
+        bundle: whose graphs.
+        tasks: by precision, which has to run on a CPU, whose graph runs; the other tasks' are as fast.
         threads: cores to use.
-        seconds: about how long to try, opening the graph not counted.
+        seconds: about how long to try a precision, opening its graph not counted.
 
     Raises:
-        BundleError: if the graph cannot be opened.
+        BundleError: if a graph cannot be opened.
         InferenceError: if it fails.
     """
-    host = _Host(bundle, precision, task, threads)
-    limit = bundle.manifest.model.max_length
-    lengths = sorted({min(_SHORT, limit), min(_LONG, limit)})
-    batch = (_TOKENS_PER_THREAD[-1] * max(2, threads) // _BATCH, min(_BATCH, limit))
-    alone = {tokens: medians_ms(host.alone(tokens), seconds / 4) for tokens in lengths}
-    settings = replace(
-        host.default, narrow_tokens=_narrow_tokens(alone, threads, host.default.narrow_tokens)
-    )
-    of_batch = {}
-    token_ms = min(alone[lengths[-1]].values()) / lengths[-1]
+    sizes = [bundle.graph_bytes(precision, task) for precision, task in tasks.items()]
+    together = sum(sizes) <= _TOGETHER_BYTES
+    for group in [list(tasks)] if together else [[precision] for precision in tasks]:
+        yield _timed_in_turn([_Host(bundle, p, tasks[p], threads) for p in group], seconds)
+        gc.collect()  # graphs refer to themselves; the next ones need the memory of their sessions
+
+
+def _timed_in_turn(hosts: Sequence[_Host], seconds: float) -> Wisdom:
+    """What is measured of some precisions, by name."""
+    settings = {host: _tuned(host, seconds / 2) for host in hosts}
+    times: dict[_Host, dict[str, float]] = {host: {} for host in hosts}
+    token_ms = 0.0  # the slowest one's, in a text that is alone
+    for texts, tokens in hosts[0].shapes:
+        if texts > 1 and token_ms * texts * tokens * len(hosts) > seconds / 2 * 1000:
+            continue
+        runs = {host: host.run((texts, tokens), settings[host]) for host in hosts}
+        found = medians_ms(runs, seconds / 6 * len(hosts))
+        token_ms = max(found.values()) / (texts * tokens)
+        for host, median in found.items():
+            times[host][f"{texts}x{tokens}"] = round(median, 4)
+    return {host.precision: host.measured(settings[host], times[host]) for host in hosts}
+
+
+def _tuned(host: _Host, seconds: float) -> RunSettings:
+    """The settings that are fastest; the default's where time does not suffice to tell."""
+    *alone, batch = host.shapes
+    of_alone = {shape[1]: medians_ms(host.widths(shape), seconds / 4) for shape in alone}
+    longest = max(of_alone)
+    token_ms = min(of_alone[longest].values()) / longest
+    best = host.default
     if token_ms * batch[0] * batch[1] < seconds / 2 * 1000:
-        times = medians_ms(host.together(batch), seconds / 2)
-        way = _fastest(times, host.default)
-        settings = replace(way, narrow_tokens=settings.narrow_tokens)
-        of_batch[batch] = times[way]
-    milliseconds = {}
-    for tokens, by_width in alone.items():
-        width = 1 if settings.lanes and tokens <= settings.narrow_tokens else threads
-        milliseconds[1, tokens] = by_width.get(width, min(by_width.values()))
-    milliseconds |= of_batch
-    graph = bundle.manifest.precisions[precision].graphs[task]
-    return Measured(
-        task=task,
-        graph_sha256=bundle.manifest.files[graph].sha256,
-        graph_bytes=bundle.graph_bytes(precision, task),
-        milliseconds={f"{n}x{tokens}": round(ms, 4) for (n, tokens), ms in milliseconds.items()},
-        settings=settings,
-    )
+        best = _fastest(medians_ms(host.ways(batch), seconds / 2), host.default)
+    narrow_tokens = _narrow_tokens(of_alone, host.threads, host.default.narrow_tokens)
+    return replace(best, narrow_tokens=narrow_tokens)
 
 
 def medians_ms(runs: Mapping[Key, Callable[[], object]], seconds: float) -> dict[Key, float]:
@@ -135,6 +145,8 @@ class _Host:
     """A task's graph with every way of running it; the ways share their sessions.
 
     Attributes:
+        precision: whose graph it is.
+        threads: cores to use.
         default: the settings without a measurement.
     """
 
@@ -142,7 +154,9 @@ class _Host:
         manifest = bundle.manifest
         self._manifest = manifest
         self._task = task
-        self._threads = threads
+        self.threads = threads
+        self._bundle = bundle
+        self.precision = precision
         self._row_multiple = manifest.precisions[precision].row_multiple
         self._request = make_request(manifest, precision, task=task)
         self._make = functools.partial(
@@ -165,29 +179,46 @@ class _Host:
         tokenizer = TextTokenizer(bundle.file(settings.file), settings, manifest.model.max_length)
         self._ids = tokenizer([_TEXT])[0].ids
 
-    def alone(self, tokens: int) -> dict[int, Callable[[], object]]:
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """What to time, within the model's limit: texts alone, the shortest first, then a batch."""
+        limit = self._manifest.model.max_length
+        lengths = sorted({min(_SHORT, limit), min(_LONG, limit)})
+        batch = _TOKENS_PER_THREAD[-1] * max(2, self.threads) // _BATCH
+        return (*((1, tokens) for tokens in lengths), (batch, min(_BATCH, limit)))
+
+    def measured(self, settings: RunSettings, milliseconds: Mapping[str, float]) -> Measured:
+        """The times of the precision, as they are stored."""
+        graph = self._manifest.precisions[self.precision].graphs[self._task]
+        return Measured(
+            task=self._task,
+            graph_sha256=self._manifest.files[graph].sha256,
+            graph_bytes=self._bundle.graph_bytes(self.precision, self._task),
+            milliseconds=milliseconds,
+            settings=settings,
+        )
+
+    def widths(self, shape: Shape) -> dict[int, Callable[[], object]]:
         """Runs of one text, by threads of the run; the default's first."""
-        widths = [self._threads]
-        if self._may_have_lanes and self._threads > 1:
-            narrow = self.default.lanes and tokens <= self.default.narrow_tokens
+        widths = [self.threads]
+        if self._may_have_lanes and self.threads > 1:
+            narrow = self.default.lanes and shape[1] <= self.default.narrow_tokens
             widths.insert(0 if narrow else 1, 1)
         return {
-            width: self._run(
-                (1, tokens), replace(self.default, lanes=width == 1, narrow_tokens=tokens)
-            )
+            width: self.run(shape, replace(self.default, lanes=width == 1, narrow_tokens=shape[1]))
             for width in widths
         }
 
-    def together(self, shape: Shape) -> dict[RunSettings, Callable[[], object]]:
+    def ways(self, shape: Shape) -> dict[RunSettings, Callable[[], object]]:
         """Runs of many texts, by settings; the default's first."""
         ways = [self.default]
-        for lanes in (True, False) if self._may_have_lanes and self._threads > 1 else (False,):
+        for lanes in (True, False) if self._may_have_lanes and self.threads > 1 else (False,):
             for tokens in _TOKENS_PER_THREAD:
-                batch_tokens = tokens * (1 if lanes else max(2, self._threads))
+                batch_tokens = tokens * (1 if lanes else max(2, self.threads))
                 ways.append(replace(self.default, lanes=lanes, batch_tokens=batch_tokens))
-        return {way: self._run(shape, way) for way in dict.fromkeys(ways)}
+        return {way: self.run(shape, way) for way in dict.fromkeys(ways)}
 
-    def _run(self, shape: Shape, settings: RunSettings) -> Callable[[], object]:
+    def run(self, shape: Shape, settings: RunSettings) -> Callable[[], object]:
         """A call with some texts that are tokens already."""
         texts, tokens = shape
         ids = np.resize(self._ids, tokens)

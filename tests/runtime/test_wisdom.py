@@ -306,15 +306,17 @@ class TestTiming:
 
     def measured(self, monkeypatch: Any, bundle: Any, cost: Callable[..., float]) -> Measured:
         """What is found where a run of some rows costs what a function says, in milliseconds."""
-        run = timing._Host._run
+        run = timing._Host.run
 
         def fake(host: Any, shape: Any, settings: RunSettings) -> Any:
             run(host, shape, settings)()  # it does run
             return cost(shape, settings)
 
-        monkeypatch.setattr(timing._Host, "_run", fake)
+        monkeypatch.setattr(timing._Host, "run", fake)
         monkeypatch.setattr(timing, "medians_ms", lambda costs, seconds: dict(costs))
-        return timing.measure_precision(Bundle(bundle.path), "int8", "retrieval", threads=2)
+        tasks = {"int8": "retrieval"}
+        (found,) = timing.measure_precisions(Bundle(bundle.path), tasks, threads=2)
+        return found["int8"]
 
     def test_equal_times_leave_the_defaults(self, integer: Any, monkeypatch: Any) -> None:
         found = self.measured(monkeypatch, integer, lambda shape, settings: 1.0)
@@ -343,7 +345,8 @@ class TestTiming:
     ) -> None:
         def cost(shape: Any, settings: RunSettings) -> float:
             ratio = {16: at_16, 100: at_100}.get(shape[1], 1.0)
-            return ratio if shape[0] == 1 and settings.lanes else 1.0
+            narrow = settings.lanes and shape[1] <= settings.narrow_tokens
+            return ratio if shape[0] == 1 and narrow else 1.0
 
         found = self.measured(monkeypatch, integer, cost)
         assert found.settings.narrow_tokens == expected
@@ -354,6 +357,29 @@ class TestTiming:
         found = self.measured(monkeypatch, integer, lambda shape, settings: 60_000.0)
         assert list(found.milliseconds) == ["1x16", "1x100"]
         assert found.settings == LANES
+
+    @pytest.mark.parametrize("together", [True, False])
+    def test_precisions_are_timed_in_turn_where_memory_allows(
+        self, two_tasks: Any, monkeypatch: Any, together: bool
+    ) -> None:
+        groups: list[int] = []
+        medians = timing.medians_ms
+
+        def recording(runs: Any, seconds: float) -> Any:
+            if isinstance(next(iter(runs)), timing._Host):
+                groups.append(len(runs))
+            return medians(runs, 0.0) | dict.fromkeys(runs, 1.0)
+
+        monkeypatch.setattr(timing, "medians_ms", recording)
+        if not together:
+            monkeypatch.setattr(timing, "_TOGETHER_BYTES", 100)
+        tasks = {"fp32": "code", "int4": "retrieval"}
+        found = list(timing.measure_precisions(Bundle(two_tasks.path), tasks, threads=2))
+        assert groups == ([2, 2] if together else [1, 1, 1, 1])  # a text alone, and a batch
+        assert [list(group) for group in found] == (
+            [["fp32", "int4"]] if together else [["fp32"], ["int4"]]
+        )
+        assert {p: one.task for group in found for p, one in group.items()} == tasks
 
     def test_time_that_is_short_leaves_the_first_run_alone(self) -> None:
         calls: list[str] = []
