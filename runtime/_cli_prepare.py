@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 
 from embedge.runtime._arguments import check_positive
@@ -11,7 +13,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._cli_inspect import table
 from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import saturates_u8s8
-from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime._graphs import graph_inputs
 from embedge.runtime._host_timing import measure_precisions
 from embedge.runtime._manifest import VISION
@@ -90,6 +92,7 @@ def _measure(bundle: Bundle, graphs: Iterable[tuple[str, str]], threads: int) ->
     if not tasks:
         print("measured nothing: none of these precisions runs on the CPU")
         return
+    _warn_if_busy(bundle, threads)
     measured: dict[str, Measured] = {}
     for found in measure_precisions(bundle, tasks, threads=threads):
         add_wisdom(bundle, threads, found)
@@ -97,6 +100,18 @@ def _measure(bundle: Bundle, graphs: Iterable[tuple[str, str]], threads: int) ->
     count = "1 thread" if threads == 1 else f"{threads} threads"
     print(f"measured on {count}, milliseconds by texts x tokens, into {wisdom_file(bundle)}:")
     print("\n".join(_times_table(measured)))
+
+
+def _warn_if_busy(bundle: Bundle, threads: int) -> None:
+    """Warns where others keep the cores busy: times and what follows from them are then by chance."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load >= (os.cpu_count() or 1) + 1:  # packing alone, just before, loads the cores
+        warnings.warn(
+            f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores), and times will be off; "
+            f"run `embedge prepare {bundle.root} --measure-only --threads {threads}` when it is quiet",
+            EmbedgeWarning,
+            stacklevel=2,
+        )
 
 
 def _times_table(measured: Wisdom) -> list[str]:

@@ -27,7 +27,6 @@ from embedge.runtime._prepared import PreparedGraphs, machine_name
 from embedge.runtime._typed_json import Table, read_json_object
 
 __all__ = [
-    "MARGIN",
     "Measured",
     "RunSettings",
     "Wisdom",
@@ -36,7 +35,6 @@ __all__ = [
     "wisdom_file",
 ]
 
-MARGIN = 1.05  # times closer than this are taken as equal: medians vary by some percent
 _NAME = "wisdom.json"
 _FORMAT_VERSION = 1
 

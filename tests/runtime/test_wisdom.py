@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -248,6 +249,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_ROUNDS", 1)
     monkeypatch.setattr(timing, "_PAUSE_S", 0.0)
     monkeypatch.setattr(timing, "_BLOCK_S", 0.0)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
 
 
 @pytest.mark.usefixtures("quick")
@@ -287,6 +289,20 @@ class TestCommand:
         assert main(["prepare", str(bundle.path), "--measure-only", "--threads", "1"]) == 0
         wisdom = read_wisdom(Bundle(bundle.path), 1)
         assert list(wisdom["fp32"].milliseconds) == ["1x16", "32x16"]
+
+    @pytest.mark.filterwarnings("always")
+    @pytest.mark.parametrize("busy", [True, False])
+    def test_a_busy_machine_is_warned_of(
+        self,
+        bundle: Any,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        busy: bool,
+    ) -> None:
+        load = (os.cpu_count() or 1) + (1.5 if busy else 0.5)
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+        assert main(["prepare", str(bundle.path), "--measure-only"]) == 0
+        assert (f"the machine is busy (load {load:.1f}" in capsys.readouterr().err) == busy
 
     def test_nothing_for_the_cpu_is_said(
         self, make_bundle: Any, capsys: pytest.CaptureFixture[str]
