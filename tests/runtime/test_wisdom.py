@@ -329,7 +329,7 @@ class TestTiming:
             return cost(shape, settings)
 
         monkeypatch.setattr(timing._Host, "run", fake)
-        monkeypatch.setattr(timing, "medians_ms", lambda costs, seconds: dict(costs))
+        monkeypatch.setattr(timing, "medians_ms", lambda costs, seconds, **_: dict(costs))
         tasks = {"int8": "retrieval"}
         (found,) = timing.measure_precisions(Bundle(bundle.path), tasks, threads=2)
         return found["int8"]
@@ -381,10 +381,10 @@ class TestTiming:
         groups: list[int] = []
         medians = timing.medians_ms
 
-        def recording(runs: Any, seconds: float) -> Any:
-            if isinstance(next(iter(runs)), timing._Host):
+        def recording(runs: Any, seconds: float, every: bool = False) -> Any:
+            if every:
                 groups.append(len(runs))
-            return medians(runs, 0.0) | dict.fromkeys(runs, 1.0)
+            return medians(runs, 0.0, every=every)
 
         monkeypatch.setattr(timing, "medians_ms", recording)
         if not together:
@@ -395,6 +395,7 @@ class TestTiming:
         assert [list(group) for group in found] == (
             [["fp32", "int4"]] if together else [["fp32"], ["int4"]]
         )
+        assert all(set(one.milliseconds) == {"1x16", "32x16"} for g in found for one in g.values())
         assert {p: one.task for group in found for p, one in group.items()} == tasks
 
     def test_time_that_is_short_leaves_the_first_run_alone(self) -> None:
@@ -409,6 +410,9 @@ class TestTiming:
         assert calls == ["slow"]
         assert list(timing.medians_ms(runs, 0.15)) == ["slow"]
         assert "other" not in calls
+        calls.clear()
+        assert list(timing.medians_ms(runs, 0.01, every=True)) == ["slow", "other"]
+        assert calls == ["slow", "other"]
 
     @pytest.mark.usefixtures("quick")
     def test_all_are_timed_where_there_is_time(self) -> None:
