@@ -118,9 +118,14 @@ def _times_table(measured: Wisdom) -> list[str]:
     shapes = list(dict.fromkeys(s for found in measured.values() for s in found.milliseconds))
     rows = [["precision", *shapes, "MB", "runs"]]
     for precision, found in measured.items():
-        times = [f"{found.milliseconds[s]:.3g}" if s in found.milliseconds else "-" for s in shapes]
+        times = [_shown(found.milliseconds[s]) if s in found.milliseconds else "-" for s in shapes]
         rows.append([precision, *times, f"{found.graph_bytes / 1e6:.0f}", _words(found.settings)])
     return table(rows)
+
+
+def _shown(milliseconds: float) -> str:
+    """Three digits, and no exponent: 4.25, 42.5, 425, 4250."""
+    return f"{milliseconds:.3g}" if milliseconds < 999.5 else f"{milliseconds:.0f}"
 
 
 def _words(settings: RunSettings) -> str:
