@@ -15,8 +15,8 @@ from embedge.export._request import (
     check_keep,
     check_precisions,
     check_tasks,
-    parse_bytes,
 )
+from embedge.runtime._arguments import parse_bytes
 from embedge.runtime._errors import EmbedgeValueError
 
 
@@ -147,7 +147,7 @@ def make_request(
         int4_block_size=int4_block_size,
         int4_method=int4_method,
         int8_method=int8_method,
-        budget=None if budget is None else parse_bytes(budget),
+        budget=None if budget is None else parse_bytes("budget", budget),
         overwrite=overwrite,
         modality=modality,
     )

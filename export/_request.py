@@ -41,22 +41,6 @@ class Request:
     modality: str = "all"
 
 
-def parse_bytes(value: int | str) -> int:
-    """A number of bytes, or one with a unit: ``"2.0GB"``, ``"900 MB"``, ``"1.5 GiB"``.
-
-    Raises:
-        EmbedgeValueError: anything else.
-    """
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(value).strip())
-    if isinstance(value, bool) or found is None or found[2].upper() not in units:
-        raise EmbedgeValueError(
-            f"budget {value!r}: expected a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB"
-        )
-    return int(float(found[1]) * units[found[2].upper()])
-
-
 def check_tasks(adapters: Mapping[str, object]) -> None:
     """Refuse names that cannot be file names.
 

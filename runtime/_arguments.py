@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -16,12 +17,14 @@ __all__ = [
     "as_items",
     "as_texts",
     "check_choice",
+    "check_cosine",
     "check_flag",
     "check_positive",
     "choose_dim",
     "choose_precision",
     "choose_prompt",
     "choose_task",
+    "parse_bytes",
 ]
 
 ON_TRUNCATE = ("ignore", "warn", "error")
@@ -110,6 +113,26 @@ def check_positive(name: str, value: Any) -> int:
     return number
 
 
+def check_cosine(name: str, value: Any) -> float:
+    """The value, a number above 0 and at most 1."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1:
+        raise EmbedgeValueError(f"{name} is {value!r}; expected a number above 0 and at most 1")
+    return float(value)
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A number of bytes, or one with a unit: ``"2.0GB"``, ``"900 MB"``, ``"1.5 GiB"``."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(value).strip())
+    if isinstance(value, bool) or found is None or found[2].upper() not in units:
+        raise EmbedgeValueError(
+            f"{name} {value!r}: expected a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB"
+        )
+    return int(float(found[1]) * units[found[2].upper()])
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     """The value, one of some strings."""
     if not isinstance(value, str) or value not in choices:
@@ -131,7 +154,7 @@ def choose_precision(manifest: Manifest, precision: str | None) -> str:
         stored = [name for name, settings in known.items() if not settings.unpack]
         if len(stored) > 1:
             raise EmbedgeValueError(
-                f"the bundle has several precisions: {_listed(known)}; name one"
+                f"the bundle has several precisions: {_listed(known)}; name one, or auto"
             )
         return next(iter(stored or known))
     if precision not in known:

@@ -45,7 +45,7 @@ _COMMANDS = {
     ),
     "prepare": _Command(
         module="embedge.runtime._cli_prepare",
-        help="pack a bundle's graphs for this machine, so that they open faster",
+        help="pack a bundle's graphs for this machine, and measure what is fastest on it",
     ),
     "inspect": _Command(
         module="embedge.runtime._cli_inspect",

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
-from embedge.runtime._arguments import ON_TRUNCATE
+from embedge.runtime._arguments import ON_TRUNCATE, parse_bytes
 from embedge.runtime._device import DEVICES
 from embedge.runtime._embedder import Embedder
 from embedge.runtime._errors import (
@@ -38,7 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument("--task", help="may be left out where the bundle has exactly one")
-    parser.add_argument("--precision", help="may be left out where the bundle has exactly one")
+    parser.add_argument(
+        "--precision",
+        help="may be left out where the bundle has exactly one; auto: the fastest here under the limits",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="most bytes of open graphs, e.g. 2.0GB; with --precision auto, of the one to choose",
+    )
+    parser.add_argument(
+        "--min-cosine",
+        type=float,
+        metavar="X",
+        help="with --precision auto: lowest mean cosine to the unquantized model, e.g. 0.999",
+    )
     parser.add_argument(
         "--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)"
     )
@@ -84,7 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="when a text is longer than the model takes (warn)",
     )
     parser.add_argument("--verify", choices=("none", "size", "full"), default="size")
-    parser.add_argument("--verbose", action="store_true", help="say which device was taken")
+    parser.add_argument(
+        "--verbose", action="store_true", help="say which device and precision were taken"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,11 +123,15 @@ def run(args: argparse.Namespace) -> int:
     jsonl = args.field is not None or args.input_format == "jsonl"
     field = (args.field or ("image" if args.images else "text")) if jsonl else None
     file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
+    limit = args.memory_limit
+    memory_limit = None if limit is None else parse_bytes("--memory-limit", limit)
     model = Embedder(
         args.bundle,
         precision=args.precision,
         device=args.device,
         threads=args.threads,
+        memory_limit=memory_limit,
+        min_cosine=args.min_cosine,
         verify=args.verify,
     )
     options = {

@@ -12,7 +12,7 @@ from embedge.runtime._cpu import describe_processor
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeValueError
 from embedge.runtime._typed_json import read_json_object
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "run", "table"]
 
 _ERROR_KEYS = ("output_error", "sqnr_db")
 
@@ -87,19 +87,19 @@ def _summary(bundle: Bundle) -> list[str]:
             for key, text in task.prompts.items()
         )
         rows.append([name, adapter, prompts or "none"])
-    lines += ["", *_table(rows)]
+    lines += ["", *table(rows)]
     rows = [["precision", "devices", "bytes", "tasks"]]
     for name, precision in manifest.precisions.items():
         size = f"{manifest.folder_bytes(name):,}"
         rows.append([name, ", ".join(precision.devices), size, ", ".join(precision.graphs)])
-    lines += ["", *_table(rows)]
+    lines += ["", *table(rows)]
     total = sum(entry.size for entry in manifest.files.values())
     lines.append(f"{len(manifest.files)} files, {total:,} bytes in all")
     rows = [["precision", "task", "measured"]]
     for name, precision in manifest.precisions.items():
         for task_name, figures in precision.fidelity.items():
             rows.append([name, task_name, _figures(figures)])
-    return lines + (["", *_table(rows)] if len(rows) > 1 else [])
+    return lines + (["", *table(rows)] if len(rows) > 1 else [])
 
 
 def _layers(bundle: Bundle, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -138,11 +138,11 @@ def _badness(layer: Mapping[str, Any]) -> tuple[float, float]:
     )
 
 
-def _layer_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+def _layer_tables(listed: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
-    for table in tables:
+    for layers in listed:
         rows = [["layer", "shape", "format", "bytes", "SQNR dB", "output error"]]
-        for layer in table["layers"]:
+        for layer in layers["layers"]:
             shape = layer.get("shape")
             rows.append(
                 [
@@ -154,7 +154,7 @@ def _layer_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
                     _number(layer.get("output_error"), ".2g"),
                 ]
             )
-        lines += ["", f"{table['precision']}, {table['task']}", *_table(rows)]
+        lines += ["", f"{layers['precision']}, {layers['task']}", *table(rows)]
     return lines
 
 
@@ -190,7 +190,7 @@ def _number(value: Any, form: str) -> str:
     return "" if value is None else str(value)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as lines with aligned columns, the first row underlined."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

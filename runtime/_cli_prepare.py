@@ -1,19 +1,25 @@
-"""``embedge prepare``: packs a bundle's graphs for this machine once, so that they open faster."""
+"""``embedge prepare``: packs a bundle's graphs for this machine, and measures what is fastest on it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 
+from embedge.runtime._arguments import check_positive
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._cli_inspect import table
 from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import saturates_u8s8
-from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime._graphs import graph_inputs
+from embedge.runtime._host_timing import measure_precisions
 from embedge.runtime._manifest import VISION
 from embedge.runtime._prepared import PreparedGraphs
 from embedge.runtime._session import GraphSession
+from embedge.runtime._wisdom import Measured, RunSettings, Wisdom, add_wisdom, wisdom_file
 
 __all__ = ["add_arguments", "run"]
 
@@ -22,27 +28,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.description = (
         "Store each graph as ONNX Runtime packs it for this processor, in the bundle's folder "
-        "prepared/. Sessions then map it: they open faster, and processes share the memory. Safe to "
+        "prepared/. Sessions then map it: they open faster, and processes share the memory. Then time "
+        "every precision and the ways of running it, up to a minute each, and remember the fastest: "
+        "later runs take it, and --precision auto chooses by it. Vectors stay as they are. Safe to "
         "delete; takes about twice a graph's bytes."
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument("--precision", nargs="+", metavar="P", help="only these (default: all)")
     parser.add_argument("--task", nargs="+", metavar="NAME", help="only these (default: all)")
-    parser.add_argument("--remove", action="store_true", help="delete what was prepared")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="cores to measure with, and to which the measurement applies (default: as for embed)",
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--pack-only", action="store_true", help="measure nothing")
+    only.add_argument("--measure-only", action="store_true", help="pack nothing")
+    only.add_argument("--remove", action="store_true", help="delete what was prepared and measured")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares the graphs, or removes them.
+    """Packs the graphs and measures the precisions, or removes all of it.
 
     Raises:
-        EmbedgeError: if the bundle cannot be read or a graph cannot be prepared.
+        EmbedgeError: if the bundle cannot be read, or a graph cannot be prepared or run.
     """
     bundle = Bundle(args.bundle)
-    prepared = PreparedGraphs(bundle)
     if args.remove:
-        print("removed" if prepared.remove() else "nothing was prepared")
+        print("removed" if PreparedGraphs(bundle).remove() else "nothing was prepared")
         return 0
-    for precision, name in _chosen(bundle, args.precision, args.task):
+    threads = available_cores()
+    if args.threads is not None:
+        threads = check_positive("--threads", args.threads)
+    chosen = list(_chosen(bundle, args.precision, args.task))
+    if not args.measure_only:
+        _pack(bundle, chosen)
+    if not args.pack_only:
+        _measure(bundle, chosen, threads)
+    return 0
+
+
+def _pack(bundle: Bundle, graphs: Iterable[tuple[str, str]]) -> None:
+    prepared = PreparedGraphs(bundle)
+    for precision, name in graphs:
         settings = bundle.manifest.precisions[precision]
         if settings.activation_constants and saturates_u8s8():
             print(f"{precision}/{name}: left as it is: this processor needs its 7-bit constants")
@@ -51,7 +80,60 @@ def run(args: argparse.Namespace) -> int:
         size = prepared.write(precision, name)
         after = _seconds_to_open(bundle, precision, name, prepared)
         print(f"{precision}/{name}: {size / 1e6:.0f} MB, opens in {after:.2f} s (was {before:.2f})")
-    return 0
+
+
+def _measure(bundle: Bundle, graphs: Iterable[tuple[str, str]], threads: int) -> None:
+    """Times each precision with the first of its graphs, stores the times and prints them."""
+    settings = bundle.manifest.precisions
+    tasks: dict[str, str] = {}
+    for precision, name in graphs:
+        if name != VISION and "cpu" in settings[precision].devices:
+            tasks.setdefault(precision, name)
+    if not tasks:
+        print("measured nothing: none of these precisions runs on the CPU")
+        return
+    _warn_if_busy(bundle, threads)
+    measured: dict[str, Measured] = {}
+    for found in measure_precisions(bundle, tasks, threads=threads):
+        add_wisdom(bundle, threads, found)
+        measured |= found
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    print(f"measured on {count}, milliseconds by texts x tokens, into {wisdom_file(bundle)}:")
+    print("\n".join(_times_table(measured)))
+
+
+def _warn_if_busy(bundle: Bundle, threads: int) -> None:
+    """Warns where others keep the cores busy: times and what follows from them are then by chance."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load >= (os.cpu_count() or 1) + 1:  # packing alone, just before, loads the cores
+        warnings.warn(
+            f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores), and times will be off; "
+            f"run `embedge prepare {bundle.root} --measure-only --threads {threads}` when it is quiet",
+            EmbedgeWarning,
+            stacklevel=2,
+        )
+
+
+def _times_table(measured: Wisdom) -> list[str]:
+    shapes = list(dict.fromkeys(s for found in measured.values() for s in found.milliseconds))
+    rows = [["precision", *shapes, "MB", "runs"]]
+    for precision, found in measured.items():
+        times = [_shown(found.milliseconds[s]) if s in found.milliseconds else "-" for s in shapes]
+        rows.append([precision, *times, f"{found.graph_bytes / 1e6:.0f}", _words(found.settings)])
+    return table(rows)
+
+
+def _shown(milliseconds: float) -> str:
+    """Three digits, and no exponent: 4.25, 42.5, 425, 4250."""
+    return f"{milliseconds:.3g}" if milliseconds < 999.5 else f"{milliseconds:.0f}"
+
+
+def _words(settings: RunSettings) -> str:
+    """How batches run."""
+    batches = f"batches of {settings.batch_tokens} tokens"
+    if not settings.lanes:
+        return f"{batches}, one by one"
+    return f"{batches} at the same time; alone, up to {settings.narrow_tokens} tokens on 1 thread"
 
 
 def _chosen(

@@ -14,10 +14,12 @@ from embedge.runtime._arguments import (
     as_images,
     as_items,
     as_texts,
+    check_cosine,
     check_positive,
     choose_precision,
     choose_task,
 )
+from embedge.runtime._auto_precision import AUTO, choose_automatically
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
 from embedge.runtime._device import choose_device
@@ -30,6 +32,7 @@ from embedge.runtime._request import BATCH_SIZE, Request, make_request
 from embedge.runtime._rows import RowRunner
 from embedge.runtime._similarity import similarity
 from embedge.runtime._tokenize import TextTokenizer, TokenIds
+from embedge.runtime._wisdom import read_wisdom
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -52,12 +55,16 @@ class Embedder:
 
     Args:
         bundle: the bundle's folder.
-        precision: "int8", "int4", …; ``None``: the bundle's only one.
+        precision: "int8", "int4", …; ``None``: the bundle's only one; "auto": the fastest on this
+            machine under ``memory_limit`` and ``min_cosine``, see :attr:`precision`. Vectors of
+            different precisions should not meet in one index: where they are stored, store its name.
         device: "cpu", "cuda", or "auto": cuda where it works and the precision has kernels for it.
         threads: threads of a run; ``None``: the cores that this process really has.
         max_sessions: most graphs open at once; ``None``: all.
         memory_limit: most bytes of open graphs, each counted as its file and the external data it
             uses (activations come on top, and are given back after each run); ``None``: no limit.
+        min_cosine: with "auto", lowest mean cosine of every task's vectors to the unquantized model's,
+            as `embedge bench --record` measured it; ``None``: any.
         verify: "size" compares every file's size with the manifest, "full" its SHA-256 too, "none"
             neither.
 
@@ -76,33 +83,52 @@ class Embedder:
         threads: int | None = None,
         max_sessions: int | None = None,
         memory_limit: int | None = None,
+        min_cosine: float | None = None,
         verify: str = "size",
     ) -> None:
+        limits = {"threads": threads, "max_sessions": max_sessions, "memory_limit": memory_limit}
+        for name, value in limits.items():
+            if value is not None:
+                check_positive(name, value)
+        if min_cosine is not None:
+            check_cosine("min_cosine", min_cosine)
+            if precision != AUTO:
+                raise EmbedgeValueError(
+                    f'min_cosine goes with precision="auto", which chooses by it; found {precision!r}'
+                )
+        self._bundle = Bundle(bundle, verify=verify)
+        manifest = self._bundle.manifest
+        self._model = manifest.model
+        cores = available_cores() if threads is None else threads
+        wisdom = {} if device == "cuda" else read_wisdom(self._bundle, cores)
+        if precision == AUTO:
+            precision = choose_automatically(
+                self._bundle,
+                wisdom,
+                device=device,
+                memory_limit=memory_limit,
+                min_cosine=min_cosine,
+            )
+        self._precision = choose_precision(manifest, precision)
+        self._settings = manifest.precisions[self._precision]
+        self._device = choose_device(device, self._precision, self._settings.devices)
         self._arguments: dict[str, Any] = {
-            "precision": precision,
+            "precision": self._precision,
             "device": device,
             "threads": threads,
             "max_sessions": max_sessions,
             "memory_limit": memory_limit,
             "verify": verify,
         }
-        limits = {"threads": threads, "max_sessions": max_sessions, "memory_limit": memory_limit}
-        for name, value in limits.items():
-            if value is not None:
-                check_positive(name, value)
-        self._bundle = Bundle(bundle, verify=verify)
-        manifest = self._bundle.manifest
-        self._model = manifest.model
-        self._precision = choose_precision(manifest, precision)
-        self._settings = manifest.precisions[self._precision]
-        self._device = choose_device(device, self._precision, self._settings.devices)
+        measured = wisdom.get(self._precision)
         graphs = Graphs(
             self._bundle,
             self._precision,
             device=self._device,
-            threads=available_cores() if threads is None else threads,
+            threads=cores,
             max_sessions=max_sessions,
             memory_limit=memory_limit,
+            settings=measured.settings if measured else None,
         )
         tokenizer = TextTokenizer(
             self._bundle.file(manifest.tokenizer.file), manifest.tokenizer, self._model.max_length
@@ -149,7 +175,7 @@ class Embedder:
 
     @property
     def precision(self) -> str:
-        """Name of the precision in use."""
+        """Name of the precision in use; with "auto", what it took."""
         return self._precision
 
     @property
@@ -164,7 +190,7 @@ class Embedder:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as its arguments: another process opens its own sessions."""
+        """Pickles as its arguments: another process opens its own sessions, at the same precision."""
         return functools.partial(Embedder, **self._arguments), (self._bundle.root,)
 
     # -- embedding ------------------------------------------------------------------------------

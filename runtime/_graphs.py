@@ -9,6 +9,9 @@ hold the weights twice for nothing; so are products with thousands of columns.
 
 Past some tokens a batch no longer fits into the cores' caches, and every element-wise pass goes to
 memory (bench/LOG.md).
+
+These are the defaults; where `embedge prepare` measured a precision on the machine, what it found is
+taken instead. Neither changes a vector.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._pool import GraphPool
 from embedge.runtime._prepared import PreparedGraphs
 from embedge.runtime._session import GraphSession
+from embedge.runtime._wisdom import RunSettings
 
-__all__ = ["Graphs", "graph_inputs"]
+__all__ = ["SMALL_GRAPH_BYTES", "Graphs", "graph_inputs"]
 
 # Above it 8-bit products are wide enough for all threads: 12 layers of 768 columns are about 110 MB,
 # 6 layers of 384 columns 23 MB.
@@ -57,6 +61,8 @@ class Graphs:
         threads: cores to use.
         max_sessions: most graphs open at once, ``None``: all.
         memory_limit: most bytes of their sessions, ``None``: no limit.
+        settings: how batches of the tasks' graphs run on a CPU, as measured; ``None``: the defaults.
+        open_session: opens the session of a name and a number of threads; ``None``: each in its own.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class Graphs:
         threads: int,
         max_sessions: int | None,
         memory_limit: int | None,
+        settings: RunSettings | None = None,
+        open_session: Callable[[str, int], GraphSession] | None = None,
     ) -> None:
         self._bundle = bundle
         self._precision = precision
@@ -75,6 +83,8 @@ class Graphs:
         self._device = device
         self._threads = threads
         self._keeps_arena = memory_limit is None
+        self._measured = settings if device == "cpu" else None
+        self._open_session = open_session or self.open
         self._prepared = PreparedGraphs(bundle)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="embedge")
         self._size_bytes = functools.cache(partial(bundle.graph_bytes, precision))
@@ -92,36 +102,44 @@ class Graphs:
 
     def lanes(self, name: str) -> int:
         """Batches of a graph that run at the same time."""
-        return self._threads if self._is_narrow(name) else 1
+        return self._threads if self.how(name).lanes else 1
 
     def batch_tokens(self, name: str) -> int:
         """Padded tokens, or patches, of a run that is fast here."""
-        if self._device == "cuda":
-            return GPU_BATCH_TOKENS
-        if self._is_narrow(name):
-            return CPU_BATCH_TOKENS_PER_THREAD
-        return CPU_BATCH_TOKENS_PER_THREAD * max(2, self._threads)
+        return GPU_BATCH_TOKENS if self._device == "cuda" else self.how(name).batch_tokens
 
     def max_padding(self) -> int | None:
         """Padding of a run that costs less than a second run would, in tokens; ``None``: any."""
         return None if self._device == "cuda" else CPU_PADDING_TOKENS
 
-    def _is_narrow(self, name: str) -> bool:
-        """Whether a run is best left to one thread: narrow products of 8-bit integers on a CPU."""
+    def how(self, name: str) -> RunSettings:
+        """How batches of a graph run on a processor: as measured, or the defaults."""
+        if self._measured is not None and name in self._settings.graphs:
+            return self._measured
         # Activation constants are listed where products are 8-bit integers.
         integer = self._device == "cpu" and bool(self._settings.activation_constants)
-        return integer and self._size_bytes(name) <= SMALL_GRAPH_BYTES
+        narrow = integer and self._size_bytes(name) <= SMALL_GRAPH_BYTES
+        return RunSettings(
+            lanes=narrow,
+            narrow_tokens=NARROW_TOKENS,
+            batch_tokens=CPU_BATCH_TOKENS_PER_THREAD * (1 if narrow else max(2, self._threads)),
+        )
 
     def _make(self, name: str, may_open_second: Callable[[], bool]) -> Lanes:
         return Lanes(
-            partial(self._open, name),
+            partial(self._open_session, name),
             may_open_second,
             threads=self._threads,
             executor=self._executor if self.lanes(name) > 1 else None,
-            narrow_tokens=NARROW_TOKENS,
+            narrow_tokens=self.how(name).narrow_tokens,
         )
 
-    def _open(self, name: str, threads: int) -> GraphSession:
+    def open(self, name: str, threads: int) -> GraphSession:
+        """A session of a graph, which nothing bounds.
+
+        Raises:
+            BundleError: if ONNX Runtime refuses the graph.
+        """
         return GraphSession(
             self._bundle.graph(self._precision, name),
             device=self._device,

@@ -10,9 +10,9 @@ import pytest
 from _models import cosines, make_model, random_texts, save
 
 from embedge.export import export_bundle
-from embedge.export._request import parse_bytes
 from embedge.export._sensitivity import Candidate, within_budget
 from embedge.runtime import Embedder
+from embedge.runtime._arguments import parse_bytes
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._errors import EmbedgeValueError
 
@@ -24,13 +24,13 @@ TEXTS = random_texts(24)
     [(5000, 5000), ("2.0GB", 2 * 10**9), ("900 MB", 9 * 10**8), ("1.5GiB", 3 << 29), ("7kb", 7000)],
 )
 def test_sizes_are_read(text: Any, expected: int) -> None:
-    assert parse_bytes(text) == expected
+    assert parse_bytes("budget", text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "2 tons", "-1", "1e9", True, "nan"])
 def test_other_sizes_are_refused(text: Any) -> None:
     with pytest.raises(EmbedgeValueError, match="expected a number of bytes"):
-        parse_bytes(text)
+        parse_bytes("budget", text)
 
 
 FOUND = [

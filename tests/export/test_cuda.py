@@ -272,7 +272,8 @@ def test_precisions_say_where_they_run(export: Export) -> None:
     manifest = json.loads((export("bert") / "manifest.json").read_text("utf-8"))
     devices = {name: entry["devices"] for name, entry in manifest["precisions"].items()}
     on_cpu, on_gpu = ("fp32", "int4", "int4-unpacked"), ("fp16", "int4-fp16")
-    assert devices == dict.fromkeys(on_cpu, ["cpu"]) | dict.fromkeys(on_gpu, ["cuda"])
+    expected = {name: ["cpu"] for name in on_cpu} | {name: ["cuda"] for name in on_gpu}
+    assert devices == expected
 
 
 # -- what float16 cannot hold -----------------------------------------------------------------------------

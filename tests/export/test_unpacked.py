@@ -63,7 +63,9 @@ def test_a_prepared_graph_gives_the_same_vectors_and_unpacks_nothing(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = encode(bundle)
-    assert main(["prepare", str(bundle), "--precision", UNPACKED, "--task", "one"]) == 0
+    assert (
+        main(["prepare", str(bundle), "--precision", UNPACKED, "--task", "one", "--pack-only"]) == 0
+    )
     assert capsys.readouterr().out.startswith(f"{UNPACKED}/one: ")
 
     def refuse(*arguments: Any, **options: Any) -> None:

@@ -44,7 +44,7 @@ def session(*arguments, **settings):
 def test_the_command_prepares_every_graph_and_verifies_after(with_images, capsys):
     image = np.zeros((20, 30, 3), np.uint8)
     expected = Embedder(with_images.path).encode(["w1", image], task="code")
-    assert main(["prepare", str(with_images.path)]) == 0
+    assert main(["prepare", str(with_images.path), "--pack-only"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "fp32/retrieval",
@@ -59,7 +59,8 @@ def test_the_command_prepares_every_graph_and_verifies_after(with_images, capsys
 
 
 def test_the_command_takes_tasks_and_precisions(two_tasks, capsys):
-    assert main(["prepare", str(two_tasks.path), "--task", "code", "--precision", "int4"]) == 0
+    options = ["--task", "code", "--precision", "int4", "--pack-only"]
+    assert main(["prepare", str(two_tasks.path), *options]) == 0
     assert prepared_folder(two_tasks.path, "code", "int4").is_dir()
     assert not prepared_folder(two_tasks.path, "retrieval", "int4").exists()
     assert main(["prepare", str(two_tasks.path), "--task", "law"]) == 2
@@ -69,7 +70,7 @@ def test_the_command_takes_tasks_and_precisions(two_tasks, capsys):
 
 
 def test_remove(bundle, capsys):
-    assert main(["prepare", str(bundle.path)]) == 0
+    assert main(["prepare", str(bundle.path), "--pack-only"]) == 0
     assert main(["prepare", str(bundle.path), "--remove"]) == 0
     assert not (bundle.path / "prepared").exists()
     assert main(["prepare", str(bundle.path), "--remove"]) == 0
