@@ -192,11 +192,7 @@ class _Run:
 
 def _sizes(plan: Plan) -> dict[str, int]:
     """Return bytes of the source's weights and of each precision's folder, all tasks together."""
-    files = plan.manifest.files
-    sizes = {
-        precision: sum(f.size for name, f in files.items() if name.startswith(f"{precision}/"))
-        for precision in plan.precisions
-    }
+    sizes = {precision: plan.manifest.folder_bytes(precision) for precision in plan.precisions}
     return {"fp32_weights": _weights_bytes(plan.source), **sizes}
 
 

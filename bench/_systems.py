@@ -77,7 +77,7 @@ class EmbedgeSystem:
         self.name = f"embedge {precision}"
         self.role = "embedge"
         self.precision: str | None = precision
-        self.bytes_on_disk: int | None = opened.graph_bytes(precision, task)
+        self.bytes_on_disk: int | None = opened.disk_bytes(precision, task)
         self._task = task
         self._model = Embedder(bundle, precision=precision, device="cpu", threads=threads)
 

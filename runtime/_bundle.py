@@ -109,6 +109,30 @@ class Bundle:
             BundleError: if the graph cannot be read, or uses data outside its folder or past the
                 end of a file.
         """
+        stored, unpacked = self._bytes(precision, name)
+        return stored + unpacked
+
+    def disk_bytes(self, precision: str, name: str) -> int:
+        """Bytes on disk of the graph of a task, or of ``VISION``, and of the data it uses.
+
+        Raises:
+            BundleError: as :meth:`graph_bytes`.
+        """
+        stored, _ = self._bytes(precision, name)
+        packed = self._packed(precision, name)
+        if packed is None:
+            return stored
+        listed, weights = packed
+        places = {
+            (tensor.location, tensor.offset): self._external_bytes(listed, tensor)
+            for weight in weights
+            for tensor, _, _ in weight.tensors
+            if not isinstance(tensor, bytes)
+        }
+        return stored + listed.stat().st_size + sum(places.values())
+
+    def _bytes(self, precision: str, name: str) -> tuple[int, int]:
+        """What a graph and its data take as they are stored, and what is unpacked beside them."""
         graph = self.graph(precision, name)
         sizes: dict[tuple[str, int], int] = {}
         unpacked = 0
@@ -117,7 +141,7 @@ class Bundle:
                 unpacked += data.length
             else:
                 sizes[data.location, data.offset] = self._external_bytes(graph, data)
-        return graph.stat().st_size + sum(sizes.values()) + unpacked
+        return graph.stat().st_size + sum(sizes.values()), unpacked
 
     def graph_files(self, precision: str, name: str) -> set[Path]:
         """The graph of a task, or of ``VISION``, and every file that opening it reads."""

@@ -90,6 +90,8 @@ def test_the_memory_limit_counts_what_is_unpacked(bundle: Path) -> None:
     linear = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 272)  # two layers' q, o, k, v and MLP
     packed, unpacked = (opened.graph_bytes(p, "one") for p in ("int4", UNPACKED))
     assert linear < unpacked < linear + packed
+    assert packed == opened.disk_bytes("int4", "one")
+    assert packed < opened.disk_bytes(UNPACKED, "one") < 1.5 * packed  # constants, and the list
     with pytest.raises(EmbedgeError, match="above memory_limit"):
         Embedder(bundle, precision=UNPACKED, memory_limit=linear).encode(TEXTS, task="one")
 

@@ -246,7 +246,7 @@ print(json.dumps(vectors))
 def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(
     tmp_path: Path, package_path: Path
 ) -> None:
-    """An encoder and a decoder at int8 and int4, from the exporter's own tests."""
+    """An encoder and a decoder at int8, int4 and int4 unpacked, from the exporter's own tests."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
     from _models import make_model, save
 
@@ -263,7 +263,7 @@ def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(
             out=tmp_path / f"{name}-bundle",
             calibration="none",
         )
-        pairs += [f"{out}=int8", f"{out}=int4"]
+        pairs += [f"{out}={precision}" for precision in ("int8", "int4", "int4-unpacked")]
     command = [os.path.realpath(sys.executable), "-c", EXPORTED, *pairs]
     environment = {
         **os.environ,
@@ -283,7 +283,7 @@ def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(
         )
         for launcher in ([str(QEMU)], [])
     )
-    assert len(native) == 8
+    assert len(native) == 2 * len(pairs)
     for key, vectors in native.items():
         a, b = np.array(vectors), np.array(emulated[key])
         cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
