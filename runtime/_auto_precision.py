@@ -33,7 +33,7 @@ MARGIN = 1.1
 # Precisions of other names come last, in the manifest's order.
 ORDER = {
     "cpu": ("int8", "int4-unpacked", "int4", "fp32"),
-    "cuda": ("fp16", "int4", "fp32"),
+    "cuda": ("fp16", "int4-fp16"),
 }
 
 _logger = logging.getLogger("embedge.runtime")

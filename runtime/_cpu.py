@@ -3,8 +3,8 @@
 Without VNNI (or AMX, or Arm's dot products) ONNX Runtime multiplies uint8 by int8 with an
 instruction that adds pairs of products in 16 bits: 2 · 255 · 127 does not fit, and vectors are
 spoiled in silence. Its option ``session.x64quantprecision`` makes it turn int8 weights into uint8
-ones on such a processor when a session opens, whose products are widened first: exact, slower.
-Every session here is opened with it; elsewhere it changes nothing.
+ones when a session opens, whose products are widened first: exact, slower, and the weights are
+held twice. So sessions are opened with it where products were seen to saturate, and only there.
 
 What a kernel does is asked of ONNX Runtime itself, by a product whose exact result is known, rather
 than guessed from the processor's name.
@@ -26,20 +26,23 @@ _LEFT, _RIGHT = 255, 127  # the largest uint8 and int8: a pair gives 64770, abov
 _ROWS = (1, 5)  # one row may take a kernel of its own
 _INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "i8mm", "asimddp")
 
+_EXACT = ("session.x64quantprecision", "1")
+
 _lock = threading.Lock()
 _known: dict[bool, bool] = {}
 
 
 def keep_products_exact(options: Any) -> None:
-    """Asks ONNX Runtime, in a session's options, for integer products that do not saturate."""
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    """Asks ONNX Runtime, in a session's options, for exact integer products where they saturate."""
+    if saturates_u8s8(asked=False):
+        options.add_session_config_entry(*_EXACT)
 
 
 def saturates_u8s8(*, asked: bool = True) -> bool:
     """Whether integer products of ONNX Runtime saturate here; found out once per process.
 
     Args:
-        asked: in sessions that were asked for exact products, which are all that this package opens.
+        asked: in sessions that were asked for exact products.
     """
     with _lock:
         if asked not in _known:
@@ -70,7 +73,7 @@ def _probe(asked: bool) -> bool:
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     if asked:
-        keep_products_exact(options)
+        options.add_session_config_entry(*_EXACT)
     session = onnxruntime.InferenceSession(
         probe_model(), options, providers=["CPUExecutionProvider"]
     )
