@@ -519,7 +519,7 @@ def _new_files(folder: Path, written: Mapping[str, Any], before: set[str]) -> di
 
 def _block_size(job: Job) -> int:
     wide = job.model.family.hidden_size >= WIDE_MODEL
-    return job.request.int4_block_size or (64 if wide else 32)
+    return job.request.int4_block_size or (128 if wide else 32)
 
 
 def _options(job: Job, precision: str, calibrated: bool) -> dict[str, Any]:
