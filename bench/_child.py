@@ -38,7 +38,7 @@ def embedge_steps(job: dict[str, Any]) -> dict[str, Any]:
     from embedge.runtime import Embedder
 
     result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
-    options: dict[str, Any] = {k: job[k] for k in ("precision", "threads")} | {"device": "cpu"}
+    options: dict[str, Any] = {k: job[k] for k in ("precision", "threads", "device")}
     model = Embedder(job["bundle"], **options)
     model.encode(job["text"], task=job["tasks"][0])
     result["first_vector_ms"] = milliseconds_since(job["started"])
@@ -72,7 +72,8 @@ def torch_steps(job: dict[str, Any]) -> dict[str, Any]:
     from embedge.bench import Reference
 
     result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
-    model = Reference(job["source"], job["adapter"], pooling=job["pooling"], threads=job["threads"])
+    options = {key: job[key] for key in ("pooling", "threads", "device")}
+    model = Reference(job["source"], job["adapter"], **options)
     model.encode([job["text"]])
     result["first_vector_ms"] = milliseconds_since(job["started"])
     result["after_first_vector"] = memory()

@@ -56,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pooling", help="where the source's files name none")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every system")
     parser.add_argument(
+        "--device", default="cpu", metavar="NAME",
+        help="cpu, or cuda: what the bundle and torch run on (default: cpu)",
+    )  # fmt: skip
+    parser.add_argument(
         "--bar", nargs="+", type=int, metavar="N",
         help="measure what these promises need, check them, exit 1 if one is not kept",
     )  # fmt: skip
@@ -148,6 +152,7 @@ def _options(args: argparse.Namespace) -> BenchOptions:
         evaluations=evaluations,
         pooling=args.pooling,
         threads=args.threads,
+        device=args.device,
         effort=effort,
         **chosen,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 __all__ = ["machine", "versions"]
 
@@ -19,15 +20,17 @@ _PACKAGES = (
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Return the processor's name and instruction sets, cores, memory, and the load at the moment.
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Return the processor's name and instruction sets, cores, memory, the load, and the GPU's name.
 
     Args:
         threads: threads each system is given.
+        device: what they run on; ``"gpu"`` is there for "cuda".
     """
     lines = _cpu_info()
     flags = lines.get("flags", "").split()
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return gpu | {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": lines.get("model name") or platform.processor() or "unknown",
         "instructions": [flag for flag in _FLAGS if flag in flags],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from embedge.bench._errors import BenchArgumentError
 from embedge.bench._latency import SHAPES, Shape
+from embedge.runtime._device import PROVIDERS
 
 __all__ = ["BenchOptions", "Effort"]
 
@@ -69,13 +70,14 @@ class BenchOptions:
         reference: the source model, a folder or a hub id.
         adapters: adapter folder by task; every task of the bundle that has one needs it.
         tasks: tasks to measure, ``None`` for all.
-        precisions: precisions to measure, ``None`` for all that run on the CPU.
+        precisions: precisions to measure, ``None`` for all that run on the device.
         texts: file of texts for fidelity, ``None`` for the bench's own.
         evaluations: task and labelled file, in order; the first of a task is its main one.
         peers: names of :data:`embedge.bench.peers._catalogue.PEERS` or ``peer:variant``, ``("none",)``, or
             ``None`` for the usual variants of all that are installed.
         pooling: where the source's files name none.
         threads: threads of every system, ``None`` for the cores this process has.
+        device: what every system runs on, "cpu" or "cuda"; the peers run on the CPU alone.
         effort: how much; ``FULL`` or ``QUICK``.
         process: measure cold start, task switch and memory in child processes.
         latency: measure latency.
@@ -93,6 +95,7 @@ class BenchOptions:
     peers: Sequence[str] | None = None
     pooling: str | None = None
     threads: int | None = None
+    device: str = "cpu"
     effort: Effort = FULL
     process: bool = True
     latency: bool = True
@@ -103,7 +106,16 @@ class BenchOptions:
         """Check what can be checked without reading a file.
 
         Raises:
-            BenchError: fewer than one thread.
+            BenchError: fewer than one thread, an unknown device, or peers on another than the CPU.
         """
         if self.threads is not None and self.threads < 1:
             raise BenchArgumentError(f"--threads {self.threads}: expected a whole number from 1")
+        if self.device not in PROVIDERS:
+            raise BenchArgumentError(
+                f"--device {self.device}: expected one of {', '.join(PROVIDERS)}"
+            )
+        if self.device != "cpu" and set(self.peers or ()) - {"none"}:
+            raise BenchArgumentError(
+                f"--peers {' '.join(self.peers or ())}: they run on the CPU; leave them out with "
+                f"--device {self.device}, which compares with torch"
+            )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import torch
 
 from embedge.bench import _data as data_files
 from embedge.bench._backbone import adapter_folder
@@ -19,6 +20,8 @@ from embedge.bench._source import Source, read_source
 from embedge.bench.peers._catalogue import chosen_peers
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
+from embedge.runtime._device import cuda_problem
+from embedge.runtime._errors import DeviceError
 from embedge.runtime._manifest import Manifest
 
 __all__ = ["Plan", "make_plan"]
@@ -34,7 +37,7 @@ class Plan:
         source: the reference's files.
         threads: threads of every system.
         tasks: tasks, in the bundle's order.
-        precisions: precisions that run on the CPU.
+        precisions: precisions that run on the device.
         adapters: adapter folder by task; a bare task has none.
         peers: ``peer:variant`` of each that is compared with.
         texts: for fidelity.
@@ -65,6 +68,14 @@ class Plan:
         return self.tasks[: self.options.effort.latency_tasks] if self.options.latency else []
 
     @property
+    def torch_types(self) -> tuple[str, ...]:
+        """The types that merged torch is measured in; processors have no float16 products."""
+        if not self.options.torch:
+            return ()
+        on_gpu = self.options.device != "cpu"
+        return ("float32", "bfloat16", "float16") if on_gpu else ("float32", "bfloat16")
+
+    @property
     def dims(self) -> list[int]:
         """Dimensions to measure at, the full one first."""
         model = self.manifest.model
@@ -73,7 +84,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """How many steps a progress bar has."""
-        systems = 1 + 2 * self.options.torch + len(self.precisions)
+        systems = 1 + len(self.torch_types) + len(self.precisions)
         systems += len(self.peers) + bool(self.peers)
         processes = (len(self.precisions) + 1) * self.options.process
         timed = len(self.options.shapes) + bool(self.options.effort.singles)
@@ -84,23 +95,26 @@ def make_plan(options: BenchOptions) -> Plan:
     """Return what ``options`` asks for.
 
     Raises:
+        DeviceError: the device does not work here.
         EmbedgeError: the bundle, the reference, an adapter or a data file does not hold it.
     """
+    _check_device(options.device)
     bundle = Bundle(options.bundle)
     threads = options.threads or available_cores()
     notes = _busy(threads)
     declared = bundle.manifest.tasks
     tasks = _chosen("task", options.tasks, list(declared))
-    on_cpu = [name for name, p in bundle.manifest.precisions.items() if "cpu" in p.devices]
+    device = options.device
+    runnable = [name for name, p in bundle.manifest.precisions.items() if device in p.devices]
     plan = Plan(
         options=options,
         bundle=bundle,
         source=read_source(options.reference, options.pooling),
         threads=threads,
         tasks=tasks,
-        precisions=_chosen("precision", options.precisions, on_cpu),
+        precisions=_chosen("precision", options.precisions, runnable),
         adapters=_adapters(options, bundle, tasks),
-        peers=chosen_peers(options.peers, notes.append, options.effort.peer_variants),
+        peers=_peers(options, notes),
         texts=_texts(options, notes),
         evaluations=_evaluations(options, list(declared), tasks, notes),
         notes=notes,
@@ -116,6 +130,22 @@ def make_plan(options: BenchOptions) -> Plan:
             "fidelity and quality of torch fp32 are the yardstick's own, not measured again merged"
         )
     return plan
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    problem = cuda_problem()
+    if problem is None and not torch.cuda.is_available():
+        problem = "this torch sees no GPU; install a CUDA build of it, which the reference needs"
+    if problem is not None:
+        raise DeviceError(f"--device {device}: {problem}")
+
+
+def _peers(options: BenchOptions, notes: list[str]) -> list[str]:
+    if options.device != "cpu":
+        return []
+    return chosen_peers(options.peers, notes.append, options.effort.peer_variants)
 
 
 def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:

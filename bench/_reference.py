@@ -17,11 +17,11 @@ from embedge.bench._tokens import Ids, TextTokens, sorted_batches
 
 __all__ = ["Reference"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Reference:
-    """A model and at most one adapter, in torch on the CPU.
+    """A model and at most one adapter, in torch.
 
     Nothing of embedge takes part: transformers runs the backbone, PEFT the adapter, and pooling and
     limits are read by the bench's own reader. With ``merged=True`` it is what torch users run for
@@ -37,16 +37,20 @@ class Reference:
         threads: int | None = None,
         *,
         merged: bool = False,
+        device: str = "cpu",
     ) -> None:
         """Load the model.
 
         Args:
             source: a model folder or a hub id.
             adapter: a folder in PEFT's format; ``None`` is the bare backbone.
-            dtype: ``"float32"`` or ``"bfloat16"``, of weights and activations; pooling is float32.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, of weights and activations; pooling
+                is float32.
             pooling: overrides what the model's files say.
             threads: torch's threads, for the whole process; ``None`` leaves them as they are.
             merged: add the adapter to the weights.
+            device: torch's name of what runs it, ``"cpu"`` or ``"cuda"``; float32 products stay
+                float32 there, without TF32.
 
         Raises:
             BenchError: the files ask for something the reference does not do, or the adapter has
@@ -59,7 +63,8 @@ class Reference:
         model = load_backbone(self.source.transformer, adapter)
         if merged and adapter is not None:
             model = merge(model)
-        self._model: Any = model.to(_DTYPES[dtype]).eval()
+        self._device = torch.device(device)
+        self._model: Any = model.to(self._device, _DTYPES[dtype]).eval()
 
     @property
     def backbone(self) -> Any:
@@ -74,11 +79,10 @@ class Reference:
             mask: int64 ``[batch, tokens]``, right-padded.
         """
         with torch.inference_mode():
-            mask_tensor = torch.from_numpy(mask)
-            output = self._model(input_ids=torch.from_numpy(ids), attention_mask=mask_tensor)
-            vectors: NDArray[np.float32] = pool(
-                output.last_hidden_state, mask_tensor, self.source
-            ).numpy()
+            ids_there, mask_there = (torch.from_numpy(a).to(self._device) for a in (ids, mask))
+            output = self._model(input_ids=ids_there, attention_mask=mask_there)
+            pooled = pool(output.last_hidden_state, mask_there, self.source)
+            vectors: NDArray[np.float32] = pooled.cpu().numpy()
         return vectors
 
     def encode(

@@ -36,6 +36,8 @@ from embedge.bench.peers._context import PeerContext
 
 __all__ = ["run_bench"]
 
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+
 
 def run_bench(options: BenchOptions, show_progress_bar: bool = False) -> Report:
     """Measure what ``options`` says and return the figures.
@@ -60,12 +62,13 @@ def run_bench(options: BenchOptions, show_progress_bar: bool = False) -> Report:
     return Report(
         bundle=plan.bundle.root.resolve().name,
         source=plan.manifest.source.to_dict(),
-        machine=machine(plan.threads),
+        machine=machine(plan.threads, options.device),
         versions=versions(),
         settings={
             "tasks": plan.tasks,
             "precisions": plan.precisions,
             "threads": plan.threads,
+            "device": options.device,
             "texts": len(plan.texts),
             "evaluations": {t: [e.name for e in sets] for t, sets in plan.evaluations.items()},
             "latency_tasks": plan.timed_tasks,
@@ -98,8 +101,9 @@ class _Run:
             normalize=plan.manifest.model.normalize,
         )
         self._step(f"{task}: reference")
-        reference = reference_vectors(Reference(plan.source, plan.adapters.get(task)), data)
-        merged = Reference(plan.source, plan.adapters.get(task), merged=True)
+        adapter, device = plan.adapters.get(task), plan.options.device
+        reference = reference_vectors(Reference(plan.source, adapter, device=device), data)
+        merged = Reference(plan.source, adapter, device=device, merged=True)
         with self._systems(task, merged) as systems:
             figures = {}
             for system in systems:
@@ -132,11 +136,16 @@ class _Run:
     def _systems(self, task: str, merged: Reference) -> Iterator[list[System]]:
         """Open every system for a task; what peers wrote is removed at the end."""
         plan, systems = self._plan, list[System]()
-        if plan.options.torch:
-            weights = _weights_bytes(plan.source)
-            halved = Reference(plan.source, plan.adapters.get(task), "bfloat16", merged=True)
-            systems.append(TorchSystem(TORCH_FP32, merged, weights))
-            systems.append(TorchSystem("torch bf16", halved, weights // 2))
+        device = plan.options.device
+        weights = _weights_bytes(plan.source)
+        for dtype in plan.torch_types:
+            if dtype == "float32":
+                systems.append(TorchSystem(TORCH_FP32, merged, weights))
+                continue
+            halved = Reference(
+                plan.source, plan.adapters.get(task), dtype, merged=True, device=device
+            )
+            systems.append(TorchSystem(f"torch {_SHORT[dtype]}", halved, weights // 2))
         workdir = Path(tempfile.mkdtemp(prefix="embedge-bench-"))
         try:
             if plan.peers:
@@ -144,7 +153,7 @@ class _Run:
                 context = PeerContext(merged=merged, threads=plan.threads, workdir=workdir)
                 systems += build_peers(plan.peers, context, plan.notes.append)
             systems += [
-                EmbedgeSystem(plan.bundle.root, task, precision, plan.threads)
+                EmbedgeSystem(plan.bundle.root, task, precision, plan.threads, device)
                 for precision in plan.precisions
                 if task in plan.manifest.precisions[precision].graphs
             ]
@@ -158,6 +167,7 @@ class _Run:
         all_texts = [text.text for text in plan.texts]
         batch = ([text for text in all_texts if 300 < len(text) < 900] or all_texts)[:32]
         common = {"text": "how do I sort a dict", "batch": batch, "threads": plan.threads}
+        common["device"] = plan.options.device
         result = {}
         for precision in plan.precisions:
             self._step(f"cold start, {precision}")

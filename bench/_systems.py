@@ -72,14 +72,16 @@ class TorchSystem:
 class EmbedgeSystem:
     """A task of a bundle at one precision, through the runtime."""
 
-    def __init__(self, bundle: Path, task: str, precision: str, threads: int) -> None:
+    def __init__(
+        self, bundle: Path, task: str, precision: str, threads: int, device: str = "cpu"
+    ) -> None:
         opened = Bundle(bundle)
         self.name = f"embedge {precision}"
         self.role = "embedge"
         self.precision: str | None = precision
         self.bytes_on_disk: int | None = opened.disk_bytes(precision, task)
         self._task = task
-        self._model = Embedder(bundle, precision=precision, device="cpu", threads=threads)
+        self._model = Embedder(bundle, precision=precision, device=device, threads=threads)
 
     def forward(self, ids: Ids, mask: Ids) -> Vectors:
         """Return the vectors, float32 ``[batch, dim]``, by what ``encode`` does with its ids."""

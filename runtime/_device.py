@@ -8,8 +8,12 @@ Rules:
 
 from __future__ import annotations
 
+import ctypes
+import io
 import logging
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
 
 from embedge.runtime._cpu import probe_model
 from embedge.runtime._errors import DeviceError, EmbedgeValueError
@@ -70,7 +74,10 @@ def cuda_problem() -> str | None:
             '`pip uninstall -y onnxruntime` and then `pip install "embedge[gpu]"`'
         )
     if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # from NVIDIA's pip packages, where they are installed
+        # From NVIDIA's pip packages, where they are installed. What it misses it prints on standard
+        # output, where a program may be writing vectors.
+        with redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -83,6 +90,20 @@ def cuda_problem() -> str | None:
     if loaded:
         return None
     return (
-        "the CUDA provider is installed but does not load; check the driver with `nvidia-smi` and "
-        "install CUDA's and cuDNN's libraries with `pip install \"onnxruntime-gpu[cuda,cudnn]\"`"
+        f"the CUDA provider is installed but does not load{_missing_library()}; check the driver with "
+        "`nvidia-smi` and install CUDA's and cuDNN's libraries with "
+        '`pip install "onnxruntime-gpu[cuda,cudnn]"`'
     )
+
+
+def _missing_library() -> str:
+    """What the system's loader says of the provider's library, in brackets; empty if it loads."""
+    import onnxruntime
+
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    for library in sorted(folder.glob("*onnxruntime_providers_cuda.*")):
+        try:
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            return f" ({error})"
+    return ""

@@ -39,7 +39,7 @@ __all__ = ["SMALL_GRAPH_BYTES", "Graphs", "graph_inputs"]
 SMALL_GRAPH_BYTES = 100_000_000
 CPU_BATCH_TOKENS_PER_THREAD = 512
 CPU_PADDING_TOKENS = 32  # what a run costs beside its tokens is about that of 20 to 30 tokens
-GPU_BATCH_TOKENS = 16384
+GPU_BATCH_TOKENS = 4096  # more give an H100 no more texts a second, and cost memory (bench/LOG.md)
 VISION_INPUTS = (
     "pixel_values",
     "rotary_cos",

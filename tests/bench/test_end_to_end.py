@@ -8,11 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from embedge.bench import BenchOptions, Report, run_bench
+from embedge.bench import _plan as plan_module
 from embedge.bench._cli import add_arguments, run
 from embedge.bench._errors import BenchError
+from embedge.bench._latency import Shape
 from embedge.bench._options import Effort
+from embedge.runtime import DeviceError
+from embedge.runtime._device import cuda_problem
 
 TINY = Effort(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1, process_repeats=1)
 
@@ -174,3 +179,43 @@ def test_a_call_that_does_not_fit_the_bundle_is_refused(
 
     with pytest.raises(BenchError, match=message):
         run_bench(replace(options, **change))
+
+
+def test_a_device_that_does_not_work_here_is_refused_before_anything_is_loaded(
+    bundle: Path, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "cuda_problem", lambda: "no provider")
+    adapters = {"search": adapter}
+    with pytest.raises(DeviceError, match="^--device cuda: no provider"):
+        run_bench(BenchOptions(bundle=bundle, reference=model, adapters=adapters, device="cuda"))
+    with pytest.raises(BenchError, match="^--device gpu: expected one of cpu, cuda"):
+        BenchOptions(bundle=bundle, reference=model, device="gpu")
+    with pytest.raises(BenchError, match="^--peers openvino: they run on the CPU"):
+        BenchOptions(bundle=bundle, reference=model, device="cuda", peers=["openvino"])
+
+
+@pytest.mark.skipif(
+    cuda_problem() is not None or not torch.cuda.is_available(),
+    reason="needs ONNX Runtime's CUDA provider, a CUDA build of torch, and a GPU",
+)
+def test_a_gpu_is_measured_against_torch_on_it(model: Path, adapter: Path, tmp_path: Path) -> None:
+    from embedge.export import export_bundle
+
+    bundle = export_bundle(
+        model, adapters={"search": adapter}, precisions=["fp16", "int8"], out=tmp_path / "tiny"
+    )
+    options = BenchOptions(
+        bundle=bundle,
+        reference=model,
+        adapters={"search": adapter},
+        effort=TINY,
+        device="cuda",
+        shapes=[Shape(batch=2, tokens=8)],
+    )
+    report = run_bench(options)
+    rows = {row.system: row for row in report.rows}
+    assert set(rows) == {"torch fp32", "torch bf16", "torch fp16", "embedge fp16"}
+    assert rows["embedge fp16"].full_fidelity["cosine_mean"] > 0.9999
+    assert rows["embedge fp16"].shapes["2x8"]["median_ms"] > 0
+    assert report.machine["gpu"]
+    assert set(report.process) == {"embedge fp16", "torch fp32"}

@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from _cuda_kernels import CONTRIB, FILE, Kernel, Problems, from_markdown, read
 from _jina_v4 import write_checkpoint
 from _models import CONFIGS, DECODERS, cosines, make_model, random_texts, save
@@ -28,11 +27,20 @@ from test_multi_vector_head import make_source
 
 from embedge.export import CheckpointError, export_bundle
 from embedge.runtime import Embedder
+from embedge.runtime._device import cuda_problem
 from embedge.runtime._errors import EmbedgeValueError
 
 PRECISIONS = ("fp16", "int4-fp16")
 KERNELS = read(FILE.read_text("utf-8"))
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "Sigmoid", "GELU", "SiLU")
+# Of single vectors and of rows, by what is encoded. A random model of 64 channels enlarges what is lost
+# in an image: .99999 on most processors, .9990 on one Xeon, and at 4 bits no more than a floor.
+LOWEST_V4 = {
+    ("fp16", "encode"): (0.9999, 0.9999),
+    ("fp16", "encode_image"): (0.998, 0.95),
+    ("int4-fp16", "encode"): (0.7, 0.6),
+    ("int4-fp16", "encode_image"): (0.7, 0.6),
+}
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "gain": 0.6}
 # Of random weights, 4-bit ones: see test_precisions.py.
 LOWEST = {"fp16": 0.99999, "int4-fp16": 0.93}
@@ -40,8 +48,7 @@ LOWEST = {"fp16": 0.99999, "int4-fp16": 0.93}
 Export = Callable[[str], Path]
 
 needs_cuda = pytest.mark.skipif(
-    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
-    reason="needs ONNX Runtime with its CUDA provider and a GPU",
+    cuda_problem() is not None, reason="needs ONNX Runtime's CUDA provider and a GPU"
 )
 
 MODELS = {
@@ -243,8 +250,6 @@ def test_images_and_multi_vectors_stay_close_to_fp32(precision: str, export: Exp
         np.random.default_rng(i).integers(0, 256, size, np.uint8)
         for i, size in enumerate([(28, 28, 3), (113, 111, 3), (40, 300, 3)])
     ]
-    # 4 bits of a random model of 64 channels: a floor, see test_jina_v4.py
-    floors = {"fp16": (0.9999, 0.9999), "int4-fp16": (0.7, 0.6)}
     exact, half = (Embedder(bundle, precision=p, threads=1) for p in ("fp32", precision))
     for encode in ("encode", "encode_image"):
         items = random_texts(8) if encode == "encode" else pictures
@@ -252,9 +257,10 @@ def test_images_and_multi_vectors_stay_close_to_fp32(precision: str, export: Exp
             [getattr(m, encode)(items, task="code", multi_vector=many) for m in (exact, half)]
             for many in (False, True)
         )
-        assert cosines(*single).min() > floors[precision][0]
+        lowest, lowest_rows = LOWEST_V4[precision, encode]
+        assert cosines(*single).min() > lowest
         rows = [cosines(a, b).mean() for a, b in zip(*multi, strict=True)]
-        assert min(rows) > floors[precision][1]
+        assert min(rows) > lowest_rows
 
 
 def on_the_cpu(bundle: Path) -> Path:
@@ -343,8 +349,87 @@ def test_layers_kept_at_fp32_have_kernels_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_gpu_gives_the_vectors_of_the_cpu(name: str, precision: str, export: Export) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU that torch can see")
     bundle, feeds = export(name), batch()
     file = bundle / precision / "task.onnx"
-    assert cosines(run(file, feeds), run(file, feeds, "CUDA")).min() > 0.999
+    assert cosines(run(file, feeds), run(file, feeds, "CUDA")).min() > 0.9999
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", [*MODELS, "multi-vector head"])
+def test_every_float_is_computed_on_the_gpu(
+    name: str, precision: str, export: Export, tmp_path: Path
+) -> None:
+    """What ONNX Runtime leaves to the processor computes shapes."""
+    [graph] = graphs(export(name), precision)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    [file] = (export(name) / precision).glob("*.onnx")
+    session = onnxruntime.InferenceSession(file, options, providers=["CUDAExecutionProvider"])
+    feeds = {value.name: batch()[value.name] for value in session.get_inputs()}
+    session.run(["embedding"], feeds)
+    events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+    ran = {
+        event["name"].removesuffix("_kernel_time"): event["args"]["provider"]
+        for event in events
+        if event["name"].endswith("_kernel_time") and "provider" in event["args"]
+    }
+    types = Problems(graph, KERNELS)
+    assert list(types) == []
+    floats = {
+        node.name
+        for node in graph.graph.node
+        if types.types[node.output[0]] in ("float", "float16") and node.name in ran
+    }
+    assert len(floats) > 20
+    assert {ran[node] for node in floats} == {"CUDAExecutionProvider"}
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2"])
+def test_on_a_gpu_a_vector_does_not_depend_on_its_batch(
+    name: str, precision: str, export: Export
+) -> None:
+    model = Embedder(export(name), precision=precision, device="cuda")
+    texts = random_texts(40)
+    together = model.encode(texts, task="task")
+    alone = np.concatenate([model.encode([text], task="task") for text in texts])
+    shuffled = np.random.default_rng(0).permutation(len(texts))
+    mixed = model.encode([texts[i] for i in shuffled], task="task", batch_size=7)
+    assert cosines(together, alone).min() > 0.999999
+    assert cosines(together[shuffled], mixed).min() > 0.999999
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_images_and_multi_vectors_on_a_gpu_are_those_of_the_cpu(
+    precision: str, export: Export
+) -> None:
+    bundle = on_the_cpu(export("jina-v4"))
+    pictures = [
+        np.random.default_rng(i).integers(0, 256, size, np.uint8)
+        for i, size in enumerate([(28, 28, 3), (113, 111, 3), (40, 300, 3)])
+    ]
+    cpu, gpu = (
+        Embedder(bundle, precision=p, device=d)
+        for p, d in (("fp32" if precision == "fp16" else precision, "cpu"), (precision, "cuda"))
+    )
+    for encode in ("encode", "encode_image"):
+        items = random_texts(8) if encode == "encode" else pictures
+        single, multi = (
+            [getattr(m, encode)(items, task="code", multi_vector=many) for m in (cpu, gpu)]
+            for many in (False, True)
+        )
+        lowest, lowest_rows = LOWEST_V4["fp16", encode]
+        assert cosines(*single).min() > lowest
+        rows = [cosines(a, b).mean() for a, b in zip(*multi, strict=True)]
+        assert min(rows) > lowest_rows
+
+
+@needs_cuda
+def test_auto_takes_the_gpu_and_a_precision_that_runs_there(export: Export) -> None:
+    model = Embedder(export("bert"), precision="auto", device="auto")
+    assert (model.device, model.precision) == ("cuda", "fp16")

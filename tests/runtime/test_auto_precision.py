@@ -265,7 +265,7 @@ def test_vectors_are_those_of_the_precision_by_name(several: Any) -> None:
 
 def test_another_process_takes_the_same_precision(several: Any) -> None:
     """Vectors that meet later are of one precision, whatever was measured in between."""
-    model = Embedder(several.path, precision="auto", threads=THREADS, min_cosine=0.9)
+    model = Embedder(several.path, precision="auto", threads=THREADS, device="cpu", min_cosine=0.9)
     before = pickle.dumps(model)
     measure(several.path, {"int8": {"1x16": 4.0}, "int4": {"1x16": 3.0}})
     assert pickle.loads(before).precision == model.precision == "int8"
@@ -273,7 +273,8 @@ def test_another_process_takes_the_same_precision(several: Any) -> None:
 
 
 def test_several_threads_share_one(several: Any) -> None:
-    model = Embedder(several.path, precision="auto", threads=THREADS, memory_limit=1_000_000)
+    limits = {"memory_limit": 1_000_000, "device": "cpu"}
+    model = Embedder(several.path, precision="auto", threads=THREADS, **limits)
     texts = [f"w{i}" for i in range(40)]
     expected = model.encode(texts)
     failures: list[BaseException] = []
@@ -299,9 +300,8 @@ class TestCommand:
     def embed(self, several: Any, tmp_path: Any) -> Callable[..., int]:
         source = tmp_path / "texts"
         source.write_text("w1 w2\n")
-        return lambda *options: main(
-            ["embed", str(several.path), "--input", str(source), "--precision", *options]
-        )
+        command = ["embed", str(several.path), "--input", str(source), "--device", "cpu"]
+        return lambda *options: main([*command, "--precision", *options])
 
     def test_auto_with_limits(self, several: Any, embed: Any, capsys: Any) -> None:
         assert embed("auto", "--memory-limit", "1.5MB", "--min-cosine", "0.99") == 0

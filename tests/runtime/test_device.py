@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -89,7 +90,27 @@ def test_a_provider_that_does_not_load_is_noticed(monkeypatch: pytest.MonkeyPatc
             return ["CPUExecutionProvider"]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", OnlyCpu)
-    assert "does not load" in str(cuda_problem())
+    assert "does not load; check the driver" in str(cuda_problem())
+
+
+def test_the_library_that_the_provider_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provider = tmp_path / "capi" / "libonnxruntime_providers_cuda.so"
+    provider.parent.mkdir()
+    provider.write_bytes(b"no library")
+    monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas"))
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no provider")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    found = str(cuda_problem())
+    assert found.startswith(f"the CUDA provider is installed but does not load ({provider}: ")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(
