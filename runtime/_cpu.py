@@ -12,6 +12,7 @@ than guessed from the processor's name.
 
 from __future__ import annotations
 
+import functools
 import platform
 import threading
 from pathlib import Path
@@ -19,7 +20,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["describe_processor", "keep_products_exact", "probe_model", "saturates_u8s8"]
+__all__ = [
+    "describe_processor",
+    "has_amx",
+    "keep_products_exact",
+    "probe_model",
+    "saturates_u8s8",
+]
 
 _DEPTH, _COLUMNS = 64, 32
 _LEFT, _RIGHT = 255, 127  # the largest uint8 and int8: a pair gives 64770, above 32767
@@ -52,11 +59,7 @@ def saturates_u8s8(*, asked: bool = True) -> bool:
 
 def describe_processor() -> str:
     """What the processor has for 8-bit products, and what becomes of them: a line for people."""
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
-    except OSError:
-        text = ""
-    flags = {word for line in text.splitlines() if ":" in line for word in line.split()}
+    flags = _flags()
     found = [name for name in _INSTRUCTIONS if name in flags]
     name = ", ".join(found) or platform.machine() or "unknown"
     if not saturates_u8s8(asked=False):
@@ -64,6 +67,21 @@ def describe_processor() -> str:
     if not saturates_u8s8():
         return f"{name}; u8×s8 products saturate, so u8×u8 ones are used: exact, slower"
     return f"{name}; 8-bit products saturate, so 7-bit activations are used: less precise"
+
+
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of 8-bit integers."""
+    return "amx_int8" in _flags()
+
+
+@functools.cache
+def _flags() -> frozenset[str]:
+    """Names of the processor's instruction sets, as Linux has them; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return frozenset()
+    return frozenset(word for line in text.splitlines() if ":" in line for word in line.split())
 
 
 def _probe(asked: bool) -> bool:

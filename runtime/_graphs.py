@@ -1,8 +1,9 @@
 """The graphs of one precision of a bundle: opened when they are needed, with what runs fast here.
 
 Measured on MiniLM-L6 at int8 with 2 threads: batches of 512 tokens at the same time, one thread each,
-take 0.86 of the time of runs of 1024 with both threads (0.78 for 8 texts of 16 tokens), and a text
-of 16 tokens is 1.1 times as fast with one thread as with two; past some 100 tokens two are faster.
+take 0.86 of the time of runs of 1024 with both threads (0.78 for 8 texts of 16 tokens). With AMX a text
+of 16 tokens is 1.1 times as fast with one thread as with two, and past some 100 tokens two are faster;
+with AVX512-VNNI two are 1.4 times as fast from 16 tokens on.
 ONNX Runtime cuts 8-bit products into slices of 16 columns once there is a second thread, and packs
 the left side again for each. At int4 and fp32 both ways are within 10 %, and a second session would
 hold the weights twice for nothing; so are products with thousands of columns.
@@ -24,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from embedge.runtime._bundle import Bundle
-from embedge.runtime._cpu import saturates_u8s8
+from embedge.runtime._cpu import has_amx, saturates_u8s8
 from embedge.runtime._lanes import Lanes
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._pool import GraphPool
@@ -32,7 +33,7 @@ from embedge.runtime._prepared import PreparedGraphs
 from embedge.runtime._session import GraphSession
 from embedge.runtime._wisdom import RunSettings
 
-__all__ = ["SMALL_GRAPH_BYTES", "Graphs", "graph_inputs"]
+__all__ = ["SMALL_GRAPH_BYTES", "Graphs", "default_narrow_tokens", "graph_inputs"]
 
 # Above it 8-bit products are wide enough for all threads: 12 layers of 768 columns are about 110 MB,
 # 6 layers of 384 columns 23 MB.
@@ -48,7 +49,7 @@ VISION_INPUTS = (
     "window_lengths",
     "window_restore",
 )
-NARROW_TOKENS = 64  # the crossover lies between 64 and 128
+AMX_NARROW_TOKENS = 64  # the crossover lies between 64 and 128
 
 
 class Graphs:
@@ -121,7 +122,7 @@ class Graphs:
         narrow = integer and self._size_bytes(name) <= SMALL_GRAPH_BYTES
         return RunSettings(
             lanes=narrow,
-            narrow_tokens=NARROW_TOKENS,
+            narrow_tokens=default_narrow_tokens(),
             batch_tokens=CPU_BATCH_TOKENS_PER_THREAD * (1 if narrow else max(2, self._threads)),
         )
 
@@ -156,6 +157,11 @@ class Graphs:
         if self._device != "cpu" or (self._settings.activation_constants and saturates_u8s8()):
             return None
         return self._prepared.find(self._precision, name)
+
+
+def default_narrow_tokens() -> int:
+    """Tokens up to which a text that is alone is faster with one thread, where nothing was measured."""
+    return AMX_NARROW_TOKENS if has_amx() else 0
 
 
 def graph_inputs(manifest: Manifest, precision: str, name: str) -> tuple[str, ...]:

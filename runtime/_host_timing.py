@@ -261,6 +261,8 @@ def _narrow_tokens(alone: Mapping[int, Mapping[int, float]], threads: int, defau
         return 0
     if ratios and ratios[max(ratios)] * MARGIN < 1:
         return max(default, *ratios)
+    if ratios and ratios[min(ratios)] * MARGIN < 1:
+        return max(default, min(ratios))
     return default
 
 

@@ -20,6 +20,7 @@ from embedge.runtime import (
     InferenceError,
     TextTooLongError,
 )
+from embedge.runtime import _graphs as graphs_module
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._session import GraphSession
 from embedge.runtime._tokenize import TextTokenizer
@@ -594,8 +595,10 @@ class TestLanes:
         assert model.encode(texts).shape == (30, 8)
 
     def test_several_texts_and_a_short_one_are_narrow_and_a_long_one_is_wide(
-        self, integer: Any, opened: list[tuple[str, int]]
+        self, integer: Any, opened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """With AMX; elsewhere any text that is alone is wide."""
+        monkeypatch.setattr(graphs_module, "has_amx", lambda: True)
         model = Embedder(integer.path, threads=2)
         assert opened == []
         model.encode(distinct(2, 90))
@@ -604,6 +607,12 @@ class TestLanes:
         model.encode("w1 " * 63)
         model.encode(["w1", "w2"])
         assert opened == [("retrieval", 1), ("retrieval", 2)]
+        monkeypatch.setattr(graphs_module, "has_amx", lambda: False)
+        opened.clear()
+        model = Embedder(integer.path, threads=2)
+        model.encode("w1")
+        model.encode(distinct(200, 14), batch_size=1000)
+        assert opened == [("retrieval", 2), ("retrieval", 1)]
 
     def test_one_thread_needs_one_session(
         self, integer: Any, opened: list[tuple[str, int]]

@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 
 from embedge.runtime import Embedder, EmbedgeWarning
+from embedge.runtime import _graphs as graphs_module
 from embedge.runtime import _host_timing as timing
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cli import main
-from embedge.runtime._graphs import CPU_BATCH_TOKENS_PER_THREAD, NARROW_TOKENS
+from embedge.runtime._graphs import CPU_BATCH_TOKENS_PER_THREAD, default_narrow_tokens
 from embedge.runtime._lanes import Lanes
 from embedge.runtime._prepared import machine_name
 from embedge.runtime._session import GraphSession
 from embedge.runtime._wisdom import Measured, RunSettings, add_wisdom, read_wisdom, wisdom_file
 
 INTEGER = {"activation_constants": {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}}
+NARROW_TOKENS = default_narrow_tokens()
 LANES = RunSettings(lanes=True, narrow_tokens=NARROW_TOKENS, batch_tokens=512)
 WIDE = RunSettings(lanes=False, narrow_tokens=NARROW_TOKENS, batch_tokens=1024)
 TEXTS = [f"w{i % 60} w{i // 60} w{(7 * i) % 60} " + "w1 " * (i % 11) for i in range(256)]
@@ -354,11 +356,28 @@ class TestTiming:
         assert found.milliseconds["32x64"] == 2.0
 
     @pytest.mark.parametrize(
-        ("at_16", "at_100", "expected"), [(0.8, 0.8, 100), (0.8, 1.2, 64), (1.2, 1.2, 0)]
+        ("amx", "at_16", "at_100", "expected"),
+        [
+            (True, 0.8, 0.8, 100),
+            (True, 0.8, 1.2, 64),
+            (True, 1.2, 1.2, 0),
+            (True, 1.0, 1.2, 64),
+            (False, 0.8, 0.8, 100),
+            (False, 0.8, 1.2, 16),
+            (False, 1.0, 1.2, 0),
+        ],
     )
     def test_short_texts_take_one_thread_as_far_as_it_is_faster(
-        self, integer: Any, monkeypatch: Any, at_16: float, at_100: float, expected: int
+        self,
+        integer: Any,
+        monkeypatch: Any,
+        amx: bool,
+        at_16: float,
+        at_100: float,
+        expected: int,
     ) -> None:
+        monkeypatch.setattr(graphs_module, "has_amx", lambda: amx)
+
         def cost(shape: Any, settings: RunSettings) -> float:
             ratio = {16: at_16, 100: at_100}.get(shape[1], 1.0)
             narrow = settings.lanes and shape[1] <= settings.narrow_tokens
