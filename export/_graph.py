@@ -149,6 +149,7 @@ class Graph:
         left_out: by Linear, the constant float32 ``[in]`` that was subtracted from its input.
         output_scale: by Linear, the float32 ``[out]`` by which its weight's rows were multiplied.
         unpacked: by Linear, weights that the runtime makes from stored 4-bit ones.
+        shared: values that several layers read, by a name for what they are.
     """
 
     weights: Weights
@@ -164,7 +165,7 @@ class Graph:
     output_scale: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     unpacked: dict[str, Unpacked] = field(default_factory=dict)
     _constant_names: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
-    _shared: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     _counter: int = 0
 
     # -- values ---------------------------------------------------------------------------------
@@ -219,6 +220,32 @@ class Graph:
             helper.make_node(op_type, list(inputs), outputs, name=name, domain=domain, **attributes)
         )
         return outputs
+
+    def choose(
+        self,
+        condition: str,
+        then: Callable[[], str],
+        otherwise: Callable[[], str],
+        elem_type: int = TensorProto.FLOAT,
+    ) -> str:
+        """The value of ``then`` or of ``otherwise``, of which only that one's nodes run (``If``).
+
+        Args:
+            condition: bool scalar.
+            then: writes the nodes of one branch and returns the name of its value.
+            otherwise: the same for the other.
+            elem_type: ONNX element type of both values.
+        """
+        branches = {}
+        for branch, write in (("then_branch", then), ("else_branch", otherwise)):
+            outer, self.nodes = self.nodes, []
+            shared, self.shared = self.shared, dict(self.shared)
+            value = write()
+            inner, self.nodes = self.nodes, outer
+            self.shared = shared  # what was made inside cannot be read outside
+            output = helper.make_tensor_value_info(value, elem_type, None)
+            branches[branch] = helper.make_graph(inner, f"{branch}_{self._counter}", [], [output])
+        return self.op("If", condition, **branches)
 
     # -- parameters -----------------------------------------------------------------------------
 
@@ -353,7 +380,7 @@ class Graph:
 
     def _rotary_rows(self, cos: str, sin: str) -> tuple[str, str, str]:
         """A row for every token as tables, whose rows ONNX Runtime's own operator wants, and positions."""
-        if f"rows.{cos}" not in self._shared:
+        if f"rows.{cos}" not in self.shared:
             axes = self.op("Shape", cos)
             row = self.op("Gather", axes, self.const([2], "int64"), axis=0)
             table = self.op("Concat", self.const([-1], "int64"), row, axis=0)
@@ -361,11 +388,11 @@ class Graph:
             places = self.op("Shape", cos, start=0, end=2)
             count = self.op("Mul", *(self.op("Gather", axes, i, axis=0) for i in (zero, one)))
             steps = self.op("Range", zero, count, one)
-            self._shared[f"rows.{cos}"] = self.op("Reshape", cos, table)
-            self._shared[f"rows.{sin}"] = self.op("Reshape", sin, table)
-            self._shared[f"places.{cos}"] = self.op("Reshape", steps, places)
-        rows = self._shared[f"rows.{cos}"], self._shared[f"rows.{sin}"]
-        return *rows, self._shared[f"places.{cos}"]
+            self.shared[f"rows.{cos}"] = self.op("Reshape", cos, table)
+            self.shared[f"rows.{sin}"] = self.op("Reshape", sin, table)
+            self.shared[f"places.{cos}"] = self.op("Reshape", steps, places)
+        rows = self.shared[f"rows.{cos}"], self.shared[f"rows.{sin}"]
+        return *rows, self.shared[f"places.{cos}"]
 
     def add_norm(
         self,
@@ -409,119 +436,6 @@ class Graph:
             return self.op("Relu", x)
         raise AssertionError(f"families check activations; got {kind!r}")
 
-    def attention(
-        self,
-        q: str,
-        k: str,
-        v: str,
-        *,
-        heads: int,
-        kv_heads: int,
-        scale: float,
-        lengths: str | None = None,
-        mask: str | None = None,
-        causal: bool = False,
-        window: int | None = None,
-        tokens: str | None = None,
-    ) -> str:
-        """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
-
-        Where the form allows it, causal attention becomes ``GroupQueryAttention`` and attention without
-        lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow
-        with the square of the tokens. On CUDA these two do everything.
-
-        Args:
-            q: queries.
-            k: keys, ``kv_heads`` of them.
-            v: values, ``kv_heads`` of them.
-            heads: query heads.
-            kv_heads: key and value heads.
-            scale: factor of the scores.
-            lengths: int64 ``[batch]``, keys from there on are padding.
-            mask: float32 ``[batch or 1, heads or 1, tokens, tokens]`` added to the scores.
-            causal: no token sees a later one.
-            window: where ``causal``, the tokens that a token sees, itself and those before; ``mask``
-                says the same to the operators that have no windows.
-            tokens: int64 scalar, padded tokens of the batch; needed where ``causal``.
-        """
-        q, k, v = (self.form.attention_operand(self, t) for t in (q, k, v))
-        if self.form.fused_attention and causal and tokens:
-            y = self._causal_attention(q, k, v, heads, kv_heads, scale, window, tokens)
-        elif self.form.cuda or (self.form.fused_attention and not mask and not lengths):
-            y = self._full_attention(q, k, v, heads, scale, lengths, mask)
-        else:
-            arguments = _without_trailing_blanks(q, k, v, mask or "", "", "", lengths or "")
-            y = self.op(
-                "Attention",
-                *arguments,
-                q_num_heads=heads,
-                kv_num_heads=kv_heads,
-                scale=scale,
-                is_causal=int(causal and not mask),
-                softmax_precision=TensorProto.FLOAT,
-            )
-        return self.form.attention_result(self, y)
-
-    def _full_attention(
-        self,
-        q: str,
-        k: str,
-        v: str,
-        heads: int,
-        scale: float,
-        lengths: str | None,
-        mask: str | None,
-    ) -> str:
-        """``MultiHeadAttention``, over keys up to ``lengths`` and with ``mask`` where they are given."""
-        padding = bias = ""
-        if lengths:
-            if f"int32.{lengths}" not in self._shared:
-                self._shared[f"int32.{lengths}"] = self.op("Cast", lengths, to=TensorProto.INT32)
-            padding = self._shared[f"int32.{lengths}"]
-        if mask:
-            if f"half.{mask}" not in self._shared:
-                self._shared[f"half.{mask}"] = self.form.attention_mask(self, mask)
-            bias = self._shared[f"half.{mask}"]
-        return self.op(
-            "MultiHeadAttention",
-            *_without_trailing_blanks(q, k, v, "", padding, bias),
-            domain=CONTRIB,
-            num_heads=heads,
-            scale=scale,
-        )
-
-    def _causal_attention(
-        self,
-        q: str,
-        k: str,
-        v: str,
-        heads: int,
-        kv_heads: int,
-        scale: float,
-        window: int | None,
-        tokens: str,
-    ) -> str:
-        """``GroupQueryAttention`` over a prompt: every row counts as full, padding comes last."""
-        if "causal.total" not in self._shared:
-            last = self.op("Sub", tokens, self.const(1, "int64"))
-            rows = self.op("Shape", q, start=0, end=1)
-            lengths = self.op("Expand", last, rows)
-            self._shared["causal.lengths"] = self.op("Cast", lengths, to=TensorProto.INT32)
-            self._shared["causal.total"] = self.op("Cast", tokens, to=TensorProto.INT32)
-        lengths, total = self._shared["causal.lengths"], self._shared["causal.total"]
-        arguments = [q, k, v, "", "", lengths, total]
-        limits: dict[str, Any] = {} if window is None else {"local_window_size": window}
-        return self.op_n(
-            "GroupQueryAttention",
-            3,
-            *arguments,
-            domain=CONTRIB,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            scale=scale,
-            **limits,
-        )[0]
-
     # -- finishing ----------------------------------------------------------------------------------
 
     def prune(self) -> None:
@@ -531,7 +445,7 @@ class Graph:
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(i for i in node.input if i)
+                needed.update(_names_read(node))
         self.nodes = kept[::-1]
         self.constants = {n: c for n, c in self.constants.items() if n in needed}
         self.recipes = {
@@ -540,7 +454,12 @@ class Graph:
         self.unpacked = {n: u for n, u in self.unpacked.items() if u.specs[0].name in needed}
 
 
-def _without_trailing_blanks(*arguments: str) -> list[str]:
-    """Inputs of a node up to the last that is given."""
-    last = max(number for number, name in enumerate(arguments) if name)
-    return list(arguments[: last + 1])
+def _names_read(node: onnx.NodeProto) -> set[str]:
+    """Values that a node reads, those of its branches and what is made there included."""
+    names = {name for name in node.input if name}
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            names |= {output.name for output in attribute.g.output}
+            for inner in attribute.g.node:
+                names |= _names_read(inner)
+    return names

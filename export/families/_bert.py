@@ -7,8 +7,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.export._attention import attention
 from embedge.export._errors import CheckpointError
 from embedge.export._graph import Fold, Graph, Lin
+from embedge.export._long_attention import FLASH_TOKENS, is_flash
 from embedge.export.families._base import Family, lower_bound
 
 
@@ -59,7 +61,10 @@ class Bert(Family):
         return int(self.config.get("type_vocab_size", 0)) > 0
 
     def context(self, g: Graph) -> dict[str, str]:
-        return {"lengths": self.lengths(g), "tokens": self.tokens(g)}
+        context = {"lengths": self.lengths(g), "tokens": self.tokens(g)}
+        if g.form.fused_attention and not g.form.cuda and self.max_length > FLASH_TOKENS:
+            context["flash"] = is_flash(g, **context)
+        return context
 
     def embed(self, g: Graph, context: dict[str, str]) -> str:
         name, first = self.position_table, self.first_position
@@ -89,7 +94,8 @@ class Bert(Family):
         # softmax ignores what is the same for all keys, so the key bias is dropped; its rows sum to 1,
         # so the value bias passes attention unchanged and is added behind the output projection.
         g.drop_bias(key)
-        mixed = g.attention(
+        mixed = attention(
+            g,
             g.add(q, g.bias(query)),
             k,
             v,
@@ -98,6 +104,7 @@ class Bert(Family):
             scale=(self.hidden_size // self.heads) ** -0.5,
             lengths=None if "mask" in context else context["lengths"],
             mask=context.get("mask"),
+            flash=None if "mask" in context else context.get("flash"),
         )
         out = Lin(p + self.attention_out)
         [y] = g.linears(mixed, [out], fold=Fold(lin=value))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from onnx import TensorProto
 
+from embedge.export._attention import attention
 from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin
 from embedge.export._rotated import Stream
@@ -125,7 +126,8 @@ class Decoder(Family):
         k = self._head_norm(g, g.add(k, g.bias(key)), f"{p}self_attn.k_norm.weight", self.kv_heads)
         v = g.add(v, g.bias(value))
         window = self.windows[index]
-        mixed = g.attention(
+        mixed = attention(
+            g,
             self._rotate(g, context, q, self.heads),
             self._rotate(g, context, k, self.kv_heads),
             v,

@@ -5,10 +5,21 @@ Source: Warner et al., arXiv 2412.13663, and transformers' ``ModernBertModel``.
 
 from __future__ import annotations
 
+from functools import partial
+
 from onnx import TensorProto
 
+from embedge.export._attention import attention
 from embedge.export._errors import CheckpointError
 from embedge.export._graph import Fold, Graph, Lin
+from embedge.export._long_attention import (
+    FEWEST_BLOCKS,
+    FLASH_TOKENS,
+    Window,
+    in_blocks,
+    is_flash,
+    window_of,
+)
 from embedge.export.families._base import Family
 from embedge.export.families._decoder import band
 from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
@@ -52,18 +63,31 @@ class ModernBert(Family):
 
     def context(self, g: Graph) -> dict[str, str]:
         tokens = self.tokens(g)
-        context = {"lengths": self.lengths(g), "positions": position_ids(g, tokens)}
+        lengths = self.lengths(g)
+        context = {"lengths": lengths, "positions": position_ids(g, tokens)}
+        if g.form.fused_attention and not g.form.cuda and self.max_length > FLASH_TOKENS:
+            context["flash"] = is_flash(g, tokens=tokens, lengths=lengths)
         for kind, theta in self.thetas.items():
             tables = rotary_tables(self.head_size, theta, self.max_length, None)
             detail = f"{theta}|{self.max_length}"
             context[f"{kind}.cos"], context[f"{kind}.sin"] = rotary_inputs(
                 g, f"rotary.{kind}", tables, detail
             )
-        seen = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
-        padding = g.op("Mul", g.op("Sub", seen, g.const(1.0)), g.const(1e9))
-        padding = g.op("Unsqueeze", padding, g.const([1, 2], "int64"))
-        near = band(g, tokens, lowest=-self.window, highest=self.window)
-        context["local.mask"] = g.op("Add", near, padding)
+
+        def mask() -> str:
+            seen = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+            padding = g.op("Mul", g.op("Sub", seen, g.const(1.0)), g.const(1e9))
+            padding = g.op("Unsqueeze", padding, g.const([1, 2], "int64"))
+            near = band(g, tokens, lowest=-self.window, highest=self.window)
+            return g.op("Add", near, padding)
+
+        if g.form.cuda or self.max_length <= FEWEST_BLOCKS * self.window:
+            context["local.mask"] = mask()
+        else:
+            window = window_of(
+                g, reach=self.window, tokens=tokens, lengths=lengths, short_mask=mask
+            )
+            context |= {"tokens": tokens, "local.long": window.is_long, "local.mask": window.mask}
         return context
 
     def embed(self, g: Graph, context: dict[str, str]) -> str:
@@ -79,16 +103,9 @@ class ModernBert(Family):
         self.expect_shape(g, f"{p}mlp.Wi.weight", (2 * self.intermediate, width))
         query, key, value = (Lin(f"{p}attn.Wqkv", i * width, (i + 1) * width) for i in range(3))
         q, k, v = g.linears(x, [query, key, value])
-        mixed = g.attention(
-            self._rotate(g, context, kind, g.add(q, g.bias(query))),
-            self._rotate(g, context, kind, g.add(k, g.bias(key))),
-            v,
-            heads=self.heads,
-            kv_heads=self.heads,
-            scale=self.head_size**-0.5,
-            lengths=context["lengths"] if kind == "global" else None,
-            mask=context["local.mask"] if kind == "local" else None,
-        )
+        q = self._rotate(g, context, kind, g.add(q, g.bias(query)))
+        k = self._rotate(g, context, kind, g.add(k, g.bias(key)))
+        mixed = self._attend(g, context, kind, q, k, v)
         out = Lin(f"{p}attn.Wo")
         [y] = g.linears(mixed, [out], fold=Fold(lin=value))
         norm = f"{p}mlp_norm"
@@ -108,6 +125,30 @@ class ModernBert(Family):
         down = Lin(f"{p}mlp.Wo")
         [y] = g.linears(y, [down], fold=Fold(lin=gate))
         return g.add(g.add(y, g.bias(down)), hidden)
+
+    def _attend(self, g: Graph, context: dict[str, str], kind: str, q: str, k: str, v: str) -> str:
+        run = partial(
+            attention, g, heads=self.heads, kv_heads=self.heads, scale=self.head_size**-0.5
+        )
+        if kind == "global":
+            return run(q, k, v, lengths=context["lengths"], flash=context.get("flash"))
+
+        def attend(q: str, k: str, v: str, mask: str = context["local.mask"]) -> str:
+            return run(q, k, v, mask=mask)
+
+        if "local.long" not in context:
+            return attend(q, k, v)
+        window = Window(
+            reach=self.window,
+            is_long=context["local.long"],
+            tokens=context["tokens"],
+            mask=context["local.mask"],
+        )
+        return g.choose(
+            window.is_long,
+            lambda: in_blocks(g, q, k, v, window, self.hidden_size, attend),
+            lambda: attend(q, k, v),
+        )
 
     def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
         return self._norm(g, hidden, "final_norm")

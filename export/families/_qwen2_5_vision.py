@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from embedge.export._attention import attention
 from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin, Weights
@@ -137,7 +138,8 @@ class Qwen25Vision(ConfigReader):
         )
         q, k, v = g.linears(x, [query, key, value])
         cos, sin = context[f"{prefix}cos"], context[f"{prefix}sin"]
-        mixed = g.attention(
+        mixed = attention(
+            g,
             self._rotate(g, g.add(q, g.bias(query)), cos, sin),
             self._rotate(g, g.add(k, g.bias(key)), cos, sin),
             v,
