@@ -81,7 +81,7 @@ class BenchOptions:
         effort: how much; ``FULL`` or ``QUICK``.
         process: measure cold start, task switch and memory in child processes.
         latency: measure latency.
-        torch: measure merged torch fp32 and bf16 beside the bundle.
+        torch: measure merged torch fp32 and bf16 beside the bundle, on CUDA fp16 as well.
         shapes: of the token batches that are timed.
     """
 

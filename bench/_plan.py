@@ -112,7 +112,7 @@ def make_plan(options: BenchOptions) -> Plan:
         source=read_source(options.reference, options.pooling),
         threads=threads,
         tasks=tasks,
-        precisions=_chosen("precision", options.precisions, runnable),
+        precisions=_precisions(options, runnable),
         adapters=_adapters(options, bundle, tasks),
         peers=_peers(options, notes),
         texts=_texts(options, notes),
@@ -140,6 +140,15 @@ def _check_device(device: str) -> None:
         problem = "this torch sees no GPU; install a CUDA build of it, which the reference needs"
     if problem is not None:
         raise DeviceError(f"--device {device}: {problem}")
+
+
+def _precisions(options: BenchOptions, runnable: Sequence[str]) -> list[str]:
+    if not runnable:
+        raise BenchArgumentError(
+            f"{options.bundle}: the bundle has no precision that runs on {options.device}; export "
+            f"{'fp16 or int4-fp16' if options.device == 'cuda' else 'int8'} as well"
+        )
+    return _chosen("precision", options.precisions, runnable)
 
 
 def _peers(options: BenchOptions, notes: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, source: Source) -> torch.Tens
     if source.pooling == "cls":
         vectors = hidden[:, 0]
     elif source.pooling == "lasttoken":
-        vectors = hidden[torch.arange(len(hidden)), mask.sum(1) - 1]
+        vectors = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
     else:
         weights = mask.unsqueeze(-1).float()
         vectors = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)

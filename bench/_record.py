@@ -82,7 +82,7 @@ def _card_section(report: Report) -> str:
     texts = [
         "Measured against the unquantized model in torch fp32, its adapter applied by PEFT: "
         f"{report.settings.get('texts')} texts, {machine.get('threads')} threads of "
-        f"{machine.get('processor')}. Quality is nDCG@10 or Spearman in points.",
+        f"{machine.get('gpu') or machine.get('processor')}. Quality is nDCG@10 or Spearman in points.",
         main_table(rows).markdown(),
     ]
     if report.notes:

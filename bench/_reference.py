@@ -64,6 +64,8 @@ class Reference:
         if merged and adapter is not None:
             model = merge(model)
         self._device = torch.device(device)
+        if self._device.type == "cuda":  # an environment variable of some containers says otherwise
+            torch.set_float32_matmul_precision("highest")
         self._model: Any = model.to(self._device, _DTYPES[dtype]).eval()
 
     @property

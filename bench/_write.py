@@ -57,9 +57,10 @@ def write_report(report: Report, out: Path, checks: Sequence[Check] = ()) -> lis
 def markdown(report: Report, checks: Sequence[Check] = ()) -> str:
     """Return the whole report in Markdown."""
     machine = report.machine
+    on_gpu = f"{machine['gpu']} beside " if "gpu" in machine else ""
     parts = [
         f"# {report.bundle}: what each precision costs and buys",
-        f"{report.source.get('name')}, {machine.get('processor')}, {machine.get('threads')} threads"
+        f"{report.source.get('name')}, {on_gpu}{machine.get('processor')}, {machine.get('threads')} threads"
         f" ({', '.join(machine.get('instructions', []))}), load {machine.get('load_1_min')}. "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
         HOW_TO_READ,

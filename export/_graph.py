@@ -240,9 +240,11 @@ class Graph:
         for branch, write in (("then_branch", then), ("else_branch", otherwise)):
             outer, self.nodes = self.nodes, []
             shared, self.shared = self.shared, dict(self.shared)
-            value = write()
-            inner, self.nodes = self.nodes, outer
-            self.shared = shared  # what was made inside cannot be read outside
+            try:
+                value = write()
+                inner = self.nodes
+            finally:  # what was made inside cannot be read outside
+                self.nodes, self.shared = outer, shared
             output = helper.make_tensor_value_info(value, elem_type, None)
             branches[branch] = helper.make_graph(inner, f"{branch}_{self._counter}", [], [output])
         return self.op("If", condition, **branches)

@@ -4,10 +4,12 @@ Graphs of models that take long texts hold two ways and take one as they run (``
 
 * Everything to everything: ``MultiHeadAttention`` without a mask, which ONNX Runtime computes block by
   block on the CPU (FlashAttention, Dao et al., arXiv 2205.14135). It takes no mask, so it serves batches
-  without padding: a long text is alone in its batch. From 512 tokens on it is 1.0 to 1.3 times as fast as
+  without padding; the runtime pads no row from there on, so which way a row goes does not depend on its
+  batch. From 512 tokens on it is 1.0 to 1.3 times as fast as
   ``Attention``, below 256 it is slower (bench/LOG.md).
 * A window: the tokens are cut into blocks as wide as the window reaches, and a block sees itself and its
-  two neighbours (Longformer's sliding chunks, Beltagy et al., arXiv 2004.05150), from eight blocks on.
+  two neighbours (Longformer's sliding chunks, Beltagy et al., arXiv 2004.05150), where there are more than
+  eight.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ Rules:
     * Longest first, so that a batch that does not fit into memory fails at once.
     * A batch has at most ``batch_size`` rows and ``max_batch_tokens`` padded tokens (longest ×
       rows), but always one row.
-    * A batch ends where its rows would hold more padding than a further run costs.
+    * A batch ends where its rows would hold more padding than a further run costs. Long rows get
+      none: a graph may take another operator for them where a batch has no padding, one whose
+      memory does not grow with the square of the tokens, and that must not depend on the batch.
     * Where batches run at the same time, there are as many as lanes, or twice as many, …, of about
       the same size, if there are enough rows.
     * Padding is on the right. Batch × tokens is made a multiple of ``row_multiple`` by token
@@ -26,6 +28,8 @@ from embedge.runtime._image_layout import ImageRow
 from embedge.runtime._tokenize import TokenIds
 
 __all__ = ["ImageTokens", "PaddedBatch", "Row", "pad_batch", "plan_batches"]
+
+LONG_TOKENS = 512  # FLASH_TOKENS of embedge.export._long_attention
 
 Ints = NDArray[np.int64]
 
@@ -67,7 +71,8 @@ def plan_batches(
         batch_size: most rows of a batch.
         max_batch_tokens: most padded tokens of a batch of more than one row.
         lanes: batches that run at the same time.
-        max_padding: most tokens of a batch that only fill its rows, ``None``: any number.
+        max_padding: most tokens of a batch that only fill its rows, ``None``: any number. Of rows from
+            512 tokens on it is 0.
     """
     if 1 < lanes <= len(lengths):
         total = sum(lengths)
@@ -85,8 +90,9 @@ def plan_batches(
         count = max(1, min(batch_size, max_batch_tokens // longest))
         batch = order[start : start + count]
         if max_padding is not None:
+            limit = 0 if longest >= LONG_TOKENS else max_padding
             padding = np.cumsum(longest - sizes[batch])
-            batch = batch[: np.searchsorted(padding, max_padding, side="right")]
+            batch = batch[: np.searchsorted(padding, limit, side="right")]
         batches.append(batch)
         start += len(batch)
     return batches
@@ -171,7 +177,9 @@ def _image_inputs(
 
 def _padded_shape(rows: int, tokens: int, *, row_multiple: int, max_length: int) -> tuple[int, int]:
     """``(batch, tokens)`` of at least the given size whose product is a multiple."""
-    padded = _round_up(tokens, row_multiple // gcd(rows, row_multiple))
+    # the padding of a long row must not depend on how many rows there are
+    columns = row_multiple if tokens >= LONG_TOKENS else row_multiple // gcd(rows, row_multiple)
+    padded = _round_up(tokens, columns)
     if padded <= max(max_length, tokens):
         return rows, padded
     return _round_up(rows, row_multiple // gcd(tokens, row_multiple)), tokens

@@ -9,11 +9,11 @@ Rules:
 from __future__ import annotations
 
 import ctypes
-import io
 import logging
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from embedge.runtime._cpu import probe_model
 from embedge.runtime._errors import DeviceError, EmbedgeValueError
@@ -74,10 +74,8 @@ def cuda_problem() -> str | None:
             '`pip uninstall -y onnxruntime` and then `pip install "embedge[gpu]"`'
         )
     if hasattr(onnxruntime, "preload_dlls"):
-        # From NVIDIA's pip packages, where they are installed. What it misses it prints on standard
-        # output, where a program may be writing vectors.
-        with redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()
+        with _without_print(onnxruntime):
+            onnxruntime.preload_dlls()  # from NVIDIA's pip packages, where they are installed
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -94,6 +92,16 @@ def cuda_problem() -> str | None:
         "`nvidia-smi` and install CUDA's and cuDNN's libraries with "
         '`pip install "onnxruntime-gpu[cuda,cudnn]"`'
     )
+
+
+@contextmanager
+def _without_print(module: Any) -> Iterator[None]:
+    """A module that says nothing on standard output, where a program may be writing vectors."""
+    module.print = lambda *args, **options: None
+    try:
+        yield
+    finally:
+        del module.print
 
 
 def _missing_library() -> str:

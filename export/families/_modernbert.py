@@ -81,7 +81,7 @@ class ModernBert(Family):
             near = band(g, tokens, lowest=-self.window, highest=self.window)
             return g.op("Add", near, padding)
 
-        if g.form.cuda or self.max_length <= FEWEST_BLOCKS * self.window:
+        if g.form.cuda or not 0 < FEWEST_BLOCKS * self.window < self.max_length:
             context["local.mask"] = mask()
         else:
             window = window_of(

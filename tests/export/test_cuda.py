@@ -27,6 +27,7 @@ from test_multi_vector_head import make_source
 
 from embedge.export import CheckpointError, export_bundle
 from embedge.runtime import Embedder
+from embedge.runtime._cpu import has_amx
 from embedge.runtime._device import cuda_problem
 from embedge.runtime._errors import EmbedgeValueError
 
@@ -34,10 +35,10 @@ PRECISIONS = ("fp16", "int4-fp16")
 KERNELS = read(FILE.read_text("utf-8"))
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "Sigmoid", "GELU", "SiLU")
 # Of single vectors and of rows, by what is encoded. A random model of 64 channels enlarges what is lost
-# in an image: .99999 on most processors, .9990 on one Xeon, and at 4 bits no more than a floor.
+# in an image: .99999 without AMX, .9990 on a Xeon that has it, and at 4 bits no more than a floor.
 LOWEST_V4 = {
     ("fp16", "encode"): (0.9999, 0.9999),
-    ("fp16", "encode_image"): (0.998, 0.95),
+    ("fp16", "encode_image"): (0.998, 0.95) if has_amx() else (0.9999, 0.9999),
     ("int4-fp16", "encode"): (0.7, 0.6),
     ("int4-fp16", "encode_image"): (0.7, 0.6),
 }

@@ -26,4 +26,4 @@ def test_a_model_of_many_layers_needs_little_more_than_one_of_few(
 ) -> None:
     small, of_small = cost_of(SMALL, precision, tmp_path / "small")
     large, of_large = cost_of(LARGE, precision, tmp_path / "large")
-    assert of_large.peak - of_small.peak < 0.25 * (large - small)
+    assert of_large.peak - of_small.peak < 0.35 * (large - small)

@@ -30,6 +30,19 @@ def test_padded_tokens_bound_a_batch_but_never_empty_it(limit: int, sizes: list[
     assert [len(batch) for batch in batches] == sizes
 
 
+def test_long_rows_run_with_their_equals_alone() -> None:
+    lengths = [511, 600, 512, 600, 505, 512, 599]
+    found = plan_batches(lengths, batch_size=32, max_batch_tokens=10_000, max_padding=32)
+    assert [[lengths[i] for i in batch] for batch in found] == [
+        [600, 600],
+        [599],
+        [512, 512],
+        [511, 505],
+    ]
+    padded = plan_batches(lengths, batch_size=32, max_batch_tokens=10_000)
+    assert [len(batch) for batch in padded] == [7]
+
+
 def test_rows_are_padded_on_the_right() -> None:
     batch = pad_batch(
         [tokens(3), tokens(1, 50)],
@@ -55,12 +68,13 @@ def test_rows_are_padded_on_the_right() -> None:
         (6, 5, 4, (6, 6)),
         (1, 7, 2, (2, 7)),  # a column more would pass the limit of 7: a row instead
         (3, 7, 4, (4, 7)),
+        (2, 512 + 1, 2, (2, 512 + 2)),  # a long row is padded as if it were alone
     ],
 )
 def test_batch_times_tokens_is_a_multiple_within_the_limit(
     rows: int, length: int, multiple: int, shape: tuple[int, int]
 ) -> None:
-    limit = 7 if length == 7 else 16
+    limit = 7 if length == 7 else 1000
     batch = pad_batch(
         [tokens(length)] * rows,
         input_names=INPUTS,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ def test_a_provider_that_does_not_load_is_noticed(monkeypatch: pytest.MonkeyPatc
     assert "does not load; check the driver" in str(cuda_problem())
 
 
+def preload_dlls_like_onnxruntimes() -> None:
+    print("Failed to load libcublas")
+
+
 def test_the_library_that_the_provider_lacks_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +105,8 @@ def test_the_library_that_the_provider_lacks_is_named(
     provider.parent.mkdir()
     provider.write_bytes(b"no library")
     monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas"))
+    printing = types.FunctionType(preload_dlls_like_onnxruntimes.__code__, vars(onnxruntime))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", printing)
 
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("no provider")
@@ -111,6 +117,7 @@ def test_the_library_that_the_provider_lacks_is_named(
     found = str(cuda_problem())
     assert found.startswith(f"the CUDA provider is installed but does not load ({provider}: ")
     assert capsys.readouterr().out == ""
+    assert "print" not in vars(onnxruntime)
 
 
 @pytest.mark.skipif(
