@@ -347,6 +347,19 @@ class TestTiming:
 
         assert self.measured(monkeypatch, integer, cost).settings == LANES
 
+    def test_what_was_faster_only_once_is_not_taken(self, integer: Any, monkeypatch: Any) -> None:
+        """As when another process takes a core for some seconds."""
+        asked: dict[Any, int] = {}
+
+        def cost(shape: Any, settings: RunSettings) -> float:
+            key = shape, settings
+            asked[key] = asked.get(key, 0) + 1
+            disturbed = asked[key] == 1 and settings.lanes == LANES.lanes
+            return 3.0 if disturbed and shape[0] > 1 else 1.0
+
+        assert self.measured(monkeypatch, integer, cost).settings == LANES
+        assert max(asked.values()) > 1
+
     def test_wide_batches_where_they_are_faster(self, integer: Any, monkeypatch: Any) -> None:
         def cost(shape: Any, settings: RunSettings) -> float:
             return (3.0 if settings.lanes else 2.0) + (settings.batch_tokens != 512)
