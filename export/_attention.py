@@ -29,7 +29,8 @@ def attention(
 
     Where the form allows it, causal attention becomes ``GroupQueryAttention`` and attention without
     lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow
-    with the square of the tokens. On CUDA these two do everything.
+    with the square of the tokens. On CUDA these two do everything. Whatever else is asked for is ONNX's
+    ``Attention``, whose memory does grow so.
 
     Args:
         g: the graph.
@@ -53,40 +54,24 @@ def attention(
     elif g.form.cuda or (g.form.fused_attention and not mask and not lengths):
         y = _full_attention(g, q, k, v, heads, scale, lengths, mask)
     else:
-        y = _any_attention(g, q, k, v, heads, kv_heads, scale, lengths, mask, causal, flash)
+
+        def plain() -> str:
+            arguments = _without_trailing_blanks(q, k, v, mask or "", "", "", lengths or "")
+            return g.op(
+                "Attention",
+                *arguments,
+                q_num_heads=heads,
+                kv_num_heads=kv_heads,
+                scale=scale,
+                is_causal=int(causal and not mask),
+                softmax_precision=TensorProto.FLOAT,
+            )
+
+        def in_pieces() -> str:
+            return _full_attention(g, q, k, v, heads, scale, None, None)
+
+        y = g.choose(flash, in_pieces, plain) if flash else plain()
     return g.form.attention_result(g, y)
-
-
-def _any_attention(
-    g: Graph,
-    q: str,
-    k: str,
-    v: str,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    lengths: str | None,
-    mask: str | None,
-    causal: bool,
-    flash: str | None,
-) -> str:
-    """``Attention``, whose memory grows with the square of the tokens, unless ``flash`` is true."""
-    if flash:
-        return g.choose(
-            flash,
-            lambda: _full_attention(g, q, k, v, heads, scale, None, None),
-            lambda: _any_attention(g, q, k, v, heads, kv_heads, scale, lengths, mask, causal, None),
-        )
-    arguments = _without_trailing_blanks(q, k, v, mask or "", "", "", lengths or "")
-    return g.op(
-        "Attention",
-        *arguments,
-        q_num_heads=heads,
-        kv_num_heads=kv_heads,
-        scale=scale,
-        is_causal=int(causal and not mask),
-        softmax_precision=TensorProto.FLOAT,
-    )
 
 
 def _full_attention(

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedge.export._graph import Graph
+from embedge.runtime._batching import LONG_TOKENS
 
-FLASH_TOKENS = 512
+FLASH_TOKENS = LONG_TOKENS  # from there on the runtime pads no row
 FEWEST_BLOCKS = 8
 LOWEST = -1e9  # added to the scores of tokens that are not seen
 

@@ -29,7 +29,7 @@ from embedge.runtime._tokenize import TokenIds
 
 __all__ = ["ImageTokens", "PaddedBatch", "Row", "pad_batch", "plan_batches"]
 
-LONG_TOKENS = 512  # FLASH_TOKENS of embedge.export._long_attention
+LONG_TOKENS = 512  # embedge.export._long_attention builds on it
 
 Ints = NDArray[np.int64]
 
