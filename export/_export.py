@@ -420,7 +420,7 @@ def _gptq_passes(
         for tap in g.taps.values()
         if (rounding := gptq_form_of(form, tap)) is not None
         for lin in tap.lins
-        if not store.has(rounding.weight_recipe(g, tap.lins, lin).key)
+        if not store.has(rounding.weight_recipe(g, tap, lin).key)
     }
     own = {n for n in missing if weights.version(n) != BASE}
     passes = (

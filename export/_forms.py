@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._errors import CheckpointError
-from embedge.export._graph import CUDA_OPSET, OPSET, Fold, Graph, Lin, Recipe, TensorSpec
+from embedge.export._graph import CUDA_OPSET, OPSET, Graph, Lin, Recipe, Tap, TensorSpec
 
 FloatArray = NDArray[np.float32]
 HALF_MAX = float(np.finfo(np.float16).max)  # 65504
@@ -56,15 +56,14 @@ class Form:
     opset = OPSET
     elem_type: int = TensorProto.FLOAT
 
-    def linears(
-        self,
-        g: Graph,
-        x: str,
-        lins: Sequence[Lin],
-        *,
-        fold: Fold | None,
-        lower_bound: float | None,
-    ) -> list[str]:
+    def linears(self, g: Graph, tap: Tap) -> list[str]:
+        return self._products(g, tap.value, tap.lins)
+
+    def scales_rows(self, tap: Tap) -> bool:
+        """Whether :meth:`linears` takes a value whose rows are still to be scaled as it is."""
+        return False
+
+    def _products(self, g: Graph, x: str, lins: Sequence[Lin]) -> list[str]:
         return [g.op("MatMul", x, self.matrix(g, lin), name=lin.label) for lin in lins]
 
     def bias(self, g: Graph, lin: Lin, carried: Lin | None, negated: bool) -> str | None:
@@ -169,17 +168,9 @@ class HalfForm(CudaForm):
     def __init__(self, *, rotates: bool = False) -> None:
         self.rotates = rotates
 
-    def linears(
-        self,
-        g: Graph,
-        x: str,
-        lins: Sequence[Lin],
-        *,
-        fold: Fold | None,
-        lower_bound: float | None,
-    ) -> list[str]:
-        half = g.op("Cast", x, to=TensorProto.FLOAT16)
-        products = super().linears(g, half, lins, fold=fold, lower_bound=lower_bound)
+    def linears(self, g: Graph, tap: Tap) -> list[str]:
+        half = g.op("Cast", tap.value, to=TensorProto.FLOAT16)
+        products = self._products(g, half, tap.lins)
         return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:

@@ -9,7 +9,7 @@ bytes are wanted, and is dropped right after.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -101,10 +101,12 @@ class Fold:
         lin: the producer (value projection, up projection).
         groups: ``(kv_heads, queries_per_kv_head, head_size)`` where each of its channels feeds several
             input channels (grouped-query attention), else ``None``: one to one.
+        gated: whether the input is the producer's output times other values (a gated MLP).
     """
 
     lin: Lin
     groups: tuple[int, int, int] | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +130,22 @@ class Tap:
         fold: what a per-channel scale of it may be folded into.
         lower_bound: a value it is never below, or ``None``.
         norm: the norm that made it, or ``None``.
+        rows: names the order of its rows, where a graph has several.
+        multiplied: the Linear whose product nothing reads but a multiplication, or ``None``.
     """
 
     value: str
     lins: tuple[Lin, ...]
-    fold: Fold | None
-    lower_bound: float | None
-    norm: Norm | None
+    fold: Fold | None = None
+    lower_bound: float | None = None
+    norm: Norm | None = None
+    rows: str = ""
+    multiplied: Lin | None = None
+
+    @property
+    def label(self) -> str:
+        """The name of the input: that of its first Linear."""
+        return self.lins[0].label
 
 
 @dataclass
@@ -148,6 +159,7 @@ class Graph:
         norms: normalized values and what made them.
         left_out: by Linear, the constant float32 ``[in]`` that was subtracted from its input.
         output_scale: by Linear, the float32 ``[out]`` by which its weight's rows were multiplied.
+        row_scales: by value, float32 ``[batch, tokens, 1]`` by which it has still to be multiplied.
         unpacked: by Linear, weights that the runtime makes from stored 4-bit ones.
         shared: values that several layers read, by a name for what they are.
     """
@@ -163,6 +175,7 @@ class Graph:
     norms: dict[str, Norm] = field(default_factory=dict)
     left_out: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     output_scale: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    row_scales: dict[str, str] = field(default_factory=dict)
     unpacked: dict[str, Unpacked] = field(default_factory=dict)
     _constant_names: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
@@ -295,6 +308,8 @@ class Graph:
         *,
         fold: Fold | None = None,
         lower_bound: float | None = None,
+        rows: str = "",
+        multiplied: Lin | None = None,
     ) -> list[str]:
         """Products of ``x`` ``[batch, tokens, in]`` with each Linear's weight, without biases.
 
@@ -303,15 +318,37 @@ class Graph:
             lins: the Linears that read it.
             fold: what a per-channel scale of ``x`` may be folded into.
             lower_bound: a value that no element of ``x`` is ever below, where one is known.
+            rows: names ``batch`` and ``tokens``, where a graph has values of several.
+            multiplied: see :meth:`gated`.
         """
-        self.taps[lins[0].label] = Tap(
+        tap = Tap(
             value=x,
             lins=tuple(lins),
             fold=fold,
             lower_bound=lower_bound,
             norm=self.norms.get(x),
+            rows=rows,
+            multiplied=multiplied,
         )
-        return self.form.linears(self, x, lins, fold=fold, lower_bound=lower_bound)
+        if x in self.row_scales and not self.form.scales_rows(tap):
+            tap = replace(tap, value=self.op("Mul", x, self.row_scales[x]))
+        self.taps[tap.label] = tap
+        return self.form.linears(self, tap)
+
+    def gated(self, x: str, gate: Lin, up: Lin, kind: str) -> str:
+        """``activation(gate(x)) · up(x)``, what the last Linear of a gated MLP reads.
+
+        Args:
+            x: its input ``[batch, tokens, in]``.
+            gate: the Linear behind the activation.
+            up: the other one.
+            kind: the activation, see :meth:`activation`.
+        """
+        a, b = self.linears(x, [gate, up], multiplied=up)
+        y = self.op("Mul", self.activation(a, kind, gate), self.add(b, self.bias(up)))
+        if b in self.row_scales:
+            self.row_scales[y] = self.row_scales[b]
+        return y
 
     def bias(self, lin: Lin, *, carried: Lin | None = None, negated: bool = False) -> str | None:
         """The bias that completes :meth:`linears`: the Linear's own and what was folded into it.

@@ -28,8 +28,8 @@ from embedge.export._forms import (
     to_half,
     weight_name,
 )
-from embedge.export._graph import CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
-from embedge.export._outliers import with_outliers
+from embedge.export._graph import CONTRIB, Graph, Lin, Recipe, Tap, TensorSpec
+from embedge.export._outliers import beside, outliers
 from embedge.quant import _gptq, _int4
 
 
@@ -63,28 +63,21 @@ class Int4Form(Form):
         # move by up to 6e-4), so the runtime keeps batch × tokens even.
         self.row_multiple = 1 if block_size <= 32 else 2
 
-    def linears(
-        self,
-        g: Graph,
-        x: str,
-        lins: Sequence[Lin],
-        *,
-        fold: Fold | None,
-        lower_bound: float | None,
-    ) -> list[str]:
-        products = [self._product(g, x, lins, lin, accuracy_level=4) for lin in lins]
-        channels = self._outliers.get(lins[0].label)
+    def linears(self, g: Graph, tap: Tap) -> list[str]:
+        products = [self._product(g, tap.value, tap, lin, accuracy_level=4) for lin in tap.lins]
+        channels = self._outliers.get(tap.label)
         if channels is None:
             return products
         return [
-            with_outliers(g, x, y, lin, channels) for y, lin in zip(products, lins, strict=True)
+            beside(g, y, [outliers(g, tap.value, lin, channels)])
+            for y, lin in zip(products, tap.lins, strict=True)
         ]
 
-    def _product(self, g: Graph, x: str, lins: Sequence[Lin], lin: Lin, **options: int) -> str:
+    def _product(self, g: Graph, x: str, tap: Tap, lin: Lin, **options: int) -> str:
         return g.op(
             "MatMulNBits",
             x,
-            *g.recipe(self.weight_recipe(g, lins, lin)),
+            *g.recipe(self.weight_recipe(g, tap, lin)),
             domain=CONTRIB,
             name=lin.label,
             K=in_features(g, lin),
@@ -101,9 +94,9 @@ class Int4Form(Form):
 
     # -- rounding -----------------------------------------------------------------------------------
 
-    def smooth_hessian(self, g: Graph, lins: Sequence[Lin], hessian: NDArray[np.float32]) -> None:
+    def smooth_hessian(self, g: Graph, tap: Tap, hessian: NDArray[np.float32]) -> None:
         """Take the outlier channels, which are not quantized, out of ``Σ x xᵀ``, in place."""
-        channels = self._outliers.get(lins[0].label)
+        channels = self._outliers.get(tap.label)
         if channels is not None:
             hessian[channels] = 0
             hessian[:, channels] = 0
@@ -111,13 +104,13 @@ class Int4Form(Form):
     def round(
         self,
         g: Graph,
-        lins: Sequence[Lin],
+        tap: Tap,
         lin: Lin,
         upper: NDArray[np.float32] | None = None,
     ) -> Rounded:
         """Quantize one of the Linears that share an input; see :meth:`Int8Form.round`."""
         weight = read_linear(g, lin)
-        channels = self._outliers.get(lins[0].label)
+        channels = self._outliers.get(tap.label)
         if channels is not None:
             weight[:, channels] = 0
         parts = _int4.split_blocks(weight, self.block_size)
@@ -135,7 +128,7 @@ class Int4Form(Form):
             arrays[1] = to_half(scales, weight_name(lin))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
-    def weight_recipe(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> Recipe:
+    def weight_recipe(self, g: Graph, tap: Tap, lin: Lin) -> Recipe:
         """Values, scales and zero points of a Linear; ``compute`` rounds to nearest."""
         rows, columns = out_features(g, lin), in_features(g, lin)
         blocks = -(-columns // self.block_size)
@@ -143,7 +136,7 @@ class Int4Form(Form):
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, lins, lin)
+            rounded = self.round(g, tap, lin)
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 
@@ -167,7 +160,7 @@ class Int4Form(Form):
                 shape=(rows, -(-blocks // 2)),
             ),
         )
-        outliers = digest(self._outliers.get(lins[0].label))
+        outliers = digest(self._outliers.get(tap.label))
         key = recipe_key(g, lin, f"{self.precision}|{self.block_size}|{self.method}|{outliers}")
         owner = g.owner(weight_name(lin))
         return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
@@ -184,17 +177,9 @@ class Int4HalfForm(Int4Form, CudaForm):
         super().__init__(block_size, method, table_bits)
         self.row_multiple = 1
 
-    def linears(
-        self,
-        g: Graph,
-        x: str,
-        lins: Sequence[Lin],
-        *,
-        fold: Fold | None,
-        lower_bound: float | None,
-    ) -> list[str]:
-        half = g.op("Cast", x, to=TensorProto.FLOAT16)
-        products = [self._product(g, half, lins, lin) for lin in lins]
+    def linears(self, g: Graph, tap: Tap) -> list[str]:
+        half = g.op("Cast", tap.value, to=TensorProto.FLOAT16)
+        products = [self._product(g, half, tap, lin) for lin in tap.lins]
         return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:

@@ -12,12 +12,18 @@ a vector depends neither on its batch nor on its padding.
   product of language models) are scaled down to nothing there and multiplied in float32 beside it.
 * An input that is never below a bound (GELU) spends 20 levels below zero and 235 above:
   ``q = round(x' / s) + 20`` with ``s = max(max x' / 235, -bound / 20)``.
+* What a gated MLP multiplies has few large values in a row, and they lie on one side. Each half of its
+  channels takes all levels between its own smallest and largest value, ``q = round((x' - low) / s)``
+  with ``s = (high - low) / 255``, and ``low · Σ W_q`` is added in float32.
 
-The steps ``1/127`` and ``1/235`` and the zero points are initializers of their own. On processors whose
-u8×s8 products saturate in 16 bits the runtime replaces them by those of 7-bit activations.
+The steps ``1/127``, ``1/235`` and ``1/255`` and the zero points are initializers of their own. On
+processors whose u8×s8 products saturate in 16 bits the runtime replaces them by those of 7-bit
+activations.
 
-``MatMulIntegerToFloat`` takes a scale per row, ``[batch, tokens, 1]``, on the CPU (undocumented; a test
-holds it), but only without its bias input.
+A scale per row is a block of :class:`QuantizeLinear` as wide as the row. ``MatMulIntegerToFloat`` takes
+one too, ``[batch, tokens, 1]``, on the CPU (undocumented; a test holds it), but only without its bias
+input, and multiplies by it in one thread after the product. So where the product is multiplied again
+anyway (``up`` of a gated MLP) its scale waits in :attr:`Graph.row_scales` for the next one.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from onnx import TensorProto
 from embedge.export._forms import (
     Form,
     Rounded,
+    bias_name,
     digest,
     in_features,
     out_features,
@@ -41,8 +48,8 @@ from embedge.export._forms import (
     reported_db,
     weight_name,
 )
-from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, TensorSpec
-from embedge.export._outliers import with_outliers
+from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, Tap, TensorSpec
+from embedge.export._outliers import beside, outliers
 from embedge.quant import _gptq, _int8
 
 ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
@@ -50,8 +57,10 @@ ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
     "embedge.act_zero_point": {"dtype": "uint8", "full": 128, "reduced": 64},
     "embedge.act_step_bounded": {"dtype": "float32", "full": 1 / 235, "reduced": 2 / 235},
     "embedge.act_zero_point_bounded": {"dtype": "uint8", "full": 20, "reduced": 10},
+    "embedge.act_step_between": {"dtype": "float32", "full": 1 / 255, "reduced": 1 / 127},
 }
 _BOUNDED_RATIO = 235 / 20  # levels above zero per level below, at either width
+_GATED_PARTS = 2  # measured: 1 loses accuracy, 4 loses time (bench/LOG.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,35 +125,83 @@ class Int8Form(Form):
             if plan.fold is not None and plan.smooth is not None
         }
 
-    def linears(
-        self,
-        g: Graph,
-        x: str,
-        lins: Sequence[Lin],
-        *,
-        fold: Fold | None,
-        lower_bound: float | None,
-    ) -> list[str]:
-        plan = self._plan(g, lins)
-        for lin in lins:
+    def linears(self, g: Graph, tap: Tap) -> list[str]:
+        plan = self._plan(g, tap)
+        for lin in tap.lins:
             if plan.shift is not None:
                 g.left_out[lin.label] = plan.shift
             if lin.label in self._output_scale:
                 g.output_scale[lin.label] = self._output_scale[lin.label]
-        x = self._smoothed(g, x, lins[0].label, plan)
+        x = self._smoothed(g, tap.value, tap.label, plan)
+        if gated_parts(g, tap):
+            return self._gated_products(g, tap, x, plan)
+        lower_bound = tap.lower_bound
         if lower_bound is not None and plan.smooth is not None:
             lower_bound /= float(plan.smooth.min())
-        values, scale, zero_point = self._quantized(g, x, lower_bound)
+        values, scale, zero_point = self._quantized(g, x, tap, lower_bound)
         products = []
-        for lin in lins:
-            weight, weight_scale = self._weight(g, lins, lin)
-            arguments = [values, weight, scale, weight_scale, zero_point]
+        for lin in tap.lins:
+            weight, weight_scale = self._weight(g, tap, lin)
+            waits = lin == tap.multiplied and not g.weights.has(bias_name(lin))
+            waits = waits and plan.shift is None and plan.outliers is None
+            rows = g.const(1.0) if waits else scale
+            arguments = [values, weight, rows, weight_scale, zero_point]
             y = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=lin.label)
+            if waits:
+                g.row_scales[y] = scale
             if plan.outliers is not None:
-                factors = self._output_scale.get(lin.label)
-                y = with_outliers(g, x, y, lin, plan.outliers, columns=plan.smooth, rows=factors)
+                y = beside(g, y, [self._outliers(g, x, lin, plan, plan.outliers)])
             products.append(y)
         return products
+
+    def scales_rows(self, tap: Tap) -> bool:
+        return tap.fold is not None and tap.fold.gated
+
+    def _gated_products(self, g: Graph, tap: Tap, x: str, plan: InputPlan) -> list[str]:
+        """Products of an input whose parts are quantized between their smallest and largest values."""
+        parts, width = gated_parts(g, tap), in_features(g, tap.lins[0])
+        axis, last = g.const([-1], "int64"), g.const([0, 0, parts, width // parts], "int64")
+        step = _constant(g, "embedge.act_step_between")
+        row_scale = g.row_scales.get(tap.value)
+        split = g.op("Reshape", x, last) if parts > 1 else x
+        low = g.op("ReduceMin", split, axis, keepdims=1)
+        scale = g.op("Mul", g.op("Sub", g.op("ReduceMax", split, axis, keepdims=1), low), step)
+        values = g.op(
+            "QuantizeLinear", g.op("Sub", split, low), scale, axis=-1, block_size=width // parts
+        )
+        halves = [(values, scale)]
+        if parts > 1:
+            low = g.op("Squeeze", low, axis)
+            numbers = [g.const(i, "int64") for i in range(parts)]
+            halves = [
+                (g.op("Gather", values, i, axis=2), g.op("Gather", scale, i, axis=2))
+                for i in numbers
+            ]
+        if row_scale is not None:
+            halves = [(values, g.op("Mul", scale, row_scale)) for values, scale in halves]
+        products = []
+        for lin in tap.lins:
+            *weights, weight_scale, sums = self._weight(g, tap, lin)
+            y = ""
+            for number, ((values, scale), weight) in enumerate(zip(halves, weights, strict=True)):
+                part = g.op(
+                    "MatMulIntegerToFloat",
+                    *(values, weight, scale, weight_scale),
+                    domain=CONTRIB,
+                    name=f"{lin.label}.{number}" if parts > 1 else lin.label,
+                )
+                y = g.op("Add", y, part) if y else part
+            columns = [(low, sums)]
+            if plan.outliers is not None:
+                columns.insert(0, self._outliers(g, x, lin, plan, plan.outliers))
+            products.append(beside(g, y, columns, row_scale))
+        return products
+
+    def _outliers(
+        self, g: Graph, x: str, lin: Lin, plan: InputPlan, channels: NDArray[np.int64]
+    ) -> tuple[str, str]:
+        rows = self._output_scale.get(lin.label)
+        return outliers(g, x, lin, channels, columns=plan.smooth, rows=rows)
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         from embedge.export._tables import quantized_rows
@@ -209,40 +266,41 @@ class Int8Form(Form):
             x = g.op("Mul", x, g.const(1.0 / plan.smooth))
         return x
 
-    def _quantized(self, g: Graph, x: str, lower_bound: float | None) -> tuple[str, str, str]:
+    def _quantized(
+        self, g: Graph, x: str, tap: Tap, lower_bound: float | None
+    ) -> tuple[str, str, str]:
         """``(uint8 values, float32 scale [batch, tokens, 1], uint8 zero point)``.
 
         A row of zeros has scale 0: its values are whatever rounding NaN gives, times 0.
         """
         axis = g.const([-1], "int64")
         suffix = "" if lower_bound is None else "_bounded"
-        constants = {
-            name: g.const(
-                ACTIVATION_CONSTANTS[name]["full"], ACTIVATION_CONSTANTS[name]["dtype"], name=name
-            )
-            for name in (f"embedge.act_step{suffix}", f"embedge.act_zero_point{suffix}")
-        }
-        step, zero_point = constants.values()
+        step = _constant(g, f"embedge.act_step{suffix}")
+        zero_point = _constant(g, f"embedge.act_zero_point{suffix}")
         if lower_bound is None:
             peak = g.op("ReduceMax", g.op("Abs", x), axis, keepdims=1)
         else:
             peak = g.op("ReduceMax", x, axis, keepdims=1)
             peak = g.op("Max", peak, g.const(-lower_bound * _BOUNDED_RATIO))
         scale = g.op("Mul", peak, step)
-        values = g.op("QuantizeLinear", g.op("Div", x, scale), g.const(1.0), zero_point)
+        shared = f"{zero_point}.{tap.rows}"
+        if shared not in g.shared:
+            g.shared[shared] = g.op("Expand", zero_point, g.op("Shape", scale))
+        width = in_features(g, tap.lins[0])
+        values = g.op("QuantizeLinear", x, scale, g.shared[shared], axis=-1, block_size=width)
         return values, scale, zero_point
 
-    def _plan(self, g: Graph, lins: Sequence[Lin]) -> InputPlan:
-        plan = self._plans.get(lins[0].label, NO_PLAN)
+    def _plan(self, g: Graph, tap: Tap) -> InputPlan:
+        plan = self._plans.get(tap.label, NO_PLAN)
         if plan.fold is not None and plan.fold.lin.label not in g.output_scale:
             return NO_PLAN  # the producer is kept at another precision and was not scaled
         return plan
 
     # -- rounding -----------------------------------------------------------------------------------
 
-    def smooth_hessian(self, g: Graph, lins: Sequence[Lin], hessian: NDArray[np.float32]) -> None:
+    def smooth_hessian(self, g: Graph, tap: Tap, hessian: NDArray[np.float32]) -> None:
         """Turn ``Σ x xᵀ`` of a Linear input into that of what is quantized, in place."""
-        plan = self._plan(g, lins)
+        plan = self._plan(g, tap)
         if plan.smooth is not None:
             for row, divisor in enumerate(plan.smooth):  # mapped from a file: row by row
                 hessian[row] /= divisor * plan.smooth
@@ -253,7 +311,7 @@ class Int8Form(Form):
     def round(
         self,
         g: Graph,
-        lins: Sequence[Lin],
+        tap: Tap,
         lin: Lin,
         upper: NDArray[np.float32] | None = None,
     ) -> Rounded:
@@ -261,11 +319,11 @@ class Int8Form(Form):
 
         Args:
             g: the graph whose weights are read.
-            lins: the Linears that share the input.
-            lin: one of them.
+            tap: the input.
+            lin: one of the Linears that read it.
             upper: what :func:`embedge.quant._gptq.inverse_factor` made of the smoothed Hessian.
         """
-        plan = self._plan(g, lins)
+        plan = self._plan(g, tap)
         weight = read_linear(g, lin)
         if plan.outliers is not None:
             weight[:, plan.outliers] = 0
@@ -284,41 +342,80 @@ class Int8Form(Form):
         output_scale = self._output_scale.get(lin.label)
         if output_scale is not None:
             scales = scales * output_scale
-        arrays: list[NDArray[Any]] = [np.ascontiguousarray(values.T), scales]
+        arrays = _stored(values, scales, gated_parts(g, tap))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
-    def _weight(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> list[str]:
-        return g.recipe(self.weight_recipe(g, lins, lin))
+    def _weight(self, g: Graph, tap: Tap, lin: Lin) -> list[str]:
+        """Initializers: the weight or its parts, the scales, and the parts' sums where it has parts."""
+        return g.recipe(self.weight_recipe(g, tap, lin))
 
-    def weight_recipe(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> Recipe:
+    def weight_recipe(self, g: Graph, tap: Tap, lin: Lin) -> Recipe:
         """The recipe of one of the Linears that share an input; its ``compute`` rounds to nearest."""
-        plan = self._plan(g, lins)
-        rows, columns = out_features(g, lin), in_features(g, lin)
+        plan = self._plan(g, tap)
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, lins, lin)
+            rounded = self.round(g, tap, lin)
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 
         def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
-            facts: dict[str, Any] = {"format": f"int8 {self.method}"}
+            facts: dict[str, Any] = {
+                "name": f"{lin.label}.weight",
+                "shape": [in_features(g, lin), out_features(g, lin)],
+                "format": f"int8 {self.method}",
+            }
             if plan.outliers is not None:
                 facts["float32_channels"] = len(plan.outliers)
             if noise:  # GPTQ, which stores values of its own, states it itself
                 facts["sqnr_db"] = reported_db(noise[0])
             return facts
 
-        specs = (
-            TensorSpec(
-                name=f"{lin.label}.weight", elem_type=TensorProto.INT8, shape=(columns, rows)
-            ),
-            TensorSpec(name=f"{lin.label}.scales", elem_type=TensorProto.FLOAT, shape=(rows,)),
-        )
+        specs = weight_specs(g, tap, lin)
         scale = digest(self._output_scale.get(lin.label))
-        key = recipe_key(g, lin, f"int8|{self.method}|{plan.digest}|{scale}")
+        key = recipe_key(g, lin, f"int8|{self.method}|{gated_parts(g, tap)}|{plan.digest}|{scale}")
         owner = g.owner(weight_name(lin))
         return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
+
+
+def _constant(g: Graph, name: str) -> str:
+    return g.const(
+        ACTIVATION_CONSTANTS[name]["full"], ACTIVATION_CONSTANTS[name]["dtype"], name=name
+    )
+
+
+def gated_parts(g: Graph, tap: Tap) -> int:
+    """How many parts of an input are quantized between their own bounds; 0: rows around zero."""
+    if tap.fold is None or not tap.fold.gated:
+        return 0
+    return 1 if in_features(g, tap.lins[0]) % _GATED_PARTS else _GATED_PARTS
+
+
+def weight_specs(g: Graph, tap: Tap, lin: Lin) -> tuple[TensorSpec, ...]:
+    """int8 ``[in / parts, out]`` of each part, float32 ``[out]`` scales, ``[parts, out]`` sums."""
+    rows, columns, parts = out_features(g, lin), in_features(g, lin), gated_parts(g, tap)
+    part = (columns // max(1, parts), rows)
+    weight = f"{lin.label}.weight"
+    names = [f"{weight}.{number}" for number in range(parts)] if parts > 1 else [weight]
+    specs = [TensorSpec(name=name, elem_type=TensorProto.INT8, shape=part) for name in names]
+    specs.append(TensorSpec(name=f"{lin.label}.scales", elem_type=TensorProto.FLOAT, shape=(rows,)))
+    if parts:
+        sums = TensorSpec(
+            name=f"{lin.label}.sums", elem_type=TensorProto.FLOAT, shape=(parts, rows)
+        )
+        specs.append(sums)
+    return tuple(specs)
+
+
+def _stored(
+    values: NDArray[np.int8], scales: NDArray[np.float32], parts: int
+) -> list[NDArray[Any]]:
+    """The initializers of :func:`weight_specs` for int8 ``[out, in]`` and the scales of its rows."""
+    split = np.split(np.ascontiguousarray(values.T), max(1, parts))
+    if not parts:
+        return [*split, scales]
+    sums = np.stack([part.sum(axis=0, dtype=np.int64) for part in split]) * scales
+    return [*split, scales, sums.astype(np.float32)]
 
 
 def producer_channels(smooth: NDArray[np.float32], fold: Fold) -> NDArray[np.float32]:
@@ -334,4 +431,4 @@ def producer_channels(smooth: NDArray[np.float32], fold: Fold) -> NDArray[np.flo
     return shared
 
 
-__all__ = ["ACTIVATION_CONSTANTS", "InputPlan", "Int8Form"]
+__all__ = ["ACTIVATION_CONSTANTS", "InputPlan", "Int8Form", "gated_parts", "weight_specs"]

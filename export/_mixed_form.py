@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from embedge.export._forms import Form
-from embedge.export._graph import Fold, Graph, Lin
+from embedge.export._graph import Graph, Tap
 
 
 class MixedForm(Form):
@@ -33,17 +33,14 @@ class MixedForm(Form):
         self.cuda = default.cuda
         self.opset = default.opset
 
-    def linears(
-        self,
-        g: Graph,
-        x: str,
-        lins: Sequence[Lin],
-        *,
-        fold: Fold | None,
-        lower_bound: float | None,
-    ) -> list[str]:
-        form = self.form_of(*(lin.label for lin in lins))
-        return form.linears(g, x, lins, fold=fold, lower_bound=lower_bound)
+    def linears(self, g: Graph, tap: Tap) -> list[str]:
+        return self._form_of(tap).linears(g, tap)
+
+    def scales_rows(self, tap: Tap) -> bool:
+        return self._form_of(tap).scales_rows(tap)
+
+    def _form_of(self, tap: Tap) -> Form:
+        return self.form_of(*(lin.label for lin in tap.lins))
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         return self.form_of(name.removesuffix(".weight")).embedding(g, name, ids)

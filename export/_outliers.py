@@ -7,31 +7,31 @@ integers (LLM.int8(), arXiv 2208.07339).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export._forms import digest, out_features, read_linear, weight_name
 from embedge.export._graph import Graph, Lin
 
-__all__ = ["with_outliers"]
+__all__ = ["beside", "outliers"]
 
 
-def with_outliers(
+def outliers(
     g: Graph,
     x: str,
-    y: str,
     lin: Lin,
     channels: NDArray[np.int64],
     *,
     columns: NDArray[np.float32] | None = None,
     rows: NDArray[np.float32] | None = None,
-) -> str:
-    """``y`` and the part of a Linear's product that some channels make.
+) -> tuple[str, str]:
+    """Some channels of a Linear's input ``[batch, tokens, n]``, and their weights ``[n, out]``.
 
     Args:
         g: the graph.
         x: the Linear's input.
-        y: the product without those channels.
         lin: the Linear.
         channels: int64, ascending.
         columns: float32 ``[in]`` by which the weight's columns are multiplied first, or ``None``.
@@ -53,5 +53,25 @@ def with_outliers(
         weight_name(lin),
         detail=digest(channels, columns, rows),
     )
-    few = g.op("Gather", x, g.const(channels, "int64"), axis=-1)
-    return g.op("Add", y, g.op("MatMul", few, matrix))
+    return g.op("Gather", x, g.const(channels, "int64"), axis=-1), matrix
+
+
+def beside(
+    g: Graph, y: str, operands: Sequence[tuple[str, str]], row_scale: str | None = None
+) -> str:
+    """``y`` and the float32 product of some columns beside it.
+
+    Args:
+        g: the graph.
+        y: a product ``[batch, tokens, out]``.
+        operands: values ``[batch, tokens, n]`` and matrices ``[n, out]``, multiplied as one.
+        row_scale: float32 ``[batch, tokens, 1]`` by which the values are multiplied, or ``None``.
+    """
+    values, matrices = (list(side) for side in zip(*operands, strict=True))
+    value, matrix = values[0], matrices[0]
+    if len(operands) > 1:  # ONNX Runtime puts the matrices together when it opens the graph
+        value = g.op("Concat", *values, axis=-1)
+        matrix = g.op("Concat", *matrices, axis=0)
+    if row_scale is not None:
+        value = g.op("Mul", value, row_scale)
+    return g.op("Add", y, g.op("MatMul", value, matrix))

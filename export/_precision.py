@@ -82,7 +82,7 @@ def int8_plans(
         base,
         batches,
         scratch=scratch,
-        wants_sample=lambda tap: rotated and tap.fold is not None and tap.fold.groups is None,
+        wants_sample=lambda tap: rotated and tap.fold is not None and tap.fold.gated,
     )
     for index, statistics in passes:
         report(f"calibrating int8 on the backbone, layer {index + 1} of {family.num_layers}")
@@ -182,8 +182,7 @@ def store_gptq(
         return [
             lin
             for lin in tap.lins
-            if wanted(weight_name(lin))
-            and not store.has(rounding.weight_recipe(g, tap.lins, lin).key)
+            if wanted(weight_name(lin)) and not store.has(rounding.weight_recipe(g, tap, lin).key)
         ]
 
     passes = calibrate(
@@ -214,20 +213,20 @@ def _quantize_group(
     hessian = value.hessian
     if not lins or hessian is None:
         return
-    form.smooth_hessian(g, value.tap.lins, hessian)
+    form.smooth_hessian(g, value.tap, hessian)
     try:
         upper = _gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
     except ArithmeticError as problem:
         raise CheckpointError(f"{lins[0].label}: GPTQ is not possible here: {problem}") from problem
     for lin in lins:
-        rounded = form.round(g, value.tap.lins, lin, upper)
+        rounded = form.round(g, value.tap, lin, upper)
         if lin is lins[-1]:
             del upper
         facts = {
             "sqnr_db": reported_db(rounded.sqnr_db),
             "output_error": _output_error(rounded, hessian),
         }
-        store.put(form.weight_recipe(g, value.tap.lins, lin), rounded.arrays, file, facts)
+        store.put(form.weight_recipe(g, value.tap, lin), rounded.arrays, file, facts)
         del rounded  # what follows reads a weight again
     value.hessian = None
 

@@ -66,13 +66,13 @@ def candidates(
     for index, statistics in passes:
         report(f"measuring sensitivity, layer {index + 1} of {family.num_layers}")
         for value in statistics.values():
-            lins = value.tap.lins
+            tap, lins = value.tap, value.tap.lins
             inputs = np.concatenate(value.sample)
             extra = sum(
                 spec.nbytes * sign
                 for form, sign in ((eight, 1), (four, -1))
                 for lin in lins
-                for spec in form.weight_recipe(g, lins, lin).specs
+                for spec in form.weight_recipe(g, tap, lin).specs
             )
             gain = sum(_gain(g, lin, inputs, block_size) for lin in lins)
             labels = tuple(lin.label for lin in lins)

@@ -9,7 +9,7 @@ where the weights are unpacked to 8 bits once (:mod:`embedge.runtime._unpack`). 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._forms import digest, in_features, out_features
-from embedge.export._graph import BASE, Graph, Lin, Recipe, TensorSpec
+from embedge.export._graph import BASE, Graph, Lin, Recipe, Tap, TensorSpec
 from embedge.export._int4_form import Int4Form
-from embedge.export._int8_form import InputPlan, Int8Form
+from embedge.export._int8_form import InputPlan, Int8Form, gated_parts, weight_specs
 from embedge.export._request import UNPACKED_PRECISION
 from embedge.export._store import TensorStore
 
@@ -30,14 +30,20 @@ class Unpacked:
     """A Linear's weight that a graph's file does not hold.
 
     Attributes:
-        specs: the initializers that unpacking makes: int8 ``[in, out]``, float32 ``[out]``.
+        specs: the initializers that unpacking makes, those of :class:`Int8Form`.
+        out_features: rows.
+        in_features: columns.
+        parts: into how many the columns are split, each with its sums; 0: none.
         packed: the stored 4-bit tensors.
         block_size: columns that share a scale.
         columns: float32 ``[in]`` factors of the columns, or ``None``.
         rows: float32 ``[out]`` factors of the scales, or ``None``.
     """
 
-    specs: tuple[TensorSpec, TensorSpec]
+    specs: tuple[TensorSpec, ...]
+    out_features: int
+    in_features: int
+    parts: int
     packed: Recipe
     block_size: int
     columns: Recipe | None
@@ -63,22 +69,19 @@ class UnpackedForm(Int8Form):
         super().__init__(plans, table_bits=4)
         self._int4 = int4
 
-    def _weight(self, g: Graph, lins: Sequence[Lin], lin: Lin) -> list[str]:
-        plan = self._plan(g, lins)
+    def _weight(self, g: Graph, tap: Tap, lin: Lin) -> list[str]:
+        plan = self._plan(g, tap)
         columns = plan.smooth
         if columns is not None and plan.outliers is not None:
             columns = columns.copy()
             columns[plan.outliers] = 0  # multiplied in float32 beside it
         scale = self._output_scale.get(lin.label)
-        shape = (in_features(g, lin), out_features(g, lin))
         unpacked = Unpacked(
-            specs=(
-                TensorSpec(name=f"{lin.label}.weight", elem_type=TensorProto.INT8, shape=shape),
-                TensorSpec(
-                    name=f"{lin.label}.scales", elem_type=TensorProto.FLOAT, shape=shape[1:]
-                ),
-            ),
-            packed=self._int4.weight_recipe(g, lins, lin),
+            specs=weight_specs(g, tap, lin),
+            out_features=out_features(g, lin),
+            in_features=in_features(g, lin),
+            parts=gated_parts(g, tap),
+            packed=self._int4.weight_recipe(g, tap, lin),
             block_size=self._int4.block_size,
             columns=_constant(f"{lin.label}.columns", columns),
             rows=_constant(f"{lin.label}.rows", scale),
@@ -101,10 +104,10 @@ def unpack_list(g: Graph, store: TensorStore) -> dict[str, Any]:
             None if recipe is None else _places(store, recipe)[0]
             for recipe in (unpacked.columns, unpacked.rows)
         )
-        in_channels, out_channels = unpacked.specs[0].shape
         weights[label] = {
-            "out_features": out_channels,
-            "in_features": in_channels,
+            "out_features": unpacked.out_features,
+            "in_features": unpacked.in_features,
+            "parts": unpacked.parts,
             "block_size": unpacked.block_size,
             "values": values,
             "block_scales": scales,

@@ -8,10 +8,11 @@ how they become 8 bits, which is done here and handed to ONNX Runtime as externa
     w = w · columns                                            smoothing; 0: multiplied elsewhere
     q = round(w / s),  s = max|w| / 127                        per row (output channel)
     weight = qᵀ,  scales = s · rows                            what was folded into the outputs
+    sums = scales · Σ weight                                   over the rows of each part, where it has parts
 
 Rounding 4-bit blocks again, to 255 levels a row, adds about a hundredth of the noise they have.
 
-The list is JSON: ``{"weights": {NAME: {"out_features", "in_features", "block_size", "values",
+The list is JSON: ``{"weights": {NAME: {"out_features", "in_features", "parts", "block_size", "values",
 "block_scales", "zero_points", "columns", "rows"}}}``, where each tensor is ``{"location", "offset",
 "length"}`` in a file of the graph's folder or ``{"base64"}``, and ``columns`` and ``rows`` may be null.
 ``values`` and ``zero_points`` are laid out as ``com.microsoft.MatMulNBits`` has them.
@@ -51,9 +52,11 @@ class PackedWeight:
     """One Linear's 4-bit weight, and what becomes of it.
 
     Attributes:
-        name: of the Linear; its initializers are ``NAME.weight`` and ``NAME.scales``.
+        name: of the Linear; its initializers are ``NAME.weight`` (``NAME.weight.0``, … where it has several
+            parts), ``NAME.scales`` and, where it has parts, ``NAME.sums``.
         out_features: rows.
         in_features: columns.
+        parts: into how many equal parts the columns are split; 0: one, without sums.
         block_size: columns that share a scale and a zero point.
         values: uint8 ``[out, blocks, block_size / 2]``, two to a byte, the earlier one low.
         block_scales: float32 ``[out, blocks]``.
@@ -65,6 +68,7 @@ class PackedWeight:
     name: str
     out_features: int
     in_features: int
+    parts: int
     block_size: int
     values: Tensor
     block_scales: Tensor
@@ -97,7 +101,7 @@ def read_packed(file: Path) -> list[PackedWeight]:
 
 
 def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> Initializers:
-    """int8 ``[in, out]`` and float32 ``[out]`` of every Linear, by initializer name.
+    """int8 ``[in / parts, out]``, float32 ``[out]`` and ``[parts, out]``, by initializer name.
 
     Args:
         weights: from :func:`read_packed`.
@@ -115,8 +119,20 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
             work = partial(_unpack_rows, weight, stored, matrix, scales, step)
             for _ in executor.map(work, starts):
                 pass
-            result[f"{weight.name}.weight"] = matrix
-            result[f"{weight.name}.scales"] = scales
+            result |= _initializers(weight, matrix, scales)
+    return result
+
+
+def _initializers(
+    weight: PackedWeight, matrix: NDArray[np.int8], scales: NDArray[np.float32]
+) -> Initializers:
+    """A weight's initializers, see :attr:`PackedWeight.name`."""
+    name, split = f"{weight.name}.weight", np.split(matrix, max(1, weight.parts))
+    names = [f"{name}.{number}" for number in range(len(split))] if len(split) > 1 else [name]
+    result: Initializers = {**dict(zip(names, split, strict=True)), f"{weight.name}.scales": scales}
+    if weight.parts:
+        sums = np.stack([part.sum(axis=0, dtype=np.int64) for part in split]) * scales
+        result[f"{weight.name}.sums"] = sums.astype(np.float32)
     return result
 
 
@@ -167,6 +183,7 @@ def _parse(name: str, entry: Table) -> PackedWeight:
         name=name,
         out_features=entry.integer("out_features", minimum=1),
         in_features=entry.integer("in_features", minimum=1),
+        parts=entry.optional_integer("parts", minimum=0) or 0,
         block_size=entry.integer("block_size", minimum=2),
         values=_tensor(entry.table("values")),
         block_scales=_tensor(entry.table("block_scales")),
@@ -174,6 +191,8 @@ def _parse(name: str, entry: Table) -> PackedWeight:
         columns=_optional_tensor(entry, "columns"),
         rows=_optional_tensor(entry, "rows"),
     )
+    if weight.in_features % max(1, weight.parts):
+        entry.fail("parts", f"{weight.parts} does not divide {weight.in_features} columns")
     for tensor, dtype, shape in weight.tensors:
         expected = prod(shape) * np.dtype(dtype).itemsize
         found = len(tensor) if isinstance(tensor, bytes) else tensor.length

@@ -147,10 +147,8 @@ class Decoder(Family):
             y, hidden, norm, None, self.epsilon, rms=True, linear_bias=g.bias(out)
         )
         gate, up, down = (Lin(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
-        a, b = g.linears(x, [gate, up])
-        a = g.activation(a, self.activation, gate)
-        y = g.op("Mul", a, g.add(b, g.bias(up)))
-        [y] = g.linears(y, [down], fold=Fold(lin=up))
+        y = g.gated(x, gate, up, self.activation)
+        [y] = g.linears(y, [down], fold=Fold(lin=up, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:

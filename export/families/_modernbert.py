@@ -120,10 +120,9 @@ class ModernBert(Family):
         inner = self.intermediate
         up = Lin(f"{p}mlp.Wi", 0, inner)
         gate = Lin(f"{p}mlp.Wi", inner, 2 * inner)
-        a, b = g.linears(x, [up, gate])
-        y = g.op("Mul", g.activation(a, self.activation, up), g.add(b, g.bias(gate)))
+        y = g.gated(x, up, gate, self.activation)
         down = Lin(f"{p}mlp.Wo")
-        [y] = g.linears(y, [down], fold=Fold(lin=gate))
+        [y] = g.linears(y, [down], fold=Fold(lin=gate, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def _attend(self, g: Graph, context: dict[str, str], kind: str, q: str, k: str, v: str) -> str:

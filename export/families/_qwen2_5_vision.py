@@ -136,7 +136,7 @@ class Qwen25Vision(ConfigReader):
         query, key, value = (
             Lin(f"{p}attn.qkv", i * self.width, (i + 1) * self.width) for i in range(3)
         )
-        q, k, v = g.linears(x, [query, key, value])
+        q, k, v = g.linears(x, [query, key, value], rows=prefix)
         cos, sin = context[f"{prefix}cos"], context[f"{prefix}sin"]
         mixed = attention(
             g,
@@ -165,9 +165,8 @@ class Qwen25Vision(ConfigReader):
         )
         gate, up, down = (Lin(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
         self.expect_shape(g, f"{gate.name}.weight", (self.inner, self.width))
-        a, b = g.linears(x, [gate, up])
-        y = g.op("Mul", g.activation(a, self.activation, gate), g.add(b, g.bias(up)))
-        [y] = g.linears(y, [down], fold=Fold(lin=up))
+        y = g.gated(x, gate, up, self.activation)
+        [y] = g.linears(y, [down], fold=Fold(lin=up, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def _merged(self, g: Graph, hidden: str) -> str:
@@ -178,9 +177,9 @@ class Qwen25Vision(ConfigReader):
         first, second = Lin("visual.merger.mlp.0"), Lin("visual.merger.mlp.2")
         self.expect_shape(g, f"{first.name}.weight", (group, group))
         self.expect_shape(g, f"{second.name}.weight", (self.out_width, group))
-        [y] = g.linears(x, [first])
+        [y] = g.linears(x, [first], rows="merged")
         y = g.activation(y, "gelu", first)
-        [y] = g.linears(y, [second], lower_bound=GELU_LOWER_BOUND)
+        [y] = g.linears(y, [second], lower_bound=GELU_LOWER_BOUND, rows="merged")
         return g.add(y, g.bias(second))
 
     def _by_window(self, g: Graph, x: str, width: int) -> str:

@@ -12,6 +12,7 @@ from _models import cosines, linears, make_model, random_texts, save, save_adapt
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file, save_file
+from scipy.special import expit
 
 from embedge.export import export_bundle
 from embedge.export._assemble import to_model
@@ -166,7 +167,7 @@ def product_error(loud: float) -> tuple[float, int]:
     stored = Stored()
     stored.tensors = {"up.weight": up, "down.weight": down}
     lins = (Lin("down"),)
-    tap = Tap(value="y", lins=lins, fold=Fold(lin=Lin("up")), lower_bound=None, norm=None)
+    tap = Tap(value="x", lins=lins, fold=Fold(lin=Lin("up"), gated=True))
     statistics = InputStatistics(tap, 64, None)
     statistics.add(x)
     statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
@@ -175,7 +176,7 @@ def product_error(loud: float) -> tuple[float, int]:
     g = Graph(weights=stored, form=form)
     g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64])
     g.output_scale["up"] = 1 / plan.smooth
-    (y,) = form.linears(g, "x", lins, fold=tap.fold, lower_bound=None)
+    (y,) = form.linears(g, tap)
     g.output(y, "out", TensorProto.FLOAT, [])
     for output in g.outputs:
         output.type.tensor_type.ClearField("shape")
@@ -204,6 +205,108 @@ def test_loud_channels_are_set_apart_and_cost_the_others_nothing(
     assert loud < 1.5 * quiet
     monkeypatch.setattr("embedge.export._plans.OUTLIER_RATIO", np.inf)
     assert product_error(loud=1000)[0] > 3 * loud
+
+
+class Rows:
+    """A gated MLP of random weights, and what int8 makes of it."""
+
+    def __init__(self, inner: int, *, bias: bool = False) -> None:
+        draw = np.random.default_rng(inner)
+        self.tensors = {
+            "gate.weight": draw.normal(size=(inner, 48)).astype(np.float32),
+            "up.weight": draw.normal(size=(inner, 48)).astype(np.float32),
+            "down.weight": draw.normal(size=(40, inner)).astype(np.float32),
+        }
+        if bias:
+            self.tensors["up.bias"] = draw.normal(size=inner).astype(np.float32)
+        self.inner = inner
+
+    def run(self, x: NDArray[np.float32], form: Form | None = None) -> NDArray[np.float32]:
+        stored = Stored()
+        stored.tensors = self.tensors
+        g = Graph(weights=stored, form=form or Int8Form({}))
+        g.input("x", TensorProto.FLOAT, ["batch", "tokens", 48])
+        gate, up, down = Lin("gate"), Lin("up"), Lin("down")
+        y = g.gated("x", gate, up, "silu")
+        (y,) = g.linears(y, [down], fold=Fold(lin=up, gated=True))
+        g.output(y, "out", TensorProto.FLOAT, [])
+        for output in g.outputs:
+            output.type.tensor_type.ClearField("shape")
+        tensors = [
+            numpy_helper.from_array(array, spec.name)
+            for recipe in g.recipes.values()
+            for spec, array in zip(recipe.specs, recipe.compute(), strict=True)
+        ]
+        self.graph = to_model(g, tensors, "g", {})
+        session = ort.InferenceSession(self.graph.SerializeToString())
+        result: NDArray[np.float32] = session.run(None, {"x": x[None]})[0][0]
+        return result
+
+    def exact(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        gate, up, down = (
+            self.tensors[f"{n}.weight"].astype(np.float64) for n in ("gate", "up", "down")
+        )
+        a, b = x @ gate.T, x @ up.T + self.tensors.get("up.bias", np.float64(0))
+        product: NDArray[np.float64] = (a * expit(a) * b) @ down.T
+        return product
+
+
+def relative(found: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Error of each row relative to its length."""
+    error: NDArray[np.float64] = np.linalg.norm(found - exact, axis=1)
+    return error / np.linalg.norm(exact, axis=1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inner", [64, 65])  # an odd width is one part
+def test_a_gated_mlp_at_int8_is_close_for_rows_of_any_size(inner: int, bias: bool) -> None:
+    mlp = Rows(inner, bias=bias)
+    x = np.random.default_rng(1).normal(size=(60, 48)).astype(np.float32)
+    x *= np.float32(10) ** np.linspace(-3, 3, 60, dtype=np.float32)[:, None]
+    assert relative(mlp.run(x, Form()), mlp.exact(x)).max() < 1e-5
+    errors = relative(mlp.run(x), mlp.exact(x))
+    assert np.median(errors) < 0.02 and errors.max() < 0.05
+    weights = [t.name for t in mlp.graph.graph.initializer if t.name.startswith("down.weight")]
+    assert len(weights) == (2 if inner == 64 else 1)
+
+
+def test_the_scale_of_a_product_that_is_multiplied_again_waits_for_the_next() -> None:
+    for bias in (False, True):
+        mlp = Rows(64, bias=bias)
+        mlp.run(np.ones((2, 48), np.float32))
+        (up,) = (n for n in mlp.graph.graph.node if n.name == "up")
+        constants = {t.name for t in mlp.graph.graph.initializer}
+        assert (up.input[2] in constants) is not bias  # the scale per row, or 1
+
+
+def test_a_row_of_zeros_gives_zeros_and_a_constant_one_no_error() -> None:
+    mlp = Rows(64)
+    x = np.zeros((3, 48), np.float32)
+    x[1] = 1
+    result = mlp.run(x)
+    assert not result[[0, 2]].any() and np.isfinite(result).all()
+    mlp.tensors["gate.weight"][:] = mlp.tensors["gate.weight"][0]  # every product is the same
+    mlp.tensors["up.weight"][:] = mlp.tensors["up.weight"][0]
+    values = mlp.run(x[1:2])
+    down = np.abs(mlp.tensors["down.weight"])
+    rounding = (down.max(axis=1) / 127 / 2).sum()  # the weights' own
+    assert np.abs(values - mlp.exact(x[1:2])).max() < rounding * np.abs(mlp.exact(x[1:2])).max()
+
+
+def test_halves_between_their_bounds_err_less_than_rows_around_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gated product has a few large values, on one side."""
+    mlp = Rows(64)
+    x = np.random.default_rng(2).normal(size=(400, 48)).astype(np.float32)
+    halves = relative(mlp.run(x), mlp.exact(x)).mean()
+    with monkeypatch.context() as patch:
+        patch.setattr("embedge.export._int8_form._GATED_PARTS", 1)
+        one = relative(mlp.run(x), mlp.exact(x)).mean()
+    monkeypatch.setattr("embedge.export._int8_form.gated_parts", lambda g, tap: 0)
+    monkeypatch.setattr("embedge.export._int8_form.Int8Form.scales_rows", lambda self, tap: False)
+    around_zero = relative(mlp.run(x), mlp.exact(x)).mean()
+    assert halves < one < around_zero
 
 
 def test_gptq_takes_the_error_of_int8_weights_down(spoilt: Path, tmp_path: Path) -> None:

@@ -19,18 +19,23 @@ def run(
     names: str,
     inputs: dict[str, np.ndarray],
     constants: dict[str, np.ndarray],
+    *,
+    domain: str = "com.microsoft",
+    result: int = TensorProto.FLOAT,
     **attributes: Any,
 ) -> np.ndarray:
-    """The output of one operator of com.microsoft.
+    """The output of one operator.
 
     Args:
         op_type: the operator.
         names: its inputs in order.
         inputs: those that are given at run time.
         constants: the others.
+        domain: the operator's.
+        result: ONNX element type of the output.
         **attributes: the operator's.
     """
-    node = helper.make_node(op_type, names.split(), ["y"], domain="com.microsoft", **attributes)
+    node = helper.make_node(op_type, names.split(), ["y"], domain=domain, **attributes)
     graph = helper.make_graph(
         [node],
         "test",
@@ -38,14 +43,14 @@ def run(
             helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
             for n, v in inputs.items()
         ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", result, None)],
         [numpy_helper.from_array(v, n) for n, v in constants.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    result: np.ndarray = session.run(None, inputs)[0]
-    return result
+    output: np.ndarray = session.run(None, inputs)[0]
+    return output
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
@@ -116,3 +121,44 @@ def test_matmulintegertofloat_takes_a_scale_per_row(rows: int) -> None:
     centred = x.astype(np.float64) - 128
     expected = (centred @ values.astype(np.float64)) * scale * weight_scales
     assert y == pytest.approx(expected, rel=1e-5, abs=1e-3)
+
+
+def test_matmulintegertofloat_without_a_zero_point_takes_values_from_zero_on() -> None:
+    values = RNG.integers(-127, 128, (48, 20)).astype(np.int8)
+    scales = np.exp(RNG.normal(0, 1, 20)).astype(np.float32)
+    x = RNG.integers(0, 256, (2, 5, 48)).astype(np.uint8)
+    x[0, 0] = 255
+    scale = np.exp(RNG.normal(0, 1, (2, 5, 1))).astype(np.float32)
+    y = run(
+        "MatMulIntegerToFloat",
+        "x w sx sw",
+        {"x": x, "sx": scale},
+        {"w": values, "sw": scales},
+    )
+    expected = (x.astype(np.float64) @ values.astype(np.float64)) * scale * scales
+    assert y == pytest.approx(expected, rel=1e-5, abs=1e-3)
+
+
+@pytest.mark.parametrize("width", [1, 7, 48, 200])
+@pytest.mark.parametrize("zero_point", [0, 20, 128])
+def test_a_block_of_quantizelinear_as_wide_as_the_row_is_a_scale_per_row(
+    width: int, zero_point: int
+) -> None:
+    x = (RNG.normal(0, 1, (3, 5, width)) * np.exp(RNG.normal(0, 3, (3, 5, 1)))).astype(np.float32)
+    x += np.float32(4) * np.abs(x).max(axis=-1, keepdims=True) if zero_point == 0 else 0
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    scale = largest / np.float32(255 if zero_point == 0 else 254 / 2 - abs(128 - zero_point) / 10)
+    zeros = {} if zero_point == 0 else {"z": np.full(scale.shape, zero_point, np.uint8)}
+    q = run(
+        "QuantizeLinear",
+        "x s z" if zeros else "x s",
+        {"x": x, "s": scale, **zeros},
+        {},
+        domain="",
+        result=TensorProto.UINT8,
+        axis=-1,
+        block_size=width,
+    )
+    assert q.dtype == np.uint8 and q.shape == x.shape
+    expected = np.clip(np.rint(x / scale) + zero_point, 0, 255)
+    np.testing.assert_array_equal(q, expected)

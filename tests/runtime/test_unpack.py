@@ -49,12 +49,20 @@ class Weight:
             "rows": self.rows,
         }
 
-    def write(self, folder: Path, left_out: tuple[str, ...] = (), inline: bool = False) -> Path:
+    def write(
+        self,
+        folder: Path,
+        left_out: tuple[str, ...] = (),
+        inline: bool = False,
+        parts: int | None = None,
+    ) -> Path:
         entry: dict[str, Any] = {
             "out_features": self.shape[0],
             "in_features": self.shape[1],
             "block_size": self.block,
         }
+        if parts is not None:
+            entry["parts"] = parts
         data = b""
         for name, array in self.tensors().items():
             raw = array.tobytes()
@@ -109,6 +117,25 @@ def test_factors_may_be_left_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(with_rows, scales * weight.rows, rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [0, 1, 2, 4])
+def test_parts_of_the_columns_have_their_sums(parts: int, tmp_path: Path) -> None:
+    weight = Weight(6, 64, 32)
+    matrix, scales = unpacked(weight.write(tmp_path))
+    file = weight.write(tmp_path, parts=parts)
+    result = unpack(read_packed(file), lambda data: file.parent / data.location, threads=2)
+    np.testing.assert_array_equal(result.pop("lin.scales"), scales)
+    sums = result.pop("lin.sums", None)
+    names = ["lin.weight"] if parts < 2 else [f"lin.weight.{i}" for i in range(parts)]
+    assert list(result) == names
+    np.testing.assert_array_equal(np.concatenate([result[n] for n in names]), matrix)
+    if parts == 0:
+        assert sums is None
+    else:
+        assert sums is not None and sums.dtype == np.float32
+        expected = matrix.reshape(parts, 64 // parts, 6).sum(axis=1, dtype=np.int64) * scales
+        np.testing.assert_allclose(sums, expected, rtol=1e-6)
+
+
 def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:
     file = Weight(900, 768, 32).write(tmp_path)
     one, two = unpacked(file, threads=1), unpacked(file, threads=3)
@@ -146,6 +173,7 @@ def changed(file: Path, **values: Any) -> Path:
             {"in_features": 4096},
             r"weights\.lin: a tensor of shape \(4, 128, 16\): expected 8192 bytes",
         ),
+        ({"parts": 3}, r"weights\.lin\.parts: 3 does not divide 64 columns"),
         ({"block_size": 0}, r"block_size: expected a whole number ≥ 2"),
         ({"rows": {"base64": "no"}}, r"weights\.lin\.rows\.base64: .*export the bundle again"),
         ({"rows": {"location": "w.bin"}}, r"rows\.offset: missing"),
