@@ -29,6 +29,7 @@ from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, HalfForm, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
 from embedge.export._int8_form import ACTIVATION_CONSTANTS, InputPlan
+from embedge.export._lock import sole_exporter
 from embedge.export._manifest import manifest_of, model_card
 from embedge.export._mixed_form import MixedForm
 from embedge.export._model import Model, read_model
@@ -70,6 +71,12 @@ class Job:
 
 def export(request: Request, progress: Progress) -> Path:
     """Run an export; see :func:`embedge.export.export_bundle`."""
+    with sole_exporter(request.out):
+        _export_alone(request, progress)
+    return request.out
+
+
+def _export_alone(request: Request, progress: Progress) -> None:
     old = read_existing(request.out, request.overwrite)
     texts = _calibration_texts(request)
     model = read_model(request)
@@ -120,7 +127,6 @@ def export(request: Request, progress: Progress) -> Path:
         if old is None or not (folder / CARD).exists():
             replace_file(folder / CARD, model_card(manifest))
         replace_file(folder / MANIFEST, dump(manifest.to_dict()))
-    return request.out
 
 
 def dump(value: Any) -> str:
