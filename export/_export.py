@@ -28,6 +28,7 @@ from embedge.export._bundle_writer import (
 from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, HalfForm, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
+from embedge.export._identity import check_same_source
 from embedge.export._int8_form import ACTIVATION_CONSTANTS, InputPlan
 from embedge.export._lock import sole_exporter
 from embedge.export._manifest import manifest_of, model_card
@@ -82,7 +83,7 @@ def _export_alone(request: Request, progress: Progress) -> None:
     model = read_model(request)
     dims = check_dims(request.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is not None:
-        _check_same_source(request, model, dims, old)
+        check_same_source(request.out, model, dims, old)
         dims = dims or old.model.matryoshka_dims
     todo = _missing(request, list(model.adapters), old)
     job = Job(
@@ -168,36 +169,6 @@ def _methods(job: Job, *, calibrated: bool) -> dict[str, str]:
         if calibrated
         else dict.fromkeys(("int8", "int4"), "rtn")
     )
-
-
-def _check_same_source(
-    request: Request, model: Model, dims: tuple[int, ...] | None, old: Manifest
-) -> None:
-    if old.source.sha256 != model.checkpoint.sha256():
-        raise EmbedgeValueError(
-            f"{request.out}: is a bundle of {old.source.name} with other weights than "
-            f"{model.checkpoint.name}; choose another --out, or --overwrite to replace it"
-        )
-    for name, now, before in (
-        ("pooling", model.pooling, old.model.pooling),
-        ("max_length", model.settings.max_length, old.model.max_length),
-        ("matryoshka dimensions", dims, old.model.matryoshka_dims),
-        ("modalities", model.modalities, list(old.model.modalities)),
-    ):
-        if now != before and now is not None:
-            raise EmbedgeValueError(
-                f"{request.out}: has {name} {before}, this export {now}; tasks of one bundle share "
-                "them: choose another --out, or --overwrite to replace it"
-            )
-    for task, bound in model.adapters.items():
-        if task not in old.tasks:
-            continue
-        there = old.tasks[task].adapter
-        if (there.sha256 if there else None) != (bound.adapter.sha256 if bound else None):
-            raise EmbedgeValueError(
-                f"{request.out}: already has a task {task} made from another adapter; "
-                "give the new one another name, or --overwrite the bundle"
-            )
 
 
 def _missing(request: Request, names: Sequence[str], old: Manifest | None) -> dict[str, list[str]]:
