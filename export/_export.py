@@ -290,9 +290,11 @@ def _uncalibrated(job: Job, precision: str, task: str) -> tuple[dict[str, Form],
         )
         for name in names
     }
-    form = forms[precision]
+    form, tower_form = forms[precision], _tower_form(precision, job)
+    if job.request.keep and not isinstance(form, MixedForm):  # what is kept has that form anyway
+        form = MixedForm(form, dict.fromkeys(job.request.keep, form))
+        tower_form = MixedForm(tower_form, dict.fromkeys(job.request.keep, tower_form))
     recipes = model.graph(model.tasks[task], form).recipes.values()
-    tower_form = _tower_form(precision, job)
     if model.tower is not None:
         model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
     _check_keep_used(form, tower_form)
