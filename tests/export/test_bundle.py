@@ -404,6 +404,14 @@ def test_a_bundle_of_another_pooling_is_refused(source: Path, copy: Path) -> Non
         ({"int4_block_size": 48}, "int4_block_size 48"),
         ({"keep": {"*": "int4"}}, r"keep '\*'='int4'"),
         ({"calibration": "no/such/file"}, "no/such/file"),
+        ({"calibration": 5}, "calibration: expected a path, found 5"),
+        ({"adapters": ["x"]}, r"adapters: expected .*'adapter folder'.*, found \['x'\]"),
+        ({"adapters": {"t": 5}}, r"adapters\['t'\]: expected a path, found 5"),
+        ({"keep": ["x"]}, r"keep: expected .*'fp32'.*, found \['x'\]"),
+        ({"keep": {3: "fp32"}}, "keep: expected patterns of layer names, found 3"),
+        ({"matryoshka_dims": 32}, "matryoshka_dims: expected a list of integers, found 32"),
+        ({"matryoshka_dims": "32"}, "matryoshka_dims: expected a list of integers, found '32'"),
+        ({"precisions": 8}, "precisions: expected a list of some of .*, found 8"),
     ],
     ids=lambda value: None if isinstance(value, dict) else re.sub(r"\W+", "-", value),
 )
@@ -412,6 +420,15 @@ def test_a_bad_argument_is_named_and_nothing_is_written(
 ) -> None:
     with pytest.raises(EmbedgeValueError, match=message):
         small(source, tmp_path / "out", **options)
+    assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("out", [None, 5, "", b"out"])
+@pytest.mark.parametrize("name", ["source", "out"])
+def test_what_is_no_path_is_named(name: str, out: Any, source: Path, tmp_path: Path) -> None:
+    call = {"source": source, "out": tmp_path / "out", name: out}
+    with pytest.raises(EmbedgeValueError, match=f"^{name}: expected a path, found "):
+        export_bundle(adapters={"task": None}, **call)
     assert leftovers(tmp_path / "out") == []
 
 
