@@ -113,6 +113,8 @@ def _export_alone(request: Request, progress: Progress) -> None:
             written |= _write_precision(job, folder, precision, tasks, batches)
         if old is None:
             (folder / "tokenizer.json").write_text(model.tokenizer.text, "utf-8", newline="\n")
+        if old is not None:  # with what `bench --record` has written meanwhile
+            old = read_existing(request.out, overwrite=False) or old
         manifest = manifest_of(
             model,
             matryoshka_dims=dims,

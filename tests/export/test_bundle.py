@@ -318,6 +318,23 @@ def test_figures_of_bench_survive_an_addition(source: Path, copy: Path) -> None:
     assert manifest(copy)["precisions"]["int8"]["fidelity"] == {"first": {"cosine": 0.5}}
 
 
+def test_figures_that_bench_records_during_an_addition_survive_it(
+    source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = export_module._write_graph
+
+    def record_and_write(*arguments: Any) -> None:
+        document = manifest(copy)
+        document["precisions"]["int8"]["fidelity"] = {"first": {"cosine": 0.5}}
+        write_json(copy / "manifest.json", document)
+        write(*arguments)
+
+    monkeypatch.setattr(export_module, "_write_graph", record_and_write)
+    small(source, copy, adapters={"third": None})
+    assert manifest(copy)["precisions"]["int8"]["fidelity"] == {"first": {"cosine": 0.5}}
+    assert "third" in manifest(copy)["tasks"]
+
+
 # -- refusals ---------------------------------------------------------------------------------------------
 
 
