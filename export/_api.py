@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from embedge.export._export import export
@@ -13,6 +13,8 @@ from embedge.export._request import (
     POOLINGS,
     Request,
     check_keep,
+    check_mapping,
+    check_path,
     check_precisions,
     check_tasks,
 )
@@ -115,12 +117,22 @@ def make_request(
     modality: str,
 ) -> Request:
     """Check the arguments of :func:`export_bundle` that need no file."""
-    adapters = adapters or {}
+    adapters = {} if adapters is None else adapters
+    check_mapping("adapters", adapters, "{'task': 'adapter folder'} or {'task': None}")
     check_tasks(adapters)
+    keep = {} if keep is None else keep
+    check_mapping("keep", keep, "{'pattern of layers': 'fp32'} or 'int8'")
+    if matryoshka_dims is not None and (
+        isinstance(matryoshka_dims, str) or not isinstance(matryoshka_dims, Iterable)
+    ):
+        raise EmbedgeValueError(
+            f"matryoshka_dims: expected a list of integers, found {matryoshka_dims!r}"
+        )
     if modality not in MODALITIES:
         raise EmbedgeValueError(f"modality {modality!r}: expected one of {', '.join(MODALITIES)}")
+    check_path("source", source)  # or a hub id, which is kept as it is written
     precisions = check_precisions(precisions)
-    check_keep(keep or {}, precisions)
+    check_keep(keep, precisions)
     if pooling is not None and pooling not in POOLINGS:
         raise EmbedgeValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
     if int4_block_size not in (None, 16, 32, 64, 128, 256):
@@ -137,13 +149,18 @@ def make_request(
         )
     return Request(
         source=str(source),
-        adapters={n: None if f is None else Path(f) for n, f in adapters.items()},
+        adapters={
+            name: None if folder is None else check_path(f"adapters[{name!r}]", folder)
+            for name, folder in adapters.items()
+        },
         precisions=precisions,
-        out=Path(out),
+        out=check_path("out", out),
         matryoshka_dims=None if matryoshka_dims is None else tuple(matryoshka_dims),
         pooling=pooling,
-        calibration=calibration if calibration in ("default", "none") else Path(calibration),
-        keep=dict(keep or {}),
+        calibration=calibration
+        if calibration in ("default", "none")
+        else check_path("calibration", calibration),
+        keep=dict(keep),
         int4_block_size=int4_block_size,
         int4_method=int4_method,
         int8_method=int8_method,

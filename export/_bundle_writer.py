@@ -2,11 +2,13 @@
 
 A new bundle is written to ``.NAME.partial`` beside its place and renamed at the end. Additions to a
 bundle are new files inside it that nothing refers to until its ``manifest.json`` is replaced, which is
-one rename; a journal of what was there before tells them from a user's own files.
+one rename; a journal of what was there before tells them from a user's own files. Whoever writes is
+alone at it (``_lock.py``).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,10 +22,19 @@ from embedge.export._errors import ExportError
 from embedge.export._request import PRECISIONS
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import Manifest
+from embedge.runtime._prepared import PREPARED
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
 JOURNAL = ".export.partial"
+LOCK = ".export.lock"
+# Of embedge, in no manifest: what `prepare` made, and what a killed process was about to rename.
+_OWN = (f"{PREPARED}/", LOCK, f".{MANIFEST}.", f".{CARD}.")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_NOTHING_LEFT = "nothing was left under this name"
+_LEFT_ALONE = "the bundle that was there is as it was"
 
 
 @contextmanager
@@ -37,9 +48,9 @@ def new_bundle(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         ExportError: the disk is full or the folder cannot be written.
     """
+    left = _LEFT_ALONE if overwrite and is_bundle(out) else _NOTHING_LEFT
     work = out.parent / f".{out.name}.partial"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if work.exists():  # a killed export's
             shutil.rmtree(work)
         work.mkdir()
@@ -56,7 +67,7 @@ def new_bundle(out: Path, *, overwrite: bool) -> Iterator[Path]:
                 out.rmdir()
             work.rename(out)
     except OSError as error:
-        raise write_error(out, error) from error
+        raise write_error(out, error, left) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -79,17 +90,30 @@ def additions(out: Path) -> Iterator[Path]:
     except BaseException as error:
         roll_back(out)
         if isinstance(error, OSError):
-            raise write_error(out, error) from error
+            raise write_error(out, error, _LEFT_ALONE) from error
         raise
 
 
-def write_error(out: Path, error: OSError) -> ExportError:
-    """An operating system's refusal as a message about the bundle."""
-    free = shutil.disk_usage(_existing(out)).free
+def write_error(out: Path, error: OSError, left: str = _NOTHING_LEFT) -> ExportError:
+    """An operating system's refusal as a message about the bundle.
+
+    Args:
+        out: the bundle.
+        error: what was refused.
+        left: what there is under its name now.
+    """
+    reason, advice = error.strerror or str(error), "choose another --out"
+    if error.errno in _NO_SPACE:
+        free = shutil.disk_usage(_existing(out)).free
+        reason += f" ({free / 1e6:.0f} MB free there)"
+        advice = "free some space or choose another --out"
+    elif error.errno in _NO_PERMISSION:
+        advice = "choose an --out that this user can write to"
+    elif error.errno in _VANISHED:
+        advice = "make sure that nothing else moves or deletes files there"
+    place = "" if error.filename in (None, str(out)) else f"{error.filename}: "
     return ExportError(
-        f"{out}: the bundle could not be written: {error.strerror or error} "
-        f"({free / 1e6:.0f} MB free there); nothing was left under this name. Free some space or "
-        "choose another --out, and export again"
+        f"{out}: the bundle could not be written: {place}{reason}; {left}: {advice}, and export again"
     )
 
 
@@ -126,6 +150,11 @@ def relative_files(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
+def is_bundle(out: Path) -> bool:
+    """Whether a bundle, or something with a manifest like one, is at ``out``."""
+    return (out / MANIFEST).is_file()
+
+
 def read_existing(out: Path, overwrite: bool) -> Manifest | None:
     """The manifest of the bundle at ``out``; ``None`` where there is nothing, or it is replaced.
 
@@ -136,7 +165,7 @@ def read_existing(out: Path, overwrite: bool) -> Manifest | None:
         return None
     if out.is_dir() and not any(out.iterdir()):
         return None
-    if not (out / MANIFEST).is_file():
+    if not is_bundle(out):
         raise EmbedgeValueError(
             f"{out}: expected no such path, an empty folder or a bundle, found something else; "
             "it is left alone, also with --overwrite: choose another --out"
@@ -145,7 +174,8 @@ def read_existing(out: Path, overwrite: bool) -> Manifest | None:
     if not overwrite:
         return Manifest.from_dict(content, str(out / MANIFEST))
     roll_back(out)
-    strangers = relative_files(out) - {*content["files"], MANIFEST, CARD}
+    listed = {*content["files"], MANIFEST, CARD}
+    strangers = [n for n in relative_files(out) - listed if not n.startswith(_OWN)]
     if strangers:
         raise EmbedgeValueError(
             f"{out}: expected a bundle's files alone, found {', '.join(sorted(strangers)[:5])} "
@@ -192,7 +222,7 @@ def roll_back(out: Path) -> None:
     for precision in PRECISIONS:
         inside = out / precision
         for path in sorted(inside.glob("*")):
-            ours = path.name.endswith((".onnx", ".bin", ".layers.json"))
+            ours = path.name.endswith((".onnx", ".bin", ".layers.json", ".unpack.json"))
             if ours and path.is_file() and f"{precision}/{path.name}" not in known:
                 path.unlink()
         if inside.is_dir() and not any(inside.iterdir()):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from embedge.export._api import make_request
 from embedge.export._export import export
 from embedge.export._progress import Progress
+from embedge.runtime._bundle import Bundle
 from embedge.runtime._errors import EmbedgeValueError
 
 
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     for cost in progress.costs:
         memory = "" if cost.peak_mb is None else f", peak {cost.peak_mb:.0f} MB anonymous memory"
         print(f"{cost.step}: {cost.seconds:.1f} s{memory}")
-    size = sum(f.stat().st_size for f in Path(out).rglob("*") if f.is_file())
+    size = sum(entry.size for entry in Bundle(out, verify="none").manifest.files.values())
     print(f"wrote {out} ({size / 1e6:.1f} MB)")
     return 0
 

@@ -28,7 +28,9 @@ from embedge.export._bundle_writer import (
 from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, HalfForm, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
+from embedge.export._identity import check_same_source
 from embedge.export._int8_form import ACTIVATION_CONSTANTS, InputPlan
+from embedge.export._lock import sole_exporter
 from embedge.export._manifest import manifest_of, model_card
 from embedge.export._mixed_form import MixedForm
 from embedge.export._model import Model, read_model
@@ -70,12 +72,18 @@ class Job:
 
 def export(request: Request, progress: Progress) -> Path:
     """Run an export; see :func:`embedge.export.export_bundle`."""
+    with sole_exporter(request.out):
+        _export_alone(request, progress)
+    return request.out
+
+
+def _export_alone(request: Request, progress: Progress) -> None:
     old = read_existing(request.out, request.overwrite)
     texts = _calibration_texts(request)
     model = read_model(request)
     dims = check_dims(request.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is not None:
-        _check_same_source(request, model, dims, old)
+        check_same_source(request.out, model, dims, old)
         dims = dims or old.model.matryoshka_dims
     todo = _missing(request, list(model.adapters), old)
     job = Job(
@@ -105,6 +113,8 @@ def export(request: Request, progress: Progress) -> Path:
             written |= _write_precision(job, folder, precision, tasks, batches)
         if old is None:
             (folder / "tokenizer.json").write_text(model.tokenizer.text, "utf-8", newline="\n")
+        if old is not None:  # with what `bench --record` has written meanwhile
+            old = read_existing(request.out, overwrite=False) or old
         manifest = manifest_of(
             model,
             matryoshka_dims=dims,
@@ -120,7 +130,6 @@ def export(request: Request, progress: Progress) -> Path:
         if old is None or not (folder / CARD).exists():
             replace_file(folder / CARD, model_card(manifest))
         replace_file(folder / MANIFEST, dump(manifest.to_dict()))
-    return request.out
 
 
 def dump(value: Any) -> str:
@@ -162,36 +171,6 @@ def _methods(job: Job, *, calibrated: bool) -> dict[str, str]:
         if calibrated
         else dict.fromkeys(("int8", "int4"), "rtn")
     )
-
-
-def _check_same_source(
-    request: Request, model: Model, dims: tuple[int, ...] | None, old: Manifest
-) -> None:
-    if old.source.sha256 != model.checkpoint.sha256():
-        raise EmbedgeValueError(
-            f"{request.out}: is a bundle of {old.source.name} with other weights than "
-            f"{model.checkpoint.name}; choose another --out, or --overwrite to replace it"
-        )
-    for name, now, before in (
-        ("pooling", model.pooling, old.model.pooling),
-        ("max_length", model.settings.max_length, old.model.max_length),
-        ("matryoshka dimensions", dims, old.model.matryoshka_dims),
-        ("modalities", model.modalities, list(old.model.modalities)),
-    ):
-        if now != before and now is not None:
-            raise EmbedgeValueError(
-                f"{request.out}: has {name} {before}, this export {now}; tasks of one bundle share "
-                "them: choose another --out, or --overwrite to replace it"
-            )
-    for task, bound in model.adapters.items():
-        if task not in old.tasks:
-            continue
-        there = old.tasks[task].adapter
-        if (there.sha256 if there else None) != (bound.adapter.sha256 if bound else None):
-            raise EmbedgeValueError(
-                f"{request.out}: already has a task {task} made from another adapter; "
-                "give the new one another name, or --overwrite the bundle"
-            )
 
 
 def _missing(request: Request, names: Sequence[str], old: Manifest | None) -> dict[str, list[str]]:
@@ -313,9 +292,11 @@ def _uncalibrated(job: Job, precision: str, task: str) -> tuple[dict[str, Form],
         )
         for name in names
     }
-    form = forms[precision]
+    form, tower_form = forms[precision], _tower_form(precision, job)
+    if job.request.keep and not isinstance(form, MixedForm):  # what is kept has that form anyway
+        form = MixedForm(form, dict.fromkeys(job.request.keep, form))
+        tower_form = MixedForm(tower_form, dict.fromkeys(job.request.keep, tower_form))
     recipes = model.graph(model.tasks[task], form).recipes.values()
-    tower_form = _tower_form(precision, job)
     if model.tower is not None:
         model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
     _check_keep_used(form, tower_form)

@@ -47,19 +47,10 @@ def manifest_of(
                 "model_type": model.family.config["model_type"],
                 "license": model.checkpoint.license,
                 "sha256": model.checkpoint.sha256(),
+                "graph_sha256": model.graph_sha256(),
+                "dense_sha256": model.dense_sha256(),
             },
-            "model": {
-                "dim": model.dim,
-                "pooling": model.pooling,
-                "normalize": settings.normalize,
-                "max_length": settings.max_length,
-                "matryoshka_dims": list(matryoshka_dims) if matryoshka_dims else None,
-                "multi_vector_dim": model.family.multi_vector_dim,
-                "modalities": model.modalities,
-                "inputs": list(model.family.inputs),
-                "similarity": settings.similarity,
-                "image": model.image,
-            },
+            "model": model_section(model, matryoshka_dims),
             "tokenizer": {
                 "file": "tokenizer.json",
                 "pad_token_id": model.tokenizer.pad_token_id,
@@ -70,6 +61,22 @@ def manifest_of(
             "files": dict(files),
         }
     )
+
+
+def model_section(model: Model, matryoshka_dims: tuple[int, ...] | None) -> dict[str, Any]:
+    """The manifest's ``model``."""
+    return {
+        "dim": model.dim,
+        "pooling": model.pooling,
+        "normalize": model.settings.normalize,
+        "max_length": model.settings.max_length,
+        "matryoshka_dims": list(matryoshka_dims) if matryoshka_dims else None,
+        "multi_vector_dim": model.family.multi_vector_dim,
+        "modalities": model.modalities,
+        "inputs": list(model.family.inputs),
+        "similarity": model.settings.similarity,
+        "image": model.image,
+    }
 
 
 def _joined(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from embedge.export._adapters import Adapter, BoundAdapter
-from embedge.export._assemble import task_graph
+from embedge.export._assemble import task_graph, to_model
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError, CheckpointError
-from embedge.export._forms import Form
+from embedge.export._forms import Form, digest
 from embedge.export._graph import BASE, Graph, Weights
 from embedge.export._images import image_settings
 from embedge.export._request import POOLINGS, Request, check_tasks
@@ -78,6 +80,30 @@ class Model:
             dense=self.settings.dense,
             normalize=self.settings.normalize,
         )
+
+    def graph_sha256(self) -> str:
+        """Hash of the unquantized graphs without their weights: what config.json and the modules decide."""
+        graphs = [self.graph(self.base, Form())]
+        if self.tower is not None:
+            graphs.append(self.tower.graph(self.base, Form()))
+        state = hashlib.sha256()
+        for g in graphs:
+            state.update(to_model(g, [], BASE, {}).SerializeToString(deterministic=True))
+            for recipe in g.recipes.values():
+                tensors = [[spec.name, spec.elem_type, spec.shape] for spec in recipe.specs]
+                # tables that settings alone decide count by value: files say the same in several ways
+                key = recipe.key if "@" in recipe.key else digest(*recipe.compute())
+                state.update(json.dumps([key, tensors]).encode())
+        return state.hexdigest()
+
+    def dense_sha256(self) -> str | None:
+        """Hash of the Dense layers, ``None`` without any."""
+        state = hashlib.sha256()
+        for layer in self.settings.dense:
+            state.update(f"{layer.activation} {layer.weight.shape}".encode())
+            for array in (layer.weight, layer.bias):
+                state.update(b"-" if array is None else array.tobytes())
+        return state.hexdigest() if self.settings.dense else None
 
     def prompts(self, task: str) -> dict[str, str]:
         """Prompts of a task by name."""

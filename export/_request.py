@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,28 @@ class Request:
     modality: str = "all"
 
 
+def check_mapping(name: str, value: object, expected: str) -> None:
+    """Refuse what is not a mapping.
+
+    Raises:
+        EmbedgeValueError: naming the argument.
+    """
+    if not isinstance(value, Mapping):
+        raise EmbedgeValueError(f"{name}: expected {expected}, found {value!r}")
+
+
+def check_path(name: str, value: object) -> Path:
+    """A path from a string or a path object.
+
+    Raises:
+        EmbedgeValueError: naming the argument.
+    """
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise EmbedgeValueError(f"{name}: expected a path, found {value!r}")
+    return Path(path)
+
+
 def check_tasks(adapters: Mapping[str, object]) -> None:
     """Refuse names that cannot be file names.
 
@@ -65,6 +88,11 @@ def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(precisions, str):
         precisions = [precisions]
+    if not isinstance(precisions, Iterable):
+        raise EmbedgeValueError(
+            f"precisions: expected a list of some of {', '.join(PRECISIONS)}, found {precisions!r}"
+        )
+    precisions = list(precisions)
     unknown = [p for p in precisions if p not in PRECISIONS]
     if unknown or not precisions:
         raise EmbedgeValueError(
@@ -99,6 +127,8 @@ def check_keep(keep: Mapping[str, str], precisions: Sequence[str]) -> None:
         EmbedgeValueError: naming the pattern.
     """
     for pattern, precision in keep.items():
+        if not isinstance(pattern, str):
+            raise EmbedgeValueError(f"keep: expected patterns of layer names, found {pattern!r}")
         if precision not in ("fp32", "int8"):
             raise EmbedgeValueError(f"keep {pattern!r}={precision!r}: expected 'fp32' or 'int8'")
         if precision == "int8" and "int4-fp16" in precisions:

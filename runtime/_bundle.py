@@ -3,7 +3,7 @@
 Checks when a bundle is opened, by ``verify``:
     "none"   the manifest alone
     "size"   every listed file is there, is a file inside the folder, and has its size (default)
-    "full"   and has its SHA-256
+    "full"   and has its SHA-256; every byte that a graph reads is in a listed file
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Bundle:
                 raise BundleError(problem)
 
     def problems(self, *, hashes: bool) -> list[str]:
-        """What is wrong with the listed files, one message each.
+        """What is wrong with the bundle's files, one message each.
 
         Args:
-            hashes: compare SHA-256 too; reads every byte.
+            hashes: compare SHA-256 too, which reads every byte, and look at what the graphs read.
         """
         found = []
         for name in self.manifest.files:
@@ -74,6 +74,17 @@ class Bundle:
                 self._check(name, hashes=hashes)
             except BundleError as error:
                 found.append(str(error))
+        return found or (self._unlisted() if hashes else [])
+
+    def _unlisted(self) -> list[str]:
+        """What graphs read beside the listed files, one message each."""
+        found = []
+        for precision, settings in self.manifest.precisions.items():
+            for name in (*settings.graphs, *([VISION] if settings.vision else [])):
+                try:
+                    self.graph_bytes(precision, name)
+                except BundleError as error:
+                    found.append(str(error))
         return found
 
     def file(self, name: str) -> Path:
@@ -190,7 +201,12 @@ class Bundle:
             raise BundleError(
                 f"{graph}: uses weights at {data.location!r}, outside the bundle; {_AGAIN}"
             )
-        file = self.file((graph.parent / location).relative_to(self.root).as_posix())
+        name = (graph.parent / location).relative_to(self.root).as_posix()
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{graph}: uses weights in {name}, which the manifest does not list; {_AGAIN}"
+            )
+        file = self.file(name)
         size = file.stat().st_size
         length = size - data.offset if data.length is None else data.length
         if data.offset < 0 or length < 0 or data.offset + length > size:

@@ -6,7 +6,7 @@ Rules:
       weights are unpacked when a graph opens: ``unpack``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
-    * Every graph, layer table and the tokenizer is listed in ``files``.
+    * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
     * ``from_dict`` and ``to_dict`` are inverses for documents of this version without unknown keys.
 """
 

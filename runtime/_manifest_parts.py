@@ -52,12 +52,17 @@ class Source:
     Attributes:
         license: SPDX-like name as the source states it, ``None`` where it states none.
         sha256: hash of the base weights, ``None`` where it was not recorded.
+        graph_sha256: hash of its unquantized graph without the weights, ``None`` where it was not
+            recorded; an export compares it before it adds to the bundle.
+        dense_sha256: hash of the Dense layers, ``None`` without any.
     """
 
     name: str
     model_type: str
     license: str | None
     sha256: str | None
+    graph_sha256: str | None = None
+    dense_sha256: str | None = None
 
     @classmethod
     def parse(cls, table: Table) -> Source:
@@ -67,15 +72,19 @@ class Source:
             model_type=table.string("model_type"),
             license=table.optional_string("license"),
             sha256=table.optional_string("sha256"),
+            graph_sha256=table.optional_string("graph_sha256"),
+            dense_sha256=table.optional_string("dense_sha256"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The object as JSON."""
+        hashes = {"graph_sha256": self.graph_sha256, "dense_sha256": self.dense_sha256}
         return {
             "name": self.name,
             "model_type": self.model_type,
             "license": self.license,
             "sha256": self.sha256,
+            **{key: value for key, value in hashes.items() if value is not None},
         }
 
 

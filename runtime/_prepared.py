@@ -35,9 +35,9 @@ from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import Initializers
 
-__all__ = ["PreparedGraphs", "machine_name"]
+__all__ = ["PREPARED", "PreparedGraphs", "machine_name"]
 
-_FOLDER = "prepared"
+PREPARED = "prepared"
 _RECORD, _GRAPH, _DATA = "prepared.json", "graph.onnx", "graph.bin"
 _INLINE_BYTES = "1024"  # as in a bundle, small tensors stay in the graph
 _SPACE = 2.5  # of a graph's bytes, while it is written
@@ -52,7 +52,7 @@ class PreparedGraphs:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self.folder = bundle.root / _FOLDER / machine_name()
+        self.folder = bundle.root / PREPARED / machine_name()
 
     def find(self, precision: str, name: str) -> Path | None:
         """The prepared graph of a task, or of ``VISION``; ``None`` if there is none that fits."""
@@ -103,7 +103,7 @@ class PreparedGraphs:
 
     def remove(self) -> bool:
         """Deletes what was prepared on any machine; whether there was something."""
-        everything = self._bundle.root / _FOLDER
+        everything = self._bundle.root / PREPARED
         found = everything.is_dir()
         if found:
             shutil.rmtree(everything)

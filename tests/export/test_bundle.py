@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from embedge.export import AdapterError, CheckpointError, ExportError, export_bundle
+from embedge.export import _export as export_module
+from embedge.export import _lock as lock_module
 from embedge.export import _store as store_module
 from embedge.runtime import Embedder, EmbedgeError
+from embedge.runtime._cli import main
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import Manifest
 
@@ -314,6 +318,23 @@ def test_figures_of_bench_survive_an_addition(source: Path, copy: Path) -> None:
     assert manifest(copy)["precisions"]["int8"]["fidelity"] == {"first": {"cosine": 0.5}}
 
 
+def test_figures_that_bench_records_during_an_addition_survive_it(
+    source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = export_module._write_graph
+
+    def record_and_write(*arguments: Any) -> None:
+        document = manifest(copy)
+        document["precisions"]["int8"]["fidelity"] = {"first": {"cosine": 0.5}}
+        write_json(copy / "manifest.json", document)
+        write(*arguments)
+
+    monkeypatch.setattr(export_module, "_write_graph", record_and_write)
+    small(source, copy, adapters={"third": None})
+    assert manifest(copy)["precisions"]["int8"]["fidelity"] == {"first": {"cosine": 0.5}}
+    assert "third" in manifest(copy)["tasks"]
+
+
 # -- refusals ---------------------------------------------------------------------------------------------
 
 
@@ -400,6 +421,14 @@ def test_a_bundle_of_another_pooling_is_refused(source: Path, copy: Path) -> Non
         ({"int4_block_size": 48}, "int4_block_size 48"),
         ({"keep": {"*": "int4"}}, r"keep '\*'='int4'"),
         ({"calibration": "no/such/file"}, "no/such/file"),
+        ({"calibration": 5}, "calibration: expected a path, found 5"),
+        ({"adapters": ["x"]}, r"adapters: expected .*'adapter folder'.*, found \['x'\]"),
+        ({"adapters": {"t": 5}}, r"adapters\['t'\]: expected a path, found 5"),
+        ({"keep": ["x"]}, r"keep: expected .*'fp32'.*, found \['x'\]"),
+        ({"keep": {3: "fp32"}}, "keep: expected patterns of layer names, found 3"),
+        ({"matryoshka_dims": 32}, "matryoshka_dims: expected a list of integers, found 32"),
+        ({"matryoshka_dims": "32"}, "matryoshka_dims: expected a list of integers, found '32'"),
+        ({"precisions": 8}, "precisions: expected a list of some of .*, found 8"),
     ],
     ids=lambda value: None if isinstance(value, dict) else re.sub(r"\W+", "-", value),
 )
@@ -408,6 +437,15 @@ def test_a_bad_argument_is_named_and_nothing_is_written(
 ) -> None:
     with pytest.raises(EmbedgeValueError, match=message):
         small(source, tmp_path / "out", **options)
+    assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("out", [None, 5, "", b"out"])
+@pytest.mark.parametrize("name", ["source", "out"])
+def test_what_is_no_path_is_named(name: str, out: Any, source: Path, tmp_path: Path) -> None:
+    call = {"source": source, "out": tmp_path / "out", name: out}
+    with pytest.raises(EmbedgeValueError, match=f"^{name}: expected a path, found "):
+        export_bundle(adapters={"task": None}, **call)
     assert leftovers(tmp_path / "out") == []
 
 
@@ -498,6 +536,16 @@ def test_a_failed_overwrite_leaves_the_old_bundle(source: Path, copy: Path) -> N
     with pytest.raises(EmbedgeValueError):
         small(source, copy, overwrite=True, keep={"nothing": "fp32"})
     assert contents(copy) == before
+
+
+def test_overwriting_deletes_what_embedge_itself_put_beside_the_bundles_files(
+    source: Path, copy: Path
+) -> None:
+    assert main(["prepare", str(copy), "--precision", "int8", "--pack-only"]) == 0
+    (copy / ".manifest.json.k3j2.tmp").write_text("of a killed bench --record")
+    small(source, copy, overwrite=True)
+    assert set(contents(copy)) - {"manifest.json", "README.md"} == manifest(copy)["files"].keys()
+    Embedder(copy, precision="int8", verify="full").encode("ab")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "int8/mine.bin", "int8/other.onnx", "deep/x/y"])
@@ -603,13 +651,17 @@ export_bundle(source, adapters={task: None}, out=out, calibration="none", precis
 """
 
 
-def killed_export(source: Path, task: str, out: Path, watched: Path) -> None:
-    process = child(SLOW_EXPORT, str(source), task, str(out))
+def wait_for_weights(process: subprocess.Popen[str], watched: Path) -> None:
     deadline = time.monotonic() + 60
     while not any(p.stat().st_size for p in watched.glob("fp32/*.bin")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def killed_export(source: Path, task: str, out: Path, watched: Path) -> None:
+    process = child(SLOW_EXPORT, str(source), task, str(out))
+    wait_for_weights(process, watched)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
@@ -628,11 +680,7 @@ def test_a_killed_export_leaves_nothing_under_the_name_and_a_second_run_succeeds
 def test_a_killed_addition_leaves_the_bundle_usable_and_a_second_run_succeeds(
     source: Path, copy: Path
 ) -> None:
-    shutil.rmtree(copy / "fp32")
-    document = manifest(copy)
-    del document["precisions"]["fp32"]
-    document["files"] = {n: e for n, e in document["files"].items() if "fp32" not in n}
-    write_json(copy / "manifest.json", document)
+    without_fp32(copy)
     (copy / "int8/mine.bin").write_text("mine")
     killed_export(source, "third", copy, copy)
     Embedder(copy, precision="int8", verify="full").encode("ab", task="first")
@@ -642,3 +690,135 @@ def test_a_killed_addition_leaves_the_bundle_usable_and_a_second_run_succeeds(
         *manifest(copy)["files"],
         "int8/mine.bin",
     }
+
+
+def test_a_killed_int4_addition_leaves_no_file_that_stops_the_next(
+    source: Path, copy: Path
+) -> None:
+    document = manifest(copy)
+    left = copy / "int4/third.unpack.json"
+    write_json(copy / ".export.partial", sorted(document["files"]))
+    left.write_text("{}")
+    small(source, copy, adapters={"third": None}, precisions=["int4"])
+    assert json.loads(left.read_text())
+    Embedder(copy, precision="int4-unpacked", verify="full").encode("ab", task="third")
+
+
+# -- two exports at once --------------------------------------------------------------------------------
+
+
+@contextmanager
+def running_export(source: Path, task: str, out: Path, watched: Path) -> Iterator[int]:
+    """An export of another process, stopped while it writes; yields its number."""
+    process = child(SLOW_EXPORT, str(source), task, str(out))
+    try:
+        wait_for_weights(process, watched)
+        process.send_signal(signal.SIGSTOP)
+        yield process.pid
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+
+
+def without_fp32(bundle: Path) -> None:
+    shutil.rmtree(bundle / "fp32")
+    document = manifest(bundle)
+    del document["precisions"]["fp32"]
+    document["files"] = {n: e for n, e in document["files"].items() if "fp32" not in n}
+    write_json(bundle / "manifest.json", document)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_export_to_the_same_new_folder_is_refused_and_harms_nothing(
+    overwrite: bool, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with (
+        running_export(source, "task", out, tmp_path / ".out.partial") as number,
+        pytest.raises(ExportError, match=rf"no other export .*found process {number} "),
+    ):
+        small(source, out, overwrite=overwrite)
+    assert leftovers(out) == ["out"]
+    Embedder(out, precision="fp32", verify="full").encode("ab")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_addition_at_the_same_time_is_refused_and_both_can_follow_each_other(
+    overwrite: bool, source: Path, copy: Path
+) -> None:
+    without_fp32(copy)
+    with (
+        running_export(source, "third", copy, copy) as number,
+        pytest.raises(ExportError, match=rf"no other export .*found process {number} "),
+    ):
+        small(source, copy, adapters={"fourth": None}, overwrite=overwrite)
+    small(source, copy, adapters={"fourth": None})
+    assert {"first", "second", "third", "fourth"} == manifest(copy)["tasks"].keys()
+    assert set(contents(copy)) - {"manifest.json", "README.md"} == manifest(copy)["files"].keys()
+    assert leftovers(copy) == ["copy"]
+    Embedder(copy, precision="fp32", verify="full").encode("ab", task="third")
+    Embedder(copy, precision="int8", verify="full").encode("ab", task="fourth")
+
+
+def test_an_export_that_is_refused_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        small(tmp_path / "nowhere", tmp_path / "a/b/out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- refusals of the operating system -------------------------------------------------------------------
+
+
+REFUSALS = {
+    errno.ENOSPC: r"No space left on device \(\d+ MB free there\); .*: free some space",
+    errno.EROFS: "Read-only file system; .*: choose an --out that this user can write to",
+    errno.EACCES: "Permission denied; .*: choose an --out that this user can write to",
+    errno.ENOENT: "No such file or directory; .*: make sure that nothing else moves or deletes",
+}
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_what_the_system_refuses_comes_with_advice_that_helps(
+    number: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> int:
+        raise OSError(number, os.strerror(number), "there")
+
+    monkeypatch.setattr(lock_module.os, "open", refuse)
+    with pytest.raises(ExportError, match=f"there: {REFUSALS[number]}") as caught:
+        small(source, tmp_path / "out")
+    assert ("space" in str(caught.value)) == (number == errno.ENOSPC)
+    monkeypatch.undo()
+    monkeypatch.setattr(export_module, "_write_graph", refuse)
+    with pytest.raises(ExportError, match=f"there: {REFUSALS[number]}"):
+        small(source, tmp_path / "out")
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_a_bundle_whose_parent_cannot_be_written_gains_a_task_all_the_same(
+    source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = os.open
+
+    def open_(path: Any, *arguments: Any) -> int:
+        if Path(path).parent == copy.parent:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return really(path, *arguments)
+
+    monkeypatch.setattr(lock_module.os, "open", open_)
+    small(source, copy, adapters={"third": None})
+    assert "third" in manifest(copy)["tasks"]
+    assert ".export.lock" not in contents(copy)
+
+
+def test_a_failed_addition_says_that_the_bundle_is_as_it_was(
+    source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export_module, "_write_graph", refuse)
+    with pytest.raises(ExportError, match="the bundle that was there is as it was"):
+        small(source, copy, adapters={"third": None})

@@ -51,6 +51,20 @@ def test_a_success_prints_the_cost_of_every_task_and_the_size(
     assert lines[-1].startswith(f"wrote {out} (")
 
 
+def test_the_size_is_that_of_the_bundle_without_what_prepare_made(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(source, "--no-adapter", "plain", "--out", out, "--quiet") == 0
+    (out / "prepared").mkdir()
+    (out / "prepared/graph.bin").write_bytes(bytes(5_000_000))
+    capsys.readouterr()
+    assert run(source, "--no-adapter", "other", "--out", out, "--quiet") == 0
+    size = sum(entry["size"] for entry in manifest(out)["files"].values())
+    assert f"wrote {out} ({size / 1e6:.1f} MB)" in capsys.readouterr().out
+    assert size < 5_000_000
+
+
 def test_int8_is_what_is_written_where_no_precision_is_named(source: Path, tmp_path: Path) -> None:
     assert run(source, "--no-adapter", "plain", "--out", tmp_path / "out", "--quiet") == 0
     assert list(manifest(tmp_path / "out")["precisions"]) == ["int8"]

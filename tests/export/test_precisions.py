@@ -318,9 +318,23 @@ def test_a_layer_is_kept_by_the_name_that_the_report_shows(export: Export) -> No
     assert types[name.removesuffix(".weight")] == TensorProto.FLOAT
 
 
-def test_a_pattern_that_matches_nothing_is_an_error(export: Export) -> None:
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [("int8", "fp32"), ("int8", "int8"), ("int4", "int8"), ("fp32", "fp32"), ("fp16", "fp32")],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(
+    precision: str, kept: str, export: Export
+) -> None:
     with pytest.raises(EmbedgeValueError, match=r"keep pattern 'encoder\.layer\.9\.\*'"):
-        export("bert", "int8", keep={"encoder.layer.9.*": "fp32"})
+        export("bert", precision, keep={"encoder.layer.9.*": kept})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_pattern_that_changes_nothing_leaves_the_bytes(precision: str, export: Export) -> None:
+    kept = export("bert", precision, keep={"encoder.layer.0.*": "fp32"})
+    for name in ("task.onnx", "shared.bin"):
+        file = f"{precision}/{name}"
+        assert (kept / file).read_bytes() == (export("bert", precision) / file).read_bytes()
 
 
 def test_a_bundle_with_int8_layers_kept_runs_on_the_cpu_alone(export: Export) -> None:

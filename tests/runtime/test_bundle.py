@@ -10,6 +10,7 @@ import pytest
 
 from embedge.runtime import BundleError, Embedder, EmbedgeError, ManifestError
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._cli import main
 from embedge.runtime._onnx_file import ExternalData, read_external_data
 from embedge.runtime._session import GraphSession
 
@@ -47,6 +48,19 @@ def test_a_flipped_byte_is_found_by_the_full_check_only(bundle: Any) -> None:
     Embedder(bundle.path)
     with pytest.raises(BundleError, match=rf"shared\.bin: expected SHA-256 {expected}, found "):
         Embedder(bundle.path, verify="full")
+
+
+def test_weights_that_the_manifest_does_not_list_are_found_by_the_full_check(
+    bundle: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle.edit(lambda document: document["files"].pop("fp32/shared.bin"))
+    message = (
+        "fp32/retrieval.onnx: uses weights in fp32/shared.bin, which the manifest does not list"
+    )
+    with pytest.raises(BundleError, match=message):
+        Embedder(bundle.path, verify="full")
+    assert main(["inspect", str(bundle.path), "--verify"]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_whole_bundle_passes_the_full_check(bundle: Any) -> None:
