@@ -75,7 +75,7 @@ def plan(
         planner.low_rank(module, parts)
     planner.check_modules_to_save()
     problems = planner.problems
-    if planner.lost and not planner.recipes:
+    if planner.lost and not planner.found:
         problems = [planner.strangeness(), *(p for p in problems if p not in planner.lost)]
     only_ranks = bool(problems) and planner.wrong_ranks == len(problems)
     advice = _OTHER_CONFIG if only_ranks else _OTHER_MODEL
@@ -87,6 +87,7 @@ class _Planner:
 
     Attributes:
         lost: the problems of keys that find no tensor, with the path that was looked for.
+        found: whether any key finds a tensor.
         wrong_ranks: how many problems are ranks unlike the config's.
     """
 
@@ -104,6 +105,7 @@ class _Planner:
         self.recipes: dict[str, Recipe] = {}
         self.problems: list[str] = []
         self.lost: dict[str, str] = {}
+        self.found = False
         self.wrong_ranks = 0
         self._zero: set[str] = set()
         self._lora_targets: dict[str, str] = {}
@@ -132,6 +134,7 @@ class _Planner:
 
     def _target_or_problem(self, path: str, key: str) -> str | None:
         found = self._find(path)
+        self.found |= bool(found)
         if len(found) == 1:
             return found[0]
         if found:

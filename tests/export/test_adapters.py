@@ -485,6 +485,17 @@ def test_an_adapter_of_another_model_is_one_problem_that_names_both(tmp_path: Pa
     )
 
 
+def test_a_model_whose_tensors_it_finds_is_not_another_one(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["query"])
+    edit_config(tmp_path, r=2)
+    edit_weights(tmp_path, lambda t: t.update({"classifier.weight": torch.ones(2)}))
+
+    with pytest.raises(
+        AdapterError, match=r"3 problems: classifier\.weight: finds no tensor of the"
+    ):
+        bind(tmp_path)
+
+
 def test_of_many_problems_the_first_are_listed_and_all_counted(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["query"])
     edit_weights(
