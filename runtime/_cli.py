@@ -69,19 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return _run(arguments)
+            code = _run(arguments)
+            sys.stdout.flush()  # a full disk is an error of the command
+            return code
         except SystemExit as stop:  # argparse: --help and wrong calls
             return stop.code if isinstance(stop.code, int) else 2
         except KeyboardInterrupt:
             return _failed("interrupted", 130)
-        except BrokenPipeError:
-            # Whoever read the output has seen enough. What is still buffered goes nowhere, so that
-            # the interpreter does not complain at exit.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # whoever read the output has seen enough
+            _drop_output()
             return 1
         except Exception as error:
-            return _report(error)
+            return _report(error, output_fails=_output_fails())
 
 
 def _run(arguments: list[str]) -> int:
@@ -107,6 +106,22 @@ def _run(arguments: list[str]) -> int:
     if run is None:
         parser.error(f"name a command: {', '.join(_COMMANDS)}")
     return run(args)
+
+
+def _output_fails() -> bool:
+    """Whether standard output takes no more; what is still buffered is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """What is still buffered goes nowhere, so that the interpreter does not complain at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +158,7 @@ class _Module(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, *, output_fails: bool) -> int:
     """Prints an error as one line; its exit code."""
     if os.environ.get("EMBEDGE_TRACEBACK"):
         traceback.print_exception(error)
@@ -156,11 +171,20 @@ def _report(error: Exception) -> int:
     if isinstance(error, EmbedgeError):
         return _failed(str(error), 1)
     if isinstance(error, OSError):
-        name = "" if error.filename is None else f"{error.filename}: "
-        return _failed(f"{name}{error.strerror or error}", 1)
+        return _failed(_system_error(error, output_fails), 1)
     return _failed(
         f"unexpected {type(error).__name__}: {error} (EMBEDGE_TRACEBACK=1 shows where)", 1
     )
+
+
+def _system_error(error: OSError, output_fails: bool) -> str:
+    """What failed and why; standard output's errors have no name."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    if output_fails:
+        return f"standard output: {reason}; make room, or write to another place"
+    return f"{reason} (EMBEDGE_TRACEBACK=1 shows where)"
 
 
 def _failed(message: str, code: int) -> int:

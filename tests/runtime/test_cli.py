@@ -47,6 +47,20 @@ def vectors_of(jsonl: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.array([json.loads(line)["embedding"] for line in jsonl.splitlines()], np.float32)
 
 
+def program(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Runs the real program; names in capitals are its environment's variables."""
+    variables = {name: options.pop(name) for name in list(options) if name.isupper()}
+    path = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, "-m", "embedge.runtime", *arguments],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
 class TestEmbed:
     def test_lines_become_vectors_in_their_order_exactly(
         self, bundle: Any, stdin: SetStdin, capsys: Capture
@@ -121,7 +135,7 @@ class TestEmbed:
         texts: int,
     ) -> None:
         def full(self: _JsonlWriter, *arguments: Any) -> None:
-            raise OSError("no space left on device")
+            raise OSError(28, "no space left on device")
 
         before = set(tmp_path.iterdir())
         monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 1)
@@ -132,6 +146,60 @@ class TestEmbed:
         assert "no space left on device" in error_line(capsys)
         assert set(tmp_path.iterdir()) == before
         assert not [t for t in threading.enumerate() if t.name.startswith("embedge-write")]
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ("embed BUNDLE", "standard output"),
+            ("embed BUNDLE --format npy", "standard output"),
+            ("embed BUNDLE --output /dev/full", "--output /dev/full"),
+            ("inspect BUNDLE", "standard output"),
+        ],
+    )
+    def test_a_full_disk_names_what_could_not_be_written(
+        self, bundle: Any, arguments: str, named: str
+    ) -> None:
+        """The real program, whose interpreter would complain at exit of what it could not flush."""
+        call = [str(bundle.path) if word == "BUNDLE" else word for word in arguments.split()]
+        with open("/dev/full", "wb") as full:
+            done = program(call, input=b"w1\n", stdout=full, PYTHONUNBUFFERED="")
+        assert done.stderr.decode() == (
+            f"embedge: error: {named}: No space left on device; make room, or write to another "
+            "place\n"
+        )
+        assert done.returncode == 1
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sizes of files are limited by resource")
+    @pytest.mark.parametrize("most", [100, 20_000])
+    @pytest.mark.parametrize("piped", [True, False])
+    def test_a_full_folder_is_named_with_the_way_out(
+        self, bundle: Any, tmp_path: Path, piped: bool, most: int
+    ) -> None:
+        def limit() -> None:
+            import resource
+            import signal
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+        target = tmp_path / "v.npy"
+        call = ["embed", str(bundle.path), *(["--format", "npy"] if piped else [])]
+        done = program(
+            call if piped else [*call, "--output", str(target)],
+            input=b"w1\n" * (most // 10),
+            stdout=subprocess.PIPE,
+            preexec_fn=limit,
+            TMPDIR=str(tmp_path),
+        )
+        assert done.stderr.decode() == "embedge: error: " + (
+            f"{tmp_path}, where .npy is collected before it goes to standard output: File too large; "
+            "name a roomier folder in TMPDIR, or give --output FILE\n"
+            if piped
+            else f"--output {target}: File too large; make room, or write to another place\n"
+        )
+        assert done.returncode == 1
+        assert not list(tmp_path.glob("*.npy*"))
 
     def test_npy_goes_through_a_pipe(
         self, bundle: Any, stdin: SetStdin, capsysbinary: CaptureBytes
