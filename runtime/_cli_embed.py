@@ -1,5 +1,8 @@
 """``embedge embed``: lines or JSONL in, JSONL or .npy out, in bounded memory.
 
+A line of JSONL out is ``{"embedding": […]}``, after the members of the line in, if that was JSONL too:
+all but the text, and an ``embedding`` of its own, whose place the vector takes.
+
 With ``--images`` a line is the path of an image, relative to the working folder.
 """
 
@@ -36,6 +39,10 @@ _CHUNK_CHARACTERS = 4_000_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
+    parser.description = (
+        "Turn lines or JSONL into vectors, one a line. JSONL has them under the key embedding, after the "
+        "input's own keys except the text's; an input key embedding is replaced."
+    )
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument("--task", help="may be left out where the bundle has exactly one")
     parser.add_argument(

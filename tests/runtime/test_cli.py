@@ -237,9 +237,22 @@ class TestEmbed:
                 ["--field", "t"],
                 "input line 1: expected a string under 't', found int",
             ),
+            (
+                b'{"text": "w1"}\n{"text": "w2", "x": [NaN]}\n',
+                ["--input-format", "jsonl"],
+                "(NaN is no JSON; write null)",
+            ),
+            (
+                b'{"text": "w1", "x": -1e999}\n',
+                ["--input-format", "jsonl"],
+                "(-1e999 is larger than a float can be",
+            ),
             (b"w1\n" + b"w1 " * 20, ["--on-truncate", "error"], "input line 2: longer than 16 tok"),
         ],
-        ids=["UTF-8", "no object", "blank", "no key", "no string", "too long"],
+        ids=[
+            *("UTF-8", "no object", "blank", "no key", "no string"),
+            *("NaN", "large number", "too long"),
+        ],
     )
     def test_a_line_that_cannot_be_used_is_named_and_nothing_is_left(
         self,
