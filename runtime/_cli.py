@@ -2,6 +2,7 @@
 
 Rules:
     * Exit code 0 for success, 2 for a wrong call, 1 for a failure, 130 when interrupted.
+    * Messages name the command's options where the library's name Python's arguments.
     * Errors and warnings are one line each on standard error, never a traceback; the environment
       variable EMBEDGE_TRACEBACK=1 shows it.
     * ``export`` and ``bench`` belong to other parts of embedge, which are looked up when called:
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -20,6 +22,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TextIO, cast
+
+from embedge.runtime._option_names import OptionNames
 
 __all__ = ["main"]
 
@@ -66,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; ``None``: the process's own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    names = OptionNames()
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = functools.partial(_show_warning, names)
         try:
-            code = _run(arguments)
+            code = _run(arguments, names)
             sys.stdout.flush()  # a full disk is an error of the command
             return code
         except SystemExit as stop:  # argparse: --help and wrong calls
@@ -80,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _drop_output()
             return 1
         except Exception as error:
-            return _report(error, output_fails=_output_fails())
+            return _report(error, names, output_fails=_output_fails())
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], names: OptionNames) -> int:
     called = next((word for word in arguments if not word.startswith("-")), None)
     parser = _Parser(
         prog="embedge", description="Small, fast ONNX graphs of embedding models, one per task."
@@ -96,6 +101,7 @@ def _run(arguments: list[str]) -> int:
         if name == called:
             module = _load(command)
             module.add_arguments(subparser)
+            names.take(subparser)
             run = module.run
     args = parser.parse_args(arguments)
     if args.version:
@@ -158,7 +164,7 @@ class _Module(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-def _report(error: Exception, *, output_fails: bool) -> int:
+def _report(error: Exception, names: OptionNames, *, output_fails: bool) -> int:
     """Prints an error as one line; its exit code."""
     if os.environ.get("EMBEDGE_TRACEBACK"):
         traceback.print_exception(error)
@@ -167,9 +173,9 @@ def _report(error: Exception, *, output_fails: bool) -> int:
     except ImportError as missing:  # ONNX Runtime, which is what the error says already
         return _failed(str(missing), 1)
     if isinstance(error, EmbedgeValueError):
-        return _failed(str(error), 2)
+        return _failed(names.put_into(str(error)), 2)
     if isinstance(error, EmbedgeError):
-        return _failed(str(error), 1)
+        return _failed(names.put_into(str(error)), 1)
     if isinstance(error, OSError):
         return _failed(_system_error(error, output_fails), 1)
     return _failed(
@@ -194,6 +200,7 @@ def _failed(message: str, code: int) -> int:
 
 
 def _show_warning(
+    names: OptionNames,
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -201,4 +208,5 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"embedge: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    text = names.put_into(" ".join(str(message).split()))
+    print(f"embedge: warning: {text}", file=sys.stderr)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -181,9 +183,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[str, Any]) -> Any:
-    """Vectors of some records; one that cannot be embedded is a failure, not a wrong call."""
+    """Vectors of some records; one that cannot be embedded is a failure, not a wrong call.
+
+    Warnings and errors name lines of the input, not places in the call.
+    """
     try:
-        return encode([record.text for record in records], **options)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            vectors = encode([record.text for record in records], **options)
     except TextTooLongError as error:
         raise EmbedgeError(
             f"input line {records[error.index].line}: longer than {error.max_length} tokens; "
@@ -191,6 +198,14 @@ def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[
         ) from error
     except ImageError as error:
         raise EmbedgeError(f"input line {records[error.index].line}: {error.reason}") from error
+    for warning in said:
+        text = re.sub(
+            r"(?:sentences|images)\[(\d+)\]",
+            lambda place: f"input line {records[int(place[1])].line}",
+            str(warning.message),
+        )
+        warnings.warn(text, warning.category, stacklevel=2)
+    return vectors
 
 
 def _open_input(name: str) -> BinaryIO:

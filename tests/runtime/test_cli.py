@@ -277,9 +277,21 @@ class TestEmbed:
         [
             (["--task", "x"], "no task 'x'; it has retrieval"),
             (["--precision", "int2"], "no precision 'int2'; it has fp32"),
-            (["--truncate-dim", "99"], "truncate_dim is 99; the bundle has 1 to 8"),
-            (["--prompt-name", "query"], "no prompt 'query': it declares none"),
-            (["--batch-size", "0"], "batch_size is 0; expected a whole number"),
+            (["--truncate-dim", "99"], "error: --truncate-dim is 99; the bundle has 1 to 8"),
+            (
+                ["--prompt-name", "query"],
+                "no prompt 'query': it declares none; leave --prompt-name out",
+            ),
+            (["--batch-size", "0"], "error: --batch-size is 0; expected a whole number"),
+            (["--threads", "0"], "error: --threads is 0; expected a whole number"),
+            (
+                ["--min-cosine", "0.9"],
+                "--min-cosine goes with --precision auto, which chooses by it",
+            ),
+            (
+                ["--precision", "auto", "--memory-limit", "10"],
+                "bytes, above --memory-limit (10)",
+            ),
             (["--batch-size", "x"], "argument --batch-size: invalid int value: 'x'"),
             (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
             (["--field", "a", "--input-format", "lines"], "--field is for JSONL"),
@@ -293,6 +305,24 @@ class TestEmbed:
         line = error_line(capsys)
         assert line.startswith("embedge: error: ")
         assert message in line
+
+    def test_what_has_to_be_chosen_is_asked_for_by_option(
+        self, two_tasks: Any, capsys: Capture
+    ) -> None:
+        assert main(["embed", str(two_tasks.path)]) == 2
+        assert error_line(capsys).endswith(
+            "precisions: fp32, int4; choose one, such as --precision fp32, or --precision auto"
+        )
+        assert main(["embed", str(two_tasks.path), "--precision", "fp32"]) == 2
+        assert error_line(capsys).endswith("retrieval, code; choose one, such as --task retrieval")
+
+    def test_names_that_a_user_gave_are_left_as_they_are(
+        self, bundle: Any, tmp_path: Path, capsys: Capture
+    ) -> None:
+        assert main(["embed", str(bundle.path), "--task", "batch_size"]) == 2
+        assert "no task 'batch_size'" in error_line(capsys)
+        assert main(["embed", str(tmp_path / "batch_size")]) == 1
+        assert f"{tmp_path}/batch_size: expected a bundle's folder" in error_line(capsys)
 
     def test_files_that_cannot_be_opened_are_named(
         self, bundle: Any, tmp_path: Path, stdin: SetStdin, capsys: Capture
@@ -342,15 +372,22 @@ class TestEmbed:
         assert (tmp_path / "link.jsonl").is_symlink()
         assert len(vectors_of((tmp_path / "real.jsonl").read_text())) == 1
 
-    def test_warnings_are_one_line_without_their_place_in_the_source(
-        self, bundle: Any, stdin: SetStdin, capsys: Capture
+    def test_warnings_are_one_line_in_the_words_of_the_command(
+        self,
+        bundle: Any,
+        stdin: SetStdin,
+        capsys: Capture,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        stdin(b"w1 " * 20)
+        monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 2)
+        stdin(b"w1\nw2\nw3\n" + b"w1 " * 20)
         # Warnings are errors in these tests; the command itself leaves Python's defaults.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.filters", [])
-            assert main(["embed", str(bundle.path)]) == 0
-        assert error_line(capsys).startswith("embedge: warning: sentences[0] is longer than 16")
+        monkeypatch.setattr("warnings.filters", [])
+        assert main(["embed", str(bundle.path), "--batch-size", "2"]) == 0
+        assert error_line(capsys) == (
+            "embedge: warning: input line 4 is longer than 16 tokens and was cut; --on-truncate ignore "
+            "cuts in silence, --on-truncate error refuses; this is said once"
+        )
 
     def test_a_reader_that_stops_early_is_no_traceback(self, bundle: Any) -> None:
         """The real program, in a process of its own, into a pipe that closes."""
@@ -450,7 +487,7 @@ class TestEmbedImages:
             (["--images", "--prompt-name", "query"], "--prompt-name is for texts"),
             (["--images", "--on-truncate", "warn"], "--on-truncate is for texts"),
             (["--images", "--max-batch-tokens", "9"], "--max-batch-tokens is for texts"),
-            (["--images", "--max-pixels", "0"], "max_pixels: expected a positive whole number"),
+            (["--images", "--max-pixels", "0"], "error: --max-pixels: expected a positive whole"),
             (["--max-pixels", "99"], "--max-pixels goes with --images"),
         ],
     )
