@@ -129,11 +129,13 @@ def _shown(milliseconds: float) -> str:
 
 
 def _words(settings: RunSettings) -> str:
-    """How batches run."""
+    """How batches run, and with lanes what a text alone does."""
     batches = f"batches of {settings.batch_tokens} tokens"
     if not settings.lanes:
-        return f"{batches}, one by one"
-    return f"{batches} at the same time; alone, up to {settings.narrow_tokens} tokens on 1 thread"
+        return f"{batches}, one after the other, on all threads"
+    short = settings.narrow_tokens
+    alone = f"on 1 thread up to {short} tokens, longer on all" if short else "on all threads"
+    return f"{batches}, several at the same time, on 1 thread each; a text alone {alone}"
 
 
 def _chosen(
