@@ -132,10 +132,10 @@ def _words(settings: RunSettings) -> str:
     """How batches run, and with lanes what a text alone does."""
     batches = f"batches of {settings.batch_tokens} tokens"
     if not settings.lanes:
-        return f"{batches}, one after the other, on all threads"
+        return f"{batches} on all threads, one by one"
     short = settings.narrow_tokens
-    alone = f"on 1 thread up to {short} tokens, longer on all" if short else "on all threads"
-    return f"{batches}, several at the same time, on 1 thread each; a text alone {alone}"
+    alone = f"of up to {short} tokens on 1 thread" if short else "on all threads"
+    return f"{batches} on 1 thread each, at the same time; a text alone {alone}"
 
 
 def _chosen(

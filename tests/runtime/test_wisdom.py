@@ -285,17 +285,16 @@ class TestCommand:
         [
             (
                 RunSettings(lanes=False, narrow_tokens=0, batch_tokens=1024),
-                "batches of 1024 tokens, one after the other, on all threads",
+                "batches of 1024 tokens on all threads, one by one",
             ),
             (
                 RunSettings(lanes=True, narrow_tokens=0, batch_tokens=512),
-                "batches of 512 tokens, several at the same time, on 1 thread each; a text alone on all "
-                "threads",
+                "batches of 512 tokens on 1 thread each, at the same time; a text alone on all threads",
             ),
             (
                 RunSettings(lanes=True, narrow_tokens=96, batch_tokens=512),
-                "batches of 512 tokens, several at the same time, on 1 thread each; a text alone on 1 "
-                "thread up to 96 tokens, longer on all",
+                "batches of 512 tokens on 1 thread each, at the same time; a text alone of up to 96 tokens "
+                "on 1 thread",
             ),
         ],
     )
