@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-cosine",
         type=float,
         metavar="X",
-        help="with --precision auto: lowest mean cosine to the unquantized model, e.g. 0.999",
+        help="with --precision auto: lowest mean cosine to the unquantized model, as `bench --record` "
+        "stored it, e.g. 0.999",
     )
     parser.add_argument(
         "--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)"
