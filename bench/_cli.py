@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.bar:
         check_known_bars(args.bar)
-    report = run_bench(options, show_progress_bar=sys.stderr.isatty() or not args.bar)
+    report = run_bench(options, show_progress_bar=sys.stderr.isatty())
     checks = check_bars(report, args.bar or [])
     if args.shapes:
         print(HOW_TO_COMPARE, comparison_table(report.rows).text(), sep="\n\n")

@@ -141,14 +141,16 @@ def _folder(source: str | Path) -> Path:
         return path.resolve()
     if path.is_absolute() or str(source).count("/") > 1:
         raise BenchArgumentError(f"--reference {source}: no such folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(snapshot_download(str(source)))
     except Exception as error:  # the hub's own errors have no common base
-        raise BenchArgumentError(
-            f"--reference {source}: neither a folder nor a model the hub or its cache gave: {error}"
-        ) from error
+        if constants.HF_HUB_OFFLINE:
+            reason = "in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or name a folder"
+        else:
+            reason = f"a model that the hub gave: {error}; check the name and the network"
+        raise BenchArgumentError(f"--reference {source}: neither a folder nor {reason}") from error
 
 
 def _pooling(file: Path) -> str:

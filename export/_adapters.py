@@ -1,7 +1,7 @@
 """PEFT LoRA adapters: read a folder, fit it to a checkpoint, read merged tensors one at a time.
 
 An adapter is merged by the keys in its file, never by the patterns in its config: every key has to
-find its tensor and every tensor has to be used, else binding fails with the full list and nothing
+find its tensor and every tensor has to be used, else binding fails with what does not fit and nothing
 is written.
 """
 
@@ -28,6 +28,7 @@ __all__ = ["Adapter", "BoundAdapter"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_MOST_SHOWN = 4  # problems in a message
 
 
 class Adapter:
@@ -106,14 +107,15 @@ class Adapter:
             published: whether it comes with the model, which may lie under any name.
 
         Raises:
-            AdapterError: listing everything that does not fit: keys that find no tensor or several,
-                keys that are not used, shapes (both are named), ranks unlike the config, NaN,
-                another base hash.
+            AdapterError: counting everything that does not fit and listing the first: keys that find
+                no tensor or several, keys that are not used, shapes (both are named), ranks unlike
+                the config, NaN, another base hash.
 
         Warns:
             UserWarning: if the adapter names another base model, or changes nothing.
         """
-        recipes, problems = plan(self.file, self.adapter_keys, self.settings, checkpoint, canonical)
+        found = plan(self.file, self.adapter_keys, self.settings, checkpoint, canonical)
+        problems = found.problems
         expected = self.settings.base_sha256
         if expected is not None and expected != checkpoint.sha256():
             problems.insert(
@@ -123,13 +125,14 @@ class Adapter:
             )
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            shown, rest = problems[:_MOST_SHOWN], len(problems) - _MOST_SHOWN
+            more = f"; and {rest} more" if rest > 0 else ""
             raise AdapterError(
                 f"adapter {self.name!r} ({self.folder}) does not fit the model "
-                f"{checkpoint.name!r}, {count}: {'; '.join(problems)}; use it with the model that "
-                "it was trained on, as PEFT saved it"
+                f"{checkpoint.name!r}, {count}: {'; '.join(shown)}{more}; {found.advice}"
             )
-        self._warn(checkpoint, recipes, published)
-        return BoundAdapter(self, checkpoint, recipes)
+        self._warn(checkpoint, found.recipes, published)
+        return BoundAdapter(self, checkpoint, found.recipes)
 
     def _warn(self, checkpoint: Checkpoint, recipes: dict[str, Recipe], published: bool) -> None:
         base = None if published else self.settings.base_model

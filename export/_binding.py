@@ -1,29 +1,50 @@
 """Fitting an adapter's tensors to a checkpoint's.
 
-The outcome is a recipe for each changed tensor and a list of everything that is wrong.
+The outcome is a recipe for each changed tensor, a list of everything that is wrong, and what to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from embedge.export._adapter_keys import AdapterKeys
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError
+from embedge.export._model_card import base_name
 from embedge.export._peft_config import LoraSettings
 from embedge.export._recipes import Recipe
 from embedge.export._safetensors import SafetensorsFile
 
-__all__ = ["plan"]
+__all__ = ["Plan", "plan"]
 
 # transformers' families whose layers of these names are Conv1D, with weights [in, out]. PEFT goes
 # by the layer's class and corrects fan_in_fan_out where it says otherwise; so the flag in the
 # config decides nothing here.
 _CONV1D_FAMILIES = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 _CONV1D_LAYERS = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+_OTHER_MODEL = "use it with the model that it was trained on, as PEFT saved it"
+_OTHER_CONFIG = (
+    "set r and rank_pattern in adapter_config.json as they were in training, or copy both files of "
+    "the adapter again"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What becomes of an adapter on a checkpoint.
+
+    Attributes:
+        recipes: by the checkpoint's key, of the tensors that change.
+        problems: everything that does not fit.
+        advice: what to do about them.
+    """
+
+    recipes: dict[str, Recipe]
+    problems: list[str]
+    advice: str
 
 
 def plan(
@@ -32,7 +53,7 @@ def plan(
     settings: LoraSettings,
     checkpoint: Checkpoint,
     canonical: Callable[[str], str],
-) -> tuple[dict[str, Recipe], list[str]]:
+) -> Plan:
     """Return a recipe per changed checkpoint key, and everything that does not fit.
 
     Args:
@@ -53,11 +74,22 @@ def plan(
     for module, parts in keys.lora.items():
         planner.low_rank(module, parts)
     planner.check_modules_to_save()
-    return planner.recipes, planner.problems
+    problems = planner.problems
+    if planner.lost and not planner.found:
+        problems = [planner.strangeness(), *(p for p in problems if p not in planner.lost)]
+    only_ranks = bool(problems) and planner.wrong_ranks == len(problems)
+    advice = _OTHER_CONFIG if only_ranks else _OTHER_MODEL
+    return Plan(recipes=planner.recipes, problems=problems, advice=advice)
 
 
 class _Planner:
-    """Collects recipes and problems."""
+    """Collects recipes and problems.
+
+    Attributes:
+        lost: the problems of keys that find no tensor, with the path that was looked for.
+        found: whether any key finds a tensor.
+        wrong_ranks: how many problems are ranks unlike the config's.
+    """
 
     def __init__(
         self,
@@ -72,6 +104,9 @@ class _Planner:
         self.canonical = canonical
         self.recipes: dict[str, Recipe] = {}
         self.problems: list[str] = []
+        self.lost: dict[str, str] = {}
+        self.found = False
+        self.wrong_ranks = 0
         self._zero: set[str] = set()
         self._lora_targets: dict[str, str] = {}
         self._targets: dict[str, list[str]] = {}
@@ -99,13 +134,28 @@ class _Planner:
 
     def _target_or_problem(self, path: str, key: str) -> str | None:
         found = self._find(path)
+        self.found |= bool(found)
         if len(found) == 1:
             return found[0]
         if found:
             self.problems.append(f"{key}: finds several tensors of the model: {', '.join(found)}")
         else:
-            self.problems.append(f"{key}: finds no tensor of the model")
+            problem = f"{key}: finds no tensor of the model"
+            self.problems.append(problem)
+            self.lost[problem] = path
         return None
+
+    def strangeness(self) -> str:
+        """Say in one text that the adapter is that of another model altogether."""
+        base, kind = self.settings.base_model, self.checkpoint.config.get("model_type", "model")
+        origin = "it" if base is None else f"it was trained on {base_name(base)!r} and"
+        theirs = next(iter(self.lost.values()))
+        matrices = (k for k, of in self._targets.items() if len(self.checkpoint.shape(of[0])) == 2)
+        ours = next((k for k in matrices if ".0." in k), "no numbered layers")
+        return (
+            f"none of its {len(self.lost)} modules is in this {kind}: {origin} has {theirs}, the "
+            f"model has {ours}"
+        )
 
     def replace(self, targets: tuple[str, ...], sources: list[str]) -> None:
         """Plan that ``sources`` (several if stored twice) take the place of the base's tensor."""
@@ -208,11 +258,13 @@ class _Planner:
             )
             return False
         rank = self.settings.rank(module)
-        if not shape_a[0] == shape_b[1] == rank:
+        if shape_a[0] != shape_b[1]:
+            self.problems.append(f"{module}: rank {shape_a[0]} in {a} and {shape_b[1]} in {b}")
+        elif shape_a[0] != rank:
             self.problems.append(
-                f"{module}: rank {shape_a[0]} in {a} and {shape_b[1]} "
-                f"in {b}, {rank} by adapter_config.json"
+                f"{module}: rank {shape_a[0]} in the weights, {rank} by adapter_config.json"
             )
+            self.wrong_ranks += 1
         product = (shape_b[0], shape_a[1])
         if embedding or self._is_conv1d(module):
             product = product[::-1]

@@ -45,7 +45,7 @@ def local_folder(source: str | Path) -> Path:
 
 def _fetch(hub_id: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
     except ImportError as problem:
         raise CheckpointError(
             f"{hub_id}: no such folder, and huggingface_hub, which could "
@@ -55,6 +55,12 @@ def _fetch(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as problem:  # the hub client raises its own, requests' and the system's errors
+        if constants.HF_HUB_OFFLINE:
+            raise CheckpointError(
+                f"{hub_id}: no such folder here, and the hub's cache does not hold it; nothing is "
+                "fetched, because HF_HUB_OFFLINE is set: unset it, or download the model elsewhere "
+                "and name its folder"
+            ) from problem
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
         raise CheckpointError(
             f"{hub_id}: no such folder here, and it could not be fetched from the hub as an id "

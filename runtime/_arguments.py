@@ -154,7 +154,8 @@ def choose_precision(manifest: Manifest, precision: str | None) -> str:
         stored = [name for name, settings in known.items() if not settings.unpack]
         if len(stored) > 1:
             raise EmbedgeValueError(
-                f"the bundle has several precisions: {_listed(known)}; name one, or auto"
+                f"the bundle has several precisions: {_listed(known)}; choose one, such as "
+                f'precision="{stored[0]}", or precision="auto"'
             )
         return next(iter(stored or known))
     if precision not in known:
@@ -169,7 +170,10 @@ def choose_task(manifest: Manifest, precision: str, task: str | None) -> str:
     known = manifest.precisions[precision].graphs
     if task is None:
         if len(known) != 1:
-            raise EmbedgeValueError(f"the bundle has several tasks: {_listed(known)}; name one")
+            raise EmbedgeValueError(
+                f"the bundle has several tasks: {_listed(known)}; choose one, such as "
+                f'task="{next(iter(known))}"'
+            )
         return next(iter(known))
     if task in known:
         return task

@@ -36,6 +36,8 @@ ORDER = {
     "cuda": ("fp16", "int4-fp16"),
 }
 
+_UNRECORDED = "has no recorded fidelity of"
+
 _logger = logging.getLogger("embedge.runtime")
 
 
@@ -69,8 +71,9 @@ def choose_automatically(
     fitting = [precision for precision, problem in problems.items() if problem is None]
     left_out = [f"{precision} {problem}" for precision, problem in problems.items() if problem]
     if not fitting:
+        advice = f"; {_how_to_record(bundle, devices)}" if _UNRECORDED in "".join(left_out) else ""
         raise EmbedgeValueError(
-            f"{bundle.root}: no precision keeps the limits: {'; '.join(left_out)}"
+            f"{bundle.root}: no precision keeps the limits: {'; '.join(left_out)}{advice}"
         )
     on = next(d for d in devices if any(d in manifest.precisions[p].devices for p in fitting))
     fitting = [p for p in fitting if on in manifest.precisions[p].devices]
@@ -120,12 +123,20 @@ def _infidelities(bundle: Bundle, precision: str, min_cosine: float) -> Iterator
     for task in settings.graphs:
         found = _cosine_mean(settings.fidelity.get(task), bundle.manifest.model.dim)
         if found is None:
-            yield (
-                f"has no recorded fidelity of {task}; run "
-                f"`embedge bench {bundle.root} --reference MODEL --record`"
-            )
+            yield f"{_UNRECORDED} {task}"
         elif found < min_cosine:
             yield f"has a mean cosine of {found} at {task}, below min_cosine ({min_cosine})"
+
+
+def _how_to_record(bundle: Bundle, devices: Sequence[str]) -> str:
+    """The command that measures fidelity, with the adapters that its reference needs."""
+    manifest = bundle.manifest
+    adapters = [f" --adapter {t}=FOLDER" for t, task in manifest.tasks.items() if task.adapter]
+    device = "" if "cpu" in devices else f" --device {devices[0]}"
+    return (
+        f"to record it, run `embedge bench {bundle.root} --reference MODEL{''.join(adapters)}{device} "
+        f"--record`, MODEL being {manifest.source.name}'s folder"
+    )
 
 
 def _cosine_mean(figures: Any, dim: int) -> float | None:

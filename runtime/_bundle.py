@@ -50,7 +50,10 @@ class Bundle:
         self.root = Path(path)
         if not self.root.is_dir():
             found = "a file" if self.root.exists() else "nothing there"
-            raise BundleError(f"{self.root}: expected a bundle's folder, found {found}")
+            raise BundleError(
+                f"{self.root}: expected a bundle's folder, found {found}; name the folder that "
+                "`embedge export` wrote with --out"
+            )
         file = self.root / MANIFEST_NAME
         if not file.exists():
             raise BundleError(

@@ -1,7 +1,9 @@
 """The ``embedge`` command.
 
 Rules:
-    * Exit code 0 for success, 2 for a wrong call, 1 for a failure, 130 when interrupted.
+    * Exit code 0 for success, 2 for a wrong call, 1 for a failure, 130 when interrupted (by this
+      module; an interrupt of the import of numpy before it, some 0.2 s, is Python's traceback).
+    * Messages name the command's options where the library's name Python's arguments.
     * Errors and warnings are one line each on standard error, never a traceback; the environment
       variable EMBEDGE_TRACEBACK=1 shows it.
     * ``export`` and ``bench`` belong to other parts of embedge, which are looked up when called:
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -20,6 +23,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TextIO, cast
+
+from embedge.runtime._option_names import OptionNames
 
 __all__ = ["main"]
 
@@ -66,25 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; ``None``: the process's own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    names = OptionNames()
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = functools.partial(_show_warning, names)
         try:
-            return _run(arguments)
+            code = _run(arguments, names)
+            sys.stdout.flush()  # a full disk is an error of the command
+            return code
         except SystemExit as stop:  # argparse: --help and wrong calls
             return stop.code if isinstance(stop.code, int) else 2
         except KeyboardInterrupt:
             return _failed("interrupted", 130)
-        except BrokenPipeError:
-            # Whoever read the output has seen enough. What is still buffered goes nowhere, so that
-            # the interpreter does not complain at exit.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # whoever read the output has seen enough
+            _drop_output()
             return 1
         except Exception as error:
-            return _report(error)
+            return _report(error, names, output_fails=_output_fails())
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], names: OptionNames) -> int:
     called = next((word for word in arguments if not word.startswith("-")), None)
     parser = _Parser(
         prog="embedge", description="Small, fast ONNX graphs of embedding models, one per task."
@@ -97,6 +102,7 @@ def _run(arguments: list[str]) -> int:
         if name == called:
             module = _load(command)
             module.add_arguments(subparser)
+            names.take(subparser)
             run = module.run
     args = parser.parse_args(arguments)
     if args.version:
@@ -107,6 +113,22 @@ def _run(arguments: list[str]) -> int:
     if run is None:
         parser.error(f"name a command: {', '.join(_COMMANDS)}")
     return run(args)
+
+
+def _output_fails() -> bool:
+    """Whether standard output takes no more; what is still buffered is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """What is still buffered goes nowhere, so that the interpreter does not complain at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +165,7 @@ class _Module(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, names: OptionNames, *, output_fails: bool) -> int:
     """Prints an error as one line; its exit code."""
     if os.environ.get("EMBEDGE_TRACEBACK"):
         traceback.print_exception(error)
@@ -152,15 +174,24 @@ def _report(error: Exception) -> int:
     except ImportError as missing:  # ONNX Runtime, which is what the error says already
         return _failed(str(missing), 1)
     if isinstance(error, EmbedgeValueError):
-        return _failed(str(error), 2)
+        return _failed(names.put_into(str(error)), 2)
     if isinstance(error, EmbedgeError):
-        return _failed(str(error), 1)
+        return _failed(names.put_into(str(error)), 1)
     if isinstance(error, OSError):
-        name = "" if error.filename is None else f"{error.filename}: "
-        return _failed(f"{name}{error.strerror or error}", 1)
+        return _failed(_system_error(error, output_fails), 1)
     return _failed(
         f"unexpected {type(error).__name__}: {error} (EMBEDGE_TRACEBACK=1 shows where)", 1
     )
+
+
+def _system_error(error: OSError, output_fails: bool) -> str:
+    """What failed and why; standard output's errors have no name."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    if output_fails:
+        return f"standard output: {reason}; make room, or write to another place"
+    return f"{reason} (EMBEDGE_TRACEBACK=1 shows where)"
 
 
 def _failed(message: str, code: int) -> int:
@@ -170,6 +201,7 @@ def _failed(message: str, code: int) -> int:
 
 
 def _show_warning(
+    names: OptionNames,
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -177,4 +209,5 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"embedge: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    text = names.put_into(" ".join(str(message).split()))
+    print(f"embedge: warning: {text}", file=sys.stderr)

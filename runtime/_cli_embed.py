@@ -1,5 +1,8 @@
 """``embedge embed``: lines or JSONL in, JSONL or .npy out, in bounded memory.
 
+A line of JSONL out is ``{"embedding": […]}``, after the members of the line in, if that was JSONL too:
+all but the text, and an ``embedding`` of its own, whose place the vector takes.
+
 With ``--images`` a line is the path of an image, relative to the working folder.
 """
 
@@ -7,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +41,10 @@ _CHUNK_CHARACTERS = 4_000_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
+    parser.description = (
+        "Turn lines or JSONL into vectors, one a line. JSONL has them under the key embedding, after the "
+        "input's own keys except the text's; an input key embedding is replaced."
+    )
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument("--task", help="may be left out where the bundle has exactly one")
     parser.add_argument(
@@ -51,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-cosine",
         type=float,
         metavar="X",
-        help="with --precision auto: lowest mean cosine to the unquantized model, e.g. 0.999",
+        help="with --precision auto: lowest mean cosine to the unquantized model, as `bench --record` "
+        "stored it, e.g. 0.999",
     )
     parser.add_argument(
         "--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)"
@@ -174,9 +184,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[str, Any]) -> Any:
-    """Vectors of some records; one that cannot be embedded is a failure, not a wrong call."""
+    """Vectors of some records; one that cannot be embedded is a failure, not a wrong call.
+
+    Warnings and errors name lines of the input, not places in the call.
+    """
     try:
-        return encode([record.text for record in records], **options)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            vectors = encode([record.text for record in records], **options)
     except TextTooLongError as error:
         raise EmbedgeError(
             f"input line {records[error.index].line}: longer than {error.max_length} tokens; "
@@ -184,6 +199,14 @@ def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[
         ) from error
     except ImageError as error:
         raise EmbedgeError(f"input line {records[error.index].line}: {error.reason}") from error
+    for warning in said:
+        text = re.sub(
+            r"(?:sentences|images)\[(\d+)\]",
+            lambda place: f"input line {records[int(place[1])].line}",
+            str(warning.message),
+        )
+        warnings.warn(text, warning.category, stacklevel=2)
+    return vectors
 
 
 def _open_input(name: str) -> BinaryIO:

@@ -129,11 +129,13 @@ def _shown(milliseconds: float) -> str:
 
 
 def _words(settings: RunSettings) -> str:
-    """How batches run."""
+    """How batches run, and with lanes what a text alone does."""
     batches = f"batches of {settings.batch_tokens} tokens"
     if not settings.lanes:
-        return f"{batches}, one by one"
-    return f"{batches} at the same time; alone, up to {settings.narrow_tokens} tokens on 1 thread"
+        return f"{batches} on all threads, one by one"
+    short = settings.narrow_tokens
+    alone = f"of up to {short} tokens on 1 thread" if short else "on all threads"
+    return f"{batches} on 1 thread each, at the same time; a text alone {alone}"
 
 
 def _chosen(

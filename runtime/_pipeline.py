@@ -138,7 +138,7 @@ class TextPipeline:
         self._warned_of_truncation = True
         warnings.warn(
             f"sentences[{first}] is longer than {self._max_length} tokens and was cut; "
-            'on_truncate="ignore" or "error" changes this warning, which is given once',
+            'on_truncate="ignore" cuts in silence, on_truncate="error" refuses; this is said once',
             EmbedgeWarning,
             stacklevel=4,
         )

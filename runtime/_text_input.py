@@ -4,13 +4,15 @@ Rules:
     * Lines end with a line feed; a carriage return before it, and a byte order mark at the start,
       are dropped. An empty line is an empty text: the n-th line gives the n-th vector.
     * The input is UTF-8; JSONL holds an object with a string under the field on every line.
-      Anything else is an error with the number of the line.
+      Anything else is an error with the number of the line, also NaN and Infinity, which Python
+      reads but JSON does not have, and numbers that would become Infinity.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +71,7 @@ def chunked(records: Iterable[Record], *, texts: int, characters: int) -> Iterat
 
 def _parsed(line: str, number: int, field: str) -> Record:
     try:
-        members = json.loads(line)
+        members = json.loads(line, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise EmbedgeError(
             f"input line {number}: expected a JSON object, found {line[:40]!r} ({error})"
@@ -86,3 +88,14 @@ def _parsed(line: str, number: int, field: str) -> Record:
         )
     text = members.pop(field)
     return Record(text, number, members)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON; write null")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits} is larger than a float can be; write null or a string")
+    return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from embedge.runtime._errors import EmbedgeError
 __all__ = ["VectorWriter", "open_output", "vector_writer"]
 
 _NPY_HEADER_BYTES = 128
+_BLOCK_BYTES = 1 << 20
 
 
 class VectorWriter(Protocol):
@@ -31,18 +31,19 @@ class VectorWriter(Protocol):
 
 
 @contextmanager
-def open_output(name: str) -> Iterator[BinaryIO]:
+def open_output(name: str) -> Iterator[_NamedStream]:
     """A stream to write to; a file gets its name only when the block ends without an error.
 
     Args:
         name: a path, or "-" for standard output.
 
     Raises:
-        EmbedgeError: if the file cannot be written.
+        EmbedgeError: if it cannot be written.
     """
     if name == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        stream = _NamedStream(sys.stdout.buffer, "standard output")
+        yield stream
+        stream.flush()
         return
     # Through a link to the file behind it: replacing the link is not what was asked for.
     target = Path(os.path.realpath(name))
@@ -54,15 +55,14 @@ def open_output(name: str) -> Iterator[BinaryIO]:
     try:
         with _opened(temporary, name) as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            stream.sync()
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def vector_writer(stream: BinaryIO, file_format: str, dim: int) -> Iterator[VectorWriter]:
+def vector_writer(stream: _NamedStream, file_format: str, dim: int) -> Iterator[VectorWriter]:
     """A writer that completes its output when the block ends without an error.
 
     Args:
@@ -73,30 +73,92 @@ def vector_writer(stream: BinaryIO, file_format: str, dim: int) -> Iterator[Vect
     if file_format == "jsonl":
         yield _JsonlWriter(stream)
         return
-    if stream.seekable() and stream is not sys.stdout.buffer:
+    if stream.can_seek():
         with _npy_body(stream, dim) as writer:
             yield writer
         return
     # .npy starts with the number of rows, which a pipe would have to be told first.
-    with tempfile.TemporaryFile() as spool:
+    folder = tempfile.gettempdir()
+    spool_name = f"{folder}, where .npy is collected before it goes to {stream.name}"
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        spool = _NamedStream(
+            file, spool_name, "name a roomier folder in TMPDIR, or give --output FILE"
+        )
         with _npy_body(spool, dim) as writer:
             yield writer
         spool.seek(0)
-        shutil.copyfileobj(spool, stream)
+        while block := file.read(_BLOCK_BYTES):
+            stream.write(block)
+
+
+class _NamedStream:
+    """A stream whose failures name it; a reader that has gone stays a BrokenPipeError.
+
+    Args:
+        stream: where to.
+        name: for messages.
+        advice: what to do about a failure.
+    """
+
+    def __init__(
+        self, stream: BinaryIO, name: str, advice: str = "make room, or write to another place"
+    ) -> None:
+        self._stream = stream
+        self.name = name
+        self._advice = advice
+
+    def can_seek(self) -> bool:
+        """Whether the start can be written again; standard output's may be another program's."""
+        return self._stream.seekable() and self._stream is not sys.stdout.buffer
+
+    def write(self, data: bytes) -> None:
+        """Writes all of it; an unbuffered stream may take less at a time."""
+        rest = memoryview(data)
+        with self._named():
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> None:
+        with self._named():
+            self._stream.seek(place, whence)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    def sync(self) -> None:
+        """Waits until all is on the disk."""
+        with self._named():
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        with self._named():
+            self._stream.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise EmbedgeError(f"{self.name}: {error.strerror or error}; {self._advice}") from error
 
 
 @contextmanager
-def _npy_body(stream: Any, dim: int) -> Iterator[_NpyWriter]:
+def _npy_body(stream: _NamedStream, dim: int) -> Iterator[_NpyWriter]:
     stream.write(_npy_header(0, dim))
     writer = _NpyWriter(stream)
     yield writer
     stream.seek(0)
     stream.write(_npy_header(writer.rows, dim))
     stream.seek(0, os.SEEK_END)
+    stream.flush()
 
 
 class _JsonlWriter:
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: _NamedStream) -> None:
         self._stream = stream
 
     def write(self, others: Sequence[Mapping[str, Any]], vectors: NDArray[np.float32]) -> None:
@@ -110,7 +172,7 @@ class _JsonlWriter:
 
 
 class _NpyWriter:
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: _NamedStream) -> None:
         self._stream = stream
         self.rows = 0
 
@@ -127,10 +189,13 @@ def _npy_header(rows: int, dim: int) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path, name: str) -> Iterator[BinaryIO]:
+def _opened(path: Path, name: str) -> Iterator[_NamedStream]:
     try:
-        stream = path.open("wb")
+        file = path.open("wb")
     except OSError as error:
         raise EmbedgeError(f"--output {name}: {error.strerror or error}") from error
-    with stream:
+    stream = _NamedStream(file, f"--output {name}")
+    try:
         yield stream
+    finally:
+        stream.close()

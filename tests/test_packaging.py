@@ -69,6 +69,25 @@ def test_the_wheel_carries_types_data_and_licence(wheel_folder: Path) -> None:
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
+@pytest.mark.parametrize(
+    ("module", "usage"),
+    [
+        ("embedge.runtime", "usage: embedge [-h]"),
+        ("embedge.export", "usage: embedge export [-h]"),
+        ("embedge.bench", "usage: embedge bench [-h]"),
+    ],
+)
+def test_parts_with_a_command_are_programs(module: str, usage: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith(usage), done.stderr
+
+
 def test_the_base_install_is_small_and_torch_free() -> None:
     requires = metadata.requires("embedge") or []
     base = {r.split(">")[0].split("<")[0].strip() for r in requires if "extra ==" not in r}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from embedge.bench._cli import add_arguments, run
 from embedge.bench._errors import BenchError
 from embedge.bench._latency import Shape
 from embedge.bench._options import Effort
-from embedge.runtime import DeviceError
+from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
+from embedge.runtime._cli import main
 from embedge.runtime._device import cuda_problem
 
 TINY = Effort(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1, process_repeats=1)
@@ -116,6 +119,29 @@ def test_the_command_writes_reports_and_records(
     assert "embedge fp32" in (bundle / "README.md").read_text()
 
 
+def test_what_auto_advises_makes_it_choose(
+    bundle: Path, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for precision in manifest["precisions"].values():
+        precision["fidelity"] = {}
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(EmbedgeValueError) as caught:
+        Embedder(copy, precision="auto", min_cosine=0.9)
+    advised = re.search("`embedge (bench .*)`", str(caught.value))
+    assert advised
+    command = advised[1].replace("MODEL", str(model)).replace("FOLDER", str(adapter)).split()
+    # Less of it, for a test.
+    less = ["--bar", "1", "--limit", "16", "--threads", "1", "--precision", "int8"]
+
+    main([*command, *less, "--out", str(tmp_path / "report")])
+
+    assert Embedder(copy, precision="auto", min_cosine=0.9).precision == "int8"
+
+
 def test_the_command_compares_systems_at_named_shapes(
     bundle: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +153,8 @@ def test_the_command_compares_systems_at_named_shapes(
 
     status = run(parser.parse_args(arguments))
 
-    output = capsys.readouterr().out
+    output, errors = capsys.readouterr()
+    assert "step" not in errors  # no progress bar but on a terminal
     assert status == 0
     assert "3x8 / embedge int8" in output
     assert "note: 1x64 was not timed: the model takes 24 tokens" in output

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -165,6 +166,29 @@ def test_a_model_without_a_pooling_is_refused(model: Path, tmp_path: Path) -> No
 
     with pytest.raises(BenchError, match="the pooling is not named by any file"):
         read_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offline", "reason"),
+    [
+        (True, "in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or name a folder"),
+        (False, "a model that the hub gave: no route; check the name and the network"),
+    ],
+)
+def test_a_reference_that_cannot_be_had_comes_with_one_advice(
+    monkeypatch: pytest.MonkeyPatch, offline: bool, reason: str
+) -> None:
+    def fail(hub_id: str) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+
+    with pytest.raises(BenchError) as caught:
+        read_source("some-organization/no-such-model")
+
+    expected = f"--reference some-organization/no-such-model: neither a folder nor {reason}"
+    assert str(caught.value) == expected
 
 
 def test_the_length_limit_is_the_models_and_not_the_tokenizer_files(model: Path) -> None:

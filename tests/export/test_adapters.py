@@ -348,8 +348,8 @@ MISFITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
                 f"{QUERY}.lora_B.weight": torch.ones(24, 2),
             }
         ),
-        f"encoder.layer.0.attention.self.query: rank 2 in {QUERY}.lora_A.weight and 2 in "
-        f"{QUERY}.lora_B.weight, 3 by adapter_config.json",
+        "encoder.layer.0.attention.self.query: rank 2 in the weights, 3 by adapter_config.json; set r "
+        "and rank_pattern in adapter_config.json as they were in training",
     ),
     "a kind of key that PEFT's LoRA does not have": (
         lambda t: t.update({f"{QUERY}.lora_diag": torch.ones(3)}),
@@ -460,6 +460,54 @@ def test_all_misfits_stand_in_one_message(tmp_path: Path) -> None:
         f"adapter 'code' ({tmp_path / 'adapter'}) does not fit the model 'base', 2 problems: "
         "classifier.weight: finds no tensor of the model; encoder.layer.0.attention.self.query: "
         "has lora_B but no lora_A; use it with the model that it was trained on, as PEFT saved it"
+    )
+
+
+def test_an_adapter_of_another_model_is_one_problem_that_names_both(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["query"])
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("encoder.layer", "layers")] = tensors.pop(key)
+
+    edit_weights(tmp_path, rename)
+    edit_config(tmp_path, base_model_name_or_path="someone/decoder")
+
+    with pytest.raises(AdapterError) as caught:
+        bind(tmp_path)
+
+    assert str(caught.value) == (
+        f"adapter 'code' ({tmp_path / 'adapter'}) does not fit the model 'base', 1 problem: none of "
+        "its 2 modules is in this bert: it was trained on 'decoder' and has "
+        "layers.0.attention.self.query.weight, the model has "
+        "encoder.layer.0.attention.output.dense.weight; use it with the model that it was trained on, "
+        "as PEFT saved it"
+    )
+
+
+def test_a_model_whose_tensors_it_finds_is_not_another_one(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["query"])
+    edit_config(tmp_path, r=2)
+    edit_weights(tmp_path, lambda t: t.update({"classifier.weight": torch.ones(2)}))
+
+    with pytest.raises(
+        AdapterError, match=r"3 problems: classifier\.weight: finds no tensor of the"
+    ):
+        bind(tmp_path)
+
+
+def test_of_many_problems_the_first_are_listed_and_all_counted(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["query"])
+    edit_weights(
+        tmp_path, lambda t: t.update({f"classifier.{i}.weight": torch.ones(2) for i in range(9)})
+    )
+
+    with pytest.raises(AdapterError) as caught:
+        bind(tmp_path)
+
+    assert "9 problems: classifier.0.weight: finds no tensor" in str(caught.value)
+    assert "classifier.3.weight: finds no tensor of the model; and 5 more; use it" in str(
+        caught.value
     )
 
 

@@ -380,23 +380,36 @@ def test_a_source_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path) -
         Checkpoint.open(tmp_path / "file")
 
 
-def test_a_hub_id_that_cannot_be_fetched_is_one_readable_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("offline", "advice"),
+    [
+        (
+            True,
+            "and the hub's cache does not hold it; nothing is fetched, because HF_HUB_OFFLINE is set: "
+            "unset it, or download the model elsewhere and name its folder",
+        ),
+        (
+            False,
+            "and it could not be fetched from the hub as an id (OSError: no route); check the name and "
+            "the network, or download the model elsewhere and name its folder",
+        ),
+    ],
+)
+def test_a_hub_id_that_cannot_be_fetched_is_one_line_with_one_advice(
+    monkeypatch: pytest.MonkeyPatch, offline: bool, advice: str
 ) -> None:
     import huggingface_hub.constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    def fail(hub_id: str, **patterns: list[str]) -> str:
+        raise OSError("no route\n\nSet HF_HUB_OFFLINE=0.")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
 
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open("some-organization/no-such-model")
 
-    message = str(caught.value)
-    assert message.startswith(
-        "some-organization/no-such-model: no such folder here, and it could not be fetched"
-    )
-    assert message.endswith("or download the model elsewhere and name its folder")
-    assert "\n" not in message
+    assert str(caught.value) == (f"some-organization/no-such-model: no such folder here, {advice}")
 
 
 def test_a_hub_id_without_the_hubs_client_says_what_to_install(

@@ -95,8 +95,8 @@ WRONG_CALLS = {
     "precision": (["--no-adapter", "a", "--precision", "int5"], "'int5'"),
     "dimensions": (["--no-adapter", "a", "--matryoshka", "8,x"], "--matryoshka '8,x'"),
     "keep": (["--no-adapter", "a", "--keep", "x"], "PATTERN=PRECISION"),
-    "block size": (["--no-adapter", "a", "--int4-block-size", "5"], "int4_block_size 5"),
-    "int4 method": (["--no-adapter", "a", "--int4-method", "awq"], "int4_method 'awq'"),
+    "block size": (["--no-adapter", "a", "--int4-block-size", "5"], "--int4-block-size 5"),
+    "int4 method": (["--no-adapter", "a", "--int4-method", "awq"], "--int4-method 'awq'"),
     "modality": (["--no-adapter", "a", "--modality", "audio"], "modality 'audio'"),
     "an unknown option": (["--no-adapter", "a", "--fast"], "--fast"),
 }

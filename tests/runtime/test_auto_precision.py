@@ -215,9 +215,18 @@ class TestLimits:
             chosen(several.path, min_cosine=0.9995)
         message = str(caught.value)
         assert "int8 has a mean cosine of 0.999 at retrieval, below min_cosine (0.9995)" in message
-        assert "fp32 has no recorded fidelity of retrieval; run `embedge bench" in message
-        assert "--record`" in message
+        assert "fp32 has no recorded fidelity of retrieval" in message
         assert "fp16 does not run on cpu" in message
+        assert message.endswith(
+            f"; to record it, run `embedge bench {several.path} --reference MODEL "
+            "--adapter retrieval=FOLDER --record`, MODEL being tiny's folder"
+        )
+        assert message.count("embedge bench") == 1
+
+    def test_where_all_is_recorded_nothing_is_to_be_run(self, make_bundle: Any) -> None:
+        tiny = make_bundle(precisions={"int8": {"fidelity": {"retrieval": recorded(0.9)}}})
+        with pytest.raises(EmbedgeValueError, match=r"below min_cosine \(0\.95\)$"):
+            chosen(tiny.path, min_cosine=0.95)
 
     def test_the_worst_task_decides(self, make_bundle: Any) -> None:
         figures = {"retrieval": recorded(0.999), "code": recorded(0.95)}
@@ -318,7 +327,7 @@ class TestCommand:
                 "--memory-limit 'much': expected a number of bytes",
             ),
             (["auto", "--min-cosine", "0.99995"], "no precision keeps the limits"),
-            (["int8", "--min-cosine", "0.9"], 'min_cosine goes with precision="auto"'),
+            (["int8", "--min-cosine", "0.9"], "--min-cosine goes with --precision auto"),
         ],
     )
     def test_what_cannot_be_kept_is_a_wrong_call(

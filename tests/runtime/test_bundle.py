@@ -92,7 +92,9 @@ def test_a_newer_major_version_is_refused(bundle: Any) -> None:
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="expected a bundle's folder, found nothing there"):
+    with pytest.raises(
+        BundleError, match="found nothing there; name the folder that `embedge export`"
+    ):
         Embedder(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"not an embedge bundle: it has no manifest\.json"):
         Embedder(tmp_path)

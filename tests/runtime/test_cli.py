@@ -47,6 +47,20 @@ def vectors_of(jsonl: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.array([json.loads(line)["embedding"] for line in jsonl.splitlines()], np.float32)
 
 
+def program(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Runs the real program; names in capitals are its environment's variables."""
+    variables = {name: options.pop(name) for name in list(options) if name.isupper()}
+    path = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, "-m", "embedge.runtime", *arguments],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
 class TestEmbed:
     def test_lines_become_vectors_in_their_order_exactly(
         self, bundle: Any, stdin: SetStdin, capsys: Capture
@@ -121,7 +135,7 @@ class TestEmbed:
         texts: int,
     ) -> None:
         def full(self: _JsonlWriter, *arguments: Any) -> None:
-            raise OSError("no space left on device")
+            raise OSError(28, "no space left on device")
 
         before = set(tmp_path.iterdir())
         monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 1)
@@ -132,6 +146,60 @@ class TestEmbed:
         assert "no space left on device" in error_line(capsys)
         assert set(tmp_path.iterdir()) == before
         assert not [t for t in threading.enumerate() if t.name.startswith("embedge-write")]
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ("embed BUNDLE", "standard output"),
+            ("embed BUNDLE --format npy", "standard output"),
+            ("embed BUNDLE --output /dev/full", "--output /dev/full"),
+            ("inspect BUNDLE", "standard output"),
+        ],
+    )
+    def test_a_full_disk_names_what_could_not_be_written(
+        self, bundle: Any, arguments: str, named: str
+    ) -> None:
+        """The real program, whose interpreter would complain at exit of what it could not flush."""
+        call = [str(bundle.path) if word == "BUNDLE" else word for word in arguments.split()]
+        with open("/dev/full", "wb") as full:
+            done = program(call, input=b"w1\n", stdout=full, PYTHONUNBUFFERED="")
+        assert done.stderr.decode() == (
+            f"embedge: error: {named}: No space left on device; make room, or write to another "
+            "place\n"
+        )
+        assert done.returncode == 1
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sizes of files are limited by resource")
+    @pytest.mark.parametrize("most", [100, 20_000])
+    @pytest.mark.parametrize("piped", [True, False])
+    def test_a_full_folder_is_named_with_the_way_out(
+        self, bundle: Any, tmp_path: Path, piped: bool, most: int
+    ) -> None:
+        def limit() -> None:
+            import resource
+            import signal
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+        target = tmp_path / "v.npy"
+        call = ["embed", str(bundle.path), *(["--format", "npy"] if piped else [])]
+        done = program(
+            call if piped else [*call, "--output", str(target)],
+            input=b"w1\n" * (most // 10),
+            stdout=subprocess.PIPE,
+            preexec_fn=limit,
+            TMPDIR=str(tmp_path),
+        )
+        assert done.stderr.decode() == "embedge: error: " + (
+            f"{tmp_path}, where .npy is collected before it goes to standard output: File too large; "
+            "name a roomier folder in TMPDIR, or give --output FILE\n"
+            if piped
+            else f"--output {target}: File too large; make room, or write to another place\n"
+        )
+        assert done.returncode == 1
+        assert not list(tmp_path.glob("*.npy*"))
 
     def test_npy_goes_through_a_pipe(
         self, bundle: Any, stdin: SetStdin, capsysbinary: CaptureBytes
@@ -169,9 +237,22 @@ class TestEmbed:
                 ["--field", "t"],
                 "input line 1: expected a string under 't', found int",
             ),
+            (
+                b'{"text": "w1"}\n{"text": "w2", "x": [NaN]}\n',
+                ["--input-format", "jsonl"],
+                "(NaN is no JSON; write null)",
+            ),
+            (
+                b'{"text": "w1", "x": -1e999}\n',
+                ["--input-format", "jsonl"],
+                "(-1e999 is larger than a float can be",
+            ),
             (b"w1\n" + b"w1 " * 20, ["--on-truncate", "error"], "input line 2: longer than 16 tok"),
         ],
-        ids=["UTF-8", "no object", "blank", "no key", "no string", "too long"],
+        ids=[
+            *("UTF-8", "no object", "blank", "no key", "no string"),
+            *("NaN", "large number", "too long"),
+        ],
     )
     def test_a_line_that_cannot_be_used_is_named_and_nothing_is_left(
         self,
@@ -196,9 +277,21 @@ class TestEmbed:
         [
             (["--task", "x"], "no task 'x'; it has retrieval"),
             (["--precision", "int2"], "no precision 'int2'; it has fp32"),
-            (["--truncate-dim", "99"], "truncate_dim is 99; the bundle has 1 to 8"),
-            (["--prompt-name", "query"], "no prompt 'query': it declares none"),
-            (["--batch-size", "0"], "batch_size is 0; expected a whole number"),
+            (["--truncate-dim", "99"], "error: --truncate-dim is 99; the bundle has 1 to 8"),
+            (
+                ["--prompt-name", "query"],
+                "no prompt 'query': it declares none; leave --prompt-name out",
+            ),
+            (["--batch-size", "0"], "error: --batch-size is 0; expected a whole number"),
+            (["--threads", "0"], "error: --threads is 0; expected a whole number"),
+            (
+                ["--min-cosine", "0.9"],
+                "--min-cosine goes with --precision auto, which chooses by it",
+            ),
+            (
+                ["--precision", "auto", "--memory-limit", "10"],
+                "bytes, above --memory-limit (10)",
+            ),
             (["--batch-size", "x"], "argument --batch-size: invalid int value: 'x'"),
             (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
             (["--field", "a", "--input-format", "lines"], "--field is for JSONL"),
@@ -212,6 +305,24 @@ class TestEmbed:
         line = error_line(capsys)
         assert line.startswith("embedge: error: ")
         assert message in line
+
+    def test_what_has_to_be_chosen_is_asked_for_by_option(
+        self, two_tasks: Any, capsys: Capture
+    ) -> None:
+        assert main(["embed", str(two_tasks.path)]) == 2
+        assert error_line(capsys).endswith(
+            "precisions: fp32, int4; choose one, such as --precision fp32, or --precision auto"
+        )
+        assert main(["embed", str(two_tasks.path), "--precision", "fp32"]) == 2
+        assert error_line(capsys).endswith("retrieval, code; choose one, such as --task retrieval")
+
+    def test_names_that_a_user_gave_are_left_as_they_are(
+        self, bundle: Any, tmp_path: Path, capsys: Capture
+    ) -> None:
+        assert main(["embed", str(bundle.path), "--task", "batch_size"]) == 2
+        assert "no task 'batch_size'" in error_line(capsys)
+        assert main(["embed", str(tmp_path / "batch_size")]) == 1
+        assert f"{tmp_path}/batch_size: expected a bundle's folder" in error_line(capsys)
 
     def test_files_that_cannot_be_opened_are_named(
         self, bundle: Any, tmp_path: Path, stdin: SetStdin, capsys: Capture
@@ -261,15 +372,22 @@ class TestEmbed:
         assert (tmp_path / "link.jsonl").is_symlink()
         assert len(vectors_of((tmp_path / "real.jsonl").read_text())) == 1
 
-    def test_warnings_are_one_line_without_their_place_in_the_source(
-        self, bundle: Any, stdin: SetStdin, capsys: Capture
+    def test_warnings_are_one_line_in_the_words_of_the_command(
+        self,
+        bundle: Any,
+        stdin: SetStdin,
+        capsys: Capture,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        stdin(b"w1 " * 20)
+        monkeypatch.setattr(embed_module, "_CHUNK_TEXTS", 2)
+        stdin(b"w1\nw2\nw3\n" + b"w1 " * 20)
         # Warnings are errors in these tests; the command itself leaves Python's defaults.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.filters", [])
-            assert main(["embed", str(bundle.path)]) == 0
-        assert error_line(capsys).startswith("embedge: warning: sentences[0] is longer than 16")
+        monkeypatch.setattr("warnings.filters", [])
+        assert main(["embed", str(bundle.path), "--batch-size", "2"]) == 0
+        assert error_line(capsys) == (
+            "embedge: warning: input line 4 is longer than 16 tokens and was cut; --on-truncate ignore "
+            "cuts in silence, --on-truncate error refuses; this is said once"
+        )
 
     def test_a_reader_that_stops_early_is_no_traceback(self, bundle: Any) -> None:
         """The real program, in a process of its own, into a pipe that closes."""
@@ -369,7 +487,7 @@ class TestEmbedImages:
             (["--images", "--prompt-name", "query"], "--prompt-name is for texts"),
             (["--images", "--on-truncate", "warn"], "--on-truncate is for texts"),
             (["--images", "--max-batch-tokens", "9"], "--max-batch-tokens is for texts"),
-            (["--images", "--max-pixels", "0"], "max_pixels: expected a positive whole number"),
+            (["--images", "--max-pixels", "0"], "error: --max-pixels: expected a positive whole"),
             (["--max-pixels", "99"], "--max-pixels goes with --images"),
         ],
     )

@@ -341,7 +341,9 @@ class TestDimensions:
 
 class TestChoices:
     def test_a_task_is_needed_where_there_are_several(self, two_tasks: Any) -> None:
-        with pytest.raises(EmbedgeValueError, match="several tasks: retrieval, code; name one"):
+        with pytest.raises(
+            EmbedgeValueError, match='retrieval, code; choose one, such as task="retr'
+        ):
             Embedder(two_tasks.path, precision="fp32").encode("w1")
 
     def test_an_unknown_task_is_refused_with_the_list(self, two_tasks: Any) -> None:
@@ -361,7 +363,9 @@ class TestChoices:
         self, bundle: Any, two_tasks: Any
     ) -> None:
         assert Embedder(bundle.path).precision == "fp32"
-        with pytest.raises(EmbedgeValueError, match="several precisions: fp32, int4; name one"):
+        with pytest.raises(
+            EmbedgeValueError, match='fp32, int4; choose one, such as precision="fp32"'
+        ):
             Embedder(two_tasks.path)
         with pytest.raises(EmbedgeValueError, match="no precision 'int2'; it has fp32, int4"):
             Embedder(two_tasks.path, precision="int2")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from embedge.runtime import Embedder, EmbedgeWarning
+from embedge.runtime import _cli_prepare as prepare_module
 from embedge.runtime import _graphs as graphs_module
 from embedge.runtime import _host_timing as timing
 from embedge.runtime._bundle import Bundle
@@ -278,6 +279,45 @@ class TestCommand:
         assert [row.split()[0] for row in rows] == ["int8", "fp32"]
         assert set(line) == {"-", " "}
         assert list(wisdom_file(bundle).parent.iterdir()) == [wisdom_file(bundle)]
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            (
+                RunSettings(lanes=False, narrow_tokens=0, batch_tokens=1024),
+                "batches of 1024 tokens on all threads, one by one",
+            ),
+            (
+                RunSettings(lanes=True, narrow_tokens=0, batch_tokens=512),
+                "batches of 512 tokens on 1 thread each, at the same time; a text alone on all threads",
+            ),
+            (
+                RunSettings(lanes=True, narrow_tokens=96, batch_tokens=512),
+                "batches of 512 tokens on 1 thread each, at the same time; a text alone of up to 96 tokens "
+                "on 1 thread",
+            ),
+        ],
+    )
+    def test_it_says_how_batches_and_single_texts_run(
+        self,
+        bundle: Any,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        settings: RunSettings,
+        words: str,
+    ) -> None:
+        one = Measured(
+            task="retrieval",
+            graph_sha256="0" * 64,
+            graph_bytes=10**6,
+            milliseconds={"1x16": 1.0},
+            settings=settings,
+        )
+        monkeypatch.setattr(
+            prepare_module, "measure_precisions", lambda *_, **__: iter([{"fp32": one}])
+        )
+        assert main(["prepare", str(bundle.path), "--measure-only"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith(words)
 
     def test_it_packs_and_measures_and_removes_both(self, bundle: Any) -> None:
         assert main(["prepare", str(bundle.path)]) == 0

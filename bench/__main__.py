@@ -1,0 +1,9 @@
+"""``python -m embedge.bench`` is ``embedge bench``."""
+
+from __future__ import annotations
+
+import sys
+
+from embedge.runtime._cli import main
+
+sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,0 +1,9 @@
+"""``python -m embedge.export`` is ``embedge export``."""
+
+from __future__ import annotations
+
+import sys
+
+from embedge.runtime._cli import main
+
+sys.exit(main(["export", *sys.argv[1:]]))
