@@ -54,11 +54,12 @@ class Bert(Family):
 
     def _padding_index(self) -> int:
         """The id whose position transformers reserves; 1 where config.json does not name it."""
-        value = self.config.get("pad_token_id")
-        return 1 if value is None else int(value)
+        if self.config.get("pad_token_id") is None:
+            return 1
+        return self._int("pad_token_id", minimum=0)
 
     def _types(self) -> bool:
-        return int(self.config.get("type_vocab_size", 0)) > 0
+        return self._int("type_vocab_size", 0, minimum=0) > 0
 
     def context(self, g: Graph) -> dict[str, str]:
         context = {"lengths": self.lengths(g), "tokens": self.tokens(g)}

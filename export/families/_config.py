@@ -11,6 +11,21 @@ from embedge.export._graph import Graph
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish", "relu")
 
 
+def number(settings: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number of ``config.json``, or of one of its objects.
+
+    Raises:
+        CheckpointError: it is something else, or missing without a default.
+    """
+    value = settings.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(
+            f"config.json: {key}: expected a number, found {value!r}; "
+            "is this the folder of a transformers model?"
+        )
+    return float(value)
+
+
 class ConfigReader:
     """Typed access to a configuration, and what to say where it does not fit.
 
@@ -36,20 +51,18 @@ class ConfigReader:
                 f"{part} and {whole}"
             )
 
-    def _int(self, key: str, default: int | None = None) -> int:
+    def _int(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            kind = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
             raise CheckpointError(
-                f"config.json: {key}: expected a positive integer, found {value!r}; "
+                f"config.json: {key}: expected {kind}, found {value!r}; "
                 "is this the folder of a transformers model?"
             )
         return value
 
     def _float(self, key: str, default: float | None = None) -> float:
-        value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: {key}: expected a number, found {value!r}")
-        return float(value)
+        return number(self.config, key, default)
 
     def _activation(self, key: str, default: str) -> str:
         value = self.config.get(key, default)

@@ -19,6 +19,7 @@ from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin
 from embedge.export._rotated import Stream
 from embedge.export.families._base import Family
+from embedge.export.families._config import number
 from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
 
 
@@ -42,7 +43,7 @@ class Decoder(Family):
         self.epsilon = self._float("rms_norm_eps", 1e-6)
         self.activation = self._activation("hidden_act", "silu")
         self.rope = self._rope()
-        self.theta = float(self.rope.get("rope_theta", self._float("rope_theta", 10000.0)))
+        self.theta = number(self.rope, "rope_theta", self._float("rope_theta", 10000.0))
         if self.config.get("is_causal") is False or self.config.get("bidirectional"):
             raise self._unsupported("is_causal", False, "causal attention")
         factor = self.config.get("partial_rotary_factor", 1.0)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedge.export._errors import CheckpointError
 from embedge.export._graph import Graph
+from embedge.export.families._config import number
 
 Table = NDArray[np.float32]
 
@@ -45,13 +46,13 @@ def _scaled(frequencies: Table, scaling: Mapping[str, Any]) -> Table:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return frequencies
-    factor = float(scaling.get("factor", 1.0))
+    factor = number(scaling, "factor", 1.0)
     if kind == "linear":
         return frequencies / np.float32(factor)
     if kind == "llama3":  # Llama 3.1: long wavelengths are stretched, short ones kept
-        low = float(scaling["low_freq_factor"])
-        high = float(scaling["high_freq_factor"])
-        original = float(scaling["original_max_position_embeddings"])
+        low = number(scaling, "low_freq_factor")
+        high = number(scaling, "high_freq_factor")
+        original = number(scaling, "original_max_position_embeddings")
         wavelength = 2 * math.pi / frequencies
         smooth = (original / wavelength - low) / (high - low)
         blended = (1 - smooth) * frequencies / factor + smooth * frequencies

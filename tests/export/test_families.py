@@ -232,6 +232,27 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
         export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bert", {"type_vocab_size": None}, "type_vocab_size: expected an integer of at least 0"),
+        ("roberta", {"pad_token_id": "<pad>"}, "pad_token_id: expected an integer of at least 0"),
+        ("llama", {"rope_theta": None}, "rope_theta: expected a number, found None"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor: expected a"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "_freq_factor: expec"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_a_number_that_is_none_is_named(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = save(make_model(name), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, **changes})
+    with pytest.raises(CheckpointError, match=message):
+        export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
+
+
 def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
     source = save(make_model("llama", rope_theta=500.0), tmp_path / "source", pooling="mean")
     config = json.loads((source / "config.json").read_text())
