@@ -175,6 +175,7 @@ def _check_same_source(
     for name, now, before in (
         ("pooling", model.pooling, old.model.pooling),
         ("max_length", model.settings.max_length, old.model.max_length),
+        ("truncation side", model.tokenizer.truncation_side, old.tokenizer.truncation_side),
         ("matryoshka dimensions", dims, old.model.matryoshka_dims),
         ("modalities", model.modalities, list(old.model.modalities)),
     ):

@@ -64,6 +64,7 @@ def manifest_of(
                 "file": "tokenizer.json",
                 "pad_token_id": model.tokenizer.pad_token_id,
                 "append_eos_token_id": None,
+                "truncation_side": model.tokenizer.truncation_side,
             },
             "tasks": tasks,
             "precisions": merged,

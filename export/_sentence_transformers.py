@@ -243,6 +243,12 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
                 f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
                 "method 'forward' with the output 'last_hidden_state'"
             )
+    overrides = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
+    if "truncation_side" in overrides:
+        raise CheckpointError(
+            f"{file}: truncation_side={overrides['truncation_side']!r} among the tokenizer's arguments "
+            "is not supported; write it into tokenizer_config.json"
+        )
     for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
         if config.get(key):
             raise CheckpointError(f"{file}: {key}={config[key]!r} is not supported")

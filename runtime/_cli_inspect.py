@@ -71,7 +71,10 @@ def _summary(bundle: Bundle) -> list[str]:
         ("truncation", f"to {dims}"),
         ("multi-vectors", str(model.multi_vector_dim or "no")),
         ("pooling", model.pooling),
-        ("longest text", f"{model.max_length} tokens"),
+        (
+            "longest text",
+            f"{model.max_length} tokens, cut on the {manifest.tokenizer.truncation_side}",
+        ),
         ("takes", ", ".join(model.modalities)),
     ]
     if model.image is not None:

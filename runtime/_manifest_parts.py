@@ -26,6 +26,7 @@ __all__ = [
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions")
 CONSTANT_TYPES = ("float32", "uint8", "int8")
+SIDES = ("right", "left")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +163,13 @@ class TokenizerSettings:
     Attributes:
         append_eos_token_id: an id to end every text with, which the file's own post-processor does
             not add; ``None`` where there is nothing to add.
+        truncation_side: the end that a text which is too long loses, "right" or "left".
     """
 
     file: str
     pad_token_id: int
     append_eos_token_id: int | None
+    truncation_side: str = "right"
 
     @classmethod
     def parse(cls, table: Table) -> TokenizerSettings:
@@ -175,6 +178,9 @@ class TokenizerSettings:
             file=_path(table, "file"),
             pad_token_id=table.integer("pad_token_id", minimum=0),
             append_eos_token_id=table.optional_integer("append_eos_token_id", minimum=0),
+            truncation_side="right"
+            if table.values.get("truncation_side") is None
+            else table.choice("truncation_side", SIDES),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +189,7 @@ class TokenizerSettings:
             "file": self.file,
             "pad_token_id": self.pad_token_id,
             "append_eos_token_id": self.append_eos_token_id,
+            "truncation_side": self.truncation_side,
         }
 
 

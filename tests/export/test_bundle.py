@@ -21,6 +21,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from _models import linears, make_model, random_texts, save, save_adapter, write_json
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
@@ -322,6 +323,25 @@ def edit_config(source: Path, folder: Path, **changes: Any) -> Path:
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", {**config, **changes})
     return folder
+
+
+def test_long_texts_are_cut_on_the_side_that_the_tokenizer_says(
+    source: Path, copy: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(source, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    write_json(other / "tokenizer_config.json", {**config, "truncation_side": "left"})
+    out = small(other, tmp_path / "out", precisions=["fp32"])
+    texts = [text[:90] for text in random_texts(3, longest=200)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(other)
+    rows = tokenizer(["ab" + text for text in texts], truncation=True, max_length=64).input_ids
+    model = Embedder(out)
+    found = model.encode(texts, prompt="ab", on_truncate="ignore")
+    expected = model.run_ids([np.array(row, np.int64) for row in rows])
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    assert max(map(len, rows)) == 64
+    with pytest.raises(EmbedgeValueError, match="has truncation side right, this export left"):
+        small(other, copy, adapters={"third": None}, matryoshka_dims=[16, 32])
 
 
 def test_an_out_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:

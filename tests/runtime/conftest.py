@@ -256,7 +256,12 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
                 **(of_images if images else {}),
                 **(model or {}),
             },
-            "tokenizer": {"file": "tokenizer.json", "pad_token_id": 0, "append_eos_token_id": eos},
+            "tokenizer": {
+                "file": "tokenizer.json",
+                "pad_token_id": 0,
+                "append_eos_token_id": eos,
+                "truncation_side": "right",
+            },
             "tasks": {
                 task: {
                     "prompts": dict(prompts or {}),

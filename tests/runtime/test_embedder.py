@@ -281,6 +281,21 @@ class TestTexts:
             warnings.simplefilter("error")
             model.encode(long)
 
+    @pytest.mark.parametrize("prefix", [[], [2, 3]], ids=["no prompt", "prompt"])
+    def test_a_text_loses_its_start_where_the_bundle_says_so(
+        self, bundle: Any, prefix: list[int]
+    ) -> None:
+        bundle.edit(lambda manifest: manifest["tokenizer"].update(truncation_side="left"))
+        model = Embedder(bundle.path)
+        prompt = " ".join(f"w{i}" for i in prefix) + " "
+        with pytest.warns(EmbedgeWarning, match=r"sentences\[1\] is longer than 16 tokens"):
+            vectors = model.encode(["w7", " ".join(f"w{i}" for i in range(40))], prompt=prompt)
+        expected = [ids(*prefix, 7), ids(*range(26, 40))]
+        for vector, tokens in zip(vectors, expected, strict=True):
+            np.testing.assert_allclose(
+                vector, bundle.expected("retrieval", tokens), atol=TOLERANCE, rtol=0
+            )
+
     def test_on_truncate_error_names_the_text_and_ignore_is_silent(self, bundle: Any) -> None:
         model = Embedder(bundle.path)
         with pytest.raises(TextTooLongError, match=r"sentences\[1\] is longer than 16 tokens"):
