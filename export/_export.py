@@ -176,10 +176,11 @@ def _check_same_source(
         ("pooling", model.pooling, old.model.pooling),
         ("max_length", model.settings.max_length, old.model.max_length),
         ("truncation side", model.tokenizer.truncation_side, old.tokenizer.truncation_side),
-        ("matryoshka dimensions", dims, old.model.matryoshka_dims),
+        ("matryoshka dimensions", dims or old.model.matryoshka_dims, old.model.matryoshka_dims),
+        ("truncate_dim", model.truncate_dim, old.model.truncate_dim),
         ("modalities", model.modalities, list(old.model.modalities)),
     ):
-        if now != before and now is not None:
+        if now != before:
             raise EmbedgeValueError(
                 f"{request.out}: has {name} {before}, this export {now}; tasks of one bundle share "
                 "them: choose another --out, or --overwrite to replace it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ class Model:
         """Length of a vector."""
         dense = self.settings.dense
         return dense[-1].out_features if dense else self.family.hidden_size
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """Dimension that vectors are cut to where a call names none; ``None``: not cut."""
+        cut = self.settings.truncate_dim
+        return None if cut is None or cut >= self.dim else cut
 
     @property
     def modalities(self) -> list[str]:
@@ -110,14 +116,6 @@ def read_model(request: Request) -> Model:
             EmbedgeWarning,
             stacklevel=3,
         )
-    if settings.truncate_dim is not None:
-        warnings.warn(
-            f"{checkpoint.name}: truncate_dim={settings.truncate_dim} of its files is not built into "
-            "the graph; pass truncate_dim= to encode",
-            EmbedgeWarning,
-            stacklevel=3,
-        )
-        settings = replace(settings, truncate_dim=None)
     family = family_class(checkpoint.config, settings.max_length)
     tokenizer = read_tokenizer(checkpoint.transformer_path)
     tower, image = None, None

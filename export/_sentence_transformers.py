@@ -210,11 +210,16 @@ def _read_settings(file: Path) -> dict[str, Any]:
             f"{file}: default_prompt_name is {default!r}, the prompts are: "
             f"{', '.join(prompts) or 'none'}"
         )
+    truncate_dim = config.get("truncate_dim")
+    if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
+        raise CheckpointError(
+            f"{file}: truncate_dim is {truncate_dim!r}, expected a positive whole number or null"
+        )
     return {
         "prompts": prompts,
         "default_prompt_name": default,
         "similarity": _SIMILARITIES[similarity],
-        "truncate_dim": config.get("truncate_dim"),
+        "truncate_dim": truncate_dim,
     }
 
 

@@ -202,15 +202,16 @@ def choose_prompt(name: str, task: Task, prompt_name: str | None, prompt: str | 
 
 def choose_dim(model: Model, truncate_dim: int | None) -> int:
     """The length of the vectors to give."""
+    default = model.truncate_dim or model.dim
     if truncate_dim is None:
-        return model.dim
+        return default
     declared = model.matryoshka_dims
     expected = f"1 to {model.dim}" if declared is None else f"one of {_listed(map(str, declared))}"
     try:
         dim = check_positive("truncate_dim", truncate_dim)
     except EmbedgeValueError:
         dim = 0
-    allowed = range(1, model.dim + 1) if declared is None else {*declared, model.dim}
+    allowed = range(1, model.dim + 1) if declared is None else {*declared, model.dim, default}
     if dim not in allowed:
         raise EmbedgeValueError(f"truncate_dim is {truncate_dim!r}; the bundle has {expected}")
     return dim

@@ -16,6 +16,7 @@ from embedge.runtime._arguments import (
     as_texts,
     check_cosine,
     check_positive,
+    choose_dim,
     choose_precision,
     choose_task,
 )
@@ -156,12 +157,12 @@ class Embedder:
 
     @property
     def dim(self) -> int:
-        """Length of a vector without truncation."""
-        return self._model.dim
+        """Length of a vector where a call names no ``truncate_dim``."""
+        return choose_dim(self._model, None)
 
     def get_sentence_embedding_dimension(self) -> int:
         """Same as :attr:`dim`, under sentence-transformers' name."""
-        return self._model.dim
+        return self.dim
 
     @property
     def max_seq_length(self) -> int:
@@ -260,7 +261,8 @@ class Embedder:
             max_batch_tokens: most padded tokens of a batch; decides the real batch. ``None``: what
                 runs fastest here.
             truncate_dim: one of the declared dimensions, or any where none are declared. The vector
-                is cut and, where the source normalizes, normalized again.
+                is cut and, where the source normalizes, normalized again. ``None``: what the source
+                cuts to, most often nothing.
             normalize_embeddings: L2-normalize in any case.
             show_progress_bar: on standard error, where tqdm is installed; ``None``: no.
             on_truncate: "ignore", "warn" (once per Embedder) or "error" when a text is longer than
@@ -418,7 +420,7 @@ class Embedder:
         return similarity(a, b, self._model.similarity)
 
     def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
-        """Vectors of texts that are token ids already: what :meth:`encode` does after its tokenizer.
+        """Vectors of texts that are token ids already, not cut: what the graph gives for them.
 
         For measurements of the graphs by themselves.
 
@@ -427,9 +429,9 @@ class Embedder:
             task: as for :meth:`encode`.
 
         Returns:
-            float32 ``[texts, dim]``.
+            float32 ``[texts, width]``.
         """
-        request = self._request(task=task)
+        request = self._request(task=task, truncate_dim=self._model.dim)
         vectors = np.zeros((len(ids), request.dim), np.float32)
         texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
         self._rows.run(texts, range(len(ids)), request, vectors.__setitem__, lambda _: None)

@@ -90,6 +90,7 @@ class Model:
         normalize: the source normalizes, so a truncated vector is normalized again.
         max_length: most tokens of a text, special tokens included.
         matryoshka_dims: dimensions that may be asked for; ``None``: any.
+        truncate_dim: dimension that vectors are cut to unless a call names one; ``None``: not cut.
         multi_vector_dim: length of a token's vector, ``None`` without a multi-vector head.
         modalities: "text", "image".
         inputs: names of the task graphs' inputs; with images, all of :data:`IMAGE_INPUTS` too.
@@ -107,6 +108,7 @@ class Model:
     inputs: tuple[str, ...]
     similarity: str
     image: ImageSettings | None = None
+    truncate_dim: int | None = None
 
     @classmethod
     def parse(cls, table: Table) -> Model:
@@ -123,7 +125,10 @@ class Model:
             inputs=table.strings("inputs"),
             similarity=table.choice("similarity", ("cosine", "dot")),
             image=None if image is None else ImageSettings.parse(image),
+            truncate_dim=table.optional_integer("truncate_dim", minimum=1),
         )
+        if model.truncate_dim is not None and model.truncate_dim > model.dim:
+            table.fail("truncate_dim", f"{model.truncate_dim} is above model.dim, {model.dim}")
         for index, dim in enumerate(model.matryoshka_dims or ()):
             if dim > model.dim:
                 table.fail(f"matryoshka_dims[{index}]", f"{dim} is above model.dim, {model.dim}")
@@ -148,6 +153,7 @@ class Model:
             "normalize": self.normalize,
             "max_length": self.max_length,
             "matryoshka_dims": None if dims is None else list(dims),
+            "truncate_dim": self.truncate_dim,
             "multi_vector_dim": self.multi_vector_dim,
             "modalities": list(self.modalities),
             "inputs": list(self.inputs),

@@ -344,6 +344,27 @@ def test_long_texts_are_cut_on_the_side_that_the_tokenizer_says(
         small(other, copy, adapters={"third": None}, matryoshka_dims=[16, 32])
 
 
+def test_vectors_are_cut_to_the_dimension_that_the_source_cuts_to(
+    source: Path, copy: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(source, tmp_path / "other")
+    write_json(other / "config_sentence_transformers.json", {"truncate_dim": 24})
+    model = Embedder(small(other, tmp_path / "out", precisions=["fp32"]))
+    assert model.dim == model.get_sentence_embedding_dimension() == 24
+    texts = random_texts(3)
+    whole = model.encode(texts, truncate_dim=96)
+    assert whole.shape == (3, 96)
+    cut = whole[:, :24] / np.linalg.norm(whole[:, :24], axis=1, keepdims=True)
+    np.testing.assert_allclose(model.encode(texts), cut, atol=1e-6, rtol=0)
+    with pytest.raises(EmbedgeValueError, match="has truncate_dim None, this export 24"):
+        small(other, copy, adapters={"third": None}, matryoshka_dims=[16, 32])
+    with pytest.raises(EmbedgeValueError, match="has truncate_dim 24, this export None"):
+        small(source, tmp_path / "out", adapters={"third": None})
+    write_json(other / "config_sentence_transformers.json", {"truncate_dim": 200})
+    wide = small(other, tmp_path / "wide", precisions=["fp32"])
+    assert Embedder(wide).encode(texts).shape == (3, 96)
+
+
 def test_an_out_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(EmbedgeValueError, match="left alone, also with --overwrite"):

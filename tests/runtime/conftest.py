@@ -247,6 +247,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
                 "normalize": True,
                 "max_length": MAX_LENGTH,
                 "matryoshka_dims": None,
+                "truncate_dim": None,
                 "multi_vector_dim": MULTI_DIM if multi_vector else None,
                 "modalities": ["text"],
                 "inputs": ["input_ids", "attention_mask"]

@@ -22,6 +22,7 @@ DOCUMENT: dict[str, Any] = {
         "normalize": True,
         "max_length": 256,
         "matryoshka_dims": [64, 384],
+        "truncate_dim": 64,
         "multi_vector_dim": None,
         "modalities": ["text"],
         "inputs": ["input_ids", "attention_mask", "token_type_ids"],
@@ -170,6 +171,7 @@ def test_keys_that_may_be_missing_have_defaults() -> None:
         ("model/normalize", 1, "model.normalize: expected true or false, found 1"),
         ("model/matryoshka_dims", [64, "x"], "model.matryoshka_dims[1]: expected a whole number"),
         ("model/matryoshka_dims", [512], "model.matryoshka_dims[0]: 512 is above model.dim, 384"),
+        ("model/truncate_dim", 385, "model.truncate_dim: 385 is above model.dim, 384"),
         (
             "model/inputs",
             ["input_ids"],
