@@ -20,6 +20,7 @@ __all__ = [
     "check_cosine",
     "check_flag",
     "check_positive",
+    "check_threads",
     "choose_dim",
     "choose_precision",
     "choose_prompt",
@@ -27,6 +28,7 @@ __all__ = [
     "parse_bytes",
 ]
 
+MAX_THREADS = 1024  # more than machines have; ONNX Runtime ends with std::bad_alloc far above it
 ON_TRUNCATE = ("ignore", "warn", "error")
 
 
@@ -110,6 +112,17 @@ def check_positive(name: str, value: Any) -> int:
         number = None
     if not isinstance(number, int) or number < 1:
         raise EmbedgeValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+    return number
+
+
+def check_threads(name: str, value: Any) -> int:
+    """The value, a whole number from 1 to :data:`MAX_THREADS`."""
+    number = check_positive(name, value)
+    if number > MAX_THREADS:
+        raise EmbedgeValueError(
+            f"{name} is {number}; expected at most {MAX_THREADS}: the cores to use, or leave it out "
+            "for those that this process has"
+        )
     return number
 
 

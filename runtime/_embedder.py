@@ -16,9 +16,11 @@ from embedge.runtime._arguments import (
     as_texts,
     check_cosine,
     check_positive,
+    check_threads,
     choose_dim,
     choose_precision,
     choose_task,
+    parse_bytes,
 )
 from embedge.runtime._auto_precision import AUTO, choose_automatically
 from embedge.runtime._bundle import Bundle
@@ -62,8 +64,9 @@ class Embedder:
         device: "cpu", "cuda", or "auto": cuda where it works and the precision has kernels for it.
         threads: threads of a run; ``None``: the cores that this process really has.
         max_sessions: most graphs open at once; ``None``: all.
-        memory_limit: most bytes of open graphs, each counted as its file and the external data it
-            uses (activations come on top, and are given back after each run); ``None``: no limit.
+        memory_limit: most bytes of open graphs, or "2GB", each counted as its file and the external
+            data it uses (activations come on top, and are given back after each run); ``None``: no
+            limit.
         min_cosine: with "auto", lowest mean cosine of every task's vectors to the unquantized model's,
             as `embedge bench --record` measured it; ``None``: any.
         verify: "size" compares every file's size with the manifest, "full" its SHA-256 too, "none"
@@ -83,12 +86,15 @@ class Embedder:
         device: str = "auto",
         threads: int | None = None,
         max_sessions: int | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | str | None = None,
         min_cosine: float | None = None,
         verify: str = "size",
     ) -> None:
-        limits = {"threads": threads, "max_sessions": max_sessions, "memory_limit": memory_limit}
-        for name, value in limits.items():
+        if threads is not None:
+            threads = check_threads("threads", threads)
+        if isinstance(memory_limit, str):
+            memory_limit = parse_bytes("memory_limit", memory_limit)
+        for name, value in {"max_sessions": max_sessions, "memory_limit": memory_limit}.items():
             if value is not None:
                 check_positive(name, value)
         if min_cosine is not None:
