@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,12 +184,21 @@ def _check_tower_shared(task: str, weights: TaskWeights) -> None:
         )
 
 
+def _is_of(module: str, keys: Sequence[str]) -> bool:
+    return any(f".{module}." in f".{key}" for key in keys)
+
+
 def _check_all_read(model: Model, task: str, weights: TaskWeights) -> None:
     changed, others = weights.unread()
-    if changed:
+    bound = model.adapters.get(task)
+    if changed and bound is not None:
+        saved = [m for m in bound.adapter.settings.modules_to_save if _is_of(m, changed)]
+        config = f", and {', '.join(saved)} from modules_to_save in adapter_config.json"
         raise AdapterError(
             f"adapter of task {task}: expected every adapted tensor to reach the vector, but these "
-            f"do not: {', '.join(changed)}; remove them from the adapter"
+            f"do not: {', '.join(changed)}; no vector changes without them: delete the tensors "
+            f"{', '.join(bound.sources(changed))} from {bound.adapter.file.path}"
+            f"{config if saved else ''}, or train without them"
         )
     ignored = model.family.ignored
     if model.tower is not None:
