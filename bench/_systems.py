@@ -81,6 +81,7 @@ class EmbedgeSystem:
         self.precision: str | None = precision
         self.bytes_on_disk: int | None = opened.disk_bytes(precision, task)
         self._task = task
+        self._dim = opened.manifest.model.dim
         self._model = Embedder(bundle, precision=precision, device=device, threads=threads)
 
     def forward(self, ids: Ids, mask: Ids) -> Vectors:
@@ -100,6 +101,10 @@ class EmbedgeSystem:
             "document": self._model.encode_document,
         }
         vectors: Vectors = calls[role](
-            list(texts), task=self._task, batch_size=batch_size, on_truncate="ignore"
+            list(texts),
+            task=self._task,
+            batch_size=batch_size,
+            truncate_dim=self._dim,
+            on_truncate="ignore",
         )
         return vectors

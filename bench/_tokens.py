@@ -21,7 +21,7 @@ _OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions
 
 
 class TextTokens:
-    """The source's tokenizer, with the truncation and padding of its file overridden.
+    """The source's tokenizer, with the padding of its file and the length of a text overridden.
 
     Attributes:
         max_length: the most tokens of a text, special tokens included.
@@ -39,7 +39,6 @@ class TextTokens:
         """
         self._tokenizer: Any = _load(source)
         self._tokenizer.padding_side = "right"
-        self._tokenizer.truncation_side = "right"
         self.pad_token_id = int(self._tokenizer.pad_token_id or 0)
         self.max_length = _max_length(source, int(self._tokenizer.model_max_length))
 

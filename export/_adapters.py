@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +172,12 @@ class BoundAdapter:
         self._recipes = recipes
         self.touched = frozenset(key for key, recipe in recipes.items() if recipe.changes)
         self.added = frozenset(key for key in recipes if not checkpoint.has(key))
+
+    def sources(self, keys: Iterable[str]) -> list[str]:
+        """Return the adapter's own tensors that change the tensors ``keys``, sorted."""
+        recipes = [self._recipes[key] for key in keys]
+        parts = [(r.replacement, r.a, r.b, r.magnitude, r.shift) for r in recipes]
+        return sorted({part for listed in parts for part in listed if part is not None})
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the tensors, sorted: the checkpoint's and ``added``."""

@@ -13,6 +13,7 @@ import numpy as np
 from embedge.export._adapter_keys import AdapterKeys
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError
+from embedge.export._lora import output_norms
 from embedge.export._model_card import base_name
 from embedge.export._peft_config import LoraSettings
 from embedge.export._recipes import Recipe
@@ -45,6 +46,10 @@ class Plan:
     recipes: dict[str, Recipe]
     problems: list[str]
     advice: str
+
+
+# How far an untrained magnitude may be from the norm that it was saved as, by its dtype.
+_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
 
 
 def plan(
@@ -228,18 +233,32 @@ class _Planner:
         )
         zero_delta = a in self._zero or b in self._zero
         magnitude = parts["lora_magnitude_vector"] if self.settings.use_dora else None
+        transposed = embedding or self._is_conv1d(module)
+        changes = not zero_delta or (
+            magnitude is not None and not self._is_length(magnitude, target, transposed)
+        )
         self.recipes[target] = replace(
             before,
             a=a,
             b=b,
             magnitude=magnitude,
             scaling=self.settings.scaling(module),
-            transposed=embedding or self._is_conv1d(module),
+            transposed=transposed,
             zero_delta=zero_delta,
-            changes=before.changes or not zero_delta or magnitude is not None,
+            changes=before.changes or changes,
         )
         if "lora_B.bias" in parts:
             self._shift(target, module, parts["lora_B.bias"])
+
+    def _is_length(self, magnitude: str, target: str, transposed: bool) -> bool:
+        """Whether DoRA's magnitude is what the base's weights have already, up to rounding."""
+        norms = output_norms(self.checkpoint.read(target), transposed=transposed)
+        rounding = _ROUNDING.get(self.file.dtype(magnitude), 1e-5)
+        try:
+            close = np.isclose(self.file.read(magnitude), norms, rtol=rounding, atol=0)
+        except AdapterError:  # listed by check_numbers
+            return False
+        return bool(norms.all() and close.all())
 
     def _fits(
         self, module: str, target: str, parts: Mapping[str, str], a: str, b: str, embedding: bool

@@ -23,6 +23,7 @@ from embedge.runtime._typed_json import Table
 __all__ = ["check_same_source"]
 
 _BY_MODALITY = ("inputs", "image")
+_LABELS = {"matryoshka_dims": "matryoshka dimensions", "truncate_dim": "truncate_dim"}
 
 
 def check_same_source(out: Path, model: Model, dims: tuple[int, ...] | None, old: Manifest) -> None:
@@ -64,7 +65,7 @@ def _differences(model: Model, dims: tuple[int, ...] | None, old: Manifest) -> I
     same_modalities = before["modalities"] == now["modalities"]
     for key, value in now.items():
         if value != before[key] and (same_modalities or key not in _BY_MODALITY):
-            label = {"matryoshka_dims": "matryoshka dimensions"}.get(key, key.replace("_", " "))
+            label = _LABELS.get(key, key.replace("_", " "))
             yield f"has {label} {before[key]}, this export {value}"
     tokenizer = hashlib.sha256(model.tokenizer.text.encode()).hexdigest()
     if tokenizer != old.files[old.tokenizer.file].sha256:
@@ -73,6 +74,11 @@ def _differences(model: Model, dims: tuple[int, ...] | None, old: Manifest) -> I
         yield (
             f"has the padding token {old.tokenizer.pad_token_id}, this export "
             f"{model.tokenizer.pad_token_id}"
+        )
+    if model.tokenizer.truncation_side != old.tokenizer.truncation_side:
+        yield (
+            f"has truncation side {old.tokenizer.truncation_side}, this export "
+            f"{model.tokenizer.truncation_side}"
         )
     for task, settings in old.tasks.items():
         prompts, default = model.prompts(task), model.settings.default_prompt_name

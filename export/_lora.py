@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["add_low_rank", "scale_to_magnitude"]
+__all__ = ["add_low_rank", "output_norms", "scale_to_magnitude"]
 
 _BLOCK_VALUES = 1 << 22  # 16 MB of B·A at a time
 
@@ -43,6 +43,18 @@ def add_low_rank(
         weight[begin : begin + rows] += block
 
 
+def output_norms(weight: NDArray[np.float32], *, transposed: bool) -> NDArray[np.float64]:
+    """Length of the weights of every output, ``[out]``.
+
+    Args:
+        weight: float32 ``[out, in]``, or ``[in, out]`` if ``transposed``.
+        transposed: whether ``weight`` has its inputs first.
+    """
+    squares = "ij,ij->j" if transposed else "ij,ij->i"
+    norms: NDArray[np.float64] = np.sqrt(np.einsum(squares, weight, weight, dtype=np.float64))
+    return norms
+
+
 def scale_to_magnitude(
     weight: NDArray[np.float32], magnitude: NDArray[np.float32], *, transposed: bool
 ) -> None:
@@ -57,8 +69,7 @@ def scale_to_magnitude(
     Raises:
         ZeroDivisionError: if all weights of an output are zero, which have no direction.
     """
-    squares = "ij,ij->j" if transposed else "ij,ij->i"
-    norm = np.sqrt(np.einsum(squares, weight, weight, dtype=np.float64))
+    norm = output_norms(weight, transposed=transposed)
     if not norm.all():
         raise ZeroDivisionError(f"output {int(np.argmin(norm))} has the norm 0")
     factor = (magnitude / norm).astype(np.float32)

@@ -55,6 +55,7 @@ def manifest_of(
                 "file": "tokenizer.json",
                 "pad_token_id": model.tokenizer.pad_token_id,
                 "append_eos_token_id": None,
+                "truncation_side": model.tokenizer.truncation_side,
             },
             "tasks": tasks,
             "precisions": merged,
@@ -71,6 +72,7 @@ def model_section(model: Model, matryoshka_dims: tuple[int, ...] | None) -> dict
         "normalize": model.settings.normalize,
         "max_length": model.settings.max_length,
         "matryoshka_dims": list(matryoshka_dims) if matryoshka_dims else None,
+        "truncate_dim": model.truncate_dim,
         "multi_vector_dim": model.family.multi_vector_dim,
         "modalities": model.modalities,
         "inputs": list(model.family.inputs),
@@ -106,14 +108,15 @@ def model_card(manifest: Manifest) -> str:
         f"| {name} | {', '.join(p.graphs)} | {manifest.folder_bytes(name) / 1e6:.1f} |"
         for name, p in manifest.precisions.items()
     )
-    dims = model.matryoshka_dims
+    dims, cut = model.matryoshka_dims, model.truncate_dim
+    default = f"; {cut} where a call names none" if cut else ""
     first_task, first_precision = next(iter(manifest.tasks)), next(iter(manifest.precisions))
     front = f"---\nlicense: {source.license}\n---\n\n" if source.license else ""
     return f"""{front}# {source.name}, as ONNX graphs per task
 
 {_embeds(model)} of {model.dim} dimensions, {model.pooling} pooling, texts of up to {model.max_length} tokens.
 Exported from {source.name} ({source.model_type}). Licence of the weights: {licence}.
-Dimensions to truncate to: {", ".join(map(str, dims)) if dims else f"any up to {model.dim}"}.
+Dimensions to truncate to: {", ".join(map(str, dims)) if dims else f"any up to {model.dim}"}{default}.
 
 | task | adapter | prompts |
 |---|---|---|

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ class Model:
         """Length of a vector."""
         dense = self.settings.dense
         return dense[-1].out_features if dense else self.family.hidden_size
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """Dimension that vectors are cut to where a call names none; ``None``: not cut."""
+        cut = self.settings.truncate_dim
+        return None if cut is None or cut >= self.dim else cut
 
     @property
     def modalities(self) -> list[str]:
@@ -136,14 +143,6 @@ def read_model(request: Request) -> Model:
             EmbedgeWarning,
             stacklevel=3,
         )
-    if settings.truncate_dim is not None:
-        warnings.warn(
-            f"{checkpoint.name}: truncate_dim={settings.truncate_dim} of its files is not built into "
-            "the graph; pass truncate_dim= to encode",
-            EmbedgeWarning,
-            stacklevel=3,
-        )
-        settings = replace(settings, truncate_dim=None)
     family = family_class(checkpoint.config, settings.max_length)
     tokenizer = read_tokenizer(checkpoint.transformer_path)
     tower, image = None, None
@@ -211,12 +210,21 @@ def _check_tower_shared(task: str, weights: TaskWeights) -> None:
         )
 
 
+def _is_of(module: str, keys: Sequence[str]) -> bool:
+    return any(f".{module}." in f".{key}" for key in keys)
+
+
 def _check_all_read(model: Model, task: str, weights: TaskWeights) -> None:
     changed, others = weights.unread()
-    if changed:
+    bound = model.adapters.get(task)
+    if changed and bound is not None:
+        saved = [m for m in bound.adapter.settings.modules_to_save if _is_of(m, changed)]
+        config = f", and {', '.join(saved)} from modules_to_save in adapter_config.json"
         raise AdapterError(
             f"adapter of task {task}: expected every adapted tensor to reach the vector, but these "
-            f"do not: {', '.join(changed)}; remove them from the adapter"
+            f"do not: {', '.join(changed)}; no vector changes without them: delete the tensors "
+            f"{', '.join(bound.sources(changed))} from {bound.adapter.file.path}"
+            f"{config if saved else ''}, or train without them"
         )
     ignored = model.family.ignored
     if model.tower is not None:

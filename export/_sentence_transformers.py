@@ -210,11 +210,16 @@ def _read_settings(file: Path) -> dict[str, Any]:
             f"{file}: default_prompt_name is {default!r}, the prompts are: "
             f"{', '.join(prompts) or 'none'}"
         )
+    truncate_dim = config.get("truncate_dim")
+    if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
+        raise CheckpointError(
+            f"{file}: truncate_dim is {truncate_dim!r}, expected a positive whole number or null"
+        )
     return {
         "prompts": prompts,
         "default_prompt_name": default,
         "similarity": _SIMILARITIES[similarity],
-        "truncate_dim": config.get("truncate_dim"),
+        "truncate_dim": truncate_dim,
     }
 
 
@@ -243,6 +248,12 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
                 f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
                 "method 'forward' with the output 'last_hidden_state'"
             )
+    overrides = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
+    if "truncation_side" in overrides:
+        raise CheckpointError(
+            f"{file}: truncation_side={overrides['truncation_side']!r} among the tokenizer's arguments "
+            "is not supported; write it into tokenizer_config.json"
+        )
     for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
         if config.get(key):
             raise CheckpointError(f"{file}: {key}={config[key]!r} is not supported")

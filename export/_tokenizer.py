@@ -20,17 +20,19 @@ class BundleTokenizer:
     Attributes:
         text: content of ``tokenizer.json``.
         pad_token_id: id that fills rows; padding is masked, so any valid id does.
+        truncation_side: the end that a text which is too long loses, "right" or "left".
     """
 
     text: str
     pad_token_id: int
+    truncation_side: str
 
     def encode(self, texts: list[str], max_length: int) -> list[list[int]]:
         """Token ids with special tokens, cut at ``max_length``."""
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(self.text)
-        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_truncation(max_length, direction=self.truncation_side)
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
@@ -85,5 +87,7 @@ def read_tokenizer(folder: Path) -> BundleTokenizer:
     if pad is None:
         pad = tokenizer.eos_token_id or 0
     return BundleTokenizer(
-        text=json.dumps(content, ensure_ascii=False, separators=(",", ":")), pad_token_id=int(pad)
+        text=json.dumps(content, ensure_ascii=False, separators=(",", ":")),
+        pad_token_id=int(pad),
+        truncation_side=tokenizer.truncation_side,
     )

@@ -20,6 +20,7 @@ __all__ = [
     "check_cosine",
     "check_flag",
     "check_positive",
+    "check_threads",
     "choose_dim",
     "choose_precision",
     "choose_prompt",
@@ -27,6 +28,7 @@ __all__ = [
     "parse_bytes",
 ]
 
+MAX_THREADS = 1024  # more than machines have; ONNX Runtime ends with std::bad_alloc far above it
 ON_TRUNCATE = ("ignore", "warn", "error")
 
 
@@ -110,6 +112,17 @@ def check_positive(name: str, value: Any) -> int:
         number = None
     if not isinstance(number, int) or number < 1:
         raise EmbedgeValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+    return number
+
+
+def check_threads(name: str, value: Any) -> int:
+    """The value, a whole number from 1 to :data:`MAX_THREADS`."""
+    number = check_positive(name, value)
+    if number > MAX_THREADS:
+        raise EmbedgeValueError(
+            f"{name} is {number}; expected at most {MAX_THREADS}: the cores to use, or leave it out "
+            "for those that this process has"
+        )
     return number
 
 
@@ -206,15 +219,16 @@ def choose_prompt(name: str, task: Task, prompt_name: str | None, prompt: str | 
 
 def choose_dim(model: Model, truncate_dim: int | None) -> int:
     """The length of the vectors to give."""
+    default = model.truncate_dim or model.dim
     if truncate_dim is None:
-        return model.dim
+        return default
     declared = model.matryoshka_dims
     expected = f"1 to {model.dim}" if declared is None else f"one of {_listed(map(str, declared))}"
     try:
         dim = check_positive("truncate_dim", truncate_dim)
     except EmbedgeValueError:
         dim = 0
-    allowed = range(1, model.dim + 1) if declared is None else {*declared, model.dim}
+    allowed = range(1, model.dim + 1) if declared is None else {*declared, model.dim, default}
     if dim not in allowed:
         raise EmbedgeValueError(f"truncate_dim is {truncate_dim!r}; the bundle has {expected}")
     return dim

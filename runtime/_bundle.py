@@ -47,6 +47,11 @@ class Bundle:
             raise EmbedgeValueError(
                 f"verify is {verify!r}; expected one of {', '.join(VERIFY_MODES)}"
             )
+        if not isinstance(path, (str, os.PathLike)):
+            raise EmbedgeValueError(
+                f"bundle is {path!r}; expected the path of a bundle's folder, as `embedge export` "
+                "writes it"
+            )
         self.root = Path(path)
         if not self.root.is_dir():
             found = "a file" if self.root.exists() else "nothing there"

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _summary(bundle: Bundle) -> list[str]:
     manifest, model = bundle.manifest, bundle.manifest.model
     dims = "any" if model.matryoshka_dims is None else ", ".join(map(str, model.matryoshka_dims))
+    cut = model.truncate_dim
     facts = [
         ("bundle", str(bundle.root)),
         ("source", f"{manifest.source.name} ({manifest.source.model_type})"),
@@ -68,10 +69,13 @@ def _summary(bundle: Bundle) -> list[str]:
             f"{model.dim} dimensions, {model.similarity} similarity, "
             f"{'normalized' if model.normalize else 'not normalized'}",
         ),
-        ("truncation", f"to {dims}"),
+        ("truncation", f"to {dims}" + (f"; {cut} by default" if cut else "")),
         ("multi-vectors", str(model.multi_vector_dim or "no")),
         ("pooling", model.pooling),
-        ("longest text", f"{model.max_length} tokens"),
+        (
+            "longest text",
+            f"{model.max_length} tokens, cut on the {manifest.tokenizer.truncation_side}",
+        ),
         ("takes", ", ".join(model.modalities)),
     ]
     if model.image is not None:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 
-from embedge.runtime._arguments import check_positive
+from embedge.runtime._arguments import check_threads
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cli_inspect import table
 from embedge.runtime._cores import available_cores
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     threads = available_cores()
     if args.threads is not None:
-        threads = check_positive("--threads", args.threads)
+        threads = check_threads("--threads", args.threads)
     chosen = list(_chosen(bundle, args.precision, args.task))
     if not args.measure_only:
         _pack(bundle, chosen)

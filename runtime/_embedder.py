@@ -16,8 +16,11 @@ from embedge.runtime._arguments import (
     as_texts,
     check_cosine,
     check_positive,
+    check_threads,
+    choose_dim,
     choose_precision,
     choose_task,
+    parse_bytes,
 )
 from embedge.runtime._auto_precision import AUTO, choose_automatically
 from embedge.runtime._bundle import Bundle
@@ -61,8 +64,9 @@ class Embedder:
         device: "cpu", "cuda", or "auto": cuda where it works and the precision has kernels for it.
         threads: threads of a run; ``None``: the cores that this process really has.
         max_sessions: most graphs open at once; ``None``: all.
-        memory_limit: most bytes of open graphs, each counted as its file and the external data it
-            uses (activations come on top, and are given back after each run); ``None``: no limit.
+        memory_limit: most bytes of open graphs, or "2GB", each counted as its file and the external
+            data it uses (activations come on top, and are given back after each run); ``None``: no
+            limit.
         min_cosine: with "auto", lowest mean cosine of every task's vectors to the unquantized model's,
             as `embedge bench --record` measured it; ``None``: any.
         verify: "size" compares every file's size with the manifest, "full" its SHA-256 too, "none"
@@ -82,12 +86,15 @@ class Embedder:
         device: str = "auto",
         threads: int | None = None,
         max_sessions: int | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | str | None = None,
         min_cosine: float | None = None,
         verify: str = "size",
     ) -> None:
-        limits = {"threads": threads, "max_sessions": max_sessions, "memory_limit": memory_limit}
-        for name, value in limits.items():
+        if threads is not None:
+            threads = check_threads("threads", threads)
+        if isinstance(memory_limit, str):
+            memory_limit = parse_bytes("memory_limit", memory_limit)
+        for name, value in {"max_sessions": max_sessions, "memory_limit": memory_limit}.items():
             if value is not None:
                 check_positive(name, value)
         if min_cosine is not None:
@@ -156,12 +163,12 @@ class Embedder:
 
     @property
     def dim(self) -> int:
-        """Length of a vector without truncation."""
-        return self._model.dim
+        """Length of a vector where a call names no ``truncate_dim``."""
+        return choose_dim(self._model, None)
 
     def get_sentence_embedding_dimension(self) -> int:
         """Same as :attr:`dim`, under sentence-transformers' name."""
-        return self._model.dim
+        return self.dim
 
     @property
     def max_seq_length(self) -> int:
@@ -260,7 +267,8 @@ class Embedder:
             max_batch_tokens: most padded tokens of a batch; decides the real batch. ``None``: what
                 runs fastest here.
             truncate_dim: one of the declared dimensions, or any where none are declared. The vector
-                is cut and, where the source normalizes, normalized again.
+                is cut and, where the source normalizes, normalized again. ``None``: what the source
+                cuts to, most often nothing.
             normalize_embeddings: L2-normalize in any case.
             show_progress_bar: on standard error, where tqdm is installed; ``None``: no.
             on_truncate: "ignore", "warn" (once per Embedder) or "error" when a text is longer than
@@ -418,7 +426,7 @@ class Embedder:
         return similarity(a, b, self._model.similarity)
 
     def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
-        """Vectors of texts that are token ids already: what :meth:`encode` does after its tokenizer.
+        """Vectors of texts that are token ids already, not cut: what the graph gives for them.
 
         For measurements of the graphs by themselves.
 
@@ -427,9 +435,9 @@ class Embedder:
             task: as for :meth:`encode`.
 
         Returns:
-            float32 ``[texts, dim]``.
+            float32 ``[texts, width]``.
         """
-        request = self._request(task=task)
+        request = self._request(task=task, truncate_dim=self._model.dim)
         vectors = np.zeros((len(ids), request.dim), np.float32)
         texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
         self._rows.run(texts, range(len(ids)), request, vectors.__setitem__, lambda _: None)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cpu import has_amx, saturates_u8s8
+from embedge.runtime._fork import keep_forever, restart_after_fork
 from embedge.runtime._lanes import Lanes
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._pool import GraphPool
@@ -87,11 +88,24 @@ class Graphs:
         self._measured = settings if device == "cpu" else None
         self._open_session = open_session or self.open
         self._prepared = PreparedGraphs(bundle)
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="embedge")
         self._size_bytes = functools.cache(partial(bundle.graph_bytes, precision))
-        self._pool = GraphPool(
-            self._make, self._size_bytes, max_graphs=max_sessions, memory_limit=memory_limit
+        self._new_pool = partial(
+            GraphPool,
+            size_bytes=self._size_bytes,
+            max_graphs=max_sessions,
+            memory_limit=memory_limit,
         )
+        self._start()
+        restart_after_fork(self)
+
+    def _start(self) -> None:
+        self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="embedge")
+        self._pool = self._new_pool(self._make)
+
+    def restart(self) -> None:
+        """In a forked child: without open graphs, those of the parent stay as they are."""
+        keep_forever(self._pool)
+        self._start()
 
     def use(self, name: str) -> AbstractContextManager[Lanes]:
         """A graph, kept open until the block ends.

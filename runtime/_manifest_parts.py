@@ -26,6 +26,7 @@ __all__ = [
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions")
 CONSTANT_TYPES = ("float32", "uint8", "int8")
+SIDES = ("right", "left")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class Model:
         normalize: the source normalizes, so a truncated vector is normalized again.
         max_length: most tokens of a text, special tokens included.
         matryoshka_dims: dimensions that may be asked for; ``None``: any.
+        truncate_dim: dimension that vectors are cut to unless a call names one; ``None``: not cut.
         multi_vector_dim: length of a token's vector, ``None`` without a multi-vector head.
         modalities: "text", "image".
         inputs: names of the task graphs' inputs; with images, all of :data:`IMAGE_INPUTS` too.
@@ -115,6 +117,7 @@ class Model:
     inputs: tuple[str, ...]
     similarity: str
     image: ImageSettings | None = None
+    truncate_dim: int | None = None
 
     @classmethod
     def parse(cls, table: Table) -> Model:
@@ -131,7 +134,10 @@ class Model:
             inputs=table.strings("inputs"),
             similarity=table.choice("similarity", ("cosine", "dot")),
             image=None if image is None else ImageSettings.parse(image),
+            truncate_dim=table.optional_integer("truncate_dim", minimum=1),
         )
+        if model.truncate_dim is not None and model.truncate_dim > model.dim:
+            table.fail("truncate_dim", f"{model.truncate_dim} is above model.dim, {model.dim}")
         for index, dim in enumerate(model.matryoshka_dims or ()):
             if dim > model.dim:
                 table.fail(f"matryoshka_dims[{index}]", f"{dim} is above model.dim, {model.dim}")
@@ -156,6 +162,7 @@ class Model:
             "normalize": self.normalize,
             "max_length": self.max_length,
             "matryoshka_dims": None if dims is None else list(dims),
+            "truncate_dim": self.truncate_dim,
             "multi_vector_dim": self.multi_vector_dim,
             "modalities": list(self.modalities),
             "inputs": list(self.inputs),
@@ -171,11 +178,13 @@ class TokenizerSettings:
     Attributes:
         append_eos_token_id: an id to end every text with, which the file's own post-processor does
             not add; ``None`` where there is nothing to add.
+        truncation_side: the end that a text which is too long loses, "right" or "left".
     """
 
     file: str
     pad_token_id: int
     append_eos_token_id: int | None
+    truncation_side: str = "right"
 
     @classmethod
     def parse(cls, table: Table) -> TokenizerSettings:
@@ -184,6 +193,9 @@ class TokenizerSettings:
             file=_path(table, "file"),
             pad_token_id=table.integer("pad_token_id", minimum=0),
             append_eos_token_id=table.optional_integer("append_eos_token_id", minimum=0),
+            truncation_side="right"
+            if table.values.get("truncation_side") is None
+            else table.choice("truncation_side", SIDES),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,6 +204,7 @@ class TokenizerSettings:
             "file": self.file,
             "pad_token_id": self.pad_token_id,
             "append_eos_token_id": self.append_eos_token_id,
+            "truncation_side": self.truncation_side,
         }
 
 

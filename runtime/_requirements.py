@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from embedge.runtime._errors import EmbedgeImportError
 
-__all__ = ["check_onnxruntime", "own_version"]
+__all__ = ["check_onnxruntime", "own_version", "without_telemetry"]
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
@@ -29,6 +30,15 @@ def check_onnxruntime() -> None:
             f'`pip uninstall -y {" ".join(found)}` and then `pip install "embedge[cpu]"`, or '
             '`pip install "embedge[gpu]"` for CUDA'
         )
+
+
+def without_telemetry() -> None:
+    """Lets ONNX Runtime, if it is not imported yet, report nothing to its makers, unless it was told to.
+
+    From 1.29 on it does so by a thread that starts with the import and for which a forked child waits
+    forever at its end.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def own_version() -> str:

@@ -1,7 +1,7 @@
 """Texts to token ids, by the bundle's own ``tokenizer.json``.
 
-The file's truncation and padding are replaced: texts are cut at the model's limit with their
-special tokens kept, and padded later, per batch.
+The file's truncation and padding are replaced: texts are cut at the model's limit, at the side that
+the manifest names, with their special tokens kept, and padded later, per batch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class TextTokenizer:
 
     def __init__(self, file: Path, settings: TokenizerSettings, max_length: int) -> None:
         self._eos = settings.append_eos_token_id
-        self._tokenizer = _load(file, max_length - (self._eos is not None))
+        limit = max_length - (self._eos is not None)
+        self._tokenizer = _load(file, limit, settings.truncation_side)
 
     def __call__(self, texts: Sequence[str]) -> list[TokenIds]:
         """Token ids of each text; lone surrogates are read as U+FFFD."""
@@ -84,7 +85,7 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-def _load(file: Path, max_length: int) -> Tokenizer:
+def _load(file: Path, max_length: int, side: str) -> Tokenizer:
     # Imported here because `import embedge.runtime` has to stay cheap.
     from tokenizers import Tokenizer
 
@@ -92,7 +93,7 @@ def _load(file: Path, max_length: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_truncation(max_length, direction=side)
         # Where the special tokens alone pass the limit, tokenizers does not cut at all.
         if len(tokenizer.encode("a").ids) > max_length:
             raise ValueError("its special tokens leave no room for a text")

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from embedge.bench._cli import add_arguments, run
 from embedge.bench._errors import BenchError
 from embedge.bench._latency import Shape
 from embedge.bench._options import Effort
+from embedge.bench._systems import EmbedgeSystem
 from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
 from embedge.runtime._cli import main
 from embedge.runtime._device import cuda_problem
@@ -76,6 +78,17 @@ def test_fp32_graphs_equal_the_reference_at_every_dimension(measured: Report, ta
     assert row is not None
     assert list(row.fidelity) == ["32", "16"]
     assert min(figures["cosine_min"] for figures in row.fidelity.values()) >= 0.999999  # bar 1
+
+
+def test_whole_vectors_are_compared_whatever_a_call_gives(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    document = json.loads((copy / "manifest.json").read_text())
+    document["model"]["truncate_dim"] = 16
+    (copy / "manifest.json").write_text(json.dumps(document))
+    system = EmbedgeSystem(copy, "plain", "fp32", threads=1)
+    assert system.encode(["a text"]).shape == (1, 32)
+    tokens = np.array([[2, 5, 3]])
+    assert system.forward(tokens, np.ones_like(tokens)).shape == (1, 32)
 
 
 def test_each_row_holds_speed_quality_and_bytes(measured: Report) -> None:

@@ -22,8 +22,19 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from _models import linears, make_model, random_texts, save, save_adapter, write_json
+import transformers
+from _models import (
+    Reference,
+    cosines,
+    linears,
+    make_model,
+    random_texts,
+    save,
+    save_adapter,
+    write_json,
+)
 from onnx import TensorProto
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from embedge.export import AdapterError, CheckpointError, ExportError, export_bundle
@@ -345,6 +356,46 @@ def edit_config(source: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def test_long_texts_are_cut_on_the_side_that_the_tokenizer_says(
+    source: Path, copy: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(source, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    write_json(other / "tokenizer_config.json", {**config, "truncation_side": "left"})
+    out = small(other, tmp_path / "out", precisions=["fp32"])
+    texts = [text[:90] for text in random_texts(3, longest=200)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(other)
+    rows = tokenizer(["ab" + text for text in texts], truncation=True, max_length=64).input_ids
+    model = Embedder(out)
+    found = model.encode(texts, prompt="ab", on_truncate="ignore")
+    expected = model.run_ids([np.array(row, np.int64) for row in rows])
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    assert max(map(len, rows)) == 64
+    with pytest.raises(EmbedgeValueError, match="has truncation side right, this export left"):
+        small(other, copy, adapters={"third": None}, matryoshka_dims=[16, 32])
+
+
+def test_vectors_are_cut_to_the_dimension_that_the_source_cuts_to(
+    source: Path, copy: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(source, tmp_path / "other")
+    write_json(other / "config_sentence_transformers.json", {"truncate_dim": 24})
+    model = Embedder(small(other, tmp_path / "out", precisions=["fp32"]))
+    assert model.dim == model.get_sentence_embedding_dimension() == 24
+    texts = random_texts(3)
+    whole = model.encode(texts, truncate_dim=96)
+    assert whole.shape == (3, 96)
+    cut = whole[:, :24] / np.linalg.norm(whole[:, :24], axis=1, keepdims=True)
+    np.testing.assert_allclose(model.encode(texts), cut, atol=1e-6, rtol=0)
+    with pytest.raises(EmbedgeValueError, match="has truncate_dim None, this export 24"):
+        small(other, copy, adapters={"third": None}, matryoshka_dims=[16, 32])
+    with pytest.raises(EmbedgeValueError, match="has truncate_dim 24, this export None"):
+        small(source, tmp_path / "out", adapters={"third": None})
+    write_json(other / "config_sentence_transformers.json", {"truncate_dim": 200})
+    wide = small(other, tmp_path / "wide", precisions=["fp32"])
+    assert Embedder(wide).encode(texts).shape == (3, 96)
+
+
 def test_an_out_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(EmbedgeValueError, match="left alone, also with --overwrite"):
@@ -493,6 +544,84 @@ def test_an_adapted_tensor_that_reaches_no_vector_is_refused_by_name(tmp_path: P
     with pytest.raises(AdapterError, match=r"pooler\.dense\.weight"):
         small(other, tmp_path / "out", adapters={"task": adapter})
     assert leftovers(tmp_path / "out") == []
+
+
+POOLER = {"pooler.dense.weight": torch.randn(32, 32), "pooler.dense.bias": torch.randn(32)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "all-linear"},
+        {"target": "all-linear", "use_dora": True},
+        {"target": ["query"], "modules_to_save": ["pooler"]},
+        {"target": ["query"], "bias": "all"},
+    ],
+    ids=str,
+)
+def test_the_way_to_a_refused_adapters_export_is_named(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    other = save(make_model("bert"), tmp_path / "other", extra=POOLER)
+    folder = save_pooler_adapter(other, tmp_path / "lora", **options)
+    file = folder / "adapter_model.safetensors"
+    with pytest.raises(AdapterError, match=r"do not: pooler\.dense\.") as caught:
+        small(other, tmp_path / "out", adapters={"task": folder})
+    named = re.search(rf"delete the tensors (.+) from {re.escape(str(file))}", str(caught.value))
+    assert named is not None
+    kept = {k: v for k, v in load_file(file).items() if k not in named[1].split(", ")}
+    save_file(kept, file)
+    if "modules_to_save" in options:
+        assert "and pooler from modules_to_save in adapter_config.json" in str(caught.value)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        write_json(folder / "adapter_config.json", {**config, "modules_to_save": None})
+    out = small(other, tmp_path / "out", adapters={"task": folder}, precisions=["fp32"])
+    texts = random_texts(5)
+    expected = Reference(other, folder).encode(texts)
+    assert cosines(Embedder(out).encode(texts), expected).min() >= 0.999999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dora_on_a_layer_that_it_leaves_as_it_was_is_no_change(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    other = save(make_model("bert"), tmp_path / "other", extra=POOLER)
+    folder = save_pooler_adapter(other, tmp_path / "lora", target="all-linear", use_dora=True)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{PREFIX}pooler.dense.lora_B.weight"].zero_()
+    tensors[f"{PREFIX}pooler.dense.lora_magnitude_vector"] = POOLER["pooler.dense.weight"].norm(
+        dim=1
+    )
+    tensors = {key: value.to(dtype) for key, value in tensors.items()}
+    save_file(tensors, file)
+    out = small(other, tmp_path / "out", adapters={"task": folder}, precisions=["fp32"])
+    texts = random_texts(5)
+    expected = Reference(other, folder).encode(texts)
+    assert cosines(Embedder(out).encode(texts), expected).min() >= 0.999999
+
+    tensors[f"{PREFIX}pooler.dense.lora_magnitude_vector"][3] *= 1.01
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=r"do not: pooler\.dense\.weight"):
+        small(other, tmp_path / "changed", adapters={"task": folder})
+
+
+PREFIX = "base_model.model."
+
+
+def save_pooler_adapter(source: Path, folder: Path, **options: Any) -> Path:
+    """An adapter as PEFT saves it of a BertModel with its pooler, where one was trained too."""
+    model = transformers.BertModel.from_pretrained(source)
+    target = options.pop("target")
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=8, target_modules=target, **options))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad or name.endswith(".bias"):
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_length = "magnitude" in name
+            parameter.data = parameter.data * (1 + 0.1 * noise) if is_length else 0.2 * noise
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -253,6 +253,22 @@ def test_a_number_that_is_none_is_named(
         export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "mpnet"])
+def test_a_padding_token_in_a_text_has_a_position_as_any_other(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    ids = np.array([2, 7, 1, 9, 1, 1, 12, 3])  # 1 is <pad>
+    model = Reference(sources[name]).model
+    with torch.no_grad():
+        tokens = torch.tensor(ids)[None]
+        positions = torch.arange(2, 2 + len(ids))[None]
+        mask = torch.ones_like(tokens)
+        states = model(input_ids=tokens, attention_mask=mask, position_ids=positions)[0][0]
+    expected = states.mean(0) / states.mean(0).norm()
+    found = exported(sources[name], None, tmp_path / "out").run_ids([ids])
+    assert cosines(found, expected.numpy()[None]).min() >= 0.999999
+
+
 def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
     source = save(make_model("llama", rope_theta=500.0), tmp_path / "source", pooling="mean")
     config = json.loads((source / "config.json").read_text())

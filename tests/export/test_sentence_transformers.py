@@ -176,6 +176,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"transformer": {"modality_config": {"image": {}}}},
         "modality_config reads no text",
     ),
+    "a dimension of none": (
+        {"settings": {"truncate_dim": 0}},
+        "truncate_dim is 0, expected a positive whole number",
+    ),
+    "a side to cut at": (
+        {"transformer": {"tokenizer_args": {"truncation_side": "left"}}},
+        "truncation_side='left' among the tokenizer's arguments is not supported",
+    ),
     "a length of queries": (
         {"transformer": {"query_length": 8}},
         "query_length=8 is not supported",

@@ -247,6 +247,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
                 "normalize": True,
                 "max_length": MAX_LENGTH,
                 "matryoshka_dims": None,
+                "truncate_dim": None,
                 "multi_vector_dim": MULTI_DIM if multi_vector else None,
                 "modalities": ["text"],
                 "inputs": ["input_ids", "attention_mask"]
@@ -256,7 +257,12 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
                 **(of_images if images else {}),
                 **(model or {}),
             },
-            "tokenizer": {"file": "tokenizer.json", "pad_token_id": 0, "append_eos_token_id": eos},
+            "tokenizer": {
+                "file": "tokenizer.json",
+                "pad_token_id": 0,
+                "append_eos_token_id": eos,
+                "truncation_side": "right",
+            },
             "tasks": {
                 task: {
                     "prompts": dict(prompts or {}),

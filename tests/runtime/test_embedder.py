@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -281,6 +281,21 @@ class TestTexts:
             warnings.simplefilter("error")
             model.encode(long)
 
+    @pytest.mark.parametrize("prefix", [[], [2, 3]], ids=["no prompt", "prompt"])
+    def test_a_text_loses_its_start_where_the_bundle_says_so(
+        self, bundle: Any, prefix: list[int]
+    ) -> None:
+        bundle.edit(lambda manifest: manifest["tokenizer"].update(truncation_side="left"))
+        model = Embedder(bundle.path)
+        prompt = " ".join(f"w{i}" for i in prefix) + " "
+        with pytest.warns(EmbedgeWarning, match=r"sentences\[1\] is longer than 16 tokens"):
+            vectors = model.encode(["w7", " ".join(f"w{i}" for i in range(40))], prompt=prompt)
+        expected = [ids(*prefix, 7), ids(*range(26, 40))]
+        for vector, tokens in zip(vectors, expected, strict=True):
+            np.testing.assert_allclose(
+                vector, bundle.expected("retrieval", tokens), atol=TOLERANCE, rtol=0
+            )
+
     def test_on_truncate_error_names_the_text_and_ignore_is_silent(self, bundle: Any) -> None:
         model = Embedder(bundle.path)
         with pytest.raises(TextTooLongError, match=r"sentences\[1\] is longer than 16 tokens"):
@@ -398,6 +413,8 @@ class TestChoices:
             {"threads": True},
             {"max_sessions": 0},
             {"memory_limit": -1},
+            {"memory_limit": "0GB"},
+            {"memory_limit": "2 bananas"},
             {"device": "tpu"},
             {"verify": "maybe"},
         ],
@@ -408,6 +425,16 @@ class TestChoices:
     ) -> None:
         with pytest.raises(EmbedgeValueError, match=next(iter(wrong))):
             Embedder(bundle.path, **wrong)
+
+    def test_more_threads_than_any_machine_has_are_refused(self, bundle: Any) -> None:
+        message = "threads is 1000000000; expected at most 1024"
+        with pytest.raises(EmbedgeValueError, match=message):
+            Embedder(bundle.path, threads=10**9)
+        assert Embedder(bundle.path, threads=64).encode("w1").shape == (8,)
+
+    def test_what_is_no_path_is_refused(self) -> None:
+        with pytest.raises(EmbedgeValueError, match="bundle is None; expected the path of a"):
+            Embedder(cast(Any, None))
 
 
 class TestPrompts:
@@ -701,9 +728,10 @@ class TestSessions:
         assert failures == []
 
     def test_a_limit_below_one_graph_is_refused_with_its_size(self, bundle: Any) -> None:
-        model = Embedder(bundle.path, memory_limit=100)
-        with pytest.raises(EmbedgeError, match=r"take \d+ bytes, above memory_limit \(100\)"):
-            model.encode("w1")
+        for limit in (100, "0.1KB"):
+            model = Embedder(bundle.path, memory_limit=limit)
+            with pytest.raises(EmbedgeError, match=r"take \d+ bytes, above memory_limit \(100\)"):
+                model.encode("w1")
         assert Embedder(bundle.path, memory_limit=1_000_000).encode("w1").shape == (8,)
 
     def test_it_travels_to_another_process_as_its_arguments(self, bundle: Any) -> None:

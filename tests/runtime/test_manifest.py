@@ -22,13 +22,19 @@ DOCUMENT: dict[str, Any] = {
         "normalize": True,
         "max_length": 256,
         "matryoshka_dims": [64, 384],
+        "truncate_dim": 64,
         "multi_vector_dim": None,
         "modalities": ["text"],
         "inputs": ["input_ids", "attention_mask", "token_type_ids"],
         "similarity": "cosine",
         "image": None,
     },
-    "tokenizer": {"file": "tokenizer.json", "pad_token_id": 0, "append_eos_token_id": None},
+    "tokenizer": {
+        "file": "tokenizer.json",
+        "pad_token_id": 0,
+        "append_eos_token_id": None,
+        "truncation_side": "left",
+    },
     "tasks": {
         "retrieval": {
             "prompts": {"query": "Query: "},
@@ -165,6 +171,7 @@ def test_keys_that_may_be_missing_have_defaults() -> None:
         ("model/normalize", 1, "model.normalize: expected true or false, found 1"),
         ("model/matryoshka_dims", [64, "x"], "model.matryoshka_dims[1]: expected a whole number"),
         ("model/matryoshka_dims", [512], "model.matryoshka_dims[0]: 512 is above model.dim, 384"),
+        ("model/truncate_dim", 385, "model.truncate_dim: 385 is above model.dim, 384"),
         (
             "model/inputs",
             ["input_ids"],
@@ -172,6 +179,11 @@ def test_keys_that_may_be_missing_have_defaults() -> None:
         ),
         ("model/inputs", [1], "model.inputs[0]: expected a string, found 1"),
         ("model/similarity", "l2", 'model.similarity: expected one of cosine, dot, found "l2"'),
+        (
+            "tokenizer/truncation_side",
+            "top",
+            "tokenizer.truncation_side: expected one of right, left",
+        ),
         ("tokenizer/pad_token_id", None, "tokenizer.pad_token_id: expected a whole number ≥ 0"),
         ("tasks", {}, "tasks: expected at least one, found none"),
         ("tasks/bare", 1, "tasks.bare: expected an object, found 1"),
@@ -242,6 +254,6 @@ def test_another_major_version_is_refused(version: str, hint: str) -> None:
 
 
 def test_a_newer_minor_version_warns_and_is_read() -> None:
-    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.7 is newer than 1\.2"):
+    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.7 is newer than 1\.3"):
         manifest = Manifest.from_dict(changed("format_version", "1.7"))
     assert manifest.model.dim == 384
