@@ -59,6 +59,10 @@ class Decoder(Family):
         rope = self.config.get(key) or {}
         if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
             raise self._unsupported(key, rope, "one set of numbers for all layers")
+        if "yarn" in (rope.get("rope_type"), rope.get("type")):
+            original = rope.get("original_max_position_embeddings")
+            original = original or self._int("max_position_embeddings")
+            rope = {**rope, "original_max_position_embeddings": original}
         return rope
 
     def _window(self, index: int) -> int | None:

@@ -36,14 +36,52 @@ def rotary_tables(
     exponents = np.arange(0, head_size, 2, dtype=np.float64) / head_size
     # transformers holds frequencies and angles in float32
     frequencies: Table = (1.0 / theta**exponents).astype(np.float32)
-    if scaling:
+    factor = np.float32(1.0)
+    if scaling and _kind(scaling) == "yarn":
+        frequencies, factor = _yarn(frequencies, theta, scaling)
+    elif scaling:
         frequencies = _scaled(frequencies, scaling)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
-    return np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
+    return np.cos(angles, dtype=np.float32) * factor, np.sin(angles, dtype=np.float32) * factor
+
+
+def _kind(scaling: Mapping[str, Any]) -> str:
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def _yarn(frequencies: Table, theta: float, scaling: Mapping[str, Any]) -> tuple[Table, np.float32]:
+    """YaRN (Peng et al., arXiv 2309.00071): the frequencies, and the factor of cosines and sines."""
+    factor = number(scaling, "factor")
+    original = number(scaling, "original_max_position_embeddings")
+    size = 2 * len(frequencies)
+
+    def channel(rotations: float) -> float:
+        """The channel that turns so often over the original length."""
+        return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = channel(scaling.get("beta_fast") or 32)
+    high = channel(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    span = high - low or 0.001
+    stretched = np.clip((np.arange(size // 2, dtype=np.float32) - low) / span, 0, 1)
+    blended = frequencies / factor * stretched + frequencies * (1 - stretched)
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        scale, scale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        if not (scale and scale_all):
+            scale, scale_all = 1.0, 0.0  # the magnitude of 0 is 1
+        attention = magnitude(float(scale)) / magnitude(float(scale_all))
+    return blended.astype(np.float32), np.float32(attention)
 
 
 def _scaled(frequencies: Table, scaling: Mapping[str, Any]) -> Table:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = _kind(scaling)
     if kind == "default":
         return frequencies
     factor = number(scaling, "factor", 1.0)
@@ -61,8 +99,8 @@ def _scaled(frequencies: Table, scaling: Mapping[str, Any]) -> Table:
         stretched: Table = np.where(middle, blended, result).astype(np.float32)
         return stretched
     raise CheckpointError(
-        f"config.json: rope_scaling type {kind!r} is not supported; expected 'default', 'linear' or "
-        "'llama3' (the others change with the length of the text)"
+        f"config.json: rope_scaling type {kind!r} is not supported; expected 'default', 'linear', "
+        "'llama3' or 'yarn' ('dynamic' and 'longrope' change with the length of the text)"
     )
 
 

@@ -269,6 +269,26 @@ def test_a_padding_token_in_a_text_has_a_position_as_any_other(
     assert cosines(found, expected.numpy()[None]).min() >= 0.999999
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"factor": 4.0, "original_max_position_embeddings": 16},
+        {"factor": 2.0},
+        {"factor": 8.0, "attention_factor": 0.7, "beta_fast": 4.0, "beta_slow": 0.5},
+        {"factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False},
+        {"factor": 8.0, "mscale": 0.7, "original_max_position_embeddings": 8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_yarn_matches_transformers(name: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", **rope}
+    model = make_model(name, head_dim=32, rope_theta=100.0, rope_scaling=scaling)
+    source = save(model, tmp_path / "source", pooling="mean")
+    found = exported(source, None, tmp_path / "out").encode(TEXTS)
+    assert cosines(found, Reference(source).encode(TEXTS)).min() >= 0.999999
+
+
 def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
     source = save(make_model("llama", rope_theta=500.0), tmp_path / "source", pooling="mean")
     config = json.loads((source / "config.json").read_text())
@@ -286,7 +306,7 @@ def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None
         ("bert", "position_embedding_type", "relative_key"),
         ("bert", "is_decoder", True),
         ("bert", "hidden_act", "quick_gelu"),
-        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+        ("llama", "rope_scaling", {"rope_type": "longrope", "factor": 2.0}),
         ("llama", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
         ("llama", "num_hidden_layers", 0),
         ("qwen3", "num_attention_heads", "four"),
