@@ -133,7 +133,7 @@ class Int8Form(Form):
             if lin.label in self._output_scale:
                 g.output_scale[lin.label] = self._output_scale[lin.label]
         x = self._smoothed(g, tap.value, tap.label, plan)
-        if gated_parts(g, tap):
+        if input_parts(g, tap):
             return self._gated_products(g, tap, x, plan)
         lower_bound = tap.lower_bound
         if lower_bound is not None and plan.smooth is not None:
@@ -159,7 +159,7 @@ class Int8Form(Form):
 
     def _gated_products(self, g: Graph, tap: Tap, x: str, plan: InputPlan) -> list[str]:
         """Products of an input whose parts are quantized between their smallest and largest values."""
-        parts, width = gated_parts(g, tap), in_features(g, tap.lins[0])
+        parts, width = input_parts(g, tap), in_features(g, tap.lins[0])
         axis, last = g.const([-1], "int64"), g.const([0, 0, parts, width // parts], "int64")
         step = _constant(g, "embedge.act_step_between")
         row_scale = g.row_scales.get(tap.value)
@@ -342,7 +342,7 @@ class Int8Form(Form):
         output_scale = self._output_scale.get(lin.label)
         if output_scale is not None:
             scales = scales * output_scale
-        arrays = _stored(values, scales, gated_parts(g, tap))
+        arrays = _stored(values, scales, input_parts(g, tap))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
     def _weight(self, g: Graph, tap: Tap, lin: Lin) -> list[str]:
@@ -373,7 +373,7 @@ class Int8Form(Form):
 
         specs = weight_specs(g, tap, lin)
         scale = digest(self._output_scale.get(lin.label))
-        key = recipe_key(g, lin, f"int8|{self.method}|{gated_parts(g, tap)}|{plan.digest}|{scale}")
+        key = recipe_key(g, lin, f"int8|{self.method}|{input_parts(g, tap)}|{plan.digest}|{scale}")
         owner = g.owner(weight_name(lin))
         return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
 
@@ -384,16 +384,21 @@ def _constant(g: Graph, name: str) -> str:
     )
 
 
-def gated_parts(g: Graph, tap: Tap) -> int:
-    """How many parts of an input are quantized between their own bounds; 0: rows around zero."""
+def gated_parts(width: int) -> int:
+    """Into how many parts a gated MLP's product is split, each quantized between its own bounds."""
+    return 1 if width % _GATED_PARTS else _GATED_PARTS
+
+
+def input_parts(g: Graph, tap: Tap) -> int:
+    """Those of an input; 0: it is quantized around zero."""
     if tap.fold is None or not tap.fold.gated:
         return 0
-    return 1 if in_features(g, tap.lins[0]) % _GATED_PARTS else _GATED_PARTS
+    return gated_parts(in_features(g, tap.lins[0]))
 
 
 def weight_specs(g: Graph, tap: Tap, lin: Lin) -> tuple[TensorSpec, ...]:
     """int8 ``[in / parts, out]`` of each part, float32 ``[out]`` scales, ``[parts, out]`` sums."""
-    rows, columns, parts = out_features(g, lin), in_features(g, lin), gated_parts(g, tap)
+    rows, columns, parts = out_features(g, lin), in_features(g, lin), input_parts(g, tap)
     part = (columns // max(1, parts), rows)
     weight = f"{lin.label}.weight"
     names = [f"{weight}.{number}" for number in range(parts)] if parts > 1 else [weight]
@@ -431,4 +436,11 @@ def producer_channels(smooth: NDArray[np.float32], fold: Fold) -> NDArray[np.flo
     return shared
 
 
-__all__ = ["ACTIVATION_CONSTANTS", "InputPlan", "Int8Form", "gated_parts", "weight_specs"]
+__all__ = [
+    "ACTIVATION_CONSTANTS",
+    "InputPlan",
+    "Int8Form",
+    "gated_parts",
+    "input_parts",
+    "weight_specs",
+]

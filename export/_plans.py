@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from embedge.export._calibration import InputStatistics
 from embedge.export._graph import Fold
-from embedge.export._int8_form import InputPlan
+from embedge.export._int8_form import InputPlan, gated_parts
 from embedge.quant import _int8
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -39,7 +39,9 @@ def rotated_plan(statistics: InputStatistics) -> InputPlan:
         weights = [weight.copy() for weight in weights]
         for weight in weights:
             weight[outliers] = 0
-    smooth = _int8.search_smoothing(inputs, peak * _kept(peak, outliers), weights, ALPHAS)
+    smooth = _int8.search_smoothing(
+        inputs, peak * _kept(peak, outliers), weights, ALPHAS, gated_parts(len(peak))
+    )
     if not len(outliers):
         return InputPlan(smooth=smooth, fold=fold)
     smooth[outliers] = peak[outliers] / np.float32(usual * 1e-4)

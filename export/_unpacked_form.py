@@ -20,7 +20,7 @@ from onnx import TensorProto
 from embedge.export._forms import digest, in_features, out_features
 from embedge.export._graph import BASE, Graph, Lin, Recipe, Tap, TensorSpec
 from embedge.export._int4_form import Int4Form
-from embedge.export._int8_form import InputPlan, Int8Form, gated_parts, weight_specs
+from embedge.export._int8_form import InputPlan, Int8Form, input_parts, weight_specs
 from embedge.export._request import UNPACKED_PRECISION
 from embedge.export._store import TensorStore
 
@@ -80,7 +80,7 @@ class UnpackedForm(Int8Form):
             specs=weight_specs(g, tap, lin),
             out_features=out_features(g, lin),
             in_features=in_features(g, lin),
-            parts=gated_parts(g, tap),
+            parts=input_parts(g, tap),
             packed=self._int4.weight_recipe(g, tap, lin),
             block_size=self._int4.block_size,
             columns=_constant(f"{lin.label}.columns", columns),

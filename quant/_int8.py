@@ -103,18 +103,22 @@ def search_smoothing(
     peak: NDArray[np.float32],
     weights: Sequence[NDArray[np.float32]],
     alphas: Sequence[float],
+    parts: int = 0,
 ) -> NDArray[np.float32]:
     """Choose SmoothQuant's α for a Linear input by the noise that both roundings are expected to make.
 
     Rounding to a step ``s`` makes noise of variance ``s²/12``. A row of inputs brings its own into every
     output, ``step² · ‖W'‖²``, and the weights' rows theirs, ``‖x'‖² · Σ step²``; both are known without a
-    product. Rows count alike, each relative to the power of its output.
+    product. Rows count alike, each relative to the power of its output. A row's step is its largest
+    magnitude over 127, or in each of ``parts`` its range over 255.
 
     Args:
         inputs: float32 ``[rows, in]``, a sample.
         peak: float32 ``[in]``, largest magnitude of every channel.
         weights: float32 ``[in, out]`` of the Linears that read the input.
         alphas: candidates.
+        parts: how many equal parts of the channels are quantized between their own bounds; 0: all
+            around zero.
 
     Returns:
         float32 ``[in]`` divisors, the best of the candidates' and of none at all.
@@ -125,10 +129,10 @@ def search_smoothing(
         power += np.square(inputs @ weight).sum(axis=1, dtype=np.float64)
     rows = 1.0 / np.maximum(power, power.mean() * 1e-6 + 1e-30)
     best = np.ones(inputs.shape[1], np.float32)
-    least = _expected_noise(inputs, weights, best, rows)
+    least = _expected_noise(inputs, weights, best, rows, parts)
     for alpha in alphas:
         smooth = smoothing_scales(peak, weight_peak, alpha)
-        noise = _expected_noise(inputs, weights, smooth, rows)
+        noise = _expected_noise(inputs, weights, smooth, rows, parts)
         if noise < least:
             best, least = smooth, noise
     return best
@@ -139,24 +143,29 @@ def _expected_noise(
     weights: Sequence[NDArray[np.float32]],
     smooth: NDArray[np.float32],
     importance: NDArray[np.float64],
+    parts: int,
 ) -> float:
     """The noise of :func:`search_smoothing` up to a factor, summed over rows by their importance."""
-    input_steps = np.zeros(len(inputs), np.float64)
+    groups = max(1, parts)
+    input_steps = np.zeros((len(inputs), groups), np.float64)
     input_power = np.zeros(len(inputs), np.float64)
     chunk = max(1, _CACHED_ELEMENTS // inputs.shape[1])
     for start in range(0, len(inputs), chunk):
         part = inputs[start : start + chunk] / smooth
-        input_steps[start : start + chunk] = np.abs(part).max(axis=1)
+        split = part.reshape(len(part), groups, -1)
+        steps = (split.max(2) - split.min(2)) / 2 if parts else np.abs(split).max(2)
+        input_steps[start : start + chunk] = steps
         input_power[start : start + chunk] = np.einsum("ij,ij->i", part, part)
     noise = 0.0
     for weight in weights:
         peaks = np.zeros(weight.shape[1], np.float32)
-        power = 0.0
+        power = np.zeros(len(weight), np.float64)
         chunk = max(1, _CACHED_ELEMENTS // weight.shape[1])
         for start in range(0, len(weight), chunk):
             part = weight[start : start + chunk] * smooth[start : start + chunk, None]
             np.maximum(peaks, np.abs(part).max(axis=0), out=peaks)
-            power += float(np.einsum("ij,ij->", part, part))
+            power[start : start + chunk] = np.einsum("ij,ij->i", part, part)
         weight_steps = float(np.square(peaks, dtype=np.float64).sum())
-        noise += float(importance @ (np.square(input_steps) * power + input_power * weight_steps))
+        from_inputs = np.square(input_steps) @ power.reshape(groups, -1).sum(axis=1)
+        noise += float(importance @ (from_inputs + input_power * weight_steps))
     return noise

@@ -303,7 +303,7 @@ def test_halves_between_their_bounds_err_less_than_rows_around_zero(
     with monkeypatch.context() as patch:
         patch.setattr("embedge.export._int8_form._GATED_PARTS", 1)
         one = relative(mlp.run(x), mlp.exact(x)).mean()
-    monkeypatch.setattr("embedge.export._int8_form.gated_parts", lambda g, tap: 0)
+    monkeypatch.setattr("embedge.export._int8_form.input_parts", lambda g, tap: 0)
     monkeypatch.setattr("embedge.export._int8_form.Int8Form.scales_rows", lambda self, tap: False)
     around_zero = relative(mlp.run(x), mlp.exact(x)).mean()
     assert halves < one < around_zero
