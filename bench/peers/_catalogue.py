@@ -118,7 +118,7 @@ def chosen_peers(
     chosen: list[str] = []
     missing: list[str] = []
     for name in wanted:
-        family, separator, variant = name.partition(":")
+        family, separator, variant = name.lower().partition(":")
         if family not in PEERS:
             raise BenchArgumentError(f"--peers {name}: known are {', '.join(PEERS)}, none")
         peer = PEERS[family]

@@ -67,6 +67,7 @@ def test_variants_are_named_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> N
     assert peers.chosen_peers(["peer"], print) == ["peer:first", "peer:second", "peer:third"]
     assert peers.chosen_peers(["peer"], print, most=1) == ["peer:first"]
     assert peers.chosen_peers(["peer:third"], print, most=1) == ["peer:third"]
+    assert peers.chosen_peers(["peer:Third"], print) == ["peer:third"]  # Q8_0 is written so
     with pytest.raises(BenchError, match="peer:fourth: known are peer:first, peer:second"):
         peers.chosen_peers(["peer:fourth"], print)
 
