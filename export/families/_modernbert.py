@@ -122,7 +122,7 @@ class ModernBert(Family):
         gate = Lin(f"{p}mlp.Wi", inner, 2 * inner)
         y = g.gated(x, up, gate, self.activation)
         down = Lin(f"{p}mlp.Wo")
-        [y] = g.linears(y, [down], fold=Fold(lin=gate, gated=True))
+        [y] = g.linears(y, [down], fold=Fold(lin=gate))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def _attend(self, g: Graph, context: dict[str, str], kind: str, q: str, k: str, v: str) -> str:
