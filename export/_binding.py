@@ -31,6 +31,8 @@ _OTHER_CONFIG = (
     "set r and rank_pattern in adapter_config.json as they were in training, or copy both files of "
     "the adapter again"
 )
+# How far an untrained magnitude may be from the norm that it was saved as, by its dtype.
+_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,6 @@ class Plan:
     recipes: dict[str, Recipe]
     problems: list[str]
     advice: str
-
-
-# How far an untrained magnitude may be from the norm that it was saved as, by its dtype.
-_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
 
 
 def plan(

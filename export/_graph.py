@@ -148,6 +148,11 @@ class Tap:
         """The name of the input: that of its first Linear."""
         return self.lins[0].label
 
+    @property
+    def gated(self) -> bool:
+        """See :attr:`Fold.gated`."""
+        return self.fold is not None and self.fold.gated
+
 
 @dataclass
 class Graph:

@@ -51,6 +51,7 @@ from embedge.export._forms import (
 from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, Tap, TensorSpec
 from embedge.export._outliers import beside, outliers
 from embedge.quant import _gptq, _int8
+from embedge.runtime._unpack import in_parts, weight_names
 
 ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
     "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
@@ -155,41 +156,39 @@ class Int8Form(Form):
         return products
 
     def scales_rows(self, tap: Tap) -> bool:
-        return tap.fold is not None and tap.fold.gated
+        return tap.gated
 
     def _gated_products(self, g: Graph, tap: Tap, x: str, plan: InputPlan) -> list[str]:
         """Products of an input whose parts are quantized between their smallest and largest values."""
         parts, width = input_parts(g, tap), in_features(g, tap.lins[0])
-        axis, last = g.const([-1], "int64"), g.const([0, 0, parts, width // parts], "int64")
-        step = _constant(g, "embedge.act_step_between")
-        row_scale = g.row_scales.get(tap.value)
-        split = g.op("Reshape", x, last) if parts > 1 else x
-        low = g.op("ReduceMin", split, axis, keepdims=1)
-        scale = g.op("Mul", g.op("Sub", g.op("ReduceMax", split, axis, keepdims=1), low), step)
+        axis = g.const([-1], "int64")
+        shape = g.const([0, 0, parts, width // parts], "int64")
+        x_parts = g.op("Reshape", x, shape) if parts > 1 else x
+        low = g.op("ReduceMin", x_parts, axis, keepdims=1)
+        spread = g.op("Sub", g.op("ReduceMax", x_parts, axis, keepdims=1), low)
+        scale = g.op("Mul", spread, _constant(g, "embedge.act_step_between"))
         values = g.op(
-            "QuantizeLinear", g.op("Sub", split, low), scale, axis=-1, block_size=width // parts
+            "QuantizeLinear", g.op("Sub", x_parts, low), scale, axis=-1, block_size=width // parts
         )
-        halves = [(values, scale)]
+        quantized = [(values, scale)]
         if parts > 1:
             low = g.op("Squeeze", low, axis)
             numbers = [g.const(i, "int64") for i in range(parts)]
-            halves = [
+            quantized = [
                 (g.op("Gather", values, i, axis=2), g.op("Gather", scale, i, axis=2))
                 for i in numbers
             ]
+        row_scale = g.row_scales.get(tap.value)
         if row_scale is not None:
-            halves = [(values, g.op("Mul", scale, row_scale)) for values, scale in halves]
+            quantized = [(q, g.op("Mul", s, row_scale)) for q, s in quantized]
         products = []
         for lin in tap.lins:
             *weights, weight_scale, sums = self._weight(g, tap, lin)
             y = ""
-            for number, ((values, scale), weight) in enumerate(zip(halves, weights, strict=True)):
-                part = g.op(
-                    "MatMulIntegerToFloat",
-                    *(values, weight, scale, weight_scale),
-                    domain=CONTRIB,
-                    name=f"{lin.label}.{number}" if parts > 1 else lin.label,
-                )
+            for number, ((q, s), weight) in enumerate(zip(quantized, weights, strict=True)):
+                name = f"{lin.label}.{number}" if parts > 1 else lin.label
+                arguments = [q, weight, s, weight_scale]
+                part = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=name)
                 y = g.op("Add", y, part) if y else part
             columns = [(low, sums)]
             if plan.outliers is not None:
@@ -342,7 +341,7 @@ class Int8Form(Form):
         output_scale = self._output_scale.get(lin.label)
         if output_scale is not None:
             scales = scales * output_scale
-        arrays = _stored(values, scales, input_parts(g, tap))
+        arrays = in_parts(np.ascontiguousarray(values.T), scales, input_parts(g, tap))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
     def _weight(self, g: Graph, tap: Tap, lin: Lin) -> list[str]:
@@ -391,36 +390,21 @@ def gated_parts(width: int) -> int:
 
 def input_parts(g: Graph, tap: Tap) -> int:
     """Those of an input; 0: it is quantized around zero."""
-    if tap.fold is None or not tap.fold.gated:
-        return 0
-    return gated_parts(in_features(g, tap.lins[0]))
+    return gated_parts(in_features(g, tap.lins[0])) if tap.gated else 0
 
 
 def weight_specs(g: Graph, tap: Tap, lin: Lin) -> tuple[TensorSpec, ...]:
-    """int8 ``[in / parts, out]`` of each part, float32 ``[out]`` scales, ``[parts, out]`` sums."""
+    """The initializers of :func:`embedge.runtime._unpack.in_parts`."""
     rows, columns, parts = out_features(g, lin), in_features(g, lin), input_parts(g, tap)
-    part = (columns // max(1, parts), rows)
-    weight = f"{lin.label}.weight"
-    names = [f"{weight}.{number}" for number in range(parts)] if parts > 1 else [weight]
-    specs = [TensorSpec(name=name, elem_type=TensorProto.INT8, shape=part) for name in names]
-    specs.append(TensorSpec(name=f"{lin.label}.scales", elem_type=TensorProto.FLOAT, shape=(rows,)))
+    weight = TensorProto.INT8, (columns // max(1, parts), rows)
+    kinds: list[tuple[int, tuple[int, ...]]] = [weight] * max(1, parts)
+    kinds.append((TensorProto.FLOAT, (rows,)))
     if parts:
-        sums = TensorSpec(
-            name=f"{lin.label}.sums", elem_type=TensorProto.FLOAT, shape=(parts, rows)
-        )
-        specs.append(sums)
-    return tuple(specs)
-
-
-def _stored(
-    values: NDArray[np.int8], scales: NDArray[np.float32], parts: int
-) -> list[NDArray[Any]]:
-    """The initializers of :func:`weight_specs` for int8 ``[out, in]`` and the scales of its rows."""
-    split = np.split(np.ascontiguousarray(values.T), max(1, parts))
-    if not parts:
-        return [*split, scales]
-    sums = np.stack([part.sum(axis=0, dtype=np.int64) for part in split]) * scales
-    return [*split, scales, sums.astype(np.float32)]
+        kinds.append((TensorProto.FLOAT, (parts, rows)))
+    return tuple(
+        TensorSpec(name=name, elem_type=elem_type, shape=shape)
+        for name, (elem_type, shape) in zip(weight_names(lin.label, parts), kinds, strict=True)
+    )
 
 
 def producer_channels(smooth: NDArray[np.float32], fold: Fold) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ def rotated_plan(statistics: InputStatistics) -> InputPlan:
         statistics: of the input, over the rotated backbone's calibration run.
     """
     fold, sample = statistics.tap.fold, statistics.sample
-    if fold is None or not fold.gated or not sample:
+    if not statistics.tap.gated or not sample:
         return InputPlan()
     inputs = np.concatenate(sample)
     peak = np.maximum(np.abs(statistics.low), np.abs(statistics.high))

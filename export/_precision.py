@@ -82,7 +82,7 @@ def int8_plans(
         base,
         batches,
         scratch=scratch,
-        wants_sample=lambda tap: rotated and tap.fold is not None and tap.fold.gated,
+        wants_sample=lambda tap: rotated and tap.gated,
     )
     for index, statistics in passes:
         report(f"calibrating int8 on the backbone, layer {index + 1} of {family.num_layers}")

@@ -36,7 +36,15 @@ from numpy.typing import NDArray
 from embedge.runtime._onnx_file import ExternalData
 from embedge.runtime._typed_json import Table, read_json_object
 
-__all__ = ["UNPACKED", "Initializers", "PackedWeight", "read_packed", "unpack"]
+__all__ = [
+    "UNPACKED",
+    "Initializers",
+    "PackedWeight",
+    "in_parts",
+    "read_packed",
+    "unpack",
+    "weight_names",
+]
 
 UNPACKED = "unpacked"
 _QMAX = 127
@@ -119,21 +127,37 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
             work = partial(_unpack_rows, weight, stored, matrix, scales, step)
             for _ in executor.map(work, starts):
                 pass
-            result |= _initializers(weight, matrix, scales)
+            names = weight_names(weight.name, weight.parts)
+            result.update(zip(names, in_parts(matrix, scales, weight.parts), strict=True))
     return result
 
 
-def _initializers(
-    weight: PackedWeight, matrix: NDArray[np.int8], scales: NDArray[np.float32]
-) -> Initializers:
-    """A weight's initializers, see :attr:`PackedWeight.name`."""
-    name, split = f"{weight.name}.weight", np.split(matrix, max(1, weight.parts))
-    names = [f"{name}.{number}" for number in range(len(split))] if len(split) > 1 else [name]
-    result: Initializers = {**dict(zip(names, split, strict=True)), f"{weight.name}.scales": scales}
-    if weight.parts:
-        sums = np.stack([part.sum(axis=0, dtype=np.int64) for part in split]) * scales
-        result[f"{weight.name}.sums"] = sums.astype(np.float32)
-    return result
+def weight_names(name: str, parts: int) -> list[str]:
+    """Names of the initializers of :func:`in_parts`, see :attr:`PackedWeight.name`."""
+    weight = f"{name}.weight"
+    weights = [f"{weight}.{number}" for number in range(parts)] if parts > 1 else [weight]
+    return [*weights, f"{name}.scales", *([f"{name}.sums"] if parts else [])]
+
+
+def in_parts(
+    matrix: NDArray[np.int8], scales: NDArray[np.float32], parts: int
+) -> list[NDArray[Any]]:
+    """An int8 weight as the graphs take it.
+
+    Args:
+        matrix: int8 ``[in, out]``.
+        scales: float32 ``[out]``.
+        parts: into how many equal parts the rows are split; 0: one, without sums.
+
+    Returns:
+        int8 ``[in / parts, out]`` of each part, the scales, and where there are parts their sums,
+        float32 ``[parts, out]``.
+    """
+    split = np.split(matrix, max(1, parts))
+    if not parts:
+        return [*split, scales]
+    sums = np.stack([part.sum(axis=0, dtype=np.int64) for part in split]) * scales
+    return [*split, scales, sums.astype(np.float32)]
 
 
 def _unpack_rows(

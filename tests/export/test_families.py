@@ -219,22 +219,6 @@ def test_a_decoder_with_a_language_head_is_read_without_it(prefix: str, tmp_path
         ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads and num_attention_heads"),
         ("qwen2", {"num_key_value_heads": 4}, r"k_proj\.weight: expected shape \[32, 32\]"),
         ("qwen3", {"head_dim": 8}, r"q_proj\.weight: expected shape"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
-)
-def test_a_config_that_does_not_fit_the_weights_is_refused(
-    name: str, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    source = save(make_model(name), tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    write_json(source / "config.json", {**config, **changes})
-    with pytest.raises(CheckpointError, match=message):
-        export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
         ("bert", {"type_vocab_size": None}, "type_vocab_size: expected an integer of at least 0"),
         ("roberta", {"pad_token_id": "<pad>"}, "pad_token_id: expected an integer of at least 0"),
         ("llama", {"rope_theta": None}, "rope_theta: expected a number, found None"),
@@ -243,7 +227,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
-def test_a_number_that_is_none_is_named(
+def test_a_config_that_does_not_fit_the_weights_or_its_types_is_refused(
     name: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     source = save(make_model(name), tmp_path / "source")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from _models import cosines, linears, make_model, random_texts, save, save_adapter
@@ -148,6 +149,18 @@ def test_rotation_takes_the_error_of_loud_channels_down(
     assert rotated < 0.5 * plain
 
 
+def model_of(g: Graph) -> onnx.ModelProto:
+    """A graph with the tensors that its recipes make."""
+    for output in g.outputs:
+        output.type.tensor_type.ClearField("shape")
+    tensors = [
+        numpy_helper.from_array(array, spec.name)
+        for recipe in g.recipes.values()
+        for spec, array in zip(recipe.specs, recipe.compute(), strict=True)
+    ]
+    return to_model(g, tensors, "g", {})
+
+
 def gated(loud: float) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Inputs ``[rows, 64]``, of which every tenth has a loud channel, and weights up and down."""
     draw = np.random.default_rng(0)
@@ -178,14 +191,7 @@ def product_error(loud: float) -> tuple[float, int]:
     g.output_scale["up"] = 1 / plan.smooth
     (y,) = form.linears(g, tap)
     g.output(y, "out", TensorProto.FLOAT, [])
-    for output in g.outputs:
-        output.type.tensor_type.ClearField("shape")
-    tensors = [
-        numpy_helper.from_array(array, spec.name)
-        for recipe in g.recipes.values()
-        for spec, array in zip(recipe.specs, recipe.compute(), strict=True)
-    ]
-    session = ort.InferenceSession(to_model(g, tensors, "g", {}).SerializeToString())
+    session = ort.InferenceSession(model_of(g).SerializeToString())
     # the producer would have divided by the smoothing
     (found,) = session.run(None, {"x": (x / plan.smooth)[None]})
     quiet = x.copy()
@@ -230,14 +236,7 @@ class Rows:
         y = g.gated("x", gate, up, "silu")
         (y,) = g.linears(y, [down], fold=Fold(lin=up, gated=True))
         g.output(y, "out", TensorProto.FLOAT, [])
-        for output in g.outputs:
-            output.type.tensor_type.ClearField("shape")
-        tensors = [
-            numpy_helper.from_array(array, spec.name)
-            for recipe in g.recipes.values()
-            for spec, array in zip(recipe.specs, recipe.compute(), strict=True)
-        ]
-        self.graph = to_model(g, tensors, "g", {})
+        self.graph = model_of(g)
         session = ort.InferenceSession(self.graph.SerializeToString())
         result: NDArray[np.float32] = session.run(None, {"x": x[None]})[0][0]
         return result
