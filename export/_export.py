@@ -32,7 +32,7 @@ from embedge.export._identity import check_same_source
 from embedge.export._int8_form import ACTIVATION_CONSTANTS, InputPlan
 from embedge.export._lock import sole_exporter
 from embedge.export._manifest import manifest_of, model_card
-from embedge.export._mixed_form import MixedForm
+from embedge.export._mixed_form import unmatched
 from embedge.export._model import Model, read_model
 from embedge.export._parallel import in_order
 from embedge.export._precision import (
@@ -292,15 +292,17 @@ def _uncalibrated(job: Job, precision: str, task: str) -> tuple[dict[str, Form],
         )
         for name in names
     }
-    form, tower_form = forms[precision], _tower_form(precision, job)
-    if job.request.keep and not isinstance(form, MixedForm):  # what is kept has that form anyway
-        form = MixedForm(form, dict.fromkeys(job.request.keep, form))
-        tower_form = MixedForm(tower_form, dict.fromkeys(job.request.keep, tower_form))
-    recipes = model.graph(model.tasks[task], form).recipes.values()
+    g = model.graph(model.tasks[task], forms[precision])
+    graphs = [g]
     if model.tower is not None:
-        model.tower.graph(model.base, tower_form)  # counts the keep patterns it uses
-    _check_keep_used(form, tower_form)
-    return forms, sum(spec.nbytes for recipe in recipes for spec in recipe.specs)
+        graphs.append(model.tower.graph(model.base, _tower_form(precision, job)))
+    unused = unmatched(job.request.keep, graphs)
+    if unused:
+        raise EmbedgeValueError(
+            f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "
+            "none; `embedge inspect BUNDLE --layers` lists the names"
+        )
+    return forms, sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
 
 
 def _calibrated(
@@ -517,15 +519,3 @@ def _options(job: Job, precision: str, calibrated: bool) -> dict[str, Any]:
     if precision in INT4:
         options["block_size"] = _block_size(job)
     return options
-
-
-def _check_keep_used(form: Form, tower: Form) -> None:
-    if isinstance(form, MixedForm):
-        unused = form.unused()
-        if isinstance(tower, MixedForm):
-            unused = [pattern for pattern in unused if pattern in tower.unused()]
-        if unused:
-            raise EmbedgeValueError(
-                f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "
-                "none; `embedge inspect BUNDLE --layers` lists the names"
-            )

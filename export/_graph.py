@@ -162,6 +162,7 @@ class Graph:
         weights: where parameters are read from.
         form: how Linears and tables are stored and run.
         taps: input value of every Linear group, by the label of its first Linear.
+        tables: names of the embedding tables.
         norms: normalized values and what made them.
         left_out: by Linear, the constant float32 ``[in]`` that was subtracted from its input.
         output_scale: by Linear, the float32 ``[out]`` by which its weight's rows were multiplied.
@@ -178,6 +179,7 @@ class Graph:
     recipes: dict[str, Recipe] = field(default_factory=dict)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     taps: dict[str, Tap] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
     norms: dict[str, Norm] = field(default_factory=dict)
     left_out: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     output_scale: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -378,6 +380,7 @@ class Graph:
 
     def embedding(self, name: str, ids: str) -> str:
         """Rows of the table ``name`` for int64 ``ids`` of any shape, float32."""
+        self.tables.append(name)
         return self.form.embedding(self, name, ids)
 
     def add(self, a: str, b: str | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from embedge.export._forms import Form
@@ -22,7 +22,6 @@ class MixedForm(Form):
     def __init__(self, default: Form, kept: Mapping[str, Form]) -> None:
         self._default = default
         self._kept = kept
-        self.used: set[str] = set()
         self.precision = default.precision
         self.devices = (
             default.devices
@@ -54,15 +53,23 @@ class MixedForm(Form):
     def attention_result(self, g: Graph, x: str) -> str:
         return self._default.attention_result(g, x)
 
-    def unused(self) -> list[str]:
-        """Patterns that no Linear and no table has matched."""
-        return [pattern for pattern in self._kept if pattern not in self.used]
-
     def form_of(self, *names: str) -> Form:
-        """The form of the first pattern that one of the names matches, with or without .weight."""
-        both = [*names, *(f"{name}.weight" for name in names)]
-        for pattern, form in self._kept.items():
-            if any(fnmatchcase(name, pattern) for name in both):
-                self.used.add(pattern)
-                return form
-        return self._default
+        """The form of the first pattern that one of the names matches."""
+        pattern = first_match(self._kept, *names)
+        return self._default if pattern is None else self._kept[pattern]
+
+
+def first_match(patterns: Iterable[str], *names: str) -> str | None:
+    """The first pattern that one of the names matches, with or without .weight."""
+    both = [*names, *(f"{name}.weight" for name in names)]
+    matching = (p for p in patterns if any(fnmatchcase(name, p) for name in both))
+    return next(matching, None)
+
+
+def unmatched(patterns: Iterable[str], graphs: Sequence[Graph]) -> list[str]:
+    """Patterns that are the first to match for no Linear and no table of some graphs."""
+    patterns = list(patterns)
+    groups = [[lin.label for lin in tap.lins] for g in graphs for tap in g.taps.values()]
+    groups += [[table.removesuffix(".weight")] for g in graphs for table in g.tables]
+    used = {first_match(patterns, *names) for names in groups}
+    return [pattern for pattern in patterns if pattern not in used]
