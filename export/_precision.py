@@ -123,11 +123,9 @@ def make_form(
     form = forms[precision]
     if not keep or precision in ("fp32", "fp16"):
         return form
-    own = "int4" if precision == UNPACKED_PRECISION else precision
-    kept = {pattern: forms[p] for pattern, p in keep.items() if p != own}
-    if not kept:
+    if set(keep.values()) == {precision}:
         return form
-    mixed = MixedForm(form, kept)
+    mixed = MixedForm(form, {pattern: forms[p] for pattern, p in keep.items()})
     for eight in (int8, unpacked):
         eight.keep_plans(partial(_runs, mixed, eight))
     return mixed

@@ -318,6 +318,13 @@ def test_a_layer_is_kept_by_the_name_that_the_report_shows(export: Export) -> No
     assert types[name.removesuffix(".weight")] == TensorProto.FLOAT
 
 
+def test_the_first_pattern_decides_also_where_it_keeps_the_precision(export: Export) -> None:
+    keep = {"encoder.layer.0.*": "int8", "encoder.layer.*": "fp32"}
+    for name, kind in types_of_linears(export("bert", "int8", keep=keep), "int8").items():
+        first = name.startswith("encoder.layer.0.")
+        assert kind == (TensorProto.INT8 if first else TensorProto.FLOAT)
+
+
 @pytest.mark.parametrize(
     ("precision", "kept"),
     [("int8", "fp32"), ("int8", "int8"), ("int4", "int8"), ("fp32", "fp32"), ("fp16", "fp32")],
