@@ -99,6 +99,10 @@ def rotated_back(g: Graph, weights: RotatedWeights, norm: str, x: str) -> str:
     def shaped(y: str, *shape: int) -> str:
         return g.op("Reshape", y, g.const([-1, *shape], "int64"))
 
+    if rotation.flips is not None and rotation.mirror is not None:
+        column = factor("mirror", rotation.mirror[:, None])
+        along = g.op("Mul", g.op("MatMul", x, column), factor("mirror.row", rotation.mirror))
+        x = g.op("Mul", g.op("Sub", x, along), factor("flips", rotation.flips))
     y = shaped(x, len(odd) * len(first), len(second))
     y = g.op("MatMul", y, factor("second", np.ascontiguousarray(second.T)))
     if len(first) > 1:

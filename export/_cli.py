@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--int8-method",
         metavar="M",
-        help="gptq or rtn (default: gptq for decoders up to a hidden size of 1536, else rtn)",
+        help="gptq or rtn (default: gptq for decoders and ModernBERT up to a hidden size of 1536, else rtn)",
     )
     parser.add_argument(
         "--budget",

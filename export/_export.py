@@ -164,8 +164,8 @@ def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bo
 def _methods(job: Job, *, calibrated: bool) -> dict[str, str]:
     """How weights are rounded at int8 and int4: "gptq" or "rtn"."""
     family, request = job.model.family, job.request
-    small_decoder = bool(family.streams()) and family.hidden_size < WIDE_MODEL
-    int8 = request.int8_method or ("gptq" if small_decoder else "rtn")
+    rotated = bool(family.streams()) and family.hidden_size < WIDE_MODEL
+    int8 = request.int8_method or ("gptq" if rotated else "rtn")
     return (
         {"int8": int8, "int4": request.int4_method}
         if calibrated
@@ -214,8 +214,7 @@ def _write_precision(
     forms, total = _uncalibrated(job, precision, tasks[0])
     chosen: list[str] = []
     constants: dict[str, set[str]] = {name: set() for name in forms}
-    if not writes_tower:
-        _check_same_rotation(job, precision)
+    _check_same_rotation(job, precision)
     try:
         for number, task in enumerate(tasks):
             with job.progress.step(f"{precision}/{task}", total):
@@ -344,14 +343,14 @@ def _calibrated(
 
 
 def _check_same_rotation(job: Job, precision: str) -> None:
-    """Features of a tower that is there already must fit the stream of the tasks to come."""
+    """Tensors and a tower's features that are there already must fit the stream of the tasks to come."""
     old = job.old.precisions.get(precision) if job.old else None
-    if job.model.tower is None or old is None:
+    if old is None or precision not in ("int8", *INT4):
         return
-    if not old.options.get("rotation", False) and precision in ("int8", *INT4):
+    if not old.options.get("rotation", False) and job.model.family.streams():
         raise EmbedgeValueError(
-            f"{job.request.out}: its {precision} vision tower was exported by an earlier version, without "
-            "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
+            f"{job.request.out}: its {precision} graphs were exported by an earlier version, without "
+            "rotation, and new tasks would not fit them; choose another --out, or --overwrite the bundle"
         )
 
 

@@ -40,6 +40,7 @@ class Weights(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]: ...
     def version(self, name: str) -> str: ...
+    def absorbed(self, norm: str) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,7 @@ class Fold:
         lin: the producer (value projection, up projection).
         groups: ``(kv_heads, queries_per_kv_head, head_size)`` where each of its channels feeds several
             input channels (grouped-query attention), else ``None``: one to one.
-        gated: whether the input is the producer's output times other values (a gated MLP) and int8 splits
-            it: measured to pay in decoders, and not in ModernBERT.
+        gated: whether the input is the producer's output times other values (a gated MLP).
     """
 
     lin: Lin

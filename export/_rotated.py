@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,23 +16,35 @@ FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableNorm:
+    """LayerNorm of token embeddings, without a bias."""
+
+    weight: str
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stream:
     """A residual stream: what writes it and what reads it, by canonical tensor names.
 
     Attributes:
         width: its channels.
         tables: weights whose rows are states of the stream (token embeddings).
+        table_norm: a LayerNorm between table and stream, which the rotated table's rows have been through.
         writers: Linears whose output is added to the stream, without ``.weight``.
-        readers: Linears that read a norm of the stream, and the norm's weight; a Linear that
-            reads several states side by side counts too.
+        readers: Linears that read a norm of the stream, and the norm's weight, ``None`` for one that reads
+            the stream itself; a Linear that reads several states side by side counts too.
         output: weight of the norm after the last layer, ``None`` where nothing but Linears reads it.
+        centred: whether the norms take the mean away (LayerNorm).
     """
 
     width: int
     tables: Sequence[str] = ()
+    table_norm: TableNorm | None = None
     writers: Sequence[str] = ()
-    readers: Mapping[str, str] = field(default_factory=dict)
+    readers: Mapping[str, str | None] = field(default_factory=dict)
     output: str | None = None
+    centred: bool = False
 
 
 class RotatedWeights:
@@ -48,15 +61,19 @@ class RotatedWeights:
         self._changes: dict[str, list[Callable[[FloatArray], FloatArray]]] = {}
         self._mixes_rows: set[str] = set()
         self._ones: set[str] = set()
+        self._absorbed: set[str] = set()
         self._outputs: dict[str, Rotation] = {}
         for stream in streams:
-            self._rotate(stream, Rotation(stream.width))
+            self._rotate(stream, Rotation(stream.width, keeps_mean=stream.centred))
 
     def has(self, name: str) -> bool:
         return self._weights.has(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._weights.shape(name)
+
+    def absorbed(self, norm: str) -> bool:
+        return norm in self._absorbed
 
     def version(self, name: str) -> str:
         """The task if its adapter changes the tensor or the norm that went into it."""
@@ -90,11 +107,17 @@ class RotatedWeights:
         return next(iter(self._outputs), None)
 
     def _rotate(self, stream: Stream, rotation: Rotation) -> None:
+        table_norm = stream.table_norm
         for name in stream.tables:
+            if table_norm is not None:
+                self._norms[name] = table_norm.weight
+                self._absorbed.add(table_norm.weight)
+                self._change(name, partial(self._normalized, table_norm))
             self._change(name, rotation.rows)
         for linear, norm in stream.readers.items():
-            self._norms[f"{linear}.weight"] = norm
-            self._ones.add(norm)
+            if norm is not None:
+                self._norms[f"{linear}.weight"] = norm
+                self._ones.add(norm)
             self._change(f"{linear}.weight", self._reader(norm, rotation))
         for linear in stream.writers:
             for name in (f"{linear}.weight", f"{linear}.bias"):
@@ -104,12 +127,21 @@ class RotatedWeights:
             self._ones.add(stream.output)
             self._outputs[stream.output] = rotation
 
-    def _reader(self, norm: str, rotation: Rotation) -> Callable[[FloatArray], FloatArray]:
+    def _reader(self, norm: str | None, rotation: Rotation) -> Callable[[FloatArray], FloatArray]:
         def change(weight: FloatArray) -> FloatArray:
             states = weight.reshape(len(weight), -1, rotation.width)
-            return rotation.rows(states * self._weights.read(norm)).reshape(weight.shape)
+            if norm is not None:
+                states = states * self._weights.read(norm)
+            return rotation.rows(states).reshape(weight.shape)
 
         return change
+
+    def _normalized(self, norm: TableNorm, rows: FloatArray) -> FloatArray:
+        """LayerNorm (arXiv 1607.06450) of float32 ``[rows, width]``."""
+        centred = rows - rows.mean(axis=1, keepdims=True, dtype=np.float64)
+        variance = np.square(centred).mean(axis=1, keepdims=True)
+        weight = self._weights.read(norm.weight)
+        return (centred / np.sqrt(variance + norm.epsilon) * weight).astype(np.float32)
 
     def _change(self, name: str, change: Callable[[FloatArray], FloatArray]) -> None:
         self._changes.setdefault(name, []).append(change)

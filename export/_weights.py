@@ -75,6 +75,10 @@ class TaskWeights:
             return self._task
         return BASE
 
+    def absorbed(self, norm: str) -> bool:
+        """Whether a norm of this weight has become part of the table before it: never here."""
+        return False
+
     def changed(self) -> list[str]:
         """Canonical names of the tensors that the adapter changes."""
         touched = self._adapter.touched if self._adapter else frozenset()

@@ -20,6 +20,7 @@ from embedge.export._long_attention import (
     is_flash,
     window_of,
 )
+from embedge.export._rotated import Stream, TableNorm
 from embedge.export.families._base import Family
 from embedge.export.families._decoder import band
 from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
@@ -61,6 +62,29 @@ class ModernBert(Family):
     def _kind(self, index: int) -> str:
         return "local" if index % self.every else "global"
 
+    def streams(self) -> tuple[Stream, ...]:
+        if self.config.get(
+            "norm_bias"
+        ):  # a norm's bias would need a bias in every Linear behind it
+            return ()
+        readers: dict[str, str | None] = {}
+        writers: list[str] = []
+        for index in range(self.num_layers):
+            p = f"layers.{index}."
+            readers[f"{p}attn.Wqkv"] = f"{p}attn_norm.weight" if index else None
+            readers[f"{p}mlp.Wi"] = f"{p}mlp_norm.weight"
+            writers += [f"{p}attn.Wo", f"{p}mlp.Wo"]
+        stream = Stream(
+            width=self.hidden_size,
+            tables=("embeddings.tok_embeddings.weight",),
+            table_norm=TableNorm(weight="embeddings.norm.weight", epsilon=self.epsilon),
+            writers=writers,
+            readers=readers,
+            output="final_norm.weight",
+            centred=True,
+        )
+        return (stream,)
+
     def context(self, g: Graph) -> dict[str, str]:
         tokens = self.tokens(g)
         lengths = self.lengths(g)
@@ -92,6 +116,8 @@ class ModernBert(Family):
 
     def embed(self, g: Graph, context: dict[str, str]) -> str:
         x = g.embedding("embeddings.tok_embeddings.weight", "input_ids")
+        if g.weights.absorbed("embeddings.norm.weight"):
+            return x
         return self._norm(g, x, "embeddings.norm")
 
     def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
@@ -122,7 +148,7 @@ class ModernBert(Family):
         gate = Lin(f"{p}mlp.Wi", inner, 2 * inner)
         y = g.gated(x, up, gate, self.activation)
         down = Lin(f"{p}mlp.Wo")
-        [y] = g.linears(y, [down], fold=Fold(lin=gate))
+        [y] = g.linears(y, [down], fold=Fold(lin=gate, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def _attend(self, g: Graph, context: dict[str, str], kind: str, q: str, k: str, v: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from _models import cosines, linears, make_model, random_texts, save, save_adapter
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
@@ -22,13 +24,13 @@ from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin, Tap
 from embedge.export._int8_form import Int8Form
 from embedge.export._plans import rotated_plan
-from embedge.export._rotated import RotatedWeights, Stream
+from embedge.export._rotated import RotatedWeights, Stream, TableNorm
 from embedge.quant._rotation import Rotation
 from embedge.runtime import Embedder
 from embedge.runtime._errors import EmbedgeValueError
 
 TEXTS = random_texts(24)
-DECODERS = ("llama", "llama-with-biases", "mistral", "qwen2", "qwen2-sliding", "qwen3")
+MODELS = ("modernbert", "llama", "llama-with-biases", "mistral", "qwen2", "qwen2-sliding", "qwen3")
 GENTLE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 136, "gain": 0.6}
 
 
@@ -41,8 +43,30 @@ def test_a_rotation_is_orthogonal_and_spreads_every_channel(width: int) -> None:
     assert np.abs(matrix).max() <= limit * 1.0001
 
 
-def test_rows_and_columns_are_products_with_the_matrix() -> None:
-    rotation, values = Rotation(96), np.random.default_rng(0).normal(size=(3, 5, 96))
+@pytest.mark.parametrize("width", [1, 2, 24, 64, 384, 768, 1024])
+def test_a_rotation_that_keeps_means_commutes_with_layer_norm(width: int) -> None:
+    rotation = Rotation(width, keeps_mean=True)
+    matrix = rotation.matrix().astype(np.float64)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=2e-6)
+    np.testing.assert_allclose(np.ones(width) @ matrix, np.ones(width), atol=2e-5)
+    np.testing.assert_allclose(matrix @ np.ones(width), np.ones(width), atol=2e-5)
+    odd = width // (width & -width)
+    if width > 2:  # which have no other direction to spread to
+        assert np.abs(matrix).max() <= 2.1 * np.sqrt((2 if odd > 1 else 1) / width)
+
+    def normalized(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        x = x - x.mean(axis=1, keepdims=True)
+        return x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-5)
+
+    x = np.random.default_rng(0).normal(1, 3, (5, width))
+    np.testing.assert_allclose(normalized(x @ matrix), normalized(x) @ matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("keeps_mean", [False, True])
+def test_rows_and_columns_are_products_with_the_matrix(keeps_mean: bool) -> None:
+    rotation = Rotation(96, keeps_mean=keeps_mean)
+    values = np.random.default_rng(0).normal(size=(3, 5, 96))
+    assert (rotation.mirror is not None) == keeps_mean
     matrix = rotation.matrix().astype(np.float64)
     rows = rotation.rows(values.astype(np.float32))
     np.testing.assert_allclose(rows, values @ matrix, atol=1e-5)
@@ -68,6 +92,9 @@ class Stored:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
+    def absorbed(self, norm: str) -> bool:
+        return False
+
     def version(self, name: str) -> str:
         return "task" if name == "norm" else "base"
 
@@ -83,6 +110,20 @@ def test_rows_of_a_rotated_tensor_are_those_of_the_whole() -> None:
         np.testing.assert_allclose(part, weights.read(name)[2:5], atol=1e-6)
 
 
+def test_a_table_takes_the_norm_behind_it() -> None:
+    stored = Stored()
+    norm = TableNorm(weight="norm", epsilon=1e-5)
+    stream = Stream(width=8, tables=("table",), table_norm=norm, centred=True)
+    weights = RotatedWeights(stored, [stream])
+    table = torch.from_numpy(stored.tensors["table"])
+    states = torch.nn.functional.layer_norm(table, (8,), torch.from_numpy(stored.tensors["norm"]))
+    turned = states.numpy() @ Rotation(8, keeps_mean=True).matrix()
+    np.testing.assert_allclose(weights.read("table"), turned, atol=1e-5)
+    np.testing.assert_allclose(weights.read("table", slice(3, 9)), turned[3:9], atol=1e-5)
+    assert weights.absorbed("norm") and not weights.absorbed("table")
+    assert weights.version("table") == "task"  # of the norm
+
+
 def test_a_reader_belongs_to_the_task_that_changes_its_norm() -> None:
     stored = Stored()
     stored.tensors["r.weight"] = np.ones((3, 8), np.float32)
@@ -93,7 +134,7 @@ def test_a_reader_belongs_to_the_task_that_changes_its_norm() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_rotated_model_gives_the_same_vectors(
     name: str, pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +152,46 @@ def test_a_rotated_model_gives_the_same_vectors(
     graphs = [(tmp_path / n / "fp32" / "task.bin").read_bytes() for n in ("plain", "turned")]
     assert graphs[0] != graphs[1]
     assert cosines(plain, turned).min() > 0.9999999
+
+
+def test_norms_that_a_task_saved_are_rotated_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, bundle = tmp_path / "model", tmp_path / "b"
+    save(make_model("modernbert"), source, pooling="cls")
+    save_adapter(source, tmp_path / "a", target=linears("modernbert"))
+    saved = ["norm", "final_norm", "mlp_norm", "tok_embeddings"]
+    save_adapter(source, tmp_path / "s", target=["Wqkv"], modules_to_save=saved, seed=4)
+    adapters = {"plain": None, "lora": tmp_path / "a", "saved": tmp_path / "s"}
+    export_bundle(source, adapters=adapters, precisions=["fp32"], out=bundle)
+    model = Embedder(bundle, threads=1)
+    expected = {task: model.encode(TEXTS, task=task) for task in adapters}
+    monkeypatch.setattr(Form, "rotates", True)
+    export_bundle(source, adapters=adapters, precisions=["fp32"], out=bundle, overwrite=True)
+    model = Embedder(bundle, threads=1)
+    for task, vectors in expected.items():
+        turned = model.encode(TEXTS, task=task)
+        assert cosines(vectors, turned).min() > 0.9999999, task
+        assert task == "plain" or cosines(vectors, expected["plain"]).max() < 0.999
+
+
+def test_norms_with_biases_are_not_rotated(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    save(make_model("modernbert-with-biases"), source, pooling="mean")
+    exported(source, tmp_path / "b", precisions=["int8"])
+    assert _manifest(tmp_path / "b").precisions["int8"].options["rotation"] is False
+
+
+def test_tasks_are_not_added_to_graphs_of_another_rotation(tmp_path: Path) -> None:
+    source, bundle = tmp_path / "model", tmp_path / "b"
+    save(make_model("modernbert"), source, pooling="mean")
+    export_bundle(source, adapters={"one": None}, out=bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    manifest["precisions"]["int8"]["options"]["rotation"] = False
+    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    with pytest.raises(EmbedgeValueError, match="int8 graphs were exported .* without rotation"):
+        export_bundle(source, adapters={"two": None}, out=bundle)
+    export_bundle(source, adapters={"two": None}, out=bundle, precisions=["fp32"])
 
 
 def spoil(source: Path) -> None:
@@ -136,6 +217,27 @@ def exported(source: Path, out: Path, **options: Any) -> NDArray[Any]:
     export_bundle(source, adapters={"task": None}, out=out, **options)
     vectors: NDArray[Any] = Embedder(out, threads=1).encode(TEXTS)
     return vectors
+
+
+def test_rotation_takes_the_error_of_an_encoder_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "model"
+    wide = {**GENTLE, "hidden_size": 192, "intermediate_size": 288}
+    save(make_model("modernbert", **wide), source, pooling="mean")
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():  # loud channels of the stream, and of what MLPs multiply
+        if name.endswith("embeddings.norm.weight"):
+            tensor[[3, 40]] *= 20
+        if name.endswith("mlp.Wi.weight"):
+            tensor[[7, 7 + len(tensor) // 2]] *= 6
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    exact = exported(source, tmp_path / "exact", precisions=["fp32"])
+    options: dict[str, Any] = {"precisions": ["int8"], "int8_method": "rtn"}
+    rotated = 1 - cosines(exact, exported(source, tmp_path / "a", **options)).mean()
+    monkeypatch.setattr("embedge.export._int8_form.Int8Form.rotates", False)
+    plain = 1 - cosines(exact, exported(source, tmp_path / "b", **options)).mean()
+    assert rotated < 0.65 * plain
 
 
 def test_rotation_takes_the_error_of_loud_channels_down(
