@@ -141,7 +141,9 @@ class RotatedWeights:
         centred = rows - rows.mean(axis=1, keepdims=True, dtype=np.float64)
         variance = np.square(centred).mean(axis=1, keepdims=True)
         weight = self._weights.read(norm.weight)
-        return (centred / np.sqrt(variance + norm.epsilon) * weight).astype(np.float32)
+        normalized: FloatArray = (centred / np.sqrt(variance + norm.epsilon)).astype(np.float32)
+        normalized *= weight
+        return normalized
 
     def _change(self, name: str, change: Callable[[FloatArray], FloatArray]) -> None:
         self._changes.setdefault(name, []).append(change)
