@@ -127,6 +127,11 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def dump(value: Any) -> str:
+    """JSON as it is written into bundles."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
     state = hashlib.sha256()

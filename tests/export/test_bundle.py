@@ -38,8 +38,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from embedge.export import AdapterError, CheckpointError, ExportError, export_bundle
-from embedge.export import _export as export_module
 from embedge.export import _lock as lock_module
+from embedge.export import _precision_writer as writer_module
 from embedge.export import _store as store_module
 from embedge.runtime import Embedder, EmbedgeError
 from embedge.runtime._cli import main
@@ -332,7 +332,7 @@ def test_figures_of_bench_survive_an_addition(source: Path, copy: Path) -> None:
 def test_figures_that_bench_records_during_an_addition_survive_it(
     source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = export_module._write_graph
+    write = writer_module._write_graph
 
     def record_and_write(*arguments: Any) -> None:
         document = manifest(copy)
@@ -340,7 +340,7 @@ def test_figures_that_bench_records_during_an_addition_survive_it(
         write_json(copy / "manifest.json", document)
         write(*arguments)
 
-    monkeypatch.setattr(export_module, "_write_graph", record_and_write)
+    monkeypatch.setattr(writer_module, "_write_graph", record_and_write)
     small(source, copy, adapters={"third": None})
     assert manifest(copy)["precisions"]["int8"]["fidelity"] == {"first": {"cosine": 0.5}}
     assert "third" in manifest(copy)["tasks"]
@@ -920,7 +920,7 @@ def test_what_the_system_refuses_comes_with_advice_that_helps(
         small(source, tmp_path / "out")
     assert ("space" in str(caught.value)) == (number == errno.ENOSPC)
     monkeypatch.undo()
-    monkeypatch.setattr(export_module, "_write_graph", refuse)
+    monkeypatch.setattr(writer_module, "_write_graph", refuse)
     with pytest.raises(ExportError, match=f"there: {REFUSALS[number]}"):
         small(source, tmp_path / "out")
     assert leftovers(tmp_path / "out") == []
@@ -948,6 +948,6 @@ def test_a_failed_addition_says_that_the_bundle_is_as_it_was(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(export_module, "_write_graph", refuse)
+    monkeypatch.setattr(writer_module, "_write_graph", refuse)
     with pytest.raises(ExportError, match="the bundle that was there is as it was"):
         small(source, copy, adapters={"third": None})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from _models import make_model, save, save_adapter
 
-from embedge.export import _export
+from embedge.export import _precision_writer
 from embedge.runtime._cli import main
 
 
@@ -139,7 +139,7 @@ def test_a_full_disk_exits_with_1_and_one_line(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(_export, "_write_graph", refuse)
+    monkeypatch.setattr(_precision_writer, "_write_graph", refuse)
     assert run(source, "--no-adapter", "a", "--out", tmp_path / "out", "--quiet") == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
