@@ -47,21 +47,37 @@ def task_graph(
     for index in range(family.num_layers):
         hidden = family.layer(g, context, index, hidden)
     hidden = family.final(g, context, hidden)
-    x = pool(g, hidden, context["lengths"], pooling, family.pool_mask)
-    if isinstance(weights, RotatedWeights) and (norm := weights.output) is not None:
-        x = rotated_back(g, weights, norm, x)  # pooling is linear: a vector instead of every token
-    for index, layer in enumerate(dense):
-        x = apply_dense(g, x, layer, f"dense.{index}")
-    if normalize:
-        x = unit_length(g, x)
-    width = dense[-1].out_features if dense else family.hidden_size
-    g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
+    embedding(g, family, context, hidden, pooling=pooling, dense=dense, normalize=normalize)
     if family.multi_vector_dim is not None:
         rows = family.token_embeddings(g, hidden)
         axes: list[int | str] = ["batch", "tokens", family.multi_vector_dim]
         g.output(rows, "token_embeddings", TensorProto.FLOAT, axes)
     g.prune()
     return g
+
+
+def embedding(
+    g: Graph,
+    family: Family,
+    context: dict[str, str],
+    hidden: str,
+    *,
+    pooling: str,
+    dense: tuple[DenseLayer, ...],
+    normalize: bool,
+) -> None:
+    """Declare the output ``embedding`` of the model's last states ``hidden``; see :func:`task_graph`."""
+    x = pool(g, hidden, context["lengths"], pooling, family.pool_mask)
+    if isinstance(g.weights, RotatedWeights) and (norm := g.weights.output) is not None:
+        x = rotated_back(
+            g, g.weights, norm, x
+        )  # pooling is linear: a vector instead of every token
+    for index, layer in enumerate(dense):
+        x = apply_dense(g, x, layer, f"dense.{index}")
+    if normalize:
+        x = unit_length(g, x)
+    width = dense[-1].out_features if dense else family.hidden_size
+    g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
 
 
 def pool(g: Graph, hidden: str, lengths: str, pooling: str, mask: str = "attention_mask") -> str:

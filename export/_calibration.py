@@ -8,9 +8,10 @@ exported graph.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper
 from embedge.export._assemble import to_model
 from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
-from embedge.export._graph import Graph, Norm, Tap, Weights
+from embedge.export._graph import Graph, Lin, Norm, Tap, Weights
 from embedge.export.families import Family
 
 FloatArray = NDArray[np.float32]
@@ -109,21 +110,10 @@ def calibrate(
         threads: of ONNX Runtime; 0 leaves the choice to it.
     """
     every = max(1, sum(int(batch.mask.sum()) for batch in batches) // _SAMPLE_ROWS)
-    hidden, norm = _first_states(family, weights, batches, scratch, threads)
+    hidden, norm = first_states(family, weights, batches, scratch, threads)
     for index in range(family.num_layers):
-        g = Graph(weights=weights, form=Form())
-        family.declare_inputs(g)
-        g.input("hidden", TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
-        if norm is not None:
-            g.norms["hidden"] = norm
-        context = family.context(g)
-        states = family.layer(g, context, index, "hidden")
-        norm = g.norms.get(states)
-        g.output(states, "hidden_out", TensorProto.FLOAT, [])
-        taps = g.taps
-        for label, tap in taps.items():
-            g.output(tap.value, f"tap/{label}", TensorProto.FLOAT, [])
-        session, constants = _session(g, scratch, threads)
+        layer = Layer(family, weights, index, norm, scratch=scratch, threads=threads)
+        taps, norm = layer.taps, layer.norm
         statistics = {
             label: InputStatistics(
                 tap,
@@ -134,23 +124,20 @@ def calibrate(
         }
         for label, tap in taps.items():
             for lin in tap.lins:
-                matrix = constants[f"{lin.label}.weight"]  # [in, out]
+                matrix = layer.weight(lin)
                 peak = statistics[label].weight_peak
                 np.maximum(peak, np.abs(matrix).max(axis=1), out=peak)
                 statistics[label].matrices.append(matrix)
-        accepted = {i.name for i in session.get_inputs()}
         for number, batch in enumerate(batches):
-            feeds = {**batch.feeds(family.inputs), "hidden": hidden[number], **constants}
-            outputs = session.run(None, {n: v for n, v in feeds.items() if n in accepted})
+            hidden[number], values = layer.run(batch, hidden[number])
             attended = batch.mask.astype(bool)
-            for label, value in zip(taps, outputs[1:], strict=True):
-                rows = value[attended]
+            for label, inputs in values.items():
+                rows = inputs[attended]
                 statistics[label].add(rows)
                 if wants_sample(taps[label]):
                     statistics[label].sample.append(rows[::every].copy())
-            hidden[number] = outputs[0]
-            del outputs
-        del session, constants
+            del values
+        del layer
         for label, value in statistics.items():
             if not (np.isfinite(value.low) & np.isfinite(value.high)).all():
                 raise CheckpointError(
@@ -161,16 +148,90 @@ def calibrate(
         del statistics
 
 
-def _first_states(
-    family: Family, weights: Weights, batches: Sequence[TokenBatch], scratch: Path, threads: int
+class Layer:
+    """One layer of the unquantized model as a session whose weights are inputs.
+
+    Attributes:
+        taps: inputs of its Linears, by label.
+        norm: what made its result, where a norm did.
+
+    Args:
+        family: the model.
+        weights: the tensors to run with.
+        index: of the layer.
+        norm: what made the states that it gets, where a norm did.
+        scratch: folder for its weights, which are mapped from there.
+        threads: of ONNX Runtime; 0 leaves the choice to it.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        weights: Weights,
+        index: int,
+        norm: Norm | None,
+        *,
+        scratch: Path,
+        threads: int = 0,
+    ) -> None:
+        g = Graph(weights=weights, form=Form())
+        family.declare_inputs(g)
+        g.input("hidden", TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
+        if norm is not None:
+            g.norms["hidden"] = norm
+        context = family.context(g)
+        states = family.layer(g, context, index, "hidden")
+        self.norm = g.norms.get(states)
+        self.taps = g.taps
+        g.output(states, "hidden_out", TensorProto.FLOAT, [])
+        for label, tap in self.taps.items():
+            g.output(tap.value, f"tap/{label}", TensorProto.FLOAT, [])
+        self._inputs = family.inputs
+        self._session, self._constants = open_session(g, scratch, threads)
+        self._accepted = {i.name for i in self._session.get_inputs()}
+
+    def weight(self, lin: Lin) -> FloatArray:
+        """The transposed weight of a Linear, float32 ``[in, out]``."""
+        return self._constants[f"{lin.label}.weight"]
+
+    def run(
+        self,
+        batch: TokenBatch,
+        hidden: FloatArray,
+        changed: Mapping[str, FloatArray] | None = None,
+    ) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """Run the layer.
+
+        Args:
+            batch: the tokens.
+            hidden: float32 ``[batch, tokens, hidden]``, the states before the layer.
+            changed: weights as of :meth:`weight` to take in place of the layer's, by the Linear's label.
+
+        Returns:
+            The states behind it, and the inputs of its Linears by label.
+        """
+        feeds: dict[str, Any] = {
+            **batch.feeds(self._inputs),
+            "hidden": hidden,
+            **self._constants,
+            **{f"{label}.weight": value for label, value in (changed or {}).items()},
+        }
+        accepted = {name: value for name, value in feeds.items() if name in self._accepted}
+        states, *values = self._session.run(None, accepted)
+        return states, dict(zip(self.taps, values, strict=True))
+
+
+def first_states(
+    family: Family, weights: Weights, batches: Sequence[TokenBatch], scratch: Path, threads: int = 0
 ) -> tuple[list[FloatArray], Norm | None]:
+    """The states before the first layer, float32 ``[batch, tokens, hidden]`` each, and their norm."""
     g = Graph(weights=weights, form=_TableRows(batches))
     family.declare_inputs(g)
     context = family.context(g)
     states = family.embed(g, context)
     norm = g.norms.get(states)
     g.output(states, "hidden", TensorProto.FLOAT, [])
-    session, constants = _session(g, scratch, threads)
+    session, constants = open_session(g, scratch, threads)
     accepted = {i.name for i in session.get_inputs()}
     hidden = []
     for batch in batches:
@@ -209,8 +270,8 @@ class _TableRows(Form):
         return np.searchsorted(self._rows, ids)
 
 
-def _session(
-    g: Graph, scratch: Path, threads: int
+def open_session(
+    g: Graph, scratch: Path, threads: int = 0
 ) -> tuple[ort.InferenceSession, dict[str, FloatArray]]:
     """A session for ``g`` with its weights as inputs, and those weights."""
     g.prune()

@@ -161,7 +161,7 @@ def _calibrated(
     base, family = model.weights(model.base, form), model.family.text_only()
     keep, chosen = dict(request.keep), []
     if precision == "int4" and request.budget is not None:
-        found = candidates(family, base, batches, job.block_size, scratch, note)
+        found = candidates(model, base, batches, job.block_size, scratch, note)
         chosen = within_budget(found, total, request.budget)
         keep |= {glob.escape(label): "int8" for label in chosen if label not in keep}
     if precision in ("int8", "int4") and not job.plans:  # the same for both
