@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from _models import cosines, make_model, random_texts, save
+import torch
+from _models import cosines, load_base, make_model, random_texts, save
+from numpy.typing import NDArray
 
 from embedge.export import export_bundle
-from embedge.export._sensitivity import Candidate, within_budget
+from embedge.export._model import read_model
+from embedge.export._precision import token_batches
+from embedge.export._request import Request
+from embedge.export._sensitivity import Candidate, _sample, candidates, within_budget
+from embedge.export.families import family_of
+from embedge.quant import _int4
 from embedge.runtime import Embedder
 from embedge.runtime._arguments import parse_bytes
 from embedge.runtime._bundle import Bundle
@@ -71,6 +79,80 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def error(bundle: Path, precision: str, exact: Any) -> float:
     found = Embedder(bundle, precision=precision, threads=1).encode(TEXTS)
     return float(1 - cosines(exact, found).mean())
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2"])
+def test_a_gain_is_what_the_vectors_lose_when_one_input_has_4_bits(
+    name: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    save(make_model(name, hidden_size=48, intermediate_size=64, gain=0.6), source, pooling="mean")
+    request = Request(
+        source=str(source),
+        adapters={"task": None},
+        precisions=("int4",),
+        out=tmp_path / "b",
+        matryoshka_dims=None,
+        pooling=None,
+        calibration="default",
+        keep={},
+        int4_block_size=None,
+        int4_method="gptq",
+        int8_method=None,
+        budget=None,
+        overwrite=False,
+    )
+    model = read_model(request)
+    draw = np.random.default_rng(5)
+    ids = [draw.integers(5, 60, size).tolist() for size in (3, 9, 17, 30)]
+    batches = token_batches(ids, 0, 48)
+    found = candidates(model, model.base, batches, 16, tmp_path, lambda line: None)
+    assert len(found) == 4 * model.family.num_layers
+
+    def vectors(changed: Collection[str] = ()) -> NDArray[Any]:
+        """By torch, each text alone, with the Linears of these labels rounded to 4 bits."""
+        network = load_base(source)
+        tensors = dict(network.named_parameters())
+        for label in changed:
+            lin, _, rows = label.partition("[")
+            weight = tensors[f"{lin}.weight"].data
+            part = slice(*map(int, rows[:-1].split(":"))) if rows else slice(None)
+            blocks = _int4.split_blocks(weight[part].numpy(), 16)
+            scales, zeros = _int4.block_grid(blocks)
+            values = _int4.dequantize(_int4.quantize(blocks, scales, zeros), scales, zeros)
+            rounded = torch.from_numpy(values.reshape(weight[part].shape))
+            if name == "bert" and lin.endswith("attention.output.dense"):
+                # values' bias passes attention as it is and is multiplied by the exact weight
+                value = tensors[lin.replace("output.dense", "self.value.bias")].data
+                tensors[f"{lin}.bias"].data += (weight - rounded) @ value
+            weight[part] = rounded
+        with torch.no_grad():
+            states = [network(torch.tensor([text])).last_hidden_state for text in ids]
+        return np.stack([state[0].mean(dim=0).numpy() for state in states])
+
+    exact = vectors()
+    for candidate in found:
+        lost = 1 - cosines(exact, vectors(candidate.labels)).mean()
+        assert candidate.gain == pytest.approx(lost, rel=0.01), candidate.labels
+
+
+def test_a_sample_is_short_starts_of_texts_of_all_lengths() -> None:
+    family = family_of({"model_type": "bert"}, "bert")(
+        {
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "vocab_size": 60,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 512,
+        },
+        256,
+    )
+    batches = token_batches([[5] * size for size in range(1, 101)], 0, 384)
+    sample = _sample(family, batches)
+    lengths = np.concatenate([batch.mask.sum(axis=1) for batch in sample])
+    assert lengths.min() == 1 and lengths.max() == 64
+    assert sum(lengths) <= 2048 and len(lengths) == 32
 
 
 def test_a_budget_buys_closeness_within_its_bytes(source: Path, tmp_path: Path) -> None:
