@@ -6,7 +6,7 @@ import argparse
 
 from embedge.export._api import make_request
 from embedge.export._export import export
-from embedge.export._progress import Progress
+from embedge.export._progress import Progress, StepCost
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._errors import EmbedgeValueError
 
@@ -105,14 +105,16 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         modality=args.modality,
     )
-    progress = Progress(show=False if args.quiet else None)
-    out = export(request, progress)
-    for cost in progress.costs:
-        memory = "" if cost.peak_mb is None else f", peak {cost.peak_mb:.0f} MB anonymous memory"
-        print(f"{cost.step}: {cost.seconds:.1f} s{memory}")
+    out = export(request, Progress(show=False if args.quiet else None, finished=_print_cost))
     size = sum(entry.size for entry in Bundle(out, verify="none").manifest.files.values())
     print(f"wrote {out} ({size / 1e6:.1f} MB)")
     return 0
+
+
+def _print_cost(cost: StepCost) -> None:
+    """A line for a task that is done, at once: a log of an export of hours says how far it is."""
+    memory = "" if cost.peak_mb is None else f", peak {cost.peak_mb:.0f} MB anonymous memory"
+    print(f"{cost.step}: {cost.seconds:.1f} s{memory}", flush=True)
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:

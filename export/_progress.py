@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ class StepCost:
 
 @dataclass
 class Progress:
-    """A bar per task and precision, and the costs.
+    """A bar per task and precision, and what each cost.
 
     Args:
         show: draw bars on stderr; ``None``: only where stderr is a terminal.
+        finished: takes the cost of a step at its end.
     """
 
     show: bool | None = None
-    costs: list[StepCost] = field(default_factory=list)
+    finished: Callable[[StepCost], None] | None = None
     _bar: Any = None
 
     @contextmanager
@@ -54,7 +55,8 @@ class Progress:
                     self._bar.close()
                     self._bar = None
         seconds = time.perf_counter() - started
-        self.costs.append(StepCost(step=name, seconds=seconds, peak_mb=peak.megabytes))
+        if self.finished is not None:
+            self.finished(StepCost(step=name, seconds=seconds, peak_mb=peak.megabytes))
 
     def note(self, text: str) -> None:
         """Say what is being done."""

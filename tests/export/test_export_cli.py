@@ -51,6 +51,27 @@ def test_a_success_prints_the_cost_of_every_task_and_the_size(
     assert lines[-1].startswith(f"wrote {out} (")
 
 
+def test_a_task_that_is_done_is_told_before_the_next_one(
+    source: Path,
+    adapters: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = _precision_writer._write_graph
+
+    def fail_at_plain(path: Path, *arguments: Any) -> None:
+        if path.stem == "plain":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *arguments)
+
+    monkeypatch.setattr(_precision_writer, "_write_graph", fail_at_plain)
+    tasks = [f"--adapter=code={adapters / 'code'}", "--no-adapter", "plain"]
+    assert run(source, *tasks, "--out", tmp_path / "out") == 1
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("int8/code: ")
+
+
 def test_the_size_is_that_of_the_bundle_without_what_prepare_made(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
