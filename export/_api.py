@@ -65,9 +65,10 @@ def export_bundle(
         int4_method: "gptq" rounds with the calibration texts' activations; "rtn" rounds every weight
             to nearest on an error-minimising grid, several times faster and less exact.
         int8_method: the same for int8; ``None``: "gptq" for decoders and ModernBERT up to a hidden
-            size of 1536, where it takes up to half of the error, else "rtn".
-        budget: most bytes of a task's tensors at int4, "2.0GB" for example: the layers that lose most at
-            4 bits get 8, as far as it goes. ``None``: 4 bits everywhere.
+            size of 1536, where it takes a fifth to a half of the error away,
+            else "rtn".
+        budget: most bytes of a task's tensors at int4, "2.0GB" for example: the layers whose 4
+            bits cost the vectors most per byte get 8, as far as it goes. ``None``: 4 bits everywhere.
         overwrite: replace an existing bundle.
         progress: draw progress bars on stderr; ``None``: only on a terminal.
 

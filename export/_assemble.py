@@ -98,7 +98,8 @@ def pool(g: Graph, hidden: str, lengths: str, pooling: str, mask: str = "attenti
 def rotated_back(g: Graph, weights: RotatedWeights, norm: str, x: str) -> str:
     """``[batch, width]`` of a rotated stream in the model's own axes, the norm's weights applied.
 
-    The matrix is a Kronecker product, and its factors are a hundredth of its size.
+    The matrix is signs, a Kronecker product and, where means are kept, signs and a reflection; they are a
+    hundredth of its size.
 
     Args:
         g: the graph.

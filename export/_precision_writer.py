@@ -14,6 +14,7 @@ from embedge.export._bundle_writer import dump
 from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
+from embedge.export._int4_form import Int4Form
 from embedge.export._int8_form import ACTIVATION_CONSTANTS
 from embedge.export._job import Job
 from embedge.export._mixed_form import unmatched
@@ -59,7 +60,8 @@ def write_precision(
     forms, total = _uncalibrated(job, precision, tasks[0])
     chosen: list[str] = []
     constants: dict[str, set[str]] = {name: set() for name in forms}
-    _check_same_rotation(job, precision)
+    if not writes_tower:
+        _check_same_rotation(job, precision)
     try:
         for number, task in enumerate(tasks):
             with job.progress.step(f"{precision}/{task}", total):
@@ -160,27 +162,43 @@ def _calibrated(
     precision, form = next(iter(forms.items()))
     base, family = model.weights(model.base, form), model.family.text_only()
     keep, chosen = dict(request.keep), []
-    if precision == "int4" and request.budget is not None:
-        found = candidates(model, base, batches, job.block_size, scratch, note)
-        chosen = within_budget(found, total, request.budget)
-        keep |= {glob.escape(label): "int8" for label in chosen if label not in keep}
     if precision in ("int8", "int4") and not job.plans:  # the same for both
         # ranges of channels need fewer tokens than GPTQ, and a wide model's cost minutes
         seen = batches[::2] if family.hidden_size >= WIDE_MODEL else batches
         job.plans.update(int8_plans(family, base, seen, scratch, note))
+    if precision == "int4" and request.budget is not None:
+        if not batches:
+            raise EmbedgeValueError(
+                f"budget {request.budget:,} bytes: it chooses layers by calibration texts, and none of "
+                "those given has a token; give others (--calibration)"
+            )
+        within_budget([], total, request.budget)  # refuses before minutes of measuring
+        int4 = job.form("int4", keep={}, calibrated=True)
+        assert isinstance(int4, Int4Form)
+        found = candidates(
+            model,
+            base,
+            batches,
+            int4=int4,
+            keep=keep,
+            scratch=scratch,
+            report=note,
+        )
+        chosen = within_budget(found, total, request.budget)
+        keep |= {glob.escape(label): "int8" for label in chosen}
     made = {name: job.form(name, keep=keep, calibrated=bool(batches)) for name in forms}
     return made, sorted(chosen)
 
 
 def _check_same_rotation(job: Job, precision: str) -> None:
-    """Tensors and a tower's features that are there already must fit the stream of the tasks to come."""
+    """Features of a tower that is there already must fit the stream of the tasks to come."""
     old = job.old.precisions.get(precision) if job.old else None
-    if old is None or precision not in ("int8", *INT4):
+    if job.model.tower is None or old is None:
         return
-    if not old.options.get("rotation", False) and job.model.family.streams():
+    if not old.options.get("rotation", False) and precision in ("int8", *INT4):
         raise EmbedgeValueError(
-            f"{job.request.out}: its {precision} graphs were exported by an earlier version, without "
-            "rotation, and new tasks would not fit them; choose another --out, or --overwrite the bundle"
+            f"{job.request.out}: its {precision} vision tower was exported by an earlier version, without "
+            "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
         )
 
 

@@ -13,11 +13,17 @@ from embedge.export._graph import BASE, Weights
 from embedge.quant._rotation import Rotation
 
 FloatArray = NDArray[np.float32]
+_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableNorm:
-    """LayerNorm of token embeddings, without a bias."""
+    """LayerNorm of token embeddings, without a bias.
+
+    Attributes:
+        weight: canonical name of its weight.
+        epsilon: added to the variance.
+    """
 
     weight: str
     epsilon: float
@@ -87,11 +93,18 @@ class RotatedWeights:
             ones = np.ones(self.shape(name), np.float32)
             return ones if rows is None else ones[rows]
         changes = self._changes.get(name, [])
-        whole = rows is not None and name in self._mixes_rows
-        value = self._weights.read(name, None if whole else rows)
-        for change in changes:
-            value = change(value)
-        return value[rows] if whole else value
+        if name in self._mixes_rows:
+            value = self._weights.read(name)
+            for change in changes:
+                value = change(value)
+            return value if rows is None else value[rows]
+        value = self._weights.read(name, rows)
+        for start in range(0, len(value), _ROWS):  # a table may be large
+            part = value[start : start + _ROWS]
+            for change in changes:
+                part = change(part)
+            value[start : start + _ROWS] = part
+        return value
 
     def rotation(self, norm: str) -> Rotation:
         """By what the states behind a norm are rotated."""

@@ -3,8 +3,8 @@
 Every Linear input is asked what the model's vectors lose when its Linears alone have 4 bits: their weights
 are rounded to nearest, and a sample of the calibration texts runs through the rest of the model as it is,
 for all inputs side by side, layer by layer. The inputs with the largest loss per byte get 8 bits, until
-the budget is used up. What 8 bits lose is a few hundredths of that and not counted. The choice depends
-on the backbone alone, so that tasks share tensors.
+the budget is used up. What 8 bits lose, and what rounding activations does, is not counted. The choice
+depends on the backbone alone, so that tasks share tensors.
 
 How far the rounding moves a Linear's own output says little about the vector: on MiniLM its order agrees
 with what 8 bits win in the exported model at a rank correlation of .28 (bench/LOG.md).
@@ -12,30 +12,31 @@ with what 8 bits win in the exported model at a rank correlation of .28 (bench/L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from embedge.export._assemble import embedding
 from embedge.export._calibration import Layer, TokenBatch, first_states, open_session
-from embedge.export._forms import Form, read_linear
-from embedge.export._graph import Graph, Lin, Norm, Weights
+from embedge.export._forms import Form
+from embedge.export._graph import Graph, Weights
 from embedge.export._int4_form import Int4Form
 from embedge.export._int8_form import Int8Form
+from embedge.export._mixed_form import first_match
 from embedge.export._model import Model
 from embedge.export._precision import token_batches
 from embedge.export.families import Family
-from embedge.quant import _int4
 from embedge.runtime._errors import EmbedgeValueError
 
 FloatArray = NDArray[np.float32]
 _MOST_TOKENS = 2048
-_TEXT_TOKENS = 64
-_FEWEST_TEXTS = 4
-_STATE_BYTES = 256 * 1024 * 1024  # of the states of all inputs
+_MOST_TEXT_TOKENS = 64
+_FEWEST_TEXTS = 16
+_STATE_BYTES = 256 * 1024 * 1024  # of all inputs' states, float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,55 +58,64 @@ def candidates(
     model: Model,
     base: Weights,
     batches: Sequence[TokenBatch],
-    block_size: int,
+    *,
+    int4: Int4Form,
+    keep: Mapping[str, str],
     scratch: Path,
     report: Callable[[str], None],
 ) -> list[Candidate]:
-    """What 8 bits would gain at every Linear input of the backbone.
+    """What 8 bits would gain at every Linear input of the backbone whose precision is still open.
 
     Args:
         model: the model.
         base: the backbone's tensors, rotated if the export's are.
-        batches: calibration tokens, of which a sample is used.
-        block_size: of the 4-bit form.
+        batches: calibration tokens, of which a sample is used; at least one.
+        int4: the 4-bit form.
+        keep: precisions by pattern that are decided already.
         scratch: folder for a layer's weights.
         report: takes progress lines.
     """
     family = model.family.text_only()
-    g = Graph(weights=base, form=Form())
-    four, eight = Int4Form(block_size, "rtn", 4), Int8Form({})
+    g, int8 = Graph(weights=base, form=Form()), Int8Form({})
     sample = _sample(family, batches)
     hidden, norm = first_states(family, base, sample, scratch)
+    moved: list[list[FloatArray]] = [[] for _ in sample]  # states by batch, then by input
     labels: list[tuple[str, ...]] = []
     extra: list[int] = []
-    moved: list[list[FloatArray]] = []  # the states by input, then by batch
     for index in range(family.num_layers):
         report(f"measuring sensitivity, layer {index + 1} of {family.num_layers}")
         layer = Layer(family, base, index, norm, scratch=scratch)
         norm = layer.norm
-        for states in moved:
-            for number, batch in enumerate(sample):
-                states[number] = layer.run(batch, states[number])[0]
+        for batch, states in zip(sample, moved, strict=True):
+            _run_together(layer, batch, states)
         for tap in layer.taps.values():
-            changed = {lin.label: _rounded(g, lin, block_size) for lin in tap.lins}
-            runs = zip(sample, hidden, strict=True)
-            moved.append([layer.run(batch, states, changed)[0] for batch, states in runs])
-            labels.append(tuple(lin.label for lin in tap.lins))
-            extra.append(
+            names = tuple(lin.label for lin in tap.lins)
+            if first_match(keep, *names) is not None:
+                continue
+            changed = {lin.label: int4.restored(g, tap, lin) for lin in tap.lins}
+            for batch, before, states in zip(sample, hidden, moved, strict=True):
+                states.append(layer.run(batch, before, changed)[0])
+            del changed
+            labels.append(names)
+            eight, four = (
                 sum(
-                    spec.nbytes * sign
-                    for form, sign in ((eight, 1), (four, -1))
+                    spec.nbytes
                     for lin in tap.lins
                     for spec in form.weight_recipe(g, tap, lin).specs
                 )
+                for form in (int8, int4)
             )
+            extra.append(eight - four)
         hidden = [layer.run(batch, x)[0] for batch, x in zip(sample, hidden, strict=True)]
         del layer
-    vectors = _vectors(model, family, base, sample, [hidden, *moved], norm, scratch)
-    return [
-        Candidate(labels=names, gain=_distance(vectors[0], other), extra_bytes=size)
-        for names, size, other in zip(labels, extra, vectors[1:], strict=True)
-    ]
+    vectors_of = _head(model, base, sample, scratch)
+    exact = vectors_of(hidden)
+    found = []
+    for number, names in enumerate(labels):
+        vectors = vectors_of([states[number] for states in moved])
+        gain = float(np.square(exact - vectors, dtype=np.float64).sum(axis=1).mean() / 2)
+        found.append(Candidate(labels=names, gain=gain, extra_bytes=extra[number]))
+    return found
 
 
 def within_budget(found: Sequence[Candidate], smallest: int, budget: int) -> list[str]:
@@ -134,62 +144,59 @@ def within_budget(found: Sequence[Candidate], smallest: int, budget: int) -> lis
 
 
 def _sample(family: Family, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    """Starts of some of the texts, of all lengths, as many as all inputs' states have room for."""
+    """Some of the texts, of all lengths, as many tokens as all inputs' states have room for.
+
+    A long text is its start and its last token, which some models pool.
+    """
     rows = [
         ids[: int(mask.sum())]
         for batch in batches
         for ids, mask in zip(batch.ids, batch.mask, strict=True)
     ]
     inputs = 4 * family.num_layers  # of a layer's Linears: q, k and v; o; gate and up; down
-    room = _STATE_BYTES // (4 * family.hidden_size * inputs)
-    count = max(_FEWEST_TEXTS, min(_MOST_TOKENS, room) // _TEXT_TOKENS)
+    tokens = min(_MOST_TOKENS, _STATE_BYTES // (4 * family.hidden_size * inputs))
+    longest = max(2, min(_MOST_TEXT_TOKENS, tokens // _FEWEST_TEXTS))
+    count = max(1, tokens // longest)
     places = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
-    texts = [rows[place][:_TEXT_TOKENS].tolist() for place in places]
+    texts = [rows[place].tolist() for place in places]
+    texts = [t if len(t) <= longest else [*t[: longest - 1], t[-1]] for t in texts]
     return token_batches(texts, 0, family.hidden_size)
 
 
-def _rounded(g: Graph, lin: Lin, block_size: int) -> FloatArray:
-    """A Linear's transposed weight ``[in, out]`` after rounding to 4 bits and back."""
-    weight = read_linear(g, lin)
-    parts = _int4.split_blocks(weight, block_size)
-    scales, zeros = _int4.block_grid(parts)
-    restored = _int4.dequantize(_int4.quantize(parts, scales, zeros), scales, zeros)
-    return np.ascontiguousarray(restored.reshape(len(weight), -1)[:, : weight.shape[1]].T)
+def _run_together(layer: Layer, batch: TokenBatch, states: list[FloatArray]) -> None:
+    """Run several states of the same tokens through a layer, in place, a few thousand tokens at once."""
+    step = max(1, _MOST_TOKENS // batch.ids.size)
+    for start in range(0, len(states), step):
+        part = states[start : start + step]
+        tiled = TokenBatch(
+            ids=np.tile(batch.ids, (len(part), 1)), mask=np.tile(batch.mask, (len(part), 1))
+        )
+        result, _ = layer.run(tiled, np.concatenate(part))
+        # copies: a view would keep the whole result
+        states[start : start + step] = [x.copy() for x in np.split(result, len(part))]
 
 
-def _vectors(
-    model: Model,
-    family: Family,
-    weights: Weights,
-    sample: Sequence[TokenBatch],
-    states: Sequence[Sequence[FloatArray]],
-    norm: Norm | None,
-    scratch: Path,
-) -> list[FloatArray]:
-    """Vectors of length 1, float32 ``[texts, dim]``, for each set of states behind the last layer."""
+def _head(
+    model: Model, weights: Weights, sample: Sequence[TokenBatch], scratch: Path
+) -> Callable[[Sequence[FloatArray]], FloatArray]:
+    """From states behind the last layer, by batch, to vectors of length 1, float32 ``[texts, dim]``."""
+    family = model.family.text_only()
     g = Graph(weights=weights, form=Form())
     family.declare_inputs(g)
-    hidden = "hidden"
-    g.input(hidden, 1, ["batch", "tokens", family.hidden_size])
-    if norm is not None:
-        g.norms[hidden] = norm
+    g.input("hidden", TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
     context = family.context(g)
-    last = family.final(g, context, hidden)
-    settings = model.settings
-    embedding(g, family, context, last, pooling=model.pooling, dense=settings.dense, normalize=True)
+    last = family.final(g, context, "hidden")
+    dense = model.settings.dense
+    embedding(g, family, context, last, pooling=model.pooling, dense=dense, normalize=True)
     session, constants = open_session(g, scratch)
     accepted = {i.name for i in session.get_inputs()}
-    results = []
-    for by_batch in states:
-        vectors = []
-        for batch, values in zip(sample, by_batch, strict=True):
-            feeds = {**batch.feeds(family.inputs), **constants, hidden: values}
+
+    def vectors(states: Sequence[FloatArray]) -> FloatArray:
+        results = []
+        for batch, hidden in zip(sample, states, strict=True):
+            feeds = {**batch.feeds(family.inputs), **constants, "hidden": hidden}
             feeds = {name: value for name, value in feeds.items() if name in accepted}
-            vectors.append(session.run(["embedding"], feeds)[0])
-        results.append(np.concatenate(vectors))
-    return results
+            results.append(session.run(["embedding"], feeds)[0])
+        return np.concatenate(results)
 
-
-def _distance(a: FloatArray, b: FloatArray) -> float:
-    """``1 - cosine`` of rows of length 1, on average, without the cancellation."""
-    return float(np.square(a - b, dtype=np.float64).sum(axis=1).mean() / 2)
+    return vectors

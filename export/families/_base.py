@@ -92,7 +92,7 @@ class Family(ConfigReader, ABC):
         return self
 
     def streams(self) -> tuple[Stream, ...]:
-        """The residual streams that may be rotated; none where norms are not RMSNorm before a block."""
+        """The residual streams that may be rotated; none where norms follow a block, or have biases."""
         return ()
 
     # -- what a published model brings ----------------------------------------------------------------

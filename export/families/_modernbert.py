@@ -40,6 +40,7 @@ class ModernBert(Family):
         self.intermediate = self._int("intermediate_size")
         self.epsilon = self._float("norm_eps", 1e-5)
         self.activation = self._activation("hidden_activation", "gelu")
+        self.norm_bias = self.config.get("norm_bias") is True
         self.every = self._int("global_attn_every_n_layers", 3)
         self.window = self._int("local_attention", 128) // 2
         if "rope_parameters" in self.config:  # transformers 5; the thetas would be overlooked
@@ -63,9 +64,7 @@ class ModernBert(Family):
         return "local" if index % self.every else "global"
 
     def streams(self) -> tuple[Stream, ...]:
-        if self.config.get(
-            "norm_bias"
-        ):  # a norm's bias would need a bias in every Linear behind it
+        if self.norm_bias:  # it would need a bias in every Linear behind it
             return ()
         readers: dict[str, str | None] = {}
         writers: list[str] = []
@@ -139,7 +138,7 @@ class ModernBert(Family):
             y,
             hidden,
             f"{norm}.weight",
-            f"{norm}.bias" if g.weights.has(f"{norm}.bias") else None,
+            f"{norm}.bias" if self.norm_bias else None,
             self.epsilon,
             linear_bias=g.bias(out, carried=value),
         )
@@ -179,8 +178,8 @@ class ModernBert(Family):
         return self._norm(g, hidden, "final_norm")
 
     def _norm(self, g: Graph, x: str, name: str) -> str:
-        bias = f"{name}.bias"
-        return g.norm(x, f"{name}.weight", bias if g.weights.has(bias) else None, self.epsilon)
+        bias = f"{name}.bias" if self.norm_bias else None
+        return g.norm(x, f"{name}.weight", bias, self.epsilon)
 
     def _rotate(self, g: Graph, context: dict[str, str], kind: str, x: str) -> str:
         cos, sin = context[f"{kind}.cos"], context[f"{kind}.sin"]

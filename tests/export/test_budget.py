@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,13 @@ from _models import cosines, load_base, make_model, random_texts, save
 from numpy.typing import NDArray
 
 from embedge.export import export_bundle
+from embedge.export._forms import read_linear
+from embedge.export._graph import Graph, Lin, Tap
+from embedge.export._int4_form import Int4Form
 from embedge.export._model import read_model
 from embedge.export._precision import token_batches
 from embedge.export._request import Request
+from embedge.export._rotated import RotatedWeights
 from embedge.export._sensitivity import Candidate, _sample, candidates, within_budget
 from embedge.export.families import family_of
 from embedge.quant import _int4
@@ -81,17 +87,12 @@ def error(bundle: Path, precision: str, exact: Any) -> float:
     return float(1 - cosines(exact, found).mean())
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2"])
-def test_a_gain_is_what_the_vectors_lose_when_one_input_has_4_bits(
-    name: str, tmp_path: Path
-) -> None:
-    source = tmp_path / "model"
-    save(make_model(name, hidden_size=48, intermediate_size=64, gain=0.6), source, pooling="mean")
-    request = Request(
+def request(source: Path, folder: Path) -> Request:
+    return Request(
         source=str(source),
         adapters={"task": None},
         precisions=("int4",),
-        out=tmp_path / "b",
+        out=folder / "b",
         matryoshka_dims=None,
         pooling=None,
         calibration="default",
@@ -102,12 +103,29 @@ def test_a_gain_is_what_the_vectors_lose_when_one_input_has_4_bits(
         budget=None,
         overwrite=False,
     )
-    model = read_model(request)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2"])
+def test_a_gain_is_what_the_vectors_lose_when_one_input_has_4_bits(
+    name: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    save(make_model(name, hidden_size=48, intermediate_size=64, gain=0.6), source, pooling="mean")
+    model = read_model(request(source, tmp_path))
     draw = np.random.default_rng(5)
     ids = [draw.integers(5, 60, size).tolist() for size in (3, 9, 17, 30)]
     batches = token_batches(ids, 0, 48)
-    found = candidates(model, model.base, batches, 16, tmp_path, lambda line: None)
-    assert len(found) == 4 * model.family.num_layers
+    found = candidates(
+        model,
+        model.base,
+        batches,
+        int4=Int4Form(16, "rtn", 4),
+        keep={"*layer*.1.*": "fp32"},
+        scratch=tmp_path,
+        report=lambda line: None,
+    )
+    assert len(found) == 4 * (model.family.num_layers - 1)  # the second is decided
+    assert not any(".1." in label for candidate in found for label in candidate.labels)
 
     def vectors(changed: Collection[str] = ()) -> NDArray[Any]:
         """By torch, each text alone, with the Linears of these labels rounded to 4 bits."""
@@ -136,23 +154,86 @@ def test_a_gain_is_what_the_vectors_lose_when_one_input_has_4_bits(
         assert candidate.gain == pytest.approx(lost, rel=0.01), candidate.labels
 
 
-def test_a_sample_is_short_starts_of_texts_of_all_lengths() -> None:
-    family = family_of({"model_type": "bert"}, "bert")(
-        {
-            "hidden_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 12,
-            "vocab_size": 60,
-            "intermediate_size": 1536,
-            "max_position_embeddings": 512,
-        },
-        256,
-    )
-    batches = token_batches([[5] * size for size in range(1, 101)], 0, 384)
-    sample = _sample(family, batches)
+@pytest.mark.parametrize(
+    ("width", "layers", "count", "longest"),
+    [(384, 6, 32, 64), (2048, 36, 16, 14), (8192, 80, 12, 2)],
+)
+def test_a_sample_has_texts_of_all_lengths_and_fits(
+    width: int, layers: int, count: int, longest: int
+) -> None:
+    config = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "intermediate_size": width,
+        "max_position_embeddings": 512,
+    }
+    family = family_of({"model_type": "bert"}, "bert")(config, 256)
+    texts = [[5] * (size - 1) + [6] for size in range(1, 101)]
+    sample = _sample(family, token_batches(texts, 0, 8))
     lengths = np.concatenate([batch.mask.sum(axis=1) for batch in sample])
-    assert lengths.min() == 1 and lengths.max() == 64
-    assert sum(lengths) <= 2048 and len(lengths) == 32
+    assert lengths.min() == 1 and lengths.max() == longest
+    assert len(lengths) == count
+    assert sum(batch.ids.size for batch in sample) * 4 * width * 4 * layers <= 256 << 20
+    for batch in sample:
+        ends = batch.ids[np.arange(len(batch.ids)), batch.mask.sum(axis=1) - 1]
+        assert (ends == 6).all()  # what a model pools at the end is there
+
+
+def test_a_sample_of_one_text_is_that_text() -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 64, "max_position_embeddings": 512}
+    family = family_of({"model_type": "bert"}, "bert")(config, 256)
+    [batch] = _sample(family, token_batches([[7, 8]], 0, 64))
+    np.testing.assert_array_equal(batch.ids, [[7, 8]])
+
+
+def test_calibration_texts_without_tokens_cannot_choose(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("", "utf-8")
+    (tmp_path / "c.jsonl").write_text('{"text": ""}\n', "utf-8")
+    tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    tokenizer["post_processor"] = None
+    shutil.copytree(source, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    with pytest.raises(EmbedgeValueError, match="none of those given has a token"):
+        export_bundle(
+            tmp_path / "model",
+            adapters={"task": None},
+            precisions=["int4"],
+            budget="1GB",
+            calibration=tmp_path / "c.jsonl",
+            out=tmp_path / "b",
+        )
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_budget_is_not_spent_on_kept_layers(source: Path, tmp_path: Path) -> None:
+    adapters = {"task": None}
+    keep = {"layers.0.*": "fp32", "layers.1.*": "int8"}
+    export_bundle(
+        source, adapters=adapters, precisions=["int4"], keep=keep, budget="1GB", out=tmp_path / "b"
+    )
+    bundle = Bundle(tmp_path / "b")
+    chosen = bundle.manifest.precisions["int4"].options["int8"]
+    assert len(chosen) == 7 and all(label.startswith("layers.2.") for label in chosen)
+
+
+def test_gains_of_a_rotated_model_are_those_of_its_vectors(source: Path, tmp_path: Path) -> None:
+    """The states turned back: with a loss of nothing, the gains are nothing."""
+
+    class Exact(Int4Form):
+        def restored(self, g: Graph, tap: Tap, lin: Lin) -> NDArray[np.float32]:
+            return np.ascontiguousarray(read_linear(g, lin).T)
+
+    model = read_model(request(source, tmp_path))
+    base = model.weights(model.base, Int4Form(32, "rtn", 4))
+    assert isinstance(base, RotatedWeights)
+    batches = token_batches([[5, 6, 7], [8, 9, 10, 11, 12]], 0, 64)
+    options: dict[str, Any] = {"keep": {}, "scratch": tmp_path, "report": lambda line: None}
+    nothing = candidates(model, base, batches, int4=Exact(32, "rtn", 4), **options)
+    assert max(abs(candidate.gain) for candidate in nothing) < 1e-9
+    found = candidates(model, base, batches, int4=Int4Form(32, "rtn", 4), **options)
+    assert min(candidate.gain for candidate in found) > 1e-6
 
 
 def test_a_budget_buys_closeness_within_its_bytes(source: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from embedge.runtime import Embedder
 from embedge.runtime._errors import EmbedgeValueError
 
 TEXTS = random_texts(24)
-MODELS = ("bert", "mpnet", "modernbert-with-biases", "qwen2", "qwen3")
+MODELS = ("bert", "mpnet", "modernbert", "modernbert-with-biases", "qwen2", "qwen3")
 # Gentle gains: attention of a few sharp peaks would turn any rounding into another vector.
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "gain": 0.6}
 EXACT = 0.999999
@@ -189,7 +189,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["bert", "mpnet", "modernbert-with-biases", "qwen2"])
+@pytest.mark.parametrize("name", ["bert", "mpnet", "modernbert", "modernbert-with-biases", "qwen2"])
 def test_a_text_alone_and_in_a_batch_have_one_vector(
     name: str, setting: str, export: Export
 ) -> None:
@@ -508,7 +508,9 @@ def test_int8_follows_norms_that_an_adapter_replaces(saved: str, tmp_path: Path)
         assert_close(exact, vectors(out, "int8", task=task), "int8")
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama-with-biases", "modernbert-with-biases"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "llama-with-biases", "modernbert", "modernbert-with-biases"]
+)
 def test_smoothing_folded_into_producers_is_exact(name: str, tmp_path: Path) -> None:
     """Weights on an int8 grid that survives smoothing by powers of two would be lossless; here the
     folded graph is compared with one that keeps the consumers' inputs unsmoothed."""

@@ -20,6 +20,7 @@ from scipy.special import expit
 from embedge.export import export_bundle
 from embedge.export._assemble import to_model
 from embedge.export._calibration import InputStatistics
+from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin, Tap
 from embedge.export._int8_form import Int8Form
@@ -158,7 +159,7 @@ def test_norms_that_a_task_saved_are_rotated_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, bundle = tmp_path / "model", tmp_path / "b"
-    save(make_model("modernbert"), source, pooling="cls")
+    save(make_model("modernbert", **GENTLE), source, pooling="cls")
     save_adapter(source, tmp_path / "a", target=linears("modernbert"))
     saved = ["norm", "final_norm", "mlp_norm", "tok_embeddings"]
     save_adapter(source, tmp_path / "s", target=["Wqkv"], modules_to_save=saved, seed=4)
@@ -168,10 +169,13 @@ def test_norms_that_a_task_saved_are_rotated_with_it(
     expected = {task: model.encode(TEXTS, task=task) for task in adapters}
     monkeypatch.setattr(Form, "rotates", True)
     export_bundle(source, adapters=adapters, precisions=["fp32"], out=bundle, overwrite=True)
-    model = Embedder(bundle, threads=1)
+    monkeypatch.undo()
+    export_bundle(source, adapters=adapters, precisions=["int8"], out=tmp_path / "i")
+    model, model8 = Embedder(bundle, threads=1), Embedder(tmp_path / "i", threads=1)
     for task, vectors in expected.items():
         turned = model.encode(TEXTS, task=task)
         assert cosines(vectors, turned).min() > 0.9999999, task
+        assert cosines(vectors, model8.encode(TEXTS, task=task)).mean() > 0.998, task
         assert task == "plain" or cosines(vectors, expected["plain"]).max() < 0.999
 
 
@@ -182,16 +186,13 @@ def test_norms_with_biases_are_not_rotated(tmp_path: Path) -> None:
     assert _manifest(tmp_path / "b").precisions["int8"].options["rotation"] is False
 
 
-def test_tasks_are_not_added_to_graphs_of_another_rotation(tmp_path: Path) -> None:
-    source, bundle = tmp_path / "model", tmp_path / "b"
-    save(make_model("modernbert"), source, pooling="mean")
-    export_bundle(source, adapters={"one": None}, out=bundle)
-    manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
-    manifest["precisions"]["int8"]["options"]["rotation"] = False
-    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    with pytest.raises(EmbedgeValueError, match="int8 graphs were exported .* without rotation"):
-        export_bundle(source, adapters={"two": None}, out=bundle)
-    export_bundle(source, adapters={"two": None}, out=bundle, precisions=["fp32"])
+def test_norm_biases_that_the_config_does_not_know_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    save(make_model("modernbert-with-biases"), source, pooling="mean")
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    (source / "config.json").write_text(json.dumps({**config, "norm_bias": False}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"found .*norm\.bias.*differs from what its config"):
+        export_bundle(source, adapters={"task": None}, out=tmp_path / "b")
 
 
 def spoil(source: Path) -> None:
