@@ -132,7 +132,7 @@ def within_budget(found: Sequence[Candidate], smallest: int, budget: int) -> lis
     if budget < smallest:
         raise EmbedgeValueError(
             f"budget {budget:,} bytes: a task at int4 takes {smallest:,}; give at least that, or a larger "
-            "int4_block_size (--int4-block-size)"
+            "int4_block_size"
         )
     chosen: list[str] = []
     left = budget - smallest
