@@ -69,9 +69,8 @@ def embedding(
     """Declare the output ``embedding`` of the model's last states ``hidden``; see :func:`task_graph`."""
     x = pool(g, hidden, context["lengths"], pooling, family.pool_mask)
     if isinstance(g.weights, RotatedWeights) and (norm := g.weights.output) is not None:
-        x = rotated_back(
-            g, g.weights, norm, x
-        )  # pooling is linear: a vector instead of every token
+        # pooling is linear: a vector instead of every token
+        x = rotated_back(g, g.weights, norm, x)
     for index, layer in enumerate(dense):
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:

@@ -26,6 +26,7 @@ from embedge.export.families import Family
 
 FloatArray = NDArray[np.float32]
 
+HIDDEN = "hidden"  # the input of token states
 SPILL_BYTES = 4 * 1024 * 1024
 _HESSIAN_ROWS = 1024
 _SAMPLE_ROWS = 1024
@@ -95,7 +96,6 @@ def calibrate(
     scratch: Path,
     wants_hessian: Callable[[Tap], bool] = lambda tap: False,
     wants_sample: Callable[[Tap], bool] = lambda tap: False,
-    threads: int = 0,
 ) -> Iterator[tuple[int, dict[str, InputStatistics]]]:
     """Yield each layer's index and the statistics of its Linear inputs, by label.
 
@@ -107,12 +107,11 @@ def calibrate(
             system can drop, not memory of the process.
         wants_hessian: for which inputs ``Σ x xᵀ`` is accumulated.
         wants_sample: for which inputs some rows are kept.
-        threads: of ONNX Runtime; 0 leaves the choice to it.
     """
     every = max(1, sum(int(batch.mask.sum()) for batch in batches) // _SAMPLE_ROWS)
-    hidden, norm = first_states(family, weights, batches, scratch, threads)
+    hidden, norm = first_states(family, weights, batches, scratch)
     for index in range(family.num_layers):
-        layer = Layer(family, weights, index, norm, scratch=scratch, threads=threads)
+        layer = Layer(family, weights, index, norm, scratch)
         taps, norm = layer.taps, layer.norm
         statistics = {
             label: InputStatistics(
@@ -161,7 +160,6 @@ class Layer:
         index: of the layer.
         norm: what made the states that it gets, where a norm did.
         scratch: folder for its weights, which are mapped from there.
-        threads: of ONNX Runtime; 0 leaves the choice to it.
     """
 
     def __init__(
@@ -170,29 +168,23 @@ class Layer:
         weights: Weights,
         index: int,
         norm: Norm | None,
-        *,
         scratch: Path,
-        threads: int = 0,
     ) -> None:
-        g = Graph(weights=weights, form=Form())
-        family.declare_inputs(g)
-        g.input("hidden", TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
+        g, context = behind_states(family, weights)
         if norm is not None:
-            g.norms["hidden"] = norm
-        context = family.context(g)
-        states = family.layer(g, context, index, "hidden")
+            g.norms[HIDDEN] = norm
+        states = family.layer(g, context, index, HIDDEN)
         self.norm = g.norms.get(states)
         self.taps = g.taps
         g.output(states, "hidden_out", TensorProto.FLOAT, [])
         for label, tap in self.taps.items():
             g.output(tap.value, f"tap/{label}", TensorProto.FLOAT, [])
         self._inputs = family.inputs
-        self._session, self._constants = open_session(g, scratch, threads)
-        self._accepted = {i.name for i in self._session.get_inputs()}
+        self._session = WeightSession(g, scratch)
 
     def weight(self, lin: Lin) -> FloatArray:
         """The transposed weight of a Linear, float32 ``[in, out]``."""
-        return self._constants[f"{lin.label}.weight"]
+        return self._session.weights[f"{lin.label}.weight"]
 
     def run(
         self,
@@ -210,36 +202,32 @@ class Layer:
         Returns:
             The states behind it, and the inputs of its Linears by label.
         """
-        feeds: dict[str, Any] = {
+        weights = {f"{label}.weight": value for label, value in (changed or {}).items()}
+        feeds: dict[str, NDArray[Any]] = {
             **batch.feeds(self._inputs),
-            "hidden": hidden,
-            **self._constants,
-            **{f"{label}.weight": value for label, value in (changed or {}).items()},
+            HIDDEN: hidden,
+            **weights,
         }
-        accepted = {name: value for name, value in feeds.items() if name in self._accepted}
-        states, *values = self._session.run(None, accepted)
+        states, *values = self._session.run(feeds)
         return states, dict(zip(self.taps, values, strict=True))
 
 
 def first_states(
-    family: Family, weights: Weights, batches: Sequence[TokenBatch], scratch: Path, threads: int = 0
+    family: Family, weights: Weights, batches: Sequence[TokenBatch], scratch: Path
 ) -> tuple[list[FloatArray], Norm | None]:
     """The states before the first layer, float32 ``[batch, tokens, hidden]`` each, and their norm."""
-    g = Graph(weights=weights, form=_TableRows(batches))
+    form = _TableRows(batches)
+    g = Graph(weights=weights, form=form)
     family.declare_inputs(g)
     context = family.context(g)
     states = family.embed(g, context)
     norm = g.norms.get(states)
-    g.output(states, "hidden", TensorProto.FLOAT, [])
-    session, constants = open_session(g, scratch, threads)
-    accepted = {i.name for i in session.get_inputs()}
+    g.output(states, HIDDEN, TensorProto.FLOAT, [])
+    session = WeightSession(g, scratch)
     hidden = []
     for batch in batches:
-        feeds = {**batch.feeds(family.inputs), **constants}
-        form = g.form
-        assert isinstance(form, _TableRows)
-        feeds["input_ids"] = form.local_ids(batch.ids)
-        hidden.append(session.run(None, {n: v for n, v in feeds.items() if n in accepted})[0])
+        feeds = {**batch.feeds(family.inputs), "input_ids": form.local_ids(batch.ids)}
+        hidden.append(session.run(feeds)[0])
     return hidden, norm
 
 
@@ -270,27 +258,54 @@ class _TableRows(Form):
         return np.searchsorted(self._rows, ids)
 
 
-def open_session(
-    g: Graph, scratch: Path, threads: int = 0
-) -> tuple[ort.InferenceSession, dict[str, FloatArray]]:
-    """A session for ``g`` with its weights as inputs, and those weights."""
-    g.prune()
-    constants: dict[str, FloatArray] = {}
-    for recipe in g.recipes.values():
-        for spec, array in zip(recipe.specs, recipe.compute(), strict=True):
-            constants[spec.name] = _spilled(np.ascontiguousarray(array), scratch)
-            g.inputs.append(helper.make_tensor_value_info(spec.name, spec.elem_type, spec.shape))
-    for output in g.outputs:
-        output.type.tensor_type.ClearField("shape")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
-    model = to_model(g, [], "calibration", {})
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session, constants
+def behind_states(family: Family, weights: Weights) -> tuple[Graph, dict[str, str]]:
+    """A float32 graph whose input ``HIDDEN`` is token states, and the context for its layers."""
+    g = Graph(weights=weights, form=Form())
+    family.declare_inputs(g)
+    g.input(HIDDEN, TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
+    return g, family.context(g)
+
+
+class WeightSession:
+    """A graph whose weights are inputs, so that ONNX Runtime keeps no packed copies.
+
+    Attributes:
+        weights: by the name of their input; large ones are mapped from files in ``scratch``.
+
+    Args:
+        g: the graph, which this completes.
+        scratch: folder for large weights.
+    """
+
+    def __init__(self, g: Graph, scratch: Path) -> None:
+        g.prune()
+        self.weights: dict[str, FloatArray] = {}
+        for recipe in g.recipes.values():
+            for spec, array in zip(recipe.specs, recipe.compute(), strict=True):
+                self.weights[spec.name] = _spilled(np.ascontiguousarray(array), scratch)
+                info = helper.make_tensor_value_info(spec.name, spec.elem_type, spec.shape)
+                g.inputs.append(info)
+        for output in g.outputs:
+            output.type.tensor_type.ClearField("shape")
+        options = ort.SessionOptions()
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 3
+        model = to_model(g, [], "calibration", {})
+        self._session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._inputs = {i.name for i in self._session.get_inputs()}
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[FloatArray]:
+        """The outputs for some inputs, of which the graph takes those it has, and its weights.
+
+        Args:
+            feeds: by name; a weight among them replaces the session's own.
+        """
+        given = {**self.weights, **feeds}
+        accepted = {name: value for name, value in given.items() if name in self._inputs}
+        outputs: list[FloatArray] = self._session.run(None, accepted)
+        return outputs
 
 
 def _spilled(array: FloatArray, scratch: Path) -> FloatArray:

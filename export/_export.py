@@ -50,14 +50,7 @@ def _export_alone(request: Request, progress: Progress) -> None:
         check_same_source(request.out, model, dims, old)
         dims = dims or old.model.matryoshka_dims
     todo = _missing(request, list(model.adapters), old)
-    job = Job(
-        request=request,
-        model=model,
-        matryoshka_dims=dims,
-        todo=todo,
-        old=old,
-        progress=progress,
-    )
+    job = Job(request=request, model=model, old=old, progress=progress)
     place: AbstractContextManager[Path]
     place = (
         new_bundle(request.out, overwrite=request.overwrite)

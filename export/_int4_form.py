@@ -131,16 +131,14 @@ class Int4Form(Form):
     def restored(self, g: Graph, tap: Tap, lin: Lin) -> NDArray[np.float32]:
         """The transposed weight ``[in, out]`` that rounding to nearest leaves, outlier channels exact."""
         weight = read_linear(g, lin)
-        channels = self._outliers.get(tap.label)
-        exact = None if channels is None else weight[:, channels]
-        if channels is not None:
-            weight[:, channels] = 0
+        channels: Sequence[int] | NDArray[np.int64] = self._outliers.get(tap.label, [])
+        loud = weight[:, channels]
+        weight[:, channels] = 0
         parts = _int4.split_blocks(weight, self.block_size)
         scales, zeros = _int4.block_grid(parts)
         values = _int4.dequantize(_int4.quantize(parts, scales, zeros), scales, zeros)
         result = values.reshape(len(weight), -1)[:, : weight.shape[1]]
-        if channels is not None:
-            result[:, channels] = exact
+        result[:, channels] = loud
         return np.ascontiguousarray(result.T)
 
     def weight_recipe(self, g: Graph, tap: Tap, lin: Lin) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ class Job:
     Attributes:
         request: what was asked for.
         model: what was read.
-        matryoshka_dims: dimensions to truncate to, or ``None``.
-        todo: tasks to write, by precision.
         old: manifest of the bundle that is added to, or ``None``.
         progress: takes steps and notes.
         plans: constants of int8 inputs, filled by the first precision that needs them.
@@ -32,8 +30,6 @@ class Job:
 
     request: Request
     model: Model
-    matryoshka_dims: tuple[int, ...] | None
-    todo: Mapping[str, Sequence[str]]
     old: Manifest | None
     progress: Progress
     plans: dict[str, InputPlan] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from embedge.export._mixed_form import unmatched
 from embedge.export._parallel import in_order
 from embedge.export._precision import gptq_form_of, int8_plans, store_gptq
 from embedge.export._request import INT4, UNPACKED_PRECISION, WIDE_MODEL
-from embedge.export._sensitivity import candidates, within_budget
+from embedge.export._sensitivity import candidates, check_budget, within_budget
 from embedge.export._store import TensorStore
 from embedge.export._unpacked_form import unpack_list
 from embedge.runtime._errors import EmbedgeValueError
@@ -162,17 +162,19 @@ def _calibrated(
     precision, form = next(iter(forms.items()))
     base, family = model.weights(model.base, form), model.family.text_only()
     keep, chosen = dict(request.keep), []
+    budget = request.budget if precision == "int4" else None
+    if budget is not None:
+        check_budget(total, budget)
+        if not batches:
+            raise EmbedgeValueError(
+                f"budget {budget:,} bytes: it chooses layers by calibration texts, and none of those "
+                "given has a token; give others (--calibration)"
+            )
     if precision in ("int8", "int4") and not job.plans:  # the same for both
         # ranges of channels need fewer tokens than GPTQ, and a wide model's cost minutes
         seen = batches[::2] if family.hidden_size >= WIDE_MODEL else batches
         job.plans.update(int8_plans(family, base, seen, scratch, note))
-    if precision == "int4" and request.budget is not None:
-        if not batches:
-            raise EmbedgeValueError(
-                f"budget {request.budget:,} bytes: it chooses layers by calibration texts, and none of "
-                "those given has a token; give others (--calibration)"
-            )
-        within_budget([], total, request.budget)  # refuses before minutes of measuring
+    if budget is not None:
         int4 = job.form("int4", keep={}, calibrated=True)
         assert isinstance(int4, Int4Form)
         found = candidates(
@@ -184,7 +186,7 @@ def _calibrated(
             scratch=scratch,
             report=note,
         )
-        chosen = within_budget(found, total, request.budget)
+        chosen = within_budget(found, total, budget)
         keep |= {glob.escape(label): "int8" for label in chosen}
     made = {name: job.form(name, keep=keep, calibrated=bool(batches)) for name in forms}
     return made, sorted(chosen)

@@ -92,19 +92,18 @@ class RotatedWeights:
         if name in self._ones:
             ones = np.ones(self.shape(name), np.float32)
             return ones if rows is None else ones[rows]
-        changes = self._changes.get(name, [])
-        if name in self._mixes_rows:
-            value = self._weights.read(name)
-            for change in changes:
-                value = change(value)
-            return value if rows is None else value[rows]
-        value = self._weights.read(name, rows)
-        for start in range(0, len(value), _ROWS):  # a table may be large
-            part = value[start : start + _ROWS]
+        whole = name in self._mixes_rows
+        value = self._weights.read(name, None if whole else rows)
+        changes = self._changes.get(name)
+        if changes is None:
+            return value
+        step = len(value) if whole else _ROWS  # a table may be large
+        for start in range(0, len(value), step):
+            part = value[start : start + step]
             for change in changes:
                 part = change(part)
-            value[start : start + _ROWS] = part
-        return value
+            value[start : start + step] = part
+        return value if rows is None or not whole else value[rows]
 
     def rotation(self, norm: str) -> Rotation:
         """By what the states behind a norm are rotated."""

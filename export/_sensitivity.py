@@ -15,13 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from embedge.export._assemble import embedding
-from embedge.export._calibration import Layer, TokenBatch, first_states, open_session
+from embedge.export._calibration import (
+    HIDDEN,
+    Layer,
+    TokenBatch,
+    WeightSession,
+    behind_states,
+    first_states,
+)
 from embedge.export._forms import Form
 from embedge.export._graph import Graph, Weights
 from embedge.export._int4_form import Int4Form
@@ -84,7 +91,7 @@ def candidates(
     extra: list[int] = []
     for index in range(family.num_layers):
         report(f"measuring sensitivity, layer {index + 1} of {family.num_layers}")
-        layer = Layer(family, base, index, norm, scratch=scratch)
+        layer = Layer(family, base, index, norm, scratch)
         norm = layer.norm
         for batch, states in zip(sample, moved, strict=True):
             _run_together(layer, batch, states)
@@ -118,6 +125,19 @@ def candidates(
     return found
 
 
+def check_budget(smallest: int, budget: int) -> None:
+    """Refuse a budget that 4 bits everywhere break already.
+
+    Raises:
+        EmbedgeValueError: naming both sizes.
+    """
+    if budget < smallest:
+        raise EmbedgeValueError(
+            f"budget {budget:,} bytes: a task at int4 takes {smallest:,}; give at least that, or a larger "
+            "int4_block_size"
+        )
+
+
 def within_budget(found: Sequence[Candidate], smallest: int, budget: int) -> list[str]:
     """Labels of the Linears that get 8 bits: the largest gains per byte that fit.
 
@@ -129,11 +149,7 @@ def within_budget(found: Sequence[Candidate], smallest: int, budget: int) -> lis
     Raises:
         EmbedgeValueError: the budget is below ``smallest``.
     """
-    if budget < smallest:
-        raise EmbedgeValueError(
-            f"budget {budget:,} bytes: a task at int4 takes {smallest:,}; give at least that, or a larger "
-            "int4_block_size"
-        )
+    check_budget(smallest, budget)
     chosen: list[str] = []
     left = budget - smallest
     for candidate in sorted(found, key=lambda c: (-c.gain / max(1, c.extra_bytes), c.labels)):
@@ -181,22 +197,17 @@ def _head(
 ) -> Callable[[Sequence[FloatArray]], FloatArray]:
     """From states behind the last layer, by batch, to vectors of length 1, float32 ``[texts, dim]``."""
     family = model.family.text_only()
-    g = Graph(weights=weights, form=Form())
-    family.declare_inputs(g)
-    g.input("hidden", TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
-    context = family.context(g)
-    last = family.final(g, context, "hidden")
+    g, context = behind_states(family, weights)
+    last = family.final(g, context, HIDDEN)
     dense = model.settings.dense
     embedding(g, family, context, last, pooling=model.pooling, dense=dense, normalize=True)
-    session, constants = open_session(g, scratch)
-    accepted = {i.name for i in session.get_inputs()}
+    session = WeightSession(g, scratch)
 
     def vectors(states: Sequence[FloatArray]) -> FloatArray:
         results = []
         for batch, hidden in zip(sample, states, strict=True):
-            feeds = {**batch.feeds(family.inputs), **constants, "hidden": hidden}
-            feeds = {name: value for name, value in feeds.items() if name in accepted}
-            results.append(session.run(["embedding"], feeds)[0])
+            feeds: dict[str, NDArray[Any]] = {**batch.feeds(family.inputs), HIDDEN: hidden}
+            results.append(session.run(feeds)[0])
         return np.concatenate(results)
 
     return vectors
