@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
 from embedge.runtime._manifest import VISION, Manifest
-from embedge.runtime._onnx_file import ExternalData, read_external_data
+from embedge.runtime._onnx_file import ExternalData, read_external_data, read_product_weights
+from embedge.runtime._products import in_panels
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import UNPACKED, Initializers, PackedWeight, read_packed, unpack
 
@@ -175,22 +179,43 @@ class Bundle:
             files |= {listed, *(listed.parent / place.location for place in places)}
         return files
 
-    def unpacked(self, precision: str, name: str, *, threads: int) -> Initializers:
+    def unpacking(
+        self, precision: str, name: str, *, threads: int
+    ) -> Callable[[bool], Initializers] | None:
+        """:meth:`unpacked` by ``panels``, for a graph whose file does not hold all initializers."""
+        if name not in self.manifest.precisions[precision].unpack:
+            return None
+        return lambda panels: self.unpacked(precision, name, threads=threads, panels=panels)
+
+    def unpacked(
+        self, precision: str, name: str, *, threads: int, panels: bool = False
+    ) -> Initializers:
         """The initializers that a graph's file does not hold, made from 4-bit weights; often none.
 
         Args:
             precision: the graph's.
             name: of a task, or ``VISION``.
             threads: cores to use.
+            panels: as a session whose weights lie in panels takes them
+                (:func:`embedge.runtime._products.in_panels`), with the 8-bit weights that are stored.
 
         Raises:
             BundleError: if the weights cannot be read.
         """
+        made: Initializers = {}
         packed = self._packed(precision, name)
-        if packed is None:
-            return {}
-        listed, weights = packed
-        return unpack(weights, lambda data: self._external_file(listed, data)[0], threads=threads)
+        if packed is not None:
+            listed, weights = packed
+            made = unpack(weights, lambda d: self._external_file(listed, d)[0], threads=threads)
+        if not panels:
+            return made
+        graph = self.graph(precision, name)
+        for weight, stored in read_product_weights(graph).items():
+            if weight not in made:
+                file, _ = self._external_file(graph, stored.data)
+                made[weight] = np.memmap(file, np.int8, "r", stored.data.offset, stored.shape)
+            made[weight] = in_panels(made[weight])
+        return made
 
     def _packed(self, precision: str, name: str) -> tuple[Path, list[PackedWeight]] | None:
         path = self.manifest.precisions[precision].unpack.get(name)

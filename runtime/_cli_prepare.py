@@ -169,6 +169,6 @@ def _seconds_to_open(
         constants=bundle.manifest.precisions[precision].activation_constants,
         inputs=graph_inputs(bundle.manifest, precision, name),
         prepared=prepared.find(precision, name) if prepared else None,
-        unpack=lambda: bundle.unpacked(precision, name, threads=available_cores()),
+        unpack=bundle.unpacking(precision, name, threads=available_cores()),
     )
     return time.perf_counter() - begin

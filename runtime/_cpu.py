@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from embedge.runtime._onnx_model import INT32, UINT8, one_node_model
+
 __all__ = [
     "describe_processor",
     "has_amx",
@@ -105,56 +107,11 @@ def _probe(asked: bool) -> bool:
 
 
 def probe_model() -> bytes:
-    """ONNX model ``y = MatMulInteger(a, w)`` of uint8 ``a [rows, 64]`` and a constant int8 ``w``.
-
-    Written as protobuf by hand: the runtime does not depend on the onnx package.
-    """
-    uint8, int8, int32 = 2, 3, 6  # TensorProto.DataType
-    weight = _message(
-        (1, _varint(_DEPTH)),  # dims
-        (1, _varint(_COLUMNS)),
-        (2, _varint(int8)),  # data_type
-        (8, b"w"),  # name
-        (9, bytes([_RIGHT]) * (_DEPTH * _COLUMNS)),  # raw_data
+    """ONNX model ``y = MatMulInteger(a, w)`` of uint8 ``a [rows, 64]`` and a constant int8 ``w``."""
+    weight = np.full((_DEPTH, _COLUMNS), _RIGHT, np.int8)
+    return one_node_model(
+        b"MatMulInteger",
+        inputs={b"a": (UINT8, _DEPTH)},
+        weights={b"w": weight},
+        output=(INT32, _COLUMNS),
     )
-    node = _message((1, b"a"), (1, b"w"), (2, b"y"), (4, b"MatMulInteger"))
-    graph = _message(
-        (1, node),
-        (2, b"probe"),
-        (5, weight),
-        (11, _value_info(b"a", uint8, _DEPTH)),
-        (12, _value_info(b"y", int32, _COLUMNS)),
-    )
-    opset = _message((1, b""), (2, _varint(13)))
-    return _message((1, _varint(8)), (7, graph), (8, opset))  # ir_version 8
-
-
-def _value_info(name: bytes, elem_type: int, columns: int) -> bytes:
-    """ValueInfoProto of a tensor ``[rows, columns]``."""
-    shape = _message((1, _message((2, b"rows"))), (1, _message((1, _varint(columns)))))
-    tensor_type = _message((1, _varint(elem_type)), (2, shape))
-    return _message((1, name), (2, _message((1, tensor_type))))
-
-
-class _Number(bytes):
-    """An encoded varint, to tell it from the bytes of a string or message."""
-
-
-def _varint(value: int) -> _Number:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return _Number(encoded)
-
-
-def _message(*fields: tuple[int, bytes]) -> bytes:
-    """Protobuf fields in order: a varint, or bytes with their length."""
-    encoded = bytearray()
-    for number, value in fields:
-        if isinstance(value, _Number):
-            encoded += _varint(number << 3) + value
-        else:
-            encoded += _varint(number << 3 | 2) + _varint(len(value)) + value
-    return bytes(encoded)

@@ -163,7 +163,7 @@ class Graphs:
             inputs=graph_inputs(self._bundle.manifest, self._precision, name),
             arena=self._keeps_arena,
             prepared=self._find_prepared(name),
-            unpack=partial(self._bundle.unpacked, self._precision, name, threads=self._threads),
+            unpack=self._bundle.unpacking(self._precision, name, threads=self._threads),
         )
 
     def _find_prepared(self, name: str) -> Path | None:

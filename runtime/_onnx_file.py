@@ -4,22 +4,31 @@ Only the fields needed are looked at, everything else is skipped by its length (
 little-endian base-128 varints)::
 
     ModelProto.graph = 7
+    GraphProto.node = 1                        repeated NodeProto {input = 1, op_type = 4}
     GraphProto.initializer = 5                 repeated TensorProto
+    TensorProto.dims = 1, name = 8
     TensorProto.external_data = 13             repeated StringStringEntryProto {key = 1, value = 2}
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from embedge.runtime._errors import BundleError
 
-__all__ = ["ExternalData", "read_external_data"]
+__all__ = ["ExternalData", "StoredWeight", "read_external_data", "read_product_weights"]
 
-_GRAPH, _INITIALIZER, _EXTERNAL_DATA, _KEY, _VALUE = 7, 5, 13, 1, 2
+Result = TypeVar("Result")
+Span = tuple[int, int]
+
+_GRAPH, _NODE, _INITIALIZER = 7, 1, 5
+_INPUT, _OP_TYPE = 1, 4
+_DIMS, _NAME, _EXTERNAL_DATA, _KEY, _VALUE = 1, 8, 13, 1, 2
+_PRODUCT = b"MatMulIntegerToFloat"
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -36,18 +45,44 @@ class ExternalData:
     length: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """An int8 weight that lies beside its graph.
+
+    Attributes:
+        shape: ``(depth, columns)``.
+        data: where.
+    """
+
+    shape: tuple[int, int]
+    data: ExternalData
+
+
 def read_external_data(file: Path) -> list[ExternalData]:
     """The external data of a graph's initializers, in their order.
 
     Raises:
         BundleError: if the file is missing, or is not an ONNX model.
     """
+    return _read(file, _external_data)
+
+
+def read_product_weights(file: Path) -> dict[str, StoredWeight]:
+    """The stored weights of a graph's ``MatMulIntegerToFloat`` nodes, by name.
+
+    Raises:
+        BundleError: as :func:`read_external_data`.
+    """
+    return _read(file, _product_weights)
+
+
+def _read(file: Path, parse: Callable[[mmap.mmap], Result]) -> Result:
     try:
         with file.open("rb") as stream:
             if stream.seek(0, 2) == 0:
                 raise BundleError(f"{file}: empty; expected an ONNX model; copy the bundle again")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _external_data(data)
+                return parse(data)
     except OSError as error:
         raise BundleError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, IndexError) as error:
@@ -58,53 +93,99 @@ def read_external_data(file: Path) -> list[ExternalData]:
 
 
 def _external_data(data: mmap.mmap) -> list[ExternalData]:
-    found = []
-    graph_seen = False
-    for graph in _fields(data, 0, len(data), _GRAPH):
-        graph_seen = True
+    places = [
+        _place(data, tensor)
+        for graph in _graphs(data)
+        for tensor in _fields(data, *graph, _INITIALIZER)
+    ]
+    return [place for place in places if place is not None]
+
+
+def _product_weights(data: mmap.mmap) -> dict[str, StoredWeight]:
+    found = {}
+    for graph in _graphs(data):
+        names = set()
+        for node in _fields(data, *graph, _NODE):
+            if _bytes(data, node, _OP_TYPE) == _PRODUCT:
+                _, weight, *_ = (data[slice(*span)] for span in _fields(data, *node, _INPUT))
+                names.add(weight)
         for tensor in _fields(data, *graph, _INITIALIZER):
-            entries = {}
-            for entry in _fields(data, *tensor, _EXTERNAL_DATA):
-                key, value = (
-                    b"".join(data[slice(*span)] for span in _fields(data, *entry, number)).decode()
-                    for number in (_KEY, _VALUE)
-                )
-                entries[key] = value
-            if "location" in entries:
-                length = entries.get("length")
-                found.append(
-                    ExternalData(
-                        location=entries["location"],
-                        offset=int(entries.get("offset", 0)),
-                        length=None if length is None else int(length),
-                    )
-                )
-    if not graph_seen:
-        raise ValueError("it holds no graph")
+            name, place = _bytes(data, tensor, _NAME), _place(data, tensor)
+            if name in names and place is not None:
+                depth, columns = _numbers(data, *tensor, _DIMS)
+                found[name.decode()] = StoredWeight(shape=(depth, columns), data=place)
     return found
 
 
-def _fields(data: mmap.mmap, start: int, stop: int, wanted: int) -> Iterator[tuple[int, int]]:
+def _graphs(data: mmap.mmap) -> list[Span]:
+    graphs = list(_fields(data, 0, len(data), _GRAPH))
+    if not graphs:
+        raise ValueError("it holds no graph")
+    return graphs
+
+
+def _place(data: mmap.mmap, tensor: Span) -> ExternalData | None:
+    """Where a tensor's bytes lie; ``None``: in the graph."""
+    entries = {}
+    for entry in _fields(data, *tensor, _EXTERNAL_DATA):
+        entries[_bytes(data, entry, _KEY).decode()] = _bytes(data, entry, _VALUE).decode()
+    if "location" not in entries:
+        return None
+    length = entries.get("length")
+    return ExternalData(
+        location=entries["location"],
+        offset=int(entries.get("offset", 0)),
+        length=None if length is None else int(length),
+    )
+
+
+def _bytes(data: mmap.mmap, message: Span, wanted: int) -> bytes:
+    """A message's field of bytes; empty where it has none."""
+    return b"".join(data[slice(*span)] for span in _fields(data, *message, wanted))
+
+
+def _numbers(data: mmap.mmap, start: int, stop: int, wanted: int) -> list[int]:
+    """A message's repeated field of numbers, packed or not."""
+    numbers: list[int] = []
+    for number, kind, at, end in _all_fields(data, start, stop):
+        if number == wanted and kind == _VARINT:
+            numbers.append(_varint(data, at)[0])
+        elif number == wanted and kind == _BYTES:
+            place = at
+            while place < end:
+                value, place = _varint(data, place)
+                numbers.append(value)
+    return numbers
+
+
+def _fields(data: mmap.mmap, start: int, stop: int, wanted: int) -> Iterator[Span]:
     """``(start, stop)`` of each length-delimited field with a number, in a message's bytes."""
+    for number, kind, at, end in _all_fields(data, start, stop):
+        if number == wanted and kind == _BYTES:
+            yield at, end
+
+
+def _all_fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Number, kind, and ``(start, stop)`` of the value of each field in a message's bytes."""
     at = start
     while at < stop:
         tag, at = _varint(data, at)
         number, kind = tag >> 3, tag & 7
+        length = 0
         if kind == _VARINT:
-            _, at = _varint(data, at)
+            length = _varint(data, at)[1] - at
         elif kind == _FIXED64:
-            at += 8
+            length = 8
         elif kind == _FIXED32:
-            at += 4
+            length = 4
         elif kind == _BYTES:
             length, at = _varint(data, at)
             if at + length > stop:
                 raise ValueError(f"a field at byte {at} is longer than what holds it")
-            if number == wanted:
-                yield at, at + length
-            at += length
         else:
             raise ValueError(f"unknown field type {kind} at byte {at}")
+        yield number, kind, at, at + length
+        at += length
     if at != stop:
         raise ValueError(f"a field ends at byte {at}, what holds it at {stop}")
 

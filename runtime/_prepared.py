@@ -12,7 +12,8 @@ Rules:
     * Each carries the hashes of the files that it was made from. One that does not fit the manifest
       any more, or is cut short, is left out with a warning.
     * Deleting the folder loses nothing but the time.
-    * Each takes the graph's weights twice on disk: as they were and packed.
+    * Each takes the graph's weights twice on disk, as they were and packed; 8-bit ones once where
+      embedge's own kernel multiplies (:mod:`embedge.runtime._products`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
+from embedge.runtime._products import PANELS, own_products, use_own_products
 from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import Initializers
@@ -89,9 +91,11 @@ class PreparedGraphs:
         partial.mkdir(parents=True)
         try:
             self._check_space(precision, name)
-            unpacked = self._bundle.unpacked(precision, name, threads=available_cores())
-            _save_prepacked(self._bundle.graph(precision, name), unpacked, partial)
-            del unpacked
+            integer = bool(self._bundle.manifest.precisions[precision].activation_constants)
+            panels = integer and own_products()
+            given = self._bundle.unpacked(precision, name, threads=available_cores(), panels=panels)
+            _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
+            del given
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
             record = {"source": source, "files": files}
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -140,10 +144,11 @@ class PreparedGraphs:
 
 
 def machine_name() -> str:
-    """A folder name for what packed weights depend on: ONNX Runtime and the processor's instructions."""
+    """A folder name for what packed weights depend on: ONNX Runtime, the processor, and whose kernel it is."""
     import onnxruntime
 
-    digest = hashlib.sha256(_instructions().encode()).hexdigest()[:12]
+    packed_by = f"{_instructions()}\n{PANELS}" if own_products() else _instructions()
+    digest = hashlib.sha256(packed_by.encode()).hexdigest()[:12]
     return f"onnxruntime-{onnxruntime.__version__}-{platform.machine()}-{digest}"
 
 
@@ -159,7 +164,7 @@ def _instructions() -> str:
     return "\n".join(sorted(found))
 
 
-def _save_prepacked(graph: Path, unpacked: Initializers, folder: Path) -> None:
+def _save_prepacked(graph: Path, given: Initializers, folder: Path, *, panels: bool) -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -170,7 +175,9 @@ def _save_prepacked(graph: Path, unpacked: Initializers, folder: Path) -> None:
     options.add_session_config_entry(f"{prefix}_file_name", _DATA)
     options.add_session_config_entry(f"{prefix}_min_size_in_bytes", _INLINE_BYTES)
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    held = give_initializers(options, unpacked)
+    if panels:
+        use_own_products(options, panels=True)
+    held = give_initializers(options, given)
     try:
         onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base

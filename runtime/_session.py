@@ -13,6 +13,7 @@ from embedge.runtime._cpu import keep_products_exact, saturates_u8s8
 from embedge.runtime._device import PROVIDERS
 from embedge.runtime._errors import BundleError, InferenceError
 from embedge.runtime._manifest import ActivationConstant
+from embedge.runtime._products import own_products, use_own_products
 from embedge.runtime._unpack import Initializers
 
 __all__ = ["GraphSession", "give_initializers"]
@@ -28,13 +29,14 @@ class GraphSession:
         file: the graph, its external data beside it.
         device: "cpu" or "cuda".
         threads: threads of one run.
-        constants: activation constants by initializer name, empty where there are none.
+        constants: activation constants by initializer name, empty where no products are of 8 bits.
         inputs: names the graph has to take.
         arena: keep freed activations for the next run; faster, at the size of the largest batch.
         prepared: the same graph as :class:`PreparedGraphs` stored it, opened in its place; for a
             processor whose integer products do not saturate.
         unpack: makes the initializers that the graph's file does not hold, see
-            :mod:`embedge.runtime._unpack`; not called for a prepared graph.
+            :meth:`Bundle.unpacked`; not called for a prepared graph. Given whether the weights have to lie
+            in panels, see :mod:`embedge.runtime._products`.
 
     Raises:
         BundleError: if ONNX Runtime refuses the graph, or it takes other inputs.
@@ -51,7 +53,7 @@ class GraphSession:
         inputs: Sequence[str],
         arena: bool = True,
         prepared: Path | None = None,
-        unpack: Callable[[], Initializers] | None = None,
+        unpack: Callable[[bool], Initializers] | None = None,
     ) -> None:
         import onnxruntime
 
@@ -75,7 +77,10 @@ class GraphSession:
                 value = np.array(constant.reduced, constant.dtype)
                 self._replaced.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
                 options.add_initializer(name, self._replaced[-1])
-        unpacked = unpack() if unpack is not None and prepared is None else {}
+        panels = device == "cpu" and bool(constants) and own_products()
+        unpacked = unpack(panels) if unpack is not None and prepared is None else {}
+        if panels:
+            use_own_products(options, panels=bool(unpacked) or prepared is not None)
         held = give_initializers(options, unpacked)
         providers: list[Any] = [PROVIDERS["cpu"]]
         if device == "cuda":
@@ -88,7 +93,7 @@ class GraphSession:
                 f"{file}: ONNX Runtime {onnxruntime.__version__} cannot open it: "
                 f"{_one_line(error)}; `embedge inspect --verify` checks the bundle's files"
             ) from error
-        del held, unpacked  # ONNX Runtime has packed them
+        del held, unpacked  # what is not read in place has been copied
         found = {value.name for value in self._session.get_inputs()}
         if found != set(inputs):
             raise BundleError(

@@ -1,0 +1,88 @@
+"""ONNX models of one node, for probes; written as protobuf by hand, as the runtime has no onnx package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FLOAT", "INT32", "UINT8", "one_node_model"]
+
+FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6  # TensorProto.DataType
+_ELEM_TYPES = {"float32": FLOAT, "uint8": UINT8, "int8": INT8}
+_IR_VERSION, _OPSET = 8, 13
+
+
+def one_node_model(
+    op_type: bytes,
+    *,
+    inputs: Mapping[bytes, tuple[int, int]],
+    weights: Mapping[bytes, NDArray[Any]],
+    output: tuple[int, int],
+    domain: bytes = b"",
+) -> bytes:
+    """A serialized ModelProto of one node, whose output is ``y``.
+
+    Args:
+        op_type: of the node.
+        inputs: element type and columns of each input of the model, ``[rows, columns]``.
+        weights: float32, uint8 or int8 constants; the node takes them behind the inputs.
+        output: element type and columns of the output.
+        domain: of the operator; at version 1, where it is not ONNX's own.
+    """
+    names = [*inputs, *weights]
+    node = _message(*((1, name) for name in names), (2, b"y"), (4, op_type), (7, domain))
+    graph = _message(
+        (1, node),
+        (2, b"probe"),
+        *((5, _tensor(name, value)) for name, value in weights.items()),
+        *((11, _value_info(name, *of)) for name, of in inputs.items()),
+        (12, _value_info(b"y", *output)),
+    )
+    opsets = [(8, _message((1, b""), (2, _varint(_OPSET))))]
+    if domain:
+        opsets.append((8, _message((1, domain), (2, _varint(1)))))
+    return _message((1, _varint(_IR_VERSION)), (7, graph), *opsets)
+
+
+def _tensor(name: bytes, value: NDArray[Any]) -> bytes:
+    """TensorProto with raw data."""
+    return _message(
+        *((1, _varint(size)) for size in value.shape),
+        (2, _varint(_ELEM_TYPES[value.dtype.name])),
+        (8, name),
+        (9, np.ascontiguousarray(value).tobytes()),
+    )
+
+
+def _value_info(name: bytes, elem_type: int, columns: int) -> bytes:
+    """ValueInfoProto of a tensor ``[rows, columns]``."""
+    shape = _message((1, _message((2, b"rows"))), (1, _message((1, _varint(columns)))))
+    tensor_type = _message((1, _varint(elem_type)), (2, shape))
+    return _message((1, name), (2, _message((1, tensor_type))))
+
+
+class _Number(bytes):
+    """An encoded varint, to tell it from the bytes of a string or message."""
+
+
+def _varint(value: int) -> _Number:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return _Number(encoded)
+
+
+def _message(*fields: tuple[int, bytes]) -> bytes:
+    """Protobuf fields in order: a varint, or bytes with their length."""
+    encoded = bytearray()
+    for number, value in fields:
+        if isinstance(value, _Number):
+            encoded += _varint(number << 3) + value
+        else:
+            encoded += _varint(number << 3 | 2) + _varint(len(value)) + value
+    return bytes(encoded)
