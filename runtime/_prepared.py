@@ -144,7 +144,7 @@ class PreparedGraphs:
 
 
 def machine_name() -> str:
-    """A folder name for what packed weights depend on: ONNX Runtime, the processor, and whose kernel it is."""
+    """A folder name for what packed weights depend on: ONNX Runtime, the processor and the kernel."""
     import onnxruntime
 
     packed_by = f"{_instructions()}\n{PANELS}" if own_products() else _instructions()

@@ -96,8 +96,8 @@ def in_panels(weight: NDArray[np.int8]) -> NDArray[np.int8]:
     if weight.size <= _SMALL_BYTES or depth % _GROUP or columns % _LANES:
         return weight
     lines = weight.reshape(depth // _GROUP, _GROUP, columns // _LANES, _LANES)
-    # Mapped, so that the system has the memory back once ONNX Runtime has taken its copy: of what is freed, the
-    # C library keeps blocks of this size for the next ones.
+    # Mapped, so that the system has the memory back once ONNX Runtime has taken its copy: of what is
+    # freed, the C library keeps blocks of this size for the next ones.
     panels = np.frombuffer(mmap.mmap(-1, weight.size), np.int8)
     panels.reshape(columns // _LANES, depth // _GROUP, _LANES, _GROUP)[:] = lines.transpose(
         2, 0, 3, 1
