@@ -35,7 +35,7 @@ types: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml runtime/native/products.c runtime/native/onnxruntime_abi.h
+$(STAMP): pyproject.toml $(wildcard runtime/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"

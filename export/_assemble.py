@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from embedge.export._forms import Form, digest
+from embedge.export._functions import DOMAIN, VERSION, functions_of, with_functions
 from embedge.export._graph import CONTRIB, IR_VERSION, Graph, TensorSpec, Weights
 from embedge.export._rotated import RotatedWeights
 from embedge.export._sentence_transformers import DenseLayer
@@ -168,12 +169,16 @@ def to_model(
     """Put a pruned graph and its initializers into an ONNX model."""
     constants = sorted(g.constants.values(), key=lambda c: c.name)
     unpacked = [_unpacked(spec) for u in g.unpacked.values() for spec in u.specs]
+    nodes = with_functions(g.nodes)
+    functions = functions_of(nodes, g.form.opset)
     graph = helper.make_graph(
-        g.nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]
+        nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]
     )
+    domains = {"": g.form.opset, CONTRIB: 1, **({DOMAIN: VERSION} if functions else {})}
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", g.form.opset), helper.make_opsetid(CONTRIB, 1)],
+        functions=functions,
+        opset_imports=[helper.make_opsetid(*domain) for domain in domains.items()],
         ir_version=IR_VERSION,
         producer_name="embedge",
     )

@@ -284,7 +284,8 @@ class Int8Form(Form):
         scale = g.op("Mul", peak, step)
         shared = f"{zero_point}.{tap.rows}"
         if shared not in g.shared:
-            g.shared[shared] = g.op("Expand", zero_point, g.op("Shape", scale))
+            rows = g.op("Concat", g.op("Shape", x, end=-1), g.const([1], "int64"), axis=0)
+            g.shared[shared] = g.op("Expand", zero_point, rows)
         width = in_features(g, tap.lins[0])
         values = g.op("QuantizeLinear", x, scale, g.shared[shared], axis=-1, block_size=width)
         return values, scale, zero_point

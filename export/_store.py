@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._graph import Recipe, TensorSpec
+from embedge.runtime._onnx_file import INLINE_BYTES
 
 ALIGNMENT = 4096
-INLINE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
+from embedge.runtime._kernels import in_panels
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._onnx_file import ExternalData, read_external_data, read_product_weights
-from embedge.runtime._products import in_panels
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import UNPACKED, Initializers, PackedWeight, read_packed, unpack
 
@@ -197,7 +197,7 @@ class Bundle:
             name: of a task, or ``VISION``.
             threads: cores to use.
             panels: as a session whose weights lie in panels takes them
-                (:func:`embedge.runtime._products.in_panels`), with the 8-bit weights that are stored.
+                (:func:`embedge.runtime._kernels.in_panels`), with the 8-bit weights that are stored.
 
         Raises:
             BundleError: if the weights cannot be read.
@@ -212,7 +212,12 @@ class Bundle:
         graph = self.graph(precision, name)
         for weight, stored in read_product_weights(graph).items():
             if weight not in made:
-                file, _ = self._external_file(graph, stored.data)
+                file, length = self._external_file(graph, stored.data)
+                if length < stored.shape[0] * stored.shape[1]:
+                    raise BundleError(
+                        f"{file}: {graph.name} reads {weight} of shape {list(stored.shape)} from {length} "
+                        f"bytes; {_AGAIN}"
+                    )
                 made[weight] = np.memmap(file, np.int8, "r", stored.data.offset, stored.shape)
             made[weight] = in_panels(made[weight])
         return made

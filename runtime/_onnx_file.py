@@ -20,7 +20,13 @@ from typing import TypeVar
 
 from embedge.runtime._errors import BundleError
 
-__all__ = ["ExternalData", "StoredWeight", "read_external_data", "read_product_weights"]
+__all__ = [
+    "INLINE_BYTES",
+    "ExternalData",
+    "StoredWeight",
+    "read_external_data",
+    "read_product_weights",
+]
 
 Result = TypeVar("Result")
 Span = tuple[int, int]
@@ -28,7 +34,8 @@ Span = tuple[int, int]
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5
 _INPUT, _OP_TYPE = 1, 4
 _DIMS, _NAME, _EXTERNAL_DATA, _KEY, _VALUE = 1, 8, 13, 1, 2
-_PRODUCT = b"MatMulIntegerToFloat"
+_PRODUCTS = {b"MatMulIntegerToFloat" + what for what in (b"", b"Add", b"Sub")}
+INLINE_BYTES = 4096  # tensors of up to as many bytes lie in the graph itself
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -68,7 +75,7 @@ def read_external_data(file: Path) -> list[ExternalData]:
 
 
 def read_product_weights(file: Path) -> dict[str, StoredWeight]:
-    """The stored weights of a graph's ``MatMulIntegerToFloat`` nodes, by name.
+    """The weights of a graph's 8-bit products that lie beside it, by name.
 
     Raises:
         BundleError: as :func:`read_external_data`.
@@ -106,13 +113,24 @@ def _product_weights(data: mmap.mmap) -> dict[str, StoredWeight]:
     for graph in _graphs(data):
         names = set()
         for node in _fields(data, *graph, _NODE):
-            if _bytes(data, node, _OP_TYPE) == _PRODUCT:
+            if _bytes(data, node, _OP_TYPE) in _PRODUCTS:
                 _, weight, *_ = (data[slice(*span)] for span in _fields(data, *node, _INPUT))
                 names.add(weight)
         for tensor in _fields(data, *graph, _INITIALIZER):
             name, place = _bytes(data, tensor, _NAME), _place(data, tensor)
-            if name in names and place is not None:
-                depth, columns = _numbers(data, *tensor, _DIMS)
+            if name not in names:
+                continue
+            depth, columns = _numbers(data, *tensor, _DIMS)
+            if place is None:
+                if depth * columns > INLINE_BYTES:
+                    raise ValueError(
+                        f"weight {name.decode()} of {depth * columns} bytes lies in it; expected it beside"
+                    )
+            elif place.length not in (None, depth * columns) or min(depth, columns) < 1:
+                raise ValueError(
+                    f"weight {name.decode()}: expected {place.length} bytes, found shape [{depth}, {columns}]"
+                )
+            else:
                 found[name.decode()] = StoredWeight(shape=(depth, columns), data=place)
     return found
 

@@ -22,8 +22,9 @@ def one_node_model(
     weights: Mapping[bytes, NDArray[Any]],
     output: tuple[int, int],
     domain: bytes = b"",
+    outputs: int = 1,
 ) -> bytes:
-    """A serialized ModelProto of one node, whose output is ``y``.
+    """A serialized ModelProto of one node, whose first output is the model's, ``y``.
 
     Args:
         op_type: of the node.
@@ -31,9 +32,11 @@ def one_node_model(
         weights: float32, uint8 or int8 constants; the node takes them behind the inputs.
         output: element type and columns of the output.
         domain: of the operator; at version 1, where it is not ONNX's own.
+        outputs: how many the node has.
     """
-    names = [*inputs, *weights]
-    node = _message(*((1, name) for name in names), (2, b"y"), (4, op_type), (7, domain))
+    made = [b"y", *(b"y%d" % number for number in range(1, outputs))]
+    names = [*((1, name) for name in (*inputs, *weights)), *((2, name) for name in made)]
+    node = _message(*names, (4, op_type), (7, domain))
     graph = _message(
         (1, node),
         (2, b"probe"),

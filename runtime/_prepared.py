@@ -13,7 +13,7 @@ Rules:
       any more, or is cut short, is left out with a warning.
     * Deleting the folder loses nothing but the time.
     * Each takes the graph's weights twice on disk, as they were and packed; 8-bit ones once where
-      embedge's own kernel multiplies (:mod:`embedge.runtime._products`).
+      embedge's own kernel multiplies (:mod:`embedge.runtime._kernels`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
-from embedge.runtime._products import PANELS, own_products, use_own_products
+from embedge.runtime._kernels import PANELS, own_kernels, use_own_kernels
 from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import Initializers
@@ -92,7 +92,7 @@ class PreparedGraphs:
         try:
             self._check_space(precision, name)
             integer = bool(self._bundle.manifest.precisions[precision].activation_constants)
-            panels = integer and own_products()
+            panels = integer and own_kernels()
             given = self._bundle.unpacked(precision, name, threads=available_cores(), panels=panels)
             _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
             del given
@@ -147,7 +147,7 @@ def machine_name() -> str:
     """A folder name for what packed weights depend on: ONNX Runtime, the processor and the kernel."""
     import onnxruntime
 
-    packed_by = f"{_instructions()}\n{PANELS}" if own_products() else _instructions()
+    packed_by = f"{_instructions()}\n{PANELS}" if own_kernels() else _instructions()
     digest = hashlib.sha256(packed_by.encode()).hexdigest()[:12]
     return f"onnxruntime-{onnxruntime.__version__}-{platform.machine()}-{digest}"
 
@@ -176,7 +176,7 @@ def _save_prepacked(graph: Path, given: Initializers, folder: Path, *, panels: b
     options.add_session_config_entry(f"{prefix}_min_size_in_bytes", _INLINE_BYTES)
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     if panels:
-        use_own_products(options, panels=True)
+        use_own_kernels(options, panels=True)
     held = give_initializers(options, given)
     try:
         onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

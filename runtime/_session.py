@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from embedge.runtime._cpu import keep_products_exact, saturates_u8s8
 from embedge.runtime._device import PROVIDERS
 from embedge.runtime._errors import BundleError, InferenceError
+from embedge.runtime._kernels import own_kernels, use_own_kernels
 from embedge.runtime._manifest import ActivationConstant
-from embedge.runtime._products import own_products, use_own_products
 from embedge.runtime._unpack import Initializers
 
 __all__ = ["GraphSession", "give_initializers"]
@@ -36,7 +36,7 @@ class GraphSession:
             processor whose integer products do not saturate.
         unpack: makes the initializers that the graph's file does not hold, see
             :meth:`Bundle.unpacked`; not called for a prepared graph. Given whether the weights have to lie
-            in panels, see :mod:`embedge.runtime._products`.
+            in panels, see :mod:`embedge.runtime._kernels`.
 
     Raises:
         BundleError: if ONNX Runtime refuses the graph, or it takes other inputs.
@@ -77,10 +77,10 @@ class GraphSession:
                 value = np.array(constant.reduced, constant.dtype)
                 self._replaced.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
                 options.add_initializer(name, self._replaced[-1])
-        panels = device == "cpu" and bool(constants) and own_products()
+        panels = device == "cpu" and bool(constants) and own_kernels()
         unpacked = unpack(panels) if unpack is not None and prepared is None else {}
         if panels:
-            use_own_products(options, panels=bool(unpacked) or prepared is not None)
+            use_own_kernels(options, panels=bool(unpacked) or prepared is not None)
         held = give_initializers(options, unpacked)
         providers: list[Any] = [PROVIDERS["cpu"]]
         if device == "cuda":

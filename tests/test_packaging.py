@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -18,15 +20,36 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def wheel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A built wheel, unpacked away from the sources."""
-    place = tmp_path_factory.mktemp("wheel")
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+def build_wheel(source: Path, place: Path, **environment: str) -> Path:
+    """Build a wheel in an empty folder, and unpack it there."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*command, str(place), str(ROOT)], check=True, cwd=place)
+    subprocess.run(
+        [*command, str(place), str(source)],
+        check=True,
+        cwd=place,
+        env={**os.environ, **environment},
+    )
     [wheel] = place.glob("embedge-*.whl")
     unpacked = place / "unpacked"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
     return unpacked
+
+
+@pytest.fixture(scope="module")
+def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution, unpacked."""
+    place = tmp_path_factory.mktemp("source")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir"]
+    subprocess.run([*command, str(place), str(ROOT)], check=True, capture_output=True)
+    [packed] = place.glob("embedge-*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(place, filter="data")
+    return place / packed.name.removesuffix(".tar.gz")
 
 
 def run_with_wheel(wheel_folder: Path, code: str) -> str:
@@ -67,6 +90,43 @@ def test_the_wheel_carries_types_data_and_licence(wheel_folder: Path) -> None:
     assert "embedge/quant/data/calibration.jsonl" in names
     assert "embedge/__init__.py" not in names  # a namespace package
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_source_distribution_has_all_there_is_to_compile(source_folder: Path) -> None:
+    native = ROOT / "runtime/native"
+    assert (native / "products.c").is_file()
+    for file in native.iterdir():
+        assert (source_folder / "runtime/native" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_it_installs_and_imports(
+    compiler: str, source_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(source_folder, tmp_path / "source")
+    (tmp_path / "wheel").mkdir()
+    folder = build_wheel(source, tmp_path / "wheel", CC=compiler)
+    assert not list(folder.rglob("*.so"))
+    code = """
+import embedge.runtime
+from embedge.runtime._kernels import own_kernels
+print(embedge.runtime.__file__, own_kernels())
+"""
+    assert run_with_wheel(folder, code).split() == [
+        str(folder / "embedge/runtime/__init__.py"),
+        "False",
+    ]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.uname().machine != "x86_64" or shutil.which("cc") is None,
+    reason="needs an x86-64 Linux with a C compiler",
+)
+def test_the_wheel_carries_the_kernel(wheel_folder: Path) -> None:
+    [kernel] = (wheel_folder / "embedge/runtime").glob("*.so")
+    assert kernel.name == "_native.abi3.so"
+    code = "from embedge.runtime._kernels import kernel_library; print(kernel_library())"
+    assert run_with_wheel(wheel_folder, code).strip() in (str(kernel), "None")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 /* 8-bit products of ONNX Runtime sessions on x86-64 processors with AVX512-VNNI.
 
-   A custom-operator library with one kernel, which takes the place of ONNX Runtime's own for
-   com.microsoft.MatMulIntegerToFloat in the sessions that it is registered in: the same operator, and
-   the same result to the bit,
+   The kernel takes the place of ONNX Runtime's own for com.microsoft.MatMulIntegerToFloat in the sessions
+   that it is registered in: the same operator, and the same result to the bit,
 
-       y[m, n] = float(sum over k of (a[m, k] - a_zero_point) * b[k, n]) * b_scale[n] * a_scale[m].
+       y[m, n] = float(sum over k of (a[m, k] - a_zero_point) * b[k, n]) * b_scale[n] * a_scale[m],
 
-   What differs is the order of the work:
+   and it runs the functions MatMulIntegerToFloatAdd and ...Sub of embedge's graphs, which add or subtract a
+   tensor of y's shape, or one value for each column.
+
+   What differs from ONNX Runtime's kernel is the order of the work:
 
    * Weights are read once, in the order they lie in memory. All rows of the left side pass over a slab of
      48 columns while the cache holds it, and each pass fetches a part of the next slab. ONNX Runtime's
@@ -20,23 +22,16 @@
    bytes that fill their panels are stored like that already, under their shape [depth, columns]; else the
    kernel makes a copy when the session opens. */
 
-#if !defined(__x86_64__) || !defined(__linux__)
-#error "this kernel is written for Linux on x86-64; elsewhere ONNX Runtime's own is used"
-#endif
-
-#include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "onnxruntime_abi.h"
+#include "kernels.h"
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#define EXPORT __attribute__((visibility("default")))
+enum { ROWS = 8, PANELS = 3 }; /* of a tile */
 
-enum { ROWS = 8, PANELS = 3, LANES = 16, LINE = 64 }; /* of a tile, of a panel, bytes of a line */
-enum { A, B, A_SCALE, B_SCALE, A_ZERO_POINT, INPUTS };
+enum { A, B, A_SCALE, B_SCALE }; /* inputs; then what is added, where it is, and the zero point */
 
 /* Weights up to it, in bytes, lie in the graph and are never stored in panels. */
 #define SMALL_WEIGHT 4096
@@ -48,6 +43,7 @@ enum { A, B, A_SCALE, B_SCALE, A_ZERO_POINT, INPUTS };
 
 typedef struct {
   const OrtApi *api;
+  int with_added, subtracts;
   int64_t depth, columns; /* of the weight */
   int64_t lines;          /* of a panel: depth / 4, rounded up */
   const int8_t *panels;
@@ -58,11 +54,11 @@ typedef struct {
 typedef struct {
   const Kernel *kernel;
   const uint8_t *a;
-  const float *a_scale, *b_scale;
+  const float *a_scale, *b_scale, *added; /* added: null for none */
   float *y;
-  int64_t rows, a_scale_step, row_blocks, slabs, slabs_per_task;
+  int64_t rows, a_scale_step, added_step, row_blocks, slabs, slabs_per_task;
   int32_t zero_point;
-  int one_b_scale;
+  int one_a_scale, one_b_scale; /* for all rows: multiplied with the columns' first, as ONNX Runtime does */
 } Product;
 
 /* ---- Tiles ---- */
@@ -73,12 +69,12 @@ typedef struct {
   const int8_t *next;
   int64_t next_step; /* bytes to fetch ahead a step: a line, or 0 */
   const int32_t *sums;
-  const float *a_scale, *b_scale;
+  const float *a_scale, *b_scale, *added;
   float *y;
 } Tile;
 
 /* y[rows, columns] of a tile; `last` are the columns of the last panel that exist. */
-static inline __attribute__((always_inline)) VNNI void run_tile(const Product *p, const Tile *t, const int rows,
+static inline __attribute__((always_inline)) AVX512 void run_tile(const Product *p, const Tile *t, const int rows,
                                                                const int panels, __mmask16 last) {
   const int64_t depth = p->kernel->depth, lines = p->kernel->lines, whole = depth / 4;
   const size_t tail = (size_t)(depth % 4);
@@ -123,10 +119,15 @@ static inline __attribute__((always_inline)) VNNI void run_tile(const Product *p
     const __m512i shift = _mm512_mullo_epi32(zero_point, _mm512_loadu_si512(t->sums + j * LANES));
     const __m512 scale = p->one_b_scale ? _mm512_set1_ps(*t->b_scale)
                                         : _mm512_maskz_loadu_ps(mask, t->b_scale + j * LANES);
+    const __m512 scales = p->one_a_scale ? _mm512_mul_ps(_mm512_set1_ps(*p->a_scale), scale) : scale;
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
-      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[i][j], shift)), scale);
-      y = _mm512_mul_ps(y, _mm512_set1_ps(t->a_scale[i * p->a_scale_step]));
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[i][j], shift)), scales);
+      if (!p->one_a_scale) y = _mm512_mul_ps(y, _mm512_set1_ps(t->a_scale[i * p->a_scale_step]));
+      if (t->added != NULL) {
+        const __m512 added = _mm512_maskz_loadu_ps(mask, t->added + i * p->added_step + j * LANES);
+        y = p->kernel->subtracts ? _mm512_sub_ps(y, added) : _mm512_add_ps(y, added);
+      }
       _mm512_mask_storeu_ps(t->y + i * p->kernel->columns + j * LANES, mask, y);
     }
   }
@@ -134,7 +135,7 @@ static inline __attribute__((always_inline)) VNNI void run_tile(const Product *p
 
 typedef void (*RunTile)(const Product *, const Tile *, __mmask16);
 #define TILE(rows, panels) \
-  static VNNI void tile_##rows##_##panels(const Product *p, const Tile *t, __mmask16 last) { \
+  static AVX512 void tile_##rows##_##panels(const Product *p, const Tile *t, __mmask16 last) { \
     run_tile(p, t, rows, panels, last); \
   }
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2) TILE(rows, 3)
@@ -165,6 +166,7 @@ static void run_slab(const Product *p, int64_t slab, int64_t from, int64_t to) {
         .sums = kernel->sums + first,
         .a_scale = p->a_scale + row * p->a_scale_step,
         .b_scale = p->one_b_scale ? p->b_scale : p->b_scale + first,
+        .added = p->added == NULL ? NULL : p->added + row * p->added_step + first,
         .y = p->y + row * kernel->columns + first,
     };
     RUN_TILE[rows - 1][panels - 1](p, &tile, last);
@@ -183,7 +185,7 @@ static void run_task(void *data, size_t index) {
 /* ---- Weights ---- */
 
 /* Adds to sums[16] the four values of each column of a line. */
-static VNNI void add_line(int32_t *sums, const int8_t *line) {
+static AVX512 void add_line(int32_t *sums, const int8_t *line) {
   const __m512i sum = _mm512_dpbusd_epi32(_mm512_loadu_si512(sums), _mm512_set1_epi8(1), _mm512_loadu_si512(line));
   _mm512_storeu_si512(sums, sum);
 }
@@ -240,19 +242,7 @@ static void drop_pages(const int8_t *bytes, size_t size) {
 
 /* ---- The operator ---- */
 
-static OrtStatus *shape_of(const OrtApi *api, const OrtValue *value, int64_t *dims, size_t most, size_t *count) {
-  OrtTensorTypeAndShapeInfo *info = NULL;
-  OrtStatus *status = api->GetTensorTypeAndShape(value, &info);
-  if (status != NULL) return status;
-  status = api->GetDimensionsCount(info, count);
-  if (status == NULL && *count > most)
-    status = api->CreateStatus(ORT_NOT_IMPLEMENTED, "embedge products: a tensor has more than 8 dimensions");
-  if (status == NULL) status = api->GetDimensions(info, dims, *count);
-  api->ReleaseTensorTypeAndShapeInfo(info);
-  return status;
-}
-
-static void destroy(void *data) {
+void destroy_product(void *data) {
   Kernel *kernel = data;
   if (kernel == NULL) return;
   free(kernel->owned);
@@ -262,178 +252,95 @@ static void destroy(void *data) {
 
 static void *allocate(size_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
 
-static OrtStatus *create(const OrtApi *api, const OrtKernelInfo *info, int in_panels, void **out) {
-  const OrtValue *weight = NULL;
+OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+  const Operator *known = (const Operator *)op;
+  const OrtValue *value = NULL;
   int constant = 0;
-  int64_t dims[8];
-  size_t count = 0;
-  void *bytes = NULL;
-  OrtStatus *status = api->KernelInfoGetConstantInput_tensor(info, B, &constant, &weight);
+  Tensor b = {0};
+  OrtStatus *status = api->KernelInfoGetConstantInput_tensor(info, B, &constant, &value);
   if (status != NULL) return status;
-  if (!constant) return api->CreateStatus(ORT_NOT_IMPLEMENTED, "embedge products: the weight is not constant");
-  if ((status = shape_of(api, weight, dims, 8, &count)) != NULL) return status;
-  if (count != 2 || dims[0] < 1 || dims[1] < 1)
-    return api->CreateStatus(ORT_NOT_IMPLEMENTED, "embedge products: the weight has not two dimensions");
-  if ((status = api->GetTensorMutableData((OrtValue *)weight, &bytes)) != NULL) return status;
+  if (!constant) return invalid(api, "embedge products: the weight is not constant");
+  if ((status = read_value(api, value, &b)) != NULL) return status;
+  if (b.rank != 2 || b.elements < 1) return invalid(api, "embedge products: the weight has not two dimensions");
 
   Kernel *kernel = calloc(1, sizeof *kernel);
   if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge products: out of memory");
   kernel->api = api;
-  kernel->depth = dims[0];
-  kernel->columns = dims[1];
-  kernel->lines = (dims[0] + 3) / 4;
-  const int64_t panels = (dims[1] + LANES - 1) / LANES;
+  kernel->with_added = known->inputs == 6;
+  kernel->subtracts = known->subtracts;
+  kernel->depth = b.dims[0];
+  kernel->columns = b.dims[1];
+  kernel->lines = (b.dims[0] + 3) / 4;
+  const int64_t panels = (b.dims[1] + LANES - 1) / LANES;
   const size_t size = (size_t)(panels * kernel->lines * LINE), sums = (size_t)(panels * LANES) * sizeof(int32_t);
-  const int stored = in_panels && dims[0] * dims[1] > SMALL_WEIGHT && dims[0] % 4 == 0 && dims[1] % LANES == 0;
+  const int stored = known->panels && b.elements > SMALL_WEIGHT && b.dims[0] % 4 == 0 && b.dims[1] % LANES == 0;
   kernel->sums = allocate(sums);
   if (!stored) kernel->owned = allocate(size);
   if (kernel->sums == NULL || (!stored && kernel->owned == NULL)) {
-    destroy(kernel);
+    destroy_product(kernel);
     return api->CreateStatus(ORT_FAIL, "embedge products: out of memory for a weight");
   }
   memset(kernel->sums, 0, sums);
   if (stored) {
-    kernel->panels = bytes;
+    kernel->panels = b.data;
     add_panels(kernel, panels);
   } else {
     kernel->panels = kernel->owned;
-    pack(kernel, bytes);
-    drop_pages(bytes, (size_t)(dims[0] * dims[1]));
+    pack(kernel, b.data);
+    drop_pages(b.data, (size_t)b.elements);
   }
   *out = kernel;
   return NULL;
 }
 
-static OrtStatus *compute(void *data, OrtKernelContext *context) {
+OrtStatus *compute_product(void *data, OrtKernelContext *context) {
   const Kernel *kernel = data;
   const OrtApi *api = kernel->api;
-  const OrtValue *input[INPUTS] = {NULL};
-  const void *bytes[INPUTS] = {NULL};
-  int64_t dims[8], elements[INPUTS] = {0};
-  size_t count = 0;
-  OrtStatus *status;
-  for (size_t i = INPUTS; i-- > 0;) { /* A comes last: its dimensions are the result's */
-    if (i == B) continue;
-    if ((status = api->KernelContext_GetInput(context, i, &input[i])) != NULL) return status;
-    if (input[i] == NULL) continue;
-    if ((status = shape_of(api, input[i], dims, 8, &count)) != NULL) return status;
-    elements[i] = 1;
-    for (size_t d = 0; d < count; d++) elements[i] *= dims[d];
-    if ((status = api->GetTensorMutableData((OrtValue *)input[i], (void **)&bytes[i])) != NULL) return status;
-  }
-  if (count < 1 || dims[count - 1] != kernel->depth)
-    return api->CreateStatus(ORT_INVALID_ARGUMENT, "embedge products: rows and weight differ in depth");
-  const int64_t rows = elements[A] / kernel->depth;
-  if (elements[A_SCALE] != 1 && elements[A_SCALE] != rows)
-    return api->CreateStatus(ORT_INVALID_ARGUMENT, "embedge products: expected one scale, or one for each row");
-  if (elements[B_SCALE] != 1 && elements[B_SCALE] != kernel->columns)
-    return api->CreateStatus(ORT_INVALID_ARGUMENT, "embedge products: expected one scale, or one for each column");
-  if (input[A_ZERO_POINT] != NULL && elements[A_ZERO_POINT] != 1)
-    return api->CreateStatus(ORT_INVALID_ARGUMENT, "embedge products: expected one zero point");
+  Tensor a, a_scale, b_scale, added = {0}, zero_point;
+  OrtStatus *status = read_input(api, context, A, &a);
+  if (status == NULL) status = read_input(api, context, A_SCALE, &a_scale);
+  if (status == NULL) status = read_input(api, context, B_SCALE, &b_scale);
+  if (status == NULL && kernel->with_added) status = read_input(api, context, B_SCALE + 1, &added);
+  if (status == NULL) status = read_input(api, context, (size_t)(B_SCALE + 1 + kernel->with_added), &zero_point);
+  if (status != NULL) return status;
+  if (a.rank < 1 || a.dims[a.rank - 1] != kernel->depth)
+    return invalid(api, "embedge products: rows and weight differ in depth");
+  const int64_t rows = a.elements / kernel->depth, columns = kernel->columns;
+  if (a_scale.elements != 1 && a_scale.elements != rows)
+    return invalid(api, "embedge products: expected one scale, or one for each row");
+  if (b_scale.elements != 1 && b_scale.elements != columns)
+    return invalid(api, "embedge products: expected one scale, or one for each column");
+  if (zero_point.data != NULL && zero_point.elements != 1)
+    return invalid(api, "embedge products: expected one zero point");
+  if (added.data != NULL && added.elements != columns && added.elements != rows * columns)
+    return invalid(api, "embedge products: expected a value to add for each column, or for each of the result");
 
-  OrtValue *output = NULL;
   void *y = NULL;
-  dims[count - 1] = kernel->columns;
-  if ((status = api->KernelContext_GetOutput(context, 0, dims, count, &output)) != NULL) return status;
+  a.dims[a.rank - 1] = columns;
+  if ((status = make_output(api, context, 0, a.dims, a.rank, &y)) != NULL) return status;
   if (rows == 0) return NULL;
-  if ((status = api->GetTensorMutableData(output, &y)) != NULL) return status;
 
   const int64_t width = PANELS * LANES;
   Product product = {
       .kernel = kernel,
-      .a = bytes[A],
-      .a_scale = bytes[A_SCALE],
-      .b_scale = bytes[B_SCALE],
+      .a = a.data,
+      .a_scale = a_scale.data,
+      .b_scale = b_scale.data,
+      .added = added.data,
       .y = y,
       .rows = rows,
-      .a_scale_step = elements[A_SCALE] != 1,
-      .slabs = (kernel->columns + width - 1) / width,
-      .zero_point = bytes[A_ZERO_POINT] == NULL ? 0 : *(const uint8_t *)bytes[A_ZERO_POINT],
-      .one_b_scale = elements[B_SCALE] == 1,
+      .a_scale_step = a_scale.elements != 1,
+      .added_step = added.elements == columns ? 0 : columns,
+      .slabs = (columns + width - 1) / width,
+      .zero_point = zero_point.data == NULL ? 0 : *(const uint8_t *)zero_point.data,
+      .one_a_scale = a_scale.elements == 1 && a_scale.rank < 2,
+      .one_b_scale = b_scale.elements == 1,
   };
   product.slabs_per_task = (product.slabs + TASKS - 1) / TASKS;
   const int64_t groups = (product.slabs + product.slabs_per_task - 1) / product.slabs_per_task;
   const int64_t wanted = (TASKS + groups - 1) / groups, most = (rows + MIN_TASK_ROWS - 1) / MIN_TASK_ROWS;
   product.row_blocks = wanted < most ? wanted : most;
   const int64_t tasks = groups * product.row_blocks;
-  if (rows * kernel->depth * kernel->columns < SMALL_PRODUCT || tasks == 1) {
-    for (int64_t task = 0; task < tasks; task++) run_task(&product, (size_t)task);
-    return NULL;
-  }
-  return api->KernelContext_ParallelFor(context, run_task, (size_t)tasks, 0, &product);
-}
-
-static OrtStatus *create_from_rows(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
-  (void)op;
-  return create(api, info, 0, out);
-}
-
-static OrtStatus *create_from_panels(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
-  (void)op;
-  return create(api, info, 1, out);
-}
-
-static const char *name(const OrtCustomOp *op) { return (void)op, "MatMulIntegerToFloat"; }
-static const char *provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
-static size_t input_count(const OrtCustomOp *op) { return (void)op, INPUTS; }
-static size_t output_count(const OrtCustomOp *op) { return (void)op, 1; }
-static int output_type(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ONNX_FLOAT; }
-static int required(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_REQUIRED; }
-static int memory(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_MEM_TYPE_DEFAULT; }
-static int one(const OrtCustomOp *op) { return (void)op, 1; }
-static int any_version(const OrtCustomOp *op) { return (void)op, 2147483647; }
-
-static int input_type(const OrtCustomOp *op, size_t index) {
-  (void)op;
-  return index == B ? ONNX_INT8 : index == A || index == A_ZERO_POINT ? ONNX_UINT8 : ONNX_FLOAT;
-}
-
-static int input_characteristic(const OrtCustomOp *op, size_t index) {
-  return (void)op, index == A_ZERO_POINT ? ORT_OPTIONAL : ORT_REQUIRED;
-}
-
-#define PRODUCTS(create_kernel) \
-  { \
-    .version = ORT_API_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type, \
-    .GetInputTypeCount = input_count, .GetOutputType = output_type, .GetOutputTypeCount = output_count, \
-    .KernelDestroy = destroy, .GetInputCharacteristic = input_characteristic, .GetOutputCharacteristic = required, \
-    .GetInputMemoryType = memory, .GetVariadicInputMinArity = one, .GetVariadicInputHomogeneity = one, \
-    .GetVariadicOutputMinArity = one, .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create_kernel, \
-    .KernelComputeV2 = compute, .GetStartVersion = one, .GetEndVersion = any_version, \
-  }
-/* A domain serves any number of sessions, and has to outlive them: made once, never released. */
-static OrtStatus *domain_of(const OrtApi *api, OrtCustomOpDomain **kept, const OrtCustomOp *op) {
-  OrtCustomOpDomain *made = NULL, *none = NULL;
-  if (__atomic_load_n(kept, __ATOMIC_ACQUIRE) != NULL) return NULL;
-  OrtStatus *status = api->CreateCustomOpDomain("com.microsoft", &made);
-  if (status != NULL) return status;
-  status = api->CustomOpDomain_Add(made, op);
-  if (status != NULL || !__atomic_compare_exchange_n(kept, &none, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
-    api->ReleaseCustomOpDomain(made); /* another thread was first */
-  return status;
-}
-
-/* Whether the processor has the instructions; to be asked first, the kernel does not look. */
-EXPORT int embedge_products_run_here(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-}
-
-/* Called by SessionOptions.register_custom_ops_library. */
-EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
-  static const OrtCustomOp from_rows = PRODUCTS(create_from_rows), from_panels = PRODUCTS(create_from_panels);
-  static OrtCustomOpDomain *rows_domain, *panels_domain;
-  const OrtApi *api = base->GetApi(ORT_API_VERSION);
-  if (api == NULL) return NULL; /* older than the interface: ONNX Runtime keeps its own kernel */
-  char value[16] = "";
-  size_t size = sizeof value;
-  int given = 0;
-  OrtStatus *status = api->HasSessionConfigEntry(options, "embedge.weights", &given);
-  if (status == NULL && given) status = api->GetSessionConfigEntry(options, "embedge.weights", value, &size);
-  if (status != NULL) return status;
-  const int panels = strcmp(value, "panels") == 0;
-  OrtCustomOpDomain **domain = panels ? &panels_domain : &rows_domain;
-  status = domain_of(api, domain, panels ? &from_panels : &from_rows);
-  return status != NULL ? status : api->AddCustomOpDomain(options, *domain);
+  const int small = tasks == 1 || rows * kernel->depth * columns < SMALL_PRODUCT;
+  return run_tasks(api, context, run_task, (size_t)tasks, small, &product);
 }

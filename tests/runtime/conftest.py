@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from _image_graphs import PATCH_VALUES, TINY, of_image, of_text, write_task, write_vision
+from _int8_graph import write_int8_bundle
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -323,3 +324,11 @@ def two_tasks(make_bundle: MakeBundle) -> TinyBundle:
         default_prompt="query",
         model={"matryoshka_dims": [2, 4, 8]},
     )
+
+
+@pytest.fixture
+def int8_bundle(make_bundle: MakeBundle) -> tuple[Path, Any]:
+    """A bundle whose vectors are int8 products, and the exact ones."""
+    tiny = make_bundle(precisions={"int8": {}}, special_tokens=False)
+    exact = write_int8_bundle(tiny)
+    return tiny.path, exact

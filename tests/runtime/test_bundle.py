@@ -2,16 +2,25 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from embedge.runtime import BundleError, Embedder, EmbedgeError, ManifestError
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cli import main
-from embedge.runtime._onnx_file import ExternalData, read_external_data
+from embedge.runtime._onnx_file import (
+    ExternalData,
+    StoredWeight,
+    read_external_data,
+    read_product_weights,
+)
+from embedge.runtime._onnx_model import _message
 from embedge.runtime._session import GraphSession
 
 EVERY_FILE = [
@@ -187,6 +196,85 @@ def test_external_data_is_read_as_the_onnx_package_wrote_it(bundle: Any) -> None
     ]
 
 
+def external(name: str, dims: Sequence[int], location: str, **place: int) -> TensorProto:
+    """An int8 initializer that lies in a file."""
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.INT8, dims=dims, data_location=TensorProto.EXTERNAL
+    )
+    for key, value in {"location": location, **place}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def products_graph(initializers: Sequence[TensorProto]) -> onnx.GraphProto:
+    """A product with each of the weights ``w…``, and other readers of the others."""
+    product = "MatMulIntegerToFloat"
+    nodes = [
+        helper.make_node(product, ["a", t.name, "s", "s"], [f"{t.name}y"], domain="com.microsoft")
+        for t in initializers
+        if t.name.startswith("w")
+    ]
+    nodes.append(helper.make_node("MatMulInteger", ["a", "other"], [product]))
+    nodes.append(helper.make_node("Gather", ["rows", "ids"], ["row"], name=product))
+    return helper.make_graph(nodes, "products", [], [], initializers)
+
+
+def write_products(path: Path, initializers: Sequence[TensorProto]) -> Path:
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(products_graph(initializers), opset_imports=opsets, ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+STORED = [
+    external("other", (64, 64), "shared.bin", offset=4096, length=4096),
+    external("w", (64, 300), "shared.bin", offset=8192, length=19200),
+    numpy_helper.from_array(np.ones((64, 64), np.int8), "w_inline"),
+    external("rows", (64, 64), "shared.bin", offset=4096, length=4096),
+    external("w_end", (96, 32), "task.bin", offset=4096),
+    external("w_made", (272, 128), "unpacked", length=34816),
+]
+OF_PRODUCTS = {
+    "w": StoredWeight(
+        shape=(64, 300), data=ExternalData(location="shared.bin", offset=8192, length=19200)
+    ),
+    "w_end": StoredWeight(
+        shape=(96, 32), data=ExternalData(location="task.bin", offset=4096, length=None)
+    ),
+    "w_made": StoredWeight(
+        shape=(272, 128), data=ExternalData(location="unpacked", offset=0, length=34816)
+    ),
+}
+
+
+def test_stored_weights_of_8_bit_products_are_found(tmp_path: Path) -> None:
+    file = write_products(tmp_path / "products.onnx", STORED)
+    assert read_product_weights(file) == OF_PRODUCTS
+    assert len(read_external_data(file)) == 5
+
+
+def test_a_graph_without_8_bit_products_has_none_of_their_weights(bundle: Any) -> None:
+    assert read_product_weights(bundle.path / "fp32/retrieval.onnx") == {}
+
+
+def test_dimensions_may_be_packed(tmp_path: Path) -> None:
+    tensor = STORED[1]
+    entries = [(13, entry.SerializeToString()) for entry in tensor.external_data]
+    packed = _message((1, b"\x40\xac\x02"), (8, b"w"), *entries)
+    assert list(TensorProto.FromString(packed).dims) == [64, 300]
+    graph = products_graph([tensor])
+    graph.ClearField("initializer")
+    whole = _message((7, graph.SerializeToString() + _message((5, packed))))
+    (tmp_path / "packed.onnx").write_bytes(whole)
+    assert read_product_weights(tmp_path / "packed.onnx") == {"w": OF_PRODUCTS["w"]}
+
+
+def test_a_weight_that_is_no_matrix_is_a_bundle_error(tmp_path: Path) -> None:
+    file = write_products(tmp_path / "bad.onnx", [external("w", (2, 3, 4), "shared.bin")])
+    with pytest.raises(BundleError, match=r"bad\.onnx: not a readable ONNX model"):
+        read_product_weights(file)
+
+
 def test_the_estimate_counts_the_graph_and_the_bytes_it_uses(bundle: Any) -> None:
     graph = bundle.path / "fp32/retrieval.onnx"
     expected = graph.stat().st_size + bundle.table.nbytes + 8 * 8 * 4
@@ -208,6 +296,16 @@ def test_a_graph_file_cut_anywhere_fails_with_a_bundle_error_or_not_at_all(
         (tmp_path / "cut.onnx").write_bytes(data[:length])
         with contextlib.suppress(BundleError):
             read_external_data(tmp_path / "cut.onnx")
+
+
+def test_a_graph_of_products_cut_anywhere_fails_with_a_bundle_error_or_not_at_all(
+    tmp_path: Path,
+) -> None:
+    data = write_products(tmp_path / "products.onnx", STORED[:2] + STORED[3:]).read_bytes()
+    for length in range(len(data)):
+        (tmp_path / "cut.onnx").write_bytes(data[:length])
+        with contextlib.suppress(BundleError):
+            read_product_weights(tmp_path / "cut.onnx")
 
 
 def test_problems_lists_every_damaged_file(bundle: Any) -> None:

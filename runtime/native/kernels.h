@@ -1,0 +1,85 @@
+/* What the kernels share: tensors, tasks, and how an operator is described to ONNX Runtime. */
+
+#ifndef EMBEDGE_KERNELS_H
+#define EMBEDGE_KERNELS_H
+
+#if !defined(__x86_64__) || !defined(__linux__)
+#error "these kernels are written for Linux on x86-64; elsewhere ONNX Runtime's own are used"
+#endif
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "onnxruntime_abi.h"
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+enum { LANES = 16, LINE = 64, MAX_DIMS = 8 }; /* floats of a register, bytes of a line */
+
+/* An input: `data` is null where an optional one is left out. */
+typedef struct {
+  const void *data;
+  int64_t dims[MAX_DIMS], elements;
+  size_t rank;
+} Tensor;
+
+OrtStatus *read_value(const OrtApi *api, const OrtValue *value, Tensor *out);
+OrtStatus *read_input(const OrtApi *api, const OrtKernelContext *context, size_t index, Tensor *out);
+
+OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t index, const int64_t *dims, size_t rank,
+                       void **data);
+
+OrtStatus *invalid(const OrtApi *api, const char *message);
+
+/* Runs task(data, 0 .. tasks - 1), with the session's threads unless `small`. */
+OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*task)(void *, size_t), size_t tasks,
+                     int small, void *data);
+
+/* An operator whose inputs and outputs are listed by their types; inputs behind the `required` ones may be
+   left out. */
+typedef struct {
+  OrtCustomOp op; /* first: ONNX Runtime hands it back to the functions below */
+  const char *name;
+  int inputs, required, outputs;
+  int types[12]; /* of the inputs, then of the outputs */
+  int subtracts, panels; /* see products.c */
+} Operator;
+
+const char *operator_name(const OrtCustomOp *op);
+const char *operator_provider(const OrtCustomOp *op);
+int operator_input_type(const OrtCustomOp *op, size_t index);
+size_t operator_input_count(const OrtCustomOp *op);
+int operator_output_type(const OrtCustomOp *op, size_t index);
+size_t operator_output_count(const OrtCustomOp *op);
+int operator_input_kind(const OrtCustomOp *op, size_t index);
+int operator_output_kind(const OrtCustomOp *op, size_t index);
+int operator_memory(const OrtCustomOp *op, size_t index);
+int operator_one(const OrtCustomOp *op);
+int operator_any_version(const OrtCustomOp *op);
+
+#define OPERATOR(create, compute, destroy) \
+  { \
+    .version = ORT_API_VERSION, .GetName = operator_name, .GetExecutionProviderType = operator_provider, \
+    .GetInputType = operator_input_type, .GetInputTypeCount = operator_input_count, \
+    .GetOutputType = operator_output_type, .GetOutputTypeCount = operator_output_count, .KernelDestroy = destroy, \
+    .GetInputCharacteristic = operator_input_kind, .GetOutputCharacteristic = operator_output_kind, \
+    .GetInputMemoryType = operator_memory, .GetVariadicInputMinArity = operator_one, \
+    .GetVariadicInputHomogeneity = operator_one, .GetVariadicOutputMinArity = operator_one, \
+    .GetVariadicOutputHomogeneity = operator_one, .CreateKernelV2 = create, .KernelComputeV2 = compute, \
+    .GetStartVersion = operator_one, .GetEndVersion = operator_any_version, \
+  }
+
+/* products.c */
+OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_product(void *kernel, OrtKernelContext *context);
+void destroy_product(void *kernel);
+
+/* quantize.c */
+OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_rows(void *kernel, OrtKernelContext *context);
+OrtStatus *compute_rows_above(void *kernel, OrtKernelContext *context);
+OrtStatus *compute_halves(void *kernel, OrtKernelContext *context);
+void destroy_quantizer(void *kernel);
+
+#endif

@@ -1,0 +1,135 @@
+/* The custom-operator library: what is registered in a session, and what the kernels share. */
+
+#include <string.h>
+
+#include "kernels.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* ---- Tensors ---- */
+
+OrtStatus *invalid(const OrtApi *api, const char *message) { return api->CreateStatus(ORT_INVALID_ARGUMENT, message); }
+
+OrtStatus *read_value(const OrtApi *api, const OrtValue *value, Tensor *out) {
+  OrtTensorTypeAndShapeInfo *info = NULL;
+  OrtStatus *status = api->GetTensorTypeAndShape(value, &info);
+  if (status != NULL) return status;
+  status = api->GetDimensionsCount(info, &out->rank);
+  if (status == NULL && out->rank > MAX_DIMS) status = invalid(api, "embedge: a tensor has more than 8 dimensions");
+  if (status == NULL) status = api->GetDimensions(info, out->dims, out->rank);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  if (status != NULL) return status;
+  out->elements = 1;
+  for (size_t i = 0; i < out->rank; i++) out->elements *= out->dims[i];
+  return api->GetTensorMutableData((OrtValue *)value, (void **)&out->data);
+}
+
+OrtStatus *read_input(const OrtApi *api, const OrtKernelContext *context, size_t index, Tensor *out) {
+  const OrtValue *value = NULL;
+  memset(out, 0, sizeof *out);
+  OrtStatus *status = api->KernelContext_GetInput(context, index, &value);
+  return status != NULL || value == NULL ? status : read_value(api, value, out);
+}
+
+OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t index, const int64_t *dims, size_t rank,
+                       void **data) {
+  OrtValue *value = NULL;
+  OrtStatus *status = api->KernelContext_GetOutput(context, index, dims, rank, &value);
+  return status != NULL || value == NULL ? status : api->GetTensorMutableData(value, data);
+}
+
+OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*task)(void *, size_t), size_t tasks,
+                     int small, void *data) {
+  if (!small) return api->KernelContext_ParallelFor(context, task, tasks, 0, data);
+  for (size_t i = 0; i < tasks; i++) task(data, i);
+  return NULL;
+}
+
+/* ---- Operators ---- */
+
+const char *operator_name(const OrtCustomOp *op) { return ((const Operator *)op)->name; }
+const char *operator_provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
+size_t operator_input_count(const OrtCustomOp *op) { return (size_t)((const Operator *)op)->inputs; }
+size_t operator_output_count(const OrtCustomOp *op) { return (size_t)((const Operator *)op)->outputs; }
+int operator_memory(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_MEM_TYPE_DEFAULT; }
+int operator_one(const OrtCustomOp *op) { return (void)op, 1; }
+int operator_any_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
+
+int operator_input_type(const OrtCustomOp *op, size_t index) { return ((const Operator *)op)->types[index]; }
+
+int operator_output_type(const OrtCustomOp *op, size_t index) {
+  const Operator *known = (const Operator *)op;
+  return known->types[(size_t)known->inputs + index];
+}
+
+int operator_input_kind(const OrtCustomOp *op, size_t index) {
+  return (int)index < ((const Operator *)op)->required ? ORT_REQUIRED : ORT_OPTIONAL;
+}
+
+int operator_output_kind(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_REQUIRED; }
+
+/* ---- Registration ---- */
+
+/* Whether the processor has the instructions; to be asked first, the kernels do not look. */
+EXPORT int embedge_kernels_run_here(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+
+enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8 };
+
+#define PRODUCT(in_panels) \
+  {OPERATOR(create_product, compute_product, destroy_product), "MatMulIntegerToFloat", 5, 4, 1, \
+   {U, S, F, F, U, F}, 0, in_panels}
+#define PRODUCT_AND(what, minus, in_panels) \
+  {OPERATOR(create_product, compute_product, destroy_product), what, 6, 5, 1, {U, S, F, F, F, U, F}, minus, in_panels}
+
+static const Operator PRODUCTS[2] = {PRODUCT(0), PRODUCT(1)};
+static const Operator PRODUCTS_ADD[2] = {PRODUCT_AND("MatMulIntegerToFloatAdd", 0, 0),
+                                         PRODUCT_AND("MatMulIntegerToFloatAdd", 0, 1)};
+static const Operator PRODUCTS_SUB[2] = {PRODUCT_AND("MatMulIntegerToFloatSub", 1, 0),
+                                         PRODUCT_AND("MatMulIntegerToFloatSub", 1, 1)};
+static const Operator ROWS = {
+    OPERATOR(create_quantizer, compute_rows, destroy_quantizer), "QuantizeRows", 3, 3, 2, {F, F, U, U, F}, 0, 0};
+static const Operator ROWS_ABOVE = {OPERATOR(create_quantizer, compute_rows_above, destroy_quantizer),
+                                    "QuantizeRowsAbove", 4, 4, 2, {F, F, F, U, U, F}, 0, 0};
+static const Operator HALVES = {OPERATOR(create_quantizer, compute_halves, destroy_quantizer),
+                                "QuantizeHalves", 3, 3, 5, {F, F, F, U, U, F, F, F}, 0, 0};
+static const Operator HALVES_AND = {OPERATOR(create_quantizer, compute_halves, destroy_quantizer),
+                                    "QuantizeHalvesAndProduct", 3, 3, 6, {F, F, F, U, U, F, F, F, F}, 0, 0};
+
+/* A domain serves any number of sessions, and has to outlive them: made once, never released. */
+static OrtStatus *add_domain(const OrtApi *api, OrtSessionOptions *options, OrtCustomOpDomain **kept, const char *name,
+                             const Operator *const *operators, size_t count) {
+  if (__atomic_load_n(kept, __ATOMIC_ACQUIRE) == NULL) {
+    OrtCustomOpDomain *made = NULL, *none = NULL;
+    OrtStatus *status = api->CreateCustomOpDomain(name, &made);
+    if (status != NULL) return status;
+    for (size_t i = 0; i < count && status == NULL; i++) status = api->CustomOpDomain_Add(made, &operators[i]->op);
+    if (status != NULL || !__atomic_compare_exchange_n(kept, &none, made, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+      api->ReleaseCustomOpDomain(made); /* another thread was first */
+    if (status != NULL) return status;
+  }
+  return api->AddCustomOpDomain(options, *kept);
+}
+
+/* Called by SessionOptions.register_custom_ops_library. */
+EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+  static OrtCustomOpDomain *contrib[2], *own[2];
+  const OrtApi *api = base->GetApi(ORT_API_VERSION);
+  if (api == NULL) return NULL; /* older than the interface: ONNX Runtime keeps its own kernels */
+  char value[16] = "";
+  size_t size = sizeof value;
+  int given = 0;
+  OrtStatus *status = api->HasSessionConfigEntry(options, "embedge.weights", &given);
+  if (status == NULL && given) status = api->GetSessionConfigEntry(options, "embedge.weights", value, &size);
+  if (status != NULL) return status;
+  const int panels = strcmp(value, "panels") == 0;
+  const Operator *const products[] = {&PRODUCTS[panels]};
+  const Operator *const functions[] = {&PRODUCTS_ADD[panels], &PRODUCTS_SUB[panels], &ROWS,
+                                       &ROWS_ABOVE,           &HALVES,               &HALVES_AND};
+  status = add_domain(api, options, &contrib[panels], "com.microsoft", products, 1);
+  if (status != NULL) return status;
+  return add_domain(api, options, &own[panels], "embedge", functions, sizeof functions / sizeof *functions);
+}
