@@ -18,9 +18,9 @@ onnx/docs/IR.md.)
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 from onnx import FunctionProto, NodeProto, helper
@@ -75,7 +75,10 @@ class _Chains:
 
     def __post_init__(self) -> None:
         self._makers = {output: node for node in self.nodes for output in node.output}
-        self._reads = Counter(name for node in self.nodes for name in _names_read(node))
+        self._readers: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in _names_read(node):
+                self._readers.setdefault(name, []).append(node)
 
     def result(self) -> Iterator[NodeProto]:
         for node in self.nodes:
@@ -92,84 +95,81 @@ class _Chains:
         if scaled is None:
             return False
         peak, step = scaled.input
-        above = self._alone(peak, "Max")
-        highest = self._alone(above.input[0] if above else peak, "ReduceMax")
-        if highest is None:
+        above = self._made(peak, "Max")
+        highest = self._made(above.input[0] if above else peak, "ReduceMax")
+        magnitude = self._made(highest.input[0], "Abs") if highest and not above else None
+        source = magnitude or (highest if above else None)
+        if highest is None or source is None or source.input[0] != x:
             return False
-        between = [scaled, highest]
-        arguments = [x, step, zero_points]
+        name, arguments = "QuantizeRows", [x, step, zero_points]
         if above is not None:
-            between.append(above)
-            arguments.insert(1, above.input[1])
-            if highest.input[0] != x:
-                return False
-        else:
-            magnitude = self._alone(highest.input[0], "Abs")
-            if magnitude is None or magnitude.input[0] != x:
-                return False
-            between.append(magnitude)
-        name = "QuantizeRowsAbove" if above is not None else "QuantizeRows"
-        self._replace(last, name, arguments, [last.output[0], scale], between, width=width)
-        return True
+            name, arguments = "QuantizeRowsAbove", [x, above.input[1], step, zero_points]
+        between = [node for node in (scaled, above, highest, magnitude) if node is not None]
+        return self._replace(last, between, name, arguments, [last.output[0], scale], width=width)
 
     def quantize_halves(self, last: NodeProto) -> bool:
         """``QuantizeLinear(x · y - low, (high - low) · step)`` of two parts, which are taken apart behind."""
         if len(last.input) != 2 or (width := _block_size(last)) is None:
             return False
-        shifted, scaled = self._alone(last.input[0], "Sub"), self._made(last.input[1], "Mul")
+        shifted, scaled = self._made(last.input[0], "Sub"), self._made(last.input[1], "Mul")
         if shifted is None or scaled is None:
             return False
         parts = self._made(shifted.input[0], "Reshape")
         lowest = self._made(shifted.input[1], "ReduceMin")
-        spread = self._alone(scaled.input[0], "Sub")
+        spread = self._made(scaled.input[0], "Sub")
         if parts is None or lowest is None or spread is None:
             return False
-        highest = self._alone(spread.input[0], "ReduceMax")
+        highest = self._made(spread.input[0], "ReduceMax")
         product = self._made(parts.input[0], "Mul")
-        values, scale = last.output[0], scaled.output[0]
-        taken = [self._gathered(values), self._gathered(scale)]
-        low = self._readers(lowest.output[0], "Squeeze")
+        taken = [self._reading(name, "Gather") for name in (last.output[0], scaled.output[0])]
+        low = self._reading(lowest.output[0], "Squeeze")
         if highest is None or product is None or len(low) != 1 or any(len(t) != 2 for t in taken):
             return False
         gathers = [node for pair in taken for node in pair]
         name, outputs = "QuantizeHalves", [node.output[0] for node in [*gathers, low[0]]]
-        if self._reads[product.output[0]] > 1:
+        if len(self._readers[product.output[0]]) > 1:
             name = "QuantizeHalvesAndProduct"
             outputs.append(product.output[0])
         between = [product, parts, lowest, highest, spread, scaled, shifted, low[0], *gathers]
         arguments = [*product.input, scaled.input[1]]
-        self._replace(last, name, arguments, outputs, between, width=width)
-        return True
+        return self._replace(last, between, name, arguments, outputs, width=width)
 
     def product_and(self, last: NodeProto) -> bool:
-        """A product that nothing reads but an ``Add`` or ``Sub``."""
-        sides = [self._alone(name, _PRODUCT) for name in last.input]
-        if last.op_type == "Sub":
-            sides[1] = None
-        made = [self._position(side) if side is not None else -1 for side in sides]
-        at = max(range(2), key=lambda side: made[side])
-        product = sides[at]
-        if product is None:
-            return False
-        a, b, a_scale, b_scale, *zero_point = product.input
-        arguments = [a, b, a_scale, b_scale, last.input[1 - at], *zero_point]
-        self._replace(last, f"{_PRODUCT}{last.op_type}", arguments, [last.output[0]], [product])
-        return True
+        """A product that nothing reads but an ``Add`` or ``Sub``; of two, the later one."""
+        sides = [(side, self._made(name, _PRODUCT)) for side, name in enumerate(last.input)]
+        found = [
+            (side, made) for side, made in sides if made and (last.op_type == "Add" or not side)
+        ]
+        for side, product in sorted(found, key=lambda pair: self._position(pair[1]), reverse=True):
+            a, b, a_scale, b_scale, *zero_point = product.input
+            arguments = [a, b, a_scale, b_scale, last.input[1 - side], *zero_point]
+            name = f"{_PRODUCT}{last.op_type}"
+            if self._replace(last, [product], name, arguments, [last.output[0]]):
+                return True
+        return False
 
     def _replace(
         self,
         last: NodeProto,
+        between: list[NodeProto],
         name: str,
         arguments: list[str],
         outputs: list[str],
-        between: list[NodeProto],
-        **attributes: int,
-    ) -> None:
+        **attributes: Any,
+    ) -> bool:
+        """Puts a call in the place of some nodes, unless others read what is made between them."""
+        chain = {id(node) for node in [*between, last]}
+        for node in [*between, last]:
+            inside = node.output[0] not in outputs
+            if inside and any(
+                id(reader) not in chain for reader in self._readers.get(node.output[0], [])
+            ):
+                return False
         label = between[0].name if name.startswith(_PRODUCT) else last.name
         call = helper.make_node(name, arguments, outputs, name=label, domain=DOMAIN, **attributes)
-        for node in between:
-            self._replaced[node.output[0]] = None
+        self._replaced |= {node.output[0]: None for node in between}
         self._replaced[last.output[0]] = call
+        return True
 
     def _made(self, name: str, op_type: str) -> NodeProto | None:
         """The node that makes a value, if it is of a type and still stands."""
@@ -178,22 +178,9 @@ class _Chains:
             return None
         return node
 
-    def _alone(self, name: str, op_type: str) -> NodeProto | None:
-        """As :meth:`_made`, where one node reads the value."""
-        return self._made(name, op_type) if self._reads[name] == 1 else None
-
-    def _readers(self, name: str, op_type: str) -> list[NodeProto]:
-        """The nodes that read a value, if all but those on its way are of a type."""
-        return [node for node in self.nodes if name in node.input and node.op_type == op_type]
-
-    def _gathered(self, name: str) -> list[NodeProto]:
-        """The nodes that take a value's parts, if nothing else than the quantization reads it."""
-        gathers = self._readers(name, "Gather")
-        others = self._reads[name] - len(gathers)
-        quantizes = sum(
-            name in node.input and node.op_type == "QuantizeLinear" for node in self.nodes
-        )
-        return gathers if others == quantizes else []
+    def _reading(self, name: str, op_type: str) -> list[NodeProto]:
+        """The nodes of a type that read a value."""
+        return [node for node in self._readers.get(name, []) if node.op_type == op_type]
 
     def _position(self, node: NodeProto) -> int:
         return next(i for i, other in enumerate(self.nodes) if other is node)
@@ -215,7 +202,7 @@ def _names_read(node: NodeProto) -> Iterator[str]:
 
 
 def _node(
-    op_type: str, inputs: str, output: str, *, domain: str = "", **attributes: int
+    op_type: str, inputs: str, output: str, *, domain: str = "", **attributes: Any
 ) -> NodeProto:
     return helper.make_node(op_type, inputs.split(" "), [output], domain=domain, **attributes)
 

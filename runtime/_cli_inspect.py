@@ -10,6 +10,7 @@ from typing import Any
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cpu import describe_processor
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeValueError
+from embedge.runtime._kernels import describe_kernels
 from embedge.runtime._typed_json import read_json_object
 
 __all__ = ["add_arguments", "run", "table"]
@@ -82,6 +83,7 @@ def _summary(bundle: Bundle) -> list[str]:
         pixels = f"{model.image.min_pixels:,} to {model.image.max_pixels:,} pixels"
         facts.append(("images", f"scaled to {pixels}, {model.image.factor}² of them a token"))
     facts.append(("processor", describe_processor()))
+    facts.append(("int8 kernels", describe_kernels()))
     lines = [f"{name:14}{value}" for name, value in facts]
     rows = [["task", "adapter", "prompts (* default)"]]
     for name, task in manifest.tasks.items():
@@ -171,6 +173,7 @@ def _document(
         "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         "problems": list(problems),
         "processor": describe_processor(),
+        "int8_kernels": describe_kernels(),
     }
     return {**document, "layers": list(layers)} if layers else document
 

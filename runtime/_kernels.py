@@ -30,7 +30,14 @@ from embedge.runtime._errors import EmbedgeWarning
 from embedge.runtime._onnx_file import INLINE_BYTES
 from embedge.runtime._onnx_model import FLOAT, UINT8, one_node_model
 
-__all__ = ["PANELS", "in_panels", "kernel_library", "own_kernels", "use_own_kernels"]
+__all__ = [
+    "PANELS",
+    "describe_kernels",
+    "in_panels",
+    "kernel_library",
+    "own_kernels",
+    "use_own_kernels",
+]
 
 PANELS = "panels of 16 x 4"  # the layout, as prepared graphs record it
 _SWITCH, _OFF = "EMBEDGE_KERNELS", "onnxruntime"
@@ -43,34 +50,52 @@ def own_kernels() -> bool:
     return kernel_library() is not None
 
 
-@functools.cache
 def kernel_library() -> str | None:
-    """The library, found and tried once per process; ``None``: ONNX Runtime's kernels are used.
+    """The library's file; ``None``: ONNX Runtime's kernels are used."""
+    return _find()[0]
+
+
+def describe_kernels() -> str:
+    """Whose kernels run 8-bit graphs here, and why: a line for people."""
+    return _find()[1]
+
+
+@functools.cache
+def _find() -> tuple[str | None, str]:
+    """The library, found and tried once per process, and what :func:`describe_kernels` says of it.
 
     With AMX, ONNX Runtime multiplies whole tiles, which these kernels do not.
     """
-    if os.environ.get(_SWITCH) == _OFF or has_amx():
-        return None
+    theirs = "ONNX Runtime's"
+    if os.environ.get(_SWITCH) == _OFF:
+        return None, f"{theirs}: {_SWITCH}={_OFF} is set"
+    if has_amx():
+        return None, f"{theirs}, which use AMX"
     found = importlib.util.find_spec("embedge.runtime._native")
     if found is None or found.origin is None:
-        return None
+        return (
+            None,
+            f"{theirs}: embedge's own are for Linux on x86-64, and take a C compiler to install",
+        )
+    file = found.origin
     try:
-        if not ctypes.CDLL(found.origin).embedge_kernels_run_here():
-            return None
-        right = _is_right(found.origin)
+        if not ctypes.CDLL(file).embedge_kernels_run_here():
+            return (
+                None,
+                f"{theirs}: embedge's own take AVX512-VNNI, which the processor does not have",
+            )
+        if _is_right(file):
+            return file, "embedge's own, equal to ONNX Runtime's to the bit"
+        problem = "it computes wrong values"
     except Exception as error:  # ONNX Runtime's errors have no common base
         problem = " ".join(str(error).split())
-    else:
-        if right:
-            return found.origin
-        problem = "it computes wrong values"
     warnings.warn(
-        f"{found.origin}: not used: {problem}; ONNX Runtime's own kernels run instead, slower; install "
-        f"embedge again, or set {_SWITCH}={_OFF} to keep it out",
+        f"{file}: not used: {problem}; ONNX Runtime's own kernels run instead, slower; install embedge "
+        f"again, or set {_SWITCH}={_OFF} to keep it out",
         EmbedgeWarning,
         stacklevel=2,
     )
-    return None
+    return None, f"{theirs}: {problem} ({file})"
 
 
 def use_own_kernels(options: Any, *, panels: bool = False) -> None:
@@ -134,18 +159,25 @@ def _is_right(library: str) -> bool:
                 products = (a.astype(np.int64) - 128) @ weight.astype(np.int64)
                 if not np.array_equal(run(a), products * 0.5 + weights[b"other"]):
                     return False
-    x = np.append(draw.permutation(np.arange(-40, 41)), 0).astype(np.float32)[None]
-    constants = {b"step": np.array(1 / 40, np.float32), b"zero": np.full((1, 1), 128, np.uint8)}
-    rows_of = _opened(library, "QuantizeRows", (FLOAT, x.size), constants, x.size, False, UINT8)
-    constants = {b"other": np.ones_like(x), b"step": np.array(1 / 4, np.float32)}
-    half_of = _opened(
-        library, "QuantizeHalves", (FLOAT, x.size), constants, x.size // 2, False, UINT8
-    )
+    return _quantizers_are_right(library, draw.permutation(np.arange(-40, 42)))
+
+
+def _quantizers_are_right(library: str, values: NDArray[Any]) -> bool:
+    """Of whole numbers around zero, the largest above it by one."""
+    x = values.astype(np.float32)[None]
+    step = np.array(1 / x.max(), np.float32)
+    weights: dict[bytes, NDArray[Any]] = {b"step": step, b"zero": np.full((1, 1), 128, np.uint8)}
+    of_rows = _opened(library, "QuantizeRows", (FLOAT, x.size), weights, x.size, False, UINT8)
+    scale = x.max() * step
+    if not np.array_equal(of_rows(x), np.rint(x / scale) + 128):
+        return False
+    weights = {b"other": np.ones_like(x), b"step": step}
     half = x[:, : x.size // 2]
-    step = (half.max() - half.min()) * np.float32(0.25)
-    return np.array_equal(rows_of(x), x + 128) and np.array_equal(
-        half_of(x), np.rint((half - half.min()) / step)
+    of_halves = _opened(
+        library, "QuantizeHalves", (FLOAT, x.size), weights, half.size, False, UINT8
     )
+    scale = (half.max() - half.min()) * step
+    return np.array_equal(of_halves(x), np.rint((half - half.min()) / scale))
 
 
 def _opened(

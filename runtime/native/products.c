@@ -22,6 +22,12 @@
    bytes that fill their panels are stored like that already, under their shape [depth, columns]; else the
    kernel makes a copy when the session opens. */
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-pre") /* partial redundancy elimination copies every accumulator in every step */
+#endif
+
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -229,15 +235,30 @@ static void add_panels(Kernel *kernel, int64_t panels) {
       add_line(kernel->sums + panel * LANES, kernel->panels + (panel * kernel->lines + k) * LINE);
 }
 
-/* Lets go of pages of a mapped file that were copied; pages of other memory stay as they are. */
+/* Whether memory is a file's, by /proc: then its pages can be had again. */
+static int is_mapped_file(const void *bytes) {
+  FILE *maps = fopen("/proc/self/maps", "re");
+  if (maps == NULL) return 0;
+  char line[512];
+  int found = 0;
+  while (!found && fgets(line, sizeof line, maps) != NULL) {
+    uintptr_t from, to;
+    unsigned long inode;
+    if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*x %*s %lu", &from, &to, &inode) == 3 &&
+        from <= (uintptr_t)bytes && (uintptr_t)bytes < to) {
+      found = inode != 0;
+      break;
+    }
+  }
+  fclose(maps);
+  return found;
+}
+
+/* Takes what was copied from a mapped file out of this process; the system's cache keeps it. */
 static void drop_pages(const int8_t *bytes, size_t size) {
-#ifdef MADV_PAGEOUT
   const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
   const uintptr_t from = ((uintptr_t)bytes + page - 1) / page * page, to = ((uintptr_t)bytes + size) / page * page;
-  if (to > from) (void)madvise((void *)from, to - from, MADV_PAGEOUT);
-#else
-  (void)bytes, (void)size;
-#endif
+  if (to > from && is_mapped_file((const void *)from)) (void)madvise((void *)from, to - from, MADV_DONTNEED);
 }
 
 /* ---- The operator ---- */

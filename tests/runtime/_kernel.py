@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from embedge.runtime import _kernels
 from embedge.runtime._kernels import kernel_library
 
 LIBRARY = kernel_library()
@@ -19,11 +20,11 @@ needs_kernel = pytest.mark.skipif(
 def asked_anew() -> Iterator[pytest.MonkeyPatch]:
     """What is patched inside decides whether there is a kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        kernel_library.cache_clear()
+        _kernels._find.cache_clear()
         try:
             yield patch
         finally:
-            kernel_library.cache_clear()
+            _kernels._find.cache_clear()
 
 
 @contextmanager
@@ -37,8 +38,6 @@ def without_kernel() -> Iterator[None]:
 @contextmanager
 def layouts_seen() -> Iterator[list[bool]]:
     """For each session opened inside with the kernel, whether its weights lie in panels."""
-    from embedge.runtime import _kernels
-
     kernel_library()  # its check opens sessions too
     register, seen = _kernels._register, []
 
