@@ -1,4 +1,4 @@
-"""What the figures were taken on: processor, cores, memory, package versions."""
+"""What the figures were taken on: processor, kernels, cores, memory, package versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from embedge.runtime._kernels import describe_kernels
 
 __all__ = ["machine", "versions"]
 
@@ -21,7 +23,8 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """Return the processor's name and instruction sets, cores, memory, the load, and the GPU's name.
+    """Return the processor's name and instruction sets, whose kernels run, cores, memory, the load, and the
+    GPU's name.
 
     Args:
         threads: threads each system is given.
@@ -34,6 +37,7 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": lines.get("model name") or platform.processor() or "unknown",
         "instructions": [flag for flag in _FLAGS if flag in flags],
+        "kernels": describe_kernels(),
         "cores": psutil.cpu_count(),
         "threads": threads,
         "memory_bytes": psutil.virtual_memory().total,

@@ -124,6 +124,7 @@ def _embedge(options: argparse.Namespace, precision: str) -> dict[str, Any]:
             threads=options.threads,
             constants=settings.activation_constants,
             inputs=inputs,
+            integer=bundle.multiplies_integers(precision),
         )
 
     example = vision_inputs([process(load_image(options.image, "image"))], image)

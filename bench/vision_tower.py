@@ -315,6 +315,7 @@ def _embedge(bundle: Bundle, precision: str, patches: ImagePatches, threads: int
         threads=threads,
         constants=bundle.manifest.precisions[precision].activation_constants,
         inputs=list(vision_inputs([patches], image)),
+        integer=bundle.multiplies_integers(precision),
     )
 
     def run() -> Features:

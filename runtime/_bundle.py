@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from math import prod
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -179,6 +180,11 @@ class Bundle:
             files |= {listed, *(listed.parent / place.location for place in places)}
         return files
 
+    def multiplies_integers(self, precision: str) -> bool:
+        """Whether a precision's products are of 8-bit or 4-bit integers, on a CPU."""
+        settings = self.manifest.precisions[precision]
+        return precision.startswith("int") and "cpu" in settings.devices
+
     def unpacking(
         self, precision: str, name: str, *, threads: int
     ) -> Callable[[bool], Initializers] | None:
@@ -197,7 +203,7 @@ class Bundle:
             name: of a task, or ``VISION``.
             threads: cores to use.
             panels: as a session whose weights lie in panels takes them
-                (:func:`embedge.runtime._kernels.in_panels`), with the 8-bit weights that are stored.
+                (:func:`embedge.runtime._kernels.in_panels`), with the weights that are stored.
 
         Raises:
             BundleError: if the weights cannot be read.
@@ -213,12 +219,12 @@ class Bundle:
         for weight, stored in read_product_weights(graph).items():
             if weight not in made:
                 file, length = self._external_file(graph, stored.data)
-                if length < stored.shape[0] * stored.shape[1]:
+                if length < prod(stored.shape):
                     raise BundleError(
-                        f"{file}: {graph.name} reads {weight} of shape {list(stored.shape)} from {length} "
-                        f"bytes; {_AGAIN}"
+                        f"{file}: {graph.name} reads {weight} of {prod(stored.shape)} bytes, found {length}; "
+                        f"{_AGAIN}"
                     )
-                made[weight] = np.memmap(file, np.int8, "r", stored.data.offset, stored.shape)
+                made[weight] = np.memmap(file, stored.dtype, "r", stored.data.offset, stored.shape)
             made[weight] = in_panels(made[weight])
         return made
 

@@ -83,7 +83,7 @@ def _summary(bundle: Bundle) -> list[str]:
         pixels = f"{model.image.min_pixels:,} to {model.image.max_pixels:,} pixels"
         facts.append(("images", f"scaled to {pixels}, {model.image.factor}² of them a token"))
     facts.append(("processor", describe_processor()))
-    facts.append(("int8 kernels", describe_kernels()))
+    facts.append(("kernels", describe_kernels()))
     lines = [f"{name:14}{value}" for name, value in facts]
     rows = [["task", "adapter", "prompts (* default)"]]
     for name, task in manifest.tasks.items():
@@ -173,7 +173,7 @@ def _document(
         "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         "problems": list(problems),
         "processor": describe_processor(),
-        "int8_kernels": describe_kernels(),
+        "kernels": describe_kernels(),
     }
     return {**document, "layers": list(layers)} if layers else document
 

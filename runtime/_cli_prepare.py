@@ -168,6 +168,7 @@ def _seconds_to_open(
         threads=1,
         constants=bundle.manifest.precisions[precision].activation_constants,
         inputs=graph_inputs(bundle.manifest, precision, name),
+        integer=bundle.multiplies_integers(precision),
         prepared=prepared.find(precision, name) if prepared else None,
         unpack=bundle.unpacking(precision, name, threads=available_cores()),
     )

@@ -161,6 +161,7 @@ class Graphs:
             threads=threads,
             constants=self._settings.activation_constants,
             inputs=graph_inputs(self._bundle.manifest, self._precision, name),
+            integer=self._bundle.multiplies_integers(self._precision),
             arena=self._keeps_arena,
             prepared=self._find_prepared(name),
             unpack=self._bundle.unpacking(self._precision, name, threads=self._threads),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +35,13 @@ Span = tuple[int, int]
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5
 _INPUT, _OP_TYPE = 1, 4
 _DIMS, _NAME, _EXTERNAL_DATA, _KEY, _VALUE = 1, 8, 13, 1, 2
-_PRODUCTS = {b"MatMulIntegerToFloat" + what for what in (b"", b"Add", b"Sub")}
+# Dimensions and dtype of the weight, the second input, by operator.
+_PRODUCTS = {
+    b"MatMulIntegerToFloat": (2, "int8"),
+    b"MatMulIntegerToFloatAdd": (2, "int8"),
+    b"MatMulIntegerToFloatSub": (2, "int8"),
+    b"MatMulNBits": (3, "uint8"),
+}
 INLINE_BYTES = 4096  # tensors of up to as many bytes lie in the graph itself
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -54,14 +61,16 @@ class ExternalData:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeight:
-    """An int8 weight that lies beside its graph.
+    """A weight of an integer product that lies beside its graph.
 
     Attributes:
-        shape: ``(depth, columns)``.
+        shape: ``(depth, columns)`` of 8 bits, ``(columns, blocks, block_size / 2)`` of 4 bits.
+        dtype: "int8", or "uint8" with two values to a byte.
         data: where.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    dtype: str
     data: ExternalData
 
 
@@ -75,7 +84,7 @@ def read_external_data(file: Path) -> list[ExternalData]:
 
 
 def read_product_weights(file: Path) -> dict[str, StoredWeight]:
-    """The weights of a graph's 8-bit products that lie beside it, by name.
+    """The weights of a graph's integer products that lie beside it, by name.
 
     Raises:
         BundleError: as :func:`read_external_data`.
@@ -111,27 +120,31 @@ def _external_data(data: mmap.mmap) -> list[ExternalData]:
 def _product_weights(data: mmap.mmap) -> dict[str, StoredWeight]:
     found = {}
     for graph in _graphs(data):
-        names = set()
+        kinds = {}
         for node in _fields(data, *graph, _NODE):
-            if _bytes(data, node, _OP_TYPE) in _PRODUCTS:
+            kind = _PRODUCTS.get(_bytes(data, node, _OP_TYPE))
+            if kind is not None:
                 _, weight, *_ = (data[slice(*span)] for span in _fields(data, *node, _INPUT))
-                names.add(weight)
+                kinds[weight] = kind
         for tensor in _fields(data, *graph, _INITIALIZER):
             name, place = _bytes(data, tensor, _NAME), _place(data, tensor)
-            if name not in names:
+            if name not in kinds:
                 continue
-            depth, columns = _numbers(data, *tensor, _DIMS)
-            if place is None:
-                if depth * columns > INLINE_BYTES:
+            rank, dtype = kinds[name]
+            shape = tuple(_numbers(data, *tensor, _DIMS))
+            size = prod(shape)
+            if len(shape) != rank or min(shape) < 1:
+                raise ValueError(f"weight {name.decode()} has the shape {list(shape)}")
+            if place is not None:
+                if place.length not in (None, size):
                     raise ValueError(
-                        f"weight {name.decode()} of {depth * columns} bytes lies in it; expected it beside"
+                        f"weight {name.decode()}: expected {size} bytes, found {place.length}"
                     )
-            elif place.length not in (None, depth * columns) or min(depth, columns) < 1:
+                found[name.decode()] = StoredWeight(shape=shape, dtype=dtype, data=place)
+            elif size > INLINE_BYTES:
                 raise ValueError(
-                    f"weight {name.decode()}: expected {place.length} bytes, found shape [{depth}, {columns}]"
+                    f"weight {name.decode()} of {size} bytes lies in it, not beside it"
                 )
-            else:
-                found[name.decode()] = StoredWeight(shape=(depth, columns), data=place)
     return found
 
 

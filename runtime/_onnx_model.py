@@ -13,6 +13,7 @@ __all__ = ["FLOAT", "INT32", "UINT8", "one_node_model"]
 FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6  # TensorProto.DataType
 _ELEM_TYPES = {"float32": FLOAT, "uint8": UINT8, "int8": INT8}
 _IR_VERSION, _OPSET = 8, 13
+_INT = 2  # AttributeProto.AttributeType
 
 
 def one_node_model(
@@ -23,6 +24,7 @@ def one_node_model(
     output: tuple[int, int],
     domain: bytes = b"",
     outputs: int = 1,
+    attributes: Mapping[bytes, int] | None = None,
 ) -> bytes:
     """A serialized ModelProto of one node, whose first output is the model's, ``y``.
 
@@ -33,10 +35,15 @@ def one_node_model(
         output: element type and columns of the output.
         domain: of the operator; at version 1, where it is not ONNX's own.
         outputs: how many the node has.
+        attributes: integers, by name.
     """
     made = [b"y", *(b"y%d" % number for number in range(1, outputs))]
     names = [*((1, name) for name in (*inputs, *weights)), *((2, name) for name in made)]
-    node = _message(*names, (4, op_type), (7, domain))
+    numbers = [
+        (5, _message((1, name), (3, _varint(value)), (20, _varint(_INT))))
+        for name, value in (attributes or {}).items()
+    ]
+    node = _message(*names, (4, op_type), *numbers, (7, domain))
     graph = _message(
         (1, node),
         (2, b"probe"),

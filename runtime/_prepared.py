@@ -12,8 +12,8 @@ Rules:
     * Each carries the hashes of the files that it was made from. One that does not fit the manifest
       any more, or is cut short, is left out with a warning.
     * Deleting the folder loses nothing but the time.
-    * Each takes the graph's weights twice on disk, as they were and packed; 8-bit ones once where
-      embedge's own kernel multiplies (:mod:`embedge.runtime._kernels`).
+    * Each takes the graph's weights twice on disk, as they were and packed; those of integer products
+      once where embedge's own kernels run (:mod:`embedge.runtime._kernels`).
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ class PreparedGraphs:
         partial.mkdir(parents=True)
         try:
             self._check_space(precision, name)
-            integer = bool(self._bundle.manifest.precisions[precision].activation_constants)
-            panels = integer and own_kernels()
+            panels = self._bundle.multiplies_integers(precision) and own_kernels()
             given = self._bundle.unpacked(precision, name, threads=available_cores(), panels=panels)
             _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
             del given

@@ -29,8 +29,9 @@ class GraphSession:
         file: the graph, its external data beside it.
         device: "cpu" or "cuda".
         threads: threads of one run.
-        constants: activation constants by initializer name, empty where no products are of 8 bits.
+        constants: activation constants by initializer name, empty where there are none.
         inputs: names the graph has to take.
+        integer: whether its products are of integers, for which embedge has kernels.
         arena: keep freed activations for the next run; faster, at the size of the largest batch.
         prepared: the same graph as :class:`PreparedGraphs` stored it, opened in its place; for a
             processor whose integer products do not saturate.
@@ -51,6 +52,7 @@ class GraphSession:
         threads: int,
         constants: Mapping[str, ActivationConstant],
         inputs: Sequence[str],
+        integer: bool = False,
         arena: bool = True,
         prepared: Path | None = None,
         unpack: Callable[[bool], Initializers] | None = None,
@@ -77,7 +79,7 @@ class GraphSession:
                 value = np.array(constant.reduced, constant.dtype)
                 self._replaced.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
                 options.add_initializer(name, self._replaced[-1])
-        panels = device == "cpu" and bool(constants) and own_kernels()
+        panels = device == "cpu" and integer and own_kernels()
         unpacked = unpack(panels) if unpack is not None and prepared is None else {}
         if panels:
             use_own_kernels(options, panels=bool(unpacked) or prepared is not None)

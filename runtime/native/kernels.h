@@ -7,6 +7,10 @@
 #error "these kernels are written for Linux on x86-64; elsewhere ONNX Runtime's own are used"
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-pre") /* partial redundancy elimination copies every accumulator in every step */
+#endif
+
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -35,6 +39,37 @@ OrtStatus *invalid(const OrtApi *api, const char *message);
 /* Runs task(data, 0 .. tasks - 1), with the session's threads unless `small`. */
 OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*task)(void *, size_t), size_t tasks,
                      int small, void *data);
+
+/* A product in tasks: slabs of columns, in the order they lie in memory, by blocks of rows. */
+typedef struct Work Work;
+struct Work {
+  void (*slab)(const Work *work, int64_t slab, int64_t from, int64_t to); /* rows from .. to of one slab */
+  const void *product;
+  int64_t rows, depth, columns, slab_columns;
+  int64_t slabs, slabs_per_task, row_blocks; /* filled in */
+};
+
+OrtStatus *run_slabs(const OrtApi *api, const OrtKernelContext *context, Work *work);
+
+/* Whether a product takes less time than waking a second thread. */
+static inline int is_small(const Work *work) { return work->rows * work->depth * work->columns < 1 << 20; }
+
+/* Columns of a slab, in panels of 16: how many, and which columns of the last one there are. */
+static inline int panels_of(const Work *work, int64_t slab, __mmask16 *last) {
+  const int64_t left = work->columns - slab * work->slab_columns;
+  const int64_t columns = left < work->slab_columns ? left : work->slab_columns;
+  const int panels = (int)((columns + LANES - 1) / LANES);
+  *last = (__mmask16)((1u << (columns - (panels - 1) * LANES)) - 1);
+  return panels;
+}
+
+/* ---- Memory of weights ---- */
+
+/* Weights up to it, in bytes, lie in the graph and are never stored in panels. */
+#define SMALL_WEIGHT 4096
+
+void *allocate(size_t bytes); /* at a line's address; freed by free() */
+void drop_pages(const void *bytes, size_t size);
 
 /* An operator whose inputs and outputs are listed by their types; inputs behind the `required` ones may be
    left out. */
@@ -74,6 +109,11 @@ int operator_any_version(const OrtCustomOp *op);
 OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
 OrtStatus *compute_product(void *kernel, OrtKernelContext *context);
 void destroy_product(void *kernel);
+
+/* products4.c */
+OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_product4(void *kernel, OrtKernelContext *context);
+void destroy_product4(void *kernel);
 
 /* quantize.c */
 OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);

@@ -1,6 +1,11 @@
 /* The custom-operator library: what is registered in a session, and what the kernels share. */
 
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "kernels.h"
 
@@ -45,6 +50,57 @@ OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*
   return NULL;
 }
 
+/* Tasks of a product: enough to balance threads, several rows and neighbouring slabs in each. */
+enum { TASKS = 64, MIN_TASK_ROWS = 64 };
+
+static void run_task(void *data, size_t index) {
+  const Work *work = data;
+  const int64_t block = (int64_t)index % work->row_blocks, group = (int64_t)index / work->row_blocks;
+  const int64_t from = work->rows * block / work->row_blocks, to = work->rows * (block + 1) / work->row_blocks;
+  const int64_t first = group * work->slabs_per_task, end = first + work->slabs_per_task;
+  for (int64_t slab = first; slab < end && slab < work->slabs; slab++) work->slab(work, slab, from, to);
+}
+
+OrtStatus *run_slabs(const OrtApi *api, const OrtKernelContext *context, Work *work) {
+  work->slabs = (work->columns + work->slab_columns - 1) / work->slab_columns;
+  work->slabs_per_task = (work->slabs + TASKS - 1) / TASKS;
+  const int64_t groups = (work->slabs + work->slabs_per_task - 1) / work->slabs_per_task;
+  const int64_t wanted = (TASKS + groups - 1) / groups, most = (work->rows + MIN_TASK_ROWS - 1) / MIN_TASK_ROWS;
+  work->row_blocks = wanted < most ? wanted : most;
+  const int64_t tasks = groups * work->row_blocks;
+  return run_tasks(api, context, run_task, (size_t)tasks, tasks == 1 || is_small(work), work);
+}
+
+/* ---- Memory of weights ---- */
+
+void *allocate(size_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
+
+/* Whether memory is a file's, by /proc: then its pages can be had again. */
+static int is_mapped_file(const void *bytes) {
+  FILE *maps = fopen("/proc/self/maps", "re");
+  if (maps == NULL) return 0;
+  char line[512];
+  int found = 0;
+  while (!found && fgets(line, sizeof line, maps) != NULL) {
+    uintptr_t from, to;
+    unsigned long inode;
+    if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*x %*s %lu", &from, &to, &inode) == 3 &&
+        from <= (uintptr_t)bytes && (uintptr_t)bytes < to) {
+      found = inode != 0;
+      break;
+    }
+  }
+  fclose(maps);
+  return found;
+}
+
+/* Takes what was copied from a mapped file out of this process; the system's cache keeps it. */
+void drop_pages(const void *bytes, size_t size) {
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  const uintptr_t from = ((uintptr_t)bytes + page - 1) / page * page, to = ((uintptr_t)bytes + size) / page * page;
+  if (to > from && is_mapped_file((const void *)from)) (void)madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
 /* ---- Operators ---- */
 
 const char *operator_name(const OrtCustomOp *op) { return ((const Operator *)op)->name; }
@@ -77,7 +133,7 @@ EXPORT int embedge_kernels_run_here(void) {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
-enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8 };
+enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8, I = ONNX_INT32 };
 
 #define PRODUCT(in_panels) \
   {OPERATOR(create_product, compute_product, destroy_product), "MatMulIntegerToFloat", 5, 4, 1, \
@@ -86,6 +142,10 @@ enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8 };
   {OPERATOR(create_product, compute_product, destroy_product), what, 6, 5, 1, {U, S, F, F, F, U, F}, minus, in_panels}
 
 static const Operator PRODUCTS[2] = {PRODUCT(0), PRODUCT(1)};
+#define PRODUCT4(in_panels) \
+  {OPERATOR(create_product4, compute_product4, destroy_product4), "MatMulNBits", 6, 3, 1, \
+   {F, U, F, U, I, F, F}, 0, in_panels}
+static const Operator PRODUCTS4[2] = {PRODUCT4(0), PRODUCT4(1)};
 static const Operator PRODUCTS_ADD[2] = {PRODUCT_AND("MatMulIntegerToFloatAdd", 0, 0),
                                          PRODUCT_AND("MatMulIntegerToFloatAdd", 0, 1)};
 static const Operator PRODUCTS_SUB[2] = {PRODUCT_AND("MatMulIntegerToFloatSub", 1, 0),
@@ -126,10 +186,10 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   if (status == NULL && given) status = api->GetSessionConfigEntry(options, "embedge.weights", value, &size);
   if (status != NULL) return status;
   const int panels = strcmp(value, "panels") == 0;
-  const Operator *const products[] = {&PRODUCTS[panels]};
+  const Operator *const products[] = {&PRODUCTS[panels], &PRODUCTS4[panels]};
   const Operator *const functions[] = {&PRODUCTS_ADD[panels], &PRODUCTS_SUB[panels], &ROWS,
                                        &ROWS_ABOVE,           &HALVES,               &HALVES_AND};
-  status = add_domain(api, options, &contrib[panels], "com.microsoft", products, 1);
+  status = add_domain(api, options, &contrib[panels], "com.microsoft", products, 2);
   if (status != NULL) return status;
   return add_domain(api, options, &own[panels], "embedge", functions, sizeof functions / sizeof *functions);
 }

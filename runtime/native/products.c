@@ -22,30 +22,14 @@
    bytes that fill their panels are stored like that already, under their shape [depth, columns]; else the
    kernel makes a copy when the session opens. */
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-tree-pre") /* partial redundancy elimination copies every accumulator in every step */
-#endif
-
-#include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "kernels.h"
 
 enum { ROWS = 8, PANELS = 3 }; /* of a tile */
 
 enum { A, B, A_SCALE, B_SCALE }; /* inputs; then what is added, where it is, and the zero point */
-
-/* Weights up to it, in bytes, lie in the graph and are never stored in panels. */
-#define SMALL_WEIGHT 4096
-/* Products below it take less time than waking a second thread, in multiplications. */
-#define SMALL_PRODUCT (1 << 20)
-/* Tasks of a product: enough to balance threads, consecutive panels in each. */
-#define TASKS 64
-#define MIN_TASK_ROWS 64
 
 typedef struct {
   const OrtApi *api;
@@ -62,7 +46,7 @@ typedef struct {
   const uint8_t *a;
   const float *a_scale, *b_scale, *added; /* added: null for none */
   float *y;
-  int64_t rows, a_scale_step, added_step, row_blocks, slabs, slabs_per_task;
+  int64_t a_scale_step, added_step;
   int32_t zero_point;
   int one_a_scale, one_b_scale; /* for all rows: multiplied with the columns' first, as ONNX Runtime does */
 } Product;
@@ -150,20 +134,20 @@ TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
 static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
                                                NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
 
-/* Some rows of a slab, in strips of equal height as far as possible. */
-static void run_slab(const Product *p, int64_t slab, int64_t from, int64_t to) {
+/* In strips of equal height as far as possible. */
+static void run_slab(const Work *work, int64_t slab, int64_t from, int64_t to) {
+  const Product *p = work->product;
   const Kernel *kernel = p->kernel;
-  const int64_t first = slab * PANELS * LANES, left = kernel->columns - first;
-  const int64_t columns = left < PANELS * LANES ? left : PANELS * LANES;
-  const int panels = (int)((columns + LANES - 1) / LANES);
-  const __mmask16 last = (__mmask16)((1u << (columns - (panels - 1) * LANES)) - 1);
+  const int64_t first = slab * work->slab_columns;
+  __mmask16 last;
+  const int panels = panels_of(work, slab, &last);
   const int8_t *b = kernel->panels + slab * PANELS * kernel->lines * LINE;
   const int64_t strips = (to - from + ROWS - 1) / ROWS;
 
   int64_t row = from;
   for (int64_t strip = 0; strip < strips; strip++) {
     const int64_t rows = (to - row + strips - strip - 1) / (strips - strip);
-    const int fetch = from == 0 && strip < PANELS && slab + 1 < p->slabs;
+    const int fetch = from == 0 && strip < PANELS && slab + 1 < work->slabs;
     const Tile tile = {
         .a = p->a + row * kernel->depth,
         .b = b,
@@ -178,14 +162,6 @@ static void run_slab(const Product *p, int64_t slab, int64_t from, int64_t to) {
     RUN_TILE[rows - 1][panels - 1](p, &tile, last);
     row += rows;
   }
-}
-
-static void run_task(void *data, size_t index) {
-  const Product *p = data;
-  const int64_t block = (int64_t)index % p->row_blocks, group = (int64_t)index / p->row_blocks;
-  const int64_t from = p->rows * block / p->row_blocks, to = p->rows * (block + 1) / p->row_blocks;
-  const int64_t first = group * p->slabs_per_task, end = first + p->slabs_per_task;
-  for (int64_t slab = first; slab < end && slab < p->slabs; slab++) run_slab(p, slab, from, to);
 }
 
 /* ---- Weights ---- */
@@ -235,32 +211,6 @@ static void add_panels(Kernel *kernel, int64_t panels) {
       add_line(kernel->sums + panel * LANES, kernel->panels + (panel * kernel->lines + k) * LINE);
 }
 
-/* Whether memory is a file's, by /proc: then its pages can be had again. */
-static int is_mapped_file(const void *bytes) {
-  FILE *maps = fopen("/proc/self/maps", "re");
-  if (maps == NULL) return 0;
-  char line[512];
-  int found = 0;
-  while (!found && fgets(line, sizeof line, maps) != NULL) {
-    uintptr_t from, to;
-    unsigned long inode;
-    if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*x %*s %lu", &from, &to, &inode) == 3 &&
-        from <= (uintptr_t)bytes && (uintptr_t)bytes < to) {
-      found = inode != 0;
-      break;
-    }
-  }
-  fclose(maps);
-  return found;
-}
-
-/* Takes what was copied from a mapped file out of this process; the system's cache keeps it. */
-static void drop_pages(const int8_t *bytes, size_t size) {
-  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  const uintptr_t from = ((uintptr_t)bytes + page - 1) / page * page, to = ((uintptr_t)bytes + size) / page * page;
-  if (to > from && is_mapped_file((const void *)from)) (void)madvise((void *)from, to - from, MADV_DONTNEED);
-}
-
 /* ---- The operator ---- */
 
 void destroy_product(void *data) {
@@ -270,8 +220,6 @@ void destroy_product(void *data) {
   free(kernel->sums);
   free(kernel);
 }
-
-static void *allocate(size_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
 
 OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   const Operator *known = (const Operator *)op;
@@ -341,7 +289,6 @@ OrtStatus *compute_product(void *data, OrtKernelContext *context) {
   if ((status = make_output(api, context, 0, a.dims, a.rank, &y)) != NULL) return status;
   if (rows == 0) return NULL;
 
-  const int64_t width = PANELS * LANES;
   Product product = {
       .kernel = kernel,
       .a = a.data,
@@ -349,19 +296,12 @@ OrtStatus *compute_product(void *data, OrtKernelContext *context) {
       .b_scale = b_scale.data,
       .added = added.data,
       .y = y,
-      .rows = rows,
       .a_scale_step = a_scale.elements != 1,
       .added_step = added.elements == columns ? 0 : columns,
-      .slabs = (columns + width - 1) / width,
       .zero_point = zero_point.data == NULL ? 0 : *(const uint8_t *)zero_point.data,
       .one_a_scale = a_scale.elements == 1 && a_scale.rank < 2,
       .one_b_scale = b_scale.elements == 1,
   };
-  product.slabs_per_task = (product.slabs + TASKS - 1) / TASKS;
-  const int64_t groups = (product.slabs + product.slabs_per_task - 1) / product.slabs_per_task;
-  const int64_t wanted = (TASKS + groups - 1) / groups, most = (rows + MIN_TASK_ROWS - 1) / MIN_TASK_ROWS;
-  product.row_blocks = wanted < most ? wanted : most;
-  const int64_t tasks = groups * product.row_blocks;
-  const int small = tasks == 1 || rows * kernel->depth * columns < SMALL_PRODUCT;
-  return run_tasks(api, context, run_task, (size_t)tasks, small, &product);
+  Work work = {run_slab, &product, rows, kernel->depth, columns, PANELS * LANES, 0, 0, 0};
+  return run_slabs(api, context, &work);
 }

@@ -65,7 +65,7 @@ def results(
     options.intra_op_num_threads = threads
     if own:
         assert LIBRARY is not None
-        _kernels._register(options, LIBRARY, panels=False)
+        _kernels.register(options, LIBRARY, panels=False)
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -1,4 +1,4 @@
-"""Exported 8-bit graphs have the same vectors with embedge's kernel and without it, prepared or not."""
+"""Exported graphs have the same vectors with embedge's kernels and without them, prepared or not."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ Vectors = NDArray[np.float32]
 TEXTS = random_texts(24)
 UNPACKED = "int4-unpacked"
 GRAPHS = [("bert", "int8"), ("bert", UNPACKED), ("qwen2", "int8"), ("qwen2", UNPACKED)]
+INT4 = [("bert", "int4"), ("qwen2", "int4")]
 MIXED = [("mixed", "int4"), ("mixed", UNPACKED)]  # the second layer is kept at int8
 IMAGES = [
     np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
@@ -78,7 +79,18 @@ def prepared(bundle: Path, precision: str, name: str = "task") -> Path | None:
     return PreparedGraphs(Bundle(bundle)).find(precision, name)
 
 
-@pytest.mark.parametrize(("bundle", "precision"), GRAPHS + MIXED, indirect=["bundle"])
+def equal(found: list[Vectors], expected: list[Vectors], precision: str) -> bool:
+    """At 4 bits, ONNX Runtime's kernel adds the blocks of a row in another order."""
+    if precision != "int4":
+        return same(found, expected)
+    cosines = [
+        (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return all((cosine > 0.99999).all() for cosine in cosines)
+
+
+@pytest.mark.parametrize(("bundle", "precision"), GRAPHS + INT4 + MIXED, indirect=["bundle"])
 def test_vectors_are_the_same_with_and_without_the_kernel(bundle: Path, precision: str) -> None:
     with layouts_seen() as seen:
         found = encode(bundle, precision)
@@ -86,11 +98,11 @@ def test_vectors_are_the_same_with_and_without_the_kernel(bundle: Path, precisio
     with without_kernel(), layouts_seen() as seen:
         expected = encode(bundle, precision)
     assert seen == []
-    assert same(found, expected)
+    assert equal(found, expected, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_graph_without_8_bit_products_does_without_it(precision: str, tmp_path: Path) -> None:
+def test_a_graph_without_integer_products_does_without_it(tmp_path: Path) -> None:
+    precision = "fp32"
     source = save(make_model("bert"), tmp_path / "model")
     out = export_bundle(
         source,
@@ -106,7 +118,7 @@ def test_a_graph_without_8_bit_products_does_without_it(precision: str, tmp_path
     assert seen == []
 
 
-@pytest.mark.parametrize(("bundle", "precision"), GRAPHS + MIXED, indirect=["bundle"])
+@pytest.mark.parametrize(("bundle", "precision"), GRAPHS + INT4 + MIXED, indirect=["bundle"])
 def test_a_prepared_graph_is_opened_in_place_and_gives_the_same_vectors(
     bundle: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +137,7 @@ def test_a_prepared_graph_is_opened_in_place_and_gives_the_same_vectors(
     assert same(found, expected)
 
 
-@pytest.mark.parametrize(("bundle", "precision"), GRAPHS, indirect=["bundle"])
+@pytest.mark.parametrize(("bundle", "precision"), GRAPHS + INT4, indirect=["bundle"])
 def test_a_prepared_graph_has_its_weights_once(bundle: Path, precision: str) -> None:
     opened = Bundle(bundle)
     stored = read_product_weights(opened.graph(precision, "task")).values()
@@ -133,7 +145,8 @@ def test_a_prepared_graph_has_its_weights_once(bundle: Path, precision: str) -> 
     PreparedGraphs(opened).write(precision, "task")
     file = prepared(bundle, precision)
     assert file is not None
-    assert weights < file.with_name("graph.bin").stat().st_size < 1.3 * weights
+    most = 1.6 if precision == "int4" else 1.3  # with the scales and zero points of the blocks
+    assert weights < file.with_name("graph.bin").stat().st_size < most * weights
     with without_kernel():
         PreparedGraphs(opened).write(precision, "task")
         packed = prepared(bundle, precision)

@@ -39,12 +39,12 @@ def without_kernel() -> Iterator[None]:
 def layouts_seen() -> Iterator[list[bool]]:
     """For each session opened inside with the kernel, whether its weights lie in panels."""
     kernel_library()  # its check opens sessions too
-    register, seen = _kernels._register, []
+    register, seen = _kernels.register, []
 
     def note(options: object, library: str, *, panels: bool) -> None:
         seen.append(panels)
         register(options, library, panels=panels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kernels, "_register", note)
+        patch.setattr(_kernels, "register", note)
         yield seen

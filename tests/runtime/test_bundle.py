@@ -215,6 +215,7 @@ def products_graph(initializers: Sequence[TensorProto]) -> onnx.GraphProto:
         if t.name.startswith("w")
     ]
     nodes.append(helper.make_node("MatMulInteger", ["a", "other"], [product]))
+    nodes.append(helper.make_node("MatMulNBits", ["x", "w4", "s"], ["y4"], domain="com.microsoft"))
     nodes.append(helper.make_node("Gather", ["rows", "ids"], ["row"], name=product))
     return helper.make_graph(nodes, "products", [], [], initializers)
 
@@ -233,16 +234,28 @@ STORED = [
     external("rows", (64, 64), "shared.bin", offset=4096, length=4096),
     external("w_end", (96, 32), "task.bin", offset=4096),
     external("w_made", (272, 128), "unpacked", length=34816),
+    external("w4", (48, 5, 64), "shared.bin", length=15360),
 ]
 OF_PRODUCTS = {
     "w": StoredWeight(
-        shape=(64, 300), data=ExternalData(location="shared.bin", offset=8192, length=19200)
+        shape=(64, 300),
+        dtype="int8",
+        data=ExternalData(location="shared.bin", offset=8192, length=19200),
     ),
     "w_end": StoredWeight(
-        shape=(96, 32), data=ExternalData(location="task.bin", offset=4096, length=None)
+        shape=(96, 32),
+        dtype="int8",
+        data=ExternalData(location="task.bin", offset=4096, length=None),
     ),
     "w_made": StoredWeight(
-        shape=(272, 128), data=ExternalData(location="unpacked", offset=0, length=34816)
+        shape=(272, 128),
+        dtype="int8",
+        data=ExternalData(location="unpacked", offset=0, length=34816),
+    ),
+    "w4": StoredWeight(
+        shape=(48, 5, 64),
+        dtype="uint8",
+        data=ExternalData(location="shared.bin", offset=0, length=15360),
     ),
 }
 
@@ -250,7 +263,7 @@ OF_PRODUCTS = {
 def test_stored_weights_of_8_bit_products_are_found(tmp_path: Path) -> None:
     file = write_products(tmp_path / "products.onnx", STORED)
     assert read_product_weights(file) == OF_PRODUCTS
-    assert len(read_external_data(file)) == 5
+    assert len(read_external_data(file)) == 6
 
 
 def test_a_graph_without_8_bit_products_has_none_of_their_weights(bundle: Any) -> None:
@@ -269,9 +282,25 @@ def test_dimensions_may_be_packed(tmp_path: Path) -> None:
     assert read_product_weights(tmp_path / "packed.onnx") == {"w": OF_PRODUCTS["w"]}
 
 
-def test_a_weight_that_is_no_matrix_is_a_bundle_error(tmp_path: Path) -> None:
-    file = write_products(tmp_path / "bad.onnx", [external("w", (2, 3, 4), "shared.bin")])
-    with pytest.raises(BundleError, match=r"bad\.onnx: not a readable ONNX model"):
+@pytest.mark.parametrize(
+    ("weight", "problem"),
+    [
+        (external("w", (2, 3, 4), "shared.bin"), r"weight w has the shape \[2, 3, 4\]"),
+        (external("w4", (64, 64), "shared.bin"), r"weight w4 has the shape \[64, 64\]"),
+        (external("w", (0, 64), "shared.bin"), r"weight w has the shape \[0, 64\]"),
+        (external("w", (64, 300), "shared.bin", length=19199), "expected 19200 bytes, found 19199"),
+        (
+            numpy_helper.from_array(np.ones((65, 64), np.int8), "w"),
+            "weight w of 4160 bytes lies in it, not beside it",
+        ),
+    ],
+    ids=["no matrix", "no blocks", "empty", "of another size", "inside"],
+)
+def test_a_weight_that_is_not_as_expected_is_a_bundle_error(
+    weight: TensorProto, problem: str, tmp_path: Path
+) -> None:
+    file = write_products(tmp_path / "bad.onnx", [weight])
+    with pytest.raises(BundleError, match=rf"bad\.onnx: not a readable ONNX model \(.*{problem}"):
         read_product_weights(file)
 
 

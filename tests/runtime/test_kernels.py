@@ -17,7 +17,7 @@ from _kernel import LIBRARY, asked_anew, layouts_seen, needs_kernel, without_ker
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from embedge.runtime import Embedder, EmbedgeWarning
+from embedge.runtime import Embedder, EmbedgeWarning, _kernel_check
 from embedge.runtime import _kernels as products
 from embedge.runtime._kernels import (
     in_panels,
@@ -79,7 +79,7 @@ def open_session(model: bytes, *, own: bool = True, panels: bool = False, thread
     options.log_severity_level = 4
     if own:
         assert LIBRARY is not None
-        products._register(options, LIBRARY, panels=panels)
+        products.register(options, LIBRARY, panels=panels)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -403,7 +403,7 @@ def test_a_kernel_that_fails_its_check_is_left_out_with_a_warning(
     with asked_anew() as patch:
         find_library(patch, "kernel.so")
         patch.setattr(products.ctypes, "CDLL", lambda file: Library(runs_here=1))
-        patch.setattr(products, "_is_right", is_right)
+        patch.setattr("embedge.runtime._kernel_check.is_right", is_right)
         message = (
             rf"^kernel\.so: not used: {problem}; ONNX Runtime's own kernels run instead, "
             "slower; install embedge again, or set EMBEDGE_KERNELS=onnxruntime to keep it out$"
@@ -426,9 +426,9 @@ def test_a_file_that_is_no_library_is_left_out_with_a_warning(tmp_path: Path) ->
 @needs_kernel
 def test_the_check_finds_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LIBRARY is not None
-    assert products._is_right(LIBRARY)
-    monkeypatch.setattr(products, "in_panels", lambda weight: weight)
-    assert not products._is_right(LIBRARY)
+    assert _kernel_check.is_right(LIBRARY)
+    monkeypatch.setattr(_kernel_check, "in_panels", lambda weight: weight)
+    assert not _kernel_check.is_right(LIBRARY)
 
 
 @needs_kernel
