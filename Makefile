@@ -42,4 +42,4 @@ $(STAMP): pyproject.toml $(wildcard runtime/native/*)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build demo-bundle demo-report
+	rm -rf $(VENV) build demo-bundle demo-report runtime/_native*.so

@@ -59,7 +59,7 @@ class Int4Form(Form):
         self.block_size = block_size
         self.method = method
         self._table_bits = table_bits
-        # Blocks above 32: the CPU kernel takes another path for an odd last row (measured: vectors
+        # Blocks above 32: ONNX Runtime's CPU kernel takes another path for an odd last row (measured: vectors
         # move by up to 6e-4), so the runtime keeps batch × tokens even.
         self.row_multiple = 1 if block_size <= 32 else 2
 

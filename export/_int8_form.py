@@ -22,8 +22,8 @@ activations.
 
 A scale per row is a block of :class:`QuantizeLinear` as wide as the row. ``MatMulIntegerToFloat`` takes
 one too, ``[batch, tokens, 1]``, on the CPU (undocumented; a test holds it), but only without its bias
-input, and multiplies by it in one thread after the product. So where the product is multiplied again
-anyway (``up`` of a gated MLP) its scale waits in :attr:`Graph.row_scales` for the next one.
+input, and its own kernel multiplies by it in one thread after the product. So where the product is
+multiplied again anyway (``up`` of a gated MLP) its scale waits in :attr:`Graph.row_scales` for the next one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The int4 weights run as int8: another graph over the same files, unpacked when it is opened.
 
-``MatMulNBits`` multiplies 4-bit blocks at half the speed of 8-bit rows or less, so a batch is faster
-where the weights are unpacked to 8 bits once (:mod:`embedge.runtime._unpack`). The graph is that of
+ONNX Runtime's ``MatMulNBits`` multiplies 4-bit blocks at half the speed of 8-bit rows or less, so a batch is
+faster where the weights are unpacked to 8 bits once (:mod:`embedge.runtime._unpack`). The graph is that of
 :class:`Int8Form`, its inputs are smoothed and quantized per row; the weights are those that
 :class:`Int4Form` stored, and the graph has their list beside it in place of their bytes.
 """

@@ -194,7 +194,13 @@ class Bundle:
         return lambda panels: self.unpacked(precision, name, threads=threads, panels=panels)
 
     def unpacked(
-        self, precision: str, name: str, *, threads: int, panels: bool = False
+        self,
+        precision: str,
+        name: str,
+        *,
+        threads: int,
+        panels: bool = False,
+        scratch: Path | None = None,
     ) -> Initializers:
         """The initializers that a graph's file does not hold, made from 4-bit weights; often none.
 
@@ -204,6 +210,7 @@ class Bundle:
             threads: cores to use.
             panels: as a session whose weights lie in panels takes them
                 (:func:`embedge.runtime._kernels.in_panels`), with the weights that are stored.
+            scratch: a folder for panels, instead of memory.
 
         Raises:
             BundleError: if the weights cannot be read.
@@ -225,7 +232,7 @@ class Bundle:
                         f"{_AGAIN}"
                     )
                 made[weight] = np.memmap(file, stored.dtype, "r", stored.data.offset, stored.shape)
-            made[weight] = in_panels(made[weight])
+            made[weight] = in_panels(made[weight], scratch)
         return made
 
     def _packed(self, precision: str, name: str) -> tuple[Path, list[PackedWeight]] | None:

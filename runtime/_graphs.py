@@ -4,9 +4,10 @@ Measured on MiniLM-L6 at int8 with 2 threads: batches of 512 tokens at the same 
 take 0.86 of the time of runs of 1024 with both threads (0.78 for 8 texts of 16 tokens). With AMX a text
 of 16 tokens is 1.1 times as fast with one thread as with two, and past some 100 tokens two are faster;
 with AVX512-VNNI two are 1.4 times as fast from 16 tokens on.
-ONNX Runtime cuts 8-bit products into slices of 16 columns once there is a second thread, and packs
-the left side again for each. At int4 and fp32 both ways are within 10 %, and a second session would
-hold the weights twice for nothing; so are products with thousands of columns.
+ONNX Runtime's kernel cuts 8-bit products into slices of 16 columns once there is a second thread, and
+packs the left side again for each; with embedge's kernels, `embedge prepare` finds the same way the
+fastest. At int4 and fp32 both ways are within 10 %, and a second session would hold the weights twice for
+nothing; so are products with thousands of columns.
 
 Past some tokens a batch no longer fits into the cores' caches, and every element-wise pass goes to
 memory (bench/LOG.md).

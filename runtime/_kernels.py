@@ -19,14 +19,16 @@ import functools
 import importlib.util
 import mmap
 import os
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime._cpu import has_amx
-from embedge.runtime._errors import EmbedgeWarning
+from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime._onnx_file import INLINE_BYTES
 
 __all__ = [
@@ -40,13 +42,13 @@ __all__ = [
 
 Weight = TypeVar("Weight", bound=NDArray[Any])
 
-PANELS = "panels of 16 x 4"  # the layout, as prepared graphs record it
-_SWITCH, _OFF = "EMBEDGE_KERNELS", "onnxruntime"
+PANELS = "16 x 4 of 8 bits, 16 x 8 of 4 bits"  # the layout of panels, as prepared graphs record it
+_SWITCH, _OFF, _ON = "EMBEDGE_KERNELS", "onnxruntime", "embedge"
 _LANES, _GROUP = 16, 4  # columns of a panel, rows of a line
 
 
 def own_kernels() -> bool:
-    """Whether 8-bit graphs run with embedge's kernels on this processor."""
+    """Whether graphs of integer products run with embedge's kernels on this processor."""
     return kernel_library() is not None
 
 
@@ -56,7 +58,7 @@ def kernel_library() -> str | None:
 
 
 def describe_kernels() -> str:
-    """Whose kernels run 8-bit graphs here, and why: a line for people."""
+    """Whose kernels run integer products here, and why: a line for people."""
     return _find()[1]
 
 
@@ -64,12 +66,16 @@ def describe_kernels() -> str:
 def _find() -> tuple[str | None, str]:
     """The library, found and tried once per process, and what :func:`describe_kernels` says of it.
 
-    With AMX, ONNX Runtime multiplies whole tiles, which these kernels do not.
+    With AMX, ONNX Runtime multiplies tiles of 8 bits, which these kernels do not; what the 4-bit one would be
+    worth there was not measured.
     """
     from embedge.runtime import _kernel_check
 
     theirs = "ONNX Runtime's"
-    if os.environ.get(_SWITCH) == _OFF:
+    asked = os.environ.get(_SWITCH) or _ON
+    if asked not in (_ON, _OFF):
+        raise EmbedgeValueError(f"{_SWITCH}: expected {_ON} or {_OFF}, found {asked!r}")
+    if asked == _OFF:
         return None, f"{theirs}: {_SWITCH}={_OFF} is set"
     if has_amx():
         return None, f"{theirs}, which use AMX"
@@ -112,12 +118,13 @@ def use_own_kernels(options: Any, *, panels: bool = False) -> None:
         register(options, library, panels=panels)
 
 
-def in_panels(weight: Weight) -> Weight:
+def in_panels(weight: Weight, scratch: Path | None = None) -> Weight:
     """A weight as the kernels expect it of a session whose weights lie in panels.
 
     Args:
         weight: int8 ``[depth, columns]`` of ``MatMulIntegerToFloat``, or uint8 ``[columns, blocks,
             block_size / 2]`` of ``MatMulNBits``, two values to a byte.
+        scratch: a folder on whose disk the result lies, in a file without a name; ``None``: in memory.
 
     Returns:
         As many bytes of the same dtype and shape, laid out as ``[columns / 16, depth / 4, 16, 4]``, or
@@ -131,7 +138,13 @@ def in_panels(weight: Weight) -> Weight:
         return weight
     # Mapped, so that the system has the memory back once ONNX Runtime has taken its copy: of what is
     # freed, the C library keeps blocks of this size for the next ones.
-    panels = np.frombuffer(mmap.mmap(-1, weight.size), weight.dtype)
+    if scratch is None:
+        memory = mmap.mmap(-1, weight.size)
+    else:
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            file.truncate(weight.size)
+            memory = mmap.mmap(file.fileno(), weight.size)
+    panels = np.frombuffer(memory, weight.dtype)
     panels.reshape(lines.shape)[:] = lines
     return panels.reshape(weight.shape)
 

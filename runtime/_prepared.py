@@ -41,7 +41,7 @@ __all__ = ["PREPARED", "PreparedGraphs", "machine_name"]
 
 PREPARED = "prepared"
 _RECORD, _GRAPH, _DATA = "prepared.json", "graph.onnx", "graph.bin"
-_INLINE_BYTES = "1024"  # as in a bundle, small tensors stay in the graph
+_INLINE_BYTES = "1024"  # small tensors stay in the graph
 _SPACE = 2.5  # of a graph's bytes, while it is written
 
 
@@ -64,6 +64,10 @@ class PreparedGraphs:
         try:
             record = read_json_object(folder / _RECORD)
             problem = self._problem(folder, record, self._source(precision, name))
+            if problem is None and record.get("layout") != self._layout(precision):
+                problem = (
+                    f"weights laid out as {record.get('layout')}, not {self._layout(precision)}"
+                )
         except (BundleError, OSError) as error:
             problem = str(error)
         if problem is None:
@@ -91,12 +95,15 @@ class PreparedGraphs:
         partial.mkdir(parents=True)
         try:
             self._check_space(precision, name)
-            panels = self._bundle.multiplies_integers(precision) and own_kernels()
-            given = self._bundle.unpacked(precision, name, threads=available_cores(), panels=panels)
+            layout = self._layout(precision)
+            panels = layout is not None
+            given = self._bundle.unpacked(
+                precision, name, threads=available_cores(), panels=panels, scratch=partial
+            )
             _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
             del given
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
-            record = {"source": source, "files": files}
+            record = {"source": source, "files": files, "layout": layout}
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
@@ -111,6 +118,10 @@ class PreparedGraphs:
         if found:
             shutil.rmtree(everything)
         return found
+
+    def _layout(self, precision: str) -> str | None:
+        """How embedge's kernels read the weights; ``None``: as ONNX Runtime packs them."""
+        return PANELS if self._bundle.multiplies_integers(precision) and own_kernels() else None
 
     def _source(self, precision: str, name: str) -> dict[str, str]:
         """SHA-256, as the manifest has them, of the files of a graph."""

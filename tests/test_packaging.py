@@ -124,7 +124,8 @@ print(embedge.runtime.__file__, own_kernels())
 )
 def test_the_wheel_carries_the_kernel(wheel_folder: Path) -> None:
     [kernel] = (wheel_folder / "embedge/runtime").glob("*.so")
-    assert kernel.name == "_native.abi3.so"
+    assert kernel.name.startswith("_native.")
+    assert kernel.suffix == ".so"
     code = "from embedge.runtime._kernels import kernel_library; print(kernel_library())"
     assert run_with_wheel(wheel_folder, code).strip() in (str(kernel), "None")
 

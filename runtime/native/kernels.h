@@ -36,6 +36,28 @@ OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t inde
 
 OrtStatus *invalid(const OrtApi *api, const char *message);
 
+/* An input that is a constant; `data` is null where it is left out or is none. */
+OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, Tensor *out);
+
+static AVX512 inline __mmask16 lanes_left(int64_t left) {
+  return left >= LANES ? (__mmask16)0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : (__mmask16)0;
+}
+
+/* max |x|. Magnitudes are compared as integers, among which a NaN is the largest. */
+static AVX512 inline float peak_of(const float *x, int64_t width) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i peak = _mm512_setzero_si512();
+  for (int64_t i = 0; i < width; i += LANES) {
+    const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes_left(width - i), x + i));
+    peak = _mm512_max_epi32(peak, _mm512_and_si512(bits, magnitude));
+  }
+  const union {
+    int32_t bits;
+    float value;
+  } found = {.bits = _mm512_reduce_max_epi32(peak)};
+  return found.value;
+}
+
 /* Runs task(data, 0 .. tasks - 1), with the session's threads unless `small`. */
 OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*task)(void *, size_t), size_t tasks,
                      int small, void *data);
@@ -63,9 +85,15 @@ static inline int panels_of(const Work *work, int64_t slab, __mmask16 *last) {
   return panels;
 }
 
+/* Whether a strip of rows, which passes over this slab, fetches a panel of the next one. */
+static inline int fetches(const Work *work, int64_t slab, int64_t from, int64_t strip) {
+  const int64_t panels = work->slab_columns / LANES;
+  return from == 0 && strip < panels && (slab + 1) * work->slab_columns + strip * LANES < work->columns;
+}
+
 /* ---- Memory of weights ---- */
 
-/* Weights up to it, in bytes, lie in the graph and are never stored in panels. */
+/* Weights up to it, in bytes, lie in the graph and are never stored in panels: INLINE_BYTES of _onnx_file.py. */
 #define SMALL_WEIGHT 4096
 
 void *allocate(size_t bytes); /* at a line's address; freed by free() */

@@ -36,6 +36,14 @@ OrtStatus *read_input(const OrtApi *api, const OrtKernelContext *context, size_t
   return status != NULL || value == NULL ? status : read_value(api, value, out);
 }
 
+OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, Tensor *out) {
+  const OrtValue *value = NULL;
+  int constant = 0;
+  memset(out, 0, sizeof *out);
+  OrtStatus *status = api->KernelInfoGetConstantInput_tensor(info, index, &constant, &value);
+  return status != NULL || !constant || value == NULL ? status : read_value(api, value, out);
+}
+
 OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t index, const int64_t *dims, size_t rank,
                        void **data) {
   OrtValue *value = NULL;
@@ -50,7 +58,7 @@ OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*
   return NULL;
 }
 
-/* Tasks of a product: enough to balance threads, several rows and neighbouring slabs in each. */
+/* Tasks of a product, up to some 32 threads enough to balance them; several rows and neighbouring slabs in each. */
 enum { TASKS = 64, MIN_TASK_ROWS = 64 };
 
 static void run_task(void *data, size_t index) {

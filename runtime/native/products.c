@@ -147,7 +147,7 @@ static void run_slab(const Work *work, int64_t slab, int64_t from, int64_t to) {
   int64_t row = from;
   for (int64_t strip = 0; strip < strips; strip++) {
     const int64_t rows = (to - row + strips - strip - 1) / (strips - strip);
-    const int fetch = from == 0 && strip < PANELS && slab + 1 < work->slabs;
+    const int fetch = fetches(work, slab, from, strip);
     const Tile tile = {
         .a = p->a + row * kernel->depth,
         .b = b,
@@ -223,13 +223,10 @@ void destroy_product(void *data) {
 
 OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   const Operator *known = (const Operator *)op;
-  const OrtValue *value = NULL;
-  int constant = 0;
-  Tensor b = {0};
-  OrtStatus *status = api->KernelInfoGetConstantInput_tensor(info, B, &constant, &value);
+  Tensor b;
+  OrtStatus *status = read_constant(api, info, B, &b);
   if (status != NULL) return status;
-  if (!constant) return invalid(api, "embedge products: the weight is not constant");
-  if ((status = read_value(api, value, &b)) != NULL) return status;
+  if (b.data == NULL) return invalid(api, "embedge products: the weight is not constant");
   if (b.rank != 2 || b.elements < 1) return invalid(api, "embedge products: the weight has not two dimensions");
 
   Kernel *kernel = calloc(1, sizeof *kernel);
@@ -281,7 +278,8 @@ OrtStatus *compute_product(void *data, OrtKernelContext *context) {
     return invalid(api, "embedge products: expected one scale, or one for each column");
   if (zero_point.data != NULL && zero_point.elements != 1)
     return invalid(api, "embedge products: expected one zero point");
-  if (added.data != NULL && added.elements != columns && added.elements != rows * columns)
+  if (added.data != NULL && (added.rank < 1 || added.dims[added.rank - 1] != columns ||
+                             (added.elements != columns && added.elements != rows * columns)))
     return invalid(api, "embedge products: expected a value to add for each column, or for each of the result");
 
   void *y = NULL;

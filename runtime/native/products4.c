@@ -30,6 +30,7 @@ typedef struct {
   uint8_t *owned;
   float *scales;  /* [panels, blocks, 16] */
   uint8_t *zeros; /* likewise */
+  int with_zeros; /* whether the operator has constant zero points */
 } Kernel;
 
 typedef struct {
@@ -143,7 +144,7 @@ static void run_slab(const Work *work, int64_t slab, int64_t from, int64_t to) {
   int64_t row = from;
   for (int64_t strip = 0; strip < strips; strip++) {
     const int64_t rows = (to - row + strips - strip - 1) / (strips - strip);
-    const int fetch = from == 0 && strip < PANELS && slab + 1 < work->slabs;
+    const int fetch = fetches(work, slab, from, strip);
     const Tile tile = {
         .a = p->values + row * width,
         .a_scales = p->a_scales + row * kernel->blocks * 2,
@@ -162,23 +163,12 @@ static void run_slab(const Work *work, int64_t slab, int64_t from, int64_t to) {
 
 /* A block of a row to int8: round(a / scale), scale = max |a| / 127. */
 static AVX512 void quantize_block(const float *a, int64_t count, int64_t block, int8_t *values, float *scales) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i peak = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
-  for (int64_t i = 0; i < count; i += LANES) {
-    const __mmask16 mask = count - i >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << (count - i)) - 1);
-    const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(mask, a + i));
-    peak = _mm512_max_epi32(peak, _mm512_and_si512(bits, magnitude)); /* NaN is the largest */
-  }
-  const union {
-    int32_t bits;
-    float value;
-  } found = {.bits = _mm512_reduce_max_epi32(peak)};
-  const float scale = found.value / 127.0f;
-  const __m512 inverse = _mm512_set1_ps(found.value != 0 ? 127.0f / found.value : 0.0f);
+  const float peak = peak_of(a, count), scale = peak / 127.0f;
+  const __m512 inverse = _mm512_set1_ps(peak != 0 ? 127.0f / peak : 0.0f);
+  __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < block; i += LANES) {
-    const int64_t left = count - i;
-    const __mmask16 mask = left >= LANES ? (__mmask16)0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : (__mmask16)0;
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, a + i), inverse));
+    const __m512 x = _mm512_maskz_loadu_ps(lanes_left(count - i), a + i);
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
     sum = _mm512_add_epi32(sum, q);
     _mm_storeu_si128((__m128i *)(values + i), _mm512_cvtsepi32_epi8(q));
   }
@@ -236,14 +226,6 @@ void destroy_product4(void *data) {
   free(kernel);
 }
 
-static OrtStatus *constant_input(const OrtApi *api, const OrtKernelInfo *info, size_t index, Tensor *out) {
-  const OrtValue *value = NULL;
-  int constant = 0;
-  memset(out, 0, sizeof *out);
-  OrtStatus *status = api->KernelInfoGetConstantInput_tensor(info, index, &constant, &value);
-  return status != NULL || !constant || value == NULL ? status : read_value(api, value, out);
-}
-
 OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   int64_t depth = 0, columns = 0, bits = 0, block = 0, level = 0;
   OrtStatus *status = api->KernelInfoGetAttribute_int64(info, "K", &depth);
@@ -252,13 +234,14 @@ OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKe
   if (status == NULL) status = api->KernelInfoGetAttribute_int64(info, "block_size", &block);
   if (status == NULL) status = api->KernelInfoGetAttribute_int64(info, "accuracy_level", &level);
   if (status != NULL) return status;
-  if (bits != 4 || level != 4 || block < LANES || block % LANES != 0 || depth < 1 || columns < 1)
+  if (bits != 4 || level != 4 || block < LANES || block % LANES != 0 || block > INT32_MAX || depth < 1 ||
+      depth > INT32_MAX || columns < 1 || columns > INT32_MAX)
     return invalid(api, "embedge products: expected 4 bits, accuracy level 4 and blocks of 16 or more");
   const int64_t blocks = (depth + block - 1) / block, panels = (columns + LANES - 1) / LANES;
   Tensor b, scales, zero_points;
-  if ((status = constant_input(api, info, B, &b)) != NULL) return status;
-  if ((status = constant_input(api, info, SCALES, &scales)) != NULL) return status;
-  if ((status = constant_input(api, info, ZERO_POINTS, &zero_points)) != NULL) return status;
+  if ((status = read_constant(api, info, B, &b)) != NULL) return status;
+  if ((status = read_constant(api, info, SCALES, &scales)) != NULL) return status;
+  if ((status = read_constant(api, info, ZERO_POINTS, &zero_points)) != NULL) return status;
   if (b.elements != columns * blocks * block / 2 || scales.elements != columns * blocks)
     return invalid(api, "embedge products: 4-bit weights and scales have to be constants of their sizes");
   if (zero_points.data != NULL && zero_points.elements != columns * ((blocks + 1) / 2))
@@ -272,17 +255,24 @@ OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKe
   kernel->block = block;
   kernel->blocks = blocks;
   kernel->lines = block / GROUP;
+  kernel->with_zeros = zero_points.data != NULL;
   const int stored = ((const Operator *)op)->panels && b.elements > SMALL_WEIGHT && columns % LANES == 0;
-  kernel->scales = allocate((size_t)(panels * blocks * LANES) * sizeof(float));
-  kernel->zeros = allocate((size_t)(panels * blocks * LANES));
-  if (!stored) kernel->owned = allocate((size_t)(panels * blocks * kernel->lines * LINE));
+  const size_t lanes = (size_t)(panels * blocks * LANES), size = (size_t)(panels * blocks * kernel->lines * LINE);
+  kernel->scales = allocate(lanes * sizeof(float));
+  kernel->zeros = allocate(lanes);
+  if (!stored) kernel->owned = allocate(size);
   if (kernel->scales == NULL || kernel->zeros == NULL || (!stored && kernel->owned == NULL)) {
     destroy_product4(kernel);
     return api->CreateStatus(ORT_FAIL, "embedge products: out of memory for a weight");
   }
+  memset(kernel->scales, 0, lanes * sizeof(float)); /* columns that fill up the last panel */
+  memset(kernel->zeros, 0, lanes);
   pack_scales(kernel, scales.data, zero_points.data);
+  drop_pages(scales.data, (size_t)scales.elements * sizeof(float));
+  if (zero_points.data != NULL) drop_pages(zero_points.data, (size_t)zero_points.elements);
   kernel->panels = stored ? b.data : kernel->owned;
   if (!stored) {
+    memset(kernel->owned, 0, size);
     pack(kernel, b.data);
     drop_pages(b.data, (size_t)b.elements);
   }
@@ -293,12 +283,16 @@ OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKe
 OrtStatus *compute_product4(void *data, OrtKernelContext *context) {
   const Kernel *kernel = data;
   const OrtApi *api = kernel->api;
-  Tensor a, groups, bias;
+  Tensor a, zero_points, groups, bias;
   OrtStatus *status = read_input(api, context, A, &a);
+  if (status == NULL) status = read_input(api, context, ZERO_POINTS, &zero_points);
   if (status == NULL) status = read_input(api, context, GROUPS, &groups);
   if (status == NULL) status = read_input(api, context, BIAS, &bias);
   if (status != NULL) return status;
-  if (groups.data != NULL) return invalid(api, "embedge products: columns in groups of another order are not implemented");
+  if (zero_points.data != NULL && !kernel->with_zeros)
+    return invalid(api, "embedge products: zero points have to be constant");
+  if (groups.data != NULL)
+    return api->CreateStatus(ORT_NOT_IMPLEMENTED, "embedge products: g_idx, the order of columns, is not implemented");
   if (bias.data != NULL && bias.elements != kernel->columns)
     return invalid(api, "embedge products: expected a bias for each column");
   if (a.rank < 1 || a.dims[a.rank - 1] != kernel->depth)

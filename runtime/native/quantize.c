@@ -38,10 +38,6 @@ OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtK
 
 void destroy_quantizer(void *kernel) { free(kernel); }
 
-static AVX512 inline __mmask16 lanes_left(int64_t left) {
-  return left >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
-}
-
 /* round(x / scale) + zero_point, in 0 .. 255. */
 static AVX512 inline void quantize(uint8_t *to, __mmask16 mask, __m512 x, __m512 scale, __m512i zero_point) {
   __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(x, scale)), zero_point);
@@ -56,21 +52,6 @@ static AVX512 void quantize_row(const float *x, int64_t width, float scale, uint
     const __mmask16 mask = lanes_left(width - i);
     quantize(values + i, mask, _mm512_maskz_loadu_ps(mask, x + i), scales, zero);
   }
-}
-
-/* max |x|. Magnitudes are compared as integers, among which a NaN is the largest. */
-static AVX512 float peak_of(const float *x, int64_t width) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i peak = _mm512_setzero_si512();
-  for (int64_t i = 0; i < width; i += LANES) {
-    const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes_left(width - i), x + i));
-    peak = _mm512_max_epi32(peak, _mm512_and_si512(bits, magnitude));
-  }
-  const union {
-    int32_t bits;
-    float value;
-  } found = {.bits = _mm512_reduce_max_epi32(peak)};
-  return found.value;
 }
 
 /* Smallest and largest of x * y, or of x where y is null; both NaN where one is. The products are kept. */

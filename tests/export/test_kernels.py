@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -15,9 +16,10 @@ from _models import make_model, random_texts, save
 from numpy.typing import NDArray
 
 from embedge.export import export_bundle
-from embedge.runtime import Embedder
+from embedge.runtime import Embedder, EmbedgeWarning
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cli import main
+from embedge.runtime._kernels import PANELS
 from embedge.runtime._onnx_file import read_product_weights
 from embedge.runtime._prepared import PreparedGraphs, machine_name
 
@@ -180,6 +182,20 @@ def test_a_graph_prepared_without_the_kernel_is_not_used_with_it(
     with layouts_seen() as seen:
         assert same(encode(bundle, precision), expected)
     assert set(seen) == {precision == UNPACKED}
+
+
+@pytest.mark.parametrize(("bundle", "precision"), INT4, indirect=["bundle"])
+def test_a_graph_whose_weights_are_laid_out_otherwise_is_left_out(
+    bundle: Path, precision: str
+) -> None:
+    expected = encode(bundle, precision)
+    PreparedGraphs(Bundle(bundle)).write(precision, "task")
+    record = PreparedGraphs(Bundle(bundle)).folder / precision / "task" / "prepared.json"
+    found = json.loads(record.read_text())
+    assert found["layout"] == PANELS
+    record.write_text(json.dumps({**found, "layout": "panels of 16 x 4"}))
+    with pytest.warns(EmbedgeWarning, match="not used: weights laid out as panels of 16 x 4, not"):
+        assert same(encode(bundle, precision), expected)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from _kernel import LIBRARY, asked_anew, layouts_seen, needs_kernel, without_ker
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from embedge.runtime import Embedder, EmbedgeWarning, _kernel_check
+from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning, _kernel_check
 from embedge.runtime import _kernels as products
 from embedge.runtime._kernels import (
     in_panels,
@@ -429,6 +429,28 @@ def test_the_check_finds_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None
     assert _kernel_check.is_right(LIBRARY)
     monkeypatch.setattr(_kernel_check, "in_panels", lambda weight: weight)
     assert not _kernel_check.is_right(LIBRARY)
+
+
+def test_the_switch_takes_two_values() -> None:
+    with asked_anew() as patch:
+        patch.setenv("EMBEDGE_KERNELS", "off")
+        message = "^EMBEDGE_KERNELS: expected embedge or onnxruntime, found 'off'$"
+        with pytest.raises(EmbedgeValueError, match=message):
+            own_kernels()
+    for value in ("", "embedge"):
+        with asked_anew() as patch:
+            patch.setenv("EMBEDGE_KERNELS", value)
+            assert kernel_library() == LIBRARY
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (64, 4, 32)])
+def test_panels_may_lie_on_a_disk_and_leave_nothing(shape: tuple[int, ...], tmp_path: Path) -> None:
+    draw = np.random.default_rng(4)
+    weight = draw.integers(0, 127, shape).astype(np.int8 if len(shape) == 2 else np.uint8)
+    panels = in_panels(weight, tmp_path)
+    assert np.array_equal(panels, in_panels(weight))
+    assert not np.array_equal(panels, weight)
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_kernel
