@@ -144,9 +144,10 @@ def in_panels(weight: Weight, scratch: Path | None = None) -> Weight:
         with tempfile.TemporaryFile(dir=scratch) as file:
             file.truncate(weight.size)
             memory = mmap.mmap(file.fileno(), weight.size)
-    panels = np.frombuffer(memory, weight.dtype)
+    panels: Any = np.frombuffer(memory, weight.dtype)
     panels.reshape(lines.shape)[:] = lines
-    return panels.reshape(weight.shape)
+    laid_out: Weight = panels.reshape(weight.shape)
+    return laid_out
 
 
 def _lines_of_8_bits(weight: NDArray[np.int8]) -> NDArray[np.int8] | None:
