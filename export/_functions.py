@@ -25,10 +25,11 @@ from typing import Any
 import onnx
 from onnx import FunctionProto, NodeProto, helper
 
+from embedge.export._graph import CONTRIB, names_read
+
 __all__ = ["DOMAIN", "VERSION", "functions_of", "with_functions"]
 
 DOMAIN, VERSION = "embedge", 1
-_CONTRIB = "com.microsoft"
 _PRODUCT = "MatMulIntegerToFloat"
 
 
@@ -56,7 +57,7 @@ def functions_of(nodes: Iterable[NodeProto], opset: int) -> list[FunctionProto]:
         opset: version of ONNX's own operators.
     """
     called = {node.op_type for node in nodes if node.domain == DOMAIN}
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(_CONTRIB, 1)]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(CONTRIB, 1)]
     definitions = []
     for name in sorted(called):
         inputs, outputs, attributes, body = _DEFINITIONS[name]
@@ -77,7 +78,7 @@ class _Chains:
         self._makers = {output: node for node in self.nodes for output in node.output}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in self.nodes:
-            for name in _names_read(node):
+            for name in names_read(node):
                 self._readers.setdefault(name, []).append(node)
 
     def result(self) -> Iterator[NodeProto]:
@@ -191,16 +192,6 @@ def _block_size(node: NodeProto) -> int | None:
     return found[0] if found and found[0] > 0 else None
 
 
-def _names_read(node: NodeProto) -> Iterator[str]:
-    """Values that a node reads, with repetitions; those that its branches do too."""
-    yield from filter(None, node.input)
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield from (output.name for output in attribute.g.output)
-            for inner in attribute.g.node:
-                yield from _names_read(inner)
-
-
 def _node(
     op_type: str, inputs: str, output: str, *, domain: str = "", **attributes: Any
 ) -> NodeProto:
@@ -220,7 +211,7 @@ def _quantized(inputs: str, output: str) -> NodeProto:
 
 
 def _product_and(op_type: str) -> list[NodeProto]:
-    product = _node(_PRODUCT, "a b a_scale b_scale a_zero_point", "product", domain=_CONTRIB)
+    product = _node(_PRODUCT, "a b a_scale b_scale a_zero_point", "product", domain=CONTRIB)
     return [product, _node(op_type, "product other", "y")]
 
 

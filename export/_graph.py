@@ -493,7 +493,7 @@ class Graph:
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(_names_read(node))
+                needed.update(names_read(node))
         self.nodes = kept[::-1]
         self.constants = {n: c for n, c in self.constants.items() if n in needed}
         self.recipes = {
@@ -502,12 +502,12 @@ class Graph:
         self.unpacked = {n: u for n, u in self.unpacked.items() if u.specs[0].name in needed}
 
 
-def _names_read(node: onnx.NodeProto) -> set[str]:
+def names_read(node: onnx.NodeProto) -> set[str]:
     """Values that a node reads, those of its branches and what is made there included."""
     names = {name for name in node.input if name}
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             names |= {output.name for output in attribute.g.output}
             for inner in attribute.g.node:
-                names |= _names_read(inner)
+                names |= names_read(inner)
     return names
