@@ -28,6 +28,7 @@ __all__ = ["MANIFEST_NAME", "VERIFY_MODES", "Bundle"]
 MANIFEST_NAME = "manifest.json"
 VERIFY_MODES = ("none", "size", "full")
 _AGAIN = "copy or export the bundle again"
+_INTEGERS = ("int8", "int4", "int4-unpacked")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -181,9 +182,8 @@ class Bundle:
         return files
 
     def multiplies_integers(self, precision: str) -> bool:
-        """Whether a precision's products are of 8-bit or 4-bit integers, on a CPU."""
-        settings = self.manifest.precisions[precision]
-        return precision.startswith("int") and "cpu" in settings.devices
+        """Whether a precision's products are of integers, on a CPU."""
+        return precision in _INTEGERS and "cpu" in self.manifest.precisions[precision].devices
 
     def unpacking(
         self, precision: str, name: str, *, threads: int
