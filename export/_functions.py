@@ -41,8 +41,8 @@ def with_functions(nodes: Iterable[NodeProto]) -> list[NodeProto]:
     """
     chains = _Chains(list(nodes))
     for node in chains.nodes:
-        if node.op_type == "QuantizeLinear":
-            chains.quantize_rows(node) or chains.quantize_halves(node)
+        if node.op_type == "QuantizeLinear" and not chains.quantize_rows(node):
+            chains.quantize_halves(node)
     for node in chains.nodes:
         if node.op_type in ("Add", "Sub"):
             chains.product_and(node)

@@ -79,9 +79,9 @@ class GraphSession:
                 value = np.array(constant.reduced, constant.dtype)
                 self._replaced.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
                 options.add_initializer(name, self._replaced[-1])
-        panels = device == "cpu" and integer and own_kernels()
-        unpacked = unpack(panels) if unpack is not None and prepared is None else {}
-        if panels:
+        own = device == "cpu" and integer and own_kernels()
+        unpacked = unpack(own) if unpack is not None and prepared is None else {}
+        if own:
             use_own_kernels(options, panels=bool(unpacked) or prepared is not None)
         held = give_initializers(options, unpacked)
         providers: list[Any] = [PROVIDERS["cpu"]]

@@ -62,34 +62,26 @@ static AVX512 inline float peak_of(const float *x, int64_t width) {
 OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*task)(void *, size_t), size_t tasks,
                      int small, void *data);
 
-/* A product in tasks: slabs of columns, in the order they lie in memory, by blocks of rows. */
-typedef struct Work Work;
-struct Work {
-  void (*slab)(const Work *work, int64_t slab, int64_t from, int64_t to); /* rows from .. to of one slab */
-  const void *product;
-  int64_t rows, depth, columns, slab_columns;
-  int64_t slabs, slabs_per_task, row_blocks; /* filled in */
-};
+/* Some rows of a slab: those over which one pass goes while the cache holds the slab. */
+typedef struct {
+  int64_t row, rows, column; /* column: the slab's first */
+  int64_t next;                    /* the panel, of all, to fetch meanwhile; -1: none */
+  int panels;                      /* of the slab, 16 columns each */
+  __mmask16 last;                  /* columns of the last panel that exist */
+} Strip;
 
-OrtStatus *run_slabs(const OrtApi *api, const OrtKernelContext *context, Work *work);
+/* A product in tasks: slabs of columns, in the order they lie in memory, by blocks of rows in strips. */
+typedef struct {
+  void (*strip)(const void *product, const Strip *strip);
+  const void *product;
+  int64_t rows, depth, columns, slab_panels, strip_rows; /* the last two: at most */
+  int64_t slabs, slabs_per_task, row_blocks;             /* filled in */
+} Work;
+
+OrtStatus *run_work(const OrtApi *api, const OrtKernelContext *context, Work *work);
 
 /* Whether a product takes less time than waking a second thread. */
 static inline int is_small(const Work *work) { return work->rows * work->depth * work->columns < 1 << 20; }
-
-/* Columns of a slab, in panels of 16: how many, and which columns of the last one there are. */
-static inline int panels_of(const Work *work, int64_t slab, __mmask16 *last) {
-  const int64_t left = work->columns - slab * work->slab_columns;
-  const int64_t columns = left < work->slab_columns ? left : work->slab_columns;
-  const int panels = (int)((columns + LANES - 1) / LANES);
-  *last = (__mmask16)((1u << (columns - (panels - 1) * LANES)) - 1);
-  return panels;
-}
-
-/* Whether a strip of rows, which passes over this slab, fetches a panel of the next one. */
-static inline int fetches(const Work *work, int64_t slab, int64_t from, int64_t strip) {
-  const int64_t panels = work->slab_columns / LANES;
-  return from == 0 && strip < panels && (slab + 1) * work->slab_columns + strip * LANES < work->columns;
-}
 
 /* ---- Memory of weights ---- */
 

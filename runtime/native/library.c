@@ -1,7 +1,5 @@
 /* The custom-operator library: what is registered in a session, and what the kernels share. */
 
-#include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -61,16 +59,33 @@ OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*
 /* Tasks of a product, up to some 32 threads enough to balance them; several rows and neighbouring slabs in each. */
 enum { TASKS = 64, MIN_TASK_ROWS = 64 };
 
+/* Rows from .. to of a slab, in strips of equal height as far as possible. */
+static void run_strips(const Work *work, int64_t slab, int64_t from, int64_t to) {
+  const int64_t panels = (work->columns + LANES - 1) / LANES, first = slab * work->slab_panels;
+  const int64_t left = panels - first, strips = (to - from + work->strip_rows - 1) / work->strip_rows;
+  Strip strip = {.row = from, .column = first * LANES};
+  strip.panels = (int)(left < work->slab_panels ? left : work->slab_panels);
+  strip.last = left > work->slab_panels ? (__mmask16)0xffff : lanes_left(work->columns - (panels - 1) * LANES);
+  for (int64_t i = 0; i < strips; i++) {
+    const int64_t next = first + work->slab_panels + i;
+    strip.rows = (to - strip.row + strips - i - 1) / (strips - i);
+    strip.next = from == 0 && i < work->slab_panels && next < panels ? next : -1;
+    work->strip(work->product, &strip);
+    strip.row += strip.rows;
+  }
+}
+
 static void run_task(void *data, size_t index) {
   const Work *work = data;
   const int64_t block = (int64_t)index % work->row_blocks, group = (int64_t)index / work->row_blocks;
   const int64_t from = work->rows * block / work->row_blocks, to = work->rows * (block + 1) / work->row_blocks;
   const int64_t first = group * work->slabs_per_task, end = first + work->slabs_per_task;
-  for (int64_t slab = first; slab < end && slab < work->slabs; slab++) work->slab(work, slab, from, to);
+  for (int64_t slab = first; slab < end && slab < work->slabs; slab++) run_strips(work, slab, from, to);
 }
 
-OrtStatus *run_slabs(const OrtApi *api, const OrtKernelContext *context, Work *work) {
-  work->slabs = (work->columns + work->slab_columns - 1) / work->slab_columns;
+OrtStatus *run_work(const OrtApi *api, const OrtKernelContext *context, Work *work) {
+  const int64_t width = work->slab_panels * LANES;
+  work->slabs = (work->columns + width - 1) / width;
   work->slabs_per_task = (work->slabs + TASKS - 1) / TASKS;
   const int64_t groups = (work->slabs + work->slabs_per_task - 1) / work->slabs_per_task;
   const int64_t wanted = (TASKS + groups - 1) / groups, most = (work->rows + MIN_TASK_ROWS - 1) / MIN_TASK_ROWS;
@@ -83,30 +98,23 @@ OrtStatus *run_slabs(const OrtApi *api, const OrtKernelContext *context, Work *w
 
 void *allocate(size_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
 
-/* Whether memory is a file's, by /proc: then its pages can be had again. */
-static int is_mapped_file(const void *bytes) {
-  FILE *maps = fopen("/proc/self/maps", "re");
-  if (maps == NULL) return 0;
-  char line[512];
-  int found = 0;
-  while (!found && fgets(line, sizeof line, maps) != NULL) {
-    uintptr_t from, to;
-    unsigned long inode;
-    if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*x %*s %lu", &from, &to, &inode) == 3 &&
-        from <= (uintptr_t)bytes && (uintptr_t)bytes < to) {
-      found = inode != 0;
-      break;
-    }
-  }
-  fclose(maps);
-  return found;
+/* Whether a page is private memory of this process: of such alone Linux takes this advice (madvise(2)). */
+static int is_private(void *page, size_t size) {
+  if (madvise(page, size, MADV_WIPEONFORK) != 0) return 0;
+  (void)madvise(page, size, MADV_KEEPONFORK);
+  return 1;
 }
 
-/* Takes what was copied from a mapped file out of this process; the system's cache keeps it. */
+/* Takes what was copied from a mapped file out of this process; the system's cache keeps it. Memory that is no
+   file's stays as it is, and so does all where Linux is too old to tell. */
 void drop_pages(const void *bytes, size_t size) {
   const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
   const uintptr_t from = ((uintptr_t)bytes + page - 1) / page * page, to = ((uintptr_t)bytes + size) / page * page;
-  if (to > from && is_mapped_file((const void *)from)) (void)madvise((void *)from, to - from, MADV_DONTNEED);
+  if (to <= from) return;
+  void *own = aligned_alloc(page, page);
+  const int tells = own != NULL && is_private(own, page);
+  free(own);
+  if (tells && !is_private((void *)from, page)) (void)madvise((void *)from, to - from, MADV_DONTNEED);
 }
 
 /* ---- Operators ---- */

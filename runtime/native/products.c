@@ -134,34 +134,23 @@ TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
 static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
                                                NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
 
-/* In strips of equal height as far as possible. */
-static void run_slab(const Work *work, int64_t slab, int64_t from, int64_t to) {
-  const Product *p = work->product;
+static void run_strip(const void *product, const Strip *s) {
+  const Product *p = product;
   const Kernel *kernel = p->kernel;
-  const int64_t first = slab * work->slab_columns;
-  __mmask16 last;
-  const int panels = panels_of(work, slab, &last);
-  const int8_t *b = kernel->panels + slab * PANELS * kernel->lines * LINE;
-  const int64_t strips = (to - from + ROWS - 1) / ROWS;
-
-  int64_t row = from;
-  for (int64_t strip = 0; strip < strips; strip++) {
-    const int64_t rows = (to - row + strips - strip - 1) / (strips - strip);
-    const int fetch = fetches(work, slab, from, strip);
-    const Tile tile = {
-        .a = p->a + row * kernel->depth,
-        .b = b,
-        .next = fetch ? b + (PANELS + strip) * kernel->lines * LINE : b,
-        .next_step = fetch ? LINE : 0,
-        .sums = kernel->sums + first,
-        .a_scale = p->a_scale + row * p->a_scale_step,
-        .b_scale = p->one_b_scale ? p->b_scale : p->b_scale + first,
-        .added = p->added == NULL ? NULL : p->added + row * p->added_step + first,
-        .y = p->y + row * kernel->columns + first,
-    };
-    RUN_TILE[rows - 1][panels - 1](p, &tile, last);
-    row += rows;
-  }
+  const int64_t panel = kernel->lines * LINE;
+  const int8_t *b = kernel->panels + s->column / LANES * panel;
+  const Tile tile = {
+      .a = p->a + s->row * kernel->depth,
+      .b = b,
+      .next = s->next < 0 ? b : kernel->panels + s->next * panel,
+      .next_step = s->next < 0 ? 0 : LINE,
+      .sums = kernel->sums + s->column,
+      .a_scale = p->a_scale + s->row * p->a_scale_step,
+      .b_scale = p->one_b_scale ? p->b_scale : p->b_scale + s->column,
+      .added = p->added == NULL ? NULL : p->added + s->row * p->added_step + s->column,
+      .y = p->y + s->row * kernel->columns + s->column,
+  };
+  RUN_TILE[s->rows - 1][s->panels - 1](p, &tile, s->last);
 }
 
 /* ---- Weights ---- */
@@ -300,6 +289,6 @@ OrtStatus *compute_product(void *data, OrtKernelContext *context) {
       .one_a_scale = a_scale.elements == 1 && a_scale.rank < 2,
       .one_b_scale = b_scale.elements == 1,
   };
-  Work work = {run_slab, &product, rows, kernel->depth, columns, PANELS * LANES, 0, 0, 0};
-  return run_slabs(api, context, &work);
+  Work work = {run_strip, &product, rows, kernel->depth, columns, PANELS, ROWS, 0, 0, 0};
+  return run_work(api, context, &work);
 }

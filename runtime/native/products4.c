@@ -130,35 +130,23 @@ TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
 static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
                                                NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
 
-/* In strips of equal height as far as possible. */
-static void run_slab(const Work *work, int64_t slab, int64_t from, int64_t to) {
-  const Product *p = work->product;
+static void run_strip(const void *product, const Strip *s) {
+  const Product *p = product;
   const Kernel *kernel = p->kernel;
   const int64_t width = kernel->blocks * kernel->block, panel = kernel->blocks * kernel->lines * LINE;
-  const int64_t first = slab * work->slab_columns;
-  __mmask16 last;
-  const int panels = panels_of(work, slab, &last);
-  const uint8_t *b = kernel->panels + slab * PANELS * panel;
-  const int64_t strips = (to - from + ROWS - 1) / ROWS;
-
-  int64_t row = from;
-  for (int64_t strip = 0; strip < strips; strip++) {
-    const int64_t rows = (to - row + strips - strip - 1) / (strips - strip);
-    const int fetch = fetches(work, slab, from, strip);
-    const Tile tile = {
-        .a = p->values + row * width,
-        .a_scales = p->a_scales + row * kernel->blocks * 2,
-        .b = b,
-        .next = fetch ? b + (PANELS + strip) * panel : b,
-        .next_step = fetch ? LINE : 0,
-        .scales = kernel->scales + first * kernel->blocks,
-        .bias = p->bias == NULL ? NULL : p->bias + first,
-        .zeros = kernel->zeros + first * kernel->blocks,
-        .y = p->y + row * kernel->columns + first,
-    };
-    RUN_TILE[rows - 1][panels - 1](p, &tile, last);
-    row += rows;
-  }
+  const uint8_t *b = kernel->panels + s->column / LANES * panel;
+  const Tile tile = {
+      .a = p->values + s->row * width,
+      .a_scales = p->a_scales + s->row * kernel->blocks * 2,
+      .b = b,
+      .next = s->next < 0 ? b : kernel->panels + s->next * panel,
+      .next_step = s->next < 0 ? 0 : LINE,
+      .scales = kernel->scales + s->column * kernel->blocks,
+      .bias = p->bias == NULL ? NULL : p->bias + s->column,
+      .zeros = kernel->zeros + s->column * kernel->blocks,
+      .y = p->y + s->row * kernel->columns + s->column,
+  };
+  RUN_TILE[s->rows - 1][s->panels - 1](p, &tile, s->last);
 }
 
 /* A block of a row to int8: round(a / scale), scale = max |a| / 127. */
@@ -309,9 +297,9 @@ OrtStatus *compute_product4(void *data, OrtKernelContext *context) {
   if (product.values == NULL || product.a_scales == NULL) {
     status = api->CreateStatus(ORT_FAIL, "embedge products: out of memory for the rows");
   } else {
-    Work work = {run_slab, &product, rows, kernel->depth, columns, PANELS * LANES, 0, 0, 0};
+    Work work = {run_strip, &product, rows, kernel->depth, columns, PANELS, ROWS, 0, 0, 0};
     status = run_tasks(api, context, quantize_task, (size_t)rows, is_small(&work) || rows < 4, &product);
-    if (status == NULL) status = run_slabs(api, context, &work);
+    if (status == NULL) status = run_work(api, context, &work);
   }
   free(product.values);
   free(product.a_scales);

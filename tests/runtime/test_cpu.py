@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,12 @@ print(json.dumps({**answer, "vectors": vectors}))
 """
 
 
-def errors(
-    package_path: Path, bundle: Path, exact: Any, *launcher: str
-) -> tuple[list[bool], str, dict[str, float]]:
-    """The probes' answers, the line about them, and the relative error of the vectors by constants."""
-    command = [*launcher, os.path.realpath(sys.executable), "-c", SCRIPT, str(bundle)]
-    done = subprocess.run(
-        command,
+def run_python(
+    package_path: Path, code: str, *arguments: str, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own, as Haswell below an emulator."""
+    return subprocess.run(
+        [*launcher, os.path.realpath(sys.executable), "-c", code, *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -83,7 +83,13 @@ def errors(
             "PYTHONPATH": os.pathsep.join([str(package_path), *filter(None, sys.path)]),
         },
     )
-    answer = json.loads(done.stdout)
+
+
+def errors(
+    package_path: Path, bundle: Path, exact: Any, *launcher: str
+) -> tuple[list[bool], str, dict[str, float]]:
+    """The probes' answers, the line about them, and the relative error of the vectors by constants."""
+    answer = json.loads(run_python(package_path, SCRIPT, str(bundle), launcher=launcher).stdout)
     expected = exact[4:34]  # "w0" is id 4
     return (
         answer["saturates"],
@@ -161,18 +167,7 @@ from embedge.runtime import _kernels
 _kernels.has_amx = lambda: False  # the machine's, in /proc
 print(_kernels.own_kernels())
 """
-    done = subprocess.run(
-        [str(QEMU), os.path.realpath(sys.executable), "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={
-            **os.environ,
-            "QEMU_CPU": "Haswell",
-            "PYTHONPATH": os.pathsep.join([str(package_path), *filter(None, sys.path)]),
-        },
-    )
+    done = run_python(package_path, code, launcher=[str(QEMU)])
     assert done.stdout.strip() == "False"
     assert "EmbedgeWarning" not in done.stderr
 
@@ -213,23 +208,8 @@ def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(
             calibration="none",
         )
         pairs += [f"{out}={precision}" for precision in ("int8", "int4", "int4-unpacked")]
-    command = [os.path.realpath(sys.executable), "-c", EXPORTED, *pairs]
-    environment = {
-        **os.environ,
-        "QEMU_CPU": "Haswell",
-        "PYTHONPATH": os.pathsep.join([str(package_path), *filter(None, sys.path)]),
-    }
     emulated, native = (
-        json.loads(
-            subprocess.run(
-                [*launcher, *command],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                env=environment,
-            ).stdout
-        )
+        json.loads(run_python(package_path, EXPORTED, *pairs, launcher=launcher).stdout)
         for launcher in ([str(QEMU)], [])
     )
     assert len(native) == 2 * len(pairs)
