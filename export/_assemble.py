@@ -169,7 +169,7 @@ def to_model(
     """Put a pruned graph and its initializers into an ONNX model."""
     constants = sorted(g.constants.values(), key=lambda c: c.name)
     unpacked = [_unpacked(spec) for u in g.unpacked.values() for spec in u.specs]
-    nodes = with_functions(g.nodes)
+    nodes = g.nodes if g.form.cuda else with_functions(g.nodes)
     functions = functions_of(nodes, g.form.opset)
     graph = helper.make_graph(
         nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]

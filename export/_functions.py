@@ -1,19 +1,23 @@
-"""Chains of nodes that int8 graphs repeat in every layer, as ONNX functions of the domain ``embedge``.
+"""What graphs of integer products repeat in every layer, as ONNX functions of the domain ``embedge``.
 
-A function's body is the chain itself, so any ONNX Runtime opens such a graph: it inlines the functions and
-runs what was there before. Where embedge's own kernels are registered (``runtime/native``), each function is
-one operator with the same result, which passes over memory once. (ONNX IR, "Functions";
-onnx/docs/IR.md.)
+A function's body is the chain of nodes itself, so any ONNX Runtime opens such a graph: it inlines the
+functions and runs what was there before. Where embedge's own kernels are registered (``runtime/native``),
+each function is one operator with the same result, which passes over memory once; ``silu`` and attention
+round otherwise. (ONNX IR, "Functions"; onnx/docs/IR.md.)
 
     QuantizeRows(x, step, zero_points)             values, scale: ``scale = max|x| · step`` of a row,
                                                    ``values = round(x / scale) + zero_points``
     QuantizeRowsAbove(x, floor, step, zero_points) the same with ``scale = max(max x, floor) · step``
-    QuantizeHalves(x, y, step)                     of ``p = x · y`` each half of a row between its bounds,
-                                                   ``values = round((p - low) / scale)``: values of each,
-                                                   scale of each, ``low [..., 2]``
-    QuantizeHalvesAndProduct(x, y, step)           the same and ``p``, where something else reads it
+    QuantizeRotated(x, y, rotation, blocks, step, zero_points)
+                                                   as ``QuantizeRows`` of ``x · y``, each block of whose rows
+                                                   is multiplied by ``rotation`` before; ``blocks`` is the
+                                                   shape of a row in blocks
+    QuantizeRotatedAndProduct(…)                   and ``x · y``, where something else reads it
+    QuantizeRotatedSwiGLU(…), …AndProduct(…)       the same of ``silu(x) · y``
     MatMulIntegerToFloatAdd(…, other, …)           the product of ``com.microsoft`` plus, or minus, a tensor:
     MatMulIntegerToFloatSub(…, other, …)           a bias, a residual, or another product
+    CausalAttention(q, k, v, lengths, total)       ``GroupQueryAttention`` of whole texts: nothing is cached,
+                                                   padding comes last, rotary positions are done
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ __all__ = ["DOMAIN", "VERSION", "functions_of", "with_functions"]
 
 DOMAIN, VERSION = "embedge", 1
 _PRODUCT = "MatMulIntegerToFloat"
+_ATTENTION = "GroupQueryAttention"
+_ATTENTION_SIZES = ("num_heads", "kv_num_heads", "local_window_size")
 
 
 def with_functions(nodes: Iterable[NodeProto]) -> list[NodeProto]:
@@ -41,11 +47,13 @@ def with_functions(nodes: Iterable[NodeProto]) -> list[NodeProto]:
     """
     chains = _Chains(list(nodes))
     for node in chains.nodes:
-        if node.op_type == "QuantizeLinear" and not chains.quantize_rows(node):
-            chains.quantize_halves(node)
+        if node.op_type == "QuantizeLinear":
+            chains.quantize_rows(node)
     for node in chains.nodes:
         if node.op_type in ("Add", "Sub"):
             chains.product_and(node)
+        elif node.op_type == _ATTENTION:
+            chains.attention(node)
     return list(chains.result())
 
 
@@ -106,34 +114,38 @@ class _Chains:
         if above is not None:
             name, arguments = "QuantizeRowsAbove", [x, above.input[1], step, zero_points]
         between = [node for node in (scaled, above, highest, magnitude) if node is not None]
-        return self._replace(last, between, name, arguments, [last.output[0], scale], width=width)
-
-    def quantize_halves(self, last: NodeProto) -> bool:
-        """``QuantizeLinear(x · y - low, (high - low) · step)`` of two parts, which are taken apart behind."""
-        if len(last.input) != 2 or (width := _block_size(last)) is None:
-            return False
-        shifted, scaled = self._made(last.input[0], "Sub"), self._made(last.input[1], "Mul")
-        if shifted is None or scaled is None:
-            return False
-        parts = self._made(shifted.input[0], "Reshape")
-        lowest = self._made(shifted.input[1], "ReduceMin")
-        spread = self._made(scaled.input[0], "Sub")
-        if parts is None or lowest is None or spread is None:
-            return False
-        highest = self._made(spread.input[0], "ReduceMax")
-        product = self._made(parts.input[0], "Mul")
-        taken = [self._reading(name, "Gather") for name in (last.output[0], scaled.output[0])]
-        low = self._reading(lowest.output[0], "Squeeze")
-        if highest is None or product is None or len(low) != 1 or any(len(t) != 2 for t in taken):
-            return False
-        gathers = [node for pair in taken for node in pair]
-        name, outputs = "QuantizeHalves", [node.output[0] for node in [*gathers, low[0]]]
-        if len(self._readers[product.output[0]]) > 1:
-            name = "QuantizeHalvesAndProduct"
-            outputs.append(product.output[0])
-        between = [product, parts, lowest, highest, spread, scaled, shifted, low[0], *gathers]
-        arguments = [*product.input, scaled.input[1]]
+        outputs = [last.output[0], scale]
+        if above is None and self._quantize_rotated(last, between, arguments, outputs, width):
+            return True
         return self._replace(last, between, name, arguments, outputs, width=width)
+
+    def _quantize_rotated(
+        self,
+        last: NodeProto,
+        rows: list[NodeProto],
+        arguments: list[str],
+        outputs: list[str],
+        width: int,
+    ) -> bool:
+        """The same of a product that was reshaped to blocks, multiplied by a matrix and reshaped back."""
+        joined = self._made(arguments[0], "Reshape")
+        rotated = self._made(joined.input[0], "MatMul") if joined else None
+        blocks = self._made(rotated.input[0], "Reshape") if rotated else None
+        product = self._made(blocks.input[0], "Mul") if blocks else None
+        if not (joined and rotated and blocks and product):
+            return False
+        (x, y), suffix = product.input, ""
+        if len(self._readers[product.output[0]]) > 1:
+            outputs, suffix = [*outputs, product.output[0]], "AndProduct"
+        rest = [rotated.input[1], blocks.input[1], *arguments[1:]]
+        between = [product, blocks, rotated, joined, *rows]
+        gate = self._made(x, "QuickGelu")
+        if gate is not None and helper.get_node_attr_value(gate, "alpha") == 1:
+            called, given = f"QuantizeRotatedSwiGLU{suffix}", [gate.input[0], y, *rest]
+            if self._replace(last, [gate, *between], called, given, outputs, width=width):
+                return True
+        called = f"QuantizeRotated{suffix}"
+        return self._replace(last, between, called, [x, y, *rest], outputs, width=width)
 
     def product_and(self, last: NodeProto) -> bool:
         """A product that nothing reads but an ``Add`` or ``Sub``; of two, the later one."""
@@ -148,6 +160,21 @@ class _Chains:
             if self._replace(last, [product], name, arguments, [last.output[0]]):
                 return True
         return False
+
+    def attention(self, node: NodeProto) -> None:
+        """Attention over the tokens themselves: no keys and values from before are read, none are made."""
+        q, k, v, past_key, past_value, *lengths = node.input
+        made = [name for name in node.output[1:] if self._readers.get(name)]
+        if past_key or past_value or len(lengths) != 2 or made:
+            return
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        attributes = {"local_window_size": -1, **given}
+        # zeros mean something else to ONNX Runtime than what they say
+        told = set(attributes) == {*_ATTENTION_SIZES, "scale"} and all(attributes.values())
+        if told:
+            self._replace(
+                node, [], "CausalAttention", [q, k, v, *lengths], [node.output[0]], **attributes
+            )
 
     def _replace(
         self,
@@ -204,9 +231,7 @@ def _integers(output: str, *values: int) -> NodeProto:
 
 def _quantized(inputs: str, output: str) -> NodeProto:
     node = _node("QuantizeLinear", inputs, output, axis=-1)
-    node.attribute.append(
-        onnx.AttributeProto(name="block_size", ref_attr_name="width", type=onnx.AttributeProto.INT)
-    )
+    _attributed(node, "block_size", onnx.AttributeProto.INT, "width")
     return node
 
 
@@ -215,25 +240,41 @@ def _product_and(op_type: str) -> list[NodeProto]:
     return [product, _node(op_type, "product other", "y")]
 
 
-def _halves() -> list[NodeProto]:
-    nodes = [
+def _rotated(*, gated: bool) -> list[NodeProto]:
+    gate = [_node("QuickGelu", "x", "gate", domain=CONTRIB, alpha=1.0)] if gated else []
+    return [
+        *gate,
+        _node("Mul", "gate y" if gated else "x y", "product"),
+        _node("Reshape", "product blocks", "parts"),
+        _node("MatMul", "parts rotation", "rotated"),
+        _integers("whole", 0, 0, -1),
+        _node("Reshape", "rotated whole", "rows"),
         _integers("last", -1),
-        _node("Mul", "x y", "product"),
-        helper.make_node("Constant", [], ["parts"], value_ints=[0, 0, 2, -1]),
-        _node("Reshape", "product parts", "halves"),
-        _node("ReduceMin", "halves last", "least", keepdims=1),
-        _node("ReduceMax", "halves last", "largest", keepdims=1),
-        _node("Sub", "largest least", "spread"),
-        _node("Mul", "spread step", "scale"),
-        _node("Sub", "halves least", "shifted"),
-        _quantized("shifted scale", "values"),
-        _node("Squeeze", "least last", "low"),
+        _node("Abs", "rows", "magnitude"),
+        _node("ReduceMax", "magnitude last", "peak", keepdims=1),
+        _node("Mul", "peak step", "scale"),
+        _quantized("rows scale zero_points", "values"),
     ]
-    for number, half in enumerate(("first", "second")):
-        nodes.append(helper.make_node("Constant", [], [f"{half}_number"], value_int=number))
-        nodes.append(_node("Gather", f"values {half}_number", half, axis=2))
-        nodes.append(_node("Gather", f"scale {half}_number", f"{half}_scale", axis=2))
-    return nodes
+
+
+def _attributed(
+    node: NodeProto, name: str, kind: onnx.AttributeProto.AttributeType, given: str | None = None
+) -> None:
+    """Gives a node of a body an attribute of the function's call, of another name where one is given."""
+    node.attribute.append(onnx.AttributeProto(name=name, ref_attr_name=given or name, type=kind))
+
+
+def _attention() -> NodeProto:
+    node = helper.make_node(
+        _ATTENTION,
+        ["q", "k", "v", "", "", "lengths", "total"],
+        ["y", "present_key", "present_value"],
+        domain=CONTRIB,
+    )
+    for name in _ATTENTION_SIZES:
+        _attributed(node, name, onnx.AttributeProto.INT)
+    _attributed(node, "scale", onnx.AttributeProto.FLOAT)
+    return node
 
 
 _PRODUCT_INPUTS = ["a", "b", "a_scale", "b_scale", "other", "a_zero_point"]
@@ -251,8 +292,7 @@ _ROWS_ABOVE = [
     _node("Mul", "peak step", "scale"),
     _quantized("x scale zero_points", "values"),
 ]
-_HALVES_INPUTS = ["x", "y", "step"]
-_HALVES_OUTPUTS = ["first", "second", "first_scale", "second_scale", "low"]
+_ROTATED_INPUTS = ["x", "y", "rotation", "blocks", "step", "zero_points"]
 
 _Definition = tuple[list[str], list[str], list[str], list[NodeProto]]
 _DEFINITIONS: dict[str, _Definition] = {  # inputs, outputs, attributes, body
@@ -263,13 +303,22 @@ _DEFINITIONS: dict[str, _Definition] = {  # inputs, outputs, attributes, body
         ["width"],
         _ROWS_ABOVE,
     ),
-    "QuantizeHalves": (_HALVES_INPUTS, _HALVES_OUTPUTS, ["width"], _halves()),
-    "QuantizeHalvesAndProduct": (
-        _HALVES_INPUTS,
-        [*_HALVES_OUTPUTS, "product"],
-        ["width"],
-        _halves(),
-    ),
+    **{
+        f"QuantizeRotated{kind}{suffix}": (
+            _ROTATED_INPUTS,
+            ["values", "scale", *read],
+            ["width"],
+            _rotated(gated=bool(kind)),
+        )
+        for kind in ("", "SwiGLU")
+        for suffix, read in (("", ()), ("AndProduct", ("product",)))
+    },
     f"{_PRODUCT}Add": (_PRODUCT_INPUTS, ["y"], [], _product_and("Add")),
     f"{_PRODUCT}Sub": (_PRODUCT_INPUTS, ["y"], [], _product_and("Sub")),
+    "CausalAttention": (
+        ["q", "k", "v", "lengths", "total"],
+        ["y"],
+        [*_ATTENTION_SIZES, "scale"],
+        [_attention()],
+    ),
 }

@@ -69,7 +69,7 @@ class Int4Form(Form):
         if channels is None:
             return products
         return [
-            beside(g, y, [outliers(g, tap.value, lin, channels)])
+            beside(g, y, *outliers(g, tap.value, lin, channels))
             for y, lin in zip(products, tap.lins, strict=True)
         ]
 

@@ -12,11 +12,10 @@ a vector depends neither on its batch nor on its padding.
   product of language models) are scaled down to nothing there and multiplied in float32 beside it.
 * An input that is never below a bound (GELU) spends 20 levels below zero and 235 above:
   ``q = round(x' / s) + 20`` with ``s = max(max x' / 235, -bound / 20)``.
-* What a gated MLP multiplies has few large values in a row, and they lie on one side. Each half of its
-  channels takes all levels between its own smallest and largest value, ``q = round((x' - low) / s)``
-  with ``s = (high - low) / 255``, and ``low · Σ W_q`` is added in float32.
+* What a gated MLP multiplies has few large values in a row. Each block of 16 channels is multiplied by an
+  orthogonal matrix, which spreads them, and the rows of the weight by the same one.
 
-The steps ``1/127``, ``1/235`` and ``1/255`` and the zero points are initializers of their own. On
+The steps ``1/127`` and ``1/235`` and the zero points are initializers of their own. On
 processors whose u8×s8 products saturate in 16 bits the runtime replaces them by those of 7-bit
 activations.
 
@@ -51,17 +50,15 @@ from embedge.export._forms import (
 from embedge.export._graph import BASE, CONTRIB, Fold, Graph, Lin, Recipe, Tap, TensorSpec
 from embedge.export._outliers import beside, outliers
 from embedge.quant import _gptq, _int8
-from embedge.runtime._unpack import in_parts, weight_names
+from embedge.quant._rotation import block_rotation, rotate_blocks
 
 ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
     "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
     "embedge.act_zero_point": {"dtype": "uint8", "full": 128, "reduced": 64},
     "embedge.act_step_bounded": {"dtype": "float32", "full": 1 / 235, "reduced": 2 / 235},
     "embedge.act_zero_point_bounded": {"dtype": "uint8", "full": 20, "reduced": 10},
-    "embedge.act_step_between": {"dtype": "float32", "full": 1 / 255, "reduced": 1 / 127},
 }
 _BOUNDED_RATIO = 235 / 20  # levels above zero per level below, at either width
-_GATED_PARTS = 2  # measured: 1 loses accuracy, 4 loses time (bench/LOG.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +131,13 @@ class Int8Form(Form):
             if lin.label in self._output_scale:
                 g.output_scale[lin.label] = self._output_scale[lin.label]
         x = self._smoothed(g, tap.value, tap.label, plan)
-        if input_parts(g, tap):
-            return self._gated_products(g, tap, x, plan)
         lower_bound = tap.lower_bound
         if lower_bound is not None and plan.smooth is not None:
             lower_bound /= float(plan.smooth.min())
-        values, scale, zero_point = self._quantized(g, x, tap, lower_bound)
+        values, scale, zero_point = self._quantized(g, self._rotated(g, x, tap), tap, lower_bound)
+        row_scale = g.row_scales.get(tap.value)
+        if row_scale is not None:
+            scale = g.op("Mul", scale, row_scale)
         products = []
         for lin in tap.lins:
             weight, weight_scale = self._weight(g, tap, lin)
@@ -151,56 +149,14 @@ class Int8Form(Form):
             if waits:
                 g.row_scales[y] = scale
             if plan.outliers is not None:
-                y = beside(g, y, [self._outliers(g, x, lin, plan, plan.outliers)])
+                rows_out = self._output_scale.get(lin.label)
+                columns = outliers(g, x, lin, plan.outliers, columns=plan.smooth, rows=rows_out)
+                y = beside(g, y, *columns, row_scale)
             products.append(y)
         return products
 
     def scales_rows(self, tap: Tap) -> bool:
         return tap.gated
-
-    def _gated_products(self, g: Graph, tap: Tap, x: str, plan: InputPlan) -> list[str]:
-        """Products of an input whose parts are quantized between their smallest and largest values."""
-        parts, width = input_parts(g, tap), in_features(g, tap.lins[0])
-        axis = g.const([-1], "int64")
-        shape = g.const([0, 0, parts, width // parts], "int64")
-        x_parts = g.op("Reshape", x, shape) if parts > 1 else x
-        low = g.op("ReduceMin", x_parts, axis, keepdims=1)
-        spread = g.op("Sub", g.op("ReduceMax", x_parts, axis, keepdims=1), low)
-        scale = g.op("Mul", spread, _constant(g, "embedge.act_step_between"))
-        values = g.op(
-            "QuantizeLinear", g.op("Sub", x_parts, low), scale, axis=-1, block_size=width // parts
-        )
-        quantized = [(values, scale)]
-        if parts > 1:
-            low = g.op("Squeeze", low, axis)
-            numbers = [g.const(i, "int64") for i in range(parts)]
-            quantized = [
-                (g.op("Gather", values, i, axis=2), g.op("Gather", scale, i, axis=2))
-                for i in numbers
-            ]
-        row_scale = g.row_scales.get(tap.value)
-        if row_scale is not None:
-            quantized = [(q, g.op("Mul", s, row_scale)) for q, s in quantized]
-        products = []
-        for lin in tap.lins:
-            *weights, weight_scale, sums = self._weight(g, tap, lin)
-            y = ""
-            for number, ((q, s), weight) in enumerate(zip(quantized, weights, strict=True)):
-                name = f"{lin.label}.{number}" if parts > 1 else lin.label
-                arguments = [q, weight, s, weight_scale]
-                part = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=name)
-                y = g.op("Add", y, part) if y else part
-            columns = [(low, sums)]
-            if plan.outliers is not None:
-                columns.insert(0, self._outliers(g, x, lin, plan, plan.outliers))
-            products.append(beside(g, y, columns, row_scale))
-        return products
-
-    def _outliers(
-        self, g: Graph, x: str, lin: Lin, plan: InputPlan, channels: NDArray[np.int64]
-    ) -> tuple[str, str]:
-        rows = self._output_scale.get(lin.label)
-        return outliers(g, x, lin, channels, columns=plan.smooth, rows=rows)
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         from embedge.export._tables import quantized_rows
@@ -290,6 +246,16 @@ class Int8Form(Form):
         values = g.op("QuantizeLinear", x, scale, g.shared[shared], axis=-1, block_size=width)
         return values, scale, zero_point
 
+    def _rotated(self, g: Graph, x: str, tap: Tap) -> str:
+        """The input with its blocks rotated, where :func:`input_rotation` says so."""
+        rotation = input_rotation(g, tap)
+        if rotation is None:
+            return x
+        blocks = g.op("Reshape", x, g.const([0, 0, -1, len(rotation)], "int64"))
+        return g.op(
+            "Reshape", g.op("MatMul", blocks, g.const(rotation)), g.const([0, 0, -1], "int64")
+        )
+
     def _plan(self, g: Graph, tap: Tap) -> InputPlan:
         plan = self._plans.get(tap.label, NO_PLAN)
         if plan.fold is not None and plan.fold.lin.label not in g.output_scale:
@@ -307,6 +273,12 @@ class Int8Form(Form):
         if plan.outliers is not None:
             hessian[plan.outliers] = 0
             hessian[:, plan.outliers] = 0
+        rotation = input_rotation(g, tap)
+        if rotation is not None:
+            size = len(rotation)
+            for row in range(0, len(hessian), size):
+                block = rotation.T @ hessian[row : row + size]
+                hessian[row : row + size] = rotate_blocks(block, rotation)
 
     def round(
         self,
@@ -327,26 +299,34 @@ class Int8Form(Form):
         weight = read_linear(g, lin)
         if plan.outliers is not None:
             weight[:, plan.outliers] = 0
+        rotation = input_rotation(g, tap)
         lost = None
-        if upper is None:
+        if upper is None and rotation is None:
             result = _int8.quantize_rows(weight, plan.smooth)
             values, scales, sqnr_db = result.values, result.scales, result.sqnr_db
         else:
             signal = float(np.square(weight).sum())
             if plan.smooth is not None:
                 weight *= plan.smooth
-            values, scales = _gptq.quantize_rows(weight, upper)
+            if rotation is not None:
+                weight = rotate_blocks(weight, rotation)
+            if upper is None:
+                result = _int8.quantize_rows(weight)
+                values, scales = result.values, result.scales
+            else:
+                values, scales = _gptq.quantize_rows(weight, upper)
             lost = weight - values * scales[:, None]
-            own = lost if plan.smooth is None else lost / plan.smooth
+            own = lost if rotation is None else rotate_blocks(lost, rotation.T)
+            own = own if plan.smooth is None else own / plan.smooth
             sqnr_db = _int8.decibels(signal, float(np.square(own).sum()))
         output_scale = self._output_scale.get(lin.label)
         if output_scale is not None:
             scales = scales * output_scale
-        arrays = in_parts(np.ascontiguousarray(values.T), scales, input_parts(g, tap))
+        arrays: list[NDArray[Any]] = [np.ascontiguousarray(values.T), scales]
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
     def _weight(self, g: Graph, tap: Tap, lin: Lin) -> list[str]:
-        """Initializers: the weight or its parts, the scales, and the parts' sums where it has parts."""
+        """Initializers: the weight and its scales."""
         return g.recipe(self.weight_recipe(g, tap, lin))
 
     def weight_recipe(self, g: Graph, tap: Tap, lin: Lin) -> Recipe:
@@ -371,9 +351,9 @@ class Int8Form(Form):
                 facts["sqnr_db"] = reported_db(noise[0])
             return facts
 
-        specs = weight_specs(g, tap, lin)
-        scale = digest(self._output_scale.get(lin.label))
-        key = recipe_key(g, lin, f"int8|{self.method}|{input_parts(g, tap)}|{plan.digest}|{scale}")
+        specs = weight_specs(g, lin)
+        constants = digest(self._output_scale.get(lin.label), input_rotation(g, tap))
+        key = recipe_key(g, lin, f"int8|{self.method}|{plan.digest}|{constants}")
         owner = g.owner(weight_name(lin))
         return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
 
@@ -384,27 +364,19 @@ def _constant(g: Graph, name: str) -> str:
     )
 
 
-def gated_parts(width: int) -> int:
-    """Into how many parts a gated MLP's product is split, each quantized between its own bounds."""
-    return 1 if width % _GATED_PARTS else _GATED_PARTS
+def input_rotation(g: Graph, tap: Tap) -> NDArray[np.float32] | None:
+    """What the blocks of an input are multiplied by, float32 ``[n, n]``; ``None``: nothing."""
+    return block_rotation(in_features(g, tap.lins[0])) if tap.gated else None
 
 
-def input_parts(g: Graph, tap: Tap) -> int:
-    """Those of an input; 0: it is quantized around zero."""
-    return gated_parts(in_features(g, tap.lins[0])) if tap.gated else 0
-
-
-def weight_specs(g: Graph, tap: Tap, lin: Lin) -> tuple[TensorSpec, ...]:
-    """The initializers of :func:`embedge.runtime._unpack.in_parts`."""
-    rows, columns, parts = out_features(g, lin), in_features(g, lin), input_parts(g, tap)
-    weight = TensorProto.INT8, (columns // max(1, parts), rows)
-    kinds: list[tuple[int, tuple[int, ...]]] = [weight] * max(1, parts)
-    kinds.append((TensorProto.FLOAT, (rows,)))
-    if parts:
-        kinds.append((TensorProto.FLOAT, (parts, rows)))
-    return tuple(
-        TensorSpec(name=name, elem_type=elem_type, shape=shape)
-        for name, (elem_type, shape) in zip(weight_names(lin.label, parts), kinds, strict=True)
+def weight_specs(g: Graph, lin: Lin) -> tuple[TensorSpec, ...]:
+    """The initializers of a Linear: int8 ``[in, out]`` and float32 ``[out]``."""
+    rows, columns = out_features(g, lin), in_features(g, lin)
+    weight = TensorSpec(
+        name=f"{lin.label}.weight", elem_type=TensorProto.INT8, shape=(columns, rows)
+    )
+    return weight, TensorSpec(
+        name=f"{lin.label}.scales", elem_type=TensorProto.FLOAT, shape=(rows,)
     )
 
 
@@ -425,7 +397,6 @@ __all__ = [
     "ACTIVATION_CONSTANTS",
     "InputPlan",
     "Int8Form",
-    "gated_parts",
-    "input_parts",
+    "input_rotation",
     "weight_specs",
 ]

@@ -7,8 +7,6 @@ integers (LLM.int8(), arXiv 2208.07339).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,22 +54,16 @@ def outliers(
     return g.op("Gather", x, g.const(channels, "int64"), axis=-1), matrix
 
 
-def beside(
-    g: Graph, y: str, operands: Sequence[tuple[str, str]], row_scale: str | None = None
-) -> str:
+def beside(g: Graph, y: str, values: str, matrix: str, row_scale: str | None = None) -> str:
     """``y`` and the float32 product of some columns beside it.
 
     Args:
         g: the graph.
         y: a product ``[batch, tokens, out]``.
-        operands: values ``[batch, tokens, n]`` and matrices ``[n, out]``, multiplied as one.
+        values: of the columns, ``[batch, tokens, n]``.
+        matrix: their weights ``[n, out]``.
         row_scale: float32 ``[batch, tokens, 1]`` by which the values are multiplied, or ``None``.
     """
-    values, matrices = (list(side) for side in zip(*operands, strict=True))
-    value, matrix = values[0], matrices[0]
-    if len(operands) > 1:  # ONNX Runtime puts the matrices together when it opens the graph
-        value = g.op("Concat", *values, axis=-1)
-        matrix = g.op("Concat", *matrices, axis=0)
     if row_scale is not None:
-        value = g.op("Mul", value, row_scale)
-    return g.op("Add", y, g.op("MatMul", value, matrix))
+        values = g.op("Mul", values, row_scale)
+    return g.op("Add", y, g.op("MatMul", values, matrix))

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from embedge.export._calibration import InputStatistics
 from embedge.export._graph import Fold
-from embedge.export._int8_form import InputPlan, gated_parts
+from embedge.export._int8_form import InputPlan
 from embedge.quant import _int8
+from embedge.quant._rotation import block_rotation
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 OUTLIER_RATIO = 4.0
@@ -40,7 +41,7 @@ def rotated_plan(statistics: InputStatistics) -> InputPlan:
         for weight in weights:
             weight[outliers] = 0
     smooth = _int8.search_smoothing(
-        inputs, peak * _kept(peak, outliers), weights, ALPHAS, gated_parts(len(peak))
+        inputs, peak * _kept(peak, outliers), weights, ALPHAS, block_rotation(len(peak))
     )
     if not len(outliers):
         return InputPlan(smooth=smooth, fold=fold)

@@ -20,7 +20,7 @@ from onnx import TensorProto
 from embedge.export._forms import digest, in_features, out_features
 from embedge.export._graph import BASE, Graph, Lin, Recipe, Tap, TensorSpec
 from embedge.export._int4_form import Int4Form
-from embedge.export._int8_form import InputPlan, Int8Form, input_parts, weight_specs
+from embedge.export._int8_form import InputPlan, Int8Form, input_rotation, weight_specs
 from embedge.export._request import UNPACKED_PRECISION
 from embedge.export._store import TensorStore
 
@@ -33,26 +33,26 @@ class Unpacked:
         specs: the initializers that unpacking makes, those of :class:`Int8Form`.
         out_features: rows.
         in_features: columns.
-        parts: into how many the columns are split, each with its sums; 0: none.
         packed: the stored 4-bit tensors.
         block_size: columns that share a scale.
         columns: float32 ``[in]`` factors of the columns, or ``None``.
+        rotation: float32 ``[n, n]`` by which each block of a row is multiplied then, or ``None``.
         rows: float32 ``[out]`` factors of the scales, or ``None``.
     """
 
     specs: tuple[TensorSpec, ...]
     out_features: int
     in_features: int
-    parts: int
     packed: Recipe
     block_size: int
     columns: Recipe | None
+    rotation: Recipe | None
     rows: Recipe | None
 
     @property
     def recipes(self) -> list[Recipe]:
         """What has to be stored."""
-        return [r for r in (self.packed, self.columns, self.rows) if r is not None]
+        return [r for r in (self.packed, self.columns, self.rotation, self.rows) if r is not None]
 
 
 class UnpackedForm(Int8Form):
@@ -77,13 +77,13 @@ class UnpackedForm(Int8Form):
             columns[plan.outliers] = 0  # multiplied in float32 beside it
         scale = self._output_scale.get(lin.label)
         unpacked = Unpacked(
-            specs=weight_specs(g, tap, lin),
+            specs=weight_specs(g, lin),
             out_features=out_features(g, lin),
             in_features=in_features(g, lin),
-            parts=input_parts(g, tap),
             packed=self._int4.weight_recipe(g, tap, lin),
             block_size=self._int4.block_size,
             columns=_constant(f"{lin.label}.columns", columns),
+            rotation=_constant(f"{lin.label}.rotation", input_rotation(g, tap)),
             rows=_constant(f"{lin.label}.rows", scale),
         )
         g.unpacked[lin.label] = unpacked
@@ -100,19 +100,19 @@ def unpack_list(g: Graph, store: TensorStore) -> dict[str, Any]:
     weights = {}
     for label, unpacked in g.unpacked.items():
         values, scales, zeros = _places(store, unpacked.packed)
-        columns, rows = (
+        columns, rotation, rows = (
             None if recipe is None else _places(store, recipe)[0]
-            for recipe in (unpacked.columns, unpacked.rows)
+            for recipe in (unpacked.columns, unpacked.rotation, unpacked.rows)
         )
         weights[label] = {
             "out_features": unpacked.out_features,
             "in_features": unpacked.in_features,
-            "parts": unpacked.parts,
             "block_size": unpacked.block_size,
             "values": values,
             "block_scales": scales,
             "zero_points": zeros,
             "columns": columns,
+            "rotation": rotation,
             "rows": rows,
         }
     return {"weights": weights}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.quant._rotation import rotate_blocks
+
 QMAX = 127
 _LEAST_SMOOTHING = 0.25
 _CACHED_ELEMENTS = 1 << 16  # 256 KiB of float32 at a time, which a core's cache holds
@@ -103,22 +105,22 @@ def search_smoothing(
     peak: NDArray[np.float32],
     weights: Sequence[NDArray[np.float32]],
     alphas: Sequence[float],
-    parts: int = 0,
+    rotation: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Choose SmoothQuant's α for a Linear input by the noise that both roundings are expected to make.
 
     Rounding to a step ``s`` makes noise of variance ``s²/12``. A row of inputs brings its own into every
     output, ``step² · ‖W'‖²``, and the weights' rows theirs, ``‖x'‖² · Σ step²``; both are known without a
     product. Rows count alike, each relative to the power of its output. A row's step is its largest
-    magnitude over 127, or in each of ``parts`` its range over 255.
+    magnitude over 127, once its blocks are rotated.
 
     Args:
         inputs: float32 ``[rows, in]``, a sample.
         peak: float32 ``[in]``, largest magnitude of every channel.
         weights: float32 ``[in, out]`` of the Linears that read the input.
         alphas: candidates.
-        parts: how many equal parts of the channels are quantized between their own bounds; 0: all
-            around zero.
+        rotation: by which blocks of the inputs and of the weights are multiplied before, see
+            :func:`embedge.quant._rotation.block_rotation`, or ``None``.
 
     Returns:
         float32 ``[in]`` divisors, the best of the candidates' and of none at all.
@@ -129,10 +131,10 @@ def search_smoothing(
         power += np.square(inputs @ weight).sum(axis=1, dtype=np.float64)
     rows = 1.0 / np.maximum(power, power.mean() * 1e-6 + 1e-30)
     best = np.ones(inputs.shape[1], np.float32)
-    least = _expected_noise(inputs, weights, best, rows, parts)
+    least = _expected_noise(inputs, weights, best, rows, rotation)
     for alpha in alphas:
         smooth = smoothing_scales(peak, weight_peak, alpha)
-        noise = _expected_noise(inputs, weights, smooth, rows, parts)
+        noise = _expected_noise(inputs, weights, smooth, rows, rotation)
         if noise < least:
             best, least = smooth, noise
     return best
@@ -143,29 +145,31 @@ def _expected_noise(
     weights: Sequence[NDArray[np.float32]],
     smooth: NDArray[np.float32],
     importance: NDArray[np.float64],
-    parts: int,
+    rotation: NDArray[np.float32] | None,
 ) -> float:
     """The noise of :func:`search_smoothing` up to a factor, summed over rows by their importance."""
-    groups = max(1, parts)
-    input_steps = np.zeros((len(inputs), groups), np.float64)
+    input_steps = np.zeros(len(inputs), np.float64)
     input_power = np.zeros(len(inputs), np.float64)
     chunk = max(1, _CACHED_ELEMENTS // inputs.shape[1])
     for start in range(0, len(inputs), chunk):
         part = inputs[start : start + chunk] / smooth
-        split = part.reshape(len(part), groups, -1)
-        steps = (split.max(2) - split.min(2)) / 2 if parts else np.abs(split).max(2)
-        input_steps[start : start + chunk] = steps
+        if rotation is not None:
+            part = rotate_blocks(part, rotation)
+        input_steps[start : start + chunk] = np.abs(part).max(axis=1)
         input_power[start : start + chunk] = np.einsum("ij,ij->i", part, part)
     noise = 0.0
+    block = 1 if rotation is None else len(rotation)
     for weight in weights:
         peaks = np.zeros(weight.shape[1], np.float32)
-        power = np.zeros(len(weight), np.float64)
-        chunk = max(1, _CACHED_ELEMENTS // weight.shape[1])
+        power = 0.0
+        chunk = max(1, _CACHED_ELEMENTS // weight.shape[1] // block) * block
         for start in range(0, len(weight), chunk):
             part = weight[start : start + chunk] * smooth[start : start + chunk, None]
+            if rotation is not None:
+                part = np.matmul(rotation.T, part.reshape(-1, block, part.shape[1]))
+                part = part.reshape(-1, weight.shape[1])
             np.maximum(peaks, np.abs(part).max(axis=0), out=peaks)
-            power[start : start + chunk] = np.einsum("ij,ij->i", part, part)
+            power += float(np.einsum("ij,ij->", part, part, dtype=np.float64))
         weight_steps = float(np.square(peaks, dtype=np.float64).sum())
-        from_inputs = np.square(input_steps) @ power.reshape(groups, -1).sum(axis=1)
-        noise += float(importance @ (from_inputs + input_power * weight_steps))
+        noise += float(importance @ (np.square(input_steps) * power + input_power * weight_steps))
     return noise

@@ -82,6 +82,35 @@ class Rotation:
         return self.rows(np.eye(self.width, dtype=np.float32))
 
 
+LARGEST_BLOCK = 16  # larger ones were no better (bench/LOG.md), and it is what a register holds
+
+
+def block_rotation(width: int) -> FloatArray:
+    """The orthogonal matrix by which each block of a row is multiplied before it is quantized.
+
+    A few large values in a row are spread over their blocks, so that one scale suits it better; the rows
+    of the weight are rotated alike, and the product is the same (QuaRot's online Hadamard transforms).
+
+    Args:
+        width: of the rows.
+
+    Returns:
+        float32 ``[n, n]``, ``n`` the largest divisor of the width up to 16: the Hadamard matrix of 16, or
+        the Kronecker product of a DCT-II and a Hadamard matrix.
+    """
+    size = max(n for n in range(1, LARGEST_BLOCK + 1) if width % n == 0)
+    power = size & -size
+    matrix: FloatArray = np.kron(_dct(size // power), _hadamard(power)).astype(np.float32)
+    return matrix
+
+
+def rotate_blocks(values: FloatArray, rotation: FloatArray) -> FloatArray:
+    """Each block of float32 ``[…, width]`` times the matrix of :func:`block_rotation`, a fresh array."""
+    blocks = values.reshape(*values.shape[:-1], -1, len(rotation))
+    rotated: FloatArray = (blocks @ rotation).reshape(values.shape)
+    return rotated
+
+
 def _hadamard(size: int) -> NDArray[np.float64]:
     """Sylvester's Hadamard matrix of a power of two, scaled to be orthogonal."""
     matrix = np.ones((1, 1))

@@ -19,6 +19,8 @@ __all__ = ["is_right"]
 _ROWS = (1, 21, 130)  # the last ones in tasks, for two threads
 _SIZES = ((130, 50), (256, 64))  # depth and columns: neither fills its panels; both do
 _BLOCK = 32
+_BLOCK_ROTATED = 16
+_ROUNDING = 0.02  # of a mean of values up to 8, by weights in bfloat16
 
 Array = NDArray[Any]
 
@@ -32,7 +34,8 @@ def is_right(library: str) -> bool:
         for panels in (False, True)
         for check in (_products_of_8_bits, _products_of_4_bits)
     )
-    return all(products) and _quantizers(library, draw.permutation(np.arange(-40, 42)))
+    quantizers = _quantizers(library, draw.permutation(np.arange(-40, 42)))
+    return all(products) and quantizers and _attention(library, draw)
 
 
 def _products_of_8_bits(
@@ -92,35 +95,60 @@ def _nibbles(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _quantizers(library: str, values: Array) -> bool:
-    """Of whole numbers around zero, the largest above it by one."""
+    """Of whole numbers around zero, the largest above it by one; rotated, each one four times its block's."""
     x = values.astype(np.float32)[None]
     step = np.array(1 / x.max(), np.float32)
     left = FLOAT, x.size
-    weights: dict[bytes, Array] = {b"step": step, b"zero": np.full((1, 1), 128, np.uint8)}
+    zero = np.full((1, 1), 128, np.uint8)
+    weights: dict[bytes, Array] = {b"step": step, b"zero": zero}
     of_rows = _opened(library, "QuantizeRows", left, weights, (UINT8, x.size), outputs=2)
-    scale = x.max() * step
-    if not np.array_equal(of_rows(x), np.rint(x / scale) + 128):
+    if not np.array_equal(of_rows(x), np.rint(x / (x.max() * step)) + 128):
         return False
-    weights = {b"other": np.ones_like(x), b"step": step}
-    half = x[:, : x.size // 2]
-    of_halves = _opened(library, "QuantizeHalves", left, weights, (UINT8, half.size), outputs=5)
-    scale = (half.max() - half.min()) * step
-    return np.array_equal(of_halves(x), np.rint((half - half.min()) / scale))
+    rotation = np.full((_BLOCK_ROTATED, _BLOCK_ROTATED), 0.25, np.float32)
+    blocks = np.array([0, 0, -1, _BLOCK_ROTATED], np.int64)
+    x = x[:, : x.size // _BLOCK_ROTATED * _BLOCK_ROTATED]
+    weights = {
+        **{b"other": np.ones_like(x), b"rotation": rotation, b"blocks": blocks},
+        **{b"step": step, b"zero": zero},
+    }
+    rotated = _opened(
+        library, "QuantizeRotated", (FLOAT, x.size), weights, (UINT8, x.size), outputs=2
+    )
+    expected = (x.reshape(-1, _BLOCK_ROTATED) @ rotation).reshape(x.shape)
+    scale = np.abs(expected).max() * step
+    return np.array_equal(rotated(x), np.rint(expected / scale) + 128)
+
+
+def _attention(library: str, draw: np.random.Generator) -> bool:
+    """Of equal scores: the means of the values so far, which are whole numbers."""
+    tokens, size = 40, 24
+    v = draw.integers(-8, 9, (1, tokens, size)).astype(np.float32)
+    weights: dict[bytes, Array] = {
+        b"k": np.ones_like(v),
+        b"v": v,
+        b"lengths": np.full(1, tokens - 1, np.int32),
+        b"total": np.full(1, tokens, np.int32),
+    }
+    heads = {b"num_heads": 1, b"kv_num_heads": 1, b"local_window_size": -1, b"scale": 1.0}
+    left, result = (FLOAT, tokens, size), (FLOAT, tokens, size)
+    run = _opened(library, "CausalAttention", left, weights, result, attributes=heads)
+    means = v.cumsum(axis=1) / np.arange(1, tokens + 1)[:, None]
+    return bool(np.abs(run(np.ones_like(v)) - means).max() < _ROUNDING)
 
 
 def _opened(
     library: str,
     op_type: str,
-    left: tuple[int, int],
+    left: tuple[int, ...],
     weights: Mapping[bytes, Array],
-    result: tuple[int, int],
+    result: tuple[int, ...],
     *,
     panels: bool = False,
     domain: bytes = b"embedge",
     outputs: int = 1,
-    attributes: Mapping[bytes, int] | None = None,
+    attributes: Mapping[bytes, float] | None = None,
 ) -> Callable[[Array], Array]:
-    """Runs one operator of the library on ``[rows, columns]``."""
+    """Runs one operator of the library on rows of some columns, or of ``[tokens, columns]``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -4,7 +4,7 @@ Rules:
     * ``format_version`` is "major.minor". Another major version is refused, a newer minor one
       warns. 1.1 added images: ``model.image`` and ``vision`` of a precision; 1.2 precisions whose
       weights are unpacked when a graph opens: ``unpack``; 1.3 ``tokenizer.truncation_side``
-      and ``model.truncate_dim``.
+      and ``model.truncate_dim``; 1.4 ``rotation`` in the list of weights to unpack.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -51,7 +51,7 @@ __all__ = [
     "TokenizerSettings",
 ]
 
-FORMAT_VERSION = "1.3"
+FORMAT_VERSION = "1.4"
 VISION = "vision"  # what the graph of the vision tower is called among those of the tasks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,39 +11,36 @@ from numpy.typing import NDArray
 
 __all__ = ["FLOAT", "INT32", "UINT8", "one_node_model"]
 
-FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6  # TensorProto.DataType
-_ELEM_TYPES = {"float32": FLOAT, "uint8": UINT8, "int8": INT8}
+FLOAT, UINT8, INT8, INT32, INT64 = 1, 2, 3, 6, 7  # TensorProto.DataType
+_ELEM_TYPES = {"float32": FLOAT, "uint8": UINT8, "int8": INT8, "int32": INT32, "int64": INT64}
 _IR_VERSION, _OPSET = 8, 13
-_INT = 2  # AttributeProto.AttributeType
+_A_FLOAT, _AN_INT = 1, 2  # AttributeProto.AttributeType
 
 
 def one_node_model(
     op_type: bytes,
     *,
-    inputs: Mapping[bytes, tuple[int, int]],
+    inputs: Mapping[bytes, tuple[int, ...]],
     weights: Mapping[bytes, NDArray[Any]],
-    output: tuple[int, int],
+    output: tuple[int, ...],
     domain: bytes = b"",
     outputs: int = 1,
-    attributes: Mapping[bytes, int] | None = None,
+    attributes: Mapping[bytes, float] | None = None,
 ) -> bytes:
     """A serialized ModelProto of one node, whose first output is the model's, ``y``.
 
     Args:
         op_type: of the node.
-        inputs: element type and columns of each input of the model, ``[rows, columns]``.
-        weights: float32, uint8 or int8 constants; the node takes them behind the inputs.
-        output: element type and columns of the output.
+        inputs: element type and last dimensions of each input of the model, behind any number of rows.
+        weights: float32, uint8, int8, int32 or int64 constants; the node takes them behind the inputs.
+        output: element type and last dimensions of the output.
         domain: of the operator; at version 1, where it is not ONNX's own.
         outputs: how many the node has.
-        attributes: integers, by name.
+        attributes: integers and floats, by name.
     """
     made = [b"y", *(b"y%d" % number for number in range(1, outputs))]
     names = [*((1, name) for name in (*inputs, *weights)), *((2, name) for name in made)]
-    numbers = [
-        (5, _message((1, name), (3, _varint(value)), (20, _varint(_INT))))
-        for name, value in (attributes or {}).items()
-    ]
+    numbers = [(5, _attribute(name, value)) for name, value in (attributes or {}).items()]
     node = _message(*names, (4, op_type), *numbers, (7, domain))
     graph = _message(
         (1, node),
@@ -57,6 +55,14 @@ def one_node_model(
     return _message((1, _varint(_IR_VERSION)), (7, graph), *opsets)
 
 
+def _attribute(name: bytes, value: float) -> bytes:
+    """AttributeProto of an integer or a float."""
+    if isinstance(value, int):
+        return _message((1, name), (3, _varint(value)), (20, _varint(_AN_INT)))
+    number = _Fixed(struct.pack("<f", value))
+    return _message((1, name), (2, number), (20, _varint(_A_FLOAT)))
+
+
 def _tensor(name: bytes, value: NDArray[Any]) -> bytes:
     """TensorProto with raw data."""
     return _message(
@@ -67,9 +73,10 @@ def _tensor(name: bytes, value: NDArray[Any]) -> bytes:
     )
 
 
-def _value_info(name: bytes, elem_type: int, columns: int) -> bytes:
-    """ValueInfoProto of a tensor ``[rows, columns]``."""
-    shape = _message((1, _message((2, b"rows"))), (1, _message((1, _varint(columns)))))
+def _value_info(name: bytes, elem_type: int, *last: int) -> bytes:
+    """ValueInfoProto of a tensor ``[rows, …]``."""
+    dimensions = [(1, _message((1, _varint(size)))) for size in last]
+    shape = _message((1, _message((2, b"rows"))), *dimensions)
     tensor_type = _message((1, _varint(elem_type)), (2, shape))
     return _message((1, name), (2, _message((1, tensor_type))))
 
@@ -78,8 +85,13 @@ class _Number(bytes):
     """An encoded varint, to tell it from the bytes of a string or message."""
 
 
+class _Fixed(bytes):
+    """Four bytes of a float, likewise."""
+
+
 def _varint(value: int) -> _Number:
     encoded = bytearray()
+    value %= 1 << 64  # a negative one as its two's complement
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)
         value >>= 7
@@ -88,11 +100,13 @@ def _varint(value: int) -> _Number:
 
 
 def _message(*fields: tuple[int, bytes]) -> bytes:
-    """Protobuf fields in order: a varint, or bytes with their length."""
+    """Protobuf fields in order: a varint, a float, or bytes with their length."""
     encoded = bytearray()
     for number, value in fields:
         if isinstance(value, _Number):
             encoded += _varint(number << 3) + value
+        elif isinstance(value, _Fixed):
+            encoded += _varint(number << 3 | 5) + value
         else:
             encoded += _varint(number << 3 | 2) + _varint(len(value)) + value
     return bytes(encoded)

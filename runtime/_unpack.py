@@ -6,15 +6,15 @@ how they become 8 bits, which is done here and handed to ONNX Runtime as externa
 
     w = (values - zero_points) · block_scales                  [out, in], blocks along in
     w = w · columns                                            smoothing; 0: multiplied elsewhere
+    w = w · rotation                                           of each block along in, where there is one
     q = round(w / s),  s = max|w| / 127                        per row (output channel)
     weight = qᵀ,  scales = s · rows                            what was folded into the outputs
-    sums = scales · Σ weight                                   over the rows of each part, where it has parts
 
 Rounding 4-bit blocks again, to 255 levels a row, adds about a hundredth of the noise they have.
 
-The list is JSON: ``{"weights": {NAME: {"out_features", "in_features", "parts", "block_size", "values",
-"block_scales", "zero_points", "columns", "rows"}}}``, where each tensor is ``{"location", "offset",
-"length"}`` in a file of the graph's folder or ``{"base64"}``, and ``columns`` and ``rows`` may be null.
+The list is JSON: ``{"weights": {NAME: {"out_features", "in_features", "block_size", "values",
+"block_scales", "zero_points", "columns", "rotation", "rows"}}}``, where each tensor is ``{"location",
+"offset", "length"}`` in a file of the graph's folder or ``{"base64"}``, and the last three may be null.
 ``values`` and ``zero_points`` are laid out as ``com.microsoft.MatMulNBits`` has them.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,10 +41,8 @@ __all__ = [
     "UNPACKED",
     "Initializers",
     "PackedWeight",
-    "in_parts",
     "read_packed",
     "unpack",
-    "weight_names",
 ]
 
 UNPACKED = "unpacked"
@@ -60,28 +59,27 @@ class PackedWeight:
     """One Linear's 4-bit weight, and what becomes of it.
 
     Attributes:
-        name: of the Linear; its initializers are ``NAME.weight`` (``NAME.weight.0``, … where it has several
-            parts), ``NAME.scales`` and, where it has parts, ``NAME.sums``.
+        name: of the Linear; its initializers are ``NAME.weight`` and ``NAME.scales``.
         out_features: rows.
         in_features: columns.
-        parts: into how many equal parts the columns are split; 0: one, without sums.
         block_size: columns that share a scale and a zero point.
         values: uint8 ``[out, blocks, block_size / 2]``, two to a byte, the earlier one low.
         block_scales: float32 ``[out, blocks]``.
         zero_points: uint8 ``[out, ceil(blocks / 2)]``, likewise two to a byte.
         columns: float32 ``[in]`` by which columns are multiplied, or ``None``.
+        rotation: float32 ``[n, n]`` by which each block of ``n`` columns is multiplied then, or ``None``.
         rows: float32 ``[out]`` by which the scales are multiplied, or ``None``.
     """
 
     name: str
     out_features: int
     in_features: int
-    parts: int
     block_size: int
     values: Tensor
     block_scales: Tensor
     zero_points: Tensor
     columns: Tensor | None
+    rotation: Tensor | None
     rows: Tensor | None
 
     @property
@@ -94,6 +92,9 @@ class PackedWeight:
         yield self.zero_points, "uint8", (rows, -(-blocks // 2))
         if self.columns is not None:
             yield self.columns, "float32", (self.in_features,)
+        if self.rotation is not None:
+            size = math.isqrt((_nbytes(self.rotation) or 0) // 4)
+            yield self.rotation, "float32", (size, size)
         if self.rows is not None:
             yield self.rows, "float32", (rows,)
 
@@ -109,7 +110,7 @@ def read_packed(file: Path) -> list[PackedWeight]:
 
 
 def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> Initializers:
-    """int8 ``[in / parts, out]``, float32 ``[out]`` and ``[parts, out]``, by initializer name.
+    """int8 ``[in, out]`` and float32 ``[out]``, by initializer name.
 
     Args:
         weights: from :func:`read_packed`.
@@ -127,37 +128,8 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
             work = partial(_unpack_rows, weight, stored, matrix, scales, step)
             for _ in executor.map(work, starts):
                 pass
-            names = weight_names(weight.name, weight.parts)
-            result.update(zip(names, in_parts(matrix, scales, weight.parts), strict=True))
+            result |= {f"{weight.name}.weight": matrix, f"{weight.name}.scales": scales}
     return result
-
-
-def weight_names(name: str, parts: int) -> list[str]:
-    """Names of the initializers of :func:`in_parts`, see :attr:`PackedWeight.name`."""
-    weight = f"{name}.weight"
-    weights = [f"{weight}.{number}" for number in range(parts)] if parts > 1 else [weight]
-    return [*weights, f"{name}.scales", *([f"{name}.sums"] if parts else [])]
-
-
-def in_parts(
-    matrix: NDArray[np.int8], scales: NDArray[np.float32], parts: int
-) -> list[NDArray[Any]]:
-    """An int8 weight as the graphs take it.
-
-    Args:
-        matrix: int8 ``[in, out]``.
-        scales: float32 ``[out]``.
-        parts: into how many equal parts the rows are split; 0: one, without sums.
-
-    Returns:
-        int8 ``[in / parts, out]`` of each part, the scales, and where there are parts their sums,
-        float32 ``[parts, out]``.
-    """
-    split = np.split(matrix, max(1, parts))
-    if not parts:
-        return [*split, scales]
-    sums = np.stack([part.sum(axis=0, dtype=np.int64) for part in split]) * scales
-    return [*split, scales, sums.astype(np.float32)]
 
 
 def _unpack_rows(
@@ -175,12 +147,15 @@ def _unpack_rows(
     count, blocks, _ = packed.shape
     levels = _nibbles(packed).reshape(count, blocks, weight.block_size)
     zeros = _nibbles(zero_points[rows])[:, :blocks]
-    floats = levels.astype(np.float32)
+    floats: NDArray[np.float32] = levels.astype(np.float32)
     floats -= zeros.astype(np.float32)[:, :, None]
     floats *= block_scales[rows][:, :, None]
     floats = floats.reshape(count, -1)[:, : weight.in_features]
     if weight.columns is not None:
         floats *= others.pop(0)
+    if weight.rotation is not None:
+        rotation: NDArray[np.float32] = others.pop(0)
+        floats = (floats.reshape(-1, len(rotation)) @ rotation).reshape(floats.shape)
     scale = np.abs(floats).max(axis=1) / np.float32(_QMAX)
     scale = np.where(scale > 0, scale, np.float32(1))
     floats /= scale[:, None]
@@ -207,22 +182,27 @@ def _parse(name: str, entry: Table) -> PackedWeight:
         name=name,
         out_features=entry.integer("out_features", minimum=1),
         in_features=entry.integer("in_features", minimum=1),
-        parts=entry.optional_integer("parts", minimum=0) or 0,
         block_size=entry.integer("block_size", minimum=2),
         values=_tensor(entry.table("values")),
         block_scales=_tensor(entry.table("block_scales")),
         zero_points=_tensor(entry.table("zero_points")),
         columns=_optional_tensor(entry, "columns"),
+        rotation=_optional_tensor(entry, "rotation"),
         rows=_optional_tensor(entry, "rows"),
     )
-    if weight.in_features % max(1, weight.parts):
-        entry.fail("parts", f"{weight.parts} does not divide {weight.in_features} columns")
+    if entry.optional_integer("parts", minimum=0):
+        entry.fail("parts", "an earlier embedge wrote it; export the bundle again")
     for tensor, dtype, shape in weight.tensors:
-        expected = prod(shape) * np.dtype(dtype).itemsize
-        found = len(tensor) if isinstance(tensor, bytes) else tensor.length
+        if tensor is weight.rotation and (not shape[0] or weight.in_features % shape[0]):
+            entry.fail("rotation", f"{shape[0]} rows do not divide {weight.in_features} columns")
+        expected, found = prod(shape) * np.dtype(dtype).itemsize, _nbytes(tensor)
         if found != expected:
             entry.fail(None, f"a tensor of shape {shape}: expected {expected} bytes, found {found}")
     return weight
+
+
+def _nbytes(tensor: Tensor) -> int | None:
+    return len(tensor) if isinstance(tensor, bytes) else tensor.length
 
 
 def _optional_tensor(entry: Table, key: str) -> Tensor | None:

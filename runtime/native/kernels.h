@@ -18,6 +18,7 @@
 #include "onnxruntime_abi.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")))
 
 enum { LANES = 16, LINE = 64, MAX_DIMS = 8 }; /* floats of a register, bytes of a line */
 
@@ -56,6 +57,21 @@ static AVX512 inline float peak_of(const float *x, int64_t width) {
     float value;
   } found = {.bits = _mm512_reduce_max_epi32(peak)};
   return found.value;
+}
+
+/* 2^x to some 2^-23 of it, for a finite x; a NaN stays one. Its power is split into a whole number and a part of
+   [-1/2, 1/2], of which Taylor's polynomial is taken. */
+static AVX512 inline __m512 power_of_2(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 part = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(1.5403530394e-4f);
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.3333558146e-3f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.6181291076e-3f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.5504108665e-2f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4022650696e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9314718056e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, whole);
 }
 
 /* Runs task(data, 0 .. tasks - 1), with the session's threads unless `small`. */
@@ -99,6 +115,8 @@ typedef struct {
   int inputs, required, outputs;
   int types[12]; /* of the inputs, then of the outputs */
   int subtracts, panels; /* see products.c */
+  int floats;            /* see attention.c */
+  int gated;             /* see quantize.c */
 } Operator;
 
 const char *operator_name(const OrtCustomOp *op);
@@ -125,6 +143,11 @@ int operator_any_version(const OrtCustomOp *op);
     .GetStartVersion = operator_one, .GetEndVersion = operator_any_version, \
   }
 
+/* attention.c */
+OrtStatus *create_attention(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_attention(void *kernel, OrtKernelContext *context);
+void destroy_attention(void *kernel);
+
 /* products.c */
 OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
 OrtStatus *compute_product(void *kernel, OrtKernelContext *context);
@@ -139,7 +162,7 @@ void destroy_product4(void *kernel);
 OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
 OrtStatus *compute_rows(void *kernel, OrtKernelContext *context);
 OrtStatus *compute_rows_above(void *kernel, OrtKernelContext *context);
-OrtStatus *compute_halves(void *kernel, OrtKernelContext *context);
+OrtStatus *compute_rotated(void *kernel, OrtKernelContext *context);
 void destroy_quantizer(void *kernel);
 
 #endif

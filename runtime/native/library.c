@@ -149,7 +149,7 @@ EXPORT int embedge_kernels_run_here(void) {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
-enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8, I = ONNX_INT32 };
+enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8, I = ONNX_INT32, L = ONNX_INT64 };
 
 #define PRODUCT(in_panels) \
   {OPERATOR(create_product, compute_product, destroy_product), "MatMulIntegerToFloat", 5, 4, 1, \
@@ -170,10 +170,19 @@ static const Operator ROWS = {
     OPERATOR(create_quantizer, compute_rows, destroy_quantizer), "QuantizeRows", 3, 3, 2, {F, F, U, U, F}, 0, 0};
 static const Operator ROWS_ABOVE = {OPERATOR(create_quantizer, compute_rows_above, destroy_quantizer),
                                     "QuantizeRowsAbove", 4, 4, 2, {F, F, F, U, U, F}, 0, 0};
-static const Operator HALVES = {OPERATOR(create_quantizer, compute_halves, destroy_quantizer),
-                                "QuantizeHalves", 3, 3, 5, {F, F, F, U, U, F, F, F}, 0, 0};
-static const Operator HALVES_AND = {OPERATOR(create_quantizer, compute_halves, destroy_quantizer),
-                                    "QuantizeHalvesAndProduct", 3, 3, 6, {F, F, F, U, U, F, F, F, F}, 0, 0};
+#define ROTATED(what, gated, outputs, ...) \
+  {OPERATOR(create_quantizer, compute_rotated, destroy_quantizer), what, 6, 6, outputs, \
+   {F, F, F, L, F, U, U, F, ##__VA_ARGS__}, 0, 0, 0, gated}
+static const Operator ROTATED_ROWS[4] = {
+    ROTATED("QuantizeRotated", 0, 2),
+    ROTATED("QuantizeRotatedAndProduct", 0, 3, F),
+    ROTATED("QuantizeRotatedSwiGLU", 1, 2),
+    ROTATED("QuantizeRotatedSwiGLUAndProduct", 1, 3, F),
+};
+#define ATTENTION_OF(floats) \
+  {OPERATOR(create_attention, compute_attention, destroy_attention), "CausalAttention", 5, 5, 1, \
+   {F, F, F, I, I, F}, 0, 0, floats}
+static const Operator ATTENTION[2] = {ATTENTION_OF(0), ATTENTION_OF(1)};
 
 /* A domain serves any number of sessions, and has to outlive them: made once, never released. */
 static OrtStatus *add_domain(const OrtApi *api, OrtSessionOptions *options, OrtCustomOpDomain **kept, const char *name,
@@ -190,22 +199,32 @@ static OrtStatus *add_domain(const OrtApi *api, OrtSessionOptions *options, OrtC
   return api->AddCustomOpDomain(options, *kept);
 }
 
-/* Called by SessionOptions.register_custom_ops_library. */
-EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
-  static OrtCustomOpDomain *contrib[2], *own[2];
-  const OrtApi *api = base->GetApi(ORT_API_VERSION);
-  if (api == NULL) return NULL; /* older than the interface: ONNX Runtime keeps its own kernels */
+/* Whether a session is asked for in some way. */
+static OrtStatus *is_set(const OrtApi *api, const OrtSessionOptions *options, const char *key, const char *expected,
+                         int *set) {
   char value[16] = "";
   size_t size = sizeof value;
   int given = 0;
-  OrtStatus *status = api->HasSessionConfigEntry(options, "embedge.weights", &given);
-  if (status == NULL && given) status = api->GetSessionConfigEntry(options, "embedge.weights", value, &size);
+  OrtStatus *status = api->HasSessionConfigEntry(options, key, &given);
+  if (status == NULL && given) status = api->GetSessionConfigEntry(options, key, value, &size);
+  *set = strcmp(value, expected) == 0;
+  return status;
+}
+
+/* Called by SessionOptions.register_custom_ops_library. */
+EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+  static OrtCustomOpDomain *contrib[2], *own[4];
+  const OrtApi *api = base->GetApi(ORT_API_VERSION);
+  if (api == NULL) return NULL; /* older than the interface: ONNX Runtime keeps its own kernels */
+  int panels = 0, floats = 0;
+  OrtStatus *status = is_set(api, options, "embedge.weights", "panels", &panels);
+  if (status == NULL) status = is_set(api, options, "embedge.attention", "float32", &floats);
   if (status != NULL) return status;
-  const int panels = strcmp(value, "panels") == 0;
   const Operator *const products[] = {&PRODUCTS[panels], &PRODUCTS4[panels]};
   const Operator *const functions[] = {&PRODUCTS_ADD[panels], &PRODUCTS_SUB[panels], &ROWS,
-                                       &ROWS_ABOVE,           &HALVES,               &HALVES_AND};
+                                       &ROWS_ABOVE,           &ROTATED_ROWS[0],        &ROTATED_ROWS[1],
+                                       &ROTATED_ROWS[2],        &ROTATED_ROWS[3],        &ATTENTION[floats]};
   status = add_domain(api, options, &contrib[panels], "com.microsoft", products, 2);
   if (status != NULL) return status;
-  return add_domain(api, options, &own[panels], "embedge", functions, sizeof functions / sizeof *functions);
+  return add_domain(api, options, &own[2 * panels + floats], "embedge", functions, sizeof functions / sizeof *functions);
 }

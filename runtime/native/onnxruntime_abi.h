@@ -21,7 +21,7 @@ typedef struct OrtTensorTypeAndShapeInfo OrtTensorTypeAndShapeInfo;
 typedef struct OrtCustomOp OrtCustomOp;
 
 enum OrtErrorCode { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
-enum ONNXTensorElementDataType { ONNX_FLOAT = 1, ONNX_UINT8 = 2, ONNX_INT8 = 3, ONNX_INT32 = 6 };
+enum ONNXTensorElementDataType { ONNX_FLOAT = 1, ONNX_UINT8 = 2, ONNX_INT8 = 3, ONNX_INT32 = 6, ONNX_INT64 = 7 };
 enum OrtCustomOpInputOutputCharacteristic { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };
 enum OrtMemType { ORT_MEM_TYPE_DEFAULT = 0 };
 
@@ -38,7 +38,8 @@ typedef struct OrtApi {
   OrtStatus *(*GetDimensions)(const OrtTensorTypeAndShapeInfo *info, int64_t *out, size_t count);
   void *unused_63[2];
   OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *value, OrtTensorTypeAndShapeInfo **out);
-  void *unused_66[20];
+  void *unused_66[19];
+  OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *info, const char *name, float *out);
   OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *info, const char *name, int64_t *out);
   void *unused_87[3];
   OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *context, size_t index, const OrtValue **out);
@@ -66,6 +67,7 @@ ORT_AT(AddCustomOpDomain, 28);
 ORT_AT(GetTensorMutableData, 51);
 ORT_AT(GetDimensions, 62);
 ORT_AT(GetTensorTypeAndShape, 65);
+ORT_AT(KernelInfoGetAttribute_float, 85);
 ORT_AT(KernelInfoGetAttribute_int64, 86);
 ORT_AT(KernelContext_GetOutput, 91);
 ORT_AT(ReleaseTensorTypeAndShapeInfo, 99);

@@ -13,16 +13,18 @@
 typedef struct {
   const OrtApi *api;
   size_t outputs;
+  int gated;
 } Quantizer;
 
 typedef struct {
-  const float *x, *y; /* of halves: x * y */
+  const float *x, *y, *rotation; /* y, rotation: of what is multiplied and rotated first */
+  int block, gated;           /* of the rotation; whether x passes SiLU before */
   const uint8_t *zero_points;
   const float *floor;
   float step;
-  int64_t rows, width, rows_per_task; /* width: of a part */
-  uint8_t *values[2];
-  float *scales[2], *low, *product;
+  int64_t rows, width, rows_per_task;
+  uint8_t *values;
+  float *scales, *product;
   int failed;
 } Rows;
 
@@ -32,6 +34,7 @@ OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtK
   if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge: out of memory");
   kernel->api = api;
   kernel->outputs = operator_output_count(op);
+  kernel->gated = ((const Operator *)op)->gated;
   *out = kernel;
   return NULL;
 }
@@ -54,80 +57,95 @@ static AVX512 void quantize_row(const float *x, int64_t width, float scale, uint
   }
 }
 
-/* Smallest and largest of x * y, or of x where y is null; both NaN where one is. The products are kept. */
-static AVX512 void bounds_of(const float *x, const float *y, int64_t width, float *kept, float *low, float *high) {
-  const __m512 most = _mm512_set1_ps(__builtin_inff());
-  __m512 least = most, largest = _mm512_sub_ps(_mm512_setzero_ps(), most);
+/* The largest of x; NaN where one is. */
+static AVX512 float top_of(const float *x, int64_t width) {
+  __m512 largest = _mm512_set1_ps(-__builtin_inff());
   __mmask16 broken = 0;
   for (int64_t i = 0; i < width; i += LANES) {
     const __mmask16 mask = lanes_left(width - i);
-    __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
-    if (y != NULL) {
-      v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, y + i));
-      _mm512_mask_storeu_ps(kept + i, mask, v);
-    }
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
     broken |= _mm512_mask_cmp_ps_mask(mask, v, v, _CMP_UNORD_Q);
-    least = _mm512_mask_min_ps(least, mask, least, v);
     largest = _mm512_mask_max_ps(largest, mask, largest, v);
   }
-  *low = broken ? __builtin_nanf("") : _mm512_reduce_min_ps(least);
-  *high = broken ? __builtin_nanf("") : _mm512_reduce_max_ps(largest);
+  return broken ? __builtin_nanf("") : _mm512_reduce_max_ps(largest);
 }
 
-/* The largest of x; NaN where one is. */
-static AVX512 float top_of(const float *x, int64_t width) {
-  float low, high;
-  bounds_of(x, NULL, width, NULL, &low, &high);
-  return high;
-}
-
-static AVX512 void halves_row(const Rows *r, int64_t row, float *kept) {
-  for (int half = 0; half < 2; half++) {
-    const int64_t at = (2 * row + half) * r->width;
-    float *product = r->product != NULL ? r->product + at : kept;
-    float low, high;
-    bounds_of(r->x + at, r->y + at, r->width, product, &low, &high);
-    const float scale = (high - low) * r->step;
-    const __m512 lows = _mm512_set1_ps(low), scales = _mm512_set1_ps(scale);
-    uint8_t *values = r->values[half] + row * r->width;
-    for (int64_t i = 0; i < r->width; i += LANES) {
-      const __mmask16 mask = lanes_left(r->width - i);
-      const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, product + i), lows);
-      quantize(values + i, mask, x, scales, _mm512_setzero_si512());
-    }
-    r->low[2 * row + half] = low;
-    r->scales[half][row] = scale;
+/* x * y, or silu(x) * y. */
+static AVX512 void multiply(const float *x, const float *y, int64_t width, int gated, float *product) {
+  const __m512 one = _mm512_set1_ps(1), minus_log2_e = _mm512_set1_ps(-1.44269504088896341f);
+  for (int64_t i = 0; i < width; i += LANES) {
+    const __mmask16 mask = lanes_left(width - i);
+    __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    if (gated) v = _mm512_div_ps(v, _mm512_add_ps(one, power_of_2(_mm512_mul_ps(v, minus_log2_e))));
+    _mm512_mask_storeu_ps(product + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, y + i)));
   }
 }
 
-static void halves_task(void *data, size_t index) {
+enum { AT_ONCE = 4 }; /* blocks that are rotated at once, so that no sum waits for the one before */
+
+/* Each block of a row times the rotation [block, block], rows summed in their order; the blocks are written beside
+   each other, and may be written over. */
+static inline __attribute__((always_inline)) AVX512 void rotate_blocks(const float *x, int64_t blocks, const float *rotation,
+                                                                 const int block, float *to) {
+  const __mmask16 mask = lanes_left(block);
+  for (int64_t b = 0; b < blocks; b += AT_ONCE) {
+    const int count = blocks - b < AT_ONCE ? (int)(blocks - b) : AT_ONCE;
+    __m512 sum[AT_ONCE];
+#pragma GCC unroll 4
+    for (int j = 0; j < AT_ONCE; j++) sum[j] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int k = 0; k < block; k++) {
+      const __m512 row = _mm512_maskz_loadu_ps(mask, rotation + k * block);
+#pragma GCC unroll 4
+      for (int j = 0; j < AT_ONCE; j++) {
+        const float value = x[(b + (j < count ? j : 0)) * block + k];
+        sum[j] = _mm512_fmadd_ps(row, _mm512_set1_ps(value), sum[j]);
+      }
+    }
+    for (int j = 0; j < count; j++) _mm512_mask_storeu_ps(to + (b + j) * block, mask, sum[j]);
+  }
+}
+
+static AVX512 void rotate(const float *x, int64_t width, const float *rotation, int block, float *to) {
+  if (block == LANES) rotate_blocks(x, width / LANES, rotation, LANES, to);
+  else rotate_blocks(x, width / block, rotation, block, to);
+}
+
+static AVX512 void quantize_row_of(const Rows *r, int64_t row, const float *x) {
+  float peak = r->floor == NULL ? peak_of(x, r->width) : top_of(x, r->width);
+  if (r->floor != NULL && peak < *r->floor) peak = *r->floor; /* false for a NaN */
+  const float scale = peak * r->step;
+  r->scales[row] = scale;
+  quantize_row(x, r->width, scale, r->zero_points[row], r->values + row * r->width);
+}
+
+static void rotated_task(void *data, size_t index) {
   Rows *r = data;
   const int64_t from = (int64_t)index * r->rows_per_task, to = from + r->rows_per_task;
-  float *kept = r->product != NULL ? NULL : malloc((size_t)r->width * sizeof *kept);
-  if (r->product == NULL && kept == NULL) {
+  float *rotated = malloc((size_t)r->width * 2 * sizeof *rotated);
+  if (rotated == NULL) {
     __atomic_store_n(&r->failed, 1, __ATOMIC_RELAXED);
     return;
   }
-  for (int64_t row = from; row < to && row < r->rows; row++) halves_row(r, row, kept);
-  free(kept);
+  for (int64_t row = from; row < to && row < r->rows; row++) {
+    const int64_t at = row * r->width;
+    float *product = r->product != NULL ? r->product + at : rotated + r->width;
+    multiply(r->x + at, r->y + at, r->width, r->gated, product);
+    rotate(product, r->width, r->rotation, r->block, rotated);
+    quantize_row_of(r, row, rotated);
+  }
+  free(rotated);
 }
 
 static void rows_task(void *data, size_t index) {
   const Rows *r = data;
   const int64_t from = (int64_t)index * r->rows_per_task, to = from + r->rows_per_task;
-  for (int64_t row = from; row < to && row < r->rows; row++) {
-    const float *x = r->x + row * r->width;
-    float peak = r->floor == NULL ? peak_of(x, r->width) : top_of(x, r->width);
-    if (r->floor != NULL && peak < *r->floor) peak = *r->floor; /* false for a NaN */
-    const float scale = peak * r->step;
-    r->scales[0][row] = scale;
-    quantize_row(x, r->width, scale, r->zero_points[row], r->values[0] + row * r->width);
-  }
+  for (int64_t row = from; row < to && row < r->rows; row++) quantize_row_of(r, row, r->x + row * r->width);
 }
 
-static OrtStatus *run(const OrtApi *api, OrtKernelContext *context, Rows *r, void (*task)(void *, size_t), int parts) {
+static OrtStatus *run(const OrtApi *api, OrtKernelContext *context, Rows *r, void (*task)(void *, size_t)) {
   if (r->rows == 0) return NULL;
-  const int64_t row = parts * r->width, fit = TASK_ELEMENTS / row;
+  const int64_t fit = TASK_ELEMENTS / r->width;
   r->rows_per_task = fit < 1 ? 1 : fit;
   const int64_t tasks = (r->rows + r->rows_per_task - 1) / r->rows_per_task;
   OrtStatus *status = run_tasks(api, context, task, (size_t)tasks, tasks == 1, r);
@@ -155,9 +173,9 @@ static OrtStatus *quantize_rows(const OrtApi *api, OrtKernelContext *context, in
   x.dims[x.rank - 1] = 1;
   if (status == NULL) status = make_output(api, context, SCALE, x.dims, x.rank, &scales);
   if (status != NULL) return status;
-  r.values[0] = values;
-  r.scales[0] = scales;
-  return run(api, context, &r, rows_task, 1);
+  r.values = values;
+  r.scales = scales;
+  return run(api, context, &r, rows_task);
 }
 
 /* QuantizeRows(x, step, zero_points) -> values, scale */
@@ -170,33 +188,44 @@ OrtStatus *compute_rows_above(void *kernel, OrtKernelContext *context) {
   return quantize_rows(((Quantizer *)kernel)->api, context, 1);
 }
 
-/* QuantizeHalves(x, y, step) -> values of each half, scale of each, low; ...AndProduct: and x * y */
-OrtStatus *compute_halves(void *kernel, OrtKernelContext *context) {
-  enum { FIRST, SECOND, FIRST_SCALE, SECOND_SCALE, LOW, PRODUCT, OUTPUTS };
+/* QuantizeRotated(x, y, rotation, blocks, step, zero_points) -> values, scale; ...AndProduct: and the product */
+OrtStatus *compute_rotated(void *kernel, OrtKernelContext *context) {
+  enum { VALUES, SCALE, PRODUCT, OUTPUTS };
   const Quantizer *known = kernel;
   const OrtApi *api = known->api;
-  Tensor x, y, step;
+  Tensor x, y, rotation, step, zero_points;
   OrtStatus *status = read_input(api, context, 0, &x);
   if (status == NULL) status = read_input(api, context, 1, &y);
-  if (status == NULL) status = read_input(api, context, 2, &step);
+  if (status == NULL) status = read_input(api, context, 2, &rotation);
+  if (status == NULL) status = read_input(api, context, 4, &step);
+  if (status == NULL) status = read_input(api, context, 5, &zero_points);
   if (status != NULL) return status;
-  const int64_t both = x.rank < 1 ? 0 : x.dims[x.rank - 1];
-  if (both < 2 || both % 2 != 0) return invalid(api, "embedge: expected rows of an even number of values");
-  if (y.elements != x.elements || y.rank != x.rank || y.dims[y.rank - 1] != both || step.elements != 1)
-    return invalid(api, "embedge: expected two tensors of one shape, and one step");
-  Rows r = {.x = x.data, .y = y.data, .width = both / 2, .rows = x.elements / both, .step = *(const float *)step.data};
+  const int64_t width = x.rank < 1 ? 0 : x.dims[x.rank - 1];
+  if (width < 1 || y.elements != x.elements || y.rank != x.rank || y.dims[y.rank - 1] != width)
+    return invalid(api, "embedge: expected two tensors of one shape, of rows of at least one value");
+  if (rotation.rank != 2 || rotation.dims[0] != rotation.dims[1] || rotation.dims[0] < 1 || rotation.dims[0] > LANES ||
+      width % rotation.dims[0] != 0)
+    return invalid(api, "embedge: expected a square matrix of at most 16 rows, that rows are multiples of");
+  Rows r = {.x = x.data,
+            .y = y.data,
+            .rotation = rotation.data,
+            .block = (int)rotation.dims[0],
+            .gated = known->gated,
+            .zero_points = zero_points.data,
+            .width = width,
+            .rows = x.elements / width};
+  if (step.elements != 1 || zero_points.elements != r.rows)
+    return invalid(api, "embedge: expected one step, and a zero point for each row");
+  r.step = *(const float *)step.data;
   void *out[OUTPUTS] = {NULL};
-  const int64_t width[OUTPUTS] = {r.width, r.width, 1, 1, 2, both};
+  const int64_t widths[OUTPUTS] = {width, 1, width};
   for (size_t i = 0; i < known->outputs && status == NULL; i++) {
-    x.dims[x.rank - 1] = width[i];
+    x.dims[x.rank - 1] = widths[i];
     status = make_output(api, context, i, x.dims, x.rank, &out[i]);
   }
   if (status != NULL) return status;
-  for (int half = 0; half < 2; half++) {
-    r.values[half] = out[FIRST + half];
-    r.scales[half] = out[FIRST_SCALE + half];
-  }
-  r.low = out[LOW];
+  r.values = out[VALUES];
+  r.scales = out[SCALE];
   r.product = out[PRODUCT];
-  return run(api, context, &r, halves_task, 2);
+  return run(api, context, &r, rotated_task);
 }

@@ -21,7 +21,7 @@ from _cuda_kernels import CONTRIB, FILE, Kernel, Problems, from_markdown, read
 from _jina_v4 import write_checkpoint
 from _models import CONFIGS, DECODERS, cosines, make_model, random_texts, save
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, inliner
 from safetensors.torch import load_file, save_file
 from test_multi_vector_head import make_source
 
@@ -147,7 +147,7 @@ def test_products_and_attention_are_float16(precision: str, export: Export) -> N
 def test_graphs_for_the_cpu_would_not_do(export: Export) -> None:
     """The check finds what was wrong with them: float32 attention, and versions without a kernel."""
     graph, _ = graphs(export("qwen2"), "int4")  # and the unpacked one
-    text = "\n".join(Problems(graph, KERNELS))
+    text = "\n".join(Problems(inliner.inline_local_functions(graph), KERNELS))
     assert "(GroupQueryAttention): no kernel for {'T': 'float'" in text
     assert "(Cast): no kernel of version 24; there are 23+, 21-22" in text
     [graph] = graphs(export("bert"), "fp32")

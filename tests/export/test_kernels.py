@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from _jina_v4 import write_checkpoint
 from _kernel import layouts_seen, needs_kernel, without_kernel
-from _models import make_model, random_texts, save
+from _models import cosines, make_model, random_texts, save
 from numpy.typing import NDArray
 
 from embedge.export import export_bundle
@@ -29,6 +29,9 @@ Vectors = NDArray[np.float32]
 
 TEXTS = random_texts(24)
 UNPACKED = "int4-unpacked"
+# Cosines of random tiny models' vectors with embedge's kernels and without: attention in bfloat16, another
+# ``silu`` and another order of sums at 4 bits turn some roundings of the activations the other way.
+CLOSE, IMAGES_CLOSE = 0.9999, 0.99
 GRAPHS = [("bert", "int8"), ("bert", UNPACKED), ("qwen2", "int8"), ("qwen2", UNPACKED)]
 INT4 = [("bert", "int4"), ("qwen2", "int4")]
 MIXED = [("mixed", "int4"), ("mixed", UNPACKED)]  # the second layer is kept at int8
@@ -81,26 +84,22 @@ def prepared(bundle: Path, precision: str, name: str = "task") -> Path | None:
     return PreparedGraphs(Bundle(bundle)).find(precision, name)
 
 
-def equal(found: list[Vectors], expected: list[Vectors], precision: str) -> bool:
-    """At 4 bits, ONNX Runtime's kernel adds the blocks of a row in another order."""
-    if precision != "int4":
-        return same(found, expected)
-    cosines = [
-        (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        for a, b in zip(found, expected, strict=True)
-    ]
-    return all((cosine > 0.99999).all() for cosine in cosines)
+def close(found: list[Vectors], expected: list[Vectors], least: float = CLOSE) -> bool:
+    return all((cosines(*pair) > least).all() for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("bundle", "precision"), GRAPHS + INT4 + MIXED, indirect=["bundle"])
-def test_vectors_are_the_same_with_and_without_the_kernel(bundle: Path, precision: str) -> None:
+def test_vectors_are_the_same_with_and_without_the_kernel(
+    bundle: Path, precision: str, request: pytest.FixtureRequest
+) -> None:
     with layouts_seen() as seen:
         found = encode(bundle, precision)
     assert set(seen) == {precision == UNPACKED}
     with without_kernel(), layouts_seen() as seen:
         expected = encode(bundle, precision)
     assert seen == []
-    assert equal(found, expected, precision)
+    exact = request.node.callspec.params["bundle"] == "bert" and precision != "int4"
+    assert same(found, expected) if exact else close(found, expected)
 
 
 def test_a_graph_without_integer_products_does_without_it(tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_a_graph_prepared_with_the_kernel_is_not_used_without_it(
     with without_kernel():
         assert machine_name() != name
         assert prepared(bundle, precision) is None
-        assert same(encode(bundle, precision), expected)
+        assert close(encode(bundle, precision), expected)
     assert prepared(bundle, precision) is not None
 
 
@@ -177,7 +176,7 @@ def test_a_graph_prepared_without_the_kernel_is_not_used_with_it(
     expected = encode(bundle, precision)
     with without_kernel():
         PreparedGraphs(Bundle(bundle)).write(precision, "task")
-        assert same(encode(bundle, precision), expected)
+        assert close(encode(bundle, precision), expected)
     assert prepared(bundle, precision) is None
     with layouts_seen() as seen:
         assert same(encode(bundle, precision), expected)
@@ -224,10 +223,9 @@ def test_vectors_of_images_are_the_same_with_and_without_the_kernel_and_prepared
 
     found = vectors()
     with without_kernel():
-        expected = vectors()
-    assert same(found, expected)
+        assert close(found, vectors(), IMAGES_CLOSE)
     assert main(["prepare", str(bundle), "--precision", precision, "--pack-only"]) == 0
     assert all(prepared(bundle, precision, name) is not None for name in ("code", "vision"))
     with layouts_seen() as seen:
-        assert same(vectors(), expected)
+        assert same(vectors(), found)
     assert set(seen) == {True}

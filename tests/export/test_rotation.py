@@ -23,10 +23,10 @@ from embedge.export._calibration import InputStatistics
 from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin, Tap
-from embedge.export._int8_form import Int8Form
+from embedge.export._int8_form import InputPlan, Int8Form
 from embedge.export._plans import rotated_plan
 from embedge.export._rotated import RotatedWeights, Stream, TableNorm
-from embedge.quant._rotation import Rotation
+from embedge.quant._rotation import Rotation, block_rotation, rotate_blocks
 from embedge.runtime import Embedder
 from embedge.runtime._errors import EmbedgeValueError
 
@@ -361,7 +361,7 @@ def relative(found: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inner", [64, 65])  # an odd width is one part
+@pytest.mark.parametrize("inner", [64, 60, 61])  # blocks of 16, of 15, and of one channel
 def test_a_gated_mlp_at_int8_is_close_for_rows_of_any_size(inner: int, bias: bool) -> None:
     mlp = Rows(inner, bias=bias)
     x = np.random.default_rng(1).normal(size=(60, 48)).astype(np.float32)
@@ -369,8 +369,10 @@ def test_a_gated_mlp_at_int8_is_close_for_rows_of_any_size(inner: int, bias: boo
     assert relative(mlp.run(x, Form()), mlp.exact(x)).max() < 1e-5
     errors = relative(mlp.run(x), mlp.exact(x))
     assert np.median(errors) < 0.02 and errors.max() < 0.05
-    weights = [t.name for t in mlp.graph.graph.initializer if t.name.startswith("down.weight")]
-    assert len(weights) == (2 if inner == 64 else 1)
+    sizes = {t.name: tuple(t.dims) for t in mlp.graph.graph.initializer}
+    rotations = [name for name, size in sizes.items() if size == block_rotation(inner).shape]
+    assert len(rotations) == 1
+    assert sizes["down.weight"] == (inner, 40)
 
 
 def test_the_scale_of_a_product_that_is_multiplied_again_waits_for_the_next() -> None:
@@ -396,20 +398,48 @@ def test_a_row_of_zeros_gives_zeros_and_a_constant_one_no_error() -> None:
     assert np.abs(values - mlp.exact(x[1:2])).max() < rounding * np.abs(mlp.exact(x[1:2])).max()
 
 
-def test_halves_between_their_bounds_err_less_than_rows_around_zero(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The gated product has a few large values, on one side."""
-    mlp = Rows(64)
+def test_rotated_blocks_err_less_than_rows_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gated product has a few large values in a row."""
+    mlp = Rows(512)
     x = np.random.default_rng(2).normal(size=(400, 48)).astype(np.float32)
-    halves = relative(mlp.run(x), mlp.exact(x)).mean()
-    with monkeypatch.context() as patch:
-        patch.setattr("embedge.export._int8_form._GATED_PARTS", 1)
-        one = relative(mlp.run(x), mlp.exact(x)).mean()
-    monkeypatch.setattr("embedge.export._int8_form.input_parts", lambda g, tap: 0)
-    monkeypatch.setattr("embedge.export._int8_form.Int8Form.scales_rows", lambda self, tap: False)
-    around_zero = relative(mlp.run(x), mlp.exact(x)).mean()
-    assert halves < one < around_zero
+    rotated = relative(mlp.run(x), mlp.exact(x)).mean()
+    monkeypatch.setattr("embedge.export._int8_form.input_rotation", lambda g, tap: None)
+    assert rotated < 0.85 * relative(mlp.run(x), mlp.exact(x)).mean()
+
+
+@pytest.mark.parametrize(
+    ("width", "size"), [(11008, 16), (1536, 16), (3420, 15), (61, 1), (20, 10), (7, 7), (1, 1)]
+)
+def test_a_blocks_rotation_is_orthogonal_and_spreads_a_channel(width: int, size: int) -> None:
+    rotation = block_rotation(width)
+    assert rotation.shape == (size, size) and rotation.dtype == np.float32
+    assert np.allclose(rotation @ rotation.T, np.eye(size), atol=1e-6)
+    assert np.abs(rotation).max() <= np.sqrt(2 / size) + 1e-6 or size == 1
+    values = np.random.default_rng(width).normal(size=(2, 3, width)).astype(np.float32)
+    found = rotate_blocks(values, rotation)
+    assert found.shape == values.shape
+    for block in range(0, width, size):
+        expected = values[..., block : block + size] @ rotation
+        assert np.allclose(found[..., block : block + size], expected, atol=1e-5)
+
+
+def test_a_hessian_is_that_of_the_rotated_inputs() -> None:
+    """What GPTQ is told of an input: smoothed, without its outliers, each block rotated."""
+    draw = np.random.default_rng(6)
+    x = draw.normal(size=(200, 60)).astype(np.float32)
+    smooth = draw.uniform(0.5, 2, 60).astype(np.float32)
+    plan = InputPlan(smooth=smooth, outliers=np.array([3, 59]))
+    stored = Stored()
+    stored.tensors = {"down.weight": draw.normal(size=(40, 60)).astype(np.float32)}
+    form = Int8Form({"down": plan})
+    g = Graph(weights=stored, form=form)
+    tap = Tap(value="x", lins=(Lin("down"),), rows="", fold=Fold(lin=Lin("up"), gated=True))
+    hessian = x.T @ x
+    form.smooth_hessian(g, tap, hessian)
+    kept = x / smooth
+    kept[:, [3, 59]] = 0
+    seen = rotate_blocks(kept, block_rotation(60))
+    assert np.allclose(hessian, seen.T @ seen, atol=1e-2 * np.abs(hessian).max() * 1e-2)
 
 
 def test_gptq_takes_the_error_of_int8_weights_down(spoilt: Path, tmp_path: Path) -> None:

@@ -35,13 +35,15 @@ class Weight:
         self.scales = rng.uniform(0.1, 2, (rows, blocks)).astype(np.float32)
         self.columns = rng.uniform(0.2, 5, columns).astype(np.float32)
         self.rows = rng.uniform(0.2, 5, rows).astype(np.float32)
+        self.rotation: NDArray[Any] | None = None
 
     def floats(self) -> NDArray[np.float64]:
         blocks = (self.values - self.zeros[..., None]) * self.scales[..., None].astype(np.float64)
         return blocks.reshape(self.shape[0], -1)[:, : self.shape[1]]
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        return {
+        rotation = {} if self.rotation is None else {"rotation": np.float32(self.rotation)}
+        return rotation | {
             "values": packed(self.values),
             "block_scales": self.scales,
             "zero_points": packed(self.zeros),
@@ -54,15 +56,12 @@ class Weight:
         folder: Path,
         left_out: tuple[str, ...] = (),
         inline: bool = False,
-        parts: int | None = None,
     ) -> Path:
         entry: dict[str, Any] = {
             "out_features": self.shape[0],
             "in_features": self.shape[1],
             "block_size": self.block,
         }
-        if parts is not None:
-            entry["parts"] = parts
         data = b""
         for name, array in self.tensors().items():
             raw = array.tobytes()
@@ -117,23 +116,19 @@ def test_factors_may_be_left_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(with_rows, scales * weight.rows, rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [0, 1, 2, 4])
-def test_parts_of_the_columns_have_their_sums(parts: int, tmp_path: Path) -> None:
-    weight = Weight(6, 64, 32)
-    matrix, scales = unpacked(weight.write(tmp_path))
-    file = weight.write(tmp_path, parts=parts)
-    result = unpack(read_packed(file), lambda data: file.parent / data.location, threads=2)
-    np.testing.assert_array_equal(result.pop("lin.scales"), scales)
-    sums = result.pop("lin.sums", None)
-    names = ["lin.weight"] if parts < 2 else [f"lin.weight.{i}" for i in range(parts)]
-    assert list(result) == names
-    np.testing.assert_array_equal(np.concatenate([result[n] for n in names]), matrix)
-    if parts == 0:
-        assert sums is None
-    else:
-        assert sums is not None and sums.dtype == np.float32
-        expected = matrix.reshape(parts, 64 // parts, 6).sum(axis=1, dtype=np.int64) * scales
-        np.testing.assert_allclose(sums, expected, rtol=1e-6)
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize(("shape", "size"), [((6, 64, 32), 16), ((5, 60, 16), 15), ((3, 8, 8), 1)])
+def test_blocks_of_columns_are_rotated_before_they_are_rounded(
+    shape: tuple[int, int, int], size: int, inline: bool, tmp_path: Path
+) -> None:
+    weight = Weight(*shape)
+    weight.rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(size, size)))[0]
+    matrix, scales = unpacked(weight.write(tmp_path, inline=inline))
+    blocks = (weight.floats() * weight.columns).reshape(shape[0], -1, size)
+    wanted = (blocks @ weight.rotation).reshape(shape[:2])
+    steps = np.abs(wanted).max(axis=1) / 127
+    np.testing.assert_allclose(scales, steps * weight.rows, rtol=1e-5)
+    assert (np.abs(matrix.T * steps[:, None] - wanted) <= steps[:, None] * 0.501).all()
 
 
 def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:
@@ -173,7 +168,19 @@ def changed(file: Path, **values: Any) -> Path:
             {"in_features": 4096},
             r"weights\.lin: a tensor of shape \(4, 128, 16\): expected 8192 bytes",
         ),
-        ({"parts": 3}, r"weights\.lin\.parts: 3 does not divide 64 columns"),
+        (
+            {"parts": 2},
+            r"weights\.lin\.parts: an earlier embedge wrote it; export the bundle again",
+        ),
+        (
+            {"rotation": {"base64": base64.b64encode(bytes(4 * 9)).decode()}},
+            r"weights\.lin\.rotation: 3 rows do not divide 64 columns",
+        ),
+        (
+            {"rotation": {"base64": base64.b64encode(bytes(4 * 5)).decode()}},
+            r"weights\.lin: a tensor of shape \(2, 2\): expected 16 bytes, found 20",
+        ),
+        ({"rotation": {"base64": ""}}, r"weights\.lin\.rotation: 0 rows do not divide"),
         ({"block_size": 0}, r"block_size: expected a whole number ≥ 2"),
         ({"rows": {"base64": "no"}}, r"weights\.lin\.rows\.base64: .*export the bundle again"),
         ({"rows": {"location": "w.bin"}}, r"rows\.offset: missing"),
