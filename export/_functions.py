@@ -18,16 +18,18 @@ round otherwise. (ONNX IR, "Functions"; onnx/docs/IR.md.)
     MatMulIntegerToFloatSub(…, other, …)           a bias, a residual, or another product
     CausalAttention(q, k, v, lengths, total)       ``GroupQueryAttention`` of whole texts: nothing is cached,
                                                    padding comes last, rotary positions are done
+    PaddedAttention(q, k, v, lengths)              ``Attention`` of ONNX to the tokens before the padding
+    FullAttention(q, k, v)                         ``MultiHeadAttention`` to all tokens
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
-from onnx import FunctionProto, NodeProto, helper
+from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from embedge.export._graph import CONTRIB, names_read
 
@@ -35,8 +37,50 @@ __all__ = ["DOMAIN", "VERSION", "functions_of", "with_functions"]
 
 DOMAIN, VERSION = "embedge", 1
 _PRODUCT = "MatMulIntegerToFloat"
-_ATTENTION = "GroupQueryAttention"
-_ATTENTION_SIZES = ("num_heads", "kv_num_heads", "local_window_size")
+
+
+class _Attention(NamedTuple):
+    """An attention of ONNX Runtime, as exports write it, that a function stands for.
+
+    Attributes:
+        function: its name.
+        domain: of ONNX Runtime's operator.
+        inputs: of the operator, where exports give them.
+        outputs: how many it has.
+        attributes: of the function, and the operator's.
+        fixed: the operator's others.
+    """
+
+    function: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: int
+    attributes: Mapping[str, str]
+    fixed: Mapping[str, Any]
+
+
+_KV_HEADS = {"kv_num_heads": "kv_num_heads"}
+_ATTENTIONS = {
+    "GroupQueryAttention": _Attention(
+        "CausalAttention",
+        CONTRIB,
+        ("q", "k", "v", "", "", "lengths", "total"),
+        3,
+        {"num_heads": "num_heads", **_KV_HEADS, "local_window_size": "local_window_size"},
+        {},
+    ),
+    "Attention": _Attention(
+        "PaddedAttention",
+        "",
+        ("q", "k", "v", "", "", "", "lengths"),
+        1,
+        {"num_heads": "q_num_heads", **_KV_HEADS},
+        {"is_causal": 0, "softmax_precision": TensorProto.FLOAT},
+    ),
+    "MultiHeadAttention": _Attention(
+        "FullAttention", CONTRIB, ("q", "k", "v"), 1, {"num_heads": "num_heads"}, {}
+    ),
+}
 
 
 def with_functions(nodes: Iterable[NodeProto]) -> list[NodeProto]:
@@ -52,8 +96,8 @@ def with_functions(nodes: Iterable[NodeProto]) -> list[NodeProto]:
     for node in chains.nodes:
         if node.op_type in ("Add", "Sub"):
             chains.product_and(node)
-        elif node.op_type == _ATTENTION:
-            chains.attention(node)
+        elif node.op_type in _ATTENTIONS:
+            chains.attention(node, _ATTENTIONS[node.op_type])
     return list(chains.result())
 
 
@@ -161,20 +205,21 @@ class _Chains:
                 return True
         return False
 
-    def attention(self, node: NodeProto) -> None:
+    def attention(self, node: NodeProto, kind: _Attention) -> None:
         """Attention over the tokens themselves: no keys and values from before are read, none are made."""
-        q, k, v, past_key, past_value, *lengths = node.input
-        made = [name for name in node.output[1:] if self._readers.get(name)]
-        if past_key or past_value or len(lengths) != 2 or made:
+        given = [*node.input, *[""] * (len(kind.inputs) - len(node.input))]
+        if [bool(name) for name in given] != [bool(name) for name in kind.inputs]:
             return
-        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        attributes = {"local_window_size": -1, **given}
-        # zeros mean something else to ONNX Runtime than what they say
-        told = set(attributes) == {*_ATTENTION_SIZES, "scale"} and all(attributes.values())
-        if told:
-            self._replace(
-                node, [], "CausalAttention", [q, k, v, *lengths], [node.output[0]], **attributes
-            )
+        if any(self._readers.get(name) for name in node.output[1:]):
+            return
+        found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        wanted: dict[str, Any] = {"scale": found.pop("scale", 0)}
+        for name, theirs in kind.attributes.items():
+            wanted[name] = found.pop(theirs, -1 if theirs == "local_window_size" else 0)
+        # a zero means something else to ONNX Runtime than what it says
+        if found == kind.fixed and all(wanted.values()):
+            operands = [name for name in given if name]
+            self._replace(node, [], kind.function, operands, [node.output[0]], **wanted)
 
     def _replace(
         self,
@@ -264,17 +309,14 @@ def _attributed(
     node.attribute.append(onnx.AttributeProto(name=name, ref_attr_name=given or name, type=kind))
 
 
-def _attention() -> NodeProto:
-    node = helper.make_node(
-        _ATTENTION,
-        ["q", "k", "v", "", "", "lengths", "total"],
-        ["y", "present_key", "present_value"],
-        domain=CONTRIB,
-    )
-    for name in _ATTENTION_SIZES:
-        _attributed(node, name, onnx.AttributeProto.INT)
+def _attention(op_type: str) -> tuple[list[str], list[str], list[str], list[NodeProto]]:
+    kind = _ATTENTIONS[op_type]
+    outputs = ["y", *(f"unused_{number}" for number in range(1, kind.outputs))]
+    node = helper.make_node(op_type, kind.inputs, outputs, domain=kind.domain, **kind.fixed)
+    for name, theirs in kind.attributes.items():
+        _attributed(node, theirs, onnx.AttributeProto.INT, name)
     _attributed(node, "scale", onnx.AttributeProto.FLOAT)
-    return node
+    return [name for name in kind.inputs if name], ["y"], [*kind.attributes, "scale"], [node]
 
 
 _PRODUCT_INPUTS = ["a", "b", "a_scale", "b_scale", "other", "a_zero_point"]
@@ -315,10 +357,5 @@ _DEFINITIONS: dict[str, _Definition] = {  # inputs, outputs, attributes, body
     },
     f"{_PRODUCT}Add": (_PRODUCT_INPUTS, ["y"], [], _product_and("Add")),
     f"{_PRODUCT}Sub": (_PRODUCT_INPUTS, ["y"], [], _product_and("Sub")),
-    "CausalAttention": (
-        ["q", "k", "v", "lengths", "total"],
-        ["y"],
-        [*_ATTENTION_SIZES, "scale"],
-        [_attention()],
-    ),
+    **{kind.function: _attention(op_type) for op_type, kind in _ATTENTIONS.items()},
 }

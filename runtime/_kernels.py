@@ -1,11 +1,11 @@
 """embedge's own kernels for integer products, where they were built and the processor has what they need.
 
 The library of ``runtime/native`` takes the place of ONNX Runtime's kernels for ``MatMulIntegerToFloat`` and
-``MatMulNBits`` in a session, and runs the functions of int8 graphs (:mod:`embedge.export._functions`) as one
-operator each. At 8 bits results are the same to the bit; at 4 bits the same integers are multiplied, and the
-blocks' sums are added in another order. It is compiled when embedge is installed and a C compiler is at hand;
-without it, on other processors and where ``EMBEDGE_KERNELS=onnxruntime`` is set, sessions are ONNX Runtime's
-alone, which inlines the functions.
+``MatMulNBits`` in a session, and runs the functions of its graphs (:mod:`embedge.export._functions`) as one
+operator each. 8-bit products and quantized rows are the same to the bit; at 4 bits the same integers are
+multiplied, and the blocks' sums are added in another order; attention and ``silu`` round otherwise. It is
+compiled when embedge is installed and a C compiler is at hand; without it, on other processors and where
+``EMBEDGE_KERNELS=onnxruntime`` is set, sessions are ONNX Runtime's alone, which inlines the functions.
 
 Products read weights in panels of 16 columns. The kernels lay them out themselves from a bundle's tensors,
 unless the session says that they lie in panels already: :func:`in_panels`, for weights that are made when a

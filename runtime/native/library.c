@@ -179,10 +179,13 @@ static const Operator ROTATED_ROWS[4] = {
     ROTATED("QuantizeRotatedSwiGLU", 1, 2),
     ROTATED("QuantizeRotatedSwiGLUAndProduct", 1, 3, F),
 };
-#define ATTENTION_OF(floats) \
-  {OPERATOR(create_attention, compute_attention, destroy_attention), "CausalAttention", 5, 5, 1, \
-   {F, F, F, I, I, F}, 0, 0, floats}
-static const Operator ATTENTION[2] = {ATTENTION_OF(0), ATTENTION_OF(1)};
+#define ATTENTION_OF(what, inputs, floats, ...) \
+  {OPERATOR(create_attention, compute_attention, destroy_attention), what, inputs, inputs, 1, \
+   {F, F, F, __VA_ARGS__}, 0, 0, floats}
+#define CAUSAL(floats) ATTENTION_OF("CausalAttention", 5, floats, I, I, F)
+#define PADDED(floats) ATTENTION_OF("PaddedAttention", 4, floats, L, F)
+#define FULL(floats) ATTENTION_OF("FullAttention", 3, floats, F)
+static const Operator ATTENTION[2][3] = {{CAUSAL(0), PADDED(0), FULL(0)}, {CAUSAL(1), PADDED(1), FULL(1)}};
 
 /* A domain serves any number of sessions, and has to outlive them: made once, never released. */
 static OrtStatus *add_domain(const OrtApi *api, OrtSessionOptions *options, OrtCustomOpDomain **kept, const char *name,
@@ -223,7 +226,8 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   const Operator *const products[] = {&PRODUCTS[panels], &PRODUCTS4[panels]};
   const Operator *const functions[] = {&PRODUCTS_ADD[panels], &PRODUCTS_SUB[panels], &ROWS,
                                        &ROWS_ABOVE,           &ROTATED_ROWS[0],        &ROTATED_ROWS[1],
-                                       &ROTATED_ROWS[2],        &ROTATED_ROWS[3],        &ATTENTION[floats]};
+                                       &ROTATED_ROWS[2],        &ROTATED_ROWS[3],      &ATTENTION[floats][0],
+                                       &ATTENTION[floats][1], &ATTENTION[floats][2]};
   status = add_domain(api, options, &contrib[panels], "com.microsoft", products, 2);
   if (status != NULL) return status;
   return add_domain(api, options, &own[2 * panels + floats], "embedge", functions, sizeof functions / sizeof *functions);

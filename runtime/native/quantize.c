@@ -1,5 +1,6 @@
 /* Rows of floats as unsigned 8-bit integers: the functions that embedge's int8 graphs define for it, each in
-   one pass over memory instead of four to nine. Results equal those of the functions' own nodes to the bit.
+   one pass over memory instead of four to nine. Results equal those of the functions' own nodes to the bit, but
+   for SiLU's, of which ONNX Runtime has another approximation.
 
    A row that holds a NaN gives a scale of NaN, which the products carry on. */
 

@@ -1,4 +1,4 @@
-"""embedge's kernel for causal attention: the definition, and ONNX Runtime's ``GroupQueryAttention``."""
+"""embedge's kernels for attention: the definition, and ONNX Runtime's operators."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ def open_session(
         opset_imports=[helper.make_opsetid(*domain) for domain in domains.items()],
         ir_version=IR_VERSION,
     )
+    return session_of(model, variant, threads)
+
+
+def session_of(model: Any, variant: str, threads: int) -> Any:
+    """With the kernels, unless the variant is ``"none"``."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -242,3 +247,89 @@ def test_the_function_is_onnx_runtimes_attention_without_the_kernel(window: int)
         found = run(open_session(variant, window=window, function=True), operands)
         assert np.array_equal(found, run(open_session(variant, window=window), operands))
         assert error(found, expected) < bound
+
+
+def open_encoder(variant: str, kind: str, heads: Heads, scale: float, threads: int = 1) -> Any:
+    """Of one node that has a body; kinds: ``"PaddedAttention"`` and ``"FullAttention"``."""
+    padded = kind == "PaddedAttention"
+    inputs = ["q", "k", "v", "lengths"] if padded else ["q", "k", "v"]
+    sizes = {"num_heads": heads[0], **({"kv_num_heads": heads[1]} if padded else {})}
+    node = helper.make_node(kind, inputs, ["y"], domain=DOMAIN, scale=scale, **sizes)
+    info = helper.make_tensor_value_info
+    values = [info(name, TensorProto.FLOAT, None) for name in "qkv"]
+    values += [info("lengths", TensorProto.INT64, [None])] if padded else []
+    graph = helper.make_graph([node], "attention", values, [info("y", TensorProto.FLOAT, None)])
+    domains = {"": OPSET, CONTRIB: 1, DOMAIN: VERSION}
+    model = helper.make_model(
+        graph,
+        functions=functions_of([node], OPSET),
+        opset_imports=[helper.make_opsetid(*domain) for domain in domains.items()],
+        ir_version=IR_VERSION,
+    )
+    return session_of(model, variant, threads)
+
+
+def run_encoder(session: Any, operands: list[Array], lengths: Array) -> Array:
+    given = dict(zip("qkv", operands, strict=True), lengths=lengths)
+    names = [value.name for value in session.get_inputs()]
+    return np.asarray(session.run(["y"], {name: given[name] for name in names})[0])
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_an_encoders_attention_is_the_definitions(tokens: int) -> None:
+    """Without the kernels, ONNX Runtime's operator, which the function stands for."""
+    for heads, size in (((2, 2), 32), ((4, 2), 24), ((3, 3), 80)):
+        operands = drawn(3, tokens, heads, size)
+        draw = np.random.default_rng(tokens)
+        for kind in (
+            ("PaddedAttention", "FullAttention") if heads[0] == heads[1] else ("PaddedAttention",)
+        ):
+            lengths = np.full(3, tokens)
+            if kind == "PaddedAttention":
+                lengths[1:] = draw.integers(1, tokens + 1, 2)
+            expected = seen_up_to(operands, heads, lengths, size**-0.5)
+            for variant in ("none", *(BOUNDS if LIBRARY else ())):
+                session = open_encoder(variant, kind, heads, size**-0.5, threads=2)
+                found = run_encoder(session, operands, lengths)
+                assert error(found, expected) < BOUNDS.get(variant, 1e-6), (variant, kind, heads)
+
+
+def seen_up_to(operands: list[Array], heads: Heads, lengths: Array, scale: float) -> Array:
+    """The definition in float64."""
+    texts, tokens, width = operands[0].shape
+    shape = (texts, tokens, -1, width // heads[0])
+    q, k, v = (x.astype(float).reshape(shape).swapaxes(1, 2) for x in operands)
+    k, v = (np.repeat(x, heads[0] // heads[1], 1) for x in (k, v))
+    seen = np.arange(tokens) < lengths[:, None]
+    scores = np.where(seen[:, None, None], scale * (q @ k.swapaxes(2, 3)), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y = weights @ v / weights.sum(-1, keepdims=True)
+    return np.asarray(y.swapaxes(1, 2).reshape(texts, tokens, width))
+
+
+@needs_kernel
+@each_variant
+@pytest.mark.parametrize("size", [24, 33, 64])
+def test_padding_changes_no_bit_of_a_row(variant: str, size: int) -> None:
+    session = open_encoder(variant, "PaddedAttention", (4, 2), 0.25, threads=2)
+    operands = drawn(3, 300, size=size)
+    for length in (1, 2, 31, 32, 33, 97, 255, 257, 300):
+        lengths = np.array([300, length, 7])
+        found = run_encoder(session, operands, lengths)
+        alone = run_encoder(session, [x[1:2, :length] for x in operands], lengths[1:2])
+        assert np.array_equal(found[1, :length], alone[0])
+        spoilt = [x.copy() for x in operands]
+        for x in spoilt:
+            x[1, length:] = 1e4
+        again = run_encoder(session, spoilt, lengths)
+        assert np.array_equal(again[1, :length], alone[0])
+        assert np.array_equal(again[[0, 2]], found[[0, 2]])
+
+
+@needs_kernel
+def test_a_text_without_tokens_has_zeros_and_its_length_is_needed() -> None:
+    session = open_encoder("bfloat16", "PaddedAttention", (4, 2), 0.25)
+    found = run_encoder(session, drawn(2, 20), np.array([20, 0]))
+    assert not found[1].any() and found[0].all()
+    with pytest.raises(Exception, match="embedge attention: expected a length for each text"):
+        run_encoder(session, drawn(2, 20), np.array([20]))
