@@ -169,8 +169,7 @@ def to_model(
     """Put a pruned graph and its initializers into an ONNX model."""
     constants = sorted(g.constants.values(), key=lambda c: c.name)
     unpacked = [_unpacked(spec) for u in g.unpacked.values() for spec in u.specs]
-    # not in float32 graphs, which take no bfloat16, nor in those of GPUs, which the kernels do not run on
-    nodes = with_functions(g.nodes) if g.form.fused_attention and not g.form.cuda else g.nodes
+    nodes = with_functions(g.nodes) if g.form.functions else g.nodes
     functions = functions_of(nodes, g.form.opset)
     graph = helper.make_graph(
         nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]

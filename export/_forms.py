@@ -51,7 +51,8 @@ class Form:
     devices: tuple[str, ...] = ("cpu",)
     row_multiple = 1
     rotates = False  # whether residual streams are rotated first, where the family allows it
-    fused_attention = False  # whether causal attention takes ONNX Runtime's own operators
+    fused_attention = False  # whether attention takes ONNX Runtime's own operators
+    functions = False  # whether what embedge's kernels do stands in graphs as functions of its own
     cuda = False  # whether only operators and types are used that its CUDA provider implements
     opset = OPSET
     elem_type: int = TensorProto.FLOAT

@@ -206,9 +206,15 @@ class _Chains:
         return False
 
     def attention(self, node: NodeProto, kind: _Attention) -> None:
-        """Attention over the tokens themselves: no keys and values from before are read, none are made."""
+        """Attention over the tokens themselves: no keys and values from before are read, none are made.
+
+        Exports write it with keys and values of as many tokens and of heads as large as the queries', and
+        causal attention with full lengths, which is all that the kernels do.
+        """
         given = [*node.input, *[""] * (len(kind.inputs) - len(node.input))]
-        if [bool(name) for name in given] != [bool(name) for name in kind.inputs]:
+        if node.domain != kind.domain or [bool(name) for name in given] != [
+            bool(name) for name in kind.inputs
+        ]:
             return
         if any(self._readers.get(name) for name in node.output[1:]):
             return
@@ -250,10 +256,6 @@ class _Chains:
         if node is None or node.op_type != op_type or node.output[0] in self._replaced:
             return None
         return node
-
-    def _reading(self, name: str, op_type: str) -> list[NodeProto]:
-        """The nodes of a type that read a value."""
-        return [node for node in self._readers.get(name, []) if node.op_type == op_type]
 
     def _position(self, node: NodeProto) -> int:
         return next(i for i, other in enumerate(self.nodes) if other is node)

@@ -46,6 +46,7 @@ class Int4Form(Form):
     precision = "int4"
     rotates = True
     fused_attention = True
+    functions = True
     scale_type: int = TensorProto.FLOAT
 
     def __init__(
@@ -182,6 +183,7 @@ class Int4Form(Form):
 class Int4HalfForm(Int4Form, CudaForm):
     """int4 for GPUs: the same values, float16 scales and inputs; see the module's description."""
 
+    functions = False  # GPUs do not run the kernels
     precision = "int4-fp16"
     devices = CudaForm.devices
     scale_type = TensorProto.FLOAT16

@@ -100,6 +100,7 @@ class Int8Form(Form):
     devices = ("cpu",)
     rotates = True
     fused_attention = True
+    functions = True
 
     def __init__(
         self, plans: Mapping[str, InputPlan], method: str = "rtn", table_bits: int = 8

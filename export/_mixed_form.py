@@ -29,6 +29,7 @@ class MixedForm(Form):
         self.row_multiple = default.row_multiple
         self.rotates = default.rotates
         self.fused_attention = default.fused_attention
+        self.functions = default.functions
         self.cuda = default.cuda
         self.opset = default.opset
 

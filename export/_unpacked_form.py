@@ -108,7 +108,7 @@ def unpack_list(g: Graph, store: TensorStore) -> dict[str, Any]:
             "out_features": unpacked.out_features,
             "in_features": unpacked.in_features,
             "block_size": unpacked.block_size,
-            "values": values,
+            "packed": values,
             "block_scales": scales,
             "zero_points": zeros,
             "columns": columns,

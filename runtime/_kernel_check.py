@@ -1,4 +1,4 @@
-"""Tries embedge's kernels on small matrices whose exact results are known, before a process uses them.
+"""Tries embedge's kernels on small matrices whose results are known, before a process uses them.
 
 A library may have been compiled by anything, and for another ONNX Runtime.
 """
@@ -20,13 +20,15 @@ _ROWS = (1, 21, 130)  # the last ones in tasks, for two threads
 _SIZES = ((130, 50), (256, 64))  # depth and columns: neither fills its panels; both do
 _BLOCK = 32
 _BLOCK_ROTATED = 16
-_ROUNDING = 0.02  # of a mean of values up to 8, by weights in bfloat16
+_LEVEL = 0.51  # of rounding to a level
+_SCALE = 0.2
+_ROUNDING = 0.04  # of a mean of values up to 4, of factors in bfloat16
 
 Array = NDArray[Any]
 
 
 def is_right(library: str) -> bool:
-    """Whether the kernels give the exact results, products in both layouts."""
+    """Whether the kernels give the known results, products in both layouts to the bit."""
     draw = np.random.default_rng(5)
     products = (
         check(library, draw, *size, panels=panels)
@@ -35,7 +37,7 @@ def is_right(library: str) -> bool:
         for check in (_products_of_8_bits, _products_of_4_bits)
     )
     quantizers = _quantizers(library, draw.permutation(np.arange(-40, 42)))
-    return all(products) and quantizers and _attention(library, draw)
+    return all(products) and quantizers and _swiglu(library, draw) and _attention(library, draw)
 
 
 def _products_of_8_bits(
@@ -119,21 +121,52 @@ def _quantizers(library: str, values: Array) -> bool:
     return np.array_equal(rotated(x), np.rint(expected / scale) + 128)
 
 
-def _attention(library: str, draw: np.random.Generator) -> bool:
-    """Of equal scores: the means of the values so far, which are whole numbers."""
-    tokens, size = 40, 24
-    v = draw.integers(-8, 9, (1, tokens, size)).astype(np.float32)
+def _swiglu(library: str, draw: np.random.Generator) -> bool:
+    """``silu(x) · 1`` beside numpy's, unrotated."""
+    x = draw.normal(size=(3, 48)).astype(np.float32)
     weights: dict[bytes, Array] = {
-        b"k": np.ones_like(v),
-        b"v": v,
-        b"lengths": np.full(1, tokens - 1, np.int32),
-        b"total": np.full(1, tokens, np.int32),
+        b"other": np.ones((3, 48), np.float32),
+        b"rotation": np.ones((1, 1), np.float32),
+        b"blocks": np.array([0, 0, -1, 1], np.int64),
+        b"step": np.array(1 / 127, np.float32),
+        b"zero": np.full((3, 1), 128, np.uint8),
     }
-    heads = {b"num_heads": 1, b"kv_num_heads": 1, b"local_window_size": -1, b"scale": 1.0}
-    left, result = (FLOAT, tokens, size), (FLOAT, tokens, size)
-    run = _opened(library, "CausalAttention", left, weights, result, attributes=heads)
-    means = v.cumsum(axis=1) / np.arange(1, tokens + 1)[:, None]
-    return bool(np.abs(run(np.ones_like(v)) - means).max() < _ROUNDING)
+    run = _opened(library, "QuantizeRotatedSwiGLU", (FLOAT, 48), weights, (UINT8, 48), outputs=2)
+    expected = x / (1 + np.exp(-x))
+    expected *= 127 / np.abs(expected).max(axis=1, keepdims=True)
+    return bool(np.abs(run(x) - 128.0 - expected).max() < _LEVEL)
+
+
+def _attention(library: str, draw: np.random.Generator) -> bool:
+    """Beside numpy's softmax: in tasks and in one, causal and of a text with padding."""
+    for tokens, causal in ((300, True), (40, False)):
+        size = 24
+        q, k, v = (draw.normal(size=(1, tokens, size)).astype(np.float32) for _ in range(3))
+        length = tokens if causal else 33
+        weights: dict[bytes, Array] = {b"k": k, b"v": v}
+        sizes: dict[bytes, float] = {b"num_heads": 1, b"kv_num_heads": 1, b"scale": _SCALE}
+        if causal:
+            weights[b"lengths"] = np.full(1, tokens - 1, np.int32)
+            weights[b"total"] = np.full(1, tokens, np.int32)
+            sizes[b"local_window_size"] = -1
+        else:
+            weights[b"lengths"] = np.full(1, length, np.int64)
+        run = _opened(
+            library,
+            "CausalAttention" if causal else "PaddedAttention",
+            (FLOAT, tokens, size),
+            weights,
+            (FLOAT, tokens, size),
+            attributes=sizes,
+        )
+        scores = np.exp(_SCALE * (q[0] @ k[0].T))
+        scores[:, length:] = 0
+        if causal:
+            scores = np.tril(scores)
+        expected = scores @ v[0] / scores.sum(axis=1, keepdims=True)
+        if not np.abs(run(q)[0] - expected).max() < _ROUNDING:  # a NaN is not
+            return False
+    return True
 
 
 def _opened(

@@ -32,6 +32,7 @@ from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime._onnx_file import INLINE_BYTES
 
 __all__ = [
+    "OPERATORS",
     "PANELS",
     "describe_kernels",
     "in_panels",
@@ -43,6 +44,9 @@ __all__ = [
 Weight = TypeVar("Weight", bound=NDArray[Any])
 
 PANELS = "16 x 4 of 8 bits, 16 x 8 of 4 bits"  # the layout of panels, as prepared graphs record it
+OPERATORS = (
+    "2"  # changes with what the library runs: graphs that were prepared with another do not open
+)
 _SWITCH, _OFF, _ON = "EMBEDGE_KERNELS", "onnxruntime", "embedge"
 _LANES, _GROUP = 16, 4  # columns of a panel, rows of a line
 

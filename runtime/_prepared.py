@@ -32,7 +32,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
-from embedge.runtime._kernels import PANELS, own_kernels, use_own_kernels
+from embedge.runtime._kernels import OPERATORS, PANELS, own_kernels, use_own_kernels
 from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import Initializers
@@ -154,10 +154,12 @@ class PreparedGraphs:
 
 
 def machine_name() -> str:
-    """A folder name for what packed weights depend on: ONNX Runtime, the processor and the kernel."""
+    """A folder name for what prepared graphs depend on: ONNX Runtime, the processor and the kernels."""
     import onnxruntime
 
-    packed_by = f"{_instructions()}\n{PANELS}" if own_kernels() else _instructions()
+    packed_by = _instructions()
+    if own_kernels():
+        packed_by += f"\n{PANELS}\n{OPERATORS}"
     digest = hashlib.sha256(packed_by.encode()).hexdigest()[:12]
     return f"onnxruntime-{onnxruntime.__version__}-{platform.machine()}-{digest}"
 

@@ -12,10 +12,10 @@ how they become 8 bits, which is done here and handed to ONNX Runtime as externa
 
 Rounding 4-bit blocks again, to 255 levels a row, adds about a hundredth of the noise they have.
 
-The list is JSON: ``{"weights": {NAME: {"out_features", "in_features", "block_size", "values",
+The list is JSON: ``{"weights": {NAME: {"out_features", "in_features", "block_size", "packed",
 "block_scales", "zero_points", "columns", "rotation", "rows"}}}``, where each tensor is ``{"location",
 "offset", "length"}`` in a file of the graph's folder or ``{"base64"}``, and the last three may be null.
-``values`` and ``zero_points`` are laid out as ``com.microsoft.MatMulNBits`` has them.
+``packed`` (the values) and ``zero_points`` are laid out as ``com.microsoft.MatMulNBits`` has them.
 """
 
 from __future__ import annotations
@@ -178,20 +178,20 @@ def _read(tensor: Tensor, dtype: str, shape: tuple[int, ...], resolve: Resolve) 
 
 
 def _parse(name: str, entry: Table) -> PackedWeight:
+    if entry.optional_table("values") is not None:  # as it was called when blocks were not rotated
+        entry.fail(None, "an earlier embedge wrote it; export the bundle again")
     weight = PackedWeight(
         name=name,
         out_features=entry.integer("out_features", minimum=1),
         in_features=entry.integer("in_features", minimum=1),
         block_size=entry.integer("block_size", minimum=2),
-        values=_tensor(entry.table("values")),
+        values=_tensor(entry.table("packed")),
         block_scales=_tensor(entry.table("block_scales")),
         zero_points=_tensor(entry.table("zero_points")),
         columns=_optional_tensor(entry, "columns"),
         rotation=_optional_tensor(entry, "rotation"),
         rows=_optional_tensor(entry, "rows"),
     )
-    if entry.optional_integer("parts", minimum=0):
-        entry.fail("parts", "an earlier embedge wrote it; export the bundle again")
     for tensor, dtype, shape in weight.tensors:
         if tensor is weight.rotation and (not shape[0] or weight.in_features % shape[0]):
             entry.fail("rotation", f"{shape[0]} rows do not divide {weight.in_features} columns")

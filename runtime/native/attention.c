@@ -9,12 +9,13 @@
    Keys and values are read block by block with a running maximum and sum (Milakov and Gimelshein 2018,
    "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention"), so that no memory grows
    with the square of the tokens. Blocks are counted from the first token: a row's result depends on no
-   later token (a NaN there reaches the rows of its tile alone), and on no other text. Rows are multiplied in
-   tiles of 12 by 32 keys or by 32 values of a head.
+   token that it does not see, and on no other text. (But what is not finite in a value reaches rows that do not
+   see it: those of the same tile, and the text whose odd length it follows.) Rows are multiplied in tiles of 12
+   by 32 keys or by 32 values of a head.
 
-   Both products take bfloat16 where the processor multiplies it (AVX512-BF16) and the session option
-   "embedge.attention" is not "float32", else float32; maxima, sums and results are float32. An operand lies in
-   units of 32 bits, one float32 or two bfloat16, so that all but attention_typed.h is the same for both. */
+   Both products take bfloat16 where the processor multiplies it (AVX512-BF16), else float32; maxima, sums and
+   results are float32. An operand lies in units of 32 bits, one float32 or two bfloat16, so that all but
+   attention_typed.h is the same for both. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -74,7 +75,9 @@ struct Attention {
 
 enum {
   PACKED_KEYS = 128,     /* of a task */
-  ENOUGH_HEADS = 8,      /* for a task each */
+  ENOUGH_HEADS = 8,      /* for a task each, of short texts */
+  MANY_HEADS = 32,       /* for a task each, of any */
+  SHORT_TEXT = 2 * BLOCK_ROWS,
   HEAD_BYTES = 256 << 10, /* of keys and values that stay in a core's cache */
   SMALL = 1 << 20,       /* multiplications that are not worth a second thread */
 };
@@ -96,10 +99,22 @@ static inline int64_t value_units(const Attention *a) {
 #undef TARGET
 #undef PER_UNIT
 
+#ifdef HAS_BFLOAT16
 #define TYPED(name) name##_bfloat16
 #define TARGET AVX512_BF16
 #define PER_UNIT 2
 #include "attention_typed.h"
+#endif
+
+/* What multiplies here; `floats` asks for float32, which tests do. */
+static const Typed *typed_here(int floats) {
+#ifdef HAS_BFLOAT16
+  __builtin_cpu_init();
+  if (!floats && __builtin_cpu_supports("avx512bf16")) return &typed_bfloat16;
+#endif
+  (void)floats;
+  return &typed_float32;
+}
 
 /* ---- Rows ---- */
 
@@ -254,9 +269,8 @@ OrtStatus *create_attention(const OrtCustomOp *op, const OrtApi *api, const OrtK
     return invalid(api, "embedge attention: the heads are no multiple of those of keys and values");
   Kernel *kernel = malloc(sizeof *kernel);
   if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge attention: out of memory");
-  __builtin_cpu_init();
   kernel->api = api;
-  kernel->typed = __builtin_cpu_supports("avx512bf16") && !known->floats ? &typed_bfloat16 : &typed_float32;
+  kernel->typed = typed_here(known->floats);
   kernel->heads = heads;
   kernel->kv_heads = kv_heads;
   kernel->window = window < 0 ? 0 : window;
@@ -278,7 +292,8 @@ static OrtStatus *run(const OrtApi *api, OrtKernelContext *context, Attention *a
   const int64_t head = key_units(a) + value_units(a);
   const int small = a->texts * kernel->heads * a->padded * a->padded * a->size < SMALL;
   OrtStatus *status = NULL;
-  if (small || (kvs >= ENOUGH_HEADS && 4 * head <= HEAD_BYTES)) {
+  const int64_t enough = a->tokens <= SHORT_TEXT ? ENOUGH_HEADS : MANY_HEADS;
+  if (small || (kvs >= enough && 4 * head <= HEAD_BYTES)) {
     status = run_tasks(api, context, head_task, (size_t)kvs, small, a);
   } else {
     uint32_t *units = allocate((size_t)(kvs * head) * sizeof *units);

@@ -56,7 +56,7 @@ static TARGET float TYPED(weigh)(const float *scores, int64_t begin, int64_t fro
   return keep;
 }
 
-/* 16 rows of 16 units, the step between them given, as columns. */
+/* 16 rows of 16 units as columns. */
 static TARGET inline void TYPED(transpose)(__m512i *r) {
   __m512i t[LANES];
 #pragma GCC unroll 8

@@ -18,6 +18,9 @@
 #include "onnxruntime_abi.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#define HAS_BFLOAT16 1 /* the compiler knows its instructions */
+#endif
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")))
 
 enum { LANES = 16, LINE = 64, MAX_DIMS = 8 }; /* floats of a register, bytes of a line */
@@ -59,7 +62,7 @@ static AVX512 inline float peak_of(const float *x, int64_t width) {
   return found.value;
 }
 
-/* 2^x to some 2^-23 of it, for a finite x; a NaN stays one. Its power is split into a whole number and a part of
+/* 2^x to some 2^-23 of it; a NaN stays one, and both infinities become one. Its power is split into a whole number and a part of
    [-1/2, 1/2], of which Taylor's polynomial is taken. */
 static AVX512 inline __m512 power_of_2(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

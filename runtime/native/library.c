@@ -170,18 +170,18 @@ static const Operator ROWS = {
     OPERATOR(create_quantizer, compute_rows, destroy_quantizer), "QuantizeRows", 3, 3, 2, {F, F, U, U, F}, 0, 0};
 static const Operator ROWS_ABOVE = {OPERATOR(create_quantizer, compute_rows_above, destroy_quantizer),
                                     "QuantizeRowsAbove", 4, 4, 2, {F, F, F, U, U, F}, 0, 0};
-#define ROTATED(what, gated, outputs, ...) \
+#define ROTATED(what, gated_, outputs, ...) \
   {OPERATOR(create_quantizer, compute_rotated, destroy_quantizer), what, 6, 6, outputs, \
-   {F, F, F, L, F, U, U, F, ##__VA_ARGS__}, 0, 0, 0, gated}
+   {F, F, F, L, F, U, U, F, ##__VA_ARGS__}, .gated = gated_}
 static const Operator ROTATED_ROWS[4] = {
     ROTATED("QuantizeRotated", 0, 2),
     ROTATED("QuantizeRotatedAndProduct", 0, 3, F),
     ROTATED("QuantizeRotatedSwiGLU", 1, 2),
     ROTATED("QuantizeRotatedSwiGLUAndProduct", 1, 3, F),
 };
-#define ATTENTION_OF(what, inputs, floats, ...) \
+#define ATTENTION_OF(what, inputs, floats_, ...) \
   {OPERATOR(create_attention, compute_attention, destroy_attention), what, inputs, inputs, 1, \
-   {F, F, F, __VA_ARGS__}, 0, 0, floats}
+   {F, F, F, __VA_ARGS__}, .floats = floats_}
 #define CAUSAL(floats) ATTENTION_OF("CausalAttention", 5, floats, I, I, F)
 #define PADDED(floats) ATTENTION_OF("PaddedAttention", 4, floats, L, F)
 #define FULL(floats) ATTENTION_OF("FullAttention", 3, floats, F)

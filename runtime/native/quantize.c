@@ -84,8 +84,7 @@ static AVX512 void multiply(const float *x, const float *y, int64_t width, int g
 
 enum { AT_ONCE = 4 }; /* blocks that are rotated at once, so that no sum waits for the one before */
 
-/* Each block of a row times the rotation [block, block], rows summed in their order; the blocks are written beside
-   each other, and may be written over. */
+/* Each block of a row times the rotation [block, block], whose rows are summed in their order. */
 static inline __attribute__((always_inline)) AVX512 void rotate_blocks(const float *x, int64_t blocks, const float *rotation,
                                                                  const int block, float *to) {
   const __mmask16 mask = lanes_left(block);
@@ -123,7 +122,7 @@ static AVX512 void quantize_row_of(const Rows *r, int64_t row, const float *x) {
 static void rotated_task(void *data, size_t index) {
   Rows *r = data;
   const int64_t from = (int64_t)index * r->rows_per_task, to = from + r->rows_per_task;
-  float *rotated = malloc((size_t)r->width * 2 * sizeof *rotated);
+  float *rotated = malloc((size_t)r->width * (r->product != NULL ? 1 : 2) * sizeof *rotated);
   if (rotated == NULL) {
     __atomic_store_n(&r->failed, 1, __ATOMIC_RELAXED);
     return;
@@ -189,7 +188,8 @@ OrtStatus *compute_rows_above(void *kernel, OrtKernelContext *context) {
   return quantize_rows(((Quantizer *)kernel)->api, context, 1);
 }
 
-/* QuantizeRotated(x, y, rotation, blocks, step, zero_points) -> values, scale; ...AndProduct: and the product */
+/* QuantizeRotated(x, y, rotation, blocks, step, zero_points) -> values, scale; ...AndProduct: and the product.
+   `blocks` says again what the rotation's size does. */
 OrtStatus *compute_rotated(void *kernel, OrtKernelContext *context) {
   enum { VALUES, SCALE, PRODUCT, OUTPUTS };
   const Quantizer *known = kernel;

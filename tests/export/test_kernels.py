@@ -194,6 +194,17 @@ def test_a_graph_whose_weights_are_laid_out_otherwise_is_left_out(
         assert same(encode(bundle, precision), expected)
 
 
+@pytest.mark.parametrize(("bundle", "precision"), GRAPHS[2:3], indirect=["bundle"])
+def test_a_graph_prepared_for_other_operators_is_not_used(
+    bundle: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It calls operators that the library may not have any more, and has no bodies of its functions."""
+    PreparedGraphs(Bundle(bundle)).write(precision, "task")
+    assert prepared(bundle, precision) is not None
+    monkeypatch.setattr("embedge.runtime._prepared.OPERATORS", "1")
+    assert prepared(bundle, precision) is None
+
+
 @pytest.fixture(scope="module")
 def with_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a vision tower."""

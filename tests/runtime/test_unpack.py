@@ -44,7 +44,7 @@ class Weight:
     def tensors(self) -> dict[str, NDArray[Any]]:
         rotation = {} if self.rotation is None else {"rotation": np.float32(self.rotation)}
         return rotation | {
-            "values": packed(self.values),
+            "packed": packed(self.values),
             "block_scales": self.scales,
             "zero_points": packed(self.zeros),
             "columns": self.columns,
@@ -169,8 +169,8 @@ def changed(file: Path, **values: Any) -> Path:
             r"weights\.lin: a tensor of shape \(4, 128, 16\): expected 8192 bytes",
         ),
         (
-            {"parts": 2},
-            r"weights\.lin\.parts: an earlier embedge wrote it; export the bundle again",
+            {"values": {}},
+            r"weights\.lin: an earlier embedge wrote it; export the bundle again",
         ),
         (
             {"rotation": {"base64": base64.b64encode(bytes(4 * 9)).decode()}},
@@ -184,7 +184,7 @@ def changed(file: Path, **values: Any) -> Path:
         ({"block_size": 0}, r"block_size: expected a whole number ≥ 2"),
         ({"rows": {"base64": "no"}}, r"weights\.lin\.rows\.base64: .*export the bundle again"),
         ({"rows": {"location": "w.bin"}}, r"rows\.offset: missing"),
-        ({"values": None}, r"weights\.lin\.values: expected an object"),
+        ({"packed": None}, r"weights\.lin\.packed: expected an object"),
     ],
 )
 def test_a_damaged_list_names_what_is_wrong(
