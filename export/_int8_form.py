@@ -12,8 +12,8 @@ a vector depends neither on its batch nor on its padding.
   product of language models) are scaled down to nothing there and multiplied in float32 beside it.
 * An input that is never below a bound (GELU) spends 20 levels below zero and 235 above:
   ``q = round(x' / s) + 20`` with ``s = max(max x' / 235, -bound / 20)``.
-* What a gated MLP multiplies has few large values in a row. Each block of 16 channels is multiplied by an
-  orthogonal matrix, which spreads them, and the rows of the weight by the same one.
+* What a gated MLP multiplies has few large values in a row. Each block of up to 16 channels is multiplied
+  by an orthogonal matrix, which spreads them, and the rows of the weight by the same one.
 
 The steps ``1/127`` and ``1/235`` and the zero points are initializers of their own. On
 processors whose u8×s8 products saturate in 16 bits the runtime replaces them by those of 7-bit

@@ -89,13 +89,19 @@ def drawn(texts: int, tokens: int, heads: Heads = (4, 2), size: int = 24) -> lis
 
 
 def exact(operands: list[Array], heads: Heads, window: int, scale: float = 0.25) -> Array:
-    """The definition in float64."""
+    """Causal attention by its definition."""
+    tokens = operands[0].shape[1]
+    back = np.arange(tokens)[:, None] - np.arange(tokens)
+    seen = (back >= 0) & (back < (window if window > 0 else tokens))
+    return defined(operands, heads, seen, scale)
+
+
+def defined(operands: list[Array], heads: Heads, seen: Array, scale: float) -> Array:
+    """The definition in float64; ``seen`` is bool ``[texts or none, …, tokens or 1, tokens]``."""
     texts, tokens, width = operands[0].shape
     shape = (texts, tokens, -1, width // heads[0])
     q, k, v = (x.astype(float).reshape(shape).swapaxes(1, 2) for x in operands)
     k, v = (np.repeat(x, heads[0] // heads[1], 1) for x in (k, v))
-    back = np.arange(tokens)[:, None] - np.arange(tokens)
-    seen = (back >= 0) & (back < (window if window > 0 else tokens))
     scores = np.where(seen, scale * (q @ k.swapaxes(2, 3)), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     y = weights @ v / weights.sum(-1, keepdims=True)
@@ -287,24 +293,12 @@ def test_an_encoders_attention_is_the_definitions(tokens: int) -> None:
             lengths = np.full(3, tokens)
             if kind == "PaddedAttention":
                 lengths[1:] = draw.integers(1, tokens + 1, 2)
-            expected = seen_up_to(operands, heads, lengths, size**-0.5)
+            seen = np.arange(tokens) < lengths[:, None, None, None]
+            expected = defined(operands, heads, seen, size**-0.5)
             for variant in ("none", *(BOUNDS if LIBRARY else ())):
                 session = open_encoder(variant, kind, heads, size**-0.5, threads=2)
                 found = run_encoder(session, operands, lengths)
                 assert error(found, expected) < BOUNDS.get(variant, 1e-6), (variant, kind, heads)
-
-
-def seen_up_to(operands: list[Array], heads: Heads, lengths: Array, scale: float) -> Array:
-    """The definition in float64."""
-    texts, tokens, width = operands[0].shape
-    shape = (texts, tokens, -1, width // heads[0])
-    q, k, v = (x.astype(float).reshape(shape).swapaxes(1, 2) for x in operands)
-    k, v = (np.repeat(x, heads[0] // heads[1], 1) for x in (k, v))
-    seen = np.arange(tokens) < lengths[:, None]
-    scores = np.where(seen[:, None, None], scale * (q @ k.swapaxes(2, 3)), -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    y = weights @ v / weights.sum(-1, keepdims=True)
-    return np.asarray(y.swapaxes(1, 2).reshape(texts, tokens, width))
 
 
 @needs_kernel
