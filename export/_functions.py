@@ -59,14 +59,13 @@ class _Attention(NamedTuple):
     fixed: Mapping[str, Any]
 
 
-_KV_HEADS = {"kv_num_heads": "kv_num_heads"}
 _ATTENTIONS = {
     "GroupQueryAttention": _Attention(
         "CausalAttention",
         CONTRIB,
         ("q", "k", "v", "", "", "lengths", "total"),
         3,
-        {"num_heads": "num_heads", **_KV_HEADS, "local_window_size": "local_window_size"},
+        {name: name for name in ("num_heads", "kv_num_heads", "local_window_size")},
         {},
     ),
     "Attention": _Attention(
@@ -74,7 +73,7 @@ _ATTENTIONS = {
         "",
         ("q", "k", "v", "", "", "", "lengths"),
         1,
-        {"num_heads": "q_num_heads", **_KV_HEADS},
+        {"num_heads": "q_num_heads", "kv_num_heads": "kv_num_heads"},
         {"is_causal": 0, "softmax_precision": TensorProto.FLOAT},
     ),
     "MultiHeadAttention": _Attention(
@@ -287,6 +286,16 @@ def _product_and(op_type: str) -> list[NodeProto]:
     return [product, _node(op_type, "product other", "y")]
 
 
+def _rows(x: str) -> list[NodeProto]:
+    return [
+        _integers("last", -1),
+        _node("Abs", x, "magnitude"),
+        _node("ReduceMax", "magnitude last", "peak", keepdims=1),
+        _node("Mul", "peak step", "scale"),
+        _quantized(f"{x} scale zero_points", "values"),
+    ]
+
+
 def _rotated(*, gated: bool) -> list[NodeProto]:
     gate = [_node("QuickGelu", "x", "gate", domain=CONTRIB, alpha=1.0)] if gated else []
     return [
@@ -296,11 +305,7 @@ def _rotated(*, gated: bool) -> list[NodeProto]:
         _node("MatMul", "parts rotation", "rotated"),
         _integers("whole", 0, 0, -1),
         _node("Reshape", "rotated whole", "rows"),
-        _integers("last", -1),
-        _node("Abs", "rows", "magnitude"),
-        _node("ReduceMax", "magnitude last", "peak", keepdims=1),
-        _node("Mul", "peak step", "scale"),
-        _quantized("rows scale zero_points", "values"),
+        *_rows("rows"),
     ]
 
 
@@ -322,13 +327,6 @@ def _attention(op_type: str) -> tuple[list[str], list[str], list[str], list[Node
 
 
 _PRODUCT_INPUTS = ["a", "b", "a_scale", "b_scale", "other", "a_zero_point"]
-_ROWS = [
-    _integers("last", -1),
-    _node("Abs", "x", "magnitude"),
-    _node("ReduceMax", "magnitude last", "peak", keepdims=1),
-    _node("Mul", "peak step", "scale"),
-    _quantized("x scale zero_points", "values"),
-]
 _ROWS_ABOVE = [
     _integers("last", -1),
     _node("ReduceMax", "x last", "highest", keepdims=1),
@@ -340,7 +338,7 @@ _ROTATED_INPUTS = ["x", "y", "rotation", "blocks", "step", "zero_points"]
 
 _Definition = tuple[list[str], list[str], list[str], list[NodeProto]]
 _DEFINITIONS: dict[str, _Definition] = {  # inputs, outputs, attributes, body
-    "QuantizeRows": (["x", "step", "zero_points"], ["values", "scale"], ["width"], _ROWS),
+    "QuantizeRows": (["x", "step", "zero_points"], ["values", "scale"], ["width"], _rows("x")),
     "QuantizeRowsAbove": (
         ["x", "floor", "step", "zero_points"],
         ["values", "scale"],
