@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
+from embedge.runtime._files import kind_of, open_regular_file
 from embedge.runtime._kernels import in_panels
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._onnx_file import ExternalData, read_external_data, read_product_weights
@@ -110,12 +112,13 @@ class Bundle:
         path = self.root / name
         try:
             real = path.resolve(strict=True)
+            mode = real.stat().st_mode
         except (OSError, RuntimeError) as error:
             raise BundleError(f"{path}: missing; {_AGAIN}") from error
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{path}: expected a regular file, found {kind_of(mode)}; {_AGAIN}")
         if not real.is_relative_to(self.root.resolve()):
             raise BundleError(f"{path}: a link that leaves the bundle, to {real}; copy the file in")
-        if not real.is_file():
-            raise BundleError(f"{path}: expected a file, found something else; {_AGAIN}")
         return path
 
     def graph(self, precision: str, name: str) -> Path:
@@ -283,7 +286,7 @@ class Bundle:
 def _sha256(path: Path) -> str:
     state = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
+        with open_regular_file(path) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 state.update(chunk)
     except OSError as error:

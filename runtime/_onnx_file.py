@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from embedge.runtime._errors import BundleError
+from embedge.runtime._files import open_regular_file
 
 __all__ = [
     "INLINE_BYTES",
@@ -94,7 +95,7 @@ def read_product_weights(file: Path) -> dict[str, StoredWeight]:
 
 def _read(file: Path, parse: Callable[[mmap.mmap], Result]) -> Result:
     try:
-        with file.open("rb") as stream:
+        with open_regular_file(file) as stream:
             if stream.seek(0, 2) == 0:
                 raise BundleError(f"{file}: empty; expected an ONNX model; copy the bundle again")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

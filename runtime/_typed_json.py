@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from embedge.runtime._errors import BundleError, ManifestError
+from embedge.runtime._files import JSON_BYTES, read_regular_file
 
 __all__ = ["Table", "read_json_object"]
 
@@ -16,10 +17,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in a UTF-8 file.
 
     Raises:
-        BundleError: if the file cannot be read, is not JSON, or holds something else.
+        BundleError: if the file cannot be read, is no regular file or too large, is not JSON, or holds
+            something else.
     """
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(read_regular_file(file, JSON_BYTES))
     except OSError as error:
         raise BundleError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
