@@ -13,8 +13,8 @@ cover the rest of the file without holes, overlaps or bytes left over.
 
 from __future__ import annotations
 
-import json
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export._errors import ExportError
+from embedge.export._json_files import parse_json
+from embedge.runtime._files import open_regular_file
 
 __all__ = ["SafetensorsFile", "first_not_finite"]
 
@@ -37,6 +39,8 @@ _ITEM_BYTES = {
 }  # fmt: skip
 _FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _CHUNK_BYTES = 1 << 22
+_MOST_BYTES = 1 << 60  # what indices reach; a tensor without values may name any shape
+_MOST_AXES = 32  # of an array in numpy 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,8 @@ class SafetensorsFile:
         self.path = path
         self._error = error
         try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
+            with open_regular_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 if size < 8:
                     raise self._damaged(
                         f"it holds {size} bytes, fewer than the 8 of a header length"
@@ -85,9 +89,7 @@ class SafetensorsFile:
         if header_bytes > _MAX_HEADER_BYTES or 8 + header_bytes > size:
             raise self._damaged(f"the header should be {header_bytes} bytes, the file has {size}")
         try:
-            header = json.loads(
-                self._map[8 : 8 + header_bytes].decode("utf-8"), object_pairs_hook=_no_duplicates
-            )
+            header = parse_json(self._map[8 : 8 + header_bytes])
         except ValueError as problem:
             raise self._damaged(f"the header is not JSON ({problem})") from problem
         if not isinstance(header, dict):
@@ -114,7 +116,9 @@ class SafetensorsFile:
                 entry["data_offsets"],
             )
             numbers = (*shape, begin, end)
-            sane = all(type(n) is int and n >= 0 for n in numbers) and isinstance(dtype, str)
+            sane = all(type(n) is int and 0 <= n <= _MOST_BYTES for n in numbers)
+            sane = sane and isinstance(dtype, str) and len(shape) <= _MOST_AXES
+            sane = sane and prod(max(n, 1) for n in shape) <= _MOST_BYTES
         except (TypeError, KeyError, ValueError):
             sane = False
         if not sane:
@@ -200,13 +204,6 @@ class SafetensorsFile:
         tensor = self._tensors[key]
         for begin in range(tensor.begin, tensor.end, _CHUNK_BYTES):
             yield self._map[begin : min(begin + _CHUNK_BYTES, tensor.end)]
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return content
 
 
 def first_not_finite(values: NDArray[np.float32]) -> int | None:

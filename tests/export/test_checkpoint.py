@@ -163,7 +163,10 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "a header that is no JSON": (raw_file(b"{"), "the header is not JSON"),
     "a header that is no text": (raw_file(b"\xff\xfe"), "the header is not JSON"),
     "a header that is no object": (raw_file([]), "the header is not a JSON object"),
-    "the same name twice": (raw_file(b'{"x": {}, "x": {}}'), "a name occurs twice"),
+    "the same name twice": (
+        raw_file(b'{"x": {}, "x": {"dtype": "F32"}}'),
+        "the key 'x' occurs twice, with different values",
+    ),
     "offsets shorter than the shape": (
         raw_file({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, bytes(8)),
         r"tensor 'x' of shape \[3\] and dtype F32 needs 12 bytes, its offsets give it 8",
