@@ -8,6 +8,7 @@ is written.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -217,7 +218,7 @@ class BoundAdapter:
 def _find(folder: Path, name: str) -> Path:
     """Return the folder of the adapter ``name``: ``folder/name`` or ``folder``."""
     for candidate in (folder / name, folder):
-        if (candidate / _CONFIG).is_file():
+        if os.path.lexists(candidate / _CONFIG):  # whatever it is: reading it says what is wrong
             return candidate
     others = sorted(file.parent.name for file in folder.glob(f"*/{_CONFIG}"))
     if not folder.is_dir():
