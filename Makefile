@@ -1,5 +1,6 @@
 # make demo   the main job on the demo model: export, embed, compare
 # make test   all tests
+# make test-as-avx2  all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
 # make check  lint, types and tests, as before a release
 #
 # On Linux, pip's default torch is a CUDA build of several GB. To take the CPU build instead, pass the
@@ -20,6 +21,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-as-%: $(STAMP) build/cpuid_mask.so
+	CPUID_MASK=$* LD_PRELOAD=$(CURDIR)/build/cpuid_mask.so $(BIN)/python -m pytest
+
+build/cpuid_mask.so: tests/processors/cpuid_mask.c
+	mkdir -p build
+	$(CC) -O2 -shared -fPIC -o $@ $< -ldl
 
 check: lint types test
 

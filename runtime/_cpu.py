@@ -23,6 +23,7 @@ import numpy as np
 from embedge.runtime._onnx_model import INT32, UINT8, one_node_model
 
 __all__ = [
+    "ask_for_exact_products",
     "describe_processor",
     "has_amx",
     "keep_products_exact",
@@ -44,7 +45,12 @@ _known: dict[bool, bool] = {}
 def keep_products_exact(options: Any) -> None:
     """Asks ONNX Runtime, in a session's options, for exact integer products where they saturate."""
     if saturates_u8s8(asked=False):
-        options.add_session_config_entry(*_EXACT)
+        ask_for_exact_products(options)
+
+
+def ask_for_exact_products(options: Any) -> None:
+    """Asks for exact integer products on any processor; where they are exact, they stay the same."""
+    options.add_session_config_entry(*_EXACT)
 
 
 def saturates_u8s8(*, asked: bool = True) -> bool:
@@ -93,7 +99,7 @@ def _probe(asked: bool) -> bool:
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     if asked:
-        options.add_session_config_entry(*_EXACT)
+        ask_for_exact_products(options)
     session = onnxruntime.InferenceSession(
         probe_model(), options, providers=["CPUExecutionProvider"]
     )

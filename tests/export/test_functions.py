@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
+from _sessions import open_graph, session_options
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
@@ -64,15 +64,11 @@ def model(
 def results(
     proto: onnx.ModelProto, inputs: dict[str, Array], *, own: bool, threads: int = 2
 ) -> list[Array]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
+    options = session_options(threads=threads)
     if own:
         assert LIBRARY is not None
         _kernels.register(options, LIBRARY, panels=False)
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_graph(proto, options)
     return [np.asarray(value) for value in session.run(None, inputs)]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from _models import Reference, cosines, make_model, random_texts, save
+from _sessions import open_graph, session_options
 
 from embedge.export import export_bundle
 from embedge.export._long_attention import FLASH_TOKENS
@@ -103,9 +103,7 @@ def test_quantized_products_leave_vectors_independent_of_their_batch(
 def test_both_ways_of_attention_give_the_same(name: str, exported: Any) -> None:
     """A long row without padding, and the same row beside a longer one, in both places."""
     _, bundle = exported(name)
-    session = onnxruntime.InferenceSession(
-        bundle / "int8" / "task.onnx", providers=["CPUExecutionProvider"]
-    )
+    session = open_graph(bundle / "int8" / "task.onnx")
     tokens = FLASH_TOKENS + 77
     ids = np.random.default_rng(1).integers(4, 90, (2, tokens + 130))
     mask = (np.arange(tokens + 130) < np.array([[tokens], [tokens + 130]])).astype(np.int64)
@@ -118,11 +116,11 @@ def test_both_ways_of_attention_give_the_same(name: str, exported: Any) -> None:
 
 def operators(bundle: Path, tokens: int, folder: Path) -> dict[str, int]:
     """How often each operator ran on a text alone."""
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     file = bundle / "int8" / "task.onnx"
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = open_graph(file, options)
     ids = np.full((1, tokens), 7)
     session.run(["embedding"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})
     counts: dict[str, int] = {}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from _models import cosines, load_base, make_model, random_texts, save, write_json
+from _sessions import open_graph
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -119,9 +119,7 @@ def test_both_outputs_match_transformers_with_peft(
 def test_padding_has_vectors_of_length_0(tmp_path: Path) -> None:
     source = make_source("llama", tmp_path / "source")
     export(source, make_adapter(source, tmp_path / "adapter"), tmp_path / "out")
-    session = onnxruntime.InferenceSession(
-        tmp_path / "out/fp32/task.onnx", providers=["CPUExecutionProvider"]
-    )
+    session = open_graph(tmp_path / "out/fp32/task.onnx")
     mask = np.array([[1] * 7, [1] * 4 + [0] * 3], dtype=np.int64)
     ids = np.random.default_rng(0).integers(4, 96, mask.shape) * mask
 

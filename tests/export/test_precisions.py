@@ -20,6 +20,7 @@ from _models import (
     save,
     save_adapter,
 )
+from _sessions import open_graph, session_options
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file, save_file
@@ -142,9 +143,7 @@ def test_fp16_arithmetic_stays_close_to_fp32(name: str, export: Export) -> None:
     mask = (np.arange(40) < np.array([[40], [25], [3], [1]])).astype(np.int64)
     results = []
     for bundle, precision in ((exact, "fp32"), (half, "fp16")):
-        session = ort.InferenceSession(
-            bundle / precision / "task.onnx", providers=["CPUExecutionProvider"]
-        )
+        session = open_graph(bundle / precision / "task.onnx")
         results.append(session.run(None, feeds(session, ids, mask))[0])
     assert cosines(*results).min() > 0.9999
 
@@ -209,9 +208,7 @@ def test_a_row_of_padding_gives_numbers_and_changes_no_other_row(
     name: str, precision: str, export: Export
 ) -> None:
     bundle = export(name, precision)
-    session = ort.InferenceSession(
-        bundle / precision / "task.onnx", providers=["CPUExecutionProvider"]
-    )
+    session = open_graph(bundle / precision / "task.onnx")
     ids = np.random.default_rng(0).integers(4, 90, (2, 30))
     mask = np.ones_like(ids)
     mask[0, 4:] = 0
@@ -452,8 +449,7 @@ def test_activation_constants_are_the_same_in_graph_and_manifest(name: str, expo
 def test_seven_bit_activations_give_close_vectors(name: str, export: Export) -> None:
     bundle = export(name, "int8")
     held = initializers(bundle, "int8")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options = session_options(threads=1)
     replaced = []
     for constant, value in ACTIVATION_CONSTANTS.items():
         if constant in held:
@@ -461,8 +457,8 @@ def test_seven_bit_activations_give_close_vectors(name: str, export: Export) -> 
             replaced.append(ort.OrtValue.ortvalue_from_numpy(tensor))
             options.add_initializer(constant, replaced[-1])
     graph = bundle / "int8/task.onnx"
-    reduced = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    full = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    reduced = open_graph(graph, options)
+    full = open_graph(graph)
     ids = np.random.default_rng(1).integers(4, 90, (6, 30))
     data = feeds(full, ids, np.ones_like(ids))
     close = cosines(reduced.run(None, data)[0], full.run(None, data)[0])

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from _models import cosines, linears, make_model, random_texts, save, save_adapter
+from _sessions import open_graph
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file, save_file
@@ -295,7 +295,7 @@ def product_error(loud: float) -> tuple[float, int]:
     g.output_scale["up"] = 1 / plan.smooth
     (y,) = form.linears(g, tap)
     g.output(y, "out", TensorProto.FLOAT, [])
-    session = ort.InferenceSession(model_of(g).SerializeToString())
+    session = open_graph(model_of(g))
     # the producer would have divided by the smoothing
     (found,) = session.run(None, {"x": (x / plan.smooth)[None]})
     quiet = x.copy()
@@ -341,7 +341,7 @@ class Rows:
         (y,) = g.linears(y, [down], fold=Fold(lin=up, gated=True))
         g.output(y, "out", TensorProto.FLOAT, [])
         self.graph = model_of(g)
-        session = ort.InferenceSession(self.graph.SerializeToString())
+        session = open_graph(self.graph)
         result: NDArray[np.float32] = session.run(None, {"x": x[None]})[0][0]
         return result
 

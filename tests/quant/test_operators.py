@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
+from _sessions import EXACT_MODES, open_graph
 from onnx import TensorProto, helper, numpy_helper
 
 from embedge.quant import _int4, _int8, _tables
@@ -21,6 +21,7 @@ def run(
     constants: dict[str, np.ndarray],
     *,
     domain: str = "com.microsoft",
+    exact: bool = False,
     result: int = TensorProto.FLOAT,
     **attributes: Any,
 ) -> np.ndarray:
@@ -32,6 +33,7 @@ def run(
         inputs: those that are given at run time.
         constants: the others.
         domain: the operator's.
+        exact: ask for exact integer products on any processor.
         result: ONNX element type of the output.
         **attributes: the operator's.
     """
@@ -48,7 +50,7 @@ def run(
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_graph(model, always_exact=exact)
     output: np.ndarray = session.run(None, inputs)[0]
     return output
 
@@ -104,8 +106,9 @@ def test_gatherblockquantized_reads_tables_as_we_pack_them(width: int, bits: int
     assert y == pytest.approx(restored[ids], abs=1e-6)
 
 
+@pytest.mark.parametrize("exact", EXACT_MODES)
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_matmulintegertofloat_takes_a_scale_per_row(rows: int) -> None:
+def test_matmulintegertofloat_takes_a_scale_per_row(rows: int, exact: bool) -> None:
     """Undocumented; int8 graphs are wrong without it."""
     weight = RNG.normal(0, 1, (48, 20)).astype(np.float32)
     quantized = _int8.quantize_rows(np.ascontiguousarray(weight.T))
@@ -117,13 +120,15 @@ def test_matmulintegertofloat_takes_a_scale_per_row(rows: int) -> None:
         "x w sx sw zx",
         {"x": x, "sx": scale},
         {"w": values, "sw": weight_scales, "zx": np.array(128, np.uint8)},
+        exact=exact,
     )
     centred = x.astype(np.float64) - 128
     expected = (centred @ values.astype(np.float64)) * scale * weight_scales
     assert y == pytest.approx(expected, rel=1e-5, abs=1e-3)
 
 
-def test_matmulintegertofloat_without_a_zero_point_takes_values_from_zero_on() -> None:
+@pytest.mark.parametrize("exact", EXACT_MODES)
+def test_matmulintegertofloat_without_a_zero_point_takes_values_from_zero_on(exact: bool) -> None:
     values = RNG.integers(-127, 128, (48, 20)).astype(np.int8)
     scales = np.exp(RNG.normal(0, 1, 20)).astype(np.float32)
     x = RNG.integers(0, 256, (2, 5, 48)).astype(np.uint8)
@@ -134,6 +139,7 @@ def test_matmulintegertofloat_without_a_zero_point_takes_values_from_zero_on() -
         "x w sx sw",
         {"x": x, "sx": scale},
         {"w": values, "sw": scales},
+        exact=exact,
     )
     expected = (x.astype(np.float64) @ values.astype(np.float64)) * scale * scales
     assert y == pytest.approx(expected, rel=1e-5, abs=1e-3)

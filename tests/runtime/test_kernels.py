@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from _kernel import LIBRARY, asked_anew, layouts_seen, needs_kernel, without_kernel
+from _sessions import open_graph, session_options
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -74,13 +75,11 @@ def product_model(
 
 
 def open_session(model: bytes, *, own: bool = True, panels: bool = False, threads: int = 1) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = session_options(threads=threads)
     if own:
         assert LIBRARY is not None
         products.register(options, LIBRARY, panels=panels)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return open_graph(model, options)
 
 
 def run(session: Any, a: Array, a_scale: Array) -> Array:

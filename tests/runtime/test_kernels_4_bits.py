@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from _kernel import LIBRARY, needs_kernel
+from _sessions import open_graph, session_options
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -67,15 +67,11 @@ def open_session(
     graph = helper.make_graph([node], "product", inputs, [output], tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = session_options(threads=threads)
     if own:
         assert LIBRARY is not None
         register(options, LIBRARY, panels=panels)
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return open_graph(model, options)
 
 
 def run(session: Any, a: Array) -> Array:

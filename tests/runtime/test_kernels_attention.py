@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from _kernel import LIBRARY, needs_kernel
+from _sessions import open_graph, session_options
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -64,15 +64,12 @@ def open_session(
 
 def session_of(model: Any, variant: str, threads: int) -> Any:
     """With the kernels, unless the variant is ``"none"``."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = session_options(threads=threads)
     if variant != "none":
         assert LIBRARY is not None
         options.add_session_config_entry("embedge.attention", variant)
         register(options, LIBRARY, panels=False)
-    providers = ["CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    return open_graph(model, options)
 
 
 def run(session: Any, operands: list[Array]) -> Array:
