@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._names import A_NAME, is_name
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "int4-fp16")
 INT4 = ("int4", "int4-fp16")  # on the CPU, on GPUs
@@ -17,7 +17,6 @@ MODALITIES = ("all", "text")
 WIDE_MODEL = 1536  # hidden size
 METHODS = ("gptq", "rtn")
 POOLINGS = ("mean", "cls", "lasttoken")
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 RESERVED = ("base", "shared", "vision")
 RESERVED_END = ".unpacked"
 
@@ -71,12 +70,10 @@ def check_tasks(adapters: Mapping[str, object]) -> None:
         EmbedgeValueError: naming the bad task.
     """
     for name in adapters:
-        fits = isinstance(name, str) and _TASK_NAME.fullmatch(name)
-        if not fits or name in RESERVED or name.endswith(RESERVED_END):
+        if not is_name(name) or name in RESERVED or name.endswith(RESERVED_END):
             raise EmbedgeValueError(
-                f"task {name!r}: expected a name of letters, digits, '-', '_' and '.', at most 64 "
-                f"long, none of {', '.join(RESERVED)} and not ending in {RESERVED_END}; choose "
-                "another name"
+                f"task {name!r}: expected a name of {A_NAME}, none of {', '.join(RESERVED)} and not ending "
+                f"in {RESERVED_END}; choose another name"
             )
 
 

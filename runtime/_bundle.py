@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from embedge.runtime._errors import BundleError, EmbedgeValueError
 from embedge.runtime._files import kind_of, open_regular_file
 from embedge.runtime._kernels import in_panels
 from embedge.runtime._manifest import VISION, Manifest
+from embedge.runtime._names import is_path
 from embedge.runtime._onnx_file import ExternalData, read_external_data, read_product_weights
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import UNPACKED, Initializers, PackedWeight, read_packed, unpack
@@ -175,13 +176,13 @@ class Bundle:
         """The graph of a task, or of ``VISION``, and every file that opening it reads."""
         graph = self.graph(precision, name)
         used = [data for data in read_external_data(graph) if data.location != UNPACKED]
-        files = {graph, *(graph.parent / data.location for data in used)}
+        files = {graph, *(self._beside(graph, data.location) for data in used)}
         packed = self._packed(precision, name)
         if packed is not None:
             listed, weights = packed
             tensors = (tensor for weight in weights for tensor, _, _ in weight.tensors)
             places = (tensor for tensor in tensors if not isinstance(tensor, bytes))
-            files |= {listed, *(listed.parent / place.location for place in places)}
+            files |= {listed, *(self._beside(listed, place.location) for place in places)}
         return files
 
     def multiplies_integers(self, precision: str) -> bool:
@@ -250,17 +251,7 @@ class Bundle:
 
     def _external_file(self, graph: Path, data: ExternalData) -> tuple[Path, int]:
         """The file in which data lie, and how many bytes they are."""
-        location = PurePosixPath(data.location)
-        if location.is_absolute() or ".." in location.parts or "\\" in data.location:
-            raise BundleError(
-                f"{graph}: uses weights at {data.location!r}, outside the bundle; {_AGAIN}"
-            )
-        name = (graph.parent / location).relative_to(self.root).as_posix()
-        if name not in self.manifest.files:
-            raise BundleError(
-                f"{graph}: uses weights in {name}, which the manifest does not list; {_AGAIN}"
-            )
-        file = self.file(name)
+        file = self._beside(graph, data.location)
         size = file.stat().st_size
         length = size - data.offset if data.length is None else data.length
         if data.offset < 0 or length < 0 or data.offset + length > size:
@@ -269,6 +260,19 @@ class Bundle:
                 f"{data.offset + length}, found {size} bytes; {_AGAIN}"
             )
         return file, length
+
+    def _beside(self, graph: Path, location: str) -> Path:
+        """A listed file that a graph, or a list of weights, names from its own folder."""
+        if not is_path(location):
+            raise BundleError(
+                f"{graph}: uses weights at {location[:80]!r}, which may lie outside the bundle; {_AGAIN}"
+            )
+        name = (graph.parent / location).relative_to(self.root).as_posix()
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{graph}: uses weights in {name}, which the manifest does not list; {_AGAIN}"
+            )
+        return self.file(name)
 
     def _check(self, name: str, *, hashes: bool) -> None:
         path, expected = self.file(name), self.manifest.files[name]

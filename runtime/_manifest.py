@@ -31,6 +31,7 @@ from embedge.runtime._manifest_parts import (
     Source,
     Task,
     TokenizerSettings,
+    check_names,
     check_path,
 )
 from embedge.runtime._typed_json import Table
@@ -85,16 +86,17 @@ class Manifest:
         files = document.table("files")
         for name in files.values:
             check_path(files, None, name)
+        tasks, precisions = document.table("tasks"), document.table("precisions")
+        check_names(tasks, "task")
+        check_names(precisions, "precision")
         manifest = cls(
             format_version=version,
             producer=Producer.parse(document.table("producer")),
             source=Source.parse(document.table("source")),
             model=Model.parse(document.table("model")),
             tokenizer=TokenizerSettings.parse(document.table("tokenizer")),
-            tasks={name: Task.parse(t) for name, t in document.table("tasks").tables()},
-            precisions={
-                name: Precision.parse(p) for name, p in document.table("precisions").tables()
-            },
+            tasks={name: Task.parse(t) for name, t in tasks.tables()},
+            precisions={name: Precision.parse(p) for name, p in precisions.tables()},
             files={name: FileEntry.parse(f) for name, f in files.tables()},
         )
         manifest._check_references(file)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedge.runtime._image_settings import ImageSettings
+from embedge.runtime._names import A_NAME, is_name, is_path
 from embedge.runtime._typed_json import Table
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "Task",
     "TokenizerSettings",
+    "check_names",
     "check_path",
 ]
 
@@ -378,9 +380,20 @@ def _path(table: Table, key: str) -> str:
 
 def check_path(table: Table, key: str | None, path: str) -> None:
     """Refuses what is not a plain relative path below the bundle's folder."""
-    parts = path.split("/")
-    if {"", ".", ".."} & set(parts) or any(c in path for c in "\\:\0") or not path.isprintable():
+    if not is_path(path):
         table.fail(
             key,
-            f"{path!r} is not a path inside the bundle; expected a relative one with / and no ..",
+            f"{path[:80]!r} is not a path inside the bundle; expected a relative one, each part of {A_NAME}; "
+            "a bundle that embedge wrote has no other: export it again",
         )
+
+
+def check_names(table: Table, what: str) -> None:
+    """Refuses keys of an object that could not name a folder."""
+    for name in table.values:
+        if not is_name(name):
+            table.fail(
+                None,
+                f"{name[:80]!r} is no name of a {what}; expected {A_NAME}; rename it, or export the bundle "
+                "again",
+            )

@@ -33,6 +33,7 @@ from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
 from embedge.runtime._kernels import OPERATORS, PANELS, own_kernels, use_own_kernels
+from embedge.runtime._names import is_path
 from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import Initializers
@@ -86,10 +87,12 @@ class PreparedGraphs:
             The bytes that it takes.
 
         Raises:
+            BundleError: if the folder, or one above it inside the bundle, is a link.
             EmbedgeError: if the disk has no room, or ONNX Runtime refuses.
             OSError: if the folder cannot be written.
         """
         source, folder = self._source(precision, name), self.folder / precision / name
+        self.check_no_links(folder)
         partial = folder.with_name(f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -112,12 +115,31 @@ class PreparedGraphs:
         return sum(files.values())
 
     def remove(self) -> bool:
-        """Deletes what was prepared on any machine; whether there was something."""
+        """Deletes what was prepared on any machine; whether there was something.
+
+        Raises:
+            BundleError: if the folder is a link.
+        """
         everything = self._bundle.root / PREPARED
+        self.check_no_links(everything)
         found = everything.is_dir()
         if found:
             shutil.rmtree(everything)
         return found
+
+    def check_no_links(self, path: Path) -> None:
+        """Refuses to write to a place, or delete what is there, that a link takes out of the bundle.
+
+        Raises:
+            BundleError: with where it leads.
+        """
+        root = self._bundle.root
+        real = path.resolve()
+        if real != root.resolve() / path.relative_to(root):
+            raise BundleError(
+                f"{path}: expected a place inside the bundle, found a link to {real}; remove the link, "
+                f"nothing is lost but the time of `embedge prepare {root}`"
+            )
 
     def _layout(self, precision: str) -> str | None:
         """How embedge's kernels read the weights; ``None``: as ONNX Runtime packs them."""
@@ -138,6 +160,8 @@ class PreparedGraphs:
         if not isinstance(files, dict) or _GRAPH not in files:
             return f"{_RECORD} lists no files"
         for name, size in files.items():
+            if not is_path(name):
+                return f"{_RECORD} lists {name[:80]!r}, which is no name of its files"
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{name}: expected {size} bytes, found {found}"

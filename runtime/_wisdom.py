@@ -147,9 +147,11 @@ def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
         The file.
 
     Raises:
+        BundleError: if a link leads out of the bundle there.
         OSError: if it cannot be written.
     """
     file = wisdom_file(bundle)
+    PreparedGraphs(bundle).check_no_links(file.parent)
     try:
         everything = _read(file) or {}
     except (BundleError, OSError):
@@ -166,7 +168,9 @@ def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8") as stream:  # not through a link that lies there
+            stream.write(json.dumps(document, indent=2) + "\n")
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -230,12 +230,66 @@ def test_a_wrong_key_is_named_with_its_path(path: str, value: Any, message: str)
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "../w.bin", "int8/../../w.bin", "", "a//b", "./a", "C:/w.bin", "a\\b", "a\0b"],
+    [
+        "/etc/passwd",
+        "../w.bin",
+        "int8/../../w.bin",
+        "",
+        "a//b",
+        "./a",
+        "C:/w.bin",
+        "a\\b",
+        "a\0b",
+        "a/",
+        ".a",
+        "~/a",
+        "a\n",
+        "-a",
+        "ä",
+        "a" * 129,
+    ],
 )
 @pytest.mark.parametrize("key", ["tokenizer/file", "precisions/int8/graphs/retrieval"])
 def test_a_path_that_leaves_the_bundle_is_refused(key: str, path: str) -> None:
     with pytest.raises(ManifestError, match="is not a path inside the bundle"):
         Manifest.from_dict(changed(key, path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "a/b",
+        "/home/me",
+        "../../../home",
+        "a\\b",
+        "C:",
+        "~",
+        "-x",
+        "a\n",
+        "ä",
+        "a" * 65,
+    ],
+)
+@pytest.mark.parametrize("key", ["tasks", "precisions"])
+def test_a_name_that_could_be_a_path_is_refused(key: str, name: str) -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document[key][name] = next(iter(document[key].values()))
+    with pytest.raises(
+        ManifestError, match=rf"^manifest\.json: {key}: .* is no name of a {key[:-1]}"
+    ):
+        Manifest.from_dict(document)
+
+
+def test_names_that_export_allows_are_read() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    for name in ("a", "v1.5", "text-matching", "0_x", "A" * 64, "a..b"):
+        document["tasks"][name] = document["tasks"]["bare"]
+        document["precisions"]["int8"]["graphs"][name] = f"int8/{name}.onnx"
+        document["files"][f"int8/{name}.onnx"] = {"size": 1, "sha256": SHA}
+    assert len(Manifest.from_dict(document).tasks) == 8
 
 
 def test_a_listed_file_outside_the_bundle_is_refused() -> None:

@@ -180,3 +180,34 @@ print(anonymous() - before)
         [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
     )
     return float(done.stdout)
+
+
+@pytest.mark.parametrize("depth", range(4), ids=["prepared", "machine", "precision", "task"])
+@pytest.mark.parametrize("option", ["--pack-only", "--remove", "--measure-only"])
+def test_nothing_is_written_or_deleted_through_a_link(bundle, tmp_path, depth, option, capsys):
+    others = tmp_path / "home" / "fp32" / "retrieval"
+    others.mkdir(parents=True)
+    (others / "thesis.txt").write_text("years of work")
+    place = [bundle.path / "prepared", *prepared_folder(bundle.path).parents[1::-1]]
+    place = [*place, prepared_folder(bundle.path)][depth]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    target = [tmp_path / "home", tmp_path / "home", others.parent, others][depth]
+    place.symlink_to(target)
+    before = sorted(path for path in (tmp_path / "home").rglob("*"))
+    status = main(["prepare", str(bundle.path), option])
+    assert sorted(path for path in (tmp_path / "home").rglob("*")) == before
+    assert (others / "thesis.txt").read_text() == "years of work"
+    if option == "--pack-only" or (option, depth) == ("--remove", 0):
+        assert status == 1
+        assert f"found a link to {target}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../../../../manifest.json", "/etc/passwd", "a/../b", ""])
+def test_a_record_names_files_of_its_folder_alone(bundle, name):
+    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    record_file = prepared_folder(bundle.path) / "prepared.json"
+    record = json.loads(record_file.read_text())
+    record["files"][name] = 1
+    record_file.write_text(json.dumps(record))
+    with pytest.warns(EmbedgeWarning, match="not used: prepared.json lists .*no name of its files"):
+        assert Embedder(bundle.path).encode("w1").shape == (8,)
