@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare the systems side by side at these shapes, such as 1x16 8x64, and by fidelity; "
         "no single texts, no cold start, no check of invariance",
     )  # fmt: skip
+    parser.add_argument(
+        "--torch-types", nargs="+", metavar="NAME",
+        help="float32, bfloat16, float16 on CUDA, or none: what merged torch is measured in "
+        "(default: what the device multiplies without emulation)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, metavar="N", help="alternating rounds of a shape")
     parser.add_argument("--limit", type=int, metavar="N", help="the most texts for fidelity")
     parser.add_argument("--pooling", help="where the source's files name none")
@@ -126,7 +131,7 @@ def _options(args: argparse.Namespace) -> BenchOptions:
     if bars and not bars & _NEEDS_VECTORS:
         effort = replace(effort, texts=64, invariance=1)
     evaluations = [_pair("--eval", text) for text in args.eval]
-    chosen: dict[str, Any] = {"peers": args.peers}
+    chosen: dict[str, Any] = {"peers": args.peers, "torch_types": args.torch_types}
     if args.shapes:
         chosen["shapes"] = [Shape.parse(name) for name in args.shapes]
         chosen["process"] = False
@@ -138,10 +143,11 @@ def _options(args: argparse.Namespace) -> BenchOptions:
         effort = effort if number is None else replace(effort, **{field: number})
     if bars:
         chosen["process"] = False
-        chosen["latency"] = chosen["torch"] = bool(bars & _NEEDS_LATENCY)
+        chosen["latency"] = bool(bars & _NEEDS_LATENCY)
         evaluations = evaluations if bars & _NEEDS_QUALITY else []
         if not bars & _NEEDS_LATENCY:
             chosen["peers"] = args.peers or ["none"]
+            chosen["torch_types"] = args.torch_types or ["none"]
     return BenchOptions(
         bundle=args.bundle,
         reference=args.reference,

@@ -81,7 +81,8 @@ class BenchOptions:
         effort: how much; ``FULL`` or ``QUICK``.
         process: measure cold start, task switch and memory in child processes.
         latency: measure latency.
-        torch: measure merged torch fp32 and bf16 beside the bundle, on CUDA fp16 as well.
+        torch_types: in which merged torch is measured beside the bundle, "float32", "bfloat16" and on
+            CUDA "float16", or ``("none",)``; ``None``: those that the device multiplies itself.
         shapes: of the token batches that are timed.
     """
 
@@ -99,7 +100,7 @@ class BenchOptions:
     effort: Effort = FULL
     process: bool = True
     latency: bool = True
-    torch: bool = True
+    torch_types: Sequence[str] | None = None
     shapes: Sequence[Shape] = SHAPES
 
     def __post_init__(self) -> None:

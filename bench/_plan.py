@@ -17,6 +17,7 @@ from embedge.bench._backbone import adapter_folder
 from embedge.bench._errors import BenchArgumentError
 from embedge.bench._options import BenchOptions
 from embedge.bench._source import Source, read_source
+from embedge.bench._torch_types import choose_torch_types
 from embedge.bench.peers._catalogue import chosen_peers
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
@@ -40,6 +41,7 @@ class Plan:
         precisions: precisions that run on the device.
         adapters: adapter folder by task; a bare task has none.
         peers: ``peer:variant`` of each that is compared with.
+        torch_types: in which merged torch is measured.
         texts: for fidelity.
         evaluations: labelled sets by task, the main one first.
         notes: sentences for the report; grows while measuring.
@@ -53,6 +55,7 @@ class Plan:
     precisions: list[str]
     adapters: dict[str, Path]
     peers: list[str]
+    torch_types: tuple[str, ...]
     texts: list[data_files.Text]
     evaluations: dict[str, list[data_files.EvalSet]]
     notes: list[str] = field(default_factory=list)
@@ -66,14 +69,6 @@ class Plan:
     def timed_tasks(self) -> list[str]:
         """The tasks whose latency is measured."""
         return self.tasks[: self.options.effort.latency_tasks] if self.options.latency else []
-
-    @property
-    def torch_types(self) -> tuple[str, ...]:
-        """The types that merged torch is measured in; processors have no float16 products."""
-        if not self.options.torch:
-            return ()
-        on_gpu = self.options.device != "cpu"
-        return ("float32", "bfloat16", "float16") if on_gpu else ("float32", "bfloat16")
 
     @property
     def dims(self) -> list[int]:
@@ -115,6 +110,7 @@ def make_plan(options: BenchOptions) -> Plan:
         precisions=_precisions(options, runnable),
         adapters=_adapters(options, bundle, tasks),
         peers=_peers(options, notes),
+        torch_types=choose_torch_types(options.torch_types, device, notes),
         texts=_texts(options, notes),
         evaluations=_evaluations(options, list(declared), tasks, notes),
         notes=notes,
@@ -125,7 +121,7 @@ def make_plan(options: BenchOptions) -> Plan:
             f"latency was measured on {', '.join(plan.timed_tasks)} alone; the graphs of "
             f"{', '.join(untimed)} differ from it only in the numbers they hold"
         )
-    if options.torch and not options.effort.torch_quality:
+    if "float32" in plan.torch_types and not options.effort.torch_quality:
         notes.append(
             "fidelity and quality of torch fp32 are the yardstick's own, not measured again merged"
         )

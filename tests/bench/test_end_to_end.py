@@ -58,6 +58,7 @@ def measured(bundle: Path, model: Path, adapter: Path, labelled: Path) -> Report
             adapters={"search": adapter},
             evaluations=[("search", labelled)],
             peers=["none"],
+            torch_types=["float32", "bfloat16"],
             threads=1,
             effort=TINY,
         )
@@ -162,6 +163,7 @@ def test_the_command_compares_systems_at_named_shapes(
     add_arguments(parser)
     arguments = [str(bundle), "--reference", str(model), "--task", "plain", "--threads", "1"]
     arguments += ["--shapes", "1x4", "3x8", "1x64", "--rounds", "1", "--limit", "16"]
+    arguments += ["--torch-types", "float32", "bfloat16"]
     arguments += ["--peers", "torch:int8", "--json", "--out", str(tmp_path / "report")]
 
     status = run(parser.parse_args(arguments))
