@@ -10,6 +10,7 @@ from embedge.runtime._typed_json import Table
 __all__ = ["ImageSettings"]
 
 BICUBIC = 3  # Pillow's number
+_MOST_PIXELS = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +66,19 @@ class ImageSettings:
     def parse(cls, table: Table) -> ImageSettings:
         """Reads the object, see :class:`Table` for what it raises."""
         settings = cls(
-            patch_size=table.integer("patch_size", minimum=1),
-            temporal_patch_size=table.integer("temporal_patch_size", minimum=1),
-            merge_size=table.integer("merge_size", minimum=1),
-            min_pixels=table.integer("min_pixels", minimum=1),
-            max_pixels=table.integer("max_pixels", minimum=1),
+            patch_size=table.integer("patch_size", minimum=1, maximum=1024),
+            temporal_patch_size=table.integer("temporal_patch_size", minimum=1, maximum=16),
+            merge_size=table.integer("merge_size", minimum=1, maximum=64),
+            min_pixels=table.integer("min_pixels", minimum=1, maximum=_MOST_PIXELS),
+            max_pixels=table.integer("max_pixels", minimum=1, maximum=_MOST_PIXELS),
             image_mean=_channels(table, "image_mean"),
             image_std=_channels(table, "image_std"),
             rescale_factor=float(table.number("rescale_factor")),
             resample=table.integer("resample", minimum=0),
             window_size=table.integer("window_size", minimum=1),
-            rotary_dim=table.integer("rotary_dim", minimum=2),
+            rotary_dim=table.integer("rotary_dim", minimum=2, maximum=4096),
             rotary_theta=float(table.number("rotary_theta")),
-            hidden_size=table.integer("hidden_size", minimum=1),
+            hidden_size=table.integer("hidden_size", minimum=1, maximum=1 << 20),
             before_ids=table.integers("before_ids", minimum=0),
             image_token_id=table.integer("image_token_id", minimum=0),
             after_ids=table.integers("after_ids", minimum=0),
@@ -90,6 +91,8 @@ class ImageSettings:
             table.fail("rotary_dim", f"expected an even number, found {settings.rotary_dim}")
         if settings.window_size % settings.factor:
             table.fail("window_size", f"expected a multiple of {settings.factor}")
+        if settings.factor**2 > settings.max_pixels:
+            table.fail("max_pixels", f"expected at least {settings.factor}², those of a feature")
         if settings.min_pixels > settings.max_pixels:
             table.fail("min_pixels", f"expected at most max_pixels, {settings.max_pixels}")
         if min(settings.image_std) <= 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 from embedge.runtime._image_settings import ImageSettings
 from embedge.runtime._names import A_NAME, is_name, is_path
-from embedge.runtime._typed_json import Table
+from embedge.runtime._typed_json import MOST_BYTES, Table
 
 __all__ = [
     "ActivationConstant",
@@ -29,6 +29,9 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions")
 CONSTANT_TYPES = ("float32", "uint8", "int8")
 SIDES = ("right", "left")
+MOST_DIMENSIONS = 1 << 20  # what memory holds of a few vectors; models have some thousand
+MOST_ROW_MULTIPLE = 4096
+_RANGES = {"float32": (-3.4e38, 3.4e38), "uint8": (0, 255), "int8": (-128, 127)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +129,14 @@ class Model:
         """Reads the object, see :class:`Table` for what it raises."""
         image = table.optional_table("image")
         model = cls(
-            dim=table.integer("dim", minimum=1),
+            dim=table.integer("dim", minimum=1, maximum=MOST_DIMENSIONS),
             pooling=table.string("pooling"),
             normalize=table.flag("normalize"),
             max_length=table.integer("max_length", minimum=1),
             matryoshka_dims=table.optional_integers("matryoshka_dims", minimum=1),
-            multi_vector_dim=table.optional_integer("multi_vector_dim", minimum=1),
+            multi_vector_dim=table.optional_integer(
+                "multi_vector_dim", minimum=1, maximum=MOST_DIMENSIONS
+            ),
             modalities=table.strings("modalities"),
             inputs=table.strings("inputs"),
             similarity=table.choice("similarity", ("cosine", "dot")),
@@ -276,11 +281,13 @@ class ActivationConstant:
     @classmethod
     def parse(cls, table: Table) -> ActivationConstant:
         """Reads the object, see :class:`Table` for what it raises."""
-        return cls(
-            dtype=table.choice("dtype", CONSTANT_TYPES),
-            full=table.number("full"),
-            reduced=table.number("reduced"),
-        )
+        dtype = table.choice("dtype", CONSTANT_TYPES)
+        least, most = _RANGES[dtype]
+        values = {key: table.number(key) for key in ("full", "reduced")}
+        for key, value in values.items():
+            if not least <= value <= most or (dtype != "float32" and value % 1):
+                table.fail(key, f"expected a value of {dtype}, found {value:.6g}")
+        return cls(dtype=dtype, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The object as JSON."""
@@ -324,7 +331,10 @@ class Precision:
         return cls(
             graphs={task: _path(graphs, task) for task in graphs.values},
             devices=table.strings("devices"),
-            row_multiple=table.optional_integer("row_multiple", minimum=1) or 1,
+            row_multiple=table.optional_integer(
+                "row_multiple", minimum=1, maximum=MOST_ROW_MULTIPLE
+            )
+            or 1,
             activation_constants={
                 name: ActivationConstant.parse(constant)
                 for name, constant in (constants.tables() if constants else ())
@@ -362,7 +372,10 @@ class FileEntry:
     @classmethod
     def parse(cls, table: Table) -> FileEntry:
         """Reads the object, see :class:`Table` for what it raises."""
-        entry = cls(size=table.integer("size", minimum=0), sha256=table.string("sha256"))
+        entry = cls(
+            size=table.integer("size", minimum=0, maximum=MOST_BYTES),
+            sha256=table.string("sha256"),
+        )
         if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
             table.fail("sha256", f"expected 64 hexadecimal digits, found {entry.sha256[:80]!r}")
         return entry

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime._errors import BundleError
+from embedge.runtime._files import TOKENIZER_BYTES, read_regular_file
 from embedge.runtime._manifest import TokenizerSettings
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
-__all__ = ["TextTokenizer", "TokenIds", "without_surrogates"]
+__all__ = ["TextTokenizer", "TokenIds", "is_library_error", "without_surrogates"]
 
 # tokenizers' own objects take some 100 bytes a token, so they are dropped after this many texts.
 _CHUNK_TEXTS = 512
@@ -52,15 +53,20 @@ class TextTokenizer:
 
     def __init__(self, file: Path, settings: TokenizerSettings, max_length: int) -> None:
         self._eos = settings.append_eos_token_id
+        self._file = file
         limit = max_length - (self._eos is not None)
         self._tokenizer = _load(file, limit, settings.truncation_side)
 
     def __call__(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of each text; lone surrogates are read as U+FFFD."""
+        """Token ids of each text; lone surrogates are read as U+FFFD.
+
+        Raises:
+            BundleError: if the tokenizer fails on one of them.
+        """
         result = []
         for start in range(0, len(texts), _CHUNK_TEXTS):
             chunk = [without_surrogates(text) for text in texts[start : start + _CHUNK_TEXTS]]
-            for encoding in self._tokenizer.encode_batch_fast(chunk):
+            for encoding in self._encode(chunk):
                 ids, types = encoding.ids, encoding.type_ids
                 if self._eos is not None:
                     ids, types = [*ids, self._eos], [*types, types[-1] if types else 0]
@@ -72,6 +78,26 @@ class TextTokenizer:
                     )
                 )
         return result
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        try:
+            return self._tokenizer.encode_batch_fast(texts)
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            raise BundleError(
+                f"{self._file}: the tokenizer failed on {_shown(texts)}: {error}; copy or export the bundle "
+                "again"
+            ) from error
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether a library failed; a panic of Rust code, which pyo3 makes no ``Exception``, included."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _shown(texts: list[str]) -> str:
+    return repr(texts[0][:40]) if len(texts) == 1 else f"one of {len(texts)} texts"
 
 
 def without_surrogates(text: str) -> str:
@@ -90,14 +116,16 @@ def _load(file: Path, max_length: int, side: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(read_regular_file(file, TOKENIZER_BYTES).decode())
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.enable_truncation(max_length, direction=side)
         # Where the special tokens alone pass the limit, tokenizers does not cut at all.
         if len(tokenizer.encode("a").ids) > max_length:
             raise ValueError("its special tokens leave no room for a text")
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:  # tokenizers raises bare Exception
+        if not is_library_error(error):
+            raise
         raise BundleError(
             f"{file}: not a tokenizer that cuts at {max_length} tokens ({error}); copy or export "
             "the bundle again"

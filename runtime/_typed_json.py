@@ -1,4 +1,9 @@
-"""Typed getters over parsed JSON, with the path of the bad key in every message."""
+"""JSON that somebody else may have written, and typed getters with the path of the bad key in every message.
+
+Stricter than Python's reader where a file could mean two things, or stop what reads it: a key with two
+values, whole numbers beyond any float, half of a surrogate pair, and more nesting than settings have are no
+JSON here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,56 @@ from typing import Any, NoReturn
 from embedge.runtime._errors import BundleError, ManifestError
 from embedge.runtime._files import JSON_BYTES, read_regular_file
 
-__all__ = ["Table", "read_json_object"]
+__all__ = ["MOST_BYTES", "Table", "parse_json", "read_json_object"]
+
+MOST_BYTES = (1 << 63) - 1  # of a file
+_MOST_DIGITS = 300  # floats end at 10**308
+_MOST_LEVELS = 64
+_MOST = (1 << 31) - 1  # of a whole number, where a key says nothing else
+
+
+def parse_json(content: bytes) -> Any:
+    """The value that UTF-8 JSON holds.
+
+    Raises:
+        ValueError: if it is not JSON by the rules at the top of this module.
+    """
+    try:
+        value = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unambiguous, parse_int=_whole
+        )
+    except RecursionError:
+        raise ValueError(f"nested deeper than {_MOST_LEVELS} levels") from None
+    level, depth = [value], 0
+    while level:
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        depth += 1
+        if depth > _MOST_LEVELS:
+            raise ValueError(f"nested deeper than {_MOST_LEVELS} levels")
+    if b"\\u" in content:  # surrogates can only be written so
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        for key, value in pairs:
+            if content[key] is not value and content[key] != value:
+                raise ValueError(f"the key {key!r} occurs twice, with different values")
+    return content
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -21,10 +75,10 @@ def read_json_object(file: Path) -> dict[str, Any]:
             something else.
     """
     try:
-        value = json.loads(read_regular_file(file, JSON_BYTES))
+        value = parse_json(read_regular_file(file, JSON_BYTES))
     except OSError as error:
         raise BundleError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # JSONDecodeError and UnicodeError
         raise BundleError(
             f"{file}: not valid JSON ({error}); copy or export the bundle again"
         ) from error
@@ -66,13 +120,15 @@ class Table:
         value: bool = self._required(key, bool, "true or false")
         return value
 
-    def integer(self, key: str, *, minimum: int) -> int:
-        """A whole number of at least ``minimum``; the key must be there."""
-        return self._checked_integer(key, self._present(key), minimum)
+    def integer(self, key: str, *, minimum: int, maximum: int = _MOST) -> int:
+        """A whole number from ``minimum`` to ``maximum``; the key must be there."""
+        return self._checked_integer(key, self._present(key), minimum, maximum)
 
-    def optional_integer(self, key: str, *, minimum: int) -> int | None:
-        """A whole number of at least ``minimum``, or ``None`` for null or no such key."""
-        return None if self.values.get(key) is None else self.integer(key, minimum=minimum)
+    def optional_integer(self, key: str, *, minimum: int, maximum: int = _MOST) -> int | None:
+        """A whole number from ``minimum`` to ``maximum``, or ``None`` for null or no such key."""
+        if self.values.get(key) is None:
+            return None
+        return self.integer(key, minimum=minimum, maximum=maximum)
 
     def number(self, key: str) -> int | float:
         """A finite number; the key must be there."""
@@ -155,9 +211,11 @@ class Table:
             self.fail(key, f"expected {expected}, found {_shown(value)}")
         return value
 
-    def _checked_integer(self, key: str, value: Any, minimum: int) -> int:
+    def _checked_integer(self, key: str, value: Any, minimum: int, maximum: int = _MOST) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             self.fail(key, f"expected a whole number ≥ {minimum}, found {_shown(value)}")
+        if value > maximum:
+            self.fail(key, f"expected a whole number ≤ {maximum}, found {_shown(value)}")
         return value
 
 

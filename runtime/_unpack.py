@@ -21,7 +21,6 @@ The list is JSON: ``{"weights": {NAME: {"out_features", "in_features", "block_si
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +33,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime._errors import BundleError
 from embedge.runtime._onnx_file import ExternalData
-from embedge.runtime._typed_json import Table, read_json_object
+from embedge.runtime._typed_json import MOST_BYTES, Table, read_json_object
 
 __all__ = [
     "UNPACKED",
@@ -47,6 +47,7 @@ __all__ = [
 
 UNPACKED = "unpacked"
 _QMAX = 127
+_MOST_BLOCK_SIZE = 4096
 _CHUNK_ELEMENTS = 1 << 17  # 512 KiB of float32 at a time, which a core's cache holds
 
 Tensor: TypeAlias = ExternalData | bytes
@@ -116,6 +117,9 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
         weights: from :func:`read_packed`.
         resolve: the file of a tensor, checked to lie inside the bundle and to have its bytes.
         threads: cores to use.
+
+    Raises:
+        BundleError: if a weight is not finite.
     """
     result: Initializers = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="embedge-unpack") as executor:
@@ -123,7 +127,7 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
             matrix = np.empty((weight.in_features, weight.out_features), np.int8)
             scales = np.empty(weight.out_features, np.float32)
             stored = [_read(t, dtype, shape, resolve) for t, dtype, shape in weight.tensors]
-            step = max(1, _CHUNK_ELEMENTS // weight.in_features)
+            step = max(1, _CHUNK_ELEMENTS // max(weight.in_features, weight.block_size))
             starts = range(0, weight.out_features, step)
             work = partial(_unpack_rows, weight, stored, matrix, scales, step)
             for _ in executor.map(work, starts):
@@ -141,8 +145,18 @@ def _unpack_rows(
     start: int,
 ) -> None:
     """Fills the columns of ``matrix`` and the scales that some rows of the weight make."""
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        _unpack_quietly(weight, stored, matrix, scales, slice(start, start + step))
+
+
+def _unpack_quietly(
+    weight: PackedWeight,
+    stored: list[NDArray[Any]],
+    matrix: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    rows: slice,
+) -> None:
     values, block_scales, zero_points, *others = stored
-    rows = slice(start, start + step)
     packed = values[rows]
     count, blocks, _ = packed.shape
     levels = _nibbles(packed).reshape(count, blocks, weight.block_size)
@@ -157,6 +171,11 @@ def _unpack_rows(
         rotation: NDArray[np.float32] = others.pop(0)
         floats = (floats.reshape(-1, len(rotation)) @ rotation).reshape(floats.shape)
     scale = np.abs(floats).max(axis=1) / np.float32(_QMAX)
+    if not np.isfinite(scale).all():
+        raise BundleError(
+            f"weight {weight.name}: its 4-bit blocks hold values that are not finite; copy or export the "
+            "bundle again"
+        )
     scale = np.where(scale > 0, scale, np.float32(1))
     floats /= scale[:, None]
     matrix[:, rows] = np.rint(floats, out=floats).astype(np.int8).T
@@ -174,7 +193,13 @@ def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _read(tensor: Tensor, dtype: str, shape: tuple[int, ...], resolve: Resolve) -> NDArray[Any]:
     if isinstance(tensor, bytes):
         return np.frombuffer(tensor, dtype).reshape(shape)
-    return np.memmap(resolve(tensor), dtype, "r", offset=tensor.offset, shape=shape)
+    file = resolve(tensor)
+    try:
+        return np.memmap(file, dtype, "r", offset=tensor.offset, shape=shape)
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{file}: cannot be read: {error}; copy or export the bundle again"
+        ) from error
 
 
 def _parse(name: str, entry: Table) -> PackedWeight:
@@ -184,7 +209,7 @@ def _parse(name: str, entry: Table) -> PackedWeight:
         name=name,
         out_features=entry.integer("out_features", minimum=1),
         in_features=entry.integer("in_features", minimum=1),
-        block_size=entry.integer("block_size", minimum=2),
+        block_size=entry.integer("block_size", minimum=2, maximum=_MOST_BLOCK_SIZE),
         values=_tensor(entry.table("packed")),
         block_scales=_tensor(entry.table("block_scales")),
         zero_points=_tensor(entry.table("zero_points")),
@@ -192,6 +217,8 @@ def _parse(name: str, entry: Table) -> PackedWeight:
         rotation=_optional_tensor(entry, "rotation"),
         rows=_optional_tensor(entry, "rows"),
     )
+    if weight.block_size % 2:
+        entry.fail("block_size", f"expected an even number, found {weight.block_size}")
     for tensor, dtype, shape in weight.tensors:
         if tensor is weight.rotation and (not shape[0] or weight.in_features % shape[0]):
             entry.fail("rotation", f"{shape[0]} rows do not divide {weight.in_features} columns")
@@ -215,10 +242,10 @@ def _tensor(table: Table) -> Tensor:
     if text is None:
         return ExternalData(
             location=table.string("location"),
-            offset=table.integer("offset", minimum=0),
-            length=table.integer("length", minimum=0),
+            offset=table.integer("offset", minimum=0, maximum=MOST_BYTES),
+            length=table.integer("length", minimum=0, maximum=MOST_BYTES),
         )
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or a text that is not ASCII
         table.fail("base64", f"{error}; copy or export the bundle again")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._errors import BundleError, EmbedgeWarning
 from embedge.runtime._manifest import Manifest
 from embedge.runtime._prepared import PreparedGraphs, machine_name
-from embedge.runtime._typed_json import Table, read_json_object
+from embedge.runtime._typed_json import MOST_BYTES, Table, read_json_object
 
 __all__ = [
     "Measured",
@@ -84,7 +85,7 @@ class Measured:
         return cls(
             task=table.string("task"),
             graph_sha256=table.string("graph_sha256"),
-            graph_bytes=table.integer("graph_bytes", minimum=1),
+            graph_bytes=table.integer("graph_bytes", minimum=1, maximum=MOST_BYTES),
             milliseconds=milliseconds,
             settings=RunSettings(
                 lanes=settings.flag("lanes"),
@@ -202,7 +203,7 @@ def _read(file: Path) -> dict[int, dict[str, Measured]] | None:
 
 def _by_threads(table: Table) -> Iterator[tuple[int, dict[str, Measured]]]:
     for count, by_precision in table.tables():
-        if not count.isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", count):
             table.fail(count, "expected a number of threads")
         yield int(count), {name: Measured.parse(one) for name, one in by_precision.tables()}
 

@@ -85,8 +85,11 @@ def test_a_whole_bundle_passes_the_full_check(bundle: Any) -> None:
         ("[1]", "expected a JSON object, found list"),
         ("{}", "format_version: missing"),
         ("\xff\xfe", "not valid JSON"),
+        ('{"a":' * 65 + "1" + "}" * 65, "not valid JSON .nested deeper than 64 levels"),
+        ('{"a": 1, "a": 2}', "not valid JSON .the key 'a' occurs twice"),
+        ('{"a": ' + "9" * 301 + "}", "not valid JSON .a number of 301 digits"),
     ],
-    ids=["cut", "empty", "deep", "list", "object", "not text"],
+    ids=["cut", "empty", "deep", "list", "object", "not text", "nested", "twice", "digits"],
 )
 def test_a_broken_manifest_is_named(bundle: Any, text: str, message: str) -> None:
     (bundle.path / "manifest.json").write_bytes(text.encode("latin-1"))

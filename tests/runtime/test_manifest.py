@@ -215,6 +215,28 @@ def test_keys_that_may_be_missing_have_defaults() -> None:
             float("nan"),
             "embedge.act_zero_point.reduced: expected a number, found NaN",
         ),
+        ("model/dim", 10**300, "model.dim: expected a whole number ≤ 1048576, found 1000"),
+        ("model/max_length", 1 << 31, "model.max_length: expected a whole number ≤ 2147483647"),
+        (
+            "tokenizer/pad_token_id",
+            1 << 64,
+            "tokenizer.pad_token_id: expected a whole number ≤ 2147",
+        ),
+        (
+            "precisions/int8/row_multiple",
+            10**9,
+            "int8.row_multiple: expected a whole number ≤ 4096",
+        ),
+        (
+            "precisions/int8/activation_constants/embedge.act_zero_point/reduced",
+            256,
+            "embedge.act_zero_point.reduced: expected a value of uint8, found 256",
+        ),
+        (
+            "precisions/int8/activation_constants/embedge.act_zero_point/full",
+            0.5,
+            "embedge.act_zero_point.full: expected a value of uint8, found 0.5",
+        ),
         ("files/tokenizer.json/size", -1, "files.tokenizer.json.size: expected a whole number"),
         ("files/tokenizer.json/sha256", "xyz", "files.tokenizer.json.sha256: expected 64 hexa"),
         ("format_version", 1, "format_version: expected a string, found 1"),

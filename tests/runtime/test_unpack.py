@@ -183,6 +183,10 @@ def changed(file: Path, **values: Any) -> Path:
         ({"rotation": {"base64": ""}}, r"weights\.lin\.rotation: 0 rows do not divide"),
         ({"block_size": 0}, r"block_size: expected a whole number ≥ 2"),
         ({"rows": {"base64": "no"}}, r"weights\.lin\.rows\.base64: .*export the bundle again"),
+        ({"rows": {"base64": "é"}}, r"weights\.lin\.rows\.base64: .*export the bundle again"),
+        ({"block_size": 5}, r"weights\.lin\.block_size: expected an even number, found 5"),
+        ({"block_size": 1 << 13}, r"block_size: expected a whole number ≤ 4096"),
+        ({"in_features": 10**200}, r"in_features: expected a whole number ≤ 2147483647"),
         ({"rows": {"location": "w.bin"}}, r"rows\.offset: missing"),
         ({"packed": None}, r"weights\.lin\.packed: expected an object"),
     ],
@@ -193,3 +197,15 @@ def test_a_damaged_list_names_what_is_wrong(
     file = changed(Weight(4, 64, 32).write(tmp_path), **values)
     with pytest.raises(BundleError, match=message):
         read_packed(file)
+
+
+@pytest.mark.parametrize("name", ["block_scales", "columns"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    weight = Weight(4, 64, 32)
+    if name == "columns":
+        weight.columns[5] = value
+    else:
+        weight.scales[1, 1] = value
+    with pytest.raises(BundleError, match="weight lin: its 4-bit blocks hold values that are not"):
+        unpacked(weight.write(tmp_path))
