@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -23,6 +22,7 @@ from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import Graph, Lin, Norm, Tap, Weights
 from embedge.export.families import Family
+from embedge.runtime._onnxruntime import load_onnxruntime, open_session
 
 FloatArray = NDArray[np.float32]
 
@@ -287,13 +287,11 @@ class WeightSession:
                 g.inputs.append(info)
         for output in g.outputs:
             output.type.tensor_type.ClearField("shape")
-        options = ort.SessionOptions()
+        options = load_onnxruntime().SessionOptions()
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
         model = to_model(g, [], "calibration", {})
-        self._session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = open_session(model.SerializeToString(), options, ["CPUExecutionProvider"])
         self._inputs = {i.name for i in self._session.get_inputs()}
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[FloatArray]:

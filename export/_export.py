@@ -32,6 +32,7 @@ from embedge.export._request import INT4, Request, check_dims
 from embedge.quant._calibration_texts import packaged_texts, read_texts
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import Manifest
+from embedge.runtime._onnxruntime import load_onnxruntime
 
 
 def export(request: Request, progress: Progress) -> Path:
@@ -42,6 +43,7 @@ def export(request: Request, progress: Progress) -> Path:
 
 
 def _export_alone(request: Request, progress: Progress) -> None:
+    load_onnxruntime()  # a missing or wrong one shows before the work
     old = read_existing(request.out, request.overwrite)
     texts = _calibration_texts(request)
     model = read_model(request)

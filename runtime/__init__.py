@@ -24,7 +24,7 @@ from embedge.runtime._errors import (
     ManifestError,
     TextTooLongError,
 )
-from embedge.runtime._requirements import check_onnxruntime, own_version, without_telemetry
+from embedge.runtime._requirements import own_version, without_telemetry
 
 __all__ = [
     "BundleError",
@@ -43,6 +43,4 @@ __all__ = [
 
 __version__ = own_version()
 
-# ONNX Runtime itself is imported with the first session; a missing one shows here.
-check_onnxruntime()
-without_telemetry()
+without_telemetry()  # ONNX Runtime itself is imported when it is first needed

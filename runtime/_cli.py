@@ -169,10 +169,8 @@ def _report(error: Exception, names: OptionNames, *, output_fails: bool) -> int:
     """Prints an error as one line; its exit code."""
     if os.environ.get("EMBEDGE_TRACEBACK"):
         traceback.print_exception(error)
-    try:
-        from embedge.runtime import EmbedgeError, EmbedgeValueError
-    except ImportError as missing:  # ONNX Runtime, which is what the error says already
-        return _failed(str(missing), 1)
+    from embedge.runtime import EmbedgeError, EmbedgeValueError
+
     if isinstance(error, EmbedgeValueError):
         return _failed(names.put_into(str(error)), 2)
     if isinstance(error, EmbedgeError):

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from embedge.runtime._fork import no_fork
 from embedge.runtime._onnx_model import INT32, UINT8, one_node_model
+from embedge.runtime._onnxruntime import load_onnxruntime, open_session
 
 __all__ = [
     "ask_for_exact_products",
@@ -38,7 +40,7 @@ _INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "i8m
 
 _EXACT = ("session.x64quantprecision", "1")
 
-_lock = threading.Lock()
+_probing = threading.Lock()
 _known: dict[bool, bool] = {}
 
 
@@ -59,7 +61,7 @@ def saturates_u8s8(*, asked: bool = True) -> bool:
     Args:
         asked: in sessions that were asked for exact products.
     """
-    with _lock:
+    with no_fork(), _probing:
         if asked not in _known:
             _known[asked] = _probe(asked)
         return _known[asked]
@@ -93,16 +95,12 @@ def _flags() -> frozenset[str]:
 
 
 def _probe(asked: bool) -> bool:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    options = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     if asked:
         ask_for_exact_products(options)
-    session = onnxruntime.InferenceSession(
-        probe_model(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_session(probe_model(), options, ["CPUExecutionProvider"])
     exact = _DEPTH * _LEFT * _RIGHT
     for rows in _ROWS:
         left = np.full((rows, _DEPTH), _LEFT, np.uint8)

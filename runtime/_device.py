@@ -17,6 +17,8 @@ from typing import Any
 
 from embedge.runtime._cpu import probe_model
 from embedge.runtime._errors import DeviceError, EmbedgeValueError
+from embedge.runtime._fork import no_fork
+from embedge.runtime._onnxruntime import command_for_cuda, load_onnxruntime, open_session
 
 __all__ = ["DEVICES", "PROVIDERS", "choose_device"]
 
@@ -65,23 +67,17 @@ def cuda_problem() -> str | None:
     A provider that is listed may still fail to load its libraries, upon which ONNX Runtime would
     fall back to the processor with no more than a log line. So a tiny session is opened.
     """
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     cuda = PROVIDERS["cuda"]
     if cuda not in onnxruntime.get_available_providers():
-        return (
-            "the installed ONNX Runtime has no CUDA provider; run "
-            '`pip uninstall -y onnxruntime` and then `pip install "embedge[gpu]"`'
-        )
+        return f"the installed ONNX Runtime has no CUDA provider; run {command_for_cuda()}"
     if hasattr(onnxruntime, "preload_dlls"):
-        with _without_print(onnxruntime):
+        with no_fork(), _without_print(onnxruntime):
             onnxruntime.preload_dlls()  # from NVIDIA's pip packages, where they are installed
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(
-            probe_model(), options, providers=[cuda, PROVIDERS["cpu"]]
-        )
+        session = open_session(probe_model(), options, [cuda, PROVIDERS["cpu"]])
         loaded = cuda in session.get_providers()
     except Exception:  # ONNX Runtime's errors have no common base
         loaded = False
@@ -106,9 +102,7 @@ def _without_print(module: Any) -> Iterator[None]:
 
 def _missing_library() -> str:
     """What the system's loader says of the provider's library, in brackets; empty if it loads."""
-    import onnxruntime
-
-    folder = Path(onnxruntime.__file__).parent / "capi"
+    folder = Path(load_onnxruntime().__file__).parent / "capi"
     for library in sorted(folder.glob("*onnxruntime_providers_cuda.*")):
         try:
             ctypes.CDLL(str(library))

@@ -29,6 +29,7 @@ from embedge.runtime._device import choose_device
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._graphs import Graphs
 from embedge.runtime._image_pipeline import ImagePipeline
+from embedge.runtime._onnxruntime import load_onnxruntime
 from embedge.runtime._pipeline import TextPipeline
 from embedge.runtime._progress import Progress
 from embedge.runtime._request import BATCH_SIZE, Request, make_request
@@ -103,6 +104,7 @@ class Embedder:
                 raise EmbedgeValueError(
                     f'min_cosine goes with precision="auto", which chooses by it; found {precision!r}'
                 )
+        load_onnxruntime()  # a missing or wrong one shows here
         self._bundle = Bundle(bundle, verify=verify)
         manifest = self._bundle.manifest
         self._model = manifest.model

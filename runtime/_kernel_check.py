@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from embedge.runtime._kernels import in_panels, register
 from embedge.runtime._onnx_model import FLOAT, UINT8, one_node_model
+from embedge.runtime._onnxruntime import load_onnxruntime, open_session
 
 __all__ = ["is_right"]
 
@@ -182,9 +183,7 @@ def _opened(
     attributes: Mapping[bytes, float] | None = None,
 ) -> Callable[[Array], Array]:
     """Runs one operator of the library on rows of some columns, or of ``[tokens, columns]``."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    options = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
     register(options, library, panels=panels)
@@ -197,5 +196,5 @@ def _opened(
         outputs=outputs,
         attributes=attributes,
     )
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = open_session(model, options, ["CPUExecutionProvider"])
     return lambda a: np.asarray(session.run(None, {"a": a})[0])

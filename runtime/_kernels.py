@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 
 from embedge.runtime._cpu import has_amx
 from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
+from embedge.runtime._fork import no_fork
 from embedge.runtime._onnx_file import INLINE_BYTES
+from embedge.runtime._onnxruntime import load_onnxruntime
 
 __all__ = [
     "OPERATORS",
@@ -83,6 +85,7 @@ def _find() -> tuple[str | None, str]:
         return None, f"{theirs}: {_SWITCH}={_OFF} is set"
     if has_amx():
         return None, f"{theirs}, which use AMX"
+    load_onnxruntime()
     found = importlib.util.find_spec("embedge.runtime._native")
     if found is None or found.origin is None:
         return (
@@ -91,7 +94,9 @@ def _find() -> tuple[str | None, str]:
         )
     file = found.origin
     try:
-        if not ctypes.CDLL(file).embedge_kernels_run_here():
+        with no_fork():
+            runs_here = ctypes.CDLL(file).embedge_kernels_run_here()
+        if not runs_here:
             return (
                 None,
                 f"{theirs}: embedge's own take AVX512-VNNI, which the processor does not have",
@@ -180,4 +185,5 @@ def _lines_of_4_bits(weight: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
 def register(options: Any, library: str, *, panels: bool) -> None:
     """:func:`use_own_kernels` of a library that is given."""
     options.add_session_config_entry("embedge.weights", "panels" if panels else "rows")
-    options.register_custom_ops_library(library)
+    with no_fork():  # the system's loader has locks of its own
+        options.register_custom_ops_library(library)

@@ -34,6 +34,7 @@ from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
 from embedge.runtime._kernels import OPERATORS, PANELS, own_kernels, use_own_kernels
 from embedge.runtime._names import is_path
+from embedge.runtime._onnxruntime import load_onnxruntime, open_session
 from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import Initializers
@@ -179,13 +180,11 @@ class PreparedGraphs:
 
 def machine_name() -> str:
     """A folder name for what prepared graphs depend on: ONNX Runtime, the processor and the kernels."""
-    import onnxruntime
-
     packed_by = _instructions()
     if own_kernels():
         packed_by += f"\n{PANELS}\n{OPERATORS}"
     digest = hashlib.sha256(packed_by.encode()).hexdigest()[:12]
-    return f"onnxruntime-{onnxruntime.__version__}-{platform.machine()}-{digest}"
+    return f"onnxruntime-{load_onnxruntime().__version__}-{platform.machine()}-{digest}"
 
 
 @functools.cache
@@ -201,8 +200,7 @@ def _instructions() -> str:
 
 
 def _save_prepacked(graph: Path, given: Initializers, folder: Path, *, panels: bool) -> None:
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     keep_products_exact(options)
@@ -215,7 +213,7 @@ def _save_prepacked(graph: Path, given: Initializers, folder: Path, *, panels: b
         use_own_kernels(options, panels=True)
     held = give_initializers(options, given)
     try:
-        onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        open_session(str(graph), options, ["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise EmbedgeError(
             f"{graph}: ONNX Runtime {onnxruntime.__version__} cannot prepare it: "

@@ -1,35 +1,11 @@
-"""ONNX Runtime has to be installed exactly once: its two packages overwrite each other's files."""
+"""What embedge asks of its environment, and what it is called there."""
 
 from __future__ import annotations
 
 import os
 from importlib.metadata import PackageNotFoundError, version
 
-from embedge.runtime._errors import EmbedgeImportError
-
-__all__ = ["check_onnxruntime", "own_version", "without_telemetry"]
-
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-
-
-def check_onnxruntime() -> None:
-    """Refuses to go on without ONNX Runtime, or with two of them.
-
-    Raises:
-        EmbedgeImportError: with the command that mends it.
-    """
-    found = [package for package in _PACKAGES if _version(package) is not None]
-    if not found:
-        raise EmbedgeImportError(
-            'ONNX Runtime is not installed; run `pip install "embedge[cpu]"`, or '
-            '`pip install "embedge[gpu]"` for CUDA'
-        )
-    if len(found) > 1:
-        raise EmbedgeImportError(
-            f"{' and '.join(found)} are both installed and overwrite each other's files; run "
-            f'`pip uninstall -y {" ".join(found)}` and then `pip install "embedge[cpu]"`, or '
-            '`pip install "embedge[gpu]"` for CUDA'
-        )
+__all__ = ["own_version", "without_telemetry"]
 
 
 def without_telemetry() -> None:
@@ -43,11 +19,7 @@ def without_telemetry() -> None:
 
 def own_version() -> str:
     """The installed version of embedge, "0+unknown" when it runs from a source folder."""
-    return _version("embedge") or "0+unknown"
-
-
-def _version(package: str) -> str | None:
     try:
-        return version(package)
+        return version("embedge")
     except PackageNotFoundError:
-        return None
+        return "0+unknown"

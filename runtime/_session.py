@@ -14,6 +14,7 @@ from embedge.runtime._device import PROVIDERS
 from embedge.runtime._errors import BundleError, InferenceError
 from embedge.runtime._kernels import own_kernels, use_own_kernels
 from embedge.runtime._manifest import ActivationConstant
+from embedge.runtime._onnxruntime import load_onnxruntime, open_session
 from embedge.runtime._unpack import Initializers
 
 __all__ = ["GraphSession", "give_initializers"]
@@ -57,8 +58,7 @@ class GraphSession:
         prepared: Path | None = None,
         unpack: Callable[[bool], Initializers] | None = None,
     ) -> None:
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         self.file = file = prepared or file
         self.device = device
         self.threads = threads
@@ -89,7 +89,7 @@ class GraphSession:
             # TF32 keeps 10 bits of a product's mantissa: fp32 would not be fp32.
             providers.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0"}))
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+            self._session = open_session(str(file), options, providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BundleError(
                 f"{file}: ONNX Runtime {onnxruntime.__version__} cannot open it: "
@@ -135,8 +135,7 @@ class GraphSession:
 
     def _run_bound(self, output: str, inputs: Mapping[str, NDArray[Any]]) -> Any:
         """A run with its inputs copied to the device first and its output fetched once."""
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_ortvalue_input(
@@ -153,8 +152,7 @@ def give_initializers(options: Any, arrays: Initializers) -> list[Any]:
     Returns:
         What has to live until the session is open.
     """
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     if values:
         options.add_external_initializers(list(arrays), values)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from embedge.bench._source import Source
 from embedge.bench._tokens import Ids, TextTokens
 from embedge.bench.peers._context import PeerContext
 from embedge.bench.peers._hidden_state import HiddenStateSystem, graph_inputs
+from embedge.runtime._onnxruntime import load_onnxruntime, open_session
 
 __all__ = ["optimized_int8", "per_channel_int8", "plain_int8"]
 
@@ -34,12 +34,10 @@ class _OnnxRuntimeSystem(HiddenStateSystem):
         self, name: str, graph: Path, source: Source, tokens: TextTokens, threads: int
     ) -> None:
         super().__init__(name, source, tokens, graph.stat().st_size)
-        options = onnxruntime.SessionOptions()
+        options = load_onnxruntime().SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = open_session(str(graph), options, ["CPUExecutionProvider"])
         self._inputs = {i.name: i.type for i in self._session.get_inputs()}
 
     def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
+
+from embedge.runtime._fork import no_fork
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 
@@ -61,3 +65,43 @@ def test_a_child_embeds_and_ends_whatever_its_parent_did(
 def test_a_child_embeds_though_tokenizers_was_told_to_use_threads(bundle: Any) -> None:
     arguments = (str(bundle.path), "fp32", "batch", "batch")
     assert run(*arguments, TOKENIZERS_PARALLELISM="true") == "embedded\n"
+
+
+def forked(work: Any) -> int:
+    """The exit status of a child that does some work."""
+    child = os.fork()
+    if child == 0:
+        os._exit(work() or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_no_child_is_forked_while_another_thread_opens_a_session() -> None:
+    opening, opened = threading.Event(), threading.Event()
+
+    def open_slowly() -> None:
+        with no_fork(), no_fork():
+            opening.set()
+            time.sleep(0.2)
+            opened.set()
+
+    thread = threading.Thread(target=open_slowly)
+    thread.start()
+    assert opening.wait(10)
+    assert forked(lambda: not opened.is_set()) == 0
+    thread.join()
+
+
+def test_a_thread_may_fork_while_it_opens_and_both_go_on() -> None:
+    def again() -> None:
+        with no_fork():
+            pass
+
+    with no_fork():
+        assert forked(again) == 0
+    others = [threading.Thread(target=again) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    assert forked(lambda: forked(again)) == 0

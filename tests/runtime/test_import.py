@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 
-import pytest
-
 import embedge.runtime
-from embedge.runtime import EmbedgeError, EmbedgeImportError
-from embedge.runtime._requirements import check_onnxruntime
 
 BANNED = (
     "torch",
@@ -74,43 +69,7 @@ def test_what_is_exposed_is_what_is_listed() -> None:
         for name, value in vars(embedge.runtime).items()
         if not name.startswith("_") and getattr(value, "__module__", "").startswith("embedge.")
     }
-    internal = {"check_onnxruntime", "own_version", "without_telemetry"}
+    internal = {"own_version", "without_telemetry"}
     assert exposed - internal == set(embedge.runtime.__all__) - {"__version__"}
     assert sorted(embedge.runtime.__all__) == sorted(set(embedge.runtime.__all__))
     assert embedge.runtime.__version__
-
-
-@pytest.mark.parametrize(
-    ("installed", "message"),
-    [
-        ((), r'ONNX Runtime is not installed; run `pip install "embedge\[cpu\]"`'),
-        (
-            ("onnxruntime", "onnxruntime-gpu"),
-            "both installed .* `pip uninstall -y onnxruntime onnxruntime-gpu`",
-        ),
-    ],
-    ids=["none", "both"],
-)
-def test_onnxruntime_has_to_be_installed_once(
-    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], message: str
-) -> None:
-    pretend_installed(monkeypatch, installed)
-    with pytest.raises(EmbedgeImportError, match=message) as caught:
-        check_onnxruntime()
-    assert isinstance(caught.value, ImportError)
-    assert isinstance(caught.value, EmbedgeError)
-
-
-@pytest.mark.parametrize("package", ["onnxruntime", "onnxruntime-gpu"])
-def test_either_package_will_do(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    pretend_installed(monkeypatch, (package,))
-    check_onnxruntime()
-
-
-def pretend_installed(monkeypatch: pytest.MonkeyPatch, packages: tuple[str, ...]) -> None:
-    def version(package: str) -> str:
-        if package in packages:
-            return "1.32.0"
-        raise importlib.metadata.PackageNotFoundError(package)
-
-    monkeypatch.setattr("embedge.runtime._requirements.version", version)
