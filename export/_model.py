@@ -144,7 +144,12 @@ def read_model(request: Request) -> Model:
             stacklevel=3,
         )
     family = family_class(checkpoint.config, settings.max_length)
-    tokenizer = read_tokenizer(checkpoint.transformer_path)
+    tokenizer = read_tokenizer(
+        checkpoint.transformer_path,
+        config,
+        overrides=settings.tokenizer_settings,
+        lowercase=settings.lowercase,
+    )
     tower, image = None, None
     if family_class.tower is not None and request.modality != "text":
         tower = family_class.tower(checkpoint.config, family.hidden_size)

@@ -6,7 +6,7 @@ from importlib import util
 
 from embedge.runtime._errors import EmbedgeImportError
 
-_PACKAGES = ("onnx", "scipy", "transformers")
+_PACKAGES = ("onnx", "safetensors", "scipy")
 
 
 def check_requirements() -> None:
