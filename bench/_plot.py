@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from embedge.bench._report import Report, Row
+from embedge.runtime._writing import replace_file
 
 __all__ = ["plot"]
 
@@ -46,7 +48,9 @@ def plot(report: Report, file: Path) -> None:
             " on disk",
             fontsize=11,
         )
-    figure.savefig(file, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    replace_file(file, picture.getvalue())
 
 
 def _points(report: Report, task: str) -> list[tuple[float, float, Row]]:

@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from embedge.bench._atomic import write_text
 from embedge.bench._errors import BenchError
 from embedge.bench._report import Report, Row
 from embedge.bench._tables import main_table
+from embedge.runtime._writing import replace_file
 
 __all__ = ["END", "START", "record"]
 
@@ -31,14 +31,21 @@ def record(report: Report, bundle: Path) -> None:
         bundle: its folder.
 
     Raises:
-        BenchError: the manifest is not that of the report, or the card has one marker of two.
+        BenchError: the manifest is not that of the report, or the card has one marker of two, or they
+            cannot be written.
     """
     manifest_file, card_file = bundle / "manifest.json", bundle / "README.md"
     manifest = _with_figures(json.loads(manifest_file.read_text(encoding="utf-8")), report)
     card = card_file.read_text(encoding="utf-8") if card_file.exists() else ""
     card = _with_table(card, _card_section(report))  # before anything is written
-    write_text(manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    write_text(card_file, card)
+    try:
+        replace_file(manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        replace_file(card_file, card)
+    except OSError as error:
+        raise BenchError(
+            f"{bundle}: the figures could not be recorded: {error.strerror or error}; free some space "
+            "or make the folder writable, and run the bench again"
+        ) from error
 
 
 def _with_figures(manifest: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedge.bench._atomic import write_text
 from embedge.bench._bars import Check
 from embedge.bench._plot import plot
 from embedge.bench._report import Report
@@ -18,6 +17,7 @@ from embedge.bench._tables import (
     process_table,
     shape_table,
 )
+from embedge.runtime._writing import replace_file
 
 __all__ = ["HOW_TO_COMPARE", "HOW_TO_READ", "write_report"]
 
@@ -48,8 +48,8 @@ def write_report(report: Report, out: Path, checks: Sequence[Check] = ()) -> lis
     """
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"report.{ending}" for ending in ("json", "md", "png")]
-    write_text(files[0], json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
-    write_text(files[1], markdown(report, checks))
+    replace_file(files[0], json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    replace_file(files[1], markdown(report, checks))
     plot(report, files[2])
     return files
 

@@ -1,9 +1,9 @@
 """Writing a bundle so that a failed or killed export leaves nothing under the final name.
 
-A new bundle is written to ``.NAME.partial`` beside its place and renamed at the end. Additions to a
-bundle are new files inside it that nothing refers to until its ``manifest.json`` is replaced, which is
-one rename; a journal of what was there before tells them from a user's own files. Whoever writes is
-alone at it (``_lock.py``).
+A new bundle is written to ``.NAME.partial`` beside its place and takes its name at the end, in one step
+also where a bundle has it. Additions to a bundle are new files inside it that nothing refers to until its
+``manifest.json`` is replaced, which is one rename; a journal of what was there before tells them from a
+user's own files. Whoever writes is alone at it (``_lock.py``) and first removes what a killed export left.
 """
 
 from __future__ import annotations
@@ -13,16 +13,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from embedge.export._errors import ExportError
 from embedge.export._request import PRECISIONS
-from embedge.runtime._errors import EmbedgeValueError
-from embedge.runtime._manifest import Manifest
+from embedge.runtime._bundle import Bundle
+from embedge.runtime._errors import BundleError, EmbedgeValueError
+from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._prepared import PREPARED
+from embedge.runtime._writing import (
+    make_folder,
+    partial_of,
+    put_in_place,
+    recover,
+    replace_file,
+    sweep,
+)
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -30,6 +39,7 @@ JOURNAL = ".export.partial"
 LOCK = ".export.lock"
 # Of embedge, in no manifest: what `prepare` made, and what a killed process was about to rename.
 _OWN = (f"{PREPARED}/", LOCK, f".{MANIFEST}.", f".{CARD}.")
+_EARLIER = tuple(f".{name}.partial" for name in (JOURNAL, MANIFEST, CARD))  # of earlier versions
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -47,29 +57,38 @@ def new_bundle(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         ExportError: the disk is full or the folder cannot be written.
+        EmbedgeError: something is in the way.
     """
     left = _LEFT_ALONE if overwrite and is_bundle(out) else _NOTHING_LEFT
-    work = out.parent / f".{out.name}.partial"
+    real = Path(os.path.realpath(out))
+    work = partial_of(real)
     try:
-        if work.exists():  # a killed export's
-            shutil.rmtree(work)
-        work.mkdir()
-        yield work
-        _sync(work)
-        if overwrite and out.exists():
-            old = out.parent / f".{out.name}.replaced"
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-            work.rename(out)
-            shutil.rmtree(old)
-        else:
-            if out.is_dir():  # an empty folder was allowed
-                out.rmdir()
-            work.rename(out)
+        make_folder(work)
+        try:
+            yield work
+            if overwrite:
+                read_existing(out, overwrite)  # nobody's file came meanwhile
+            put_in_place(work, real, replace=overwrite)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise write_error(out, error, left) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def clear_up(out: Path) -> None:
+    """Undo what a killed export left beside and inside ``out``; only for whoever is alone there.
+
+    Raises:
+        ExportError: it cannot be removed.
+        EmbedgeError: something else has a name of embedge's.
+    """
+    real = Path(os.path.realpath(out))
+    try:
+        recover(real)
+        if is_bundle(real):
+            roll_back(real)
+    except OSError as error:
+        raise write_error(out, error, _LEFT_ALONE if is_bundle(real) else _NOTHING_LEFT) from error
 
 
 @contextmanager
@@ -83,7 +102,6 @@ def additions(out: Path) -> Iterator[Path]:
         ExportError: the disk is full or the folder cannot be written.
     """
     try:
-        roll_back(out)  # a killed export's
         replace_file(out / JOURNAL, json.dumps(sorted(relative_files(out))))
         yield out
         (out / JOURNAL).unlink()
@@ -117,19 +135,15 @@ def write_error(out: Path, error: OSError, left: str = _NOTHING_LEFT) -> ExportE
     )
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write UTF-8 text beside ``path`` and rename it over."""
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def dump(value: Any) -> str:
     """JSON as it is written into bundles."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_new(path: Path, content: str | bytes) -> None:
+    """Write a file that is not there yet, nor a link; text as UTF-8."""
+    with open(path, "xb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -141,13 +155,9 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": state.hexdigest()}
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's ``files``: everything in the folder but the manifest and the card."""
-    return {
-        name: file_entry(folder / name)
-        for name in sorted(relative_files(folder))
-        if name not in (MANIFEST, CARD)
-    }
+def list_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Files of a folder as the manifest lists them."""
+    return {name: file_entry(folder / name) for name in sorted(names)}
 
 
 def relative_files(folder: Path) -> set[str]:
@@ -178,7 +188,6 @@ def read_existing(out: Path, overwrite: bool) -> Manifest | None:
     content = _manifest_content(out)
     if not overwrite:
         return Manifest.from_dict(content, str(out / MANIFEST))
-    roll_back(out)
     listed = {*content["files"], MANIFEST, CARD}
     strangers = [n for n in relative_files(out) - listed if not n.startswith(_OWN)]
     if strangers:
@@ -187,6 +196,34 @@ def read_existing(out: Path, overwrite: bool) -> Manifest | None:
             "beside them, which --overwrite would delete; move them away or choose another --out"
         )
     return None
+
+
+def check_kept(out: Path, precisions: Iterable[str]) -> None:
+    """Check the files of a bundle that an addition keeps, and the content of those that it builds on.
+
+    Args:
+        out: the bundle.
+        precisions: those that get further tasks.
+
+    Raises:
+        BundleError: a file is missing or damaged, or a graph reads past what is listed.
+    """
+    bundle = Bundle(out, verify="size")
+    listed = bundle.manifest.files
+    grows = {p: s for p, s in bundle.manifest.precisions.items() if p in set(precisions)}
+    folders = {path.rpartition("/")[0] for s in grows.values() for path in s.graphs.values()}
+    for name in listed:
+        if name.rpartition("/")[0] not in folders:
+            continue
+        found = file_entry(out / name)["sha256"]
+        if found != listed[name].sha256:
+            raise BundleError(
+                f"{out / name}: expected SHA-256 {listed[name].sha256}, found {found}: the file is damaged, "
+                "and new tasks would share it; copy the bundle again, or export it anew with --overwrite"
+            )
+    for precision, settings in grows.items():
+        for name in (*settings.graphs, *([VISION] if settings.vision else [])):
+            bundle.graph_bytes(precision, name)
 
 
 def _manifest_content(out: Path) -> dict[str, Any]:
@@ -217,7 +254,10 @@ def _existing(path: Path) -> Path:
 
 def roll_back(out: Path) -> None:
     """Delete what an unfinished addition wrote: our kinds of file that its journal does not list."""
-    if not (out / JOURNAL).is_file():
+    sweep(out)
+    for name in _EARLIER:
+        (out / name).unlink(missing_ok=True)
+    if (out / JOURNAL).is_symlink() or not (out / JOURNAL).is_file():
         return
     try:
         before = set(json.loads((out / JOURNAL).read_text("utf-8")))
@@ -226,19 +266,12 @@ def roll_back(out: Path) -> None:
         return
     for precision in PRECISIONS:
         inside = out / precision
+        if inside.is_symlink():
+            continue  # nothing is added through a link
         for path in sorted(inside.glob("*")):
             ours = path.name.endswith((".onnx", ".bin", ".layers.json", ".unpack.json"))
             if ours and path.is_file() and f"{precision}/{path.name}" not in known:
                 path.unlink()
         if inside.is_dir() and not any(inside.iterdir()):
             inside.rmdir()
-    for name in (JOURNAL, MANIFEST, CARD):
-        (out / f".{name}.partial").unlink(missing_ok=True)
     (out / JOURNAL).unlink()
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

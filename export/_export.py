@@ -11,13 +11,14 @@ from embedge.export._bundle_writer import (
     CARD,
     MANIFEST,
     additions,
+    check_kept,
+    clear_up,
     dump,
-    file_entry,
     list_files,
     new_bundle,
     read_existing,
     relative_files,
-    replace_file,
+    write_new,
 )
 from embedge.export._calibration import TokenBatch
 from embedge.export._identity import check_same_source
@@ -33,6 +34,7 @@ from embedge.quant._calibration_texts import packaged_texts, read_texts
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import Manifest
 from embedge.runtime._onnxruntime import load_onnxruntime
+from embedge.runtime._writing import replace_file, sync_files
 
 
 def export(request: Request, progress: Progress) -> Path:
@@ -44,6 +46,7 @@ def export(request: Request, progress: Progress) -> Path:
 
 def _export_alone(request: Request, progress: Progress) -> None:
     load_onnxruntime()  # a missing or wrong one shows before the work
+    clear_up(request.out)
     old = read_existing(request.out, request.overwrite)
     texts = _calibration_texts(request)
     model = read_model(request)
@@ -52,12 +55,14 @@ def _export_alone(request: Request, progress: Progress) -> None:
         check_same_source(request.out, model, dims, old)
         dims = dims or old.model.matryoshka_dims
     todo = _missing(request, list(model.adapters), old)
+    if old is not None:
+        check_kept(request.out, todo)
     job = Job(request=request, model=model, old=old, progress=progress)
     place: AbstractContextManager[Path]
     place = (
         new_bundle(request.out, overwrite=request.overwrite)
         if old is None
-        else additions(request.out)  # first removes what a killed export left
+        else additions(request.out)
     )
     with place as folder:
         before = relative_files(folder)
@@ -71,23 +76,22 @@ def _export_alone(request: Request, progress: Progress) -> None:
         for precision, tasks in todo.items():
             written |= write_precision(job, folder, precision, tasks, batches)
         if old is None:
-            (folder / "tokenizer.json").write_text(model.tokenizer.text, "utf-8", newline="\n")
+            write_new(folder / "tokenizer.json", model.tokenizer.text)
         if old is not None:  # with what `bench --record` has written meanwhile
             old = read_existing(request.out, overwrite=False) or old
+        files: dict[str, Any]
+        if old is None:
+            new = relative_files(folder) - {CARD}
+            files = list_files(folder, new)
+        else:
+            new = {n for n in relative_files(folder) - before if n.split("/")[0] in written}
+            files = {**{n: f.to_dict() for n, f in old.files.items()}, **list_files(folder, new)}
         manifest = manifest_of(
-            model,
-            matryoshka_dims=dims,
-            precisions=written,
-            files=list_files(folder)
-            if old is None
-            else {
-                **{n: f.to_dict() for n, f in old.files.items()},
-                **_new_files(folder, written, before),
-            },
-            old=old,
+            model, matryoshka_dims=dims, precisions=written, files=files, old=old
         )
         if old is None or not (folder / CARD).exists():
             replace_file(folder / CARD, model_card(manifest))
+        sync_files(folder, new)
         replace_file(folder / MANIFEST, dump(manifest.to_dict()))
 
 
@@ -126,8 +130,3 @@ def _missing(request: Request, names: Sequence[str], old: Manifest | None) -> di
             f"{', '.join(request.precisions)}; nothing to add. Use --overwrite to export anew"
         )
     return todo
-
-
-def _new_files(folder: Path, written: Mapping[str, Any], before: set[str]) -> dict[str, Any]:
-    new = sorted(relative_files(folder) - before)
-    return {n: file_entry(folder / n) for n in new if n.split("/")[0] in written}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import onnx
 
 from embedge.export._assemble import to_model
-from embedge.export._bundle_writer import dump
+from embedge.export._bundle_writer import dump, write_new
 from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
@@ -48,6 +49,11 @@ def write_precision(
     """
     model, request = job.model, job.request
     place = folder / precision
+    if place.is_symlink():
+        raise EmbedgeValueError(
+            f"{place}: expected a folder, found a link to {os.path.realpath(place)}, through which "
+            "nothing is written; put the folder itself there, or choose another --out"
+        )
     place.mkdir(exist_ok=True)
     store = TensorStore(place)
     if job.old is not None and precision in job.old.precisions:
@@ -76,7 +82,7 @@ def write_precision(
                 _store_recipes(job, g, store, shared, own[task])
                 report = _layer_report(g, store)
                 _write_graph(place / f"{task}.onnx", g, store, task)
-                (place / f"{task}.layers.json").write_text(dump(report), "utf-8", newline="\n")
+                write_new(place / f"{task}.layers.json", dump(report))
                 constants[precision] |= set(g.constants)
                 if UNPACKED_PRECISION in forms:
                     g = model.graph(weights, forms[UNPACKED_PRECISION])
@@ -285,7 +291,7 @@ def _layer_report(g: Graph, store: TensorStore) -> dict[str, Any]:
 def _write_graph(path: Path, g: Graph, store: TensorStore, task: str) -> None:
     tensors = [tensor for recipe in g.recipes.values() for tensor in store.tensors(recipe)]
     model = to_model(g, tensors, task, {"embedge.task": task})
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    write_new(path, model.SerializeToString(deterministic=True))
 
 
 def _write_unpacked(
@@ -305,8 +311,7 @@ def _write_unpacked(
         if not store.has(recipe.key):
             store.put(recipe, recipe.compute(), shared if recipe.owner == BASE else own)
     _write_graph(place / f"{task}{UNPACKED_GRAPH}", g, store, task)
-    text = dump(unpack_list(g, store))
-    (place / f"{task}{UNPACK_LIST}").write_text(text, "utf-8", newline="\n")
+    write_new(place / f"{task}{UNPACK_LIST}", dump(unpack_list(g, store)))
 
 
 def _check_names_free(place: Path, tasks: Sequence[str]) -> None:
@@ -314,7 +319,7 @@ def _check_names_free(place: Path, tasks: Sequence[str]) -> None:
     for task in tasks:
         for end in (".onnx", ".layers.json", UNPACKED_GRAPH, UNPACK_LIST):
             name = task + end
-            if (place / name).exists():
+            if os.path.lexists(place / name):
                 raise EmbedgeValueError(
                     f"{place / name}: expected no such file, found one that the bundle's manifest "
                     "does not list; move it away or give the task another name"
@@ -325,7 +330,7 @@ def _fresh_name(place: Path, stem: str) -> str:
     """``stem.bin``, or the first of ``stem.2.bin``, … that an earlier export did not write."""
     number = 1
     name = f"{stem}.bin"
-    while (place / name).exists():
+    while os.path.lexists(place / name):
         number += 1
         name = f"{stem}.{number}.bin"
     return name

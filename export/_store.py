@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export._graph import Recipe, TensorSpec
+from embedge.runtime._errors import BundleError
 from embedge.runtime._onnx_file import INLINE_BYTES
 
 ALIGNMENT = 4096
@@ -51,7 +52,11 @@ class TensorStore:
         self._closed: set[str] = set()
 
     def adopt(self, graph_file: Path) -> None:
-        """Make the tensors of a graph that is already in the folder available for sharing."""
+        """Make the tensors of a graph that is already in the folder available for sharing.
+
+        Raises:
+            BundleError: a file ends before a tensor does.
+        """
         model = onnx.load(str(graph_file), load_external_data=False)
         for tensor in model.graph.initializer:
             if tensor.data_location != TensorProto.EXTERNAL:
@@ -67,6 +72,11 @@ class TensorStore:
                 left = stored.length
                 while left:
                     chunk = file.read(min(left, 1 << 20))
+                    if not chunk:
+                        raise BundleError(
+                            f"{self.folder / stored.file}: expected {left:,} bytes more for {tensor.name} of "
+                            f"{graph_file.name}, found the end; copy or export the bundle again"
+                        )
                     left -= len(chunk)
                     state.update(chunk)
             self._by_hash[state.hexdigest()] = stored
@@ -140,7 +150,7 @@ class TensorStore:
         if name in self._closed:
             raise AssertionError(f"{name} belongs to an earlier export and is not appended to")
         if name not in self._open:
-            self._open[name] = open(self.folder / name, "wb")  # noqa: SIM115 - closed in close()
+            self._open[name] = open(self.folder / name, "xb")  # noqa: SIM115 - closed in close()
         file = self._open[name]
         offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
         file.write(bytes(offset - file.tell()))

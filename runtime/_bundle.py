@@ -25,6 +25,7 @@ from embedge.runtime._names import is_path
 from embedge.runtime._onnx_file import ExternalData, read_external_data, read_product_weights
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import UNPACKED, Initializers, PackedWeight, read_packed, unpack
+from embedge.runtime._writing import replaced_of
 
 __all__ = ["MANIFEST_NAME", "VERIFY_MODES", "Bundle"]
 
@@ -64,6 +65,12 @@ class Bundle:
         self.root = Path(path)
         if not self.root.is_dir():
             found = "a file" if self.root.exists() else "nothing there"
+            if replaced_of(self.root).is_dir():
+                raise BundleError(
+                    f"{self.root}: expected a bundle's folder, found {found}: `embedge export --overwrite` "
+                    f"was interrupted and left the bundle as {replaced_of(self.root)}; rename it to "
+                    f"{self.root}, or run that export again"
+                )
             raise BundleError(
                 f"{self.root}: expected a bundle's folder, found {found}; name the folder that "
                 "`embedge export` wrote with --out"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime._errors import EmbedgeError
+from embedge.runtime._writing import NewFile
 
 __all__ = ["VectorWriter", "open_output", "vector_writer"]
 
@@ -51,14 +52,17 @@ def open_output(name: str) -> Iterator[_NamedStream]:
         with _opened(target, name) as stream:  # a device or a pipe has no name to take
             yield stream
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with _opened(temporary, name) as stream:
-            yield stream
-            stream.sync()
-        os.replace(temporary, target)
+        new = NewFile(target)
+    except OSError as error:
+        raise EmbedgeError(f"--output {name}: {error.strerror or error}") from error
+    try:
+        stream = _NamedStream(new.file, f"--output {name}")
+        yield stream
+        with stream.named():
+            new.commit()
     finally:
-        temporary.unlink(missing_ok=True)
+        new.discard()
 
 
 @contextmanager
@@ -114,30 +118,25 @@ class _NamedStream:
     def write(self, data: bytes) -> None:
         """Writes all of it; an unbuffered stream may take less at a time."""
         rest = memoryview(data)
-        with self._named():
+        with self.named():
             while rest:
                 rest = rest[self._stream.write(rest) :]
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> None:
-        with self._named():
+        with self.named():
             self._stream.seek(place, whence)
 
     def flush(self) -> None:
-        with self._named():
+        with self.named():
             self._stream.flush()
-
-    def sync(self) -> None:
-        """Waits until all is on the disk."""
-        with self._named():
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        with self._named():
+        with self.named():
             self._stream.close()
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
+        """Failures inside name the stream."""
         try:
             yield
         except BrokenPipeError:

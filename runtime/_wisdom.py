@@ -13,7 +13,6 @@ Rules:
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from embedge.runtime._errors import BundleError, EmbedgeWarning
 from embedge.runtime._manifest import Manifest
 from embedge.runtime._prepared import PreparedGraphs, machine_name
 from embedge.runtime._typed_json import MOST_BYTES, Table, read_json_object
+from embedge.runtime._writing import replace_file
 
 __all__ = [
     "Measured",
@@ -167,14 +167,7 @@ def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
         },
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.unlink(missing_ok=True)
-        with partial.open("x", encoding="utf-8") as stream:  # not through a link that lies there
-            stream.write(json.dumps(document, indent=2) + "\n")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(file, json.dumps(document, indent=2) + "\n")
     return file
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from embedge.bench import Report
-from embedge.bench import _atomic as atomic
 from embedge.bench._errors import BenchError
 from embedge.bench._record import END, START, record
+from embedge.runtime import _writing as writing
 
 MANIFEST = {
     "format_version": "1.0",
@@ -100,9 +100,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     before = contents(bundle)
-    monkeypatch.setattr(atomic.os, "fsync", full_disk)
+    monkeypatch.setattr(writing.os, "fsync", full_disk)
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(BenchError, match="No space left.*free some space"):
         record(report, bundle)
 
     assert contents(bundle) == before

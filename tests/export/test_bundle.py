@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,10 @@ from embedge.export import AdapterError, CheckpointError, ExportError, export_bu
 from embedge.export import _lock as lock_module
 from embedge.export import _precision_writer as writer_module
 from embedge.export import _store as store_module
+from embedge.export._bundle_writer import file_entry
 from embedge.runtime import Embedder, EmbedgeError
 from embedge.runtime._cli import main
-from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._errors import BundleError, EmbedgeValueError
 from embedge.runtime._manifest import Manifest
 
 PRECISIONS = ["fp32", "fp16", "int8", "int4"]
@@ -295,13 +296,54 @@ def test_the_same_dimensions_can_be_given_again(
     assert set(manifest(copy)["tasks"]) == {"first", "second", "third"}
 
 
-def test_adding_does_not_bless_a_damaged_file(source: Path, copy: Path) -> None:
-    stated = manifest(copy)["files"]["int8/shared.bin"]
-    with (copy / "int8/shared.bin").open("r+b") as file:
-        file.seek(10)
-        file.write(b"\x55\xaa")
-    small(source, copy, adapters={"third": None})
-    assert manifest(copy)["files"]["int8/shared.bin"] == stated
+def flip(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(10)
+        stream.write(b"\x55\xaa")
+
+
+def shorten(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 5000)
+
+
+def lose(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (flip, "int8/shared.bin", "expected SHA-256"),
+        (flip, "int8/first.onnx", "expected SHA-256"),
+        (shorten, "int8/shared.bin", r"expected \d+ bytes, found \d+"),
+        (shorten, "fp32/shared.bin", r"expected \d+ bytes, found \d+"),
+        (lose, "tokenizer.json", "missing"),
+    ],
+)
+def test_nothing_is_added_to_a_damaged_bundle(
+    damage: Callable[[Path], None], name: str, message: str, source: Path, copy: Path
+) -> None:
+    damage(copy / name)
+    before = contents(copy)
+    with pytest.raises(BundleError, match=f"{name}: ({message}).*export"):
+        small(source, copy, adapters={"third": None})
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("values", [{"length": 1 << 40}, {"offset": 1 << 40}, {"location": "x"}])
+def test_a_graph_that_reads_past_what_is_listed_is_not_added_to(
+    values: dict[str, Any], source: Path, copy: Path
+) -> None:
+    graph = onnx.load(str(copy / "int8/first.onnx"), load_external_data=False)
+    tensor = next(t for t in graph.graph.initializer if t.external_data)
+    for entry in tensor.external_data:
+        entry.value = str(values.get(entry.key, entry.value))
+    (copy / "int8/first.onnx").write_bytes(graph.SerializeToString())
+    document = manifest(copy)
+    document["files"]["int8/first.onnx"] = file_entry(copy / "int8/first.onnx")
+    write_json(copy / "manifest.json", document)
+    with pytest.raises(BundleError, match=r"truncated|not list"):
+        small(source, copy, adapters={"third": None})
 
 
 def test_tasks_of_other_options_keep_what_older_graphs_need(source: Path, tmp_path: Path) -> None:
@@ -651,6 +693,44 @@ def test_activations_that_overflow_are_refused_by_layer(source: Path, tmp_path: 
 # -- overwriting, foreign files -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["shared.2.bin", "third.onnx", "third.bin"])
+def test_additions_do_not_write_through_links(name: str, source: Path, copy: Path) -> None:
+    victim = copy.parent / "victim"
+    (copy / "int8" / name).symlink_to(victim)
+    with suppress(EmbedgeError):
+        small(source, copy, adapters={"third": None})
+    assert not victim.exists()
+
+
+def test_a_precisions_folder_behind_a_link_is_not_added_to(source: Path, copy: Path) -> None:
+    (copy / "int8").rename(copy.parent / "elsewhere")
+    (copy / "int8").symlink_to(copy.parent / "elsewhere")
+    before = contents(copy.parent / "elsewhere")
+    with pytest.raises(EmbedgeError, match="link"):
+        small(source, copy, adapters={"third": None})
+    assert contents(copy.parent / "elsewhere") == before
+
+
+def test_everything_listed_is_on_the_disk_before_the_manifest_is(
+    source: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[tuple[int, int]] = set()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        flushed.add((status.st_dev, status.st_ino))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    before = contents(copy)
+    small(source, copy, adapters={"third": None}, precisions=["int8", "int4"])
+    out = small(source, tmp_path / "new")
+    added = [copy / name for name in set(contents(copy)) - set(before)]
+    for path in [*added, *out.rglob("*"), copy / "manifest.json", copy / "int8", copy, out]:
+        assert (path.stat().st_dev, path.stat().st_ino) in flushed, path
+
+
 def test_overwriting_replaces_the_whole_bundle(source: Path, copy: Path) -> None:
     small(source, copy, overwrite=True)
     assert list(manifest(copy)["tasks"]) == ["task"]
@@ -732,7 +812,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 return getattr(self._file, name)
 
         def open_(path: Path, mode: str) -> Any:
-            return File(path, mode) if mode == "wb" else path.open(mode)
+            return File(path, mode) if mode == "xb" else path.open(mode)
 
         monkeypatch.setattr(store_module, "open", open_, raising=False)
 

@@ -173,7 +173,7 @@ class TestFile:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("embedge.runtime._wisdom.os.replace", full)
+        monkeypatch.setattr("embedge.runtime._writing.os.replace", full)
         with pytest.raises(OSError, match="No space"):
             measure(integer.path, LANES)
         assert file.read_bytes() == before
