@@ -4,21 +4,27 @@ Checks when a bundle is opened, by ``verify``:
     "none"   the manifest alone
     "size"   every listed file is there, is a file inside the folder, and has its size (default)
     "full"   and has its SHA-256; every byte that a graph reads is in a listed file
+
+A bundle stays the one that was opened: a file that is read later and has changed since, or lies in a folder
+that took the place of the bundle's, must have the SHA-256 of the manifest that was read. Links lead to files
+of the bundle, or to the blobs of the hub's cache that its snapshot lies in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
-from embedge.runtime._files import kind_of, open_regular_file
+from embedge.runtime._files import FileState, kind_of, open_regular_file, state_of
 from embedge.runtime._kernels import in_panels
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._names import is_path
@@ -34,6 +40,7 @@ VERIFY_MODES = ("none", "size", "full")
 _AGAIN = "copy or export the bundle again"
 _INTEGERS = ("int8", "int4", "int4-unpacked")
 _CHUNK_BYTES = 1 << 20
+_REPOSITORY = re.compile(r"[a-z]+--.+")  # models--owner--name
 
 
 class Bundle:
@@ -44,7 +51,7 @@ class Bundle:
         verify: what to check, see the module's description.
 
     Attributes:
-        root: the folder.
+        root: the folder, absolute and without links.
         manifest: its parsed manifest.
 
     Raises:
@@ -62,29 +69,27 @@ class Bundle:
                 f"bundle is {path!r}; expected the path of a bundle's folder, as `embedge export` "
                 "writes it"
             )
-        self.root = Path(path)
-        if not self.root.is_dir():
-            found = "a file" if self.root.exists() else "nothing there"
-            if replaced_of(self.root).is_dir():
-                raise BundleError(
-                    f"{self.root}: expected a bundle's folder, found {found}: `embedge export --overwrite` "
-                    f"was interrupted and left the bundle as {replaced_of(self.root)}; rename it to "
-                    f"{self.root}, or run that export again"
-                )
-            raise BundleError(
-                f"{self.root}: expected a bundle's folder, found {found}; name the folder that "
-                "`embedge export` wrote with --out"
-            )
+        self.root = _root(path)
+        self._states: dict[str, FileState] = {}  # of the manifest's files, as they were opened
         file = self.root / MANIFEST_NAME
-        if not file.exists():
+        try:
+            before = state_of(os.stat(file))
+            self.manifest = Manifest.from_dict(read_json_object(file), str(file))
+            if verify != "none":
+                for problem in self.problems(hashes=verify == "full"):
+                    raise BundleError(problem)
+            else:
+                self._note_files()
+            after = state_of(os.stat(file))
+        except FileNotFoundError as error:
             raise BundleError(
                 f"{self.root}: not an embedge bundle: it has no {MANIFEST_NAME}; "
                 "`embedge export` writes bundles"
-            )
-        self.manifest = Manifest.from_dict(read_json_object(file), str(file))
-        if verify != "none":
-            for problem in self.problems(hashes=verify == "full"):
-                raise BundleError(problem)
+            ) from error
+        except OSError as error:
+            raise BundleError(f"{file}: cannot be read: {error.strerror or error}") from error
+        if before != after:
+            raise BundleError(f"{self.root}: was replaced while it was opened; open it again")
 
     def problems(self, *, hashes: bool) -> list[str]:
         """What is wrong with the bundle's files, one message each.
@@ -112,22 +117,65 @@ class Bundle:
         return found
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle.
+        """The path of a listed file of the bundle, as it was when the bundle was opened.
 
         Raises:
-            BundleError: if there is none, or it lies outside the folder behind a link.
+            BundleError: if there is none, it lies outside the folder behind a link, or it has changed.
         """
+        path, state = self._find(name)
+        if self._states.get(name) != state:
+            found, state = _sha256(path)
+            if found != self.manifest.files[name].sha256:
+                raise BundleError(
+                    f"{path}: changed since the bundle was opened: expected SHA-256 "
+                    f"{self.manifest.files[name].sha256}, found {found}; open the bundle again"
+                )
+            self._states[name] = state
+        return path
+
+    def _find(self, name: str) -> tuple[Path, FileState]:
+        """The path of a file of the bundle, and its state."""
         path = self.root / name
         try:
             real = path.resolve(strict=True)
-            mode = real.stat().st_mode
-        except (OSError, RuntimeError) as error:
+            status = real.stat()
+        except FileNotFoundError as error:
             raise BundleError(f"{path}: missing; {_AGAIN}") from error
-        if not stat.S_ISREG(mode):
-            raise BundleError(f"{path}: expected a regular file, found {kind_of(mode)}; {_AGAIN}")
-        if not real.is_relative_to(self.root.resolve()):
-            raise BundleError(f"{path}: a link that leaves the bundle, to {real}; copy the file in")
-        return path
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: links in a circle, before Python 3.13
+            reason = getattr(error, "strerror", None) or error
+            raise BundleError(f"{path}: cannot be read: {reason}; {_AGAIN}") from error
+        if not stat.S_ISREG(status.st_mode):
+            found = kind_of(status.st_mode)
+            raise BundleError(f"{path}: expected a regular file, found {found}; {_AGAIN}")
+        if not real.is_relative_to(self.root) and real.parent != _blobs(self.root):
+            raise BundleError(
+                f"{path}: a link that leaves the bundle, to {real}; copy the bundle with what its links "
+                f"name, `cp -rL {self.root} COPY`, and open the copy"
+            )
+        return path, state_of(status)
+
+    @contextmanager
+    def reading(self, names: Iterable[str]) -> Iterator[None]:
+        """Checks files before and after they are read by somebody else, who opens them by their paths.
+
+        Raises:
+            BundleError: as :meth:`file`.
+        """
+        names = tuple(names)
+        for name in names:
+            self.file(name)
+        yield
+        for name in names:
+            self.file(name)
+
+    def _note_files(self) -> None:
+        """Remembers the files that are there as the bundle's."""
+        for name in self.manifest.files:
+            with suppress(BundleError):
+                self._states[name] = self._find(name)[1]
 
     def graph(self, precision: str, name: str) -> Path:
         """The graph file of a task, or of ``VISION``, at a precision; all in the manifest."""
@@ -179,8 +227,8 @@ class Bundle:
                 sizes[data.location, data.offset] = self._external_bytes(graph, data)
         return graph.stat().st_size + sum(sizes.values()), unpacked
 
-    def graph_files(self, precision: str, name: str) -> set[Path]:
-        """The graph of a task, or of ``VISION``, and every file that opening it reads."""
+    def graph_files(self, precision: str, name: str) -> list[str]:
+        """Names of the graph of a task, or of ``VISION``, and of every file that opening it reads."""
         graph = self.graph(precision, name)
         used = [data for data in read_external_data(graph) if data.location != UNPACKED]
         files = {graph, *(self._beside(graph, data.location) for data in used)}
@@ -190,7 +238,7 @@ class Bundle:
             tensors = (tensor for weight in weights for tensor, _, _ in weight.tensors)
             places = (tensor for tensor in tensors if not isinstance(tensor, bytes))
             files |= {listed, *(self._beside(listed, place.location) for place in places)}
-        return files
+        return sorted(path.relative_to(self.root).as_posix() for path in files)
 
     def multiplies_integers(self, precision: str) -> bool:
         """Whether a precision's products are of integers, on a CPU."""
@@ -282,24 +330,70 @@ class Bundle:
         return self.file(name)
 
     def _check(self, name: str, *, hashes: bool) -> None:
-        path, expected = self.file(name), self.manifest.files[name]
+        """Compares a file with the manifest, and remembers it."""
+        (path, state), expected = self._find(name), self.manifest.files[name]
         size = path.stat().st_size
         if size != expected.size:
             raise BundleError(f"{path}: expected {expected.size} bytes, found {size}; {_AGAIN}")
         if hashes:
-            found = _sha256(path)
+            found, state = _sha256(path)
             if found != expected.sha256:
                 raise BundleError(
                     f"{path}: expected SHA-256 {expected.sha256}, found {found}; {_AGAIN}"
                 )
+        self._states[name] = state
 
 
-def _sha256(path: Path) -> str:
-    state = hashlib.sha256()
+def _root(path: str | os.PathLike[str]) -> Path:
+    """The bundle's folder by its own name, whatever links led there and wherever the program goes.
+
+    Raises:
+        BundleError: if there is no folder.
+    """
+    given = Path(path)
+    try:
+        root = given.resolve(strict=True)
+        mode = root.stat().st_mode
+    except FileNotFoundError:
+        found = "nothing there"
+    except (OSError, RuntimeError, ValueError) as error:
+        found = f"what cannot be read ({error})"
+    else:
+        if stat.S_ISDIR(mode):
+            return root
+        found = kind_of(mode)
+    left = replaced_of(given.absolute())
+    if left.is_dir():
+        raise BundleError(
+            f"{given}: expected a bundle's folder, found {found}: `embedge export --overwrite` was "
+            f"interrupted and left the bundle as {left}; rename it to {given}, or run that export again"
+        )
+    raise BundleError(
+        f"{given}: expected a bundle's folder, found {found}; name the folder that `embedge export` wrote "
+        "with --out"
+    )
+
+
+def _blobs(root: Path) -> Path | None:
+    """Where the hub's cache keeps the files of the snapshot that a folder is, or lies in."""
+    for folder in (root, *root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and _REPOSITORY.fullmatch(repository.name):
+            return repository / "blobs"
+    return None
+
+
+def _sha256(path: Path) -> tuple[str, FileState]:
+    """The hash of a file and its state, which was the same before and after."""
+    hashed = hashlib.sha256()
     try:
         with open_regular_file(path) as stream:
+            before = state_of(os.fstat(stream.fileno()))
             while chunk := stream.read(_CHUNK_BYTES):
-                state.update(chunk)
+                hashed.update(chunk)
+            after = state_of(os.fstat(stream.fileno()))
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return state.hexdigest()
+    if before != after:
+        raise BundleError(f"{path}: was written while it was read; open the bundle again")
+    return hashed.hexdigest(), after

@@ -35,7 +35,7 @@ from embedge.runtime._progress import Progress
 from embedge.runtime._request import BATCH_SIZE, Request, make_request
 from embedge.runtime._rows import RowRunner
 from embedge.runtime._similarity import similarity
-from embedge.runtime._tokenize import TextTokenizer, TokenIds
+from embedge.runtime._tokenize import TokenIds, read_tokenizer
 from embedge.runtime._wisdom import read_wisdom
 
 if TYPE_CHECKING:
@@ -139,9 +139,7 @@ class Embedder:
             memory_limit=memory_limit,
             settings=measured.settings if measured else None,
         )
-        tokenizer = TextTokenizer(
-            self._bundle.file(manifest.tokenizer.file), manifest.tokenizer, self._model.max_length
-        )
+        tokenizer = read_tokenizer(self._bundle)
         runner = RowRunner(
             graphs,
             self._model,

@@ -9,19 +9,29 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
-__all__ = ["JSON_BYTES", "TOKENIZER_BYTES", "kind_of", "open_regular_file", "read_regular_file"]
+__all__ = [
+    "JSON_BYTES",
+    "TOKENIZER_BYTES",
+    "FileState",
+    "kind_of",
+    "open_regular_file",
+    "read_regular_file",
+    "state_of",
+]
 
 JSON_BYTES = 64 << 20  # a manifest of 1,000 tasks takes 2 MB, a list of 36 layers to unpack 6 MB
 TOKENIZER_BYTES = 512 << 20  # those of 262,144 words take 33 MB
+
+FileState: TypeAlias = tuple[int, ...]
 
 # Opened for its status alone: nobody writes into a FIFO, and a terminal stays somebody else's.
 _FLAGS = os.O_RDONLY | sum(
     getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY")
 )
 _KINDS = (
-    (stat.S_ISREG, "a regular file"),
+    (stat.S_ISREG, "a file"),
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
@@ -63,6 +73,11 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
         reason = f"expected at most {limit:,} bytes, found {max(size, len(data)):,}"
         raise OSError(errno.EFBIG, reason, os.fspath(path))
     return data
+
+
+def state_of(found: os.stat_result) -> FileState:
+    """What changes when a file is written or another takes its name; what else may change, too."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def kind_of(mode: int) -> str:

@@ -154,19 +154,20 @@ class Graphs:
         """A session of a graph, which nothing bounds.
 
         Raises:
-            BundleError: if ONNX Runtime refuses the graph.
+            BundleError: if ONNX Runtime refuses the graph, or its files are not the bundle's any more.
         """
-        return GraphSession(
-            self._bundle.graph(self._precision, name),
-            device=self._device,
-            threads=threads,
-            constants=self._settings.activation_constants,
-            inputs=graph_inputs(self._bundle.manifest, self._precision, name),
-            integer=self._bundle.multiplies_integers(self._precision),
-            arena=self._keeps_arena,
-            prepared=self._find_prepared(name),
-            unpack=self._bundle.unpacking(self._precision, name, threads=self._threads),
-        )
+        with self._bundle.reading(self._bundle.graph_files(self._precision, name)):
+            return GraphSession(
+                self._bundle.graph(self._precision, name),
+                device=self._device,
+                threads=threads,
+                constants=self._settings.activation_constants,
+                inputs=graph_inputs(self._bundle.manifest, self._precision, name),
+                integer=self._bundle.multiplies_integers(self._precision),
+                arena=self._keeps_arena,
+                prepared=self._find_prepared(name),
+                unpack=self._bundle.unpacking(self._precision, name, threads=self._threads),
+            )
 
     def _find_prepared(self, name: str) -> Path | None:
         """What `embedge prepare` stored; not where other activation constants are needed."""

@@ -26,7 +26,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._graphs import SMALL_GRAPH_BYTES, Graphs
 from embedge.runtime._request import make_request
 from embedge.runtime._rows import RowRunner
-from embedge.runtime._tokenize import TextTokenizer, TokenIds
+from embedge.runtime._tokenize import TokenIds, read_tokenizer
 from embedge.runtime._wisdom import Measured, RunSettings, Wisdom
 
 __all__ = ["measure_precisions", "medians_ms"]
@@ -202,9 +202,7 @@ class _Host:
             bool(manifest.precisions[precision].activation_constants)
             and bundle.graph_bytes(precision, task) <= _LANES_BYTES
         )
-        settings = manifest.tokenizer
-        tokenizer = TextTokenizer(bundle.file(settings.file), settings, manifest.model.max_length)
-        self._ids = tokenizer([_TEXT])[0].ids
+        self._ids = read_tokenizer(bundle)([_TEXT])[0].ids
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

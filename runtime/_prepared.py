@@ -101,11 +101,12 @@ class PreparedGraphs:
             self._check_space(precision, name)
             layout = self._layout(precision)
             panels = layout is not None
-            given = self._bundle.unpacked(
-                precision, name, threads=available_cores(), panels=panels, scratch=partial
-            )
-            _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
-            del given
+            with self._bundle.reading(source):
+                given = self._bundle.unpacked(
+                    precision, name, threads=available_cores(), panels=panels, scratch=partial
+                )
+                _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
+                del given
             files = {path.name: path.stat().st_size for path in partial.iterdir()}
             record = {"source": source, "files": files, "layout": layout}
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -148,9 +149,8 @@ class PreparedGraphs:
 
     def _source(self, precision: str, name: str) -> dict[str, str]:
         """SHA-256, as the manifest has them, of the files of a graph."""
-        paths = self._bundle.graph_files(precision, name)
         listed = self._bundle.manifest.files
-        names = sorted(path.relative_to(self._bundle.root).as_posix() for path in paths)
+        names = self._bundle.graph_files(precision, name)
         return {name: listed[name].sha256 for name in names}
 
     @staticmethod

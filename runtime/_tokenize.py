@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime._bundle import Bundle
 from embedge.runtime._errors import BundleError
 from embedge.runtime._files import TOKENIZER_BYTES, read_regular_file
 from embedge.runtime._manifest import TokenizerSettings
@@ -21,7 +22,7 @@ from embedge.runtime._manifest import TokenizerSettings
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-__all__ = ["TextTokenizer", "TokenIds", "is_library_error", "without_surrogates"]
+__all__ = ["TextTokenizer", "TokenIds", "is_library_error", "read_tokenizer", "without_surrogates"]
 
 # tokenizers' own objects take some 100 bytes a token, so they are dropped after this many texts.
 _CHUNK_TEXTS = 512
@@ -89,6 +90,19 @@ class TextTokenizer:
                 f"{self._file}: the tokenizer failed on {_shown(texts)}: {error}; copy or export the bundle "
                 "again"
             ) from error
+
+
+def read_tokenizer(bundle: Bundle) -> TextTokenizer:
+    """The tokenizer of a bundle.
+
+    Raises:
+        BundleError: as :class:`TextTokenizer`, or if the file is not the bundle's any more.
+    """
+    settings = bundle.manifest.tokenizer
+    with bundle.reading([settings.file]):
+        return TextTokenizer(
+            bundle.root / settings.file, settings, bundle.manifest.model.max_length
+        )
 
 
 def is_library_error(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -160,3 +161,21 @@ def test_an_earlier_bundle_without_it_gains_it_for_new_tasks(
         export_bundle(source, adapters={"one": adapter}, precisions=["int4"], out=out)
     assert Embedder(out, precision=UNPACKED).tasks == ("one",)
     assert Embedder(out, precision="int4").tasks == ("bare", "one")
+
+
+@pytest.mark.parametrize("precision", ["int4", UNPACKED])
+def test_from_the_hub_cache_with_links_to_its_blobs(
+    bundle: Path, tmp_path: Path, precision: str
+) -> None:
+    expected = encode(bundle, precision)
+    repository = tmp_path / "models--me--bundle"
+    snapshot = repository / "snapshots" / "0a1b2c"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(f for f in bundle.rglob("*") if f.is_file())):
+        blob, link = repository / "blobs" / f"{number:040x}", snapshot / file.relative_to(bundle)
+        shutil.move(file, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    np.testing.assert_array_equal(encode(snapshot, precision), expected)
+    assert main(["prepare", str(snapshot), "--precision", precision, "--pack-only"]) == 0
+    np.testing.assert_array_equal(encode(snapshot, precision), expected)
