@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import replace
+from io import IOBase
 from typing import Any
 
 import numpy as np
@@ -26,46 +29,45 @@ __all__ = [
     "choose_prompt",
     "choose_task",
     "parse_bytes",
+    "with_prompts",
 ]
 
 MAX_THREADS = 1024  # more than machines have; ONNX Runtime ends with std::bad_alloc far above it
 ON_TRUNCATE = ("ignore", "warn", "error")
 
 
-def as_texts(sentences: Any) -> tuple[list[str], bool]:
+def as_texts(inputs: Any) -> tuple[list[str], bool]:
     """The texts of a call, and whether it was a single one.
 
     Raises:
         EmbedgeValueError: with the index and type of the first item that is not a string.
     """
-    if isinstance(sentences, str):
-        return [sentences], True
+    if isinstance(inputs, str):
+        return [inputs], True
     expected = "a string or a list of strings"
-    if isinstance(sentences, (bytes, bytearray)):
-        raise EmbedgeValueError(f"sentences: expected {expected}, found {type(sentences).__name__}")
-    texts = _listed_items("sentences", sentences, expected)
+    if isinstance(inputs, (bytes, bytearray)):
+        raise EmbedgeValueError(f"inputs: expected {expected}, found {type(inputs).__name__}")
+    texts = _listed_items("inputs", inputs, expected)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise EmbedgeValueError(
-                f"sentences[{index}]: expected a string, found {type(text).__name__}"
-            )
+            raise EmbedgeValueError(f"inputs[{index}]: expected a string, found {_described(text)}")
     return texts, False
 
 
-def as_items(sentences: Any) -> tuple[list[Any], bool]:
+def as_items(inputs: Any) -> tuple[list[Any], bool]:
     """The texts (``str``) and images (anything else) of a call, and whether it was a single one.
 
     Raises:
         EmbedgeValueError: with the index and type of the first item that is neither.
     """
-    if isinstance(sentences, str) or _is_one_image(sentences):
-        return [sentences], True
-    items = _listed_items("sentences", sentences, "a string, an image or a list of them")
+    if isinstance(inputs, str) or _is_one_image(inputs):
+        return [inputs], True
+    items = _listed_items("inputs", inputs, "a string, an image or a list of them")
     for index, item in enumerate(items):
         if not isinstance(item, str) and not is_image(item):
             raise EmbedgeValueError(
-                f"sentences[{index}]: expected a string or an image (a path, bytes, a PIL image or "
-                f"a numpy array), found {type(item).__name__}"
+                f"inputs[{index}]: expected a string or an image (a path, bytes, a PIL image or "
+                f"a numpy array), found {_described(item)}"
             )
     return items, False
 
@@ -96,12 +98,57 @@ def _is_one_image(value: Any) -> bool:
 
 
 def _listed_items(name: str, value: Any, expected: str) -> list[Any]:
-    if isinstance(value, dict) or not isinstance(value, Iterable):
-        raise EmbedgeValueError(f"{name}: expected {expected}, found {type(value).__name__}")
-    try:
-        return list(value)
-    except TypeError as error:  # a NumPy scalar calls itself iterable
-        raise EmbedgeValueError(f"{name}: expected {expected}: {error}") from error
+    """The items of a list, or of another thing that holds one item after the other.
+
+    Raises:
+        EmbedgeValueError: for what holds its items otherwise, with the way to a list.
+    """
+    found, advice = type(value).__name__, None
+    if isinstance(value, Mapping):
+        advice = f"list({name}.values())"
+    elif hasattr(value, "columns") or hasattr(
+        value, "column_names"
+    ):  # iterated, it gives their names
+        found, advice = f"a table ({found})", f"one of its columns, such as {_a_column(value)}"
+    elif isinstance(value, Set):  # vectors could not be told apart
+        found, advice = f"{found}, which has no order", f"sorted({name})"
+    elif isinstance(value, IOBase):  # its lines hold their ends
+        found, advice = f"a file ({found})", "[line.rstrip() for line in file]"
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "OSTU" and value.ndim != 1:
+        found = f"an array of shape {list(value.shape)}"
+        advice = "one column, such as array[:, 0]" if value.ndim > 1 else f"{name}.item()"
+    elif isinstance(value, Iterable):
+        try:
+            return list(value)
+        except TypeError as error:  # a NumPy scalar calls itself iterable
+            raise EmbedgeValueError(f"{name}: expected {expected}: {error}") from error
+    hint = f"; pass {advice}" if advice else ""
+    raise EmbedgeValueError(f"{name}: expected {expected}, found {found}{hint}")
+
+
+def _a_column(table: Any) -> str:
+    """Python for the texts of a table."""
+    names = getattr(table, "column_names", None)
+    names = list(getattr(table, "columns", ()) if names is None else names)
+    texts = [name for name in names if isinstance(name, str)] or ["text"]
+    column = f"table[{('text' if 'text' in texts else texts[0])!r}]"
+    return f"{column}.to_pylist()" if hasattr(table, "to_pylist") else f"list({column})"
+
+
+def _described(item: Any) -> str:
+    """The type of an item that is no text, and what to do about the usual ones."""
+    kind = type(item).__name__
+    if (
+        item is None
+        or (isinstance(item, float) and math.isnan(item))
+        or kind in ("NAType", "NaTType")
+    ):
+        return f"{kind}, a missing value; fill or drop those"
+    if isinstance(item, bytes):
+        return f"{kind}; decode them, such as item.decode()"
+    if type(item).__module__.startswith("pyarrow"):
+        return f"{kind}; pass column.to_pylist()"
+    return kind
 
 
 def check_positive(name: str, value: Any) -> int:
@@ -215,6 +262,46 @@ def choose_prompt(name: str, task: Task, prompt_name: str | None, prompt: str | 
     raise EmbedgeValueError(
         f"task {name!r} has no prompt {chosen!r}; it has {_listed(task.prompts)}"
     )
+
+
+def with_prompts(
+    tasks: Mapping[str, Task],
+    prompts: Mapping[str, str] | None,
+    default_prompt_name: str | None,
+    task: str | None,
+) -> dict[str, Task]:
+    """Tasks with an Embedder's own prompts.
+
+    Args:
+        tasks: of the bundle.
+        prompts: win over a task's prompts of the same name.
+        default_prompt_name: becomes the default of the tasks that have it.
+        task: has to have it; ``None``: all have to.
+    """
+    if prompts is not None and not isinstance(prompts, Mapping):
+        raise EmbedgeValueError(
+            f"prompts: expected texts by name, such as {{'query': 'query: '}}, found "
+            f"{type(prompts).__name__}"
+        )
+    for name, text in (prompts or {}).items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise EmbedgeValueError(
+                f"prompts[{name!r}]: expected a string under a string, found {type(text).__name__}"
+            )
+    given = {
+        name: replace(of_task, prompts={**of_task.prompts, **(prompts or {})})
+        for name, of_task in tasks.items()
+    }
+    if default_prompt_name is None:
+        return given
+    for name in given if task is None else [task]:
+        choose_prompt(name, given[name], default_prompt_name, None)
+    return {
+        name: replace(of_task, default_prompt=default_prompt_name)
+        if default_prompt_name in of_task.prompts
+        else of_task
+        for name, of_task in given.items()
+    }
 
 
 def choose_dim(model: Model, truncate_dim: int | None) -> int:

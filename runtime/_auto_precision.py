@@ -20,7 +20,7 @@ from math import exp, log
 from typing import Any
 
 from embedge.runtime._bundle import Bundle
-from embedge.runtime._device import DEVICES, cuda_problem
+from embedge.runtime._device import cuda_problem
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._wisdom import Wisdom
@@ -84,8 +84,6 @@ def choose_automatically(
 
 def _usable_devices(manifest: Manifest, device: str) -> list[str]:
     """The devices to look at, the preferred first."""
-    if device not in DEVICES:
-        raise EmbedgeValueError(f"device is {device!r}; expected one of {', '.join(DEVICES)}")
     if device != "auto":
         return [device]
     has_kernels = any("cuda" in settings.devices for settings in manifest.precisions.values())

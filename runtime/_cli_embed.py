@@ -201,7 +201,7 @@ def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[
         raise EmbedgeError(f"input line {records[error.index].line}: {error.reason}") from error
     for warning in said:
         text = re.sub(
-            r"(?:sentences|images)\[(\d+)\]",
+            r"(?:inputs|images)\[(\d+)\]",
             lambda place: f"input line {records[int(place[1])].line}",
             str(warning.message),
         )

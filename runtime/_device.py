@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from embedge.runtime._errors import DeviceError, EmbedgeValueError
 from embedge.runtime._fork import no_fork
 from embedge.runtime._onnxruntime import command_for_cuda, load_onnxruntime, open_session
 
-__all__ = ["DEVICES", "PROVIDERS", "choose_device"]
+__all__ = ["DEVICES", "PROVIDERS", "choose_device", "split_device"]
 
 DEVICES = ("auto", "cpu", "cuda")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -28,11 +29,25 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _logger = logging.getLogger("embedge.runtime")
 
 
+def split_device(device: Any) -> tuple[str, int]:
+    """A device's kind, one of :data:`DEVICES`, and its number: ("cuda", 1) of "cuda:1".
+
+    Raises:
+        EmbedgeValueError: for an unknown device.
+    """
+    found = re.fullmatch(r"(auto|cpu|cuda)|(cuda):([0-9]{1,4})", str(device))
+    if found is None:
+        raise EmbedgeValueError(
+            f"device is {device!r}; expected one of {', '.join(DEVICES)}, or cuda:N for a GPU's number"
+        )
+    return found[1] or found[2], int(found[3] or 0)
+
+
 def choose_device(requested: str, precision: str, supported: Sequence[str]) -> str:
-    """The device to run on, "cpu" or "cuda".
+    """The device to run on, "cpu", "cuda" or "cuda:N".
 
     Args:
-        requested: "auto", "cpu" or "cuda".
+        requested: "auto", "cpu", "cuda" or "cuda:N".
         precision: name of the precision, for messages.
         supported: devices that have kernels for it.
 
@@ -40,20 +55,19 @@ def choose_device(requested: str, precision: str, supported: Sequence[str]) -> s
         EmbedgeValueError: for an unknown device, or one without kernels for the precision.
         DeviceError: if CUDA was asked for and does not work here.
     """
-    if requested not in DEVICES:
-        raise EmbedgeValueError(f"device is {requested!r}; expected one of {', '.join(DEVICES)}")
-    if requested != "auto" and requested not in supported:
+    kind, index = split_device(requested)
+    if kind != "auto" and kind not in supported:
         raise EmbedgeValueError(
-            f"precision {precision!r} does not run on {requested}; it runs on "
+            f"precision {precision!r} does not run on {kind}; it runs on "
             f"{', '.join(supported) or 'no device'}: choose another precision or device"
         )
-    if requested == "cpu":
+    if kind == "cpu":
         return "cpu"
-    why_not = cuda_problem() if "cuda" in supported else "the precision has no CUDA kernels"
-    if requested == "cuda":
+    why_not = cuda_problem(index) if "cuda" in supported else "the precision has no CUDA kernels"
+    if kind == "cuda":
         if why_not:
-            raise DeviceError(f"device 'cuda': {why_not}")
-        return "cuda"
+            raise DeviceError(f"device {str(requested)!r}: {why_not}")
+        return str(requested)
     if why_not and "cpu" not in supported:
         raise DeviceError(f"precision {precision!r} runs on cuda only: {why_not}")
     chosen = "cpu" if why_not else "cuda"
@@ -61,8 +75,8 @@ def choose_device(requested: str, precision: str, supported: Sequence[str]) -> s
     return chosen
 
 
-def cuda_problem() -> str | None:
-    """Why the CUDA provider cannot be used, with the fix; ``None`` if it can.
+def cuda_problem(index: int = 0) -> str | None:
+    """Why the CUDA provider cannot be used on a GPU, with the fix; ``None`` if it can.
 
     A provider that is listed may still fail to load its libraries, upon which ONNX Runtime would
     fall back to the processor with no more than a log line. So a tiny session is opened.
@@ -77,15 +91,17 @@ def cuda_problem() -> str | None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = open_session(probe_model(), options, [cuda, PROVIDERS["cpu"]])
+        on_gpu = (cuda, {"device_id": str(index)})
+        session = open_session(probe_model(), options, [on_gpu, PROVIDERS["cpu"]])
         loaded = cuda in session.get_providers()
     except Exception:  # ONNX Runtime's errors have no common base
         loaded = False
     if loaded:
         return None
+    which = f" on GPU {index}" if index else ""
     return (
-        f"the CUDA provider is installed but does not load{_missing_library()}; check the driver with "
-        "`nvidia-smi` and install CUDA's and cuDNN's libraries with "
+        f"the CUDA provider is installed but does not load{which}{_missing_library()}; check the driver "
+        "and the GPUs' numbers with `nvidia-smi` and install CUDA's and cuDNN's libraries with "
         '`pip install "onnxruntime-gpu[cuda,cudnn]"`'
     )
 

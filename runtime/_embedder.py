@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,30 +21,31 @@ from embedge.runtime._arguments import (
     check_threads,
     choose_dim,
     choose_precision,
+    choose_prompt,
     choose_task,
     parse_bytes,
+    with_prompts,
 )
 from embedge.runtime._auto_precision import AUTO, choose_automatically
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._call import EncodeOptions, takes_sentences
 from embedge.runtime._cores import available_cores
-from embedge.runtime._device import choose_device
+from embedge.runtime._device import choose_device, split_device
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._graphs import Graphs
 from embedge.runtime._image_pipeline import ImagePipeline
 from embedge.runtime._onnxruntime import load_onnxruntime
+from embedge.runtime._path_strings import warn_of_paths
 from embedge.runtime._pipeline import TextPipeline
 from embedge.runtime._progress import Progress
 from embedge.runtime._request import BATCH_SIZE, Request, make_request
 from embedge.runtime._rows import RowRunner
-from embedge.runtime._similarity import similarity
+from embedge.runtime._similarity import similarity, similarity_pairwise
 from embedge.runtime._tokenize import TokenIds, read_tokenizer
 from embedge.runtime._wisdom import read_wisdom
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
-
-    # What may stand for an image; a string is a path for encode_image and a text for encode.
-    Image = os.PathLike[str] | bytes | NDArray[Any] | Picture
+    from embedge.runtime._call import Inputs
 
 __all__ = ["Embedder"]
 
@@ -55,14 +58,17 @@ class Embedder:
     A graph, of a task or of the vision tower, is opened at its first use. ``max_sessions`` and
     ``memory_limit`` bound how many stay open; the longest unused is closed first, and a call waits
     while those in use leave no room. Images need the vision tower and then a task's graph, one
-    after the other: the limit need not have room for both.
+    after the other: the limit need not have room for both. As a context manager it closes its graphs
+    at the end.
 
     Args:
         bundle: the bundle's folder.
+        task: what calls embed for that name no task; ``None``: the bundle's only one.
         precision: "int8", "int4", …; ``None``: the bundle's only one; "auto": the fastest on this
             machine under ``memory_limit`` and ``min_cosine``, see :attr:`precision`. Vectors of
             different precisions should not meet in one index: where they are stored, store its name.
-        device: "cpu", "cuda", or "auto": cuda where it works and the precision has kernels for it.
+        device: "cpu", "cuda", "cuda:1" for the second GPU, or "auto": cuda where it works and the
+            precision has kernels for it.
         threads: threads of a run; ``None``: the cores that this process really has.
         max_sessions: most graphs open at once; ``None``: all.
         memory_limit: most bytes of open graphs, or "2GB", each counted as its file and the external
@@ -72,6 +78,9 @@ class Embedder:
             as `embedge bench --record` measured it; ``None``: any.
         verify: "size" compares every file's size with the manifest, "full" its SHA-256 too, "none"
             neither.
+        prompts: texts by name, beside those of every task and in the place of those of the same name.
+        default_prompt_name: the prompt of calls that name none, in the place of the task's default.
+        truncate_dim: as for :meth:`encode`, of calls that name none.
 
     Raises:
         BundleError: if the bundle is missing, damaged, or too new.
@@ -83,6 +92,7 @@ class Embedder:
         self,
         bundle: str | os.PathLike[str],
         *,
+        task: str | None = None,
         precision: str | None = None,
         device: str = "auto",
         threads: int | None = None,
@@ -90,6 +100,9 @@ class Embedder:
         memory_limit: int | str | None = None,
         min_cosine: float | None = None,
         verify: str = "size",
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        truncate_dim: int | None = None,
     ) -> None:
         if threads is not None:
             threads = check_threads("threads", threads)
@@ -104,42 +117,53 @@ class Embedder:
                 raise EmbedgeValueError(
                     f'min_cosine goes with precision="auto", which chooses by it; found {precision!r}'
                 )
+        device_kind, device_index = split_device(device)
         load_onnxruntime()  # a missing or wrong one shows here
         self._bundle = Bundle(bundle, verify=verify)
         manifest = self._bundle.manifest
         self._model = manifest.model
         cores = available_cores() if threads is None else threads
-        wisdom = {} if device == "cuda" else read_wisdom(self._bundle, cores)
+        wisdom = {} if device_kind == "cuda" else read_wisdom(self._bundle, cores)
         if precision == AUTO:
             precision = choose_automatically(
                 self._bundle,
                 wisdom,
-                device=device,
+                device=device_kind,
                 memory_limit=memory_limit,
                 min_cosine=min_cosine,
             )
         self._precision = choose_precision(manifest, precision)
         self._settings = manifest.precisions[self._precision]
+        self._task = None if task is None else choose_task(manifest, self._precision, task)
+        self._manifest = replace(
+            manifest, tasks=with_prompts(manifest.tasks, prompts, default_prompt_name, self._task)
+        )
+        self._dim = choose_dim(self._model, truncate_dim)
         self._device = choose_device(device, self._precision, self._settings.devices)
         self._arguments: dict[str, Any] = {
+            "task": task,
             "precision": self._precision,
             "device": device,
             "threads": threads,
             "max_sessions": max_sessions,
             "memory_limit": memory_limit,
             "verify": verify,
+            "prompts": None if prompts is None else dict(prompts),
+            "default_prompt_name": default_prompt_name,
+            "truncate_dim": truncate_dim,
         }
         measured = wisdom.get(self._precision)
-        graphs = Graphs(
+        self._graphs = graphs = Graphs(
             self._bundle,
             self._precision,
-            device=self._device,
+            device=split_device(self._device)[0],
+            device_index=device_index,
             threads=cores,
             max_sessions=max_sessions,
             memory_limit=memory_limit,
             settings=measured.settings if measured else None,
         )
-        tokenizer = read_tokenizer(self._bundle)
+        self._tokenizer = tokenizer = read_tokenizer(self._bundle)
         runner = RowRunner(
             graphs,
             self._model,
@@ -162,13 +186,45 @@ class Embedder:
         return tuple(self._settings.graphs)
 
     @property
+    def task(self) -> str | None:
+        """What calls embed for that name no task; ``None``: they have to name one."""
+        return self._task or (self.tasks[0] if len(self.tasks) == 1 else None)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The prompts of :attr:`task` by name, see :meth:`get_prompts`."""
+        return self.get_prompts()
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """The prompt of :attr:`task` where a call names none; ``None``: no prompt."""
+        return self._manifest.tasks[self._chosen_task(None)].default_prompt
+
+    def get_prompts(self, task: str | None = None) -> dict[str, str]:
+        """The prompts of a task by name.
+
+        Args:
+            task: as for :meth:`encode`.
+        """
+        return dict(self._manifest.tasks[self._chosen_task(task)].prompts)
+
+    @property
     def dim(self) -> int:
         """Length of a vector where a call names no ``truncate_dim``."""
-        return choose_dim(self._model, None)
+        return self._dim
 
-    def get_sentence_embedding_dimension(self) -> int:
+    def get_embedding_dimension(self) -> int:
         """Same as :attr:`dim`, under sentence-transformers' name."""
         return self.dim
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """Same as :attr:`dim`, under sentence-transformers' former name."""
+        return self.dim
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """How :meth:`similarity` compares single vectors: "cosine" or "dot"."""
+        return self._model.similarity
 
     @property
     def max_seq_length(self) -> int:
@@ -187,7 +243,7 @@ class Embedder:
 
     @property
     def device(self) -> str:
-        """What runs the graphs, "cpu" or "cuda"; with "auto", what it took."""
+        """What runs the graphs: "cpu", "cuda" or "cuda:1"; with "auto", what it took."""
         return self._device
 
     def __repr__(self) -> str:
@@ -200,12 +256,27 @@ class Embedder:
         """Pickles as its arguments: another process opens its own sessions, at the same precision."""
         return functools.partial(Embedder, **self._arguments), (self._bundle.root,)
 
+    def close(self) -> None:
+        """Closes the open graphs that no other thread uses; a later call opens them again."""
+        self._graphs.close()
+
+    def __enter__(self) -> Embedder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
     # -- embedding ------------------------------------------------------------------------------
 
     @overload
     def encode(
         self,
-        sentences: str | Image | Sequence[str | Image],
+        inputs: Inputs,
         *,
         task: str | None = ...,
         prompt_name: str | None = ...,
@@ -222,7 +293,7 @@ class Embedder:
     @overload
     def encode(
         self,
-        sentences: str | Image | Sequence[str | Image],
+        inputs: Inputs,
         *,
         task: str | None = ...,
         prompt_name: str | None = ...,
@@ -236,9 +307,10 @@ class Embedder:
         multi_vector: bool,
     ) -> Vectors | list[Vectors]: ...
 
+    @takes_sentences
     def encode(
         self,
-        sentences: str | Image | Sequence[str | Image],
+        inputs: Inputs,
         *,
         task: str | None = None,
         prompt_name: str | None = None,
@@ -257,7 +329,7 @@ class Embedder:
         U+FFFD. A vector does not depend on the others of the call.
 
         Args:
-            sentences: texts and images, or one. A string is always a text; an image is a path
+            inputs: texts and images, or one. A string is always a text; an image is a path
                 object, the bytes of a file, a PIL image or an array, see :meth:`encode_image`.
             task: may be left out where the bundle has exactly one.
             prompt_name: a prompt of the task to put before every text; ``None``: the task's
@@ -286,7 +358,9 @@ class Embedder:
             BundleError: if the task's graph cannot be opened.
             InferenceError: if the graph fails.
         """
-        items, single = as_texts(sentences) if self._images is None else as_items(sentences)
+        items, single = as_texts(inputs) if self._images is None else as_items(inputs)
+        if self._images is not None:
+            warn_of_paths(items)
         request = self._request(
             task=task,
             prompt_name=prompt_name,
@@ -307,40 +381,109 @@ class Embedder:
             if images and self._images is not None:
                 pictures = [items[place] for place in images]
                 self._images.embed(
-                    pictures, images, "sentences", request, results.__setitem__, advance
+                    pictures, images, "inputs", request, results.__setitem__, advance
                 )
             self._texts.embed([items[place] for place in texts], texts, request, results, advance)
         vectors: Vectors | list[Vectors] = results[0] if single else results
         return vectors
 
-    def encode_query(self, sentences: str | Image | Sequence[str | Image], **options: Any) -> Any:
+    @overload
+    def encode_query(
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors: ...
+
+    @overload
+    def encode_query(
+        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]: ...
+
+    @takes_sentences
+    def encode_query(
+        self, inputs: Inputs, *, multi_vector: bool = False, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]:
         """:meth:`encode` with the task's prompt "query"; without one, its default or none.
 
         Args:
-            sentences: as for :meth:`encode`.
+            inputs: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
-        return self.encode(sentences, **self._with_role(options, ("query",)))
+        options = self._with_role(options, ("query",))
+        return self.encode(inputs, multi_vector=multi_vector, **options)
 
+    @overload
     def encode_document(
-        self, sentences: str | Image | Sequence[str | Image], **options: Any
-    ) -> Any:
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors: ...
+
+    @overload
+    def encode_document(
+        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]: ...
+
+    @takes_sentences
+    def encode_document(
+        self, inputs: Inputs, *, multi_vector: bool = False, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]:
         """:meth:`encode` with the task's prompt "document" or "passage"; without one, none.
 
         A default prompt is left out too: it is the queries' where documents have none of their own.
 
         Args:
-            sentences: as for :meth:`encode`.
+            inputs: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
         options = self._with_role(options, ("document", "passage"))
         if options.get("prompt_name") is None and options.get("prompt") is None:
             options["prompt"] = ""
-        return self.encode(sentences, **options)
+        return self.encode(inputs, multi_vector=multi_vector, **options)
+
+    @overload
+    def encode_image(
+        self,
+        images: Inputs,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        max_pixels: int | None = ...,
+        min_pixels: int | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        show_progress_bar: bool | None = ...,
+        multi_vector: Literal[False] = ...,
+    ) -> Vectors: ...
+
+    @overload
+    def encode_image(
+        self,
+        images: Inputs,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        max_pixels: int | None = ...,
+        min_pixels: int | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        show_progress_bar: bool | None = ...,
+        multi_vector: bool,
+    ) -> Vectors | list[Vectors]: ...
 
     def encode_image(
         self,
-        images: str | Image | Sequence[str | Image],
+        images: Inputs,
         *,
         task: str | None = None,
         prompt_name: str | None = None,
@@ -352,7 +495,7 @@ class Embedder:
         normalize_embeddings: bool = False,
         show_progress_bar: bool | None = None,
         multi_vector: bool = False,
-    ) -> Any:
+    ) -> Vectors | list[Vectors]:
         """Vectors of some images, in their order; the bundle needs a vision tower.
 
         Args:
@@ -407,7 +550,58 @@ class Embedder:
             self._images.embed(
                 items, range(len(items)), "images", request, results.__setitem__, progress.advance
             )
-        return results[0] if single else results
+        vectors: Vectors | list[Vectors] = results[0] if single else results
+        return vectors
+
+    @overload
+    def count_tokens(
+        self,
+        inputs: str,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+    ) -> int: ...
+
+    @overload
+    def count_tokens(
+        self,
+        inputs: Sequence[str],
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+    ) -> NDArray[np.int64]: ...
+
+    def count_tokens(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> int | NDArray[np.int64]:
+        """The number of tokens of each text, with its prompt and special tokens, before it is cut.
+
+        :meth:`encode` cuts a text with more than :attr:`max_seq_length`.
+
+        Args:
+            inputs: texts, or one.
+            task: as for :meth:`encode`.
+            prompt_name: as for :meth:`encode`.
+            prompt: as for :meth:`encode`.
+
+        Returns:
+            int64 ``[texts]``, a whole number for one text.
+
+        Raises:
+            EmbedgeValueError: for an argument that cannot be used.
+        """
+        texts, single = as_texts(inputs)
+        name = self._chosen_task(task)
+        prefix = choose_prompt(name, self._manifest.tasks[name], prompt_name, prompt)
+        counts = self._tokenizer.count([prefix + text for text in texts])
+        return counts[0] if single else np.array(counts, np.int64)
 
     def similarity(self, a: Any, b: Any) -> Vectors:
         """Similarity of each of ``a`` to each of ``b``, as the source model defines it.
@@ -424,6 +618,21 @@ class Embedder:
             EmbedgeValueError: if the two differ in kind or in dimension.
         """
         return similarity(a, b, self._model.similarity)
+
+    def similarity_pairwise(self, a: Any, b: Any) -> Vectors:
+        """Similarity of each of ``a`` to that of ``b`` in the same place, as the source defines it.
+
+        Args:
+            a: as for :meth:`similarity`.
+            b: like ``a``, and as many.
+
+        Returns:
+            float32 ``[n]``.
+
+        Raises:
+            EmbedgeValueError: if the two differ in kind, number or dimension.
+        """
+        return similarity_pairwise(a, b, self._model.similarity)
 
     def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
         """Vectors of texts that are token ids already, not cut: what the graph gives for them.
@@ -445,13 +654,31 @@ class Embedder:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _with_role(self, options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    def _chosen_task(self, task: str | None) -> str:
+        return choose_task(self._manifest, self._precision, self._task if task is None else task)
+
+    def _with_role(self, options: EncodeOptions, names: Sequence[str]) -> EncodeOptions:
         """A call's options with the first of some prompts that its task declares."""
         if options.get("prompt_name") is not None or options.get("prompt") is not None:
-            return dict(options)
-        task = choose_task(self._bundle.manifest, self._precision, options.get("task"))
-        prompts = self._bundle.manifest.tasks[task].prompts
+            return options
+        prompts = self._manifest.tasks[self._chosen_task(options.get("task"))].prompts
         return {**options, "prompt_name": next((n for n in names if n in prompts), None)}
 
-    def _request(self, **arguments: Any) -> Request:
-        return make_request(self._bundle.manifest, self._precision, **arguments)
+    def _request(
+        self,
+        *,
+        task: str | None,
+        truncate_dim: int | None,
+        multi_vector: bool = False,
+        **arguments: Any,
+    ) -> Request:
+        if truncate_dim is None and multi_vector is False:
+            truncate_dim = self._dim
+        return make_request(
+            self._manifest,
+            self._precision,
+            task=self._task if task is None else task,
+            truncate_dim=truncate_dim,
+            multi_vector=multi_vector,
+            **arguments,
+        )

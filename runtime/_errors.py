@@ -55,7 +55,7 @@ class TextTooLongError(EmbedgeValueError):
 
     def __str__(self) -> str:
         return (
-            f"sentences[{self.index}] is longer than {self.max_length} tokens; shorten it, or pass "
+            f"inputs[{self.index}] is longer than {self.max_length} tokens; shorten it, or pass "
             'on_truncate="ignore"'
         )
 

@@ -61,6 +61,7 @@ class Graphs:
         bundle: where the graphs are.
         precision: one of its precisions.
         device: "cpu" or "cuda".
+        device_index: number of the GPU.
         threads: cores to use.
         max_sessions: most graphs open at once, ``None``: all.
         memory_limit: most bytes of their sessions, ``None``: no limit.
@@ -77,6 +78,7 @@ class Graphs:
         threads: int,
         max_sessions: int | None,
         memory_limit: int | None,
+        device_index: int = 0,
         settings: RunSettings | None = None,
         open_session: Callable[[str, int], GraphSession] | None = None,
     ) -> None:
@@ -84,6 +86,7 @@ class Graphs:
         self._precision = precision
         self._settings = bundle.manifest.precisions[precision]
         self._device = device
+        self._device_index = device_index
         self._threads = threads
         self._keeps_arena = memory_limit is None
         self._measured = settings if device == "cpu" else None
@@ -115,6 +118,10 @@ class Graphs:
             EmbedgeError: if one session of the graph is above the memory limit.
         """
         return self._pool.use(name)
+
+    def close(self) -> None:
+        """Closes the open graphs that are not in use."""
+        self._pool.close_unused()
 
     def lanes(self, name: str) -> int:
         """Batches of a graph that run at the same time."""
@@ -160,6 +167,7 @@ class Graphs:
             return GraphSession(
                 self._bundle.graph(self._precision, name),
                 device=self._device,
+                device_index=self._device_index,
                 threads=threads,
                 constants=self._settings.activation_constants,
                 inputs=graph_inputs(self._bundle.manifest, self._precision, name),

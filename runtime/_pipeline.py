@@ -75,7 +75,7 @@ class TextPipeline:
         if without_tokens:
             warnings.warn(
                 f"{len(without_tokens)} of {len(texts)} texts have no tokens and become zero "
-                f"vectors; the first is sentences[{without_tokens[0]}]",
+                f"vectors; the first is inputs[{without_tokens[0]}]",
                 EmbedgeWarning,
                 stacklevel=3,
             )
@@ -137,7 +137,7 @@ class TextPipeline:
             raise TextTooLongError(first, self._max_length)
         self._warned_of_truncation = True
         warnings.warn(
-            f"sentences[{first}] is longer than {self._max_length} tokens and was cut; "
+            f"inputs[{first}] is longer than {self._max_length} tokens and was cut; "
             'on_truncate="ignore" cuts in silence, on_truncate="error" refuses; this is said once',
             EmbedgeWarning,
             stacklevel=4,

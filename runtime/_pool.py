@@ -80,6 +80,13 @@ class GraphPool:
                 entry.users -= 1
                 self._changed.notify_all()
 
+    def close_unused(self) -> None:
+        """Closes the graphs that nobody uses."""
+        with self._changed:
+            for name in [name for name, entry in self._entries.items() if not entry.users]:
+                del self._entries[name]
+            self._changed.notify_all()
+
     def _take(self, name: str) -> _Entry:
         size = self._size_bytes(name)
         if self._memory_limit is not None and size > self._memory_limit:

@@ -29,6 +29,7 @@ class GraphSession:
     Args:
         file: the graph, its external data beside it.
         device: "cpu" or "cuda".
+        device_index: number of the GPU.
         threads: threads of one run.
         constants: activation constants by initializer name, empty where there are none.
         inputs: names the graph has to take.
@@ -50,6 +51,7 @@ class GraphSession:
         file: Path,
         *,
         device: str,
+        device_index: int = 0,
         threads: int,
         constants: Mapping[str, ActivationConstant],
         inputs: Sequence[str],
@@ -87,7 +89,9 @@ class GraphSession:
         providers: list[Any] = [PROVIDERS["cpu"]]
         if device == "cuda":
             # TF32 keeps 10 bits of a product's mantissa: fp32 would not be fp32.
-            providers.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0"}))
+            providers.insert(
+                0, (PROVIDERS["cuda"], {"use_tf32": "0", "device_id": str(device_index)})
+            )
         try:
             self._session = open_session(str(file), options, providers)
         except Exception as error:  # ONNX Runtime's errors have no common base

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._late_interaction import max_sim
 
-__all__ = ["normalized", "similarity", "vector_similarity"]
+__all__ = ["normalized", "similarity", "similarity_pairwise", "vector_similarity"]
 
 Vectors = NDArray[np.float32]
 
@@ -35,30 +35,79 @@ def similarity(a: Any, b: Any, kind: str) -> Vectors:
     Raises:
         EmbedgeValueError: if the two differ in kind or in dimension.
     """
-    multi_a, multi_b = _multi_vectors(a), _multi_vectors(b)
-    if multi_a is None or multi_b is None:
-        empty = [x is not None and not x for x in (multi_a, multi_b)]
-        if (multi_a is None) != (multi_b is None) and not any(empty):
-            raise EmbedgeValueError(
-                "similarity of multi-vectors with single vectors; expected two lists of arrays "
-                "[tokens, dim], or two arrays [n, dim]"
-            )
+    multi = _both_multi_vectors(a, b)
+    if multi is None:
         return vector_similarity(_matrix(a, "a"), _matrix(b, "b"), kind)
-    return max_sim(multi_a, multi_b)
+    return max_sim(*multi)
+
+
+def similarity_pairwise(a: Any, b: Any, kind: str) -> Vectors:
+    """Similarity of each of ``a`` to that of ``b`` in the same place, float32 ``[n]``.
+
+    Args:
+        a: as for :func:`similarity`.
+        b: like ``a``, and as many.
+        kind: "cosine" or "dot", for single vectors.
+
+    Raises:
+        EmbedgeValueError: if the two differ in kind, number or dimension.
+    """
+    multi = _both_multi_vectors(a, b)
+    if multi is not None:
+        _check_pairs(*map(len, multi))
+        pairs = [max_sim([one], [other])[0, 0] for one, other in zip(*multi, strict=True)]
+        return np.array(pairs, np.float32)
+    one, other = _matrix(a, "a"), _matrix(b, "b")
+    _check_pairs(len(one), len(other))
+    _check_dimensions(one, other)
+    if kind == "cosine":
+        one, other = normalized(one), normalized(other)
+    products: Vectors = np.einsum("nd,nd->n", one, other)
+    return products
+
+
+def _check_pairs(a: int, b: int) -> None:
+    if a != b:
+        raise EmbedgeValueError(
+            f"vectors in pairs: found {a} and {b}; pass as many of one as of the other, or take "
+            "similarity for all with all"
+        )
+
+
+def _both_multi_vectors(a: Any, b: Any) -> tuple[list[Vectors], list[Vectors]] | None:
+    """The parts of two lists of multi-vectors, ``None`` for two of single vectors.
+
+    Raises:
+        EmbedgeValueError: for one of each.
+    """
+    multi_a, multi_b = _multi_vectors(a), _multi_vectors(b)
+    if multi_a is not None and multi_b is not None:
+        return multi_a, multi_b
+    empty = [x is not None and not x for x in (multi_a, multi_b)]
+    if (multi_a is None) != (multi_b is None) and not any(empty):
+        raise EmbedgeValueError(
+            "similarity of multi-vectors with single vectors; expected two lists of arrays "
+            "[tokens, dim], or two arrays [n, dim]"
+        )
+    return None
 
 
 def vector_similarity(a: Vectors, b: Vectors, kind: str) -> Vectors:
     """Cosine or dot product, float32 ``[n, m]``, of float32 ``[n, dim]`` and ``[m, dim]``."""
     if not len(a) or not len(b):
         return np.zeros((len(a), len(b)), np.float32)
+    _check_dimensions(a, b)
+    if kind == "cosine":
+        a, b = normalized(a), normalized(b)
+    return a @ b.T
+
+
+def _check_dimensions(a: Vectors, b: Vectors) -> None:
     if a.shape[1] != b.shape[1]:
         raise EmbedgeValueError(
             f"vectors of different dimensions: {a.shape[1]} and {b.shape[1]}; encode both with the "
             "same truncate_dim"
         )
-    if kind == "cosine":
-        a, b = normalized(a), normalized(b)
-    return a @ b.T
 
 
 def _multi_vectors(value: Any) -> list[Vectors] | None:

@@ -80,6 +80,17 @@ class TextTokenizer:
                 )
         return result
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text if it were not cut."""
+        special = self._tokenizer.num_special_tokens_to_add(False)
+        result = []
+        for start in range(0, len(texts), _CHUNK_TEXTS):
+            chunk = [without_surrogates(text) for text in texts[start : start + _CHUNK_TEXTS]]
+            for encoding in self._encode(chunk):
+                rest = sum(len(part) - special for part in encoding.overflowing)
+                result.append(len(encoding) + rest + (self._eos is not None))
+        return result
+
     def _encode(self, texts: list[str]) -> list[Encoding]:
         try:
             return self._tokenizer.encode_batch_fast(texts)

@@ -16,7 +16,7 @@ HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def works(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
-    monkeypatch.setattr(device_module, "cuda_problem", lambda: problem)
+    monkeypatch.setattr(device_module, "cuda_problem", lambda index=0: problem)
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,7 @@ class TestRefusals:
     def test_in_a_mixed_list_it_is_named_by_its_place_there(
         self, model: Embedder, tmp_path: Path
     ) -> None:
-        with pytest.raises(ImageError, match=r"sentences\[2\]: .*x\.png: no such file") as caught:
+        with pytest.raises(ImageError, match=r"inputs\[2\]: .*x\.png: no such file") as caught:
             model.encode(["w1", picture(8, 8), tmp_path / "x.png"], task="code")
         assert caught.value.index == 2
 
@@ -448,18 +448,18 @@ class TestRefusals:
             model.encode_image(images, task="code")
 
     @pytest.mark.parametrize(
-        ("sentences", "message"),
+        ("inputs", "message"),
         [
-            (["w1", 3], r"sentences\[1\]: expected a string or an image .*found int"),
-            (["w1", ["w2"]], r"sentences\[1\]: expected a string or an image .*found list"),
-            ({"a": 1}, "sentences: expected a string, an image or a list of them, found dict"),
+            (["w1", 3], r"inputs\[1\]: expected a string or an image .*found int"),
+            (["w1", ["w2"]], r"inputs\[1\]: expected a string or an image .*found list"),
+            ({"a": 1}, "inputs: expected a string, an image or a list of them, found dict"),
         ],
     )
     def test_what_is_neither_text_nor_image_is_named(
-        self, model: Embedder, sentences: Any, message: str
+        self, model: Embedder, inputs: Any, message: str
     ) -> None:
         with pytest.raises(EmbedgeValueError, match=message):
-            model.encode(sentences, task="code")
+            model.encode(inputs, task="code")
 
     def test_an_array_of_strings_is_a_list_of_texts(self, model: Embedder) -> None:
         assert model.encode(np.array(["w1", "w2"]), task="code").shape == (2, 8)
@@ -472,7 +472,7 @@ class TestRefusals:
         assert model.encode(["w1"], task="code").shape == (1, 8)
         with pytest.raises(EmbedgeValueError, match="no vision tower at precision 'fp32'"):
             model.encode_image(picture(8, 8), task="code")
-        with pytest.raises(EmbedgeValueError, match=r"sentences\[0\]: expected a string, found nd"):
+        with pytest.raises(EmbedgeValueError, match=r"inputs\[0\]: expected a string, found nd"):
             model.encode([picture(8, 8)], task="code")
 
     def test_without_pillow_the_extra_is_named(

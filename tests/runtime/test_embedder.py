@@ -210,7 +210,7 @@ class TestResult:
         texts = [f"w{i}" for i in range(45)]
         texts[place] = "w1 " * 20
         model = Embedder(bundle.path)
-        message = rf"sentences\[{place}\] is longer than 16 tokens"
+        message = rf"inputs\[{place}\] is longer than 16 tokens"
         with pytest.raises(TextTooLongError, match=message):
             model.encode(texts, on_truncate="error")
         assert not threads_ahead()
@@ -251,7 +251,7 @@ class TestTexts:
 
     def test_a_text_without_tokens_is_a_zero_vector_and_a_warning(self, make_bundle: Any) -> None:
         model = Embedder(make_bundle(special_tokens=False).path)
-        with pytest.warns(EmbedgeWarning, match=r"2 of 3 texts have no tokens .* sentences\[1\]"):
+        with pytest.warns(EmbedgeWarning, match=r"2 of 3 texts have no tokens .* inputs\[1\]"):
             vectors = model.encode(["w1", "", " "])
         assert np.abs(vectors[0]).max() > 0
         np.testing.assert_array_equal(vectors[1:], np.zeros((2, 8)))
@@ -272,7 +272,7 @@ class TestTexts:
     def test_100_000_characters_are_cut_at_the_limit_with_one_warning(self, bundle: Any) -> None:
         model = Embedder(bundle.path)
         long = ("w1 " * 40_000)[:100_000]
-        with pytest.warns(EmbedgeWarning, match=r"sentences\[1\] is longer than 16 tokens"):
+        with pytest.warns(EmbedgeWarning, match=r"inputs\[1\] is longer than 16 tokens"):
             vectors = model.encode(["w2", long])
         np.testing.assert_allclose(
             vectors[1], bundle.expected("retrieval", ids(*[1] * 14)), atol=TOLERANCE, rtol=0
@@ -288,7 +288,7 @@ class TestTexts:
         bundle.edit(lambda manifest: manifest["tokenizer"].update(truncation_side="left"))
         model = Embedder(bundle.path)
         prompt = " ".join(f"w{i}" for i in prefix) + " "
-        with pytest.warns(EmbedgeWarning, match=r"sentences\[1\] is longer than 16 tokens"):
+        with pytest.warns(EmbedgeWarning, match=r"inputs\[1\] is longer than 16 tokens"):
             vectors = model.encode(["w7", " ".join(f"w{i}" for i in range(40))], prompt=prompt)
         expected = [ids(*prefix, 7), ids(*range(26, 40))]
         for vector, tokens in zip(vectors, expected, strict=True):
@@ -298,25 +298,25 @@ class TestTexts:
 
     def test_on_truncate_error_names_the_text_and_ignore_is_silent(self, bundle: Any) -> None:
         model = Embedder(bundle.path)
-        with pytest.raises(TextTooLongError, match=r"sentences\[1\] is longer than 16 tokens"):
+        with pytest.raises(TextTooLongError, match=r"inputs\[1\] is longer than 16 tokens"):
             model.encode(["w1", "w1 " * 15], on_truncate="error")
         model.encode("w1 " * 15, on_truncate="ignore")
         model.encode("w1 " * 14, on_truncate="error")  # 16 with its special tokens: fits
 
     @pytest.mark.parametrize(
-        ("sentences", "message"),
+        ("inputs", "message"),
         [
-            (["w1", 3], r"sentences\[1\]: expected a string, found int"),
-            (["w1", None], r"sentences\[1\]: expected a string, found NoneType"),
-            (["w1", ["w2"]], r"sentences\[1\]: expected a string, found list"),
-            (b"w1", "sentences: expected a string or a list of strings, found bytes"),
-            (None, "sentences: expected a string or a list of strings, found NoneType"),
-            ({"a": 1}, "sentences: expected a string or a list of strings, found dict"),
+            (["w1", 3], r"inputs\[1\]: expected a string, found int"),
+            (["w1", None], r"inputs\[1\]: expected a string, found NoneType"),
+            (["w1", ["w2"]], r"inputs\[1\]: expected a string, found list"),
+            (b"w1", "inputs: expected a string or a list of strings, found bytes"),
+            (None, "inputs: expected a string or a list of strings, found NoneType"),
+            ({"a": 1}, "inputs: expected a string or a list of strings, found dict"),
         ],
     )
-    def test_what_is_no_string_is_named(self, bundle: Any, sentences: Any, message: str) -> None:
+    def test_what_is_no_string_is_named(self, bundle: Any, inputs: Any, message: str) -> None:
         with pytest.raises(EmbedgeValueError, match=message):
-            Embedder(bundle.path).encode(sentences)
+            Embedder(bundle.path).encode(inputs)
 
 
 class TestDimensions:

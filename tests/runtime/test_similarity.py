@@ -7,7 +7,7 @@ import pytest
 
 from embedge.runtime import EmbedgeValueError, _late_interaction
 from embedge.runtime._late_interaction import max_sim
-from embedge.runtime._similarity import normalized, similarity
+from embedge.runtime._similarity import normalized, similarity, similarity_pairwise
 
 GENERATOR = np.random.default_rng(3)
 A = GENERATOR.normal(size=(3, 5)).astype(np.float32)
@@ -113,3 +113,26 @@ def test_late_interaction_adds_in_float32() -> None:
 def test_what_does_not_fit_is_refused(a: Any, b: Any, message: str) -> None:
     with pytest.raises(EmbedgeValueError, match=message):
         similarity(a, b, "cosine")
+
+
+class TestPairwise:
+    @pytest.mark.parametrize("kind", ["cosine", "dot"])
+    def test_it_is_the_diagonal_of_all_with_all(self, kind: str) -> None:
+        a, b = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+        found = similarity_pairwise(a, b, kind)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, np.diagonal(similarity(a, b, kind)), atol=1e-6)
+
+    def test_of_multi_vectors(self) -> None:
+        generator = np.random.default_rng(0)
+        a, b = ([generator.normal(size=(n, 4)) for n in lengths] for lengths in ((2, 3), (5, 1)))
+        found = similarity_pairwise(a, b, "cosine")
+        np.testing.assert_allclose(found, np.diagonal(similarity(a, b, "cosine")), atol=1e-6)
+
+    def test_what_does_not_pair_is_refused(self) -> None:
+        ones = np.ones((2, 3), np.float32)
+        with pytest.raises(EmbedgeValueError, match="found 2 and 1; pass as many"):
+            similarity_pairwise(ones, ones[:1], "dot")
+        with pytest.raises(EmbedgeValueError, match="different dimensions: 3 and 2"):
+            similarity_pairwise(ones, ones[:, :2], "dot")
+        assert similarity_pairwise(ones[:0], ones[:0], "dot").shape == (0,)
