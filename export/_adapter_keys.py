@@ -6,6 +6,7 @@ What PEFT's ``save_pretrained`` writes, below ``base_model.model.``:
     X.lora_embedding_A   X.lora_embedding_B              LoRA on an embedding
     X.lora_magnitude_vector                              DoRA
     X.base_layer.bias   X.base_layer.weight              full tensors of a module that has LoRA
+    X.token_adapter.trainable_tokens_delta               rows of an embedding, trained alone
     X.weight   X.bias                                    full tensors of other modules
     X.modules_to_save.bias   X.original_module.bias      doubles of those
 
@@ -36,6 +37,7 @@ _LORA = re.compile(
 _BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<parameter>.+)")
 _ORIGINAL = re.compile(r"(?P<module>.+)\.original_module\.(?P<parameter>.+)")
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _TRAINING_ONLY = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?")
 
 
@@ -46,6 +48,7 @@ class AdapterKeys:
     Attributes:
         lora: module path → part (``"lora_A"``, ``"lora_B"``, ``"lora_B.bias"``,
             ``"lora_embedding_A"``, ``"lora_embedding_B"``, ``"lora_magnitude_vector"``) → key.
+        tokens: module path → key of the rows that ``trainable_token_indices`` names.
         full: parameter paths that a full tensor may be meant for, the likelier first → keys.
         originals: parameter path → key of a copy of the base's tensor that PEFT does not use.
         problems: one text for every key that is not understood.
@@ -53,6 +56,7 @@ class AdapterKeys:
     """
 
     lora: dict[str, dict[str, str]] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
     full: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     originals: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -113,6 +117,11 @@ def _other_adapters(keys: Iterable[str], name: str) -> tuple[list[str], frozense
 def _sort_full_tensor(key: str, sorted_keys: AdapterKeys) -> None:
     path = key.removeprefix(_PREFIX)
     if _TRAINING_ONLY.fullmatch(path):
+        return
+    if match := _TOKENS.fullmatch(path):
+        known = sorted_keys.tokens.setdefault(match["module"], key)
+        if known != key:
+            sorted_keys.problems.append(f"{key}: a second one beside {known}")
         return
     if match := _ORIGINAL.fullmatch(path):
         sorted_keys.originals[f"{match['module']}.{match['parameter']}"] = key

@@ -96,7 +96,12 @@ class Adapter:
         return self.settings.r
 
     def bind(
-        self, checkpoint: Checkpoint, canonical: Callable[[str], str], *, published: bool = False
+        self,
+        checkpoint: Checkpoint,
+        canonical: Callable[[str], str],
+        *,
+        heads: tuple[str, ...] = (),
+        published: bool = False,
     ) -> BoundAdapter:
         """Find the tensor of ``checkpoint`` for every tensor of the adapter.
 
@@ -105,6 +110,8 @@ class Adapter:
             canonical: maps the checkpoint's keys, and the adapter's with ``base_model.model.`` and
                 any wrapper in front, to one form; ``"encoder.layer.0.attention.self.query.weight"``
                 for both.
+            heads: starts of canonical names of modules that cannot reach the vector; the adapter's part
+                of them is left out.
             published: whether it comes with the model, which may lie under any name.
 
         Raises:
@@ -113,9 +120,9 @@ class Adapter:
                 the config, NaN, another base hash.
 
         Warns:
-            UserWarning: if the adapter names another base model, or changes nothing.
+            UserWarning: if the adapter names another base model, changes nothing, or trains a head.
         """
-        found = plan(self.file, self.adapter_keys, self.settings, checkpoint, canonical)
+        found = plan(self.file, self.adapter_keys, self.settings, checkpoint, canonical, heads)
         problems = found.problems
         expected = self.settings.base_sha256
         if expected is not None and expected != checkpoint.sha256():
@@ -132,15 +139,32 @@ class Adapter:
                 f"adapter {self.name!r} ({self.folder}) does not fit the model "
                 f"{checkpoint.name!r}, {count}: {'; '.join(shown)}{more}; {found.advice}"
             )
-        self._warn(checkpoint, found.recipes, published)
+        self._warn(checkpoint, found.recipes, found.left_out, published)
         return BoundAdapter(self, checkpoint, found.recipes)
 
-    def _warn(self, checkpoint: Checkpoint, recipes: dict[str, Recipe], published: bool) -> None:
+    def _warn(
+        self,
+        checkpoint: Checkpoint,
+        recipes: dict[str, Recipe],
+        left_out: tuple[str, ...],
+        published: bool,
+    ) -> None:
         base = None if published else self.settings.base_model
         if base is not None and base_name(base).lower() not in checkpoint.names:
             warnings.warn(
                 f"adapter {self.name!r} was trained on {base_name(base)!r}, "
                 f"it is merged into {checkpoint.name!r}",
+                UserWarning,
+                stacklevel=3,
+            )
+        if left_out:
+            warnings.warn(
+                f"adapter {self.name!r}: left out what no vector depends on: {', '.join(left_out)}"
+                + (
+                    "; if it was trained for pooler_output, its own vectors are others"
+                    if left_out == ("pooler",)
+                    else ""
+                ),
                 UserWarning,
                 stacklevel=3,
             )
@@ -177,7 +201,7 @@ class BoundAdapter:
     def sources(self, keys: Iterable[str]) -> list[str]:
         """Return the adapter's own tensors that change the tensors ``keys``, sorted."""
         recipes = [self._recipes[key] for key in keys]
-        parts = [(r.replacement, r.a, r.b, r.magnitude, r.shift) for r in recipes]
+        parts = [(r.replacement, r.a, r.b, r.magnitude, r.shift, r.rows) for r in recipes]
         return sorted({part for listed in parts for part in listed if part is not None})
 
     def keys(self) -> tuple[str, ...]:

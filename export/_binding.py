@@ -14,23 +14,29 @@ from embedge.export._adapter_keys import AdapterKeys
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError
 from embedge.export._lora import output_norms
+from embedge.export._merge_advice import merge_advice
 from embedge.export._model_card import base_name
 from embedge.export._peft_config import LoraSettings
 from embedge.export._recipes import Recipe
 from embedge.export._safetensors import SafetensorsFile
 
-__all__ = ["Plan", "plan"]
+__all__ = ["HEADS", "Plan", "plan"]
+
+# What transformers' task classes and trl put on top of a backbone, whatever its family.
+HEADS = ("classifier.", "score.", "qa_outputs.", "lm_head.", "v_head.")
 
 # transformers' families whose layers of these names are Conv1D, with weights [in, out]. PEFT goes
 # by the layer's class and corrects fan_in_fan_out where it says otherwise; so the flag in the
 # config decides nothing here.
 _CONV1D_FAMILIES = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 _CONV1D_LAYERS = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+_TOKEN_TABLES = ("embed_tokens", "tok_embeddings", "word_embeddings")
 _OTHER_MODEL = "use it with the model that it was trained on, as PEFT saved it"
 _OTHER_CONFIG = (
     "set r and rank_pattern in adapter_config.json as they were in training, or copy both files of "
     "the adapter again"
 )
+_PREFIX = "base_model.model."  # PEFT's own; adapter keys may be given without
 # How far an untrained magnitude may be from the norm that it was saved as, by its dtype.
 _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
 
@@ -43,11 +49,13 @@ class Plan:
         recipes: by the checkpoint's key, of the tensors that change.
         problems: everything that does not fit.
         advice: what to do about them.
+        left_out: names of the heads that it trains, which no vector depends on.
     """
 
     recipes: dict[str, Recipe]
     problems: list[str]
     advice: str
+    left_out: tuple[str, ...]
 
 
 def plan(
@@ -56,6 +64,7 @@ def plan(
     settings: LoraSettings,
     checkpoint: Checkpoint,
     canonical: Callable[[str], str],
+    heads: tuple[str, ...],
 ) -> Plan:
     """Return a recipe per changed checkpoint key, and everything that does not fit.
 
@@ -65,9 +74,11 @@ def plan(
         settings: its config.
         checkpoint: the base model.
         canonical: maps the keys of both to one form.
+        heads: starts of canonical names of modules that cannot reach the vector.
     """
-    planner = _Planner(file, settings, checkpoint, canonical)
+    planner = _Planner(file, settings, checkpoint, canonical, heads)
     planner.problems.extend(keys.problems)
+    keys = planner.without_heads(keys)
     planner.check_numbers(key for key in file.keys() if key not in keys.others)
     for targets, sources in keys.full.items():
         planner.replace(targets, sources)
@@ -76,13 +87,24 @@ def plan(
             planner.problems.append(f"{key}: a copy of the base's tensor without the trained one")
     for module, parts in keys.lora.items():
         planner.low_rank(module, parts)
+    for module, key in keys.tokens.items():
+        planner.trained_rows(module, key)
     planner.check_modules_to_save()
     problems = planner.problems
     if planner.lost and not planner.found:
         problems = [planner.strangeness(), *(p for p in problems if p not in planner.lost)]
     only_ranks = bool(problems) and planner.wrong_ranks == len(problems)
     advice = _OTHER_CONFIG if only_ranks else _OTHER_MODEL
-    return Plan(recipes=planner.recipes, problems=problems, advice=advice)
+    if planner.resized is not None:
+        advice = "a bundle has one tokenizer and one vocabulary for all tasks: " + merge_advice(
+            checkpoint.path,
+            checkpoint.transformer_path,
+            file.path.parent,
+            settings.model_class,
+            planner.resized,
+        )
+    left_out = tuple(sorted(planner.left_out))
+    return Plan(recipes=planner.recipes, problems=problems, advice=advice, left_out=left_out)
 
 
 class _Planner:
@@ -92,6 +114,8 @@ class _Planner:
         lost: the problems of keys that find no tensor, with the path that was looked for.
         found: whether any key finds a tensor.
         wrong_ranks: how many problems are ranks unlike the config's.
+        resized: rows of the adapter's token table, where it has another number than the model's.
+        left_out: names of heads that it trains.
     """
 
     def __init__(
@@ -100,8 +124,12 @@ class _Planner:
         settings: LoraSettings,
         checkpoint: Checkpoint,
         canonical: Callable[[str], str],
+        heads: tuple[str, ...],
     ) -> None:
         self.file = file
+        self.heads = heads
+        self.left_out: set[str] = set()
+        self.resized: int | None = None
         self.settings = settings
         self.checkpoint = checkpoint
         self.canonical = canonical
@@ -117,6 +145,49 @@ class _Planner:
             self._targets.setdefault(canonical(key), []).append(key)
         self._conv1d_family = checkpoint.config.get("model_type") in _CONV1D_FAMILIES
 
+    def _is_head(self, path: str) -> bool:
+        name = self.canonical(f"{_PREFIX}{path}").removeprefix(_PREFIX)
+        return name.startswith(self.heads)
+
+    def without_heads(self, keys: AdapterKeys) -> AdapterKeys:
+        """Leave out what cannot reach the vector, and remember the heads that are not as they began."""
+        dropped: set[str] = set(keys.others)
+
+        def leave_out(path: str, sources: Iterable[str]) -> None:
+            sources = list(sources)
+            dropped.update(sources)
+            factors = [key for key in sources if ".lora_A" in key or ".lora_B" in key]
+            if not factors or all(self._trained(key) for key in factors):
+                name = self.canonical(f"{_PREFIX}{path}").removeprefix(_PREFIX)
+                self.left_out.add(name.partition(".")[0])
+
+        for targets, sources in keys.full.items():
+            if self._is_head(targets[0]):
+                leave_out(targets[0], sources)
+        for path, key in keys.originals.items():
+            if self._is_head(path):
+                dropped.add(key)
+        for module, parts in keys.lora.items():
+            if self._is_head(f"{module}.weight"):
+                leave_out(f"{module}.weight", parts.values())
+        for module, key in keys.tokens.items():
+            if self._is_head(f"{module}.weight"):
+                dropped.add(key)  # tied to the input's table
+        return replace(
+            keys,
+            others=frozenset(dropped),
+            lora={m: p for m, p in keys.lora.items() if not dropped.issuperset(p.values())},
+            full={t: s for t, s in keys.full.items() if not dropped.issuperset(s)},
+            originals={p: k for p, k in keys.originals.items() if k not in dropped},
+            tokens={m: k for m, k in keys.tokens.items() if k not in dropped},
+        )
+
+    def _trained(self, key: str) -> bool:
+        try:
+            return bool(self.file.read(key).any())
+        except AdapterError:  # NaN
+            return True
+
     def check_numbers(self, keys: Iterable[str]) -> None:
         """Read every tensor once: name those with NaN or infinity, remember those of zeros."""
         for key in keys:
@@ -127,8 +198,7 @@ class _Planner:
                 self.problems.append(str(problem))
 
     def _find(self, path: str) -> list[str]:
-        # Adapter keys may be given with or without PEFT's own prefix; canonical sees them with it.
-        return self._targets.get(self.canonical(f"base_model.model.{path}"), [])
+        return self._targets.get(self.canonical(f"{_PREFIX}{path}"), [])
 
     def target(self, path: str) -> str | None:
         """Return the one checkpoint key for a parameter path, ``None`` for none or several."""
@@ -172,7 +242,16 @@ class _Planner:
         for other in others:
             if not self._same(source, other):
                 self.problems.append(f"{other}: another value for {target} than {source}")
-        if self.file.shape(source) != self.checkpoint.shape(target):
+        shape, expected = self.file.shape(source), self.checkpoint.shape(target)
+        is_table = target.rpartition(".")[0].endswith(_TOKEN_TABLES)
+        if is_table and shape != expected and shape[1:] == expected[1:]:
+            self.resized = shape[0]
+            self.problems.append(
+                f"{source}: {shape[0]} tokens, the model has {expected[0]}: the vocabulary was resized "
+                "in training"
+            )
+            return
+        if shape != expected:
             self.problems.append(
                 f"{source}: shape {list(self.file.shape(source))} does not fit {target} of shape "
                 f"{list(self.checkpoint.shape(target))}"
@@ -248,6 +327,37 @@ class _Planner:
         if "lora_B.bias" in parts:
             self._shift(target, module, parts["lora_B.bias"])
 
+    def trained_rows(self, module: str, key: str) -> None:
+        """Plan the rows of a table that were trained alone."""
+        ends = sorted(self.settings.trainable_tokens, key=len, reverse=True)
+        named = next((end for end in ends if module.endswith(end)), None)
+        if named is None:
+            self.problems.append(
+                f"{key}: adapter_config.json names no tokens for it in trainable_token_indices"
+            )
+            return
+        target = self._target_or_problem(f"{module}.weight", key)
+        if target is None:
+            return
+        rows, shape = self.settings.trainable_tokens[named], self.checkpoint.shape(target)
+        if target in self.recipes:
+            self.problems.append(
+                f"{key}: trained rows of {target}, which is trained otherwise as well"
+            )
+        elif max(rows) >= shape[0]:
+            self.resized = max(rows) + 1
+            self.problems.append(
+                f"{key}: token {max(rows)}, the model has {shape[0]}: the vocabulary was resized in "
+                "training"
+            )
+        elif self.file.shape(key) != (len(rows), *shape[1:]):
+            self.problems.append(
+                f"{key}: shape {list(self.file.shape(key))}, expected {[len(rows), *shape[1:]]} by "
+                "trainable_token_indices in adapter_config.json"
+            )
+        else:
+            self.recipes[target] = Recipe(shape=shape, rows=key, row_numbers=rows)
+
     def _is_length(self, magnitude: str, target: str, transposed: bool) -> bool:
         """Whether DoRA's magnitude is what the base's weights have already, up to rounding."""
         norms = output_norms(self.checkpoint.read(target), transposed=transposed)
@@ -314,10 +424,17 @@ class _Planner:
         )
 
     def check_modules_to_save(self) -> None:
-        """Name the tensors of ``modules_to_save`` that the adapter file lacks."""
+        """Name the tensors of ``modules_to_save`` and ``trainable_token_indices`` that the file lacks."""
+        has_rows = any(recipe.rows for recipe in self.recipes.values())
+        if self.settings.trainable_tokens and not has_rows and not self.problems:
+            self.problems.append(
+                "trainable_token_indices in adapter_config.json: the adapter has no rows for them"
+            )
         for name in self.settings.modules_to_save:
             for key in self.checkpoint.keys():
                 inside = f".{name}." in f".{key}" and self.checkpoint.is_float(key)
+                if inside and self.canonical(key).startswith(self.heads):
+                    continue
                 if inside and (key not in self.recipes or self.recipes[key].replacement is None):
                     self.problems.append(
                         f"{key}: belongs to modules_to_save {name!r}, but "

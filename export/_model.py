@@ -12,6 +12,7 @@ from typing import Any
 
 from embedge.export._adapters import Adapter, BoundAdapter
 from embedge.export._assemble import task_graph, to_model
+from embedge.export._binding import HEADS
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError, CheckpointError
 from embedge.export._forms import Form, digest
@@ -161,8 +162,9 @@ def read_model(request: Request) -> Model:
         bound = None
         if folder is not None:
             published = not request.adapters
+            heads = (p for p in family_class.ignored if p != "visual.")  # a tower reaches images
             bound = Adapter.load(folder, task).bind(
-                checkpoint, family_class.canonical, published=published
+                checkpoint, family_class.canonical, heads=(*HEADS, *heads), published=published
             )
         adapters[task] = bound
         tasks[task] = TaskWeights(checkpoint, family_class, bound, task)

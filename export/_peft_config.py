@@ -24,6 +24,7 @@ from typing import Any
 
 from embedge.export._errors import AdapterError
 from embedge.export._json_files import read_json_object
+from embedge.export._merge_advice import merge_advice
 
 __all__ = ["LoraSettings", "read_peft_config"]
 
@@ -39,6 +40,9 @@ _USED = frozenset(
         "lora_bias",
         "bias",
         "modules_to_save",
+        "trainable_token_indices",
+        "task_type",
+        "auto_mapping",
         "init_lora_weights",
         "base_model_name_or_path",
         "embedge_base_sha256",
@@ -46,7 +50,6 @@ _USED = frozenset(
 )
 _HARMLESS = frozenset(
     {
-        "auto_mapping",
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
@@ -61,7 +64,6 @@ _HARMLESS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
-        "task_type",
         "velora_config",  # only the gradients are computed differently
     }
 )
@@ -82,7 +84,6 @@ _REFUSED = {
     "megatron_config": "is for models built with Megatron",
     "monteclora_config": "samples the weights at random (MonteCLoRA)",
     "target_parameters": "puts LoRA on bare parameters, which is not implemented",
-    "trainable_token_indices": "trains single rows of an embedding, which is not implemented",
     "use_bdlora": "makes the factors block-diagonal (BD-LoRA), which is not implemented",
     "use_qalora": "pools the inputs of a quantized base (QA-LoRA), which is not implemented",
 }
@@ -95,10 +96,31 @@ _BASE_CHANGING_INITS = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-_WAY_OUT = (
-    "save it as a plain LoRA with PEFT (save_pretrained(…, "
-    "path_initial_model_for_weight_conversion=…)) or export the merged model"
+_MODEL_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+# What no weight of the base can stand for; everything else PEFT can merge.
+_NO_WEIGHT = frozenset(
+    {"alora_invocation_tokens", "arrow_config", "megatron_config", "monteclora_config"}
 )
+_PROMPTS = frozenset(
+    {
+        "ADAPTION_PROMPT",
+        "CPT",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+    }
+)
+_CONVERTIBLE = (
+    "save it as a plain LoRA with PEFT (save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…)), or "
+)
+_NO_WAY = "train a plain LoRA for this task, or export it without an adapter (--no-adapter NAME)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +131,9 @@ class LoraSettings:
         base_model: ``base_model_name_or_path``, ``None`` if not recorded.
         base_sha256: ``embedge_base_sha256``, the hash of the base's weights, ``None`` if not
             recorded.
+        trainable_tokens: rows by the end of their table's name, "" for the table of the input tokens
+            (``trainable_token_indices``).
+        model_class: transformers' class that it was trained in, as far as it is recorded.
     """
 
     r: int
@@ -122,6 +147,8 @@ class LoraSettings:
     modules_to_save: tuple[str, ...]
     base_model: str | None
     base_sha256: str | None
+    trainable_tokens: Mapping[str, tuple[int, ...]]
+    model_class: str
 
     def rank(self, module: str) -> int:
         """Return the rank of ``module``, its path in the adapted model (``"layers.0.mlp.up"``)."""
@@ -156,9 +183,10 @@ def read_peft_config(file: Path) -> LoraSettings:
     config = read_json_object(file, AdapterError)
     kind = config.get("peft_type")
     if kind != "LORA":
+        unknown = not isinstance(kind, str) or kind in _PROMPTS
+        way_out = _NO_WAY if unknown else _merge_advice(file, config)
         raise AdapterError(
-            f"{file}: peft_type is {kind!r}; only LORA adapters are "
-            "supported, export the merged model"
+            f"{file}: peft_type is {kind!r}; only LORA adapters are supported; {way_out}"
         )
     _refuse(file, config)
     fields = _Fields(file, config)
@@ -179,6 +207,8 @@ def read_peft_config(file: Path) -> LoraSettings:
         modules_to_save=fields.names("modules_to_save"),
         base_model=fields.text("base_model_name_or_path"),
         base_sha256=fields.text("embedge_base_sha256"),
+        trainable_tokens=fields.tokens("trainable_token_indices"),
+        model_class=_model_class(config),
     )
     if settings.bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"{file}: bias is {settings.bias!r}, expected none, all or lora_only")
@@ -187,9 +217,18 @@ def read_peft_config(file: Path) -> LoraSettings:
     return settings
 
 
+def _model_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that PEFT was given, ``"AutoModel"`` where it is not recorded."""
+    mapping = config.get("auto_mapping")
+    recorded = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    if isinstance(recorded, str) and re.fullmatch(r"[A-Z][A-Za-z0-9]*", recorded):
+        return recorded
+    return _MODEL_CLASSES.get(str(config.get("task_type")), "AutoModel")
+
+
 def _refuse(file: Path, config: Mapping[str, Any]) -> None:
     """Raise the one error that lists every setting that cannot be merged."""
-    reasons = []
+    reasons, way_out = [], _merge_advice(file, config)
     init = config.get("init_lora_weights", True)
     if init not in _ADDITIVE_INITS:
         family = next(
@@ -202,15 +241,23 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
             else "an unknown initialization, which may change the base"
         )
         reasons.append(f"init_lora_weights={init!r}: {reason}")
+        way_out = _CONVERTIBLE + way_out if family else way_out
     for key in sorted(set(config) - _USED - _HARMLESS):
         value = config[key]
         if value is None or value is False or value in ("", [], {}):
             continue
+        way_out = _NO_WAY if key in _NO_WEIGHT else way_out
         reasons.append(
             f"{key}={value!r}: {_REFUSED.get(key, 'a setting that embedge does not know')}"
         )
     if reasons:
-        raise AdapterError(f"{file}: cannot be merged exactly: {'; '.join(reasons)}; {_WAY_OUT}")
+        raise AdapterError(f"{file}: cannot be merged exactly: {'; '.join(reasons)}; {way_out}")
+
+
+def _merge_advice(file: Path, config: Mapping[str, Any]) -> str:
+    """What to type, with MODEL for the base's folder."""
+    model = Path("MODEL")
+    return merge_advice(model, model, file.parent, _model_class(config))
 
 
 @dataclass(frozen=True)
@@ -250,6 +297,17 @@ class _Fields:
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self._wrong(key, value, "a list of module names")
         return tuple(value)
+
+    def tokens(self, key: str) -> dict[str, tuple[int, ...]]:
+        value = self.config.get(key)
+        tables = value if isinstance(value, dict) else {"": value or []}
+        for rows in tables.values():
+            whole = isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows)
+            if not whole or len(set(rows)) != len(rows):
+                raise self._wrong(
+                    key, value, "a list of different token ids, or such lists by the table's name"
+                )
+        return {name: tuple(rows) for name, rows in tables.items() if rows}
 
     def patterns(self, key: str) -> list[tuple[str, Any]]:
         value = self.config.get(key) or {}

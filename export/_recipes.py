@@ -24,6 +24,8 @@ class Recipe:
         a, b: factors of the low-rank product, added with ``scaling``.
         magnitude: DoRA's, applied after that.
         shift: added with ``scaling`` (the bias of lora_B).
+        rows: takes the place of the rows ``row_numbers`` of a table.
+        row_numbers: which rows ``rows`` holds.
         transposed: whether the weight has its inputs first.
         zero_delta: whether B·A is all zero.
         changes: whether the result can differ from the base.
@@ -35,6 +37,8 @@ class Recipe:
     b: str | None = None
     magnitude: str | None = None
     shift: str | None = None
+    rows: str | None = None
+    row_numbers: tuple[int, ...] = ()
     scaling: float = 1.0
     transposed: bool = False
     zero_delta: bool = False
@@ -67,6 +71,8 @@ class Recipe:
                     scale_to_magnitude(merged, magnitude, transposed=self.transposed)
                 except ZeroDivisionError as problem:
                     raise AdapterError(f"cannot be merged by DoRA: {problem}") from problem
+            if self.rows is not None:
+                merged[list(self.row_numbers)] = adapter.read(self.rows)
             if self.shift is not None:
                 merged += adapter.read(self.shift) * np.float32(self.scaling)
         bad = first_not_finite(merged.reshape(-1))

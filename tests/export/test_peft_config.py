@@ -40,7 +40,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens=[1, 2]: acts"),
     "layer replication": ({"layer_replication": [[0, 1]]}, "layer_replication=[[0, 1]]: repeats"),
     "target parameters": ({"target_parameters": ["w"]}, "target_parameters"),
-    "trainable tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+    "trainable tokens that are none": (
+        {"trainable_token_indices": {"embed_tokens": [3, -1]}},
+        "trainable_token_indices is {'embed_tokens': [3, -1]}, expected a list of different token ids",
+    ),
     "Megatron": ({"megatron_config": {"a": 1}}, "megatron_config"),
     "Arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config"),
     "QA-LoRA": ({"use_qalora": True}, "use_qalora=True"),
@@ -106,13 +109,39 @@ def test_all_refused_settings_stand_in_one_message(tmp_path: Path) -> None:
         "weights when it is set up, so the published base is not what it was trained on; "
         "use_qalora=True: pools the inputs of a quantized base (QA-LoRA), which is not "
         "implemented; save it as a plain LoRA with PEFT (save_pretrained(…, "
-        "path_initial_model_for_weight_conversion=…)) or export the merged model"
+        "path_initial_model_for_weight_conversion=…)), or merge it into a copy of the model with PEFT "
+        "and torch, and export MERGED as a model of its own (--no-adapter NAME): cp -rL MODEL MERGED && "
+        'python -c "import sys, peft, transformers as t; b, a, new = sys.argv[1:]; '
+        "m = t.AutoModel.from_pretrained(b); "
+        'peft.PeftModel.from_pretrained(m, a).merge_and_unload().save_pretrained(new)" '
+        f"MODEL {tmp_path} MERGED"
     )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alora_invocation_tokens": [1]},
+        {"peft_type": "PREFIX_TUNING"},
+        {"arrow_config": {"top_k": 3}},
+    ],
+)
+def test_what_no_weight_can_stand_for_is_not_advised_to_be_merged(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA"} | fields))
+
+    with pytest.raises(
+        AdapterError, match="train a plain LoRA for this task, or export it without"
+    ):
+        Adapter.load(tmp_path, "code")
 
 
 def test_every_field_of_pefts_lora_config_is_judged() -> None:
     """A new field has to be put into one of the tables, whatever its default."""
     judged = tables._USED | tables._HARMLESS | tables._REFUSED.keys()
+    assert tables._REFUSED.keys() >= tables._NO_WEIGHT
 
     assert set(LoraConfig().to_dict()) <= judged
     assert not tables._USED & tables._HARMLESS
