@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -132,7 +133,9 @@ def _in_child(
 
 def _watch(root: Path, allowed: Sequence[Path], outside: list[str]) -> None:
     """Note every path outside of ``allowed`` that Python opens below ``root``, or changes anywhere."""
-    inside = tuple(os.path.realpath(path) for path in (*allowed, os.devnull))
+    tempfile.tempdir = os.path.join(root, "temporary")
+    os.makedirs(tempfile.tempdir, exist_ok=True)
+    inside = tuple(os.path.realpath(path) for path in (*allowed, tempfile.tempdir, os.devnull))
     scratch = os.path.realpath(root)
 
     def is_in(path: str, folder: str) -> bool:
@@ -142,13 +145,15 @@ def _watch(root: Path, allowed: Sequence[Path], outside: list[str]) -> None:
         if event == "open":
             path, _, flags = args
             writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        elif event in _WRITES:
+        elif event in _WRITES and not (event == "os.mkdir" and os.path.isdir(args[0])):
             path, writes = args[0], True
         else:
             return
         if not isinstance(path, str | bytes | os.PathLike):
             return
-        real = os.path.realpath(os.path.abspath(os.fsdecode(path)))
+        folder = args[2 if event == "os.rename" else -1] if event in _WRITES else -1
+        at = f"/proc/self/fd/{folder}" if isinstance(folder, int) and folder >= 0 else os.getcwd()
+        real = os.path.realpath(os.path.join(at, os.fsdecode(path)))
         if any(is_in(real, folder) for folder in inside) or real.startswith("/proc/"):
             return
         if writes or is_in(real, scratch):
