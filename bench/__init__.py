@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from embedge.runtime import EmbedgeError
+from embedge.runtime._advice import install_command
 
 if TYPE_CHECKING:
     from embedge.bench._options import BenchOptions
@@ -43,7 +44,7 @@ _missing = [name for name in _REQUIRED if find_spec(name) is None]
 if _missing:
     raise MissingBenchError(
         f"embedge.bench needs {', '.join(_missing)}, which is not installed; "
-        'run: pip install "embedge[bench]"'
+        f"run: {install_command('bench')}"
     )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from embedge.bench._errors import BenchArgumentError, BenchError
 from embedge.runtime import Embedder, EmbedgeError, EmbedgeValueError
+from embedge.runtime._advice import install_command
 
 __all__ = ["EmbedgeEncoder", "TaskMetadata", "bundle_task", "main"]
 
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     if find_spec("mteb") is None:
-        raise BenchError('mteb is not installed; run: pip install "embedge[mteb]"')
+        raise BenchError(f"mteb is not installed; run: {install_command('mteb', ['mteb'])}")
     import mteb
 
     try:

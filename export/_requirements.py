@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import util
 
+from embedge.runtime._advice import install_command
 from embedge.runtime._errors import EmbedgeImportError
 
 _PACKAGES = ("onnx", "safetensors", "scipy")
@@ -15,5 +16,5 @@ def check_requirements() -> None:
     if missing:
         raise EmbedgeImportError(
             f"embedge.export needs {', '.join(missing)}, which is not installed; "
-            'install it with: pip install "embedge[export]"'
+            f"run: {install_command('export')}"
         )

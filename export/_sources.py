@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from embedge.export._errors import CheckpointError
+from embedge.runtime._advice import install_command
 
 __all__ = ["is_hub_id", "local_folder"]
 
@@ -50,7 +51,7 @@ def _fetch(hub_id: str) -> Path:
         raise CheckpointError(
             f"{hub_id}: no such folder, and huggingface_hub, which could "
             "fetch it as a hub id, is not installed; "
-            'run: pip install "embedge[export]"'
+            f"run: {install_command('export', ['huggingface_hub'])}"
         ) from problem
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))

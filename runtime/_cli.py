@@ -145,16 +145,18 @@ def _load(command: _Command) -> _Module:
         EmbedgeImportError: if something that it needs is not installed, with the fix.
     """
     from embedge.runtime import EmbedgeError, EmbedgeImportError
+    from embedge.runtime._advice import install_command
 
     try:
         return cast("_Module", importlib.import_module(command.module))
     except ImportError as error:
         if command.extra is None or isinstance(error, EmbedgeError):
             raise
-        missing = error.name or str(error)
+        name = (error.name or "").partition(".")[0]
+        advice = install_command(command.extra, [name] if name else [])
         raise EmbedgeImportError(
-            f"`embedge {command.extra}` needs {missing}, which cannot be imported; run "
-            f'`pip install "embedge[{command.extra}]"`'
+            f"`embedge {command.extra}` needs {error.name or error}, which cannot be imported; run "
+            f"`{advice}`"
         ) from error
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embedge.runtime._advice import install_command
 from embedge.runtime._errors import EmbedgeImportError, EmbedgeValueError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _pillow() -> Any:
         from PIL import Image
     except ImportError as error:
         raise EmbedgeImportError(
-            'images need Pillow, which is not installed; run: pip install "embedge[images]"'
+            f"images need Pillow, which is not installed; run: {install_command('images')}"
         ) from error
     return Image
 

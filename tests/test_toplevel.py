@@ -90,34 +90,31 @@ except EmbedgeImportError as error:
     assert "embedge.export needs scipy" in printed(package_path, code)
 
 
-WITHOUT_ONNXRUNTIME = """
-import importlib.metadata, sys
-real = importlib.metadata.version
-def version(name):
-    if name.startswith("onnxruntime"):
-        raise importlib.metadata.PackageNotFoundError(name)
-    return real(name)
-importlib.metadata.version = version
-real_distributions = importlib.metadata.distributions
-importlib.metadata.distributions = lambda **kinds: (
-    found for found in real_distributions(**kinds) if not found.name.startswith("onnxruntime")
-)
+WITHOUT_NUMPY = """
+import sys
+class Missing:
+    def find_spec(self, name, *rest):
+        if name == "numpy":
+            raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+sys.meta_path.insert(0, Missing())
 sys.argv = ["embedge", *sys.argv[1:]]
 from embedge.__main__ import main
 sys.exit(main())
 """
 
 
-def test_without_onnxruntime_the_command_knows_its_version_and_says_what_is_missing(
+def test_without_numpy_the_command_knows_its_version_and_says_what_is_missing(
     package_path: Path,
 ) -> None:
-    done = python(package_path, "-c", WITHOUT_ONNXRUNTIME, "--version")
+    done = python(package_path, "-c", WITHOUT_NUMPY, "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"embedge {embedge.runtime.__version__}\n"
-    done = python(package_path, "-c", WITHOUT_ONNXRUNTIME, "inspect", "bundle")
+    done = python(package_path, "-c", WITHOUT_NUMPY, "inspect", "bundle")
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert line.startswith("embedge: error: ONNX Runtime is not installed; run ")
+    assert line == (
+        "embedge: error: No module named 'numpy'; install embedge again, with what it depends on"
+    )
 
 
 def test_it_is_a_program(package_path: Path) -> None:

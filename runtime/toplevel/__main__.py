@@ -1,7 +1,7 @@
 """The ``embedge`` command, and ``python -m embedge``.
 
-Little is imported before :func:`main` runs, so that a missing ONNX Runtime or an interrupt of the imports is
-a message, not a traceback, and ``--version`` works without either.
+Little is imported before :func:`main` runs, so that a missing package or an interrupt of the imports is a
+message, not a traceback.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("embedge: error: interrupted", file=sys.stderr)
         return 130
-    except ImportError as error:  # ONNX Runtime is missing or installed twice, NumPy does not load
-        print(f"embedge: error: {error}", file=sys.stderr)
+    except ImportError as error:
+        advice = "install embedge again, with what it depends on"
+        print(f"embedge: error: {error}; {advice}", file=sys.stderr)
         return 1
     return run()
 

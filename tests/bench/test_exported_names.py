@@ -29,8 +29,9 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it() -> None:
     code = (
-        "import importlib.util as u; real = u.find_spec\n"
+        "import importlib.metadata as m, importlib.util as u; real, version = u.find_spec, m.version\n"
         "u.find_spec = lambda name, *rest: None if name == 'peft' else real(name, *rest)\n"
+        "m.version = lambda name: version('no-peft' if name == 'peft' else name)\n"
         "import embedge.bench"
     )
 
@@ -39,5 +40,5 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it() -> None:
     )
 
     assert found.stderr.splitlines()[-1].endswith(
-        'embedge.bench needs peft, which is not installed; run: pip install "embedge[bench]"'
+        'embedge.bench needs peft, which is not installed; run: pip install "peft>=0.17,<0.22"'
     )

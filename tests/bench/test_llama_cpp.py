@@ -17,7 +17,7 @@ from embedge.bench.peers._llama_probe import runs
 
 TEXTS = ["the", "a lazy dog", "the quick brown fox jumps over w1 w2 w3 w4 w5 w6 w7"]
 needs_llama_cpp = pytest.mark.skipif(
-    not peers.PEERS["llama.cpp"].available(), reason="not installed: pip install embedge[llama]"
+    not peers.PEERS["llama.cpp"].available(), reason="llama-cpp-python is not installed"
 )
 
 

@@ -597,13 +597,13 @@ class TestProgram:
         self, monkeypatch: pytest.MonkeyPatch, capsys: Capture
     ) -> None:
         def missing(name: str) -> ModuleType:
-            raise ModuleNotFoundError(f"No module named {name!r}", name="torchless")
+            raise ModuleNotFoundError(f"No module named {name!r}", name="scipy.special")
 
         monkeypatch.setattr(importlib, "import_module", missing)
         assert main(["export", "--help"]) == 1
         assert error_line(capsys) == (
-            "embedge: error: `embedge export` needs torchless, which cannot be imported; run "
-            '`pip install "embedge[export]"`'
+            "embedge: error: `embedge export` needs scipy.special, which cannot be imported; "
+            'run `pip install "scipy>=1.11,<2"`'
         )
 
     def test_commands_of_other_parts_are_called_with_their_arguments(
