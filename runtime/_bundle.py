@@ -12,7 +12,6 @@ of the bundle, or to the blobs of the hub's cache that its snapshot lies in.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
-from embedge.runtime._files import FileState, kind_of, open_regular_file, state_of
+from embedge.runtime._files import FileState, kind_of, sha256_of, state_of
 from embedge.runtime._kernels import in_panels
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._names import is_path
@@ -39,7 +38,6 @@ MANIFEST_NAME = "manifest.json"
 VERIFY_MODES = ("none", "size", "full")
 _AGAIN = "copy or export the bundle again"
 _INTEGERS = ("int8", "int4", "int4-unpacked")
-_CHUNK_BYTES = 1 << 20
 _REPOSITORY = re.compile(r"[a-z]+--.+")  # models--owner--name
 
 
@@ -52,6 +50,7 @@ class Bundle:
 
     Attributes:
         root: the folder, absolute and without links.
+        verify: what was checked.
         manifest: its parsed manifest.
 
     Raises:
@@ -69,6 +68,7 @@ class Bundle:
                 f"bundle is {path!r}; expected the path of a bundle's folder, as `embedge export` "
                 "writes it"
             )
+        self.verify = verify
         self.root = _root(path)
         self._states: dict[str, FileState] = {}  # of the manifest's files, as they were opened
         file = self.root / MANIFEST_NAME
@@ -124,7 +124,10 @@ class Bundle:
         """
         path, state = self._find(name)
         if self._states.get(name) != state:
-            found, state = _sha256(path)
+            try:
+                found, state = sha256_of(path)
+            except OSError as error:
+                raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
             if found != self.manifest.files[name].sha256:
                 raise BundleError(
                     f"{path}: changed since the bundle was opened: expected SHA-256 "
@@ -336,7 +339,10 @@ class Bundle:
         if size != expected.size:
             raise BundleError(f"{path}: expected {expected.size} bytes, found {size}; {_AGAIN}")
         if hashes:
-            found, state = _sha256(path)
+            try:
+                found, state = sha256_of(path)
+            except OSError as error:
+                raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
             if found != expected.sha256:
                 raise BundleError(
                     f"{path}: expected SHA-256 {expected.sha256}, found {found}; {_AGAIN}"
@@ -381,19 +387,3 @@ def _blobs(root: Path) -> Path | None:
         if folder.parent.name == "snapshots" and _REPOSITORY.fullmatch(repository.name):
             return repository / "blobs"
     return None
-
-
-def _sha256(path: Path) -> tuple[str, FileState]:
-    """The hash of a file and its state, which was the same before and after."""
-    hashed = hashlib.sha256()
-    try:
-        with open_regular_file(path) as stream:
-            before = state_of(os.fstat(stream.fileno()))
-            while chunk := stream.read(_CHUNK_BYTES):
-                hashed.update(chunk)
-            after = state_of(os.fstat(stream.fileno()))
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if before != after:
-        raise BundleError(f"{path}: was written while it was read; open the bundle again")
-    return hashed.hexdigest(), after

@@ -11,6 +11,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._cpu import describe_processor
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeValueError
 from embedge.runtime._kernels import describe_kernels
+from embedge.runtime._prepared import PreparedGraphs
 from embedge.runtime._typed_json import read_json_object
 
 __all__ = ["add_arguments", "run", "table"]
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument(
-        "--verify", action="store_true", help="compare every file's SHA-256; exit 1 if one differs"
+        "--verify",
+        action="store_true",
+        help="compare every file's SHA-256, prepared ones too; exit 1 if one differs",
     )
     parser.add_argument("--layers", action="store_true", help="show every layer's format and error")
     parser.add_argument("--worst-first", action="store_true", help="with --layers: sort by error")
@@ -41,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
         raise EmbedgeValueError("--worst-first, --task and --precision go with --layers")
     bundle = Bundle(args.bundle, verify="none")
     problems = bundle.problems(hashes=args.verify)
+    prepared = PreparedGraphs(bundle)
+    if args.verify and not problems:
+        problems = prepared.problems()
     layers = _layers(bundle, args) if args.layers else []
     if args.json:
         print(json.dumps(_document(bundle, problems, layers), indent=2))
@@ -48,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join([*_summary(bundle), *_layer_tables(layers)]))
         if args.verify and not problems:
             print(f"\nverified: {len(bundle.manifest.files)} files match their SHA-256")
+            if prepared.count:
+                print(f"verified: {prepared.count} prepared graphs match theirs")
     if problems:
         raise BundleError("\n".join(problems))
     return 0

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """
     bundle = Bundle(args.bundle)
     if args.remove:
-        print("removed" if PreparedGraphs(bundle).remove() else "nothing was prepared")
+        print("removed" if PreparedGraphs(bundle).places.remove() else "nothing was prepared")
         return 0
     threads = available_cores()
     if args.threads is not None:
@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _pack(bundle: Bundle, graphs: Iterable[tuple[str, str]]) -> None:
     prepared = PreparedGraphs(bundle)
+    place = prepared.places.to_write()
+    if place != prepared.folder:
+        print(f"{bundle.root} cannot be written: into {place}, where this user's programs find it")
     for precision, name in graphs:
         settings = bundle.manifest.precisions[precision]
         if settings.activation_constants and saturates_u8s8():

@@ -7,6 +7,7 @@ refused here is an :class:`OSError` with the reason, as for a file that the oper
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from typing import BinaryIO, TypeAlias
@@ -18,6 +19,7 @@ __all__ = [
     "kind_of",
     "open_regular_file",
     "read_regular_file",
+    "sha256_of",
     "state_of",
 ]
 
@@ -73,6 +75,22 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
         reason = f"expected at most {limit:,} bytes, found {max(size, len(data)):,}"
         raise OSError(errno.EFBIG, reason, os.fspath(path))
     return data
+
+
+def sha256_of(path: str | os.PathLike[str]) -> tuple[str, FileState]:
+    """The SHA-256 of a file in lower-case hexadecimal, and its state, the same before and after.
+
+    Raises:
+        OSError: as :func:`open_regular_file`, and if the file is written meanwhile.
+    """
+    with open_regular_file(path) as file:
+        before = state_of(os.fstat(file.fileno()))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        after = state_of(os.fstat(file.fileno()))
+    if before != after:
+        reason = "was written while it was read; open the bundle again"
+        raise OSError(errno.EBUSY, reason, os.fspath(path))
+    return digest, after
 
 
 def state_of(found: os.stat_result) -> FileState:

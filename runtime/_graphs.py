@@ -27,6 +27,7 @@ from pathlib import Path
 
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cpu import has_amx, saturates_u8s8
+from embedge.runtime._errors import BundleError
 from embedge.runtime._fork import keep_forever, restart_after_fork
 from embedge.runtime._lanes import Lanes
 from embedge.runtime._manifest import VISION, Manifest
@@ -163,6 +164,15 @@ class Graphs:
         Raises:
             BundleError: if ONNX Runtime refuses the graph, or its files are not the bundle's any more.
         """
+        prepared = self._find_prepared(name)
+        if prepared is not None:
+            try:
+                return self._open(name, threads, prepared)
+            except BundleError as error:
+                self._prepared.warn(f"{prepared.parent}: not used: {error}")
+        return self._open(name, threads, None)
+
+    def _open(self, name: str, threads: int, prepared: Path | None) -> GraphSession:
         with self._bundle.reading(self._bundle.graph_files(self._precision, name)):
             return GraphSession(
                 self._bundle.graph(self._precision, name),
@@ -173,7 +183,7 @@ class Graphs:
                 inputs=graph_inputs(self._bundle.manifest, self._precision, name),
                 integer=self._bundle.multiplies_integers(self._precision),
                 arena=self._keeps_arena,
-                prepared=self._find_prepared(name),
+                prepared=prepared,
                 unpack=self._bundle.unpacking(self._precision, name, threads=self._threads),
             )
 

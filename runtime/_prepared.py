@@ -7,10 +7,12 @@ and can be dropped under pressure. (ONNX Runtime's session options
 ``session.save_external_prepacked_constant_initializers`` and ``optimized_model_filepath``.)
 
 Rules:
-    * They lie in ``prepared/MACHINE/PRECISION/NAME/`` of the bundle's folder; MACHINE names ONNX
-      Runtime's version and the processor's instructions, so another machine does not see them.
-    * Each carries the hashes of the files that it was made from. One that does not fit the manifest
-      any more, or is cut short, is left out with a warning.
+    * They lie in ``MACHINE/PRECISION/NAME/`` of a place beside the bundle (:mod:`embedge.runtime._places`);
+      MACHINE names ONNX Runtime's version and the processor's instructions, so another machine does not
+      see them.
+    * Each carries the hashes of the files that it was made from, and of its own. One that does not fit the
+      manifest any more, is damaged, or that ONNX Runtime refuses is left out with a warning. Its graph is
+      hashed in any case; its weights, which would take longer than opening them, under ``verify="full"``.
     * Deleting the folder loses nothing but the time.
     * Each takes the graph's weights twice on disk, as they were and packed; those of integer products
       once where embedge's own kernels run (:mod:`embedge.runtime._kernels`).
@@ -25,23 +27,25 @@ import os
 import platform
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cores import available_cores
 from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
+from embedge.runtime._files import FileState, sha256_of, state_of
 from embedge.runtime._kernels import OPERATORS, PANELS, own_kernels, use_own_kernels
+from embedge.runtime._manifest import VISION, FileEntry
 from embedge.runtime._names import is_path
 from embedge.runtime._onnxruntime import load_onnxruntime, open_session
+from embedge.runtime._places import PREPARED, Places
 from embedge.runtime._session import give_initializers
-from embedge.runtime._typed_json import read_json_object
+from embedge.runtime._typed_json import Table, read_json_object
 from embedge.runtime._unpack import Initializers
 
 __all__ = ["PREPARED", "PreparedGraphs", "machine_name"]
 
-PREPARED = "prepared"
 _RECORD, _GRAPH, _DATA = "prepared.json", "graph.onnx", "graph.bin"
 _INLINE_BYTES = "1024"  # small tensors stay in the graph
 _SPACE = 2.5  # of a graph's bytes, while it is written
@@ -52,34 +56,49 @@ class PreparedGraphs:
 
     Args:
         bundle: whose graphs.
+
+    Attributes:
+        places: where they lie.
+        folder: the place in the bundle's own folder.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self.folder = bundle.root / PREPARED / machine_name()
+        self.places = Places(bundle, machine_name())
+        self.folder = self.places.inside
+        self._whole: dict[Path, tuple[FileState, FileEntry]] = {}
 
     def find(self, precision: str, name: str) -> Path | None:
-        """The prepared graph of a task, or of ``VISION``; ``None`` if there is none that fits."""
-        folder = self.folder / precision / name
-        if not (folder / _RECORD).exists():
-            return None
-        try:
-            record = read_json_object(folder / _RECORD)
-            problem = self._problem(folder, record, self._source(precision, name))
-            if problem is None and record.get("layout") != self._layout(precision):
-                problem = (
-                    f"weights laid out as {record.get('layout')}, not {self._layout(precision)}"
-                )
-        except (BundleError, OSError) as error:
-            problem = str(error)
-        if problem is None:
-            return folder / _GRAPH
-        warnings.warn(
-            f"{folder}: not used: {problem}; run `embedge prepare {self._bundle.root}` again",
-            EmbedgeWarning,
-            stacklevel=2,
-        )
+        """The prepared graph of a task, or of ``VISION``; ``None`` if there is none that fits.
+
+        Its files are compared as the bundle's were (``verify``), and the graph's SHA-256 in any case.
+        """
+        problems = []
+        for folder in self._folders(precision, name):
+            problem = self._problem(folder, precision, name, full=self._bundle.verify == "full")
+            if problem is None:
+                return folder / _GRAPH
+            problems.append(f"{folder}: not used: {problem}")
+        if problems:
+            self.warn(problems[0])
         return None
+
+    def warn(self, problem: str) -> None:
+        """Warns of what is wrong with a prepared graph, and says what mends it."""
+        warnings.warn(f"{problem}; {self._again}", EmbedgeWarning, stacklevel=3)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the prepared graphs, every byte compared: one message each."""
+        return [
+            f"{folder}: not used: {problem}; {self._again}"
+            for folder, problem in self._checked()
+            if problem is not None
+        ]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(1 for _ in self._existing())
 
     def write(self, precision: str, name: str) -> int:
         """Prepares a graph, in place of an earlier one.
@@ -89,16 +108,17 @@ class PreparedGraphs:
 
         Raises:
             BundleError: if the folder, or one above it inside the bundle, is a link.
-            EmbedgeError: if the disk has no room, or ONNX Runtime refuses.
-            OSError: if the folder cannot be written.
+            EmbedgeError: if the disk has no room, nothing can be written, or ONNX Runtime refuses.
         """
-        source, folder = self._source(precision, name), self.folder / precision / name
-        self.check_no_links(folder)
+        source, place = self._source(precision, name), self.places.to_write()
+        folder = place / precision / name
+        if place == self.folder:
+            self.places.check_no_links(folder)
         partial = folder.with_name(f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            self._check_space(precision, name)
+            self._check_space(precision, name, place)
             layout = self._layout(precision)
             panels = layout is not None
             with self._bundle.reading(source):
@@ -107,41 +127,79 @@ class PreparedGraphs:
                 )
                 _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
                 del given
-            files = {path.name: path.stat().st_size for path in partial.iterdir()}
-            record = {"source": source, "files": files, "layout": layout}
+            files = {
+                path.name: FileEntry(size=path.stat().st_size, sha256=sha256_of(path)[0])
+                for path in sorted(partial.iterdir())
+            }
+            record = {
+                "source": source,
+                "files": {file: entry.to_dict() for file, entry in files.items()},
+                "layout": layout,
+            }
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return sum(files.values())
+        if place == self.folder:
+            self.places.forget_cached(precision, name)
+        return sum(entry.size for entry in files.values())
 
-    def remove(self) -> bool:
-        """Deletes what was prepared on any machine; whether there was something.
+    @property
+    def _again(self) -> str:
+        return f"run `{self.places.command}` again"
 
-        Raises:
-            BundleError: if the folder is a link.
-        """
-        everything = self._bundle.root / PREPARED
-        self.check_no_links(everything)
-        found = everything.is_dir()
-        if found:
-            shutil.rmtree(everything)
-        return found
+    def _folders(self, precision: str, name: str) -> list[Path]:
+        """The folders in which a graph is recorded."""
+        folders = (place / precision / name for place in self.places.to_read)
+        return [folder for folder in folders if os.path.lexists(folder / _RECORD)]
 
-    def check_no_links(self, path: Path) -> None:
-        """Refuses to write to a place, or delete what is there, that a link takes out of the bundle.
+    def _existing(self) -> Iterator[tuple[Path, str, str]]:
+        for precision, settings in self._bundle.manifest.precisions.items():
+            for name in (*settings.graphs, *([VISION] if settings.vision else [])):
+                for folder in self._folders(precision, name):
+                    yield folder, precision, name
 
-        Raises:
-            BundleError: with where it leads.
-        """
-        root = self._bundle.root
-        real = path.resolve()
-        if real != root.resolve() / path.relative_to(root):
-            raise BundleError(
-                f"{path}: expected a place inside the bundle, found a link to {real}; remove the link, "
-                f"nothing is lost but the time of `embedge prepare {root}`"
-            )
+    def _checked(self) -> Iterator[tuple[Path, str | None]]:
+        for folder, precision, name in self._existing():
+            yield folder, self._problem(folder, precision, name, full=True)
+
+    def _problem(self, folder: Path, precision: str, name: str, *, full: bool) -> str | None:
+        """Why a prepared graph is not used."""
+        try:
+            record = Table(read_json_object(folder / _RECORD), file=_RECORD)
+            if record.values.get("source") != self._source(precision, name):
+                return "made from other files than the bundle has now"
+            listed = record.table("files")
+            for file in listed.values:
+                if not is_path(file):
+                    return f"{_RECORD} lists {file[:80]!r}, which is no name of its files"
+            files = {file: FileEntry.parse(entry) for file, entry in listed.tables()}
+            if _GRAPH not in files:
+                record.fail("files", f"expected {_GRAPH} among them")
+            layout = record.values.get("layout")
+            if layout != self._layout(precision):
+                return f"weights laid out as {layout}, not {self._layout(precision)}"
+            for file, entry in files.items():
+                problem = self._difference(folder / file, entry, hashed=full or file == _GRAPH)
+                if problem is not None:
+                    return f"{file}: {problem}"
+        except (BundleError, OSError) as error:
+            return str(error)
+        return None
+
+    def _difference(self, file: Path, expected: FileEntry, *, hashed: bool) -> str | None:
+        """What a file has another of than expected; a hash is not taken again of the same file."""
+        status = file.stat()
+        if status.st_size != expected.size:
+            return f"expected {expected.size} bytes, found {status.st_size}"
+        state = state_of(status)
+        if hashed and self._whole.get(file) != (state, expected):
+            found, state = sha256_of(file)
+            if found != expected.sha256:
+                return f"expected SHA-256 {expected.sha256}, found {found}"
+            self._whole[file] = state, expected
+        return None
 
     def _layout(self, precision: str) -> str | None:
         """How embedge's kernels read the weights; ``None``: as ONNX Runtime packs them."""
@@ -153,27 +211,12 @@ class PreparedGraphs:
         names = self._bundle.graph_files(precision, name)
         return {name: listed[name].sha256 for name in names}
 
-    @staticmethod
-    def _problem(folder: Path, record: dict[str, Any], source: dict[str, str]) -> str | None:
-        if record.get("source") != source:
-            return "made from other files than the bundle has now"
-        files = record.get("files")
-        if not isinstance(files, dict) or _GRAPH not in files:
-            return f"{_RECORD} lists no files"
-        for name, size in files.items():
-            if not is_path(name):
-                return f"{_RECORD} lists {name[:80]!r}, which is no name of its files"
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name}: expected {size} bytes, found {found}"
-        return None
-
-    def _check_space(self, precision: str, name: str) -> None:
+    def _check_space(self, precision: str, name: str, place: Path) -> None:
         needed = int(_SPACE * self._bundle.graph_bytes(precision, name))
-        free = shutil.disk_usage(self._bundle.root).free
+        free = shutil.disk_usage(place).free
         if free < needed:
             raise EmbedgeError(
-                f"{self._bundle.root}: preparing {precision}/{name} takes {needed:,} bytes, and the disk has "
+                f"{place}: preparing {precision}/{name} takes {needed:,} bytes, and the disk has "
                 f"{free:,}; free some, or prepare fewer tasks with --task"
             )
 

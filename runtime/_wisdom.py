@@ -23,7 +23,8 @@ from typing import TypeAlias
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._errors import BundleError, EmbedgeWarning
 from embedge.runtime._manifest import Manifest
-from embedge.runtime._prepared import PreparedGraphs, machine_name
+from embedge.runtime._places import Places
+from embedge.runtime._prepared import machine_name
 from embedge.runtime._typed_json import MOST_BYTES, Table, read_json_object
 from embedge.runtime._writing import replace_file
 
@@ -110,15 +111,15 @@ def read_wisdom(bundle: Bundle, threads: int) -> Wisdom:
         bundle: whose precisions.
         threads: of a run.
     """
-    file = wisdom_file(bundle)
-    again = f"run `embedge prepare {bundle.root}` again"
+    places = _places(bundle)
+    file, again = wisdom_file(bundle), f"run `{places.command}` again"
     try:
         everything = _read(file)
     except (BundleError, OSError) as error:
         _warn(f"not used: {error}; {again}")
         return {}
     if everything is None:
-        others = sorted(file.parent.parent.glob(f"*/{_NAME}"))
+        others = [o for place in places.to_read for o in sorted(place.parent.glob(f"*/{_NAME}"))]
         if others:
             _warn(
                 f"{others[0]}: not used: measured on another machine or with another ONNX Runtime "
@@ -149,10 +150,11 @@ def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
 
     Raises:
         BundleError: if a link leads out of the bundle there.
+        EmbedgeError: if neither the bundle nor the user's cache can be written.
         OSError: if it cannot be written.
     """
-    file = wisdom_file(bundle)
-    PreparedGraphs(bundle).check_no_links(file.parent)
+    places = _places(bundle)
+    file = places.to_write() / _NAME
     try:
         everything = _read(file) or {}
     except (BundleError, OSError):
@@ -166,14 +168,20 @@ def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
             for count, by_precision in sorted(everything.items())
         },
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, json.dumps(document, indent=2) + "\n")
+    if file.parent == places.inside:
+        places.forget_cached(_NAME)
     return file
 
 
 def wisdom_file(bundle: Bundle) -> Path:
     """Where the measurements of this machine lie, if there are any."""
-    return PreparedGraphs(bundle).folder / _NAME
+    files = [place / _NAME for place in _places(bundle).to_read]
+    return next((file for file in files if file.exists()), files[-1])
+
+
+def _places(bundle: Bundle) -> Places:
+    return Places(bundle, machine_name())
 
 
 def _read(file: Path) -> dict[int, dict[str, Measured]] | None:

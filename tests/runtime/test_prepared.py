@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -211,3 +213,127 @@ def test_a_record_names_files_of_its_folder_alone(bundle, name):
     record_file.write_text(json.dumps(record))
     with pytest.warns(EmbedgeWarning, match="not used: prepared.json lists .*no name of its files"):
         assert Embedder(bundle.path).encode("w1").shape == (8,)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "verify"), [("graph.bin", "full"), ("graph.onnx", "full"), ("graph.onnx", "size")]
+)
+def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(bundle, capsys, file, verify):
+    expected = Embedder(bundle.path).encode(TEXTS)
+    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    assert main(["inspect", str(bundle.path), "--verify"]) == 0
+    assert "verified: 1 prepared graphs match theirs" in capsys.readouterr().out
+    flip_a_bit(prepared_folder(bundle.path) / file)
+    model = Embedder(bundle.path, verify=verify)
+    with pytest.warns(
+        EmbedgeWarning, match=f"not used: {file}: expected SHA-256 .*embedge prepare"
+    ):
+        found = model.encode(TEXTS)
+    np.testing.assert_array_equal(found, expected)
+    assert main(["inspect", str(bundle.path), "--verify"]) == 1
+    assert f"{file}: expected SHA-256" in capsys.readouterr().err
+    assert main(["prepare", str(bundle.path), "--pack-only"]) == 0
+    assert main(["inspect", str(bundle.path), "--verify"]) == 0
+
+
+def test_a_file_is_hashed_once_until_it_changes(bundle, monkeypatch):
+    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    graphs = PreparedGraphs(Bundle(bundle.path, verify="full"))
+    assert graphs.find("fp32", "retrieval") is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("embedge.runtime._prepared.sha256_of", lambda _: ("another", ()))
+        assert graphs.find("fp32", "retrieval") is not None
+    flip_a_bit(prepared_folder(bundle.path) / "graph.bin")
+    with pytest.warns(EmbedgeWarning, match="expected SHA-256"):
+        assert graphs.find("fp32", "retrieval") is None
+
+
+def test_one_that_onnxruntime_refuses_is_left_out(bundle):
+    expected = Embedder(bundle.path).encode(TEXTS)
+    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    folder = prepared_folder(bundle.path)
+    (folder / "graph.onnx").write_bytes(b"no graph")
+    record = json.loads((folder / "prepared.json").read_text())
+    digest = hashlib.sha256(b"no graph").hexdigest()
+    record["files"]["graph.onnx"] = {"size": 8, "sha256": digest}
+    (folder / "prepared.json").write_text(json.dumps(record))
+    model = Embedder(bundle.path, verify="full")
+    with pytest.warns(EmbedgeWarning, match="not used: .*cannot open it.*embedge prepare"):
+        found = model.encode(TEXTS)
+    np.testing.assert_array_equal(found, expected)
+
+
+class TestInTheUsersCache:
+    @pytest.fixture
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache" / "embedge"
+
+    @pytest.fixture
+    def read_only(self, bundle, monkeypatch):
+        """The bundle's folder, as to a user who cannot write to it; also to root."""
+        mkdir = Path.mkdir
+
+        def refuse(path, *arguments, **options):
+            if path.is_relative_to(bundle.path):
+                raise PermissionError(13, "Permission denied", str(path))
+            mkdir(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        return bundle.path
+
+    def test_a_bundle_that_cannot_be_written_is_prepared_there_and_found(
+        self, cache, read_only, tmp_path, monkeypatch, capsys
+    ):
+        expected = Embedder(read_only).encode(TEXTS)
+        assert main(["prepare", str(read_only), "--pack-only"]) == 0
+        assert f"{read_only} cannot be written: into {cache}" in capsys.readouterr().out
+        assert not (read_only / "prepared").exists()
+        assert cache.stat().st_mode & 0o777 == 0o700
+        for path in (read_only, shutil.copytree(read_only, tmp_path / "elsewhere")):
+            found = PreparedGraphs(Bundle(path)).find("fp32", "retrieval")
+            assert found is not None
+            assert found.is_relative_to(cache)
+            np.testing.assert_array_equal(Embedder(path).encode(TEXTS), expected)
+        assert main(["inspect", str(read_only), "--verify"]) == 0
+        assert "1 prepared graphs" in capsys.readouterr().out
+        assert main(["prepare", str(read_only), "--remove"]) == 0
+        assert list(cache.iterdir()) == []
+
+    def test_what_is_written_into_the_bundle_later_takes_its_place(
+        self, cache, bundle, monkeypatch
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", lambda *_: False)
+            PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+        assert len(list(cache.rglob("graph.onnx"))) == 1
+        PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+        assert list(cache.rglob("graph.onnx")) == []
+        found = PreparedGraphs(Bundle(bundle.path)).find("fp32", "retrieval")
+        assert found == prepared_folder(bundle.path) / "graph.onnx"
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
+    @pytest.mark.parametrize("spoil", ["writable", "link", "file"])
+    def test_one_that_others_could_have_written_is_not_used(self, cache, read_only, spoil, capsys):
+        assert main(["prepare", str(read_only), "--pack-only"]) == 0
+        if spoil == "writable":
+            cache.chmod(0o777)
+            reason = f"other users may write to it; run `chmod go-w {cache}`"
+        else:
+            moved = cache.rename(cache.with_name("moved"))
+            cache.symlink_to(moved) if spoil == "link" else cache.write_text("a file")
+            reason = "it is no folder" if spoil == "link" else "File exists"
+        assert PreparedGraphs(Bundle(read_only)).find("fp32", "retrieval") is None
+        assert main(["prepare", str(read_only), "--pack-only"]) == 1
+        said = capsys.readouterr().err
+        assert (
+            f"{read_only}: cannot be written (Permission denied), and neither can {cache}" in said
+        )
+        assert reason in said
+        assert f"`XDG_CACHE_HOME=FOLDER embedge prepare {read_only}`" in said

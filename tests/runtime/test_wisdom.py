@@ -508,3 +508,27 @@ class TestTiming:
     def test_all_are_timed_where_there_is_time(self, clock: Clock) -> None:
         runs = {"a": lambda: clock.sleep(0.001), "b": lambda: clock.sleep(0.01)}
         assert timing.medians_ms(runs, 10) == pytest.approx({"a": 1, "b": 10})
+
+
+def test_what_was_measured_of_a_bundle_that_cannot_be_written_lies_in_the_users_cache(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened = Bundle(bundle.path)
+    graph = opened.manifest.precisions["fp32"].graphs["retrieval"]
+    measured = Measured(
+        task="retrieval",
+        graph_sha256=opened.manifest.files[graph].sha256,
+        graph_bytes=1,
+        milliseconds={"1x16": 1.5},
+        settings=RunSettings(lanes=False, narrow_tokens=0, batch_tokens=64),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        file = add_wisdom(opened, 2, {"fp32": measured})
+    assert file.is_relative_to(tmp_path / "cache")
+    assert wisdom_file(opened) == file
+    assert read_wisdom(opened, 2) == {"fp32": measured}
+    inside = add_wisdom(opened, 2, {"fp32": measured})
+    assert not file.exists()
+    assert wisdom_file(opened) == inside == bundle.path / "prepared" / file.parent.name / file.name
