@@ -15,12 +15,12 @@ from typing import Any
 from embedge.bench._errors import BenchError
 from embedge.bench._report import Report, Row
 from embedge.bench._tables import main_table
+from embedge.runtime._card import BENCH_END, BENCH_START
 from embedge.runtime._writing import replace_file
 
 __all__ = ["END", "START", "record"]
 
-START = "<!-- embedge:bench:start -->"
-END = "<!-- embedge:bench:end -->"
+START, END = BENCH_START, BENCH_END
 
 
 def record(report: Report, bundle: Path) -> None:

@@ -21,7 +21,9 @@ from typing import Any
 from embedge.export._errors import ExportError
 from embedge.export._request import PRECISIONS
 from embedge.runtime._bundle import Bundle
+from embedge.runtime._card import model_card, renewed_card
 from embedge.runtime._errors import BundleError, EmbedgeValueError
+from embedge.runtime._files import JSON_BYTES, read_regular_file
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._prepared import PREPARED
 from embedge.runtime._writing import (
@@ -144,6 +146,19 @@ def write_new(path: Path, content: str | bytes) -> None:
     """Write a file that is not there yet, nor a link; text as UTF-8."""
     with open(path, "xb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_card(folder: Path, manifest: Manifest) -> None:
+    """Write the model card; one that somebody else has written in stays."""
+    file = folder / CARD
+    card: str | None = model_card(manifest)
+    if os.path.lexists(file):
+        try:
+            card = renewed_card(read_regular_file(file, JSON_BYTES).decode(), manifest)
+        except (OSError, UnicodeDecodeError):
+            return
+    if card is not None:
+        replace_file(file, card)
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from embedge.export._bundle_writer import (
     new_bundle,
     read_existing,
     relative_files,
+    write_card,
     write_new,
 )
 from embedge.export._calibration import TokenBatch
 from embedge.export._identity import check_same_source
 from embedge.export._job import Job
 from embedge.export._lock import sole_exporter
-from embedge.export._manifest import manifest_of, model_card
+from embedge.export._manifest import manifest_of
 from embedge.export._model import Model, read_model
 from embedge.export._precision import MAX_TOKENS_PER_TEXT, token_batches
 from embedge.export._precision_writer import write_precision
@@ -89,8 +90,7 @@ def _export_alone(request: Request, progress: Progress) -> None:
         manifest = manifest_of(
             model, matryoshka_dims=dims, precisions=written, files=files, old=old
         )
-        if old is None or not (folder / CARD).exists():
-            replace_file(folder / CARD, model_card(manifest))
+        write_card(folder, manifest)
         sync_files(folder, new)
         replace_file(folder / MANIFEST, dump(manifest.to_dict()))
 

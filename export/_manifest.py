@@ -1,4 +1,4 @@
-"""The manifest and the model card of an export."""
+"""The manifest of an export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from embedge.export._model import Model
 from embedge.runtime._manifest import FORMAT_VERSION, Manifest
-from embedge.runtime._manifest import Model as ManifestModel
 
 
 def manifest_of(
@@ -94,57 +93,3 @@ def _joined(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
         by_task |= dict.fromkeys(new["graphs"], new["options"])
     joined["options"] = {**options, "by_task": by_task} if by_task else options
     return joined
-
-
-def model_card(manifest: Manifest) -> str:
-    """The bundle's README.md. Between the markers ``embedge bench --record`` writes its table."""
-    source, model = manifest.source, manifest.model
-    licence = source.license or "not stated by the source"
-    tasks = "\n".join(
-        f"| {name} | {_adapter(task)} | {', '.join(sorted(task.prompts)) or 'none'} |"
-        for name, task in manifest.tasks.items()
-    )
-    sizes = "\n".join(
-        f"| {name} | {', '.join(p.graphs)} | {manifest.folder_bytes(name) / 1e6:.1f} |"
-        for name, p in manifest.precisions.items()
-    )
-    dims, cut = model.matryoshka_dims, model.truncate_dim
-    default = f"; {cut} where a call names none" if cut else ""
-    first_task, first_precision = next(iter(manifest.tasks)), next(iter(manifest.precisions))
-    front = f"---\nlicense: {source.license}\n---\n\n" if source.license else ""
-    return f"""{front}# {source.name}, as ONNX graphs per task
-
-{_embeds(model)} of {model.dim} dimensions, {model.pooling} pooling, texts of up to {model.max_length} tokens.
-Exported from {source.name} ({source.model_type}). Licence of the weights: {licence}.
-Dimensions to truncate to: {", ".join(map(str, dims)) if dims else f"any up to {model.dim}"}{default}.
-
-| task | adapter | prompts |
-|---|---|---|
-{tasks}
-
-| precision | tasks | MB |
-|---|---|---|
-{sizes}
-
-```python
-from embedge.runtime import Embedder
-
-model = Embedder("path/to/this/folder", precision="{first_precision}")
-vectors = model.encode(["a text", "another text"], task="{first_task}")
-```
-
-<!-- embedge:bench:start -->
-Quality, latency and memory are measured by `embedge bench BUNDLE --reference MODEL --record`.
-<!-- embedge:bench:end -->
-"""
-
-
-def _embeds(model: ManifestModel) -> str:
-    kinds = "Embeddings of texts and images" if "image" in model.modalities else "Text embeddings"
-    if model.multi_vector_dim is not None:
-        return f"{kinds}, also multi-vectors of {model.multi_vector_dim} dimensions a token,"
-    return kinds
-
-
-def _adapter(task: Any) -> str:
-    return "none (bare backbone)" if task.adapter is None else f"LoRA {task.adapter.name}, merged"

@@ -15,10 +15,12 @@ from embedge.export._bundle_writer import dump, write_new
 from embedge.export._calibration import TokenBatch
 from embedge.export._forms import Form, weight_name
 from embedge.export._graph import BASE, Graph, Recipe, Weights
+from embedge.export._graph_notes import graph_notes, task_notes
 from embedge.export._int4_form import Int4Form
 from embedge.export._int8_form import ACTIVATION_CONSTANTS
 from embedge.export._job import Job
 from embedge.export._mixed_form import unmatched
+from embedge.export._model import Model
 from embedge.export._parallel import in_order
 from embedge.export._precision import gptq_form_of, int8_plans, store_gptq
 from embedge.export._request import INT4, UNPACKED_PRECISION, WIDE_MODEL
@@ -81,12 +83,18 @@ def write_precision(
                     )
                 _store_recipes(job, g, store, shared, own[task])
                 report = _layer_report(g, store)
-                _write_graph(place / f"{task}.onnx", g, store, task)
+                _write_graph(
+                    place / f"{task}.onnx",
+                    g,
+                    store,
+                    task,
+                    task_notes(job.model, g, precision, task),
+                )
                 write_new(place / f"{task}.layers.json", dump(report))
                 constants[precision] |= set(g.constants)
                 if UNPACKED_PRECISION in forms:
                     g = model.graph(weights, forms[UNPACKED_PRECISION])
-                    _write_unpacked(g, place, store, task, shared, own[task])
+                    _write_unpacked(job.model, g, place, store, task, shared, own[task])
                     constants[UNPACKED_PRECISION] |= set(g.constants)
         if model.tower is not None:
             if writes_tower:
@@ -219,7 +227,7 @@ def _write_tower(job: Job, place: Path, precision: str, store: TensorStore) -> N
     file = _fresh_name(place, VISION)
     with job.progress.step(f"{precision}/{VISION}", total):
         _store_recipes(job, g, store, file, file)
-        _write_graph(place / VISION_GRAPH, g, store, VISION)
+        _write_graph(place / VISION_GRAPH, g, store, VISION, graph_notes(g, precision, VISION))
 
 
 def _constant_names(graph: Path) -> set[str]:
@@ -288,18 +296,21 @@ def _layer_report(g: Graph, store: TensorStore) -> dict[str, Any]:
     return {"layers": [row(r) for r in g.recipes.values() if r.key in store.reports]}
 
 
-def _write_graph(path: Path, g: Graph, store: TensorStore, task: str) -> None:
+def _write_graph(
+    path: Path, g: Graph, store: TensorStore, task: str, notes: Mapping[str, str]
+) -> None:
     tensors = [tensor for recipe in g.recipes.values() for tensor in store.tensors(recipe)]
-    model = to_model(g, tensors, task, {"embedge.task": task})
+    model = to_model(g, tensors, task, notes)
     write_new(path, model.SerializeToString(deterministic=True))
 
 
 def _write_unpacked(
-    g: Graph, place: Path, store: TensorStore, task: str, shared: str, own: str
+    model: Model, g: Graph, place: Path, store: TensorStore, task: str, shared: str, own: str
 ) -> None:
     """The graph that runs a task's stored int4 weights as int8, and the list that it needs.
 
     Args:
+        model: what is exported.
         g: the graph.
         place: the folder of int4.
         store: has the int4 weights; takes what is new.
@@ -310,7 +321,8 @@ def _write_unpacked(
     for recipe in [*g.recipes.values(), *(r for u in g.unpacked.values() for r in u.recipes)]:
         if not store.has(recipe.key):
             store.put(recipe, recipe.compute(), shared if recipe.owner == BASE else own)
-    _write_graph(place / f"{task}{UNPACKED_GRAPH}", g, store, task)
+    notes = task_notes(model, g, UNPACKED_PRECISION, task)
+    _write_graph(place / f"{task}{UNPACKED_GRAPH}", g, store, task, notes)
     write_new(place / f"{task}{UNPACK_LIST}", dump(unpack_list(g, store)))
 
 
