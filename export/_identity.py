@@ -81,7 +81,9 @@ def _differences(model: Model, dims: tuple[int, ...] | None, old: Manifest) -> I
             f"{model.tokenizer.truncation_side}"
         )
     for task, settings in old.tasks.items():
-        prompts, default = model.prompts(task), model.settings.default_prompt_name
+        if settings.adapter and settings.adapter.own_prompts and task not in model.adapters:
+            continue  # they came with an adapter that is not read now
+        prompts, default = model.prompts(task), model.default_prompt(task)
         if (dict(settings.prompts), settings.default_prompt) != (prompts, default):
             both = {*settings.prompts, *prompts}
             names = sorted(n for n in both if settings.prompts.get(n) != prompts.get(n))

@@ -20,18 +20,18 @@ def manifest_of(
     old: Manifest | None,
 ) -> Manifest:
     """The manifest after an export, tasks and precisions of ``old`` included."""
-    settings = model.settings
     tasks: dict[str, Any] = {t: v.to_dict() for t, v in old.tasks.items()} if old else {}
     for task, bound in model.adapters.items():
         tasks[task] = {
             "prompts": model.prompts(task),
-            "default_prompt": settings.default_prompt_name,
+            "default_prompt": model.default_prompt(task),
             "adapter": None
             if bound is None
             else {
                 "name": bound.adapter.name,
                 "sha256": bound.adapter.sha256,
                 "base_model": bound.adapter.base_model,
+                "own_prompts": task in model.settings.task_defaults,
             },
         }
     merged = {p: v.to_dict() for p, v in old.precisions.items()} if old else {}

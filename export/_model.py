@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedge.export._adapter_folder import check_adapter_files, settings_of_all
 from embedge.export._adapters import Adapter, BoundAdapter
 from embedge.export._assemble import task_graph, to_model
 from embedge.export._binding import HEADS
@@ -117,6 +118,10 @@ class Model:
         """Prompts of a task by name."""
         return dict(self.settings.task_prompts.get(task, self.settings.prompts))
 
+    def default_prompt(self, task: str) -> str | None:
+        """Name of the prompt of a task's texts where a call names none."""
+        return self.settings.task_defaults.get(task, self.settings.default_prompt_name)
+
 
 def read_model(request: Request) -> Model:
     """Open the model, bind all adapters, and write every graph once without its weights.
@@ -131,6 +136,9 @@ def read_model(request: Request) -> Model:
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
         checkpoint.path, config
     )
+    folders = _task_folders(request, checkpoint, family_class)
+    loaded = {t: None if f is None else Adapter.load(f, t) for t, f in folders.items()}
+    settings = settings_of_all(settings, folders, loaded, config)
     pooling = request.pooling or settings.pooling or family_class.default_pooling
     if pooling not in POOLINGS:
         raise EmbedgeValueError(
@@ -158,13 +166,14 @@ def read_model(request: Request) -> Model:
         family = family.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
-    for task, folder in _task_folders(request, checkpoint, family_class).items():
+    heads = (*HEADS, *(p for p in family_class.ignored if p != "visual."))  # images come from there
+    for task, adapter in loaded.items():
         bound = None
-        if folder is not None:
+        if adapter is not None:
+            check_adapter_files(adapter, checkpoint, settings, tokenizer)
             published = not request.adapters
-            heads = (p for p in family_class.ignored if p != "visual.")  # a tower reaches images
-            bound = Adapter.load(folder, task).bind(
-                checkpoint, family_class.canonical, heads=(*HEADS, *heads), published=published
+            bound = adapter.bind(
+                checkpoint, family_class.canonical, heads=heads, published=published
             )
         adapters[task] = bound
         tasks[task] = TaskWeights(checkpoint, family_class, bound, task)

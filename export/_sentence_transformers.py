@@ -57,6 +57,7 @@ class SentenceSettings:
             it.
         matryoshka_dims: dimensions it was trained to be cut to, where it declares them.
         task_prompts: prompts of the tasks that have others than ``prompts``.
+        task_defaults: names of their default prompts.
         tokenizer_settings: what takes the place of settings in tokenizer_config.json.
         lowercase: whether texts are lower-cased before anything else.
     """
@@ -72,6 +73,7 @@ class SentenceSettings:
     truncate_dim: int | None = None
     matryoshka_dims: tuple[int, ...] = ()
     task_prompts: dict[str, dict[str, str]] = field(default_factory=dict)
+    task_defaults: dict[str, str | None] = field(default_factory=dict)
     tokenizer_settings: dict[str, Any] = field(default_factory=dict)
     lowercase: bool = False
 

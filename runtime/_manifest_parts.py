@@ -217,11 +217,16 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The adapter a task was merged from; ``None`` for what was not recorded."""
+    """The adapter a task was merged from; ``None`` for what was not recorded.
+
+    Attributes:
+        own_prompts: whether the task's prompts come from the adapter's folder, not from the model.
+    """
 
     name: str | None
     sha256: str | None
     base_model: str | None
+    own_prompts: bool = False
 
     @classmethod
     def parse(cls, table: Table) -> Adapter:
@@ -230,11 +235,13 @@ class Adapter:
             name=table.optional_string("name"),
             sha256=table.optional_string("sha256"),
             base_model=table.optional_string("base_model"),
+            own_prompts="own_prompts" in table.values and table.flag("own_prompts"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The object as JSON."""
-        return {"name": self.name, "sha256": self.sha256, "base_model": self.base_model}
+        own = {"own_prompts": True} if self.own_prompts else {}
+        return {"name": self.name, "sha256": self.sha256, "base_model": self.base_model, **own}
 
 
 @dataclass(frozen=True, kw_only=True)

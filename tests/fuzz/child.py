@@ -156,7 +156,7 @@ def _watch(root: Path, allowed: Sequence[Path], outside: list[str]) -> None:
         real = os.path.realpath(os.path.join(at, os.fsdecode(path)))
         if any(is_in(real, folder) for folder in inside) or real.startswith("/proc/"):
             return
-        if writes or is_in(real, scratch):
+        if writes or (is_in(real, scratch) and real != scratch):  # a folder is opened to be flushed
             outside.append(f"{event} {real}")
 
     sys.addaudithook(note)

@@ -188,23 +188,28 @@ def mutate_file(file: Path, rng: random.Random) -> str:
     if rng.random() < 0.06:
         return _other_kind(file, rng)
     data = file.read_bytes()
-    if file.suffix == ".json" and rng.random() < 0.9:
-        if rng.random() < 0.15:
-            data, what = mutate_json_text(data, rng)
-        else:
-            value = json.loads(data)
-            steps = []
-            for _ in range(rng.choice((1, 1, 1, 2, 3))):
-                value, step = mutate_json(value, rng)
-                steps.append(step)
-            data, what = json.dumps(value).encode(), "; ".join(steps)
-    elif file.suffix == ".safetensors":
-        data, what = mutate_safetensors(data, rng)
-    else:
+    try:
+        data, what = _mutated(data, file.suffix, rng)
+    except ValueError:  # no JSON any more
         data, what = mutate_bytes(data, rng)
     file.unlink()
     file.write_bytes(data)
     return what
+
+
+def _mutated(data: bytes, suffix: str, rng: random.Random) -> tuple[bytes, str]:
+    if suffix == ".safetensors":
+        return mutate_safetensors(data, rng)
+    if suffix != ".json" or rng.random() < 0.1:
+        return mutate_bytes(data, rng)
+    if rng.random() < 0.15:
+        return mutate_json_text(data, rng)
+    value = json.loads(data)
+    steps = []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        value, step = mutate_json(value, rng)
+        steps.append(step)
+    return json.dumps(value).encode(), "; ".join(steps)
 
 
 def _other_kind(file: Path, rng: random.Random) -> str:
