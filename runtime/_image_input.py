@@ -7,6 +7,10 @@ What is done to it:
       0…1;
     * everything else by ``Image.convert("RGB")``: palettes are looked up, alpha is dropped, grey is
       repeated, CMYK is converted without a colour profile. This is what transformers' processor sees.
+
+Files are read by Pillow's decoders of :data:`FORMATS` alone: others start programs (EPS starts Ghostscript)
+or are seldom tried with bad files. An image that the caller opened was read by the caller's choice, unless
+reading it, which happens here, would start a program.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -25,7 +30,9 @@ from embedge.runtime._errors import EmbedgeImportError, EmbedgeValueError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["is_image", "load_image"]
+__all__ = ["FORMATS", "is_image", "load_image"]
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class _UnusableError(Exception):
@@ -73,28 +80,24 @@ def load_image(source: Any, where: str) -> Image:
         return _from_array(source, where)
     try:
         if isinstance(source, pillow.Image):
-            return _rgb(source)
+            return _from_picture(source)
         if isinstance(source, os.PathLike):
-            return _from_path(Path(source), where)
+            with _open_file(source) as file:
+                return _decoded(file, os.fsdecode(source))
         if isinstance(source, (bytes, bytearray, memoryview)):
-            return _opened(io.BytesIO(bytes(source)))
+            data = bytes(source)
+            return _decoded(io.BytesIO(data), f"{len(data)} bytes")
     except _UnusableError as error:
         raise EmbedgeValueError(f"{where}: {error}") from error
-    except pillow.UnidentifiedImageError as error:
-        found = f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else f"{source}"
-        raise EmbedgeValueError(
-            f"{where}: expected an image file, found {found} that Pillow cannot read as one; check "
-            "that it is complete and of a common format (PNG, JPEG, WebP, TIFF, …)"
-        ) from error
     except pillow.DecompressionBombError as error:
         raise EmbedgeValueError(
             f"{where}: {error}; scale it down first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's decoders
-        if isinstance(error, EmbedgeValueError):
-            raise
+    except Exception as error:  # Pillow's decoders raise whatever went wrong inside them
+        name = os.fsdecode(source) if isinstance(source, os.PathLike) else "the image"
         raise EmbedgeValueError(
-            f"{where}: the image is damaged or cut short ({error}); fetch or save it again"
+            f"{where}: {name} is damaged or cut short ({str(error) or type(error).__name__}); fetch or "
+            "save it again"
         ) from error
     raise EmbedgeValueError(f"{where}: expected {_KINDS}, found {type(source).__name__}")
 
@@ -109,22 +112,55 @@ def _pillow() -> Any:
     return Image
 
 
-def _from_path(path: Path, where: str) -> Image:
-    path = path.expanduser()
-    if path.is_dir():
-        raise EmbedgeValueError(f"{where}: {path} is a folder; name the image files in it")
-    if not path.exists():
-        raise EmbedgeValueError(f"{where}: {path}: no such file; check the path")
-    with open(path, "rb") as file:
-        return _opened(file)
+def _open_file(source: os.PathLike[str]) -> BinaryIO:
+    """A regular file to read."""
+    path = os.path.expanduser(os.fsdecode(source))
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise _UnusableError(f"{path} is a folder; name the image files in it")
+        if not stat.S_ISREG(mode):  # a pipe would be waited for, a device need not end
+            raise _UnusableError(
+                f"expected a file, found {path}, a pipe, socket or device; read it first and give its bytes"
+            )
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise _UnusableError(f"{path}: no such file; check the path") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise _UnusableError(f"{path!r}: {reason}; check the path and who may read it") from error
 
 
-def _opened(file: Any) -> Image:
+def _decoded(file: BinaryIO, name: str) -> Image:
     pillow = _pillow()
-    with pillow.open(file) as picture:
+    pillow.init()  # registers decoders; some need libraries that Pillow may be built without
+    formats = [name for name in FORMATS if name in pillow.OPEN]
+    try:
+        opened = pillow.open(file, formats=formats)
+    except pillow.UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(8)
+        found = f"{name}, beginning with {start!r}" if start else f"{name}, without content"
+        raise _UnusableError(
+            f"expected an image file of a format that embedge reads ({', '.join(formats)}), found {found}; "
+            "check that the file is complete, or save it as PNG"
+        ) from None
+    with opened as picture:
         picture.seek(0)
         picture.load()
         return _rgb(picture)
+
+
+def _from_picture(picture: Image) -> Image:
+    """The picture of an image that the caller opened, if no program is started to read it."""
+    from PIL import ImageFile
+
+    if isinstance(picture, ImageFile.ImageFile) and picture.format == "EPS" and picture.tile:
+        raise _UnusableError(
+            "expected pixels, found an EPS file that is not read yet, which would start Ghostscript; if you "
+            "trust it, call its load() first"
+        )
+    return _rgb(picture)
 
 
 def _rgb(picture: Image) -> Image:

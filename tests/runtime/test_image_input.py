@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -117,8 +119,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "file address": ("file:///etc/passwd", "is a URL"),
     "missing": ("no-such-file.png", "no such file"),
     "folder": (Path("."), "is a folder"),
-    "no bytes": (b"", "cannot read as one"),
-    "text": (b"this is not an image at all", "cannot read as one"),
+    "no bytes": (b"", "found 0 bytes, without content"),
+    "text": (b"this is not an image at all", "found 27 bytes, beginning with b'this is '"),
+    "other format": (encoded(Image.fromarray(PIXELS), "TGA"), "of a format that embedge reads"),
+    "view": (memoryview(b"%PDF-1.7"), "beginning with b'%PDF-1.7'"),
+    "device": (Path("/dev/null"), "a pipe, socket or device"),
+    "null character": (Path("a\0.png"), r"'a\\x00.png': .*check the path"),
+    "long name": (Path("a" * 5000), "name too long; check the path"),
+    "nobody's home": (Path("~nobody-of-that-name/a.png"), "no such file"),
     "number": (3, "found int"),
     "nothing": (None, "found NoneType"),
     "cut short": (encoded(Image.fromarray(np.tile(PIXELS, (40, 40, 1))))[:-600], "damaged or cut"),
@@ -160,3 +168,77 @@ def test_strings_are_texts_and_the_rest_images() -> None:
 def test_the_runtime_does_not_import_pillow_by_itself() -> None:
     code = "import sys, embedge.runtime; sys.exit('PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+(any program) show
+%%EOF
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script stands for Ghostscript")
+@pytest.mark.parametrize(
+    "make", [Path, Path.read_bytes, lambda p: Image.open(io.BytesIO(p.read_bytes()))]
+)
+def test_no_program_is_started(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked up anew
+    (tmp_path / "photo.png").write_bytes(EPS)
+    with pytest.raises(EmbedgeValueError, match="beginning with b'%!PS|an EPS file"):
+        load_image(make(tmp_path / "photo.png"), "images[0]")
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(EmbedgeValueError, match="a pipe, socket or device"):
+        load_image(tmp_path / "image.png", "images[0]")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "AVIF": {},
+    "BMP": {},
+    "GIF": {"save_all": True, "append_images": [Image.new("RGB", (7, 5))]},
+    "JPEG": {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"},
+    "JPEG2000": {},
+    "PNG": {"dpi": (72, 72)},
+    "PPM": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "WEBP": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
+def test_damaged_files_are_pictures_or_errors(kind: str) -> None:
+    """EMBEDGE_FUZZ times as many mutations as by default."""
+    if kind not in Image.SAVE and not Image.init() and kind not in Image.SAVE:
+        pytest.skip(f"Pillow was built without {kind}")
+    whole = encoded(Image.fromarray(PIXELS), kind, **KINDS[kind])
+    assert load_image(whole, "x").size in ((7, 5), (5, 7))  # turned, by its EXIF orientation
+    chance = random.Random(kind)
+    for _ in range(100 * int(os.environ.get("EMBEDGE_FUZZ", "1"))):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 2, 4, 16))):
+            place = chance.randrange(len(data))
+            match chance.randrange(4):
+                case 0:
+                    data[place] ^= 1 << chance.randrange(8)
+                case 1:
+                    data[place] = chance.choice((0, 1, 127, 128, 255))
+                case 2:
+                    data[place : place + 4] = chance.randbytes(4)
+                case 3:
+                    del data[place : place + chance.choice((1, 4, len(data)))]
+            if not data:
+                break
+        try:
+            picture = load_image(bytes(data), "images[0]")
+        except EmbedgeValueError:
+            continue
+        assert picture.mode == "RGB"
