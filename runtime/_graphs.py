@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cpu import has_amx, saturates_u8s8
@@ -35,6 +34,7 @@ from embedge.runtime._pool import GraphPool
 from embedge.runtime._prepared import PreparedGraphs
 from embedge.runtime._session import GraphSession
 from embedge.runtime._wisdom import RunSettings
+from embedge.runtime._workers import Workers
 
 __all__ = ["SMALL_GRAPH_BYTES", "Graphs", "default_narrow_tokens", "graph_inputs"]
 
@@ -44,6 +44,7 @@ SMALL_GRAPH_BYTES = 100_000_000
 CPU_BATCH_TOKENS_PER_THREAD = 512
 CPU_PADDING_TOKENS = 32  # what a run costs beside its tokens is about that of 20 to 30 tokens
 GPU_BATCH_TOKENS = 4096  # more give an H100 no more texts a second, and cost memory (bench/LOG.md)
+Result = TypeVar("Result")
 VISION_INPUTS = (
     "pixel_values",
     "rotary_cos",
@@ -104,7 +105,7 @@ class Graphs:
         restart_after_fork(self)
 
     def _start(self) -> None:
-        self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="embedge")
+        self._workers = Workers(self._threads)
         self._pool = self._new_pool(self._make)
 
     def restart(self) -> None:
@@ -112,13 +113,13 @@ class Graphs:
         keep_forever(self._pool)
         self._start()
 
-    def use(self, name: str) -> AbstractContextManager[Lanes]:
-        """A graph, kept open until the block ends.
+    def use(self, name: str, work: Callable[[Lanes], Result]) -> Result:
+        """What some work on a graph gives; it is kept open until then.
 
         Raises:
             EmbedgeError: if one session of the graph is above the memory limit.
         """
-        return self._pool.use(name)
+        return self._pool.use(name, work)
 
     def close(self) -> None:
         """Closes the open graphs that are not in use."""
@@ -154,7 +155,7 @@ class Graphs:
             partial(self._open_session, name),
             may_open_second,
             threads=self._threads,
-            executor=self._executor if self.lanes(name) > 1 else None,
+            workers=self._workers if self.lanes(name) > 1 else None,
             narrow_tokens=self.how(name).narrow_tokens,
         )
 

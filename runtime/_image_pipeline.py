@@ -26,6 +26,7 @@ from embedge.runtime._image_input import load_image
 from embedge.runtime._image_layout import image_row, image_tokens, vision_inputs
 from embedge.runtime._image_patches import ImagePatches, ImageProcessor
 from embedge.runtime._image_settings import ImageSettings
+from embedge.runtime._lanes import Lanes
 from embedge.runtime._manifest import VISION
 from embedge.runtime._request import Request
 from embedge.runtime._rows import RowRunner
@@ -135,24 +136,26 @@ class ImagePipeline:
     ) -> list[tuple[int, ImageTokens]]:
         """Places and rows of the next images, in any order; empty after the last one."""
         window: list[tuple[int, ImageTokens]] = []
-        with self._graphs.use(VISION) as lanes:
+
+        def fill(lanes: Lanes) -> None:
             while sum(row.features.nbytes for _, row in window) < _WINDOW_BYTES:
                 runs = self._runs(next(chunks, []), request.batch_size)
                 if not runs:
                     break
-
-                def done(run: list[_Seen], features: Vectors) -> None:
-                    for image, of_image in zip(run, features, strict=True):
-                        row = image_row(
-                            image.patches.grid,
-                            self._settings,
-                            pooled_only=self._pools_mean and not request.multi_vector,
-                        )
-                        window.append((image.place, ImageTokens(row, of_image)))
-
                 largest = max(len(run) * run[0].patches.patches for run in runs)
                 lanes.run(runs, self._look, done, tokens=largest)
                 del runs  # and their patches, before the next ones are read
+
+        def done(run: list[_Seen], features: Vectors) -> None:
+            for image, of_image in zip(run, features, strict=True):
+                row = image_row(
+                    image.patches.grid,
+                    self._settings,
+                    pooled_only=self._pools_mean and not request.multi_vector,
+                )
+                window.append((image.place, ImageTokens(row, of_image)))
+
+        self._graphs.use(VISION, fill)
         return window
 
     def _runs(self, chunk: Sequence[_Seen], batch_size: int) -> list[list[_Seen]]:

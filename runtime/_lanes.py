@@ -12,17 +12,22 @@ Rules:
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from embedge.runtime._session import GraphSession
+from embedge.runtime._workers import Workers
 
 __all__ = ["Lanes"]
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
+
+_LOOK_AGAIN_S = 0.05  # whether the batches that an error or interrupt left under way have ended
 
 
 class Lanes:
@@ -32,7 +37,7 @@ class Lanes:
         open_session: opens a session whose runs take a number of threads.
         may_open_second: whether there is room for a second session; the answer "yes" reserves it.
         threads: cores to use.
-        executor: threads of the runs that go on at the same time; ``None``: a wide session alone.
+        workers: threads of the runs that go on at the same time; ``None``: a wide session alone.
         narrow_tokens: most padded tokens of a run that is alone and yet takes one thread.
     """
 
@@ -42,13 +47,13 @@ class Lanes:
         may_open_second: Callable[[], bool],
         *,
         threads: int,
-        executor: ThreadPoolExecutor | None = None,
+        workers: Workers | None = None,
         narrow_tokens: int = 0,
     ) -> None:
         self._open_session = open_session
         self._may_open_second = may_open_second
         self._threads = threads
-        self._executor = executor
+        self._workers = workers
         self._narrow_tokens = narrow_tokens
         self._sessions: dict[int, GraphSession] = {}  # by threads of a run
         self._second_granted = False
@@ -74,42 +79,59 @@ class Lanes:
             done: takes a batch and its result, as they finish; called by the caller's thread.
             tokens: padded tokens of the largest batch.
         """
-        executor = self._executor
-        narrow = executor is not None and (len(batches) > 1 or tokens <= self._narrow_tokens)
+        workers = self._workers
+        narrow = workers is not None and (len(batches) > 1 or tokens <= self._narrow_tokens)
         session = self._session(1 if narrow else self._threads)
-        if executor is not None and len(batches) > 1 and session.threads == 1:
-            self._run_together(executor, session, batches, work, done)
+        if workers is not None and len(batches) > 1 and session.threads == 1:
+            self._run_together(workers, session, batches, work, done)
             return
         for batch in batches:
             done(batch, work(session, batch))
 
     def _run_together(
         self,
-        executor: ThreadPoolExecutor,
+        workers: Workers,
         session: GraphSession,
         batches: Sequence[Batch],
         work: Callable[[GraphSession, Batch], Result],
         done: Callable[[Batch, Result], object],
     ) -> None:
-        running: dict[Future[Result], Batch] = {}
+        results: queue.SimpleQueue[tuple[Batch, Result] | BaseException] = queue.SimpleQueue()
+        ended: list[None] = []  # a member for each batch that is not under way any more
+        wanted = threading.Lock()  # held while the results are
+        given = taken = 0
 
-        def take_finished() -> None:
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                done(running.pop(future), future.result())
+        def run(batch: Batch) -> None:
+            try:
+                if wanted.locked():
+                    results.put((batch, work(session, batch)))
+            except BaseException as error:
+                results.put(error)
+            finally:
+                ended.append(None)
+
+        def take() -> None:
+            nonlocal taken
+            result = results.get()
+            taken += 1
+            if isinstance(result, BaseException):
+                raise result
+            done(*result)
 
         try:
-            for batch in batches:
-                if len(running) == 2 * self._threads:
-                    take_finished()
-                running[executor.submit(work, session, batch)] = batch
-            while running:
-                take_finished()
+            with wanted:
+                for batch in batches:
+                    if given - taken == 2 * self._threads:
+                        take()
+                    workers.put(partial(run, batch))
+                    given += 1
+                while taken < given:
+                    take()
         finally:
             # After an error: whoever closes the session next must find nobody in it.
-            for future in running:
-                future.cancel()
-            wait(running)
+            while len(ended) < given:
+                with suppress(queue.Empty):
+                    results.get(timeout=_LOOK_AGAIN_S)
 
     def _session(self, threads: int) -> GraphSession:
         """The session whose runs take some threads, or the other one where there is no room."""

@@ -1,26 +1,57 @@
-"""Graphs by name, a bounded number of them open."""
+"""Graphs by name, a bounded number of them open.
+
+An interrupt (Ctrl-C) can come between any two steps of Python's, so nothing here is counted up and later
+down. A user of a graph is a lock that is held while the call runs: the interpreter leaves a ``with`` on a
+lock, however the block ends, in one step.
+"""
 
 from __future__ import annotations
 
+import queue
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from embedge.runtime._errors import EmbedgeError
 from embedge.runtime._lanes import Lanes
 
 __all__ = ["GraphPool"]
 
+Result = TypeVar("Result")
+
+_LOOK_AGAIN_S = 0.1  # an interrupt may keep the end of a use from being told
+
 
 @dataclass
 class _Entry:
-    """A graph of the pool, what its sessions count, and how many use it."""
+    """A graph of the pool, what its sessions count, and those who use or used it."""
 
     lanes: Lanes
-    size_bytes: int
-    users: int = 0
+    session_bytes: int
+    has_second: bool = False
+    locks: list[weakref.ref[Any]] = field(default_factory=list)
+
+    @property
+    def size_bytes(self) -> int:
+        """What its sessions count together."""
+        return self.session_bytes * (1 + self.has_second)
+
+    @property
+    def users(self) -> int:
+        """How many use the graph now."""
+        return len(self._held())
+
+    def add_user(self, lock: Any) -> None:
+        """Counts a user for as long as the lock is held."""
+        self.locks = [*self._held(), weakref.ref(lock)]
+
+    def _held(self) -> list[weakref.ref[Any]]:
+        known = ((reference, reference()) for reference in self.locks)
+        return [reference for reference, lock in known if lock is not None and lock.locked()]
 
 
 class GraphPool:
@@ -51,68 +82,83 @@ class GraphPool:
         self._max_graphs = max_graphs
         self._memory_limit = memory_limit
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # longest unused first
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting: list[queue.SimpleQueue[None]] = []
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the open graphs, the longest unused first."""
-        with self._changed:
+        with self._lock:
             return tuple(self._entries)
 
     @property
     def bytes(self) -> int:
         """What the open graphs count together."""
-        with self._changed:
+        with self._lock:
             return sum(entry.size_bytes for entry in self._entries.values())
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[Lanes]:
-        """The graph of a name, kept open until the block ends.
+    def use(self, name: str, work: Callable[[Lanes], Result]) -> Result:
+        """What some work on the graph of a name gives; it is kept open until then.
 
         Raises:
             EmbedgeError: if one session of the graph is above the memory limit.
         """
-        entry = self._take(name)
+        user = threading.Lock()
         try:
-            yield entry.lanes
+            with user:
+                return work(self._take(name, user))
         finally:
-            with self._changed:
-                entry.users -= 1
-                self._changed.notify_all()
+            self._tell()
 
     def close_unused(self) -> None:
         """Closes the graphs that nobody uses."""
-        with self._changed:
+        with self._lock:
             for name in [name for name, entry in self._entries.items() if not entry.users]:
                 del self._entries[name]
-            self._changed.notify_all()
+        self._tell()
 
-    def _take(self, name: str) -> _Entry:
+    def _take(self, name: str, user: Any) -> Lanes:
         size = self._size_bytes(name)
         if self._memory_limit is not None and size > self._memory_limit:
             raise EmbedgeError(
                 f"the graph of {name!r} and its weights take {size} bytes, above memory_limit "
                 f"({self._memory_limit}); raise the limit or choose a smaller precision"
             )
-        with self._changed:
-            while name not in self._entries:
-                if self._make_room(size):
-                    lanes = self._make(name, lambda: self._grow(name, size))
-                    self._entries[name] = _Entry(lanes, size)
-                else:
-                    self._changed.wait()
-            entry = self._entries[name]
-            entry.users += 1
-            self._entries.move_to_end(name)
-            return entry
+        told: queue.SimpleQueue[None] = queue.SimpleQueue()
+        while True:
+            with self._lock:
+                lanes = self._take_now(name, size, user)
+                if lanes is not None:
+                    return lanes
+                self._waiting.append(told)
+            with suppress(queue.Empty):
+                told.get(timeout=_LOOK_AGAIN_S)
+
+    def _take_now(self, name: str, size: int, user: Any) -> Lanes | None:
+        """The graph, in use by ``user``; ``None`` where others leave no room for it yet."""
+        if name not in self._entries:
+            if not self._make_room(size):
+                return None
+            lanes = self._make(name, lambda: self._grow(name, size))
+            self._entries[name] = _Entry(lanes, size)
+        entry = self._entries[name]
+        entry.add_user(user)
+        self._entries.move_to_end(name)
+        return entry.lanes
+
+    def _tell(self) -> None:
+        """Wakes those who wait for room; whom an interrupt leaves out looks again by itself."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for told in waiting:
+            told.put(None)
 
     def _grow(self, name: str, size: int) -> bool:
         """Counts a second session of a graph in use if it fits; nobody else's is closed for it."""
-        with self._changed:
-            if not self._fits(size):
-                return False
-            self._entries[name].size_bytes += size
-            return True
+        with self._lock:
+            entry = self._entries[name]
+            entry.has_second = entry.has_second or self._fits(size)
+            return entry.has_second
 
     def _make_room(self, size: int) -> bool:
         """Closes unused graphs until one more fits; ``False`` if those in use leave no room."""

@@ -76,8 +76,8 @@ class RowRunner:
             advance(len(batch))
 
         longest = len(rows[batches[0][0]])
-        with self._graphs.use(request.task) as lanes:
-            lanes.run(batches, work, done, tokens=longest * len(batches[0]))
+        tokens = longest * len(batches[0])
+        self._graphs.use(request.task, lambda lanes: lanes.run(batches, work, done, tokens=tokens))
 
     def _run(self, session: GraphSession, rows: Sequence[Row], request: Request) -> list[Vectors]:
         """The result of each row of one batch."""

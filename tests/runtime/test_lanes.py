@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,14 +11,14 @@ import pytest
 from embedge.runtime import BundleError, InferenceError
 from embedge.runtime._lanes import Lanes
 from embedge.runtime._session import GraphSession
+from embedge.runtime._workers import Workers
 
 THREADS = 3
 
 
 @pytest.fixture
-def executor() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(THREADS) as executor:
-        yield executor
+def workers() -> Workers:
+    return Workers(THREADS)
 
 
 class Graph:
@@ -41,12 +40,12 @@ class Graph:
         self.asked += 1
         return self.room
 
-    def lanes(self, executor: ThreadPoolExecutor | None, narrow_tokens: int = 0) -> Lanes:
+    def lanes(self, workers: Workers | None, narrow_tokens: int = 0) -> Lanes:
         return Lanes(
             self.open,
             self.may_open_second,
             threads=THREADS,
-            executor=executor,
+            workers=workers,
             narrow_tokens=narrow_tokens,
         )
 
@@ -59,26 +58,22 @@ def run(lanes: Lanes, batches: int, *, tokens: int = 100) -> list[tuple[int, int
 
 
 class TestChoice:
-    def test_several_batches_go_through_the_narrow_session(
-        self, executor: ThreadPoolExecutor
-    ) -> None:
+    def test_several_batches_go_through_the_narrow_session(self, workers: Workers) -> None:
         graph = Graph()
-        assert run(graph.lanes(executor), 5) == [(i, 1) for i in range(5)]
+        assert run(graph.lanes(workers), 5) == [(i, 1) for i in range(5)]
         assert graph.opened == [1]
 
     @pytest.mark.parametrize(("tokens", "threads"), [(65, THREADS), (64, 1), (1, 1)])
     def test_a_batch_that_is_alone_is_wide_only_if_it_is_long(
-        self, executor: ThreadPoolExecutor, tokens: int, threads: int
+        self, workers: Workers, tokens: int, threads: int
     ) -> None:
         graph = Graph()
-        lanes = graph.lanes(executor, narrow_tokens=64)
+        lanes = graph.lanes(workers, narrow_tokens=64)
         assert run(lanes, 1, tokens=tokens) == [(0, threads)]
         assert graph.opened == [threads]
 
-    def test_without_narrow_runs_any_batch_that_is_alone_is_wide(
-        self, executor: ThreadPoolExecutor
-    ) -> None:
-        assert run(Graph().lanes(executor), 1, tokens=1) == [(0, THREADS)]
+    def test_without_narrow_runs_any_batch_that_is_alone_is_wide(self, workers: Workers) -> None:
+        assert run(Graph().lanes(workers), 1, tokens=1) == [(0, THREADS)]
 
     def test_a_large_graph_has_the_wide_session_alone(self) -> None:
         graph = Graph()
@@ -88,10 +83,10 @@ class TestChoice:
         assert graph.asked == 0
 
     def test_both_sessions_are_opened_once_when_they_are_first_needed(
-        self, executor: ThreadPoolExecutor
+        self, workers: Workers
     ) -> None:
         graph = Graph()
-        lanes = graph.lanes(executor)
+        lanes = graph.lanes(workers)
         for batches in (2, 1, 2, 1):
             run(lanes, batches)
         assert graph.opened == [1, THREADS]
@@ -99,10 +94,10 @@ class TestChoice:
 
     @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
     def test_without_room_the_first_session_does_the_work_of_both(
-        self, executor: ThreadPoolExecutor, first: int, second: int
+        self, workers: Workers, first: int, second: int
     ) -> None:
         graph = Graph(room=False)
-        lanes = graph.lanes(executor)
+        lanes = graph.lanes(workers)
         threads = run(lanes, first)[0][1]
         assert run(lanes, second) == [(i, threads) for i in range(second)]
         assert graph.opened == [threads]
@@ -110,11 +105,9 @@ class TestChoice:
         run(lanes, second)
         assert sorted(graph.opened) == [1, THREADS]
 
-    def test_a_session_that_cannot_be_opened_can_be_tried_again(
-        self, executor: ThreadPoolExecutor
-    ) -> None:
+    def test_a_session_that_cannot_be_opened_can_be_tried_again(self, workers: Workers) -> None:
         graph = Graph()
-        lanes = graph.lanes(executor)
+        lanes = graph.lanes(workers)
         run(lanes, 2)
         graph.broken = True
         for _ in range(2):
@@ -127,7 +120,7 @@ class TestChoice:
 
 class TestRunningTogether:
     def test_batches_run_at_the_same_time_but_never_more_than_the_threads(
-        self, executor: ThreadPoolExecutor
+        self, workers: Workers
     ) -> None:
         together = threading.Barrier(THREADS)  # breaks if fewer than all are ever inside
         inside, most = [0], [0]
@@ -143,14 +136,12 @@ class TestRunningTogether:
             return batch
 
         done: list[int] = []
-        lanes = Graph().lanes(executor)
+        lanes = Graph().lanes(workers)
         lanes.run(range(4 * THREADS), work, lambda _, result: done.append(result), tokens=1)
         assert sorted(done) == list(range(4 * THREADS))
         assert most[0] == THREADS
 
-    def test_results_are_taken_as_they_finish_by_the_callers_thread(
-        self, executor: ThreadPoolExecutor
-    ) -> None:
+    def test_results_are_taken_as_they_finish_by_the_callers_thread(self, workers: Workers) -> None:
         release = threading.Event()
         done: list[int] = []
 
@@ -164,13 +155,11 @@ class TestRunningTogether:
             if batch == 5:
                 release.set()
 
-        Graph().lanes(executor).run(range(6), work, take, tokens=1)
+        Graph().lanes(workers).run(range(6), work, take, tokens=1)
         assert sorted(done) == list(range(6))
         assert done[-1] == 0
 
-    def test_no_more_than_two_batches_a_thread_are_under_way(
-        self, executor: ThreadPoolExecutor
-    ) -> None:
+    def test_no_more_than_two_batches_a_thread_are_under_way(self, workers: Workers) -> None:
         started: list[int] = []
         taken = [0]
 
@@ -182,11 +171,11 @@ class TestRunningTogether:
             assert len(started) <= taken[0] + 2 * THREADS
             taken[0] += 1
 
-        Graph().lanes(executor).run(range(12), work, take, tokens=1)
+        Graph().lanes(workers).run(range(12), work, take, tokens=1)
         assert taken[0] == 12
 
     def test_a_lane_takes_its_next_batch_while_the_callers_thread_is_away(
-        self, executor: ThreadPoolExecutor
+        self, workers: Workers
     ) -> None:
         taking = threading.Event()
         fourth_ran = threading.Event()
@@ -200,11 +189,11 @@ class TestRunningTogether:
             taking.set()
             assert fourth_ran.wait(timeout=10)
 
-        Graph().lanes(executor).run(range(THREADS + 1), work, take, tokens=1)
+        Graph().lanes(workers).run(range(THREADS + 1), work, take, tokens=1)
 
     @pytest.mark.parametrize("where", ["work", "done"])
     def test_an_error_ends_the_call_once_nobody_runs_any_more(
-        self, executor: ThreadPoolExecutor, where: str
+        self, workers: Workers, where: str
     ) -> None:
         inside: set[int] = set()
         started: list[int] = []
@@ -226,16 +215,16 @@ class TestRunningTogether:
             failing.set()
             raise InferenceError(f"batch {batch} failed")
 
-        lanes = Graph().lanes(executor)
+        lanes = Graph().lanes(workers)
         with pytest.raises(InferenceError, match="batch 1 failed"):
             lanes.run(range(100), work, take, tokens=1)
         assert inside == set()
         assert len(started) <= 2 * THREADS
         assert run(lanes, 4) == [(i, 1) for i in range(4)]
 
-    def test_several_threads_share_the_lanes(self, executor: ThreadPoolExecutor) -> None:
+    def test_several_threads_share_the_lanes(self, workers: Workers) -> None:
         graph = Graph()
-        lanes = graph.lanes(executor, narrow_tokens=10)
+        lanes = graph.lanes(workers, narrow_tokens=10)
         failures: list[BaseException] = []
 
         def work() -> None:
