@@ -21,7 +21,7 @@ def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     No more than one item is made ahead, and none that was handed out is held. The first is made by
     the caller's thread. An error of the iterator is raised where its item would have come. Close
     what this returns (``contextlib.closing``) where the loop may end early, by an error too: the
-    thread then makes nothing any more.
+    thread has then ended.
 
     Args:
         items: advanced by one thread at a time.
@@ -38,6 +38,7 @@ def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
         ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         worker.put(partial(ended.put, None))  # behind what it is making
         ended.get()
+        worker.close()
 
 
 def _make(items: Iterator[Item], coming: _Made[Item]) -> None:

@@ -20,7 +20,7 @@ _Tasks = queue.SimpleQueue[Task | None]
 
 
 class Workers:
-    """Some threads, which are started with the first task and end with this object.
+    """Some threads, which are started with the first task, and end with this object or when it is closed.
 
     Args:
         count: how many.
@@ -31,7 +31,7 @@ class Workers:
         self._tasks: _Tasks = queue.SimpleQueue()
         self._started: list[int] = []
         self._starting = threading.Lock()
-        weakref.finalize(self, _end, self._tasks, count)
+        self._end = weakref.finalize(self, _end, self._tasks, count)
 
     def put(self, task: Task) -> None:
         """Has a thread do something, which must not raise; in the order of the calls."""
@@ -41,6 +41,10 @@ class Workers:
                     # Not Thread.start(), which waits for the thread by locks of its own.
                     self._started.append(_thread.start_new_thread(_work, (self._tasks,)))
         self._tasks.put(task)
+
+    def close(self) -> None:
+        """Ends the threads, once they have done what they were given."""
+        self._end()
 
 
 def _work(tasks: _Tasks) -> None:

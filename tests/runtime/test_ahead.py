@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from _threads import all_ended, workers
 
 from embedge.runtime._ahead import ahead
 
 
-def threads_ahead() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("embedge-ahead")]
+@pytest.fixture(autouse=True)
+def _ended_afterwards() -> Iterator[None]:
+    before = workers()
+    yield
+    assert all_ended(before)
 
 
 class Source:
@@ -42,7 +46,6 @@ class Source:
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_items_come_in_their_order(count: int) -> None:
     assert list(ahead(Source(count).items)) == list(range(count))
-    assert threads_ahead() == []
 
 
 def test_the_next_item_is_made_while_one_is_in_use_and_no_other() -> None:
@@ -62,7 +65,6 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
     with pytest.raises(ValueError, match="number 3 cannot be made"):
         found.extend(ahead(source.items))
     assert found == [0, 1, 2]
-    assert threads_ahead() == []
 
 
 def test_an_error_of_the_loop_leaves_no_thread() -> None:
@@ -76,7 +78,6 @@ def test_an_error_of_the_loop_leaves_no_thread() -> None:
 
     with pytest.raises(KeyError):
         fail_at_2()
-    assert threads_ahead() == []
     assert len(source.made) <= 4
 
 

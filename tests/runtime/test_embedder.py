@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from _threads import all_ended, workers
 from numpy.typing import NDArray
 
 from embedge.runtime import (
@@ -43,11 +44,6 @@ def small_windows(monkeypatch: pytest.MonkeyPatch, *, first: int = 2) -> None:
     """Windows of 2, 8, 20, 20, … texts."""
     monkeypatch.setattr("embedge.runtime._pipeline._FIRST_TEXTS", first)
     monkeypatch.setattr("embedge.runtime._pipeline._WINDOW_TEXTS", 20)
-
-
-def threads_ahead() -> list[threading.Thread]:
-    """Threads that read ahead."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("embedge-ahead")]
 
 
 @pytest.fixture
@@ -211,9 +207,10 @@ class TestResult:
         texts[place] = "w1 " * 20
         model = Embedder(bundle.path)
         message = rf"inputs\[{place}\] is longer than 16 tokens"
+        before = workers()
         with pytest.raises(TextTooLongError, match=message):
             model.encode(texts, on_truncate="error")
-        assert not threads_ahead()
+        assert all_ended(before)
         with pytest.warns(EmbedgeWarning, match=message):
             model.encode(texts)
 
@@ -227,9 +224,10 @@ class TestResult:
             raise InferenceError("it failed")
 
         monkeypatch.setattr(GraphSession, "run", failing)
+        before = workers()
         with pytest.raises(InferenceError, match="it failed"):
             model.encode([f"w{i}" for i in range(45)])
-        assert not threads_ahead()
+        assert all_ended(before)
 
 
 class TestTexts:
