@@ -25,9 +25,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from embedge.runtime._bundle import Bundle
@@ -36,6 +38,7 @@ from embedge.runtime._cpu import keep_products_exact
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeWarning
 from embedge.runtime._files import FileState, sha256_of, state_of
 from embedge.runtime._kernels import OPERATORS, PANELS, own_kernels, use_own_kernels
+from embedge.runtime._lock import sole_holder
 from embedge.runtime._manifest import VISION, FileEntry
 from embedge.runtime._names import is_path
 from embedge.runtime._onnxruntime import load_onnxruntime, open_session
@@ -43,10 +46,20 @@ from embedge.runtime._places import PREPARED, Places
 from embedge.runtime._session import give_initializers
 from embedge.runtime._typed_json import Table, read_json_object
 from embedge.runtime._unpack import Initializers
+from embedge.runtime._writing import (
+    make_folder,
+    partial_of,
+    put_in_place,
+    recover,
+    replace_file,
+    sweep,
+    sync_files,
+)
 
 __all__ = ["PREPARED", "PreparedGraphs", "machine_name"]
 
 _RECORD, _GRAPH, _DATA = "prepared.json", "graph.onnx", "graph.bin"
+_LOCK = ".prepare.lock"
 _INLINE_BYTES = "1024"  # small tensors stay in the graph
 _SPACE = 2.5  # of a graph's bytes, while it is written
 
@@ -114,11 +127,28 @@ class PreparedGraphs:
         folder = place / precision / name
         if place == self.folder:
             self.places.check_no_links(folder)
-        partial = folder.with_name(f".{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
-            self._check_space(precision, name, place)
+            with sole_holder(place / _LOCK, self._busy):
+                _clear_up(place)
+                folder.parent.mkdir(exist_ok=True)
+                files = self._write_alone(precision, name, source, folder)
+        except OSError as error:
+            raise EmbedgeError(
+                f"{folder}: cannot be written: {error.strerror or error}; free some space or make the folder "
+                f"writable, and {self._again}"
+            ) from error
+        if place == self.folder:
+            self.places.forget_cached(precision, name)
+        return sum(entry.size for entry in files.values())
+
+    def _write_alone(
+        self, precision: str, name: str, source: dict[str, str], folder: Path
+    ) -> dict[str, FileEntry]:
+        """Write a graph's folder, whole and on the disk before it has its name."""
+        partial = partial_of(folder)
+        make_folder(partial)
+        try:
+            self._check_space(precision, name, partial)
             layout = self._layout(precision)
             panels = layout is not None
             with self._bundle.reading(source):
@@ -136,14 +166,18 @@ class PreparedGraphs:
                 "files": {file: entry.to_dict() for file, entry in files.items()},
                 "layout": layout,
             }
-            (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
+            replace_file(partial / _RECORD, json.dumps(record, indent=2) + "\n")
+            sync_files(partial, files)
+            put_in_place(partial, folder, replace=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        if place == self.folder:
-            self.places.forget_cached(precision, name)
-        return sum(entry.size for entry in files.values())
+        return files
+
+    def _busy(self, holder: str) -> EmbedgeError:
+        return EmbedgeError(
+            f"{self._bundle.root}: expected no other `embedge prepare` of it at the same time, found "
+            f"{holder}; wait until that is done, and {self._again}"
+        )
 
     @property
     def _again(self) -> str:
@@ -219,6 +253,20 @@ class PreparedGraphs:
                 f"{place}: preparing {precision}/{name} takes {needed:,} bytes, and the disk has "
                 f"{free:,}; free some, or prepare fewer tasks with --task"
             )
+
+
+def _clear_up(place: Path) -> None:
+    """Remove what killed processes left; for whoever is alone there."""
+    sweep(place)
+    for precision in place.iterdir():
+        if precision.is_symlink() or not precision.is_dir():
+            continue
+        for path in list(precision.iterdir()):
+            left = re.fullmatch(r"\.(.+)\.(partial|replaced)", path.name)
+            if left is not None:
+                recover(path.with_name(left[1]))
+        with suppress(OSError):  # of graphs
+            precision.rmdir()
 
 
 def machine_name() -> str:
