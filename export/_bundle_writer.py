@@ -26,6 +26,7 @@ from embedge.runtime._errors import BundleError, EmbedgeValueError
 from embedge.runtime._files import JSON_BYTES, read_regular_file
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._prepared import PREPARED
+from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._writing import (
     make_folder,
     partial_of,
@@ -247,13 +248,13 @@ def _manifest_content(out: Path) -> dict[str, Any]:
     Raises:
         EmbedgeValueError: it is damaged, or of something else than a bundle.
     """
+    content: dict[str, Any] = {}
+    found = "JSON without them"
     try:
-        content = json.loads((out / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        content, found = None, str(error)
-    else:
-        found = "JSON without them"
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        content = read_json_object(out / MANIFEST)
+    except BundleError as error:
+        found = str(error)
+    if not isinstance(content.get("files"), dict):
         raise EmbedgeValueError(
             f"{out / MANIFEST}: expected a bundle's manifest with format_version and files, found "
             f"{found}; it is left alone, also with --overwrite: choose another --out"
@@ -275,9 +276,9 @@ def roll_back(out: Path) -> None:
     if (out / JOURNAL).is_symlink() or not (out / JOURNAL).is_file():
         return
     try:
-        before = set(json.loads((out / JOURNAL).read_text("utf-8")))
-        known = {*before, *json.loads((out / MANIFEST).read_text("utf-8"))["files"]}
-    except (ValueError, KeyError, TypeError):
+        before = set(json.loads(read_regular_file(out / JOURNAL, JSON_BYTES)))
+        known = {*before, *read_json_object(out / MANIFEST)["files"]}
+    except (ValueError, KeyError, TypeError, RecursionError, BundleError):
         return
     for precision in PRECISIONS:
         inside = out / precision

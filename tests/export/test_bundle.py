@@ -969,6 +969,23 @@ def test_a_second_addition_at_the_same_time_is_refused_and_both_can_follow_each_
     Embedder(copy, precision="int8", verify="full").encode("ab", task="fourth")
 
 
+@pytest.mark.parametrize("name", [".out.lock", ".out.partial", ".out.replaced"])
+@pytest.mark.parametrize("kind", ["link", "FIFO"])
+def test_what_somebody_put_beside_the_bundle_is_refused_and_left_alone(
+    kind: str, name: str, source: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    if kind == "link":
+        (tmp_path / name).symlink_to(victim)
+    else:
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(EmbedgeError, match=rf"{name}: expected .*, found a {kind}.*move it away"):
+        small(source, tmp_path / "out")
+    assert victim.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "victim"])
+
+
 def test_an_export_that_is_refused_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         small(tmp_path / "nowhere", tmp_path / "a/b/out")
