@@ -25,6 +25,7 @@ from embedge.runtime._errors import (
     TextTooLongError,
 )
 from embedge.runtime._requirements import own_version, without_telemetry
+from embedge.runtime._subset import subset_bundle
 
 __all__ = [
     "BundleError",
@@ -39,6 +40,7 @@ __all__ = [
     "ManifestError",
     "TextTooLongError",
     "__version__",
+    "subset_bundle",
 ]
 
 __version__ = own_version()

@@ -143,7 +143,9 @@ class Bundle:
             real = path.resolve(strict=True)
             status = real.stat()
         except FileNotFoundError as error:
-            raise BundleError(f"{path}: missing; {_AGAIN}") from error
+            raise BundleError(
+                f"{path}: missing; {_AGAIN}, or a part of it with `embedge subset` where it is whole"
+            ) from error
         except (
             OSError,
             RuntimeError,

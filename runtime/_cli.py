@@ -52,6 +52,10 @@ _COMMANDS = {
         module="embedge.runtime._cli_prepare",
         help="pack a bundle's graphs for this machine, and measure what is fastest on it",
     ),
+    "subset": _Command(
+        module="embedge.runtime._cli_subset",
+        help="write a smaller bundle of some precisions and tasks",
+    ),
     "inspect": _Command(
         module="embedge.runtime._cli_inspect",
         help="show what a bundle holds, and check its files",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         InferenceError,
         ManifestError,
         TextTooLongError,
+        subset_bundle,
     )
 
     __version__: str
@@ -50,6 +51,7 @@ __all__ = [
     "TextTooLongError",
     "__version__",
     "export_bundle",
+    "subset_bundle",
 ]
 
 _OF_EXPORT = frozenset({"AdapterError", "CheckpointError", "ExportError", "export_bundle"})

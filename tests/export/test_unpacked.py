@@ -14,7 +14,7 @@ import pytest
 from _models import cosines, linears, make_model, random_texts, save, save_adapter
 
 from embedge.export import export_bundle
-from embedge.runtime import Embedder, EmbedgeError
+from embedge.runtime import Embedder, EmbedgeError, subset_bundle
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cli import main
 from embedge.runtime._errors import EmbedgeValueError
@@ -179,3 +179,12 @@ def test_from_the_hub_cache_with_links_to_its_blobs(
     np.testing.assert_array_equal(encode(snapshot, precision), expected)
     assert main(["prepare", str(snapshot), "--precision", precision, "--pack-only"]) == 0
     np.testing.assert_array_equal(encode(snapshot, precision), expected)
+
+
+def test_a_subset_takes_along_the_blocks_that_are_unpacked(bundle: Path, tmp_path: Path) -> None:
+    expected = encode(bundle)
+    out = subset_bundle(bundle, tmp_path / "part", precisions=[UNPACKED], tasks=["one"])
+    listed = Bundle(out, verify="full").manifest.files
+    assert {"int4/one.unpacked.onnx", "int4/one.unpack.json", "int4/shared.bin"} <= set(listed)
+    assert not {"int4/bare.unpacked.onnx", "int4/bare.onnx"} & set(listed)
+    np.testing.assert_array_equal(encode(out), expected)

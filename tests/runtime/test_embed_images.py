@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from _image_graphs import AROUND, TINY
+from _threads import all_ended, workers
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -303,10 +304,11 @@ class TestRuns:
         monkeypatch.setattr(pipeline, "_CHUNK_BYTES", 1)
         images: list[Any] = [picture(8, 8, seed) for seed in range(4)]
         images[2] = b"not an image"
+        before = workers()
         with pytest.raises(ImageError, match=r"images\[2\]: expected an image file") as caught:
             model.encode_image(images, task="code")
         assert caught.value.index == 2
-        assert not [t for t in threading.enumerate() if t.name.startswith("embedge-ahead")]
+        assert all_ended(before)
 
     def test_lanes_give_what_each_image_gives_alone(self, make_bundle: Any) -> None:
         constants = {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}
