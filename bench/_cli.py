@@ -74,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--record", action="store_true", help="write the figures into the bundle")
     parser.add_argument("--json", action="store_true", help="print report.json as the last line")
+    parser.epilog = """examples:
+  embedge bench bundle --reference MODEL --adapter code=FOLDER --quick
+  embedge bench bundle --reference MODEL --adapter code=FOLDER --record
+  embedge bench bundle --reference MODEL --shapes 1x16 8x64 --peers none"""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,10 +92,12 @@ def run(args: argparse.Namespace) -> int:
     from embedge.bench._run import run_bench
     from embedge.bench._tables import comparison_table, main_table, process_table
     from embedge.bench._write import HOW_TO_COMPARE, HOW_TO_READ, write_report
+    from embedge.runtime._progress import LogLines
 
     if args.bar:
         check_known_bars(args.bar)
-    report = run_bench(options, show_progress_bar=sys.stderr.isatty())
+    bar = sys.stderr.isatty()
+    report = run_bench(options, show_progress_bar=bar, lines=None if bar else LogLines(10))
     checks = check_bars(report, args.bar or [])
     if args.shapes:
         print(HOW_TO_COMPARE, comparison_table(report.rows).text(), sep="\n\n")
@@ -109,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"recorded in {options.bundle}")
     print("report: " + ", ".join(str(file) for file in files))
     if args.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(json.dumps(report.to_dict()))
     return 0 if all(check.passed for check in checks) else 1
 
 

@@ -33,13 +33,16 @@ from embedge.bench._source import Source
 from embedge.bench._systems import EmbedgeSystem, System, TorchSystem
 from embedge.bench.peers._catalogue import build_peers
 from embedge.bench.peers._context import PeerContext
+from embedge.runtime._progress import LogLines
 
 __all__ = ["run_bench"]
 
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
-def run_bench(options: BenchOptions, show_progress_bar: bool = False) -> Report:
+def run_bench(
+    options: BenchOptions, show_progress_bar: bool = False, lines: LogLines | None = None
+) -> Report:
     """Measure what ``options`` says and return the figures.
 
     Torch's number of threads is set for the whole process.
@@ -47,6 +50,7 @@ def run_bench(options: BenchOptions, show_progress_bar: bool = False) -> Report:
     Args:
         options: what to measure.
         show_progress_bar: on standard error.
+        lines: for a log, in its place.
 
     Raises:
         EmbedgeError: the bundle, the reference, an adapter or a data file does not hold what was
@@ -56,7 +60,7 @@ def run_bench(options: BenchOptions, show_progress_bar: bool = False) -> Report:
     started = time.monotonic()
     torch.set_num_threads(plan.threads)
     with tqdm(total=plan.steps, disable=not show_progress_bar, file=sys.stderr, unit="step") as bar:
-        run = _Run(plan, bar)
+        run = _Run(plan, bar, lines)
         rows = [row for task in plan.tasks for row in run.task_rows(task)]
         process = run.processes() if options.process else {}
     return Report(
@@ -86,8 +90,10 @@ def run_bench(options: BenchOptions, show_progress_bar: bool = False) -> Report:
 class _Run:
     """A plan being measured, with a progress bar."""
 
-    def __init__(self, plan: Plan, bar: Any) -> None:
+    def __init__(self, plan: Plan, bar: Any, lines: LogLines | None) -> None:
         self._plan = plan
+        self._lines = lines
+        self._steps = 0
         self._effort = plan.options.effort
         self._bar = bar
 
@@ -198,6 +204,9 @@ class _Run:
     def _step(self, name: str) -> None:
         self._bar.set_description(name, refresh=False)
         self._bar.update()
+        self._steps += 1
+        if self._lines is not None:
+            self._lines.say(lambda: f"step {self._steps} of {self._plan.steps}: {name}")
 
 
 def _sizes(plan: Plan) -> dict[str, int]:

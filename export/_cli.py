@@ -9,6 +9,7 @@ from embedge.export._export import export
 from embedge.export._progress import Progress, StepCost
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._progress import LogLines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at int4: most bytes of a task, e.g. 2.0GB; the most sensitive layers get 8 bits",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="do not say how far it is")
+    parser.epilog = """examples:
+  embedge export MODEL --no-adapter plain --out bundle
+  embedge export MODEL --adapter code=FOLDER --precision int8 int4 --out bundle
+  embedge export organization/name --precision int8 --out bundle"""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +110,12 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         modality=args.modality,
     )
-    out = export(request, Progress(show=False if args.quiet else None, finished=_print_cost))
+    progress = Progress(
+        show=False if args.quiet else None,
+        finished=_print_cost,
+        lines=None if args.quiet else LogLines(),
+    )
+    out = export(request, progress)
     size = sum(entry.size for entry in Bundle(out, verify="none").manifest.files.values())
     print(f"wrote {out} ({size / 1e6:.1f} MB)")
     return 0

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedge.runtime._progress import LogLines
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
@@ -35,17 +37,23 @@ class Progress:
     Args:
         show: draw bars on stderr; ``None``: only where stderr is a terminal.
         finished: takes the cost of a step at its end.
+        lines: says how far a step is where no bar is drawn.
     """
 
     show: bool | None = None
     finished: Callable[[StepCost], None] | None = None
+    lines: LogLines | None = None
     _bar: Any = None
+    _step: str = ""
+    _total: int = 0
+    _done: int = 0
 
     @contextmanager
     def step(self, name: str, total_bytes: int) -> Iterator[None]:
         """Measure and show one task at one precision."""
         show = sys.stderr.isatty() if self.show is None else self.show
         self._bar = _make_bar(name, total_bytes) if show else None
+        self._step, self._total, self._done = name, total_bytes, 0
         started = time.perf_counter()
         with anonymous_peak() as peak:
             try:
@@ -62,12 +70,21 @@ class Progress:
         """Say what is being done."""
         if self._bar is not None:
             self._bar.set_postfix_str(text[-60:])
+        self._say(text)
 
     def advance(self, nbytes: int, name: str) -> None:
         """Account for a tensor that was written."""
         if self._bar is not None:
             self._bar.set_postfix_str(name[-60:], refresh=False)
             self._bar.update(nbytes)
+        self._done += nbytes
+        self._say(name)
+
+    def _say(self, doing: str) -> None:
+        if self._bar is None and self.lines is not None:
+            self.lines.say(
+                lambda: f"{self._step}: {self._done / max(self._total, 1):.0%} written, now {doing}"
+            )
 
 
 def _make_bar(name: str, total_bytes: int) -> Any:

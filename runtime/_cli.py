@@ -6,6 +6,8 @@ Rules:
     * Messages name the command's options where the library's name Python's arguments.
     * Errors and warnings are one line each on standard error, never a traceback; the environment
       variable EMBEDGE_TRACEBACK=1 shows it.
+    * What the terminal's encoding does not have is printed as its escape sequence. A closed standard error
+      takes everything; files that are opened never get the number of a closed standard stream.
     * ``export`` and ``bench`` belong to other parts of embedge, which are looked up when called:
       each offers ``add_arguments(parser)`` and ``run(args) -> exit code``.
 """
@@ -16,13 +18,14 @@ import argparse
 import contextlib
 import functools
 import importlib
+import io
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, TextIO, cast
+from typing import Any, NoReturn, Protocol, TextIO, cast
 
 from embedge.runtime._option_names import OptionNames
 
@@ -68,6 +71,12 @@ _COMMANDS = {
 }
 
 
+_EXAMPLES = """examples:
+  embedge export MODEL --adapter code=FOLDER --precision int8 --out bundle
+  embedge embed bundle --task code < lines.txt > vectors.jsonl
+  embedge COMMAND --help"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
@@ -76,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = OptionNames()
-    with warnings.catch_warnings():
+    with _any_streams(), warnings.catch_warnings():
         warnings.showwarning = functools.partial(_show_warning, names)
         try:
             code = _run(arguments, names)
-            sys.stdout.flush()  # a full disk is an error of the command
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is an error of the command
             return code
         except SystemExit as stop:  # argparse: --help and wrong calls
             return stop.code if isinstance(stop.code, int) else 2
@@ -93,10 +103,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _report(error, names, output_fails=_output_fails())
 
 
+@contextlib.contextmanager
+def _any_streams() -> Iterator[None]:
+    """Standard streams that take any text, whatever the process was started with."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file would get its number, and libraries' messages
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
 def _run(arguments: list[str], names: OptionNames) -> int:
     called = next((word for word in arguments if not word.startswith("-")), None)
     parser = _Parser(
-        prog="embedge", description="Small, fast ONNX graphs of embedding models, one per task."
+        prog="embedge",
+        description="Small, fast ONNX graphs of embedding models, one per task.",
+        epilog=_EXAMPLES,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -122,7 +155,8 @@ def _run(arguments: list[str], names: OptionNames) -> int:
 def _output_fails() -> bool:
     """Whether standard output takes no more; what is still buffered is then dropped."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         _drop_output()
         return True
@@ -135,8 +169,18 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Help(argparse.HelpFormatter):
+    """Leaves the lines of examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage before it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"embedge: error: {message}; `{self.prog} --help` lists the options\n")

@@ -27,7 +27,7 @@ from embedge.runtime._errors import (
     ImageError,
     TextTooLongError,
 )
-from embedge.runtime._progress import Progress
+from embedge.runtime._progress import LogLines, Progress
 from embedge.runtime._text_input import Record, chunked, read_records
 from embedge.runtime._vector_output import open_output, vector_writer
 
@@ -111,6 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verbose", action="store_true", help="say which device and precision were taken"
     )
+    parser.add_argument("--quiet", action="store_true", help="do not say how far it is")
+    parser.epilog = """examples:
+  embedge embed bundle --task code < lines.txt > vectors.jsonl
+  embedge embed bundle --input in.jsonl --field text --output vectors.npy
+  ls *.png | embedge embed bundle --images --precision auto > vectors.jsonl"""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,7 +170,9 @@ def run(args: argparse.Namespace) -> int:
         output = stack.enter_context(open_output(args.output))
         writer = stack.enter_context(vector_writer(output, file_format, dim))
         unit = "image" if args.images else "text"
-        progress = stack.enter_context(Progress(None, shown=sys.stderr.isatty(), unit=unit))
+        bar = sys.stderr.isatty() and not args.quiet
+        lines = None if bar or args.quiet else LogLines()
+        progress = stack.enter_context(Progress(None, shown=bar, unit=unit, lines=lines))
         # Vectors become text while the graph runs the next chunk. Not the other way round: this
         # thread is the one that an interrupt reaches, and a chunk takes longer to embed.
         thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="embedge-write"))
@@ -175,10 +182,10 @@ def run(args: argparse.Namespace) -> int:
             texts=max(_CHUNK_IMAGES if args.images else _CHUNK_TEXTS, args.batch_size),
             characters=_CHUNK_CHARACTERS,
         ):
-            vectors = _encode(encode, records, options)
+            with progress.counts_all():  # as they are embedded, which may take minutes a chunk
+                vectors = _encode(encode, records, options)
             written.result()
             written = thread.submit(writer.write, [record.others for record in records], vectors)
-            progress.advance(len(records))
         written.result()
     return 0
 
@@ -217,4 +224,6 @@ def _open_input(name: str) -> BinaryIO:
 
 
 def _stdin() -> BinaryIO:
+    if sys.stdin is None:
+        raise EmbedgeError("standard input is closed; name a file with --input FILE")
     return sys.stdin.buffer

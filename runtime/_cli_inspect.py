@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from embedge.runtime._bundle import Bundle
@@ -16,6 +20,8 @@ from embedge.runtime._typed_json import read_json_object
 
 __all__ = ["add_arguments", "run", "table"]
 
+_OF_A_FILE = 120
+_NARROWEST = 8  # columns are not cut further
 _ERROR_KEYS = ("output_error", "sqnr_db")
 
 
@@ -31,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--worst-first", action="store_true", help="with --layers: sort by error")
     parser.add_argument("--task", help="with --layers: only this task")
     parser.add_argument("--precision", help="with --layers: only this precision")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    parser.add_argument("--json", action="store_true", help="one JSON document with all there is")
+    parser.epilog = """examples:
+  embedge inspect bundle --verify
+  embedge inspect bundle --layers --worst-first --precision int4
+  embedge inspect bundle --json"""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +102,7 @@ def _summary(bundle: Bundle) -> list[str]:
         facts.append(("images", f"scaled to {pixels}, {model.image.factor}² of them a token"))
     facts.append(("processor", describe_processor()))
     facts.append(("kernels", describe_kernels()))
-    lines = [f"{name:14}{value}" for name, value in facts]
+    lines = [line for name, value in facts for line in _fact(name, value)]
     rows = [["task", "adapter", "prompts (* default)"]]
     for name, task in manifest.tasks.items():
         adapter = "bare" if task.adapter is None else task.adapter.name or "yes"
@@ -109,11 +119,17 @@ def _summary(bundle: Bundle) -> list[str]:
     lines += ["", *table(rows)]
     total = sum(entry.size for entry in manifest.files.values())
     lines.append(f"{len(manifest.files)} files, {total:,} bytes in all")
-    rows = [["precision", "task", "measured"]]
+    rows = [["precision", "task", "texts", "cosine", "lowest", "top-10", "quality (reference)"]]
     for name, precision in manifest.precisions.items():
         for task_name, figures in precision.fidelity.items():
-            rows.append([name, task_name, _figures(figures)])
-    return lines + (["", *table(rows)] if len(rows) > 1 else [])
+            rows.append([name, task_name, *_figures(figures)])
+    if len(rows) > 1:
+        lines += [
+            "",
+            "against the unquantized model, at the full dimension (--json has the others):",
+        ]
+        lines += table(rows)
+    return lines
 
 
 def _layers(bundle: Bundle, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -186,17 +202,41 @@ def _document(
     return {**document, "layers": list(layers)} if layers else document
 
 
-def _figures(value: Any) -> str:
-    """Nested figures as "a.b=1.23, c=4"."""
-    if not isinstance(value, Mapping):
-        return _number(value, ".5g")
-    parts = []
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            parts += [f"{key}.{part}" for part in _figures(inner).split(", ") if part]
-        else:
-            parts.append(f"{key}={_number(inner, '.5g')}")
-    return ", ".join(parts)
+def _fact(name: str, value: str) -> list[str]:
+    """A named value, its further lines below its first."""
+    lines = textwrap.wrap(value, max(_width() - 14, 20)) or [""]
+    return [f"{label:14}{line}" for label, line in zip_longest([name], lines, fillvalue="")]
+
+
+def _figures(task: Any) -> list[str]:
+    """Texts, mean and lowest cosine, top-10 and quality of a task, at the largest dimension."""
+    figures = task if isinstance(task, Mapping) else {}
+    at = _full(figures.get("dims"))
+    row = [_number(figures.get("texts"), ",")]
+    row += [
+        _number(at.get("cosine_mean"), ".5f"),
+        _number(at.get("cosine_min"), ".5f"),
+        _number(at.get("top10_overlap"), ".3f"),
+    ]
+    quality = figures.get("quality")
+    sets = quality if isinstance(quality, Mapping) else {}
+    values = [(name, _full(by_dim)) for name, by_dim in sets.items()]
+    row.append(
+        ", ".join(
+            f"{name if len(values) > 1 else ''} {_number(figure.get('value'), '.4f')} "
+            f"({_number(figure.get('reference'), '.4f')})".strip()
+            for name, figure in values
+        )
+    )
+    return row
+
+
+def _full(by_dim: Any) -> Mapping[str, Any]:
+    """What was recorded at the largest dimension, none if there is none."""
+    found = by_dim if isinstance(by_dim, Mapping) else {}
+    dims = [dim for dim in found if isinstance(dim, str) and dim.isdecimal()]
+    largest = found[max(dims, key=int)] if dims else {}
+    return largest if isinstance(largest, Mapping) else {}
 
 
 def _number(value: Any, form: str) -> str:
@@ -206,10 +246,36 @@ def _number(value: Any, form: str) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines with aligned columns, the first row underlined."""
+    """Rows as lines with aligned columns that fit the terminal, the first row underlined."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    while sum(widths) + 2 * (len(widths) - 1) > _width() and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    lines = [line for row in rows[:1] for line in _row(row, widths)]
+    lines.append("  ".join("-" * width for width in widths))
+    return lines + [line for row in rows[1:] for line in _row(row, widths)]
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """A row's lines, several where a cell is wider than its column."""
+    wrapped = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    return [
+        "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+        for parts in zip_longest(*wrapped, fillvalue="")
+    ] or [""]
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    """A cell in lines, cut behind a space, dot or comma where that is possible."""
+    lines = [""]
+    for part in re.findall(r"[^ .,_]+[ .,_]*|[ .,_]+", cell):
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+        while len(lines[-1].rstrip()) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return [line.rstrip() for line in lines]
+
+
+def _width() -> int:
+    """Columns of the terminal, or of COLUMNS; a file takes what most terminals have."""
+    return shutil.get_terminal_size((_OF_A_FILE, 24)).columns

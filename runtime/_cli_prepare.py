@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     only.add_argument("--pack-only", action="store_true", help="measure nothing")
     only.add_argument("--measure-only", action="store_true", help="pack nothing")
     only.add_argument("--remove", action="store_true", help="delete what was prepared and measured")
+    parser.epilog = """examples:
+  embedge prepare bundle
+  embedge prepare bundle --precision int8 --threads 4
+  embedge prepare bundle --remove"""
 
 
 def run(args: argparse.Namespace) -> int:

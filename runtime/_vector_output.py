@@ -42,6 +42,8 @@ def open_output(name: str) -> Iterator[_NamedStream]:
         EmbedgeError: if it cannot be written.
     """
     if name == "-":
+        if sys.stdout is None:
+            raise EmbedgeError("standard output is closed; name a file with --output FILE")
         stream = _NamedStream(sys.stdout.buffer, "standard output")
         yield stream
         stream.flush()
@@ -113,7 +115,8 @@ class _NamedStream:
 
     def can_seek(self) -> bool:
         """Whether the start can be written again; standard output's may be another program's."""
-        return self._stream.seekable() and self._stream is not sys.stdout.buffer
+        is_output = sys.stdout is not None and self._stream is sys.stdout.buffer
+        return self._stream.seekable() and not is_output
 
     def write(self, data: bytes) -> None:
         """Writes all of it; an unbuffered stream may take less at a time."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -512,7 +513,17 @@ class TestInspect:
     def test_it_shows_what_the_bundle_holds(self, two_tasks: Any, capsys: Capture) -> None:
         two_tasks.edit(
             lambda m: m["precisions"]["int4"].update(
-                fidelity={"code": {"cosine": {"mean": 0.98765, "min": 0.9}, "n": 500}}
+                fidelity={
+                    "code": {
+                        "texts": 500,
+                        "dims": {
+                            "4": {"cosine_mean": 0.5},
+                            "8": {"cosine_mean": 0.98765, "cosine_min": 0.9},
+                        },
+                        "quality": {"code": {"8": {"value": 0.75, "reference": 0.76}}},
+                    },
+                    "retrieval": {"of": "another form"},
+                }
             )
         )
         assert main(["inspect", str(two_tasks.path)]) == 0
@@ -525,10 +536,39 @@ class TestInspect:
             "longest text  16 tokens",
             "retrieval  retrieval-lora  query*='query: '  passage='passage: '",
             "int4       cpu",
-            "cosine.mean=0.98765, cosine.min=0.9, n=500",
+            "int4       code       500    0.98765  0.90000          0.7500 (0.7600)",
             "15 files",
         ):
             assert fact in out
+
+    @pytest.mark.parametrize("width", [60, 80, 200])
+    def test_it_fits_the_terminal(
+        self,
+        make_bundle: Any,
+        capsys: Capture,
+        monkeypatch: pytest.MonkeyPatch,
+        width: int,
+    ) -> None:
+        """And loses nothing: the cells hold their words, in lines below each other."""
+        prompt = "Instruct: Given a question, retrieve passages that answer it\nQuery: "
+        tiny = make_bundle(
+            tasks=[f"task-{i}" for i in range(12)], prompts={"query": prompt, "passage": prompt}
+        )
+        layers = tiny.path / "fp32" / "task-0.layers.json"
+        name = "model.vision_tower.encoder.layers.0.self_attention.query_projection.weight"
+        layers.write_text(json.dumps({"layers": [{"name": name, "shape": [2048, 8192]}]}))
+        entry = {
+            "size": layers.stat().st_size,
+            "sha256": hashlib.sha256(layers.read_bytes()).hexdigest(),
+        }
+        tiny.edit(lambda m: m["files"].update({"fp32/task-0.layers.json": entry}))
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(["inspect", str(tiny.path), "--layers"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width
+        below = "".join(line[: width // 3].split("  ")[0] for line in lines)
+        assert "model.vision_tower.encoder" in below.replace(" ", "")
+        assert "task-11" in "".join(lines)
 
     def test_verify_finds_a_flipped_byte(self, bundle: Any, capsys: Capture) -> None:
         assert main(["inspect", str(bundle.path), "--verify"]) == 0
@@ -643,3 +683,134 @@ class TestProgram:
         monkeypatch.setattr(embed_module, "Embedder", fail)
         assert main(["embed", str(bundle.path)]) == 1
         assert error_line(capsys) == f"embedge: error: {line}"
+
+
+class TestStreams:
+    """Whatever a process's standard streams are."""
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1251", "cp437", "utf-8"])
+    def test_any_encoding(self, make_bundle: Any, tmp_path: Path, encoding: str) -> None:
+        tiny = make_bundle("für 愛", prompts={"query": "質問 — "})
+        calls = [
+            ["inspect", str(tiny.path), "--layers"],
+            ["prepare", str(tiny.path), "--pack-only"],
+        ]
+        calls += [[command, "--help"] for command in ("embed", "export", "bench")]
+        for call in calls:
+            done = program(call, stdout=subprocess.PIPE, PYTHONIOENCODING=encoding)
+            assert (done.returncode, done.stderr) == (0, b""), call
+        missing = tmp_path / "愛"
+        done = program(["inspect", str(missing)], PYTHONIOENCODING=encoding)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"embedge: error: ")
+
+    def run(self, redirections: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        path = os.pathsep.join(path for path in sys.path if path)
+        return subprocess.run(
+            [
+                *("sh", "-c", f'exec "$@" {redirections}', "sh"),
+                *(sys.executable, "-m", "embedge.runtime", *arguments),
+            ],
+            env={**os.environ, "PYTHONPATH": path},
+            input=b"w1\n",
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+
+    def test_closed_standard_input(self, bundle: Any, tmp_path: Path) -> None:
+        done = self.run("<&-", "embed", str(bundle.path))
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr == (
+            b"embedge: error: standard input is closed; name a file with --input FILE\n"
+        )
+        (tmp_path / "in").write_text("w1\n")
+        done = self.run("<&-", "embed", str(bundle.path), "--input", str(tmp_path / "in"))
+        assert vectors_of(done.stdout.decode()).shape == (1, 8)
+
+    @pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])
+    def test_closed_standard_output(self, bundle: Any, tmp_path: Path, name: str) -> None:
+        done = self.run(">&-", "embed", str(bundle.path))
+        assert done.returncode == 1
+        assert done.stderr == (
+            b"embedge: error: standard output is closed; name a file with --output FILE\n"
+        )
+        target = tmp_path / name
+        for closed in (">&-", "2>&-", ">&- 2>&-"):
+            done = self.run(closed, "embed", str(bundle.path), "--output", str(target))
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            if name == "out.npy":
+                assert np.load(target).shape == (1, 8)
+            else:
+                assert vectors_of(target.read_text()).shape == (1, 8)
+            target.unlink()
+        for command in ("inspect", "prepare"):
+            assert self.run("<&- >&- 2>&-", command, str(bundle.path)).returncode == 0
+
+    def test_closed_standard_error_takes_messages_that_output_does_not_get(
+        self, bundle: Any
+    ) -> None:
+        done = self.run("2>&-", "embed", str(bundle.path), "--task", "nothing")
+        assert (done.returncode, done.stdout) == (2, b"")
+
+
+class TestProgress:
+    def test_a_log_gets_a_line_now_and_then(
+        self,
+        bundle: Any,
+        stdin: SetStdin,
+        capsys: Capture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        clock = iter(range(10_000))
+        monkeypatch.setattr(
+            "embedge.runtime._progress.time", SimpleNamespace(monotonic=lambda: next(clock) * 10.0)
+        )
+        stdin(b"".join(b"w%d\n" % (i % 60) for i in range(2000)))
+        assert main(["embed", str(bundle.path), "--batch-size", "4"]) == 0
+        out = capsys.readouterr()
+        said = [line for line in out.err.splitlines() if line.startswith("embedge: ")]
+        assert len(said) > 5  # though 2,000 texts are two chunks
+        assert all(line.endswith(" a second") for line in said)
+        counts = [int(line.split()[1].replace(",", "")) for line in said]
+        assert counts == sorted(set(counts))
+        assert counts[-1] <= 2000
+        stdin(b"w1\n" * 100)
+        assert main(["embed", str(bundle.path), "--batch-size", "4", "--quiet"]) == 0
+        assert capsys.readouterr().err == ""
+
+    def test_a_terminal_gets_a_bar_that_counts_every_text(
+        self, bundle: Any, stdin: SetStdin, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        stdin(b"".join(b"w%d\n" % (i % 60) for i in range(1500)))
+        assert main(["embed", str(bundle.path), "--output", os.devnull]) == 0
+        assert "1500text" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("command", ["export", "embed", "prepare", "inspect", "bench"])
+def test_help_ends_with_examples_that_parse(
+    command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    module = importlib.import_module(
+        f"embedge.{command if command in ('export', 'bench') else 'runtime'}._cli"
+        + ("" if command in ("export", "bench") else f"_{command}")
+    )
+    called = []
+    monkeypatch.setattr(module, "run", lambda args: called.append(args) or 0)
+    examples = text.partition("examples:\n")[2].splitlines()
+    assert len(examples) >= 3
+    for example in examples:
+        words = example.rpartition("| ")[2].split("<")[0].split(">")[0].split()
+        assert words[:2] == ["embedge", command]
+        assert main(words[1:]) == 0, example
+    assert len(called) == len(examples)
