@@ -554,7 +554,7 @@ class Embedder:
         return vectors
 
     @overload
-    def count_tokens(
+    def count_tokens(  # type: ignore[overload-overlap] # a string is a sequence of strings too
         self,
         inputs: str,
         *,

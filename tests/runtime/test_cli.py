@@ -460,7 +460,7 @@ class TestEmbedImages:
         [
             ("nowhere.png", "input line 3: nowhere.png: no such file"),
             ("https://example.org/x.png", "input line 3: 'https://example.org/x.png' is a URL"),
-            (__file__, "input line 3: expected an image file, found"),
+            (__file__, "input line 3: expected an image file of a format"),
         ],
         ids=["missing", "URL", "no image"],
     )
