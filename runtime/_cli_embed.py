@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from typing import Any, BinaryIO
 
 from embedge.runtime._arguments import ON_TRUNCATE, parse_bytes
-from embedge.runtime._device import DEVICES
 from embedge.runtime._embedder import Embedder
 from embedge.runtime._errors import (
     EmbedgeError,
@@ -98,7 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most padded tokens of a batch (default: what runs fastest here)",
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:N for a GPU's number, or auto (default)",
+    )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="default: the cores this process really has"
     )
@@ -226,4 +230,6 @@ def _open_input(name: str) -> BinaryIO:
 def _stdin() -> BinaryIO:
     if sys.stdin is None:
         raise EmbedgeError("standard input is closed; name a file with --input FILE")
+    if sys.stdin.buffer.isatty():
+        print("embedge: reads lines from the terminal; Ctrl-D ends them", file=sys.stderr)
     return sys.stdin.buffer

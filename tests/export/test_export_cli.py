@@ -13,6 +13,7 @@ from _models import make_model, save, save_adapter
 
 from embedge.export import _precision_writer
 from embedge.runtime._cli import main
+from embedge.runtime._progress import LogLines
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,23 @@ def test_a_task_that_is_done_is_told_before_the_next_one(
     assert run(source, *tasks, "--out", tmp_path / "out") == 1
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("int8/code: ")
+
+
+def test_a_log_gets_a_line_now_and_then(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LogLines.__init__, "__defaults__", (0.0,))
+    assert run(source, "--no-adapter", "plain", "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) > 3
+    assert all(line.startswith("embedge: int8/plain: ") for line in said)
+    shares = [int(line.split("int8/plain: ")[1].split("%")[0]) for line in said]
+    assert shares == sorted(shares)
+    assert run(source, "--no-adapter", "plain", "--out", tmp_path / "quiet", "--quiet") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_size_is_that_of_the_bundle_without_what_prepare_made(

@@ -294,7 +294,7 @@ class TestEmbed:
                 "bytes, above --memory-limit (10)",
             ),
             (["--batch-size", "x"], "argument --batch-size: invalid int value: 'x'"),
-            (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+            (["--device", "tpu"], "--device is 'tpu'; expected one of auto, cpu, cuda, or cuda:N"),
             (["--field", "a", "--input-format", "lines"], "--field is for JSONL"),
             (["--what"], "unrecognized arguments: --what"),
         ],

@@ -10,7 +10,7 @@ import pytest
 
 from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
 from embedge.runtime import _device as device_module
-from embedge.runtime._device import choose_device, cuda_problem
+from embedge.runtime._device import choose_device, cuda_problem, split_device
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
@@ -130,3 +130,24 @@ def test_cuda_gives_the_vectors_of_the_processor(make_bundle: Any) -> None:
     model = Embedder(tiny.path)
     assert model.device == "cuda"
     assert (on_cpu * model.encode(texts)).sum(axis=1).min() >= 0.999999
+
+
+@pytest.mark.parametrize(
+    ("device", "parts"),
+    [("auto", ("auto", 0)), ("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:12", ("cuda", 12))],
+)
+def test_a_gpu_is_named_by_its_number(device: str, parts: tuple[str, int]) -> None:
+    assert split_device(device) == parts
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "cpu:0", "auto:1", "", None, 0])
+def test_other_devices_are_refused(device: Any) -> None:
+    with pytest.raises(EmbedgeValueError, match="device is .* or cuda:N for a GPU's number"):
+        split_device(device)
+
+
+def test_the_number_reaches_the_probe_and_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(device_module, "cuda_problem", asked.append)
+    assert choose_device("cuda:3", "fp16", ["cuda"]) == "cuda:3"
+    assert asked == [3]
