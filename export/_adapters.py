@@ -20,7 +20,7 @@ from embedge.export._adapter_keys import AdapterKeys, sort_keys
 from embedge.export._binding import plan
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError
-from embedge.export._model_card import base_name
+from embedge.export._model_card import base_name, recorded_name
 from embedge.export._peft_config import LoraSettings, read_peft_config
 from embedge.export._recipes import Recipe
 from embedge.export._safetensors import SafetensorsFile
@@ -149,14 +149,9 @@ class Adapter:
         left_out: tuple[str, ...],
         published: bool,
     ) -> None:
-        base = None if published else self.settings.base_model
-        if base is not None and base_name(base).lower() not in checkpoint.names:
-            warnings.warn(
-                f"adapter {self.name!r} was trained on {base_name(base)!r}, "
-                f"it is merged into {checkpoint.name!r}",
-                UserWarning,
-                stacklevel=3,
-            )
+        checked = published or self.settings.base_sha256 is not None
+        if not checked and (doubt := self._base_doubt(checkpoint)):
+            warnings.warn(f"adapter {self.name!r} {doubt}", UserWarning, stacklevel=3)
         if left_out:
             warnings.warn(
                 f"adapter {self.name!r}: left out what no vector depends on: {', '.join(left_out)}"
@@ -176,6 +171,26 @@ class Adapter:
                 UserWarning,
                 stacklevel=3,
             )
+
+    def _base_doubt(self, checkpoint: Checkpoint) -> str | None:
+        """Say why the base may be another one than the adapter was trained on, ``None`` if it is not."""
+        recorded = self.settings.base_model or ""
+        place = Path(recorded).expanduser()
+        if recorded and os.path.isabs(place) and os.path.exists(place):
+            inside = (checkpoint.path, checkpoint.transformer_path)
+            if any(os.path.samefile(place, folder) for folder in inside):
+                return None
+        name = recorded_name(recorded)
+        if name is None:
+            found = f"base_model_name_or_path is {recorded!r}" if recorded else "it names none"
+            return (
+                f"does not say which model it was trained on ({found} in adapter_config.json), so that "
+                f"{checkpoint.name!r} is the right one could not be checked; another one of the same shapes "
+                "gives wrong vectors: write the model's name there"
+            )
+        if name.lower() in checkpoint.names:
+            return None
+        return f"was trained on {name!r}, it is merged into {checkpoint.name!r}"
 
 
 class BoundAdapter:

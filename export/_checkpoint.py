@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from embedge.export._errors import CheckpointError
 from embedge.export._json_files import read_json, read_json_object
-from embedge.export._model_card import base_name, known_names, read_license, read_name
+from embedge.export._model_card import base_name, known_names, read_license, read_name, says_nothing
 from embedge.export._safetensors import SafetensorsFile
 from embedge.export._sources import is_hub_id, local_folder
 
@@ -56,7 +56,7 @@ class Checkpoint:
             itself.
         config: the content of config.json.
         name: the model's short name, never a path.
-        names: every name the model goes by, in lower case.
+        names: every name the model goes by, in lower case, of those that say something.
         license: the licence declared by the model card, ``None`` if it declares none.
     """
 
@@ -68,7 +68,8 @@ class Checkpoint:
         self.transformer_path = transformer_path
         self.config = config
         self.name = name
-        self.names = known_names(path, config) | {name.lower()}
+        named = frozenset() if says_nothing(name) else {name.lower()}
+        self.names = known_names(path, config) | named
         self.license = read_license(path)
         self._files = _weight_files(transformer_path)
         self._sha256: str | None = None

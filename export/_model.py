@@ -166,7 +166,8 @@ def read_model(request: Request) -> Model:
         family = family.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
-    heads = (*HEADS, *(p for p in family_class.ignored if p != "visual."))  # images come from there
+    unread = (p for p in family_class.ignored if tower is None or p != "visual.")
+    heads = (*HEADS, *unread)
     for task, adapter in loaded.items():
         bound = None
         if adapter is not None:

@@ -17,9 +17,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["base_name", "hub_name", "known_names", "read_license", "read_name"]
+__all__ = [
+    "base_name",
+    "hub_name",
+    "known_names",
+    "read_license",
+    "read_name",
+    "recorded_name",
+    "says_nothing",
+]
 
 _TITLE = re.compile(r"#\s+(?:[\w.-]+/)?((?=[\w.-]*[\d-])[\w.-]+)\s*")
+# Folders of training and of temporary files, numbers, a commit.
+_NO_NAME = re.compile(
+    r"\.{0,2}|(?:(?:base|best|final|last|merged|my|new|output|trained)[-_.]?)*"
+    r"(?:base|best|checkpoints?|ckpt|data|files?|final|folder|hf|last|latest|merged|models?|output|outputs"
+    r"|pretrained|results?|snapshots?|source|te?mp|test|transformer|weights|work)(?:[-_.]?(?:step)?\d+)?"
+    r"|0_transformer|(?:checkpoint|ckpt|epoch|run|step|v)?[-_.]?\d+|[0-9a-f]{40}|tmp[\w]{6,12}"
+)
 _CACHE = re.compile(r"models--(?:.+--)?([\w.-]+)")
 
 
@@ -42,13 +57,35 @@ def read_name(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def known_names(folder: Path, config: Mapping[str, Any]) -> frozenset[str]:
-    """Return every name the model goes by, in lower case: what an adapter may call its base."""
-    return frozenset(name.lower() for name in _names(folder, config))
+    """Return every name the model goes by, in lower case: what an adapter may call its base.
+
+    The name in config.json, often that of a fine-tuned model's parent, counts where nothing else names it.
+    """
+    sure = [hub_name(folder), _title(folder)]
+    names = sure if any(sure) else [_recorded(config)]
+    found = (name.lower() for name in [*names, folder.resolve().name] if name)
+    return frozenset(name for name in found if not says_nothing(name))
+
+
+def says_nothing(name: str) -> bool:
+    """Return whether a name is one that any model may lie under: ``"model"``, ``"checkpoint-500"``."""
+    return _NO_NAME.fullmatch(name.lower()) is not None
+
+
+def recorded_name(recorded: str) -> str | None:
+    """Return the name in a recorded hub id or path of any system, ``None`` where it says nothing."""
+    parts = re.split(r"[/\\]", recorded.strip().rstrip("/\\"))
+    cached = next((match[1] for part in parts if (match := _CACHE.fullmatch(part))), None)
+    name = cached or parts[-1]
+    return None if says_nothing(name) else name
+
+
+def _recorded(config: Mapping[str, Any]) -> str:
+    return base_name(str(config.get("_name_or_path") or ""))
 
 
 def _names(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    named = str(config.get("_name_or_path") or "")
-    names = [hub_name(folder), _title(folder), base_name(named), folder.resolve().name, "model"]
+    names = [hub_name(folder), _title(folder), _recorded(config), folder.resolve().name, "model"]
     return [name for name in names if name and name not in (".", "..")]
 
 

@@ -105,6 +105,7 @@ def save_adapter(folder: Path, model: str = "bert", **config: Any) -> dict[str, 
     """Save base and adapter below ``folder``; return the state of PEFT's own merge."""
     base = MODELS[model]()
     save_base(base, folder / "base")
+    base.name_or_path = str(folder / "base")  # PEFT records it
     config = {"r": 3, "lora_alpha": 7, "target_modules": ["query", "dense"], **config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT talks about fan_in_fan_out, lora_bias, embeddings, …
@@ -603,12 +604,83 @@ def test_another_base_name_is_a_warning(tmp_path: Path) -> None:
         bind(tmp_path)
 
 
-@pytest.mark.parametrize("recorded", [None, "org/BASE", "/home/someone/base/", r"C:\models\base"])
-def test_the_bases_own_name_is_silent(recorded: str | None, tmp_path: Path) -> None:
+OWN_NAMES = [
+    "org/Tiny-BERT",
+    "/home/someone/tiny-bert/",
+    r"C:\models\tiny-bert",
+    "/cache/models--org--tiny-bert/snapshots/0123456789abcdef0123456789abcdef01234567",
+]
+
+
+@pytest.mark.parametrize("recorded", OWN_NAMES)
+def test_the_bases_own_name_is_silent(recorded: str, tmp_path: Path) -> None:
     save_adapter(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "tiny-bert")
     edit_config(tmp_path, base_model_name_or_path=recorded)
 
-    bind(tmp_path)  # warnings are errors here
+    Adapter.load(tmp_path / "adapter", "code").bind(
+        Checkpoint.open(tmp_path / "tiny-bert"), canonical
+    )  # warnings are errors here
+
+
+def test_the_bases_own_folder_is_silent_whatever_its_name(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "model")
+    edit_config(tmp_path, base_model_name_or_path=str(tmp_path / "adapter" / ".." / "model"))
+
+    Adapter.load(tmp_path / "adapter", "code").bind(Checkpoint.open(tmp_path / "model"), canonical)
+
+
+NO_NAMES = [
+    *(
+        None,
+        "",
+        "model",
+        "./model/",
+        "/tmp/x/model",
+        "/runs/7/checkpoint-1500",
+        "output",
+        "../base",
+        ".",
+    ),
+    *("final_model", "/tmp/tmp8xk_2ab1", "my_model", "best-checkpoint", "merged_model", "12"),
+]
+
+
+@pytest.mark.parametrize("recorded", NO_NAMES)
+def test_a_base_name_that_says_nothing_is_a_warning(recorded: str | None, tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "model")
+    edit_config(tmp_path, base_model_name_or_path=recorded)
+    adapter = Adapter.load(tmp_path / "adapter", "code")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+
+    with pytest.warns(
+        UserWarning, match="^adapter 'code' does not say which model it was trained on"
+    ):
+        adapter.bind(checkpoint, canonical)
+
+    edit_config(tmp_path, embedge_base_sha256=checkpoint.sha256())
+    Adapter.load(tmp_path / "adapter", "code").bind(checkpoint, canonical)  # the hash says it
+
+
+def test_the_name_of_a_models_parent_is_not_its_own(tmp_path: Path) -> None:
+    """A fine-tuned model's config.json often names what it was tuned from."""
+    save_adapter(tmp_path)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "_name_or_path": "org/parent-v1"})
+    )
+    edit_config(tmp_path, base_model_name_or_path="org/parent-v1")
+    adapter = Adapter.load(tmp_path / "adapter", "code")
+    adapter.bind(Checkpoint.open(tmp_path / "base"), canonical)  # nothing else names it
+
+    (tmp_path / "base" / "README.md").write_text("# org/child-v1\n")
+
+    with pytest.warns(
+        UserWarning, match="was trained on 'parent-v1', it is merged into 'child-v1'"
+    ):
+        adapter.bind(Checkpoint.open(tmp_path / "base"), canonical)
 
 
 def test_a_recorded_base_hash_is_checked(tmp_path: Path) -> None:

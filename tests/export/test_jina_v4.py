@@ -330,6 +330,15 @@ def test_an_adapter_that_changes_the_vision_tower_is_refused(tmp_path: Path) -> 
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"vision tower.*visual\.blocks\.0\.attn\.proj"):
         export_bundle(source, adapters={"code": folder}, out=tmp_path / "out")
+    with pytest.warns(UserWarning, match="left out what no vector depends on: visual"):
+        export_bundle(
+            source,
+            adapters={"code": folder},
+            modality="text",
+            precisions=["fp32"],
+            calibration="none",
+            out=tmp_path / "texts",
+        )
 
 
 def test_without_its_preprocessor_only_texts_can_be_exported(

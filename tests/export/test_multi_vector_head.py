@@ -32,6 +32,7 @@ class WithHead(torch.nn.Module):
 
     def __init__(self, source: Path) -> None:
         super().__init__()
+        self.name_or_path = str(source)  # PEFT records it
         self.model = load_base(source)
         stored = load_file(source / "model.safetensors")
         self.multi_vector_projector = torch.nn.Linear(32, WIDTH)
