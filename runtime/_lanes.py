@@ -12,10 +12,8 @@ Rules:
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -26,8 +24,6 @@ __all__ = ["Lanes"]
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
-
-_LOOK_AGAIN_S = 0.05  # whether the batches that an error or interrupt left under way have ended
 
 
 class Lanes:
@@ -83,55 +79,10 @@ class Lanes:
         narrow = workers is not None and (len(batches) > 1 or tokens <= self._narrow_tokens)
         session = self._session(1 if narrow else self._threads)
         if workers is not None and len(batches) > 1 and session.threads == 1:
-            self._run_together(workers, session, batches, work, done)
+            workers.run(partial(work, session), batches, done, most=2 * self._threads)
             return
         for batch in batches:
             done(batch, work(session, batch))
-
-    def _run_together(
-        self,
-        workers: Workers,
-        session: GraphSession,
-        batches: Sequence[Batch],
-        work: Callable[[GraphSession, Batch], Result],
-        done: Callable[[Batch, Result], object],
-    ) -> None:
-        results: queue.SimpleQueue[tuple[Batch, Result] | BaseException] = queue.SimpleQueue()
-        ended: list[None] = []  # a member for each batch that is not under way any more
-        wanted = threading.Lock()  # held while the results are
-        given = taken = 0
-
-        def run(batch: Batch) -> None:
-            try:
-                if wanted.locked():
-                    results.put((batch, work(session, batch)))
-            except BaseException as error:
-                results.put(error)
-            finally:
-                ended.append(None)
-
-        def take() -> None:
-            nonlocal taken
-            result = results.get()
-            taken += 1
-            if isinstance(result, BaseException):
-                raise result
-            done(*result)
-
-        try:
-            with wanted:
-                for batch in batches:
-                    if given - taken == 2 * self._threads:
-                        take()
-                    workers.put(partial(run, batch))
-                    given += 1
-                while taken < given:
-                    take()
-        finally:
-            # After an error: whoever closes the session next must find nobody in it.
-            while len(ended) < given:
-                with suppress(queue.Empty):
-                    results.get(timeout=_LOOK_AGAIN_S)
 
     def _session(self, threads: int) -> GraphSession:
         """The session whose runs take some threads, or the other one where there is no room."""

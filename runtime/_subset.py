@@ -87,8 +87,8 @@ def subset_bundle(
         raise _refused(target, error, link=link) from error
     if _has_own_text(source):
         warnings.warn(
-            f"{target / CARD}: a new card; what somebody wrote into that of {source.root} is not in it: add "
-            "what still holds",
+            f"{target / CARD}: a new card; that of {source.root}, which somebody changed or an earlier "
+            "embedge wrote, is not in it: add what still holds",
             EmbedgeWarning,
             stacklevel=2,
         )

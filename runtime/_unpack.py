@@ -23,7 +23,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from embedge.runtime._errors import BundleError
 from embedge.runtime._onnx_file import ExternalData
 from embedge.runtime._typed_json import MOST_BYTES, Table, read_json_object
+from embedge.runtime._workers import Workers
 
 __all__ = [
     "UNPACKED",
@@ -122,17 +122,16 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
         BundleError: if a weight is not finite.
     """
     result: Initializers = {}
-    with ThreadPoolExecutor(threads, thread_name_prefix="embedge-unpack") as executor:
-        for weight in weights:  # one after the other: few rows of each are floats at a time
-            matrix = np.empty((weight.in_features, weight.out_features), np.int8)
-            scales = np.empty(weight.out_features, np.float32)
-            stored = [_read(t, dtype, shape, resolve) for t, dtype, shape in weight.tensors]
-            step = max(1, _CHUNK_ELEMENTS // max(weight.in_features, weight.block_size))
-            starts = range(0, weight.out_features, step)
-            work = partial(_unpack_rows, weight, stored, matrix, scales, step)
-            for _ in executor.map(work, starts):
-                pass
-            result |= {f"{weight.name}.weight": matrix, f"{weight.name}.scales": scales}
+    workers = Workers(threads)
+    for weight in weights:  # one after the other: few rows of each are floats at a time
+        matrix = np.empty((weight.in_features, weight.out_features), np.int8)
+        scales = np.empty(weight.out_features, np.float32)
+        stored = [_read(t, dtype, shape, resolve) for t, dtype, shape in weight.tensors]
+        step = max(1, _CHUNK_ELEMENTS // max(weight.in_features, weight.block_size))
+        starts = range(0, weight.out_features, step)
+        work = partial(_unpack_rows, weight, stored, matrix, scales, step)
+        workers.run(work, starts, lambda *_: None, most=2 * threads)
+        result |= {f"{weight.name}.weight": matrix, f"{weight.name}.scales": scales}
     return result
 
 

@@ -11,9 +11,18 @@ import _thread
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 __all__ = ["Workers"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_LOOK_AGAIN_S = 0.05  # whether what an error or interrupt left under way has ended
 
 Task = Callable[[], object]
 _Tasks = queue.SimpleQueue[Task | None]
@@ -41,6 +50,61 @@ class Workers:
                     # Not Thread.start(), which waits for the thread by locks of its own.
                     self._started.append(_thread.start_new_thread(_work, (self._tasks,)))
         self._tasks.put(task)
+
+    def run(
+        self,
+        work: Callable[[Item], Result],
+        items: Iterable[Item],
+        done: Callable[[Item, Result], object],
+        *,
+        most: int,
+    ) -> None:
+        """Does some work for each item, and hands over the results as they come.
+
+        The first error ends the call, once what was under way has ended.
+
+        Args:
+            work: gives the result of an item; called by the threads.
+            items: in their order.
+            done: takes an item and its result; called by the caller's thread.
+            most: items between their start and their result's being taken.
+        """
+        results: queue.SimpleQueue[tuple[Item, Result] | BaseException] = queue.SimpleQueue()
+        ended: list[None] = []  # a member for each item that is not under way any more
+        wanted = threading.Lock()  # held while the results are
+        given = taken = 0
+
+        def run(item: Item) -> None:
+            result: tuple[Item, Result] | BaseException
+            try:
+                result = (item, work(item)) if wanted.locked() else CancelledError()
+            except BaseException as error:
+                result = error
+            ended.append(None)
+            results.put(result)
+
+        def take() -> None:
+            nonlocal taken
+            result = results.get()
+            taken += 1
+            if isinstance(result, BaseException):
+                raise result
+            done(*result)
+
+        try:
+            with wanted:
+                for item in items:
+                    if given - taken == most:
+                        take()
+                    self.put(partial(run, item))
+                    given += 1
+                while taken < given:
+                    take()
+        finally:
+            # After an error: whoever closes what the work uses must find nobody in it.
+            while len(ended) < given:
+                with suppress(queue.Empty):
+                    results.get(timeout=_LOOK_AGAIN_S)
 
     def close(self) -> None:
         """Ends the threads, once they have done what they were given."""

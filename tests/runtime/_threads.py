@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from types import FrameType
@@ -16,6 +17,7 @@ def workers() -> set[int]:
 
 def all_ended(before: set[int]) -> bool:
     """Whether the workers that were not there before end at once."""
+    gc.collect()  # of earlier tests, that nobody refers to any more
     end = time.monotonic() + 10
     while workers() - before and time.monotonic() < end:
         time.sleep(0.001)
