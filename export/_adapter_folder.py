@@ -9,6 +9,7 @@ tokenizer or a config.json that differs from the model's is refused.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -111,16 +112,16 @@ def settings_of_all(
 
 def _settings_folder(folder: Path, given: Path | None) -> Path:
     """Where sentence-transformers' files of an adapter lie: of one with a name, in the folder above."""
-    return given if given and not (folder / _MODULES).exists() else folder
+    return given if given and not os.path.lexists(folder / _MODULES) else folder
 
 
 def _read_settings(folder: Path | None, config: Mapping[str, Any]) -> SentenceSettings | None:
     """The settings that an adapter's folder gives, ``None`` where it gives none."""
     if folder is None:
         return None
-    if (folder / _MODULES).exists():
+    if os.path.lexists(folder / _MODULES):
         return read_modules(folder, dict(config))
-    if found := [name for name in _WITHOUT_MODULES if (folder / name).exists()]:
+    if found := [name for name in _WITHOUT_MODULES if os.path.lexists(folder / name)]:
         raise AdapterError(
             f"{folder}: holds {', '.join(found)}, which say how texts become vectors, but no modules.json "
             "that they belong to; add it, or move them away where the model's own settings count"
@@ -198,9 +199,9 @@ def _check_tokenizer(
     read: Callable[[Path], BundleTokenizer],
 ) -> None:
     file = folder / "tokenizer.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         for name in _VOCABULARIES:
-            if (folder / name).exists() and _content(folder / name) != _content(base / name):
+            if os.path.lexists(folder / name) and _content(folder / name) != _content(base / name):
                 raise _other_tokenizer(task, folder / name, f"it is another {name}")
         return
     names = (
@@ -239,7 +240,7 @@ def _other_tokenizer(task: str, file: Path, what: str) -> AdapterError:
 
 
 def _check_config(task: str, file: Path, config: Mapping[str, Any]) -> None:
-    if not file.exists():
+    if not os.path.lexists(file):
         return
     own = read_json_object(file, AdapterError)
     differing = [
@@ -257,7 +258,7 @@ def _check_config(task: str, file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _content(file: Path) -> bytes | None:
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     try:
         return read_regular_file(file, TOKENIZER_BYTES)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -158,7 +160,7 @@ class Checkpoint:
 def transformer_folder(path: Path) -> Path:
     """Return the folder below ``path`` that holds the transformer."""
     modules_file = path / "modules.json"
-    if not modules_file.is_file():
+    if not os.path.lexists(modules_file):
         return path
     modules = read_json(modules_file, CheckpointError)
     if isinstance(modules, list) and modules and all(isinstance(m, dict) for m in modules):
@@ -172,7 +174,7 @@ def transformer_folder(path: Path) -> Path:
 def inside_folder(relative: str, origin: Path) -> PurePosixPath:
     """Return ``relative`` unless it leaves the folder of the file ``origin`` that names it."""
     inside = PurePosixPath(relative)
-    if inside.is_absolute() or ".." in inside.parts or "\\" in relative or ":" in relative:
+    if inside.is_absolute() or ".." in inside.parts or re.search(r"[\\:\x00-\x1f]", relative):
         raise CheckpointError(
             f"{origin}: the path {relative!r} leaves the model folder; this is refused"
         )
@@ -181,7 +183,7 @@ def inside_folder(relative: str, origin: Path) -> PurePosixPath:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(
                 f"{folder}: holds a PEFT adapter, not a model; name the base model as the source "
@@ -201,10 +203,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
     """Return the file that holds each tensor below ``folder``."""
-    if (folder / _WEIGHTS).exists():
+    if os.path.lexists(folder / _WEIGHTS):
         file = SafetensorsFile(folder / _WEIGHTS, CheckpointError)
         return dict.fromkeys(file.keys(), file)
-    if (folder / _INDEX).exists():
+    if os.path.lexists(folder / _INDEX):
         return _shards(folder)
     if any((folder / name).exists() for name in _PICKLES):
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from embedge.export._errors import ExportError
 from embedge.runtime._files import TOKENIZER_BYTES, read_regular_file
 from embedge.runtime._typed_json import parse_json
 
-__all__ = ["parse_json", "read_json", "read_json_object"]
+__all__ = ["parse_json", "read_json", "read_json_object", "read_optional"]
 
 
 def read_json(path: Path, error: type[ExportError]) -> Any:
@@ -26,6 +27,14 @@ def read_json(path: Path, error: type[ExportError]) -> Any:
         return parse_json(content)
     except ValueError as problem:  # JSONDecodeError and UnicodeError
         raise error(f"{path}: is not JSON: {problem}; fetch or save the file again") from problem
+
+
+def read_optional(path: Path, error: type[ExportError]) -> dict[str, Any]:
+    """Return the JSON object in the file at ``path``, an empty one if nothing has that name.
+
+    A link to nothing, or what is no file, is an error: what it should say would be lost without a word.
+    """
+    return read_json_object(path, error) if os.path.lexists(path) else {}
 
 
 def read_json_object(path: Path, error: type[ExportError]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ refused by its name. Names and defaults follow sentence-transformers 5 and 6.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _matryoshka_dims(file: Path, config: dict[str, Any]) -> tuple[int, ...]:
 def _pipeline(path: Path) -> list[tuple[str, Path]]:
     """Return kind and folder of the modules after the transformer, in the one supported order."""
     file = path / "modules.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return []
     modules = read_json(file, CheckpointError)
     names = [str(module.get("type")) for module in modules]
@@ -166,7 +167,7 @@ def _read_pooling(file: Path, *, has_prompts: bool) -> str:
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    modes = list(modes) if isinstance(modes, list) else [modes]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise CheckpointError(
             f"{file}: the pooling {' + '.join(map(str, modes))} is not supported; supported is one "
@@ -201,17 +202,18 @@ def _read_settings(file: Path) -> dict[str, Any]:
             f"{file}: a {model_type} model is not supported, only SentenceTransformer"
         )
     similarity = config.get("similarity_fn_name")
-    if similarity not in _SIMILARITIES:
+    if not isinstance(similarity, str | None) or similarity not in _SIMILARITIES:
         raise CheckpointError(
             f"{file}: the similarity {similarity!r} is not supported; supported are cosine and dot"
         )
     prompts = config.get("prompts") or {}
-    texts = prompts.values() if isinstance(prompts, dict) else [prompts]
-    if not all(text is None or isinstance(text, str) for text in texts):
+    if not isinstance(prompts, dict) or not all(
+        text is None or isinstance(text, str) for text in prompts.values()
+    ):
         raise CheckpointError(f"{file}: prompts should map names to texts, found {prompts!r}")
     prompts = {name: text or "" for name, text in prompts.items()}
     default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in list(prompts):
         raise CheckpointError(
             f"{file}: default_prompt_name is {default!r}, the prompts are: "
             f"{', '.join(prompts) or 'none'}"
@@ -232,7 +234,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 def _read_transformer(folder: Path) -> dict[str, Any]:
     """Return sentence_bert_config.json or an older name of it; refuse what changes the tokens."""
     file = next(
-        (folder / n for n in _TRANSFORMER_CONFIGS if (folder / n).is_file()),
+        (folder / n for n in _TRANSFORMER_CONFIGS if os.path.lexists(folder / n)),
         folder / _TRANSFORMER_CONFIGS[0],
     )
     config = read_optional(file)
@@ -248,13 +250,18 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
         )
     modalities = config.get("modality_config")
     if modalities is not None:
-        text = modalities.get("text") or {}
+        text = modalities.get("text") if isinstance(modalities, dict) else None
+        text = text if isinstance(text, dict) else {}
         if text.get("method") != "forward" or text.get("method_output_name") != "last_hidden_state":
             raise CheckpointError(
                 f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
                 "method 'forward' with the output 'last_hidden_state'"
             )
     overrides = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
+    if not isinstance(overrides, dict):
+        raise CheckpointError(
+            f"{file}: the tokenizer's arguments are {overrides!r}, expected an object"
+        )
     if "truncation_side" in overrides:
         raise CheckpointError(
             f"{file}: truncation_side={overrides['truncation_side']!r} among the tokenizer's arguments "

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from embedge.export import _json_files
 from embedge.export._errors import CheckpointError
-from embedge.export._json_files import read_json_object
 
 __all__ = ["lowercases", "max_length", "positions", "read_optional"]
 
@@ -37,7 +37,7 @@ _NO_LIMIT = 10**9  # tokenizers without a limit say 10**30
 
 def read_optional(file: Path) -> dict[str, Any]:
     """Return the JSON object in ``file``, an empty one if there is no such file."""
-    return read_json_object(file, CheckpointError) if file.is_file() else {}
+    return _json_files.read_optional(file, CheckpointError)
 
 
 def positions(config: Mapping[str, Any]) -> int | None:

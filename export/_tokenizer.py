@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export._errors import CheckpointError
-from embedge.export._json_files import read_json_object
+from embedge.export._json_files import read_json_object, read_optional
 
 _CONFIG = "tokenizer_config.json"
 _NAMED = (
@@ -140,7 +140,15 @@ def read_tokenizer(
     Raises:
         CheckpointError: there is no ``tokenizer.json``, it is damaged, or a setting is not supported.
     """
-    return _Reader(folder, config, dict(overrides or {})).read(lowercase)
+    try:
+        return _Reader(folder, config, dict(overrides or {})).read(lowercase)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{folder}: the tokenizer's files ({_CONFIG} and what lies beside it) hold something else than "
+            f"expected ({type(error).__name__}: {error}); fetch or save them again"
+        ) from error
 
 
 @dataclass
@@ -223,8 +231,7 @@ class _Reader:
         return settings
 
     def _optional(self, name: str) -> dict[str, Any]:
-        file = self.folder / name
-        return read_json_object(file, CheckpointError) if file.is_file() else {}
+        return read_optional(self.folder / name, CheckpointError)
 
     def _class_name(self) -> str:
         """The tokenizer's class without ``Tokenizer`` and ``Fast``, "" for the general ones."""

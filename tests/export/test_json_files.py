@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from _models import make_model, save
 
+from embedge.export import export_bundle
 from embedge.export._adapters import Adapter
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError, CheckpointError
@@ -78,6 +81,35 @@ def test_a_fifo_as_a_models_weights_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: .*FIFO"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "folder", "fifo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+        *("tokenizer_config.json", "special_tokens_map.json", "model.safetensors"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_never_taken_for_none(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """As a link of the hub's cache whose blob was never fetched."""
+    source = save(make_model("bert"), tmp_path / "model")
+    (source / name).unlink(missing_ok=True)
+    if kind == "dangling link":
+        (source / name).symlink_to(tmp_path / "nowhere")
+    elif kind == "folder":
+        (source / name).mkdir()
+    else:
+        os.mkfifo(source / name)
+    if name == "special_tokens_map.json":
+        settings = json.loads((source / "tokenizer_config.json").read_text())
+        settings.pop("added_tokens_decoder")
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read"):
+        export_bundle(source, adapters={"task": None}, pooling="mean", out=tmp_path / "out")
 
 
 def test_a_folder_as_weights_is_refused(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def _short(value: Any) -> str:
 
 def _places(value: Any, path: str = "", *, most: int = 3000) -> list[tuple[Any, Any, str]]:
     """Every member of every container, the long ones of a document thinned out."""
-    found = []
-    stack = [(value, path)]
+    found: list[tuple[Any, Any, str]] = []
+    stack = [(value, path)] if isinstance(value, dict | list) else []
     while stack and len(found) < most:
         holder, path = stack.pop()
         members = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import transformers
+import tokenizers
 from numpy.typing import NDArray
 
 from embedge.export import export_bundle
@@ -37,7 +37,7 @@ __all__ = ["make_sources", "mutation"]
 TEXTS = ["hello", "a longer text, with words", "0"]
 LEAST_COSINE = {"fp32": 0.9999, "int8": 0.9, "int4": 0.6}
 _ADAPTER = "adapter"  # beside the folder "model"
-_LOADED = (onnx, onnxruntime, transformers.AutoTokenizer)  # before the fork, for all children
+_LOADED = (onnx, onnxruntime, tokenizers)  # before the fork, for all children
 
 
 def make_sources(root: Path) -> list[Path]:
