@@ -30,7 +30,7 @@ from embedge.runtime._names import is_path
 from embedge.runtime._onnx_file import ExternalData, read_external_data, read_product_weights
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._unpack import UNPACKED, Initializers, PackedWeight, read_packed, unpack
-from embedge.runtime._writing import replaced_of
+from embedge.runtime._writing import partial_of, replaced_of
 
 __all__ = ["MANIFEST_NAME", "VERIFY_MODES", "Bundle"]
 
@@ -375,6 +375,11 @@ def _root(path: str | os.PathLike[str]) -> Path:
         raise BundleError(
             f"{given}: expected a bundle's folder, found {found}: `embedge export --overwrite` was "
             f"interrupted and left the bundle as {left}; rename it to {given}, or run that export again"
+        )
+    if partial_of(given.absolute()).is_dir():
+        raise BundleError(
+            f"{given}: expected a bundle's folder, found {found}, and beside it an export that has not "
+            "ended; wait until it has, or run it again if it was interrupted"
         )
     raise BundleError(
         f"{given}: expected a bundle's folder, found {found}; name the folder that `embedge export` wrote "

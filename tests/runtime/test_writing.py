@@ -284,3 +284,9 @@ def test_a_bundle_that_an_interrupted_overwrite_moved_is_named(tmp_path: Path) -
     folder_of(replaced_of(tmp_path / "out"), "old")
     with pytest.raises(EmbedgeError, match=r"left the bundle as .*\.out\.replaced; rename it"):
         Embedder(tmp_path / "out")
+
+
+def test_an_export_that_has_not_ended_is_named(tmp_path: Path) -> None:
+    folder_of(partial_of(tmp_path / "out"), "half")
+    with pytest.raises(EmbedgeError, match="an export that has not ended; wait .* or run it again"):
+        Embedder(tmp_path / "out")
