@@ -171,11 +171,11 @@ def read_model(request: Request) -> Model:
     for task, adapter in loaded.items():
         bound = None
         if adapter is not None:
-            check_adapter_files(adapter, checkpoint, settings, tokenizer)
             published = not request.adapters
             bound = adapter.bind(
                 checkpoint, family_class.canonical, heads=heads, published=published
             )
+            check_adapter_files(adapter, checkpoint, settings, tokenizer)
         adapters[task] = bound
         tasks[task] = TaskWeights(checkpoint, family_class, bound, task)
     model = Model(
