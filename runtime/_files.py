@@ -10,7 +10,8 @@ import errno
 import hashlib
 import os
 import stat
-from typing import BinaryIO, TypeAlias
+from io import BufferedReader
+from typing import TypeAlias
 
 __all__ = [
     "JSON_BYTES",
@@ -42,7 +43,7 @@ _KINDS = (
 )
 
 
-def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a file for reading, or what a link to it names.
 
     Raises:
