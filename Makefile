@@ -7,7 +7,7 @@
 # index that PyTorch's installation page names for it:  make demo TORCH_INDEX=URL
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch>=2.9,<2.14
 TORCH_INDEX ?=
