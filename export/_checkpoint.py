@@ -193,6 +193,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: has no config.json; expected a model folder in the Hugging Face layout"
         )
     config = read_json_object(file, CheckpointError)
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(
+            f"{file}: architectures is {classes!r}, expected a list of class names"
+        )
     if config.get("quantization_config"):
         raise CheckpointError(
             f"{file}: the weights are already quantized (quantization_config is set); export from "

@@ -342,6 +342,10 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "config.json").write_text("[]"),
         "expected a JSON object, found list",
     ),
+    "classes that are no list": (
+        lambda f: (f / "config.json").write_text('{"architectures": 16}'),
+        "architectures is 16, expected a list of class names",
+    ),
     "quantized weights": (
         lambda f: (f / "config.json").write_text(
             '{"quantization_config": {"quant_method": "gptq"}}'
