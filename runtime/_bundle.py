@@ -24,6 +24,13 @@ import numpy as np
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
 from embedge.runtime._files import FileState, kind_of, sha256_of, state_of
+from embedge.runtime._graph_check import (
+    TASK_INPUTS,
+    TASK_OUTPUTS,
+    VISION_INPUTS,
+    VISION_OUTPUTS,
+    check_graph,
+)
 from embedge.runtime._kernels import in_panels
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._names import is_path
@@ -71,6 +78,7 @@ class Bundle:
         self.verify = verify
         self.root = _root(path)
         self._states: dict[str, FileState] = {}  # of the manifest's files, as they were opened
+        self._checked: dict[tuple[str, str], tuple[FileState, list[str]]] = {}  # files of graphs
         file = self.root / MANIFEST_NAME
         try:
             before = state_of(os.stat(file))
@@ -233,16 +241,52 @@ class Bundle:
         return graph.stat().st_size + sum(sizes.values()), unpacked
 
     def graph_files(self, precision: str, name: str) -> list[str]:
-        """Names of the graph of a task, or of ``VISION``, and of every file that opening it reads."""
+        """Names of the graph of a task, or of ``VISION``, and of every file that opening it reads.
+
+        Raises:
+            BundleError: if one of them is not the bundle's, or the graph none that embedge runs.
+        """
         graph = self.graph(precision, name)
-        used = [data for data in read_external_data(graph) if data.location != UNPACKED]
-        files = {graph, *(self._beside(graph, data.location) for data in used)}
+        state = self._states[graph.relative_to(self.root).as_posix()]
+        known = self._checked.get((precision, name))
+        if known is None or known[0] != state:
+            known = state, self._checked_files(precision, name, graph)
+            self._checked[precision, name] = known
+        return known[1]
+
+    def _checked_files(self, precision: str, name: str, graph: Path) -> list[str]:
+        """The files of a graph, which is looked at before anybody runs it."""
+        if name == VISION and self.manifest.precisions[precision].vision:
+            inputs, outputs = VISION_INPUTS, VISION_OUTPUTS
+        else:
+            inputs, outputs = {i: TASK_INPUTS[i] for i in self.manifest.model.inputs}, TASK_OUTPUTS
+        stored = check_graph(graph, inputs=inputs, outputs=outputs)
+        files = {graph}
+        made = {}
+        for tensor_name, tensor in stored.items():
+            if tensor.place is None:
+                continue
+            if tensor.place.location == UNPACKED:
+                made[tensor_name] = tensor.elem_type, tensor.shape
+            else:
+                files.add(self._external_file(graph, tensor.place)[0])
         packed = self._packed(precision, name)
+        listed, weights = packed if packed is not None else (graph, [])
+        expected = dict(item for weight in weights for item in weight.initializers)
+        if made != expected:
+            differing = sorted(made.keys() ^ expected.keys()) or sorted(
+                key for key in made if made[key] != expected[key]
+            )
+            raise BundleError(
+                f"{graph}: expects other weights to be unpacked than {listed.name} lists: {differing[0]}; "
+                f"{_AGAIN}"
+            )
+        for weight in weights:
+            for place, _, _ in weight.tensors:
+                if not isinstance(place, bytes):
+                    files.add(self._external_file(listed, place)[0])
         if packed is not None:
-            listed, weights = packed
-            tensors = (tensor for weight in weights for tensor, _, _ in weight.tensors)
-            places = (tensor for tensor in tensors if not isinstance(tensor, bytes))
-            files |= {listed, *(self._beside(listed, place.location) for place in places)}
+            files.add(listed)
         return sorted(path.relative_to(self.root).as_posix() for path in files)
 
     def multiplies_integers(self, precision: str) -> bool:

@@ -14,6 +14,7 @@ from io import BufferedReader
 from typing import TypeAlias
 
 __all__ = [
+    "GRAPH_BYTES",
     "JSON_BYTES",
     "TOKENIZER_BYTES",
     "FileState",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 JSON_BYTES = 64 << 20  # a manifest of 1,000 tasks takes 2 MB, a list of 36 layers to unpack 6 MB
+GRAPH_BYTES = 512 << 20  # without the weights beside it a graph of 36 layers takes 3 MB
 TOKENIZER_BYTES = 512 << 20  # those of 262,144 words take 33 MB
 
 FileState: TypeAlias = tuple[int, ...]

@@ -28,6 +28,7 @@ from embedge.runtime._bundle import Bundle
 from embedge.runtime._cpu import has_amx, saturates_u8s8
 from embedge.runtime._errors import BundleError
 from embedge.runtime._fork import keep_forever, restart_after_fork
+from embedge.runtime._graph_check import VISION_INPUTS
 from embedge.runtime._lanes import Lanes
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._pool import GraphPool
@@ -45,14 +46,6 @@ CPU_BATCH_TOKENS_PER_THREAD = 512
 CPU_PADDING_TOKENS = 32  # what a run costs beside its tokens is about that of 20 to 30 tokens
 GPU_BATCH_TOKENS = 4096  # more give an H100 no more texts a second, and cost memory (bench/LOG.md)
 Result = TypeVar("Result")
-VISION_INPUTS = (
-    "pixel_values",
-    "rotary_cos",
-    "rotary_sin",
-    "window_index",
-    "window_lengths",
-    "window_restore",
-)
 AMX_NARROW_TOKENS = 64  # the crossover lies between 64 and 128
 
 
@@ -203,4 +196,4 @@ def default_narrow_tokens() -> int:
 def graph_inputs(manifest: Manifest, precision: str, name: str) -> tuple[str, ...]:
     """Names of the inputs of a task's graph, or of ``VISION``."""
     is_tower = name == VISION and manifest.precisions[precision].vision is not None
-    return VISION_INPUTS if is_tower else tuple(manifest.model.inputs)
+    return tuple(VISION_INPUTS) if is_tower else tuple(manifest.model.inputs)

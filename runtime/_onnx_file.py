@@ -23,11 +23,16 @@ from embedge.runtime._errors import BundleError
 from embedge.runtime._files import open_regular_file
 
 __all__ = [
+    "BYTES",
+    "FIXED32",
     "INLINE_BYTES",
+    "VARINT",
     "ExternalData",
     "StoredWeight",
+    "all_fields",
     "read_external_data",
     "read_product_weights",
+    "varint",
 ]
 
 Result = TypeVar("Result")
@@ -44,7 +49,7 @@ _PRODUCTS = {
     b"MatMulNBits": (3, "uint8"),
 }
 INLINE_BYTES = 4096  # tensors of up to as many bytes lie in the graph itself
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,41 +184,43 @@ def _bytes(data: mmap.mmap, message: Span, wanted: int) -> bytes:
 def _numbers(data: mmap.mmap, start: int, stop: int, wanted: int) -> list[int]:
     """A message's repeated field of numbers, packed or not."""
     numbers: list[int] = []
-    for number, kind, at, end in _all_fields(data, start, stop):
-        if number == wanted and kind == _VARINT:
-            numbers.append(_varint(data, at)[0])
-        elif number == wanted and kind == _BYTES:
+    for number, kind, at, end in all_fields(data, start, stop):
+        if number == wanted and kind == VARINT:
+            numbers.append(varint(data, at)[0])
+        elif number == wanted and kind == BYTES:
             place = at
             while place < end:
-                value, place = _varint(data, place)
+                value, place = varint(data, place)
                 numbers.append(value)
     return numbers
 
 
 def _fields(data: mmap.mmap, start: int, stop: int, wanted: int) -> Iterator[Span]:
     """``(start, stop)`` of each length-delimited field with a number, in a message's bytes."""
-    for number, kind, at, end in _all_fields(data, start, stop):
-        if number == wanted and kind == _BYTES:
+    for number, kind, at, end in all_fields(data, start, stop):
+        if number == wanted and kind == BYTES:
             yield at, end
 
 
-def _all_fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+def all_fields(
+    data: mmap.mmap | bytes, start: int, stop: int
+) -> Iterator[tuple[int, int, int, int]]:
     """Number, kind, and ``(start, stop)`` of the value of each field in a message's bytes."""
     at = start
     while at < stop:
-        tag, at = _varint(data, at)
+        tag, at = (data[at], at + 1) if data[at] < 0x80 else varint(data, at)
         number, kind = tag >> 3, tag & 7
         length = 0
-        if kind == _VARINT:
-            length = _varint(data, at)[1] - at
-        elif kind == _FIXED64:
-            length = 8
-        elif kind == _FIXED32:
-            length = 4
-        elif kind == _BYTES:
-            length, at = _varint(data, at)
+        if kind == BYTES:
+            length, at = (data[at], at + 1) if data[at] < 0x80 else varint(data, at)
             if at + length > stop:
                 raise ValueError(f"a field at byte {at} is longer than what holds it")
+        elif kind == VARINT:
+            length = 1 if data[at] < 0x80 else varint(data, at)[1] - at
+        elif kind == FIXED64:
+            length = 8
+        elif kind == FIXED32:
+            length = 4
         else:
             raise ValueError(f"unknown field type {kind} at byte {at}")
         yield number, kind, at, at + length
@@ -222,7 +229,7 @@ def _all_fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, i
         raise ValueError(f"a field ends at byte {at}, what holds it at {stop}")
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+def varint(data: mmap.mmap | bytes, at: int) -> tuple[int, int]:
     """The number at a position and the position after it."""
     value = shift = 0
     while True:

@@ -90,13 +90,18 @@ class RowRunner:
             max_length=model.max_length,
             hidden_size=model.image.hidden_size if model.image else 0,
         )
-        result = session.run(_OUTPUTS[request.multi_vector], padded.inputs)[: padded.rows]
-        full_dim = model.multi_vector_dim if request.multi_vector else model.dim
-        if result.shape[-1] != full_dim:
+        output = _OUTPUTS[request.multi_vector]
+        result = session.run(output, padded.inputs)
+        shape = padded.inputs["input_ids"].shape
+        expected = (
+            (*shape, model.multi_vector_dim) if request.multi_vector else (shape[0], model.dim)
+        )
+        if result.shape != expected:
             raise BundleError(
-                f"{session.file}: expected vectors of {full_dim} dimensions, found "
-                f"{result.shape[-1]}; export the bundle again"
+                f"{session.file}: expected {output} of the shape {list(expected)}, found "
+                f"{list(result.shape)}; export the bundle again"
             )
+        result = result[: padded.rows]
         cut = request.dim < result.shape[-1]
         result = result[..., : request.dim]
         if request.normalize or (cut and model.normalize):

@@ -112,7 +112,7 @@ class GraphSession:
         """One output for a batch, as float32.
 
         Raises:
-            BundleError: if the graph has no such output.
+            BundleError: if the graph has no such output, or it holds something else than floats.
             InferenceError: if the run fails or its result is not finite.
         """
         if output not in self.outputs:
@@ -130,6 +130,12 @@ class GraphSession:
                 f"{self.file}: failed on {_batch(inputs)}: {_one_line(error)}; if memory ran out, "
                 "lower max_batch_tokens, shorten the text, or lower max_pixels for images"
             ) from error
+        if not isinstance(result, np.ndarray) or result.dtype not in (np.float32, np.float16):
+            found = getattr(result, "dtype", type(result).__name__)
+            raise BundleError(
+                f"{self.file}: expected numbers of float32 as {output}, found {found}; export the bundle "
+                "again"
+            )
         if not np.isfinite(result).all():
             raise InferenceError(
                 f"{self.file}: gave values that are not finite; `embedge inspect --verify` checks "

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from embedge.runtime._errors import BundleError
 from embedge.runtime._onnx_file import ExternalData
+from embedge.runtime._onnx_model import FLOAT, INT8
 from embedge.runtime._typed_json import MOST_BYTES, Table, read_json_object
 from embedge.runtime._workers import Workers
 
@@ -98,6 +99,12 @@ class PackedWeight:
             yield self.rotation, "float32", (size, size)
         if self.rows is not None:
             yield self.rows, "float32", (rows,)
+
+    @property
+    def initializers(self) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
+        """Name, ONNX element type and shape of what is made of it."""
+        yield f"{self.name}.weight", (INT8, (self.in_features, self.out_features))
+        yield f"{self.name}.scales", (FLOAT, (self.out_features,))
 
 
 def read_packed(file: Path) -> list[PackedWeight]:

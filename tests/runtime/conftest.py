@@ -121,7 +121,8 @@ def write_graph(
         helper.make_node("ReduceSum", ["attended", "tokens_axis"], ["sum"], keepdims=0),
         helper.make_node("ReduceSum", ["mask", "tokens_axis"], ["count"], keepdims=1),
         helper.make_node("Div", ["sum", "count"], ["pooled"]),
-        helper.make_node("LpNormalization", ["pooled"], ["embedding"], axis=-1, p=2),
+        helper.make_node("ReduceL2", ["pooled", "last"], ["norm"], keepdims=1),
+        helper.make_node("Div", ["pooled", "norm"], ["embedding"]),
     ]
     outputs = [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", DIM])]
     if multi_vector:
