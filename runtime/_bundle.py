@@ -114,12 +114,12 @@ class Bundle:
         return found or (self._unlisted() if hashes else [])
 
     def _unlisted(self) -> list[str]:
-        """What graphs read beside the listed files, one message each."""
+        """What is wrong with graphs or what they read beside the listed files, one message each."""
         found = []
         for precision, settings in self.manifest.precisions.items():
             for name in (*settings.graphs, *([VISION] if settings.vision else [])):
                 try:
-                    self.graph_bytes(precision, name)
+                    self.graph_files(precision, name)
                 except BundleError as error:
                     found.append(str(error))
         return found

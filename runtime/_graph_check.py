@@ -18,11 +18,11 @@ run. A prepared graph holds other operators and is not checked here.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from embedge.runtime._errors import BundleError
 from embedge.runtime._files import GRAPH_BYTES, read_regular_file
@@ -47,6 +47,7 @@ FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16 = 1, 2, 3, 6, 7, 9, 10  # Tensor
 ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT8: 1, INT32: 4, INT64: 8, BOOL: 1, FLOAT16: 2}
 _EXTERNAL = 1  # TensorProto.DataLocation
 
+_Item = TypeVar("_Item")
 Wanted: TypeAlias = Mapping[str, tuple[int, int]]  # element type and rank, by name
 
 VISION_INPUTS: Wanted = {
@@ -382,9 +383,9 @@ class _Reader:
         found = self._message(span, _GRAPH)
         return _Graph(
             [self._node(node, functions, nested=nested) for node in found.get(1, ())],
-            dict(self._value(value) for value in found.get(11, ())),
-            dict(self._value(value) for value in found.get(12, ())),
-            dict(self._tensor(tensor) for tensor in found.get(5, ())),
+            _by_name(self._value(value) for value in found.get(11, ())),
+            _by_name(self._value(value) for value in found.get(12, ())),
+            _by_name(self._tensor(tensor) for tensor in found.get(5, ())),
         )
 
     def _node(
@@ -549,6 +550,15 @@ class _Reader:
             raise ValueError("an input or output is no tensor")
         span: tuple[int, int] = found[number][0]
         return span
+
+
+def _by_name(pairs: Iterable[tuple[str, _Item]]) -> dict[str, _Item]:
+    found: dict[str, _Item] = {}
+    for name, item in pairs:
+        if name in found:
+            raise ValueError(f"the value {name!r} is made twice")
+        found[name] = item
+    return found
 
 
 # AttributeProto: type and field of a kind, and of a list of it.
