@@ -78,7 +78,7 @@ class Bundle:
         self.verify = verify
         self.root = _root(path)
         self._states: dict[str, FileState] = {}  # of the manifest's files, as they were opened
-        self._checked: dict[tuple[str, str], tuple[FileState, list[str]]] = {}  # files of graphs
+        self._checked: dict[tuple[str, str], tuple[FileState, tuple[list[str], int | None]]] = {}
         file = self.root / MANIFEST_NAME
         try:
             before = state_of(os.stat(file))
@@ -246,6 +246,18 @@ class Bundle:
         Raises:
             BundleError: if one of them is not the bundle's, or the graph none that embedge runs.
         """
+        return self._check_graph(precision, name)[0]
+
+    def token_rows(self, precision: str, name: str) -> int | None:
+        """Rows of the table in which a task's graph looks up token ids; ``None`` without such a table.
+
+        Raises:
+            BundleError: as :meth:`graph_files`.
+        """
+        return self._check_graph(precision, name)[1]
+
+    def _check_graph(self, precision: str, name: str) -> tuple[list[str], int | None]:
+        """The files of a graph and the rows of its table of tokens, looked at once."""
         graph = self.graph(precision, name)
         state = self._states[graph.relative_to(self.root).as_posix()]
         known = self._checked.get((precision, name))
@@ -254,16 +266,17 @@ class Bundle:
             self._checked[precision, name] = known
         return known[1]
 
-    def _checked_files(self, precision: str, name: str, graph: Path) -> list[str]:
-        """The files of a graph, which is looked at before anybody runs it."""
+    def _checked_files(
+        self, precision: str, name: str, graph: Path
+    ) -> tuple[list[str], int | None]:
         if name == VISION and self.manifest.precisions[precision].vision:
             inputs, outputs = VISION_INPUTS, VISION_OUTPUTS
         else:
             inputs, outputs = {i: TASK_INPUTS[i] for i in self.manifest.model.inputs}, TASK_OUTPUTS
-        stored = check_graph(graph, inputs=inputs, outputs=outputs)
+        checked = check_graph(graph, inputs=inputs, outputs=outputs)
         files = {graph}
         made = {}
-        for tensor_name, tensor in stored.items():
+        for tensor_name, tensor in checked.initializers.items():
             if tensor.place is None:
                 continue
             if tensor.place.location == UNPACKED:
@@ -287,7 +300,8 @@ class Bundle:
                     files.add(self._external_file(listed, place)[0])
         if packed is not None:
             files.add(listed)
-        return sorted(path.relative_to(self.root).as_posix() for path in files)
+        names = sorted(path.relative_to(self.root).as_posix() for path in files)
+        return names, checked.token_rows
 
     def multiplies_integers(self, precision: str) -> bool:
         """Whether a precision's products are of integers, on a CPU."""

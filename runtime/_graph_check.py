@@ -34,6 +34,7 @@ __all__ = [
     "TASK_OUTPUTS",
     "VISION_INPUTS",
     "VISION_OUTPUTS",
+    "CheckedGraph",
     "StoredTensor",
     "check_graph",
 ]
@@ -296,6 +297,18 @@ class StoredTensor(NamedTuple):
         return prod(self.shape) * ITEM_BYTES[self.elem_type]
 
 
+class CheckedGraph(NamedTuple):
+    """What a graph that passed holds.
+
+    Attributes:
+        initializers: by name.
+        token_rows: rows of the table that token ids are looked up in; ``None`` if there is no such table.
+    """
+
+    initializers: Mapping[str, StoredTensor]
+    token_rows: int | None
+
+
 class _Node(NamedTuple):
     domain: str
     op_type: str
@@ -315,8 +328,8 @@ class _Graph(NamedTuple):
     initializers: Mapping[str, StoredTensor]
 
 
-def check_graph(file: Path, *, inputs: Wanted, outputs: Wanted) -> Mapping[str, StoredTensor]:
-    """The initializers of a graph by name, if `embedge export` could have written it.
+def check_graph(file: Path, *, inputs: Wanted, outputs: Wanted) -> CheckedGraph:
+    """What a graph holds, if `embedge export` could have written it.
 
     Args:
         file: the graph.
@@ -341,7 +354,20 @@ def check_graph(file: Path, *, inputs: Wanted, outputs: Wanted) -> Mapping[str, 
             f"{file}: not a graph that embedge runs: {error}; `embedge inspect --verify` checks the "
             "bundle's files, export it again if they are whole"
         ) from error
-    return graph.initializers
+    return CheckedGraph(graph.initializers, _token_rows(graph))
+
+
+def _token_rows(graph: _Graph) -> int | None:
+    tables = [
+        graph.initializers[node.inputs[0]].shape[0]
+        for node in graph.nodes
+        if node.op_type in ("Gather", "GatherBlockQuantized")
+        and node.inputs[1] == "input_ids"
+        and node.inputs[0] in graph.initializers
+        and graph.initializers[node.inputs[0]].shape
+        and not node.attributes.get("axis")
+    ]
+    return min(tables, default=None)
 
 
 class _Reader:

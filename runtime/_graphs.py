@@ -88,6 +88,7 @@ class Graphs:
         self._open_session = open_session or self.open
         self._prepared = PreparedGraphs(bundle)
         self._size_bytes = functools.cache(partial(bundle.graph_bytes, precision))
+        self._token_rows = functools.cache(partial(bundle.token_rows, precision))
         self._new_pool = partial(
             GraphPool,
             size_bytes=self._size_bytes,
@@ -125,6 +126,10 @@ class Graphs:
     def batch_tokens(self, name: str) -> int:
         """Padded tokens, or patches, of a run that is fast here."""
         return GPU_BATCH_TOKENS if self._device == "cuda" else self.how(name).batch_tokens
+
+    def token_rows(self, name: str) -> int | None:
+        """Rows of the table in which a task's graph looks up token ids; ``None`` without such a table."""
+        return self._token_rows(name)
 
     def max_padding(self) -> int | None:
         """Padding of a run that costs less than a second run would, in tokens; ``None``: any."""

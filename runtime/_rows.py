@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime._batching import Row, pad_batch, plan_batches
-from embedge.runtime._errors import BundleError
+from embedge.runtime._batching import ImageTokens, Row, pad_batch, plan_batches
+from embedge.runtime._errors import BundleError, EmbedgeValueError
 from embedge.runtime._graphs import Graphs
 from embedge.runtime._manifest import Model
 from embedge.runtime._request import Request
@@ -59,6 +59,9 @@ class RowRunner:
         """
         if not rows:
             return
+        token_rows = self._graphs.token_rows(request.task)
+        if token_rows is not None:
+            _check_ids(rows, places, token_rows)
         batches = plan_batches(
             [len(row) for row in rows],
             batch_size=request.batch_size,
@@ -82,10 +85,12 @@ class RowRunner:
     def _run(self, session: GraphSession, rows: Sequence[Row], request: Request) -> list[Vectors]:
         """The result of each row of one batch."""
         model = self._model
+        token_rows, padding = self._graphs.token_rows(request.task), self._pad_token_id
         padded = pad_batch(
             rows,
             input_names=model.inputs,
-            pad_token_id=self._pad_token_id,
+            # Masked, so that any id does.
+            pad_token_id=padding if token_rows is None or padding < token_rows else 0,
             row_multiple=self._row_multiple,
             max_length=model.max_length,
             hidden_size=model.image.hidden_size if model.image else 0,
@@ -109,3 +114,21 @@ class RowRunner:
         if request.multi_vector:
             return [vectors[: len(row)].copy() for vectors, row in zip(result, rows, strict=True)]
         return list(result)
+
+
+def _check_ids(rows: Sequence[Row], places: Sequence[int], token_rows: int) -> None:
+    """Refuses tokens that the model's table lacks, for which operators give other rows or none.
+
+    Raises:
+        EmbedgeValueError: with the text's place in the call.
+    """
+    for row, place in zip(rows, places, strict=True):
+        ids = row.row.ids if isinstance(row, ImageTokens) else row.ids
+        largest = int(ids.max())
+        if largest >= token_rows:
+            what = "images" if isinstance(row, ImageTokens) else "sentences"
+            raise EmbedgeValueError(
+                f"{what}[{place}] has the token {largest}, and the model's table ends at {token_rows - 1}: "
+                "its tokenizer has tokens that it was not trained on; take that token out of the text, or "
+                "export a model whose table was resized"
+            )

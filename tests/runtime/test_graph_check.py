@@ -10,8 +10,9 @@ import onnx
 import pytest
 from conftest import file_entries
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
 
-from embedge.runtime import BundleError, Embedder
+from embedge.runtime import BundleError, Embedder, EmbedgeValueError
 from embedge.runtime._bundle import Bundle
 
 Change = Callable[[Any], object]
@@ -292,3 +293,24 @@ def test_results_of_another_shape_are_a_bundle_error(bundle: Any) -> None:
     changed(bundle, lambda m: m.graph.node[-1].input.__setitem__(0, "states"))
     with pytest.raises(BundleError, match=r"expected embedding of the shape \[1, 8\], found \["):
         Embedder(bundle.path, verify="none").encode("w1")
+
+
+@pytest.mark.parametrize("texts", ["w1 new", ["w1", "w2 w3 w4", "w1 new"]])
+def test_a_token_that_the_table_lacks_is_refused_by_its_text(bundle: Any, texts: Any) -> None:
+    file = bundle.path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_tokens(["new"])
+    tokenizer.save(str(file))
+    model = Embedder(bundle.path, verify="none")
+    place = 0 if isinstance(texts, str) else 2
+    with pytest.raises(
+        EmbedgeValueError, match=rf"sentences\[{place}\] has the token 66, .* at 65: "
+    ):
+        model.encode(texts)
+    assert model.encode("w1").shape == (8,)
+
+
+def test_a_padding_token_that_the_table_lacks_is_left_out(bundle: Any) -> None:
+    expected = Embedder(bundle.path).encode(["w1", "w2 w3"])
+    bundle.edit(lambda m: m["tokenizer"].update(pad_token_id=1000))
+    np.testing.assert_array_equal(Embedder(bundle.path).encode(["w1", "w2 w3"]), expected)
