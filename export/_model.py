@@ -26,6 +26,7 @@ from embedge.export._tokenizer import BundleTokenizer, read_tokenizer
 from embedge.export._weights import TaskWeights
 from embedge.export.families import Family, family_of
 from embedge.export.families._base import flat_config
+from embedge.export.families._config_keys import check_config
 from embedge.export.families._qwen2_5_vision import Qwen25Vision
 from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
 
@@ -132,6 +133,11 @@ def read_model(request: Request) -> Model:
     """
     checkpoint = Checkpoint.open(request.source)
     family_class = family_of(checkpoint.config, checkpoint.name)
+    check_config(
+        checkpoint.config,
+        family_class.kind(checkpoint.config),
+        checkpoint.transformer_path / "config.json",
+    )
     config = flat_config(checkpoint.config)
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
         checkpoint.path, config
@@ -190,6 +196,7 @@ def read_model(request: Request) -> Model:
         tasks=tasks,
         base=TaskWeights(checkpoint, family_class),
     )
+    family.check_tensors(model.base.names())
     for task, weights in {BASE: model.base, **tasks}.items():
         model.graph(weights, Form())  # asks for every tensor by name and shape
         if tower is not None:

@@ -171,7 +171,9 @@ class _Reader:
         self.settings = self._settings()
         name = self._class_name()
         named = _CLASSES.get(name, _PLAIN)
-        kind = _Class(types=named.types) if "backend" in self.settings else named
+        if "backend" in self.settings:
+            named = _Class(types=named.types and bool(name))  # no types by default in version 5
+        kind = named
         try:
             tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
         except (KeyboardInterrupt, SystemExit):

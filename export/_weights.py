@@ -79,6 +79,10 @@ class TaskWeights:
         """Whether a norm of this weight has become part of the table before it: never here."""
         return False
 
+    def names(self) -> list[str]:
+        """Canonical names of all tensors."""
+        return list(self._keys)
+
     def changed(self) -> list[str]:
         """Canonical names of the tensors that the adapter changes."""
         touched = self._adapter.touched if self._adapter else frozenset()

@@ -9,7 +9,7 @@ calibration runs them one at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,11 +18,14 @@ from onnx import TensorProto
 from embedge.export._graph import Graph
 from embedge.export._rotated import Stream
 from embedge.export.families._config import ConfigReader
+from embedge.export.families._config_keys import DEFAULTS
 
 if TYPE_CHECKING:
     from embedge.export._sentence_transformers import SentenceSettings
     from embedge.export.families._qwen2_5_vision import Qwen25Vision
 
+# What training puts on a backbone and no vector passes: the first components of its tensors' names.
+HEADS = ("classifier.", "cls.", "lm_head.", "pooler.", "qa_outputs.", "score.")
 GELU_LOWER_BOUND = -0.17004  # the minimum of x·Φ(x) is -0.169971; margin for float rounding
 
 
@@ -51,7 +54,8 @@ class Family(ConfigReader, ABC):
     pool_mask: str = "attention_mask"
 
     def __init__(self, config: Mapping[str, Any], max_length: int) -> None:
-        self.config = {"model_type": self.model_types[0], **flat_config(config)}
+        first = {"model_type": self.model_types[0]}
+        self.config = {**first, **DEFAULTS.get(self.kind(config), {}), **flat_config(config)}
         self.max_length = max_length
         self.hidden_size = self._int("hidden_size")
         self.num_layers = self._int("num_hidden_layers")
@@ -106,6 +110,19 @@ class Family(ConfigReader, ABC):
     def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
         """Tasks a model is published with: folder of their adapter below the model's, or ``None``."""
         return {}
+
+    @classmethod
+    def kind(cls, config: Mapping[str, Any]) -> str:
+        """The model's entry in the table of keys."""
+        kind = config.get("model_type")
+        return str(kind) if kind in cls.model_types else cls.model_types[0]
+
+    def check_tensors(self, names: Iterable[str]) -> None:
+        """Refuse tensors that transformers would leave out though this family would use them.
+
+        Args:
+            names: canonical names of the checkpoint's own tensors.
+        """
 
     @classmethod
     def serves(cls, config: Mapping[str, Any], name: str) -> bool:

@@ -11,7 +11,7 @@ from embedge.export._attention import attention
 from embedge.export._errors import CheckpointError
 from embedge.export._graph import Fold, Graph, Lin
 from embedge.export._long_attention import FLASH_TOKENS, is_flash
-from embedge.export.families._base import Family, lower_bound
+from embedge.export.families._base import HEADS, Family, lower_bound
 
 
 class Bert(Family):
@@ -21,8 +21,8 @@ class Bert(Family):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta", "camembert")
-    roots = ("embeddings", "encoder", "pooler", "cls", "lm_head")
-    ignored = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
+    roots = ("embeddings", "encoder", *(head.rstrip(".") for head in HEADS))
+    ignored = (*HEADS, "embeddings.position_ids")
     renamed: ClassVar = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
     query, key, value = "attention.self.query", "attention.self.key", "attention.self.value"
@@ -37,9 +37,6 @@ class Bert(Family):
         kind = self.config.get("position_embedding_type", "absolute")
         if kind != "absolute":
             raise self._unsupported("position_embedding_type", kind, "'absolute'")
-        for key in ("is_decoder", "add_cross_attention"):
-            if self.config.get(key):
-                raise self._unsupported(key, True, "false")
         if self.config["model_type"] == "bert":
             self.first_position = 0
         else:  # RoBERTa counts positions from padding_idx + 1
@@ -152,6 +149,9 @@ class MPNet(Bert):
         buckets = relative_buckets(
             np.arange(-self.max_length + 1, self.max_length),
             self._int("relative_attention_num_buckets", 32),
+        )
+        self.expect_shape(
+            g, self.bias_table, (self._int("relative_attention_num_buckets", 32), self.heads)
         )
         by_distance = g.computed(
             f"{self.bias_table}.by_distance",

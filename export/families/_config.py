@@ -26,6 +26,11 @@ def number(settings: Mapping[str, Any], key: str, default: float | None = None) 
     return float(value)
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a table of keys is written."""
+    return frozenset(text.split())
+
+
 class ConfigReader:
     """Typed access to a configuration, and what to say where it does not fit.
 

@@ -9,18 +9,25 @@ A checkpoint may have a multi-vector head beside the decoder, as jina-embeddings
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
 from onnx import TensorProto
 
 from embedge.export._attention import attention
+from embedge.export._errors import CheckpointError
 from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin
 from embedge.export._rotated import Stream
-from embedge.export.families._base import Family
+from embedge.export.families._base import HEADS, Family
 from embedge.export.families._config import number
-from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
+from embedge.export.families._rotary import (
+    checked_rope,
+    position_ids,
+    rotary_inputs,
+    rotary_tables,
+)
 
 
 class Decoder(Family):
@@ -28,37 +35,48 @@ class Decoder(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
     roots: ClassVar[tuple[str, ...]] = (
-        *("embed_tokens", "layers", "norm", "lm_head", "score"),
-        "multi_vector_projector",
+        *("embed_tokens", "layers", "norm", "multi_vector_projector"),
+        *(head.rstrip(".") for head in HEADS),
     )
-    ignored: ClassVar[tuple[str, ...]] = ("lm_head.", "score.")
+    ignored: ClassVar[tuple[str, ...]] = HEADS
     default_pooling: ClassVar[str | None] = "lasttoken"
+    default_theta: ClassVar[float] = 10000.0
 
     def check(self) -> None:
         self.heads = self._int("num_attention_heads")
-        self.kv_heads = self._int("num_key_value_heads", self.heads)
+        grouped = self.config.get("num_key_value_heads") is not None
+        self.kv_heads = self._int("num_key_value_heads") if grouped else self.heads
         self._divides(self.kv_heads, self.heads, "num_key_value_heads and num_attention_heads")
         self.head_size = self._int("head_dim") if self.config.get("head_dim") else 0
         self.head_size = self.head_size or self.hidden_size // self.heads
         self.epsilon = self._float("rms_norm_eps", 1e-6)
         self.activation = self._activation("hidden_act", "silu")
         self.rope = self._rope()
-        self.theta = number(self.rope, "rope_theta", self._float("rope_theta", 10000.0))
-        if self.config.get("is_causal") is False or self.config.get("bidirectional"):
-            raise self._unsupported("is_causal", False, "causal attention")
-        factor = self.config.get("partial_rotary_factor", 1.0)
-        if factor != 1.0:
-            raise self._unsupported("partial_rotary_factor", factor, "1.0")
+        self.theta = (
+            number(self.rope, "rope_theta")
+            if "rope_theta" in self.rope
+            else self._float("rope_theta", self.default_theta)
+        )
         self.windows = [self._window(i) for i in range(self.num_layers)]
         if self.config.get("multi_vector_projector_dim") is not None:
             self.multi_vector_dim = self._int("multi_vector_projector_dim")
 
     def _rope(self) -> dict[str, Any]:
         """``rope_scaling``, or ``rope_parameters`` as transformers 5 writes it, with its theta."""
-        key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
-        rope = self.config.get(key) or {}
+        found = {
+            k: self.config[k] for k in ("rope_scaling", "rope_parameters") if self.config.get(k)
+        }
+        key, rope = next(iter(found.items()), ("rope_scaling", {}))
         if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
             raise self._unsupported(key, rope, "one set of numbers for all layers")
+        if any(other != rope for other in found.values()):
+            raise self._unsupported(
+                "rope_parameters", found["rope_parameters"], "rope_scaling's value"
+            )
+        theta = self.config.get("rope_theta")
+        if theta is not None and rope.get("rope_theta", theta) != theta:
+            raise self._unsupported(f"{key}.rope_theta", rope["rope_theta"], f"rope_theta {theta}")
+        rope = checked_rope(rope, key)
         if "yarn" in (rope.get("rope_type"), rope.get("type")):
             original = rope.get("original_max_position_embeddings")
             original = original or self._int("max_position_embeddings")
@@ -67,20 +85,52 @@ class Decoder(Family):
 
     def _window(self, index: int) -> int | None:
         """Tokens a token of this layer sees, itself included, or ``None`` for all before it."""
-        window = self.config.get("sliding_window")
         kind = self.config["model_type"]
-        if not window or kind == "llama":
+        types = self._layer_types()
+        window = None if kind == "llama" else self.config.get("sliding_window")
+        if kind not in ("llama", "mistral"):  # Qwen's rule
+            slides = index >= self._int("max_window_layers", minimum=0)
+            slides = slides if types is None else types[index] == "sliding_attention"
+            if not self.config.get("use_sliding_window") or not slides:
+                window = None
+        expected = "full_attention" if window is None else "sliding_attention"
+        if types is not None and types[index] != expected:
+            other = f"{expected!r} for layer {index} by the other settings"
+            raise self._unsupported("layer_types", types, other)
+        if window is None:
             return None
-        if kind != "mistral":  # Qwen's rule
-            types = self.config.get("layer_types")
-            if types:
-                if types[index] != "sliding_attention":
-                    return None
-            elif not self.config.get("use_sliding_window") or index < self.config.get(
-                "max_window_layers", 28
-            ):
-                return None
-        return int(window) if int(window) < self.max_length else None
+        window = self._int("sliding_window")
+        return window if window < self.max_length else None
+
+    def _layer_types(self) -> list[str] | None:
+        """``layer_types`` of the configuration, one per layer."""
+        types = self.config.get("layer_types")
+        known = ("full_attention", "sliding_attention")
+        if types is None:
+            return None
+        if not isinstance(types, list) or len(types) != self.num_layers or {*types} - {*known}:
+            raise self._unsupported(
+                "layer_types", types, f"{self.num_layers} of {', '.join(known)}"
+            )
+        return types
+
+    def check_tensors(self, names: Iterable[str]) -> None:
+        kind = self.config["model_type"]
+        outer = self.config.get("attention_bias") is True if kind in ("llama", "qwen3") else False
+        biases = {"o_proj": outer, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), outer)}
+        if kind not in ("llama", "mistral", "qwen3"):  # Qwen2's
+            biases |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), True)
+        inner = self.config.get("mlp_bias") is True and kind == "llama"
+        biases |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner)
+        for name in names:
+            *_, module, what = ("", "", *name.split("."))
+            known = biases.get(module, True) if what == "bias" else True
+            if not known or (module in ("q_norm", "k_norm") and kind != "qwen3"):
+                raise CheckpointError(
+                    f"{name}: expected no such tensor by config.json ({kind}, attention_bias "
+                    f"{self.config.get('attention_bias')!r}, mlp_bias {self.config.get('mlp_bias')!r}), "
+                    "so that transformers leaves it out; correct config.json, or delete the tensor"
+                )
 
     def streams(self) -> tuple[Stream, ...]:
         readers: dict[str, str] = {}
@@ -176,7 +226,7 @@ class Decoder(Family):
 
     def _head_norm(self, g: Graph, x: str, weight: str, heads: int) -> str:
         """Qwen3's RMSNorm of each query and key head; other models have no such weights."""
-        if not g.weights.has(weight):
+        if self.config["model_type"] != "qwen3":
             return x
         split = g.op("Reshape", x, g.const([0, 0, heads, self.head_size], "int64"))
         y = g.rms_norm(split, g.param(weight), self.epsilon)

@@ -5,7 +5,9 @@ Source: Warner et al., arXiv 2412.13663, and transformers' ``ModernBertModel``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 from onnx import TensorProto
 
@@ -21,17 +23,23 @@ from embedge.export._long_attention import (
     window_of,
 )
 from embedge.export._rotated import Stream, TableNorm
-from embedge.export.families._base import Family
+from embedge.export.families._base import HEADS, Family
+from embedge.export.families._config import number
 from embedge.export.families._decoder import band
-from embedge.export.families._rotary import position_ids, rotary_inputs, rotary_tables
+from embedge.export.families._rotary import (
+    checked_rope,
+    position_ids,
+    rotary_inputs,
+    rotary_tables,
+)
 
 
 class ModernBert(Family):
     """ModernBERT's alternating global and sliding-window attention."""
 
     model_types = ("modernbert",)
-    roots = ("embeddings", "layers", "final_norm", "head", "decoder", "classifier")
-    ignored = ("head.", "decoder.", "classifier.")
+    roots = ("embeddings", "layers", "final_norm", "head", "decoder", "classifier", "qa_outputs")
+    ignored = ("head.", "decoder.", *HEADS)
 
     def check(self) -> None:
         self.heads = self._int("num_attention_heads")
@@ -41,27 +49,83 @@ class ModernBert(Family):
         self.epsilon = self._float("norm_eps", 1e-5)
         self.activation = self._activation("hidden_activation", "gelu")
         self.norm_bias = self.config.get("norm_bias") is True
-        self.every = self._int("global_attn_every_n_layers", 3)
+        self.kinds = self._kinds()
         self.window = self._int("local_attention", 128) // 2
-        if "rope_parameters" in self.config:  # transformers 5; the thetas would be overlooked
-            found = self.config["rope_parameters"]
+        if self.config.get("sliding_window", self.window) != self.window:
+            found = self.config["sliding_window"]
             raise self._unsupported(
-                "rope_parameters", found, "global_rope_theta and local_rope_theta"
+                "sliding_window", found, f"{self.window}, half of local_attention"
             )
         positions = self._int("max_position_embeddings", 8192)
         if self.max_length > positions:
             raise CheckpointError(
                 f"max length {self.max_length} exceeds the {positions} positions the model has"
             )
-        self.thetas = {
-            "global": self._float("global_rope_theta", 160000.0),
-            "local": self._float("local_rope_theta", 10000.0)
-            if self.config.get("local_rope_theta") is not None
-            else self._float("global_rope_theta", 160000.0),
+        self.ropes = self._ropes()
+
+    def _kinds(self) -> list[str]:
+        """Per layer, whether it attends to all tokens or to its neighbours."""
+        every = self._int("global_attn_every_n_layers", 3)
+        kinds = ["local" if i % every else "global" for i in range(self.num_layers)]
+        types = self.config.get("layer_types")
+        if types is None:
+            return kinds
+        names = {"full_attention": "global", "sliding_attention": "local"}
+        listed = [names.get(t) for t in types] if isinstance(types, list) else []
+        if len(listed) != self.num_layers or None in listed:
+            raise self._unsupported(
+                "layer_types", types, f"{self.num_layers} of {', '.join(names)}"
+            )
+        if "global_attn_every_n_layers" in self.config and listed != kinds:
+            raise self._unsupported(
+                "layer_types", types, f"a global layer every {every}, as it says too"
+            )
+        return [str(kind) for kind in listed]
+
+    def _ropes(self) -> dict[str, dict[str, Any]]:
+        """Rotary settings by kind of layer, each with a ``rope_theta``."""
+        if self.config.get("rope_scaling"):
+            raise self._unsupported("rope_scaling", self.config["rope_scaling"], "none")
+        nested = self.config.get("rope_parameters") or {}
+        names = {"global": "full_attention", "local": "sliding_attention"}
+        if not isinstance(nested, dict) or set(nested) - set(names.values()):
+            raise self._unsupported(
+                "rope_parameters", nested, f"settings for {', '.join(names.values())}"
+            )
+        early = {
+            k: self.config[f"{k}_rope_theta"] for k in names if f"{k}_rope_theta" in self.config
         }
+        if self.config.get("rope_theta", early.get("global")) != early.get("global"):
+            raise self._unsupported(
+                "rope_theta", self.config["rope_theta"], "global_rope_theta's value"
+            )
+        theta = self._float("global_rope_theta", 160000.0)
+        thetas = {"global": theta, "local": 10000.0}
+        if "local" in early:  # null means the global one
+            thetas["local"] = theta if early["local"] is None else self._float("local_rope_theta")
+        ropes = {}
+        for kind, name in names.items():
+            rope = checked_rope(nested.get(name) or {}, f"rope_parameters.{name}")
+            key = f"rope_parameters.{name}.rope_theta"
+            if kind in early and rope.get("rope_theta", thetas[kind]) != thetas[kind]:
+                raise self._unsupported(key, rope["rope_theta"], f"{kind}_rope_theta {early[kind]}")
+            ropes[kind] = {"rope_theta": thetas[kind], **rope}
+        return ropes
+
+    def check_tensors(self, names: Iterable[str]) -> None:
+        keys = {"attn": "attention_bias", "mlp": "mlp_bias"}
+        for name in names:
+            parts = name.split(".")
+            key = keys.get(parts[-3]) if parts[0] == "layers" and parts[-1] == "bias" else None
+            if key is not None and self.config.get(key) is not True:
+                raise CheckpointError(
+                    f"{name}: expected no such tensor, as config.json has {key} "
+                    f"{self.config.get(key)!r} and transformers leaves it out; set {key} to true in "
+                    "config.json, or delete the tensor"
+                )
 
     def _kind(self, index: int) -> str:
-        return "local" if index % self.every else "global"
+        return self.kinds[index]
 
     def streams(self) -> tuple[Stream, ...]:
         if self.norm_bias:  # it would need a bias in every Linear behind it
@@ -90,9 +154,11 @@ class ModernBert(Family):
         context = {"lengths": lengths, "positions": position_ids(g, tokens)}
         if g.form.fused_attention and not g.form.cuda and self.max_length > FLASH_TOKENS:
             context["flash"] = is_flash(g, tokens=tokens, lengths=lengths)
-        for kind, theta in self.thetas.items():
-            tables = rotary_tables(self.head_size, theta, self.max_length, None)
-            detail = f"{theta}|{self.max_length}"
+        for kind, rope in self.ropes.items():
+            theta = number(rope, "rope_theta")
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            tables = rotary_tables(self.head_size, theta, self.max_length, scaling)
+            detail = f"{theta}|{self.max_length}|{scaling}"
             context[f"{kind}.cos"], context[f"{kind}.sin"] = rotary_inputs(
                 g, f"rotary.{kind}", tables, detail
             )

@@ -37,9 +37,10 @@ class Qwen25VL(Decoder):
     """The language tower alone, until :meth:`with_images` is asked for."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_5_vl_text")
-    roots = ("embed_tokens", "layers", "norm", "lm_head", "visual", "multi_vector_projector")
-    ignored = ("lm_head.", "visual.")
+    roots = (*Decoder.roots, "visual")
+    ignored = (*Decoder.ignored, "visual.")
     default_pooling = "mean"
+    default_theta = 1e6
     tower = Qwen25Vision
 
     def __init__(self, config: Mapping[str, Any], max_length: int) -> None:

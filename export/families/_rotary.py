@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embedge.export._errors import CheckpointError
 from embedge.export._graph import Graph
-from embedge.export.families._config import number
+from embedge.export.families._config import number, words
 
 Table = NDArray[np.float32]
 
@@ -43,6 +43,46 @@ def rotary_tables(
         frequencies = _scaled(frequencies, scaling)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
     return np.cos(angles, dtype=np.float32) * factor, np.sin(angles, dtype=np.float32) * factor
+
+
+_ROPE_KEYS = words(
+    """attention_factor beta_fast beta_slow factor finetuned high_freq_factor low_freq_factor
+    mrope_section mscale mscale_all_dim original_max_position_embeddings rope_theta rope_type truncate
+    type"""
+)
+
+
+def checked_rope(rope: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One set of rotary settings without what changes nothing.
+
+    Args:
+        rope: ``rope_scaling``, ``rope_parameters`` or a layer type's part of it.
+        name: what config.json calls it.
+
+    Raises:
+        CheckpointError: a setting that is not known, or two that contradict each other.
+    """
+    rope = {key: value for key, value in rope.items() if value is not None}
+    partial = rope.pop("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise CheckpointError(
+            f"config.json: {name}.partial_rotary_factor is {partial!r}, which is not implemented; "
+            "expected 1.0: this model cannot be exported yet"
+        )
+    if unknown := sorted(set(rope) - _ROPE_KEYS):
+        raise CheckpointError(
+            f"config.json: {name} has {', '.join(unknown)}, which no rotary type here reads; delete it "
+            "if no code does, otherwise the model cannot be exported yet"
+        )
+    kinds = {
+        "default" if rope[k] == "mrope" else rope[k] for k in ("rope_type", "type") if k in rope
+    }
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"config.json: {name} has rope_type {rope['rope_type']!r} and type {rope['type']!r}; expected "
+            "one of them: delete the wrong one"
+        )
+    return rope
 
 
 def _kind(scaling: Mapping[str, Any]) -> str:
