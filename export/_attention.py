@@ -6,6 +6,7 @@ from typing import Any
 
 from onnx import TensorProto
 
+from embedge.export._errors import CheckpointError
 from embedge.export._graph import CONTRIB, Graph
 
 
@@ -23,6 +24,7 @@ def attention(
     causal: bool = False,
     window: int | None = None,
     tokens: str | None = None,
+    head_size: int = 0,
     flash: str | None = None,
 ) -> str:
     """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
@@ -46,12 +48,19 @@ def attention(
         window: where ``causal``, the tokens that a token sees, itself and those before; ``mask``
             says the same to the operators that have no windows.
         tokens: int64 scalar, padded tokens of the batch; needed where ``causal``.
+        head_size: channels of a head; ``GroupQueryAttention`` takes multiples of 8.
         flash: bool scalar: where true, no row has padding, and ``MultiHeadAttention`` runs.
     """
     q, k, v = (g.form.attention_operand(g, t) for t in (q, k, v))
-    if g.form.fused_attention and causal and tokens:
+    grouped = causal and bool(tokens) and head_size % 8 == 0
+    if g.form.cuda and causal and not grouped:
+        raise CheckpointError(
+            f"config.json: heads have {head_size} channels, and ONNX Runtime's causal attention on GPUs "
+            "takes multiples of 8; export for the CPU: precisions int8, int4 or fp32"
+        )
+    if g.form.fused_attention and grouped and tokens:
         y = _causal_attention(g, q, k, v, heads, kv_heads, scale, window, tokens)
-    elif g.form.cuda or (g.form.fused_attention and not mask and not lengths):
+    elif g.form.cuda or (g.form.fused_attention and not (causal or mask or lengths)):
         y = _full_attention(g, q, k, v, heads, scale, lengths, mask)
     else:
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from embedge.export._model_card import base_name, known_names, read_license, rea
 from embedge.export._safetensors import SafetensorsFile
 from embedge.export._sources import is_hub_id, local_folder
 
-__all__ = ["Checkpoint", "Tensors", "inside_folder", "transformer_folder"]
+__all__ = ["Checkpoint", "Tensors", "inside_folder", "pickled", "transformer_folder"]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -164,6 +165,19 @@ def transformer_folder(path: Path) -> Path:
         return path
     modules = read_json(modules_file, CheckpointError)
     if isinstance(modules, list) and modules and all(isinstance(m, dict) for m in modules):
+        kind = str(modules[0].get("type"))
+        known = kind.rpartition(".")[2] in (
+            "Transformer",
+            "Pooling",
+            "Dense",
+            "Normalize",
+            "Dropout",
+        )
+        if kind.startswith("sentence_transformers.") and not known:
+            raise CheckpointError(
+                f"{modules_file}: the first module is {kind}, expected sentence_transformers' Transformer; "
+                "models of other kinds cannot be exported yet"
+            )
         folder = str(modules[0].get("path") or "")
         return path / inside_folder(folder, modules_file) if folder else path
     raise CheckpointError(
@@ -214,15 +228,25 @@ def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
     if os.path.lexists(folder / _INDEX):
         return _shards(folder)
     if any((folder / name).exists() for name in _PICKLES):
-        raise CheckpointError(
-            f"{folder}: has only pickled weights (pytorch_model.bin), which "
-            "can run code when loaded and are not "
-            'read; convert them where you trust them: python -c "from transformers import '
-            "AutoModel; AutoModel.from_pretrained('FOLDER').save_pretrained('NEW_FOLDER', "
-            'safe_serialization=True)"'
-        )
+        raise CheckpointError(pickled(folder))
     raise CheckpointError(
         f"{folder}: has no weights; expected {_WEIGHTS}, or {_INDEX} and the files it lists"
+    )
+
+
+def pickled(folder: Path) -> str:
+    """What to say of a folder that has only pickled weights: a command that converts them in place."""
+    code = (
+        "import glob, sys, torch; from safetensors.torch import save_file; p = sys.argv[1]; t = {}; "
+        "[t.update(torch.load(f, 'cpu', weights_only=True)) for f in "
+        "sorted(glob.glob(glob.escape(p) + '/pytorch_model*.bin'))]; "
+        "save_file({k: v.clone().contiguous() for k, v in t.items()}, p + '/model.safetensors', "
+        "metadata={'format': 'pt'})"
+    )
+    return (
+        f"{folder}: has only pickled weights (pytorch_model.bin), which can run code when loaded and are "
+        "not read; expected model.safetensors. This command, which needs torch and safetensors, writes it "
+        f"beside them; run it where you trust them: python -c {shlex.quote(code)} {shlex.quote(str(folder))}"
     )
 
 

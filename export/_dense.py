@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.export._checkpoint import pickled
 from embedge.export._errors import CheckpointError
 from embedge.export._json_files import read_json_object
 from embedge.export._safetensors import SafetensorsFile
@@ -110,9 +111,5 @@ def read_dense(folder: Path) -> DenseLayer:
 def _weights(folder: Path) -> SafetensorsFile:
     file = folder / "model.safetensors"
     if not file.exists() and (folder / "pytorch_model.bin").exists():
-        raise CheckpointError(
-            f"{folder}: has only pickled weights (pytorch_model.bin), which can run code when "
-            "loaded and are not read; convert them where you trust them: "
-            "SentenceTransformer('FOLDER').save_pretrained('NEW_FOLDER')"
-        )
+        raise CheckpointError(pickled(folder))
     return SafetensorsFile(file, CheckpointError)

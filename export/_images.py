@@ -7,15 +7,21 @@ from typing import Any
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import CheckpointError
 from embedge.export._json_files import read_json_object
+from embedge.export._text_limits import read_optional
 from embedge.export._tokenizer import BundleTokenizer
 from embedge.export.families._qwen2_5_vision import Qwen25Vision
 
 _FILE = "preprocessor_config.json"
+_JOINT_FILE = "processor_config.json"  # of transformers 5
 # What encode_image of jina-embeddings-v4 puts around an image, its only training prompt.
 _PROMPT = (
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Describe the image.<|im_end|>\n"
 )
-_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast")
+_PROCESSORS = (
+    "Qwen2VLImageProcessor",
+    "Qwen2VLImageProcessorFast",
+    "Qwen2VLImageProcessorPil",
+)
 _SWITCHES = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 _ROTARY_THETA = 10000.0  # fixed in the model's code
 
@@ -34,12 +40,16 @@ def image_settings(
         CheckpointError: the preprocessing is not Qwen2-VL's, or the tokenizer lacks its tokens.
     """
     file = checkpoint.transformer_path / _FILE
-    if not file.is_file():
+    joint = checkpoint.transformer_path / _JOINT_FILE
+    joined = read_optional(joint).get("image_processor")
+    if not file.is_file() and isinstance(joined, dict):
+        file = joint
+    elif not file.is_file():
         raise CheckpointError(
             f"{file}: no such file; it says how images become patches. Restore it from the source, or "
             "export without images: modality='text' (--modality text)"
         )
-    values = read_json_object(file, CheckpointError)
+    values = joined if file == joint else read_json_object(file, CheckpointError)
 
     def refuse(key: str, expected: str) -> CheckpointError:
         return CheckpointError(

@@ -55,6 +55,7 @@ def manifest_of(
                 "pad_token_id": model.tokenizer.pad_token_id,
                 "append_eos_token_id": None,
                 "truncation_side": model.tokenizer.truncation_side,
+                "table_rows": model.tokenizer.table_rows,
             },
             "tasks": tasks,
             "precisions": merged,
@@ -77,6 +78,7 @@ def model_section(model: Model, matryoshka_dims: tuple[int, ...] | None) -> dict
         "inputs": list(model.family.inputs),
         "similarity": model.settings.similarity,
         "image": model.image,
+        "include_prompt": model.settings.include_prompt,
     }
 
 

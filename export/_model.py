@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from embedge.export.families import Family, family_of
 from embedge.export.families._base import flat_config
 from embedge.export.families._config_keys import check_config
 from embedge.export.families._qwen2_5_vision import Qwen25Vision
+from embedge.export.families._qwen2_5_vl import JinaV4Merged
 from embedge.runtime._errors import EmbedgeValueError, EmbedgeWarning
 
 
@@ -132,7 +133,9 @@ def read_model(request: Request) -> Model:
         AdapterError: an adapter does not fit, or changes what no vector depends on.
     """
     checkpoint = Checkpoint.open(request.source)
-    family_class = family_of(checkpoint.config, checkpoint.name)
+    names = sorted(checkpoint.names)
+    name = next((n for n in names if JinaV4Merged.serves(checkpoint.config, n)), checkpoint.name)
+    family_class = family_of(checkpoint.config, name)
     check_config(
         checkpoint.config,
         family_class.kind(checkpoint.config),
@@ -142,7 +145,7 @@ def read_model(request: Request) -> Model:
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
         checkpoint.path, config
     )
-    folders = _task_folders(request, checkpoint, family_class)
+    folders = _task_folders(request, checkpoint, family_class, name)
     loaded = {t: None if f is None else Adapter.load(f, t) for t, f in folders.items()}
     settings = settings_of_all(settings, folders, loaded, config)
     pooling = request.pooling or settings.pooling or family_class.default_pooling
@@ -150,6 +153,13 @@ def read_model(request: Request) -> Model:
         raise EmbedgeValueError(
             f"{checkpoint.name}: the model does not say how tokens become a vector, and pooling is "
             f"{pooling!r}; expected one of {', '.join(POOLINGS)}: give pooling= (--pooling)"
+        )
+    if family_class.guess and not (request.pooling or settings.pooling):
+        warnings.warn(
+            f"{checkpoint.name}: no file says how tokens become a vector, nor names prompts; "
+            f"{family_class.default_pooling} pooling without normalization is taken. {family_class.guess}",
+            EmbedgeWarning,
+            stacklevel=3,
         )
     if request.pooling and settings.pooling and request.pooling != settings.pooling:
         warnings.warn(
@@ -197,6 +207,8 @@ def read_model(request: Request) -> Model:
         base=TaskWeights(checkpoint, family_class),
     )
     family.check_tensors(model.base.names())
+    rows = min(w.shape(family.token_table)[0] for w in (model.base, *tasks.values()))
+    model = replace(model, tokenizer=tokenizer.with_table(rows))
     for task, weights in {BASE: model.base, **tasks}.items():
         model.graph(weights, Form())  # asks for every tensor by name and shape
         if tower is not None:
@@ -207,12 +219,12 @@ def read_model(request: Request) -> Model:
 
 
 def _task_folders(
-    request: Request, checkpoint: Checkpoint, family: type[Family]
+    request: Request, checkpoint: Checkpoint, family: type[Family], name: str
 ) -> dict[str, Path | None]:
     """The adapter's folder of every task: those asked for, else those the model is published with."""
     if request.adapters:
         return dict(request.adapters)
-    own = family.own_tasks(checkpoint.config, checkpoint.name)
+    own = family.own_tasks(checkpoint.config, name)
     if not own:
         raise EmbedgeValueError(
             f"adapters: expected at least one task, found none, and {checkpoint.name} brings none of "

@@ -23,6 +23,7 @@ __all__ = [
     "known_names",
     "read_license",
     "read_name",
+    "read_tags",
     "recorded_name",
     "says_nothing",
 ]
@@ -127,6 +128,12 @@ def read_license(folder: Path) -> str | None:
     if licences == ["other"]:
         licences = _values(lines, "license_name") or licences
     return ", ".join(licences) or None
+
+
+def read_tags(folder: Path) -> tuple[str, ...]:
+    """Return the tags that the model card declares, its pipeline's among them, in lower case."""
+    lines = _front_matter(_card(folder))
+    return tuple(tag.lower() for tag in _values(lines, "tags") + _values(lines, "pipeline_tag"))
 
 
 def _values(lines: list[str], key: str) -> list[str]:

@@ -13,6 +13,8 @@ refused by its name. Names and defaults follow sentence-transformers 5 and 6.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from embedge.export._checkpoint import inside_folder, transformer_folder
 from embedge.export._dense import DenseLayer, read_dense
 from embedge.export._errors import CheckpointError
 from embedge.export._json_files import read_json, read_json_object
-from embedge.export._text_limits import lowercases, max_length, read_optional
+from embedge.export._model_card import read_tags
+from embedge.export._text_limits import max_length, read_optional
+from embedge.runtime._errors import EmbedgeWarning
 
 __all__ = ["DenseLayer", "SentenceSettings", "read_modules"]
 
@@ -47,7 +51,8 @@ class SentenceSettings:
 
     Attributes:
         pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``; ``None`` where the model does not say.
-        include_prompt: always true: the tokens of a prompt are pooled like all others.
+        include_prompt: whether the tokens of a prompt are pooled like all others; false only where no
+            prompt is declared, and calls may give none.
         normalize: whether vectors are scaled to length 1 at the end.
         dense: layers between pooling and normalization, in order.
         prompts: prompt name to text; a text may be empty.
@@ -94,12 +99,14 @@ def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
     """
     folder = transformer_folder(path)
     transformer = _read_transformer(folder)
+    if not (path / "modules.json").is_file():
+        _check_purpose(path, config)
     settings = _read_settings(path / "config_sentence_transformers.json")
     prompts, default_prompt_name = settings["prompts"], settings["default_prompt_name"]
-    pooling, dense, normalize = None, [], False
+    pooling, include_prompt, dense, normalize = None, True, [], False
     for kind, module_folder in _pipeline(path):
         if kind == "Pooling":
-            pooling = _read_pooling(
+            pooling, include_prompt = _read_pooling(
                 module_folder / "config.json", has_prompts=any(prompts.values())
             )
         elif kind == "Dense":
@@ -109,6 +116,7 @@ def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
             normalize = True
     return SentenceSettings(
         pooling=pooling,
+        include_prompt=include_prompt,
         normalize=normalize,
         dense=tuple(dense),
         prompts=prompts,
@@ -117,6 +125,13 @@ def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
         similarity=settings["similarity"],
         truncate_dim=settings["truncate_dim"],
         matryoshka_dims=_matryoshka_dims(folder / "config.json", config),
+        tokenizer_settings={
+            key: value
+            for name in reversed(_TOKENIZER_ARGUMENTS)
+            for key, value in (transformer.get(name) or {}).items()
+            if key not in _LOADING
+        },
+        lowercase=bool(transformer.get("do_lower_case")),
     )
 
 
@@ -162,7 +177,8 @@ def _kind(name: str, file: Path) -> str:
     return kind
 
 
-def _read_pooling(file: Path, *, has_prompts: bool) -> str:
+def _read_pooling(file: Path, *, has_prompts: bool) -> tuple[str, bool]:
+    """The pooling, and whether it takes a prompt's tokens; the last token is never a prompt's."""
     config = read_json_object(file, CheckpointError)
     modes = config.get("pooling_mode")
     if modes is None:
@@ -173,12 +189,13 @@ def _read_pooling(file: Path, *, has_prompts: bool) -> str:
             f"{file}: the pooling {' + '.join(map(str, modes))} is not supported; supported is one "
             f"of {', '.join(POOLINGS)}"
         )
-    if has_prompts and not config.get("include_prompt", True):
+    include_prompt = bool(config.get("include_prompt", True)) or modes[0] == "lasttoken"
+    if has_prompts and not include_prompt:
         raise CheckpointError(
             f"{file}: include_prompt=false (prompts are left out of the pooling) is not supported "
             "for a model with prompts"
         )
-    return str(modes[0])
+    return str(modes[0]), include_prompt
 
 
 def _check_normalize(file: Path) -> None:
@@ -238,11 +255,6 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
         folder / _TRANSFORMER_CONFIGS[0],
     )
     config = read_optional(file)
-    if config.get("do_lower_case") and not lowercases(folder / "tokenizer.json"):
-        raise CheckpointError(
-            f"{file}: do_lower_case=true is not supported: the normalizer in tokenizer.json does "
-            "not lower-case; add a Lowercase normalizer there"
-        )
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
         raise CheckpointError(
@@ -257,17 +269,90 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
                 f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
                 "method 'forward' with the output 'last_hidden_state'"
             )
-    overrides = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
-    if not isinstance(overrides, dict):
-        raise CheckpointError(
-            f"{file}: the tokenizer's arguments are {overrides!r}, expected an object"
-        )
-    if "truncation_side" in overrides:
-        raise CheckpointError(
-            f"{file}: truncation_side={overrides['truncation_side']!r} among the tokenizer's arguments "
-            "is not supported; write it into tokenizer_config.json"
-        )
-    for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
-        if config.get(key):
-            raise CheckpointError(f"{file}: {key}={config[key]!r} is not supported")
+    for key, value in config.items():
+        _check_argument(file, key, value)
     return config
+
+
+_TOKENIZER_ARGUMENTS = ("processor_kwargs", "tokenizer_args")
+_MODEL_ARGUMENTS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
+_KNOWN = frozenset(
+    {"do_lower_case", "max_seq_length", "modality_config", "module_output_name", "transformer_task"}
+    | {"unpad_inputs", "backend", *_TOKENIZER_ARGUMENTS}
+)
+# How a model is loaded, not what it computes.
+_LOADING = frozenset(
+    {
+        "add_pooling_layer",
+        "attn_implementation",
+        "cache_dir",
+        "device_map",
+        "dtype",
+        "local_files_only",
+    }
+    | {
+        "low_cpu_mem_usage",
+        "revision",
+        "token",
+        "torch_dtype",
+        "trust_remote_code",
+        "use_safetensors",
+    }
+)
+
+
+def _check_argument(file: Path, key: str, value: Any) -> None:
+    """Refuse an argument of sentence-transformers' Transformer that is neither used nor harmless."""
+    if key in _TOKENIZER_ARGUMENTS and value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{file}: {key} is {value!r}, expected an object of settings")
+    if key in _KNOWN or value in (None, {}, False):
+        return
+    if key in _MODEL_ARGUMENTS and isinstance(value, dict):
+        if unknown := sorted(set(value) - _LOADING):
+            raise CheckpointError(
+                f"{file}: {key} has {', '.join(f'{k}={value[k]!r}' for k in unknown)}, which may change "
+                "the vector; expected only how the model is loaded. Write it into config.json instead, "
+                "where it is checked, and delete it here"
+            )
+        return
+    raise CheckpointError(
+        f"{file}: {key}={value!r} is not supported; delete it if no vector depends on it, otherwise the "
+        "model cannot be exported yet"
+    )
+
+
+def _check_purpose(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder without modules whose files say that its output is a head's; warn of a head."""
+    marks = config.get("sentence_transformers")
+    if (isinstance(marks, dict) and "activation_fn" in marks) or (
+        "sbert_ce_default_activation_function" in config
+    ):
+        raise CheckpointError(
+            f"{path / 'config.json'}: names the activation of a cross-encoder, whose output is a score of "
+            "two texts; expected a model that embeds one"
+        )
+    for tag in read_tags(path):
+        if tag in _OTHER_PURPOSES:
+            raise CheckpointError(
+                f"{path / 'README.md'}: the tag {tag} says that this is {_OTHER_PURPOSES[tag]}; expected "
+                "a model whose vector is pooled from token states. If it is one, add modules.json as "
+                "sentence-transformers writes it"
+            )
+    for name in config.get("architectures") or ():
+        if str(name).endswith(("ForMaskedLM", "ForSequenceClassification")):
+            warnings.warn(
+                f"{path / 'config.json'}: names {name} and there is no modules.json: its head is left out. "
+                "A model whose output is the head's, as SPLADE's or a cross-encoder's, is another then",
+                EmbedgeWarning,
+                stacklevel=5,
+            )
+
+
+_OTHER_PURPOSES = {
+    "colbert": "a late-interaction model",
+    "cross-encoder": "a cross-encoder, which scores two texts",
+    "reranker": "a cross-encoder, which scores two texts",
+    "sparse-encoder": "a sparse encoder, whose output is its language head's",
+    "splade": "a sparse encoder, whose output is its language head's",
+    "text-ranking": "a cross-encoder, which scores two texts",
+}

@@ -16,7 +16,7 @@ from typing import Any
 from embedge.export import _json_files
 from embedge.export._errors import CheckpointError
 
-__all__ = ["lowercases", "max_length", "positions", "read_optional"]
+__all__ = ["max_length", "positions", "read_optional"]
 
 # Families whose first position is pad_token_id + 1, so that many rows of the table are never used.
 _OFFSET_POSITIONS = frozenset(
@@ -87,17 +87,3 @@ def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str
             "or model_max_length in tokenizer_config.json"
         )
     return reach
-
-
-def lowercases(tokenizer_file: Path) -> bool:
-    """Return whether the normalizer in tokenizer.json turns text to lower case."""
-    return _lowers(read_optional(tokenizer_file).get("normalizer"))
-
-
-def _lowers(normalizer: Any) -> bool:
-    if not isinstance(normalizer, dict):
-        return False
-    if normalizer.get("type") == "Sequence":
-        return any(_lowers(part) for part in normalizer.get("normalizers") or [])
-    kind = normalizer.get("type")
-    return kind == "Lowercase" or (kind == "BertNormalizer" and normalizer.get("lowercase") is True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from embedge.export._errors import CheckpointError
 from embedge.export._json_files import read_json_object, read_optional
+from embedge.runtime._errors import EmbedgeWarning
 
 _CONFIG = "tokenizer_config.json"
 _NAMED = (
@@ -107,11 +109,13 @@ class BundleTokenizer:
         text: content of ``tokenizer.json``.
         pad_token_id: id that fills rows; padding is masked, so any valid id does.
         truncation_side: the end that a text which is too long loses, "right" or "left".
+        table_rows: rows of the model's table, where the tokenizer has tokens beyond it.
     """
 
     text: str
     pad_token_id: int
     truncation_side: str
+    table_rows: int | None = None
 
     def encode(self, texts: list[str], max_length: int) -> list[list[int]]:
         """Token ids with special tokens, cut at ``max_length``."""
@@ -120,6 +124,26 @@ class BundleTokenizer:
         tokenizer = Tokenizer.from_str(self.text)
         tokenizer.enable_truncation(max_length, direction=self.truncation_side)
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+    def with_table(self, rows: int) -> BundleTokenizer:
+        """The tokenizer of a model whose table has ``rows``; a warning names tokens beyond it."""
+        from tokenizers import Tokenizer
+
+        vocabulary = Tokenizer.from_str(self.text).get_vocab(with_added_tokens=True)
+        beyond = sorted((i, token) for token, i in vocabulary.items() if i >= rows)
+        if not beyond:
+            return self
+        shown = ", ".join(f"{token!r} (id {i})" for i, token in beyond[:5])
+        more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+        warnings.warn(
+            f"tokenizer.json has tokens beyond the {rows} rows of the model's table: {shown}{more}; "
+            "embedding a text with one of them will raise an error. Resize and train the table, or take "
+            "the tokens out of the tokenizer's files",
+            EmbedgeWarning,
+            stacklevel=4,
+        )
+        pad = self.pad_token_id if self.pad_token_id < rows else 0
+        return replace(self, pad_token_id=pad, table_rows=rows)
 
 
 def read_tokenizer(

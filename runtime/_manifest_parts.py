@@ -110,6 +110,7 @@ class Model:
         inputs: names of the task graphs' inputs; with images, all of :data:`IMAGE_INPUTS` too.
         similarity: "cosine" or "dot".
         image: how images become patches and tokens, ``None`` where they are not taken.
+        include_prompt: the tokens of a prompt are pooled; where they are not, calls take no prompt.
     """
 
     dim: int
@@ -123,6 +124,7 @@ class Model:
     similarity: str
     image: ImageSettings | None = None
     truncate_dim: int | None = None
+    include_prompt: bool = True
 
     @classmethod
     def parse(cls, table: Table) -> Model:
@@ -142,6 +144,8 @@ class Model:
             similarity=table.choice("similarity", ("cosine", "dot")),
             image=None if image is None else ImageSettings.parse(image),
             truncate_dim=table.optional_integer("truncate_dim", minimum=1),
+            include_prompt=table.values.get("include_prompt") is None
+            or table.flag("include_prompt"),
         )
         if model.truncate_dim is not None and model.truncate_dim > model.dim:
             table.fail("truncate_dim", f"{model.truncate_dim} is above model.dim, {model.dim}")
@@ -175,6 +179,7 @@ class Model:
             "inputs": list(self.inputs),
             "similarity": self.similarity,
             "image": None if self.image is None else self.image.to_dict(),
+            **({} if self.include_prompt else {"include_prompt": False}),
         }
 
 
@@ -186,12 +191,14 @@ class TokenizerSettings:
         append_eos_token_id: an id to end every text with, which the file's own post-processor does
             not add; ``None`` where there is nothing to add.
         truncation_side: the end that a text which is too long loses, "right" or "left".
+        table_rows: rows of the model's table of tokens, where the tokenizer has tokens beyond it.
     """
 
     file: str
     pad_token_id: int
     append_eos_token_id: int | None
     truncation_side: str = "right"
+    table_rows: int | None = None
 
     @classmethod
     def parse(cls, table: Table) -> TokenizerSettings:
@@ -203,6 +210,7 @@ class TokenizerSettings:
             truncation_side="right"
             if table.values.get("truncation_side") is None
             else table.choice("truncation_side", SIDES),
+            table_rows=table.optional_integer("table_rows", minimum=1),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,6 +220,7 @@ class TokenizerSettings:
             "pad_token_id": self.pad_token_id,
             "append_eos_token_id": self.append_eos_token_id,
             "truncation_side": self.truncation_side,
+            **({} if self.table_rows is None else {"table_rows": self.table_rows}),
         }
 
 

@@ -93,9 +93,15 @@ def make_request(
         dim = model.multi_vector_dim
     if model.image is not None:
         pixel_range(model.image, min_pixels, max_pixels)
+    prefix = choose_prompt(name, manifest.tasks[name], prompt_name, prompt)
+    if prefix and not model.include_prompt:
+        raise EmbedgeValueError(
+            f"prompt: {manifest.source.name} leaves the tokens of a prompt out of its pooling, which "
+            "bundles do not do; leave the prompt out"
+        )
     return Request(
         task=name,
-        prefix=choose_prompt(name, manifest.tasks[name], prompt_name, prompt),
+        prefix=prefix,
         batch_size=check_positive("batch_size", batch_size),
         max_batch_tokens=None
         if max_batch_tokens is None

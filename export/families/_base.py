@@ -38,9 +38,11 @@ class Family(ConfigReader, ABC):
         ignored: canonical prefixes of tensors that do not reach an embedding (poolers, heads).
         inputs: graph inputs in order.
         default_pooling: where neither the model nor the caller says.
+        guess: what to say where the default is taken, "" for nothing.
         tower: the vision tower, or ``None``.
         multi_vector_dim: width of :meth:`token_embeddings`, or ``None``.
         pool_mask: the input that says which tokens a mean is taken over.
+        token_table: the tensor with a row per token.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -49,9 +51,11 @@ class Family(ConfigReader, ABC):
     renamed: ClassVar[Mapping[str, str]] = {}
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     default_pooling: ClassVar[str | None] = None
+    guess: ClassVar[str] = ""
     tower: ClassVar[type[Qwen25Vision] | None] = None
     multi_vector_dim: int | None = None
     pool_mask: str = "attention_mask"
+    token_table: ClassVar[str] = "embed_tokens.weight"
 
     def __init__(self, config: Mapping[str, Any], max_length: int) -> None:
         first = {"model_type": self.model_types[0]}

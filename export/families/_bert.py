@@ -27,6 +27,7 @@ class Bert(Family):
 
     query, key, value = "attention.self.query", "attention.self.key", "attention.self.value"
     attention_out, attention_norm = "attention.output.dense", "attention.output.LayerNorm"
+    token_table = "embeddings.word_embeddings.weight"
     position_table = "embeddings.position_embeddings.weight"
 
     def check(self) -> None:

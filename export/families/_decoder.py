@@ -122,7 +122,7 @@ class Decoder(Family):
             biases |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), True)
         inner = self.config.get("mlp_bias") is True and kind == "llama"
         biases |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner)
-        for name in names:
+        for name in (n for n in names if n.startswith("layers.")):
             *_, module, what = ("", "", *name.split("."))
             known = biases.get(module, True) if what == "bias" else True
             if not known or (module in ("q_norm", "k_norm") and kind != "qwen3"):
@@ -193,6 +193,7 @@ class Decoder(Family):
             causal=True,
             window=window,
             tokens=context["tokens"],
+            head_size=self.head_size,
         )
         out = Lin(f"{p}self_attn.o_proj")
         groups = (self.kv_heads, self.heads // self.kv_heads, self.head_size)

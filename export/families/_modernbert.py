@@ -38,6 +38,7 @@ class ModernBert(Family):
     """ModernBERT's alternating global and sliding-window attention."""
 
     model_types = ("modernbert",)
+    token_table = "embeddings.tok_embeddings.weight"
     roots = ("embeddings", "layers", "final_norm", "head", "decoder", "classifier", "qa_outputs")
     ignored = ("head.", "decoder.", *HEADS)
 

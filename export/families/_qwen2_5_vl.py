@@ -40,6 +40,10 @@ class Qwen25VL(Decoder):
     roots = (*Decoder.roots, "visual")
     ignored = (*Decoder.ignored, "visual.")
     default_pooling = "mean"
+    guess = (
+        "If it is one task of jina-embeddings-v4, merged, name its folder as it is published: "
+        "jina-embeddings-v4-vllm-TASK; otherwise give pooling= (--pooling)"
+    )
     default_theta = 1e6
     tower = Qwen25Vision
 

@@ -326,7 +326,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pickled weights": (
         prepare_pickle,
-        r"only pickled weights.*AutoModel\.from_pretrained.*safe_serialization=True",
+        r"only pickled weights.*trust them: python -c .*save_file",
     ),
     "no config": (
         lambda f: (f / "config.json").unlink(),

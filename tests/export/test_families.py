@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from _models import (
 from tokenizers import processors
 
 from embedge.export import CheckpointError, export_bundle
-from embedge.runtime import Embedder
+from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
 
 BOUND = 0.999999
 TEXTS = random_texts()
@@ -306,3 +309,67 @@ def test_what_a_family_does_not_implement_is_refused_by_name(
     write_json(source / "config.json", {**config, setting: value})
     with pytest.raises(CheckpointError, match=setting):
         export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("head", [4, 12])
+def test_heads_of_any_even_size_run_at_every_precision(head: int, tmp_path: Path) -> None:
+    source = save(make_model("qwen3", head_dim=head), tmp_path / "source", pooling="lasttoken")
+    export_bundle(
+        source, adapters={"t": None}, precisions=["fp32", "int8", "int4"], out=tmp_path / "out"
+    )
+    expected = Reference(source).encode(TEXTS)
+    for precision, bound in (("fp32", BOUND), ("int8", 0.98), ("int4", 0.8)):
+        found = Embedder(tmp_path / "out", precision=precision, threads=1).encode(TEXTS)
+        assert cosines(found, expected).mean() >= bound
+
+
+def test_modernbert_as_transformers_5_saves_it(sources: dict[str, Path], tmp_path: Path) -> None:
+    before = exported(sources["modernbert"], None, tmp_path / "before").encode(TEXTS)
+    source = save(make_model("modernbert"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    thetas = [config.pop(f"{kind}_rope_theta") for kind in ("global", "local")]
+    every = config.pop("global_attn_every_n_layers")
+    kinds = ("full_attention", "sliding_attention")
+    rope = {
+        kind: {"rope_theta": theta, "rope_type": "default"}
+        for kind, theta in zip(kinds, thetas, strict=True)
+    }
+    types = [kinds[bool(i % every)] for i in range(config["num_hidden_layers"])]
+    write_json(source / "config.json", {**config, "rope_parameters": rope, "layer_types": types})
+    assert np.array_equal(exported(source, None, tmp_path / "after").encode(TEXTS), before)
+
+
+def test_a_token_that_the_table_lacks_is_warned_of_and_named(tmp_path: Path) -> None:
+    source = save(make_model("bert"), tmp_path / "source")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["[one]"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    with pytest.warns(EmbedgeWarning, match=r"96 rows of the model's table: '\[one\]' \(id 96\)"):
+        export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
+    model = Embedder(tmp_path / "out", precision="fp32", threads=1)
+    assert model.encode(["fine"]).shape == (1, 32)
+    with pytest.raises(EmbedgeValueError, match=r"'\[one\]', a token that the tokenizer knows"):
+        model.encode(["a [one] b"])
+
+
+def test_prompts_that_pooling_leaves_out_are_refused_at_the_call(tmp_path: Path) -> None:
+    source = save(make_model("bert"), tmp_path / "source")
+    write_json(source / "1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False})
+    model = exported(source, None, tmp_path / "out")
+    assert cosines(model.encode(TEXTS), Reference(source).encode(TEXTS)).min() >= BOUND
+    with pytest.raises(EmbedgeValueError, match="leave the prompt out"):
+        model.encode(TEXTS, prompt="find: ")
+
+
+def test_the_advised_conversion_of_pickled_weights_keeps_everything(tmp_path: Path) -> None:
+    model = make_model("bert")
+    source = save(model, tmp_path / "a source", pooling="cls")
+    expected = Reference(source).encode(TEXTS)
+    (source / "model.safetensors").unlink()
+    torch.save(model.state_dict(), source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="trust them: python") as caught:
+        exported(source, None, tmp_path / "out")
+    command = str(caught.value).partition("trust them: python")[2]
+    subprocess.run(f"{shlex.quote(sys.executable)}{command}", shell=True, check=True)
+    found = exported(source, None, tmp_path / "out").encode(TEXTS)
+    assert cosines(found, expected).min() >= BOUND

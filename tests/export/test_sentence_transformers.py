@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import CheckpointError
 from embedge.export._sentence_transformers import read_modules
+from embedge.runtime import EmbedgeWarning
 
 CONFIG = {"model_type": "bert", "max_position_embeddings": 64, "pad_token_id": 0}
 PREFIX = "sentence_transformers.models."
@@ -164,10 +165,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"settings": {"prompts": {"q": 1}}},
         "prompts should map names to texts, found",
     ),
-    "lower-casing": (
-        {"transformer": {"do_lower_case": True}},
-        "do_lower_case=true is not supported",
-    ),
     "another task": (
         {"transformer": {"transformer_task": "fill-mask"}},
         "transformer_task='fill-mask' is not supported",
@@ -179,10 +176,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a dimension of none": (
         {"settings": {"truncate_dim": 0}},
         "truncate_dim is 0, expected a positive whole number",
-    ),
-    "a side to cut at": (
-        {"transformer": {"tokenizer_args": {"truncation_side": "left"}}},
-        "truncation_side='left' among the tokenizer's arguments is not supported",
     ),
     "a length of queries": (
         {"transformer": {"query_length": 8}},
@@ -373,7 +366,8 @@ def test_pickled_dense_weights_are_refused_with_the_conversion(tmp_path: Path) -
     (tmp_path / "2_Dense" / "model.safetensors").rename(tmp_path / "2_Dense" / "pytorch_model.bin")
 
     with pytest.raises(
-        CheckpointError, match=r"2_Dense: has only pickled weights.*save_pretrained\('NEW_FOLDER'\)"
+        CheckpointError,
+        match=r"2_Dense: has only pickled weights.*trust them: python -c .*save_file",
     ):
         read_modules(tmp_path, CONFIG)
 
@@ -504,3 +498,84 @@ def test_the_demo_model_takes_256_tokens_and_is_normalized() -> None:
 
     assert (settings.pooling, settings.normalize, settings.max_length) == ("mean", True, 256)
     assert (settings.prompts, settings.dense, settings.similarity) == ({}, (), "cosine")
+
+
+def test_arguments_of_the_tokenizer_and_lower_casing_are_passed_on(tmp_path: Path) -> None:
+    arguments = {"truncation_side": "left", "trust_remote_code": True}
+    write_model(tmp_path, transformer={"tokenizer_args": arguments, "do_lower_case": True})
+    settings = read_modules(tmp_path, CONFIG)
+    assert settings.tokenizer_settings == {"truncation_side": "left"}
+    assert settings.lowercase
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_args", {"use_bidirectional_attention": True}),
+        ("config_args", {"rope_theta": 5.0}),
+        ("config_kwargs", {"hidden_act": "relu"}),
+        ("model_kwargs", {"subfolder": "other"}),
+        ("tokenizer_name_or_path", "other"),
+        ("something_new", 3),
+    ],
+)
+def test_arguments_that_are_neither_used_nor_harmless_are_refused(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    write_model(tmp_path, transformer={key: value})
+    with pytest.raises(CheckpointError, match=f"{key}.*delete it"):
+        read_modules(tmp_path, CONFIG)
+
+
+def test_how_a_model_is_loaded_is_harmless(tmp_path: Path) -> None:
+    loading = {"torch_dtype": "bfloat16", "attn_implementation": "sdpa", "trust_remote_code": True}
+    write_model(
+        tmp_path, transformer={"model_args": loading, "config_args": {}, "backend": "torch"}
+    )
+    assert read_modules(tmp_path, CONFIG).pooling == "mean"
+
+
+@pytest.mark.parametrize("kind", ["Router", "StaticEmbedding", "CLIPModel", "MLMTransformer"])
+def test_models_of_other_kinds_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "modules.json", [{"path": "", "type": PREFIX + kind}])
+    with pytest.raises(CheckpointError, match=f"the first module is {PREFIX}{kind}"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "message"),
+    [
+        ("---\ntags:\n- splade\n---\n", {}, "tag splade says that this is a sparse encoder"),
+        ("---\npipeline_tag: text-ranking\n---\n", {}, "tag text-ranking"),
+        ("", {"sentence_transformers": {"activation_fn": "x"}}, "of a cross-encoder"),
+        ("", {"sbert_ce_default_activation_function": "x"}, "of a cross-encoder"),
+    ],
+)
+def test_files_that_say_the_output_is_a_heads_are_refused(
+    card: str, config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(CheckpointError, match=message):
+        read_modules(tmp_path, CONFIG | config)
+    read_modules(write_model(tmp_path), CONFIG | config)  # a pipeline says otherwise
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
+def test_a_head_that_is_left_out_without_modules_is_warned_of(name: str, tmp_path: Path) -> None:
+    with pytest.warns(EmbedgeWarning, match=f"names {name}"):
+        read_modules(tmp_path, CONFIG | {"architectures": [name]})
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"), [("mean", False), ("cls", False), ("lasttoken", True)]
+)
+def test_prompts_that_pooling_leaves_out(pooling: str, expected: bool, tmp_path: Path) -> None:
+    config = {"pooling_mode": pooling, "include_prompt": False}
+    write_model(tmp_path, pooling=config)
+    assert read_modules(tmp_path, CONFIG).include_prompt is expected
+    write_model(tmp_path, pooling=config, settings={"prompts": {"query": "find: "}})
+    if expected:
+        assert read_modules(tmp_path, CONFIG).prompts == {"query": "find: "}
+        return
+    with pytest.raises(CheckpointError, match="include_prompt=false"):
+        read_modules(tmp_path, CONFIG)
