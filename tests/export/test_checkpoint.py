@@ -424,9 +424,7 @@ def test_a_hub_id_without_the_hubs_client_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
-    with pytest.raises(
-        CheckpointError, match=r'not installed; run: pip install "embedge\[export\]"'
-    ):
+    with pytest.raises(CheckpointError, match=r"not installed; run: pip install huggingface_hub"):
         Checkpoint.open("organization/name")
 
 

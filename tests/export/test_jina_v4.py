@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from embedge.export import export_bundle
 from embedge.export._errors import AdapterError, CheckpointError
-from embedge.runtime import Embedder, EmbedgeValueError
+from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
 
 Floats = NDArray[np.float32]
 
@@ -200,7 +200,12 @@ def test_plain_qwen_with_an_adapter_of_ones_own(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "qwen", layout="plain")
     adapters = {task: adapter_folder(source, task) for task in ("retrieval", "code")}
     out = export_bundle(
-        source, adapters=adapters, precisions=["fp32"], out=tmp_path / "bundle", calibration="none"
+        source,
+        adapters=adapters,
+        precisions=["fp32"],
+        out=tmp_path / "bundle",
+        calibration="none",
+        pooling="mean",
     )
     model = Embedder(out, precision="fp32")
     for task, folder in adapters.items():
@@ -329,12 +334,13 @@ def test_an_adapter_that_changes_the_vision_tower_is_refused(tmp_path: Path) -> 
     tensors[f"{path}.lora_B.weight"] = np.ones((64, rank), np.float32)
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"vision tower.*visual\.blocks\.0\.attn\.proj"):
-        export_bundle(source, adapters={"code": folder}, out=tmp_path / "out")
+        export_bundle(source, adapters={"code": folder}, out=tmp_path / "out", pooling="mean")
     with pytest.warns(UserWarning, match="left out what no vector depends on: visual"):
         export_bundle(
             source,
             adapters={"code": folder},
             modality="text",
+            pooling="mean",
             precisions=["fp32"],
             calibration="none",
             out=tmp_path / "texts",
@@ -359,3 +365,37 @@ def test_remote_code_is_never_run(checkpoint: Path, tmp_path: Path) -> None:
     assert list(copy.glob("*.py"))
     out = export_bundle(copy, precisions=["fp32"], out=tmp_path / "out", calibration="none")
     assert not list(out.rglob("*.py"))
+
+
+def test_what_no_file_says_is_named(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "qwen", layout="plain")
+    with pytest.warns(EmbedgeWarning, match="name its folder as it is published"):
+        export_bundle(
+            source,
+            adapters={"t": None},
+            precisions=["fp32"],
+            out=tmp_path / "bundle",
+            modality="text",
+        )
+
+
+def test_a_merged_model_is_known_by_its_cards_name(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", layout="premerged")
+    (source / "README.md").write_text("# jina-embeddings-v4-vllm-retrieval\n")
+    out = export_bundle(source, precisions=["fp32"], out=tmp_path / "bundle", modality="text")
+    assert Embedder(out, precision="fp32").tasks == ("retrieval",)
+
+
+def test_image_settings_may_lie_in_processor_config(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", layout="plain")
+    file = source / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    options = {"adapters": {"t": None}, "precisions": ["fp32"], "pooling": "mean"}
+    before = export_bundle(source, out=tmp_path / "before", **options)
+    file.unlink()
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    after = export_bundle(source, out=tmp_path / "after", **options)
+    images = [
+        json.loads((b / "manifest.json").read_text())["model"]["image"] for b in (before, after)
+    ]
+    assert images[0] == images[1]
