@@ -242,6 +242,8 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(
 
 # -- adding -------------------------------------------------------------------------------------------
 
+RENEWED = ("manifest.json", "README.md")  # the card follows the manifest
+
 
 def test_a_task_is_added_without_touching_or_repeating_what_is_there(
     source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
@@ -253,9 +255,10 @@ def test_a_task_is_added_without_touching_or_repeating_what_is_there(
     before = contents(out)
     export_bundle(source, adapters={"second": adapters["second"]}, **options)
     after = contents(out)
-    assert {n: h for n, h in after.items() if n in before and n != "manifest.json"} == {
-        n: h for n, h in before.items() if n != "manifest.json"
+    assert {n: h for n, h in after.items() if n in before and n not in RENEWED} == {
+        n: h for n, h in before.items() if n not in RENEWED
     }
+    assert (out / "README.md").read_text("utf-8") == (bundle / "README.md").read_text("utf-8")
     for precision in PRECISIONS:
         new = {n for n in after if n not in before and n.startswith(precision)}
         assert new == {f"{precision}/second.{end}" for end in endings(precision)}
@@ -283,7 +286,8 @@ def test_a_precision_is_added_without_touching_what_is_there(
     before = contents(out)
     small(source, out, adapters=adapters, precisions=["int8", "fp32"])
     after = contents(out)
-    assert all(after[n] == h for n, h in before.items() if n != "manifest.json")
+    assert all(after[n] == h for n, h in before.items() if n not in RENEWED)
+    assert after["README.md"] != before["README.md"]
     assert list(manifest(out)["precisions"]) == ["int8", "fp32"]
     Embedder(out, precision="fp32", verify="full")
 
