@@ -269,6 +269,12 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
                 f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
                 "method 'forward' with the output 'last_hidden_state'"
             )
+        if "message" in modalities:
+            raise CheckpointError(
+                f"{file}: modality_config has 'message': sentence-transformers puts each text into the "
+                "tokenizer's chat template, which is not supported; expected 'text' alone. Delete 'message' "
+                "there if the model was trained on texts without the template"
+            )
     for key, value in config.items():
         _check_argument(file, key, value)
     return config

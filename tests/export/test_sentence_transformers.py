@@ -124,6 +124,7 @@ def test_the_pooling_is_read_in_its_old_and_new_spelling(
     assert read_modules(write_model(tmp_path, pooling=pooling), CONFIG).pooling == expected
 
 
+_FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "max pooling": (
         {"pooling": {"pooling_mode_max_tokens": True}},
@@ -172,6 +173,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no text": (
         {"transformer": {"modality_config": {"image": {}}}},
         "modality_config reads no text",
+    ),
+    "texts in a chat template": (
+        {"transformer": {"modality_config": {"text": _FORWARD, "message": _FORWARD}}},
+        "modality_config has 'message'",
     ),
     "a dimension of none": (
         {"settings": {"truncate_dim": 0}},
