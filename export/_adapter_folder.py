@@ -85,7 +85,10 @@ def settings_of_all(
         AdapterError: if the tasks do not agree on what a bundle has once, naming what differs.
         CheckpointError: if a file is damaged, or says what is not supported.
     """
-    folders = {task: a and _settings_folder(a.folder, given[task]) for task, a in adapters.items()}
+    folders = {
+        task: None if a is None else _settings_folder(a.folder, given[task])
+        for task, a in adapters.items()
+    }
     own = {task: _read_settings(folder, config) for task, folder in folders.items()}
     by_task = {task: settings or base for task, settings in own.items()}
     first_task, first = next(iter(by_task.items()))

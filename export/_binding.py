@@ -20,10 +20,7 @@ from embedge.export._peft_config import LoraSettings
 from embedge.export._recipes import Recipe
 from embedge.export._safetensors import SafetensorsFile
 
-__all__ = ["HEADS", "Plan", "plan"]
-
-# What transformers' task classes and trl put on top of a backbone, whatever its family.
-HEADS = ("classifier.", "score.", "qa_outputs.", "lm_head.", "v_head.")
+__all__ = ["Plan", "plan"]
 
 # transformers' families whose layers of these names are Conv1D, with weights [in, out]. PEFT goes
 # by the layer's class and corrects fan_in_fan_out where it says otherwise; so the flag in the

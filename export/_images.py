@@ -42,14 +42,15 @@ def image_settings(
     file = checkpoint.transformer_path / _FILE
     joint = checkpoint.transformer_path / _JOINT_FILE
     joined = read_optional(joint).get("image_processor")
-    if not file.is_file() and isinstance(joined, dict):
-        file = joint
-    elif not file.is_file():
+    if file.is_file():
+        values = read_json_object(file, CheckpointError)
+    elif isinstance(joined, dict):
+        file, values = joint, joined
+    else:
         raise CheckpointError(
             f"{file}: no such file; it says how images become patches. Restore it from the source, or "
             "export without images: modality='text' (--modality text)"
         )
-    values = joined if file == joint else read_json_object(file, CheckpointError)
 
     def refuse(key: str, expected: str) -> CheckpointError:
         return CheckpointError(

@@ -13,7 +13,6 @@ from typing import Any
 from embedge.export._adapter_folder import check_adapter_files, settings_of_all
 from embedge.export._adapters import Adapter, BoundAdapter
 from embedge.export._assemble import task_graph, to_model
-from embedge.export._binding import HEADS
 from embedge.export._checkpoint import Checkpoint
 from embedge.export._errors import AdapterError, CheckpointError
 from embedge.export._forms import Form, digest
@@ -182,8 +181,7 @@ def read_model(request: Request) -> Model:
         family = family.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
-    unread = (p for p in family_class.ignored if tower is None or p != "visual.")
-    heads = (*HEADS, *unread)
+    heads = tuple(p for p in family_class.ignored if tower is None or p != "visual.")
     for task, adapter in loaded.items():
         bound = None
         if adapter is not None:

@@ -399,7 +399,7 @@ class _Reader:
                 continue
             token = self.special.get(name)
             number = None if token is None else tokenizer.token_to_id(token.content)
-            if number is None:
+            if token is None or number is None:
                 raise self._refuse(
                     key, self.settings.get(key, default), f"false, or a {name} of the vocabulary"
                 )

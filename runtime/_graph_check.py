@@ -320,6 +320,13 @@ class _Node(NamedTuple):
     def __str__(self) -> str:
         return f"node {self.outputs[0] if self.outputs else ''!r} ({self.op_type})"
 
+    def size(self, name: str) -> int:
+        """An attribute that is a whole number from 1 on."""
+        value = self.attributes.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{self} has {name} of {value!r}, expected a whole number from 1")
+        return value
+
 
 class _Graph(NamedTuple):
     nodes: Sequence[_Node]
@@ -684,7 +691,7 @@ _FLOATS = (FLOAT, FLOAT16)
 
 def _check_blocks(node: _Node, graph: Mapping[str, StoredTensor]) -> None:
     """MatMulNBits."""
-    depth, columns, block = (int(node.attributes[name] or 0) for name in ("K", "N", "block_size"))
+    depth, columns, block = (node.size(name) for name in ("K", "N", "block_size"))
     blocks = -(-depth // block)
     _expect(node, 1, graph, [UINT8], (columns, blocks, block // 2))
     _expect(node, 2, graph, _FLOATS, (columns, blocks), (columns * blocks,))
@@ -703,7 +710,7 @@ def _check_product(node: _Node, graph: Mapping[str, StoredTensor]) -> None:
 
 def _check_table(node: _Node, graph: Mapping[str, StoredTensor]) -> None:
     """GatherBlockQuantized."""
-    bits, block = (int(node.attributes[name] or 0) for name in ("bits", "block_size"))
+    bits, block = (node.size(name) for name in ("bits", "block_size"))
     if bits not in (4, 8):
         raise ValueError(f"{node} has values of {bits} bits")
     rows, width, *more = (*_expect(node, 0, graph, [UINT8]).shape, 0, 0)

@@ -105,7 +105,8 @@ class TextTokenizer:
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
         try:
-            return self._tokenizer.encode_batch_fast(texts)
+            encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
+            return encodings
         except BaseException as error:
             if not is_library_error(error):
                 raise

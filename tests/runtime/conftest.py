@@ -7,7 +7,6 @@ lines of NumPy.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _files_of import file_entries
 from _image_graphs import PATCH_VALUES, TINY, of_image, of_text, write_task, write_vision
 from _int8_graph import write_int8_bundle
 from numpy.typing import NDArray
@@ -164,18 +164,6 @@ def write_tokenizer(path: Path, *, special_tokens: bool = True) -> None:
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=12)
     tokenizer.save(str(path))
-
-
-def file_entries(folder: Path) -> dict[str, Any]:
-    """The manifest's ``files`` for everything in a folder."""
-    return {
-        file.relative_to(folder).as_posix(): {
-            "size": file.stat().st_size,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        }
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != "manifest.json"
-    }
 
 
 def write_layers(path: Path) -> None:

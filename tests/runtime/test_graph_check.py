@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import file_entries
+from _files_of import file_entries
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 
