@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from embedge.export._sentence_transformers import SentenceSettings
     from embedge.export.families._qwen2_5_vision import Qwen25Vision
 
-# What transformers' task classes and trl put on a backbone, by first components of names; no vector passes it.
+# What transformers' task classes and trl put on a backbone, by first parts of its names; no vector needs it.
 HEADS = ("classifier.", "cls.", "lm_head.", "pooler.", "qa_outputs.", "score.", "v_head.")
 GELU_LOWER_BOUND = -0.17004  # the minimum of x·Φ(x) is -0.169971; margin for float rounding
 
