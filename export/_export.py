@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +23,7 @@ from embedge.export._bundle_writer import (
     write_new,
 )
 from embedge.export._calibration import TokenBatch
+from embedge.export._errors import ExportError
 from embedge.export._identity import check_same_source
 from embedge.export._job import Job
 from embedge.export._lock import sole_exporter
@@ -33,16 +35,24 @@ from embedge.export._progress import Progress
 from embedge.export._request import INT4, Request, check_dims
 from embedge.quant._calibration_texts import packaged_texts, read_texts
 from embedge.runtime._errors import EmbedgeValueError
+from embedge.runtime._files import system_reason
 from embedge.runtime._manifest import Manifest
 from embedge.runtime._onnxruntime import load_onnxruntime
-from embedge.runtime._writing import replace_file, sync_files
+from embedge.runtime._writing import check_not_inside, replace_file, sync_files
 
 
 def export(request: Request, progress: Progress) -> Path:
     """Run an export; see :func:`embedge.export.export_bundle`."""
-    with sole_exporter(request.out):
-        _export_alone(request, progress)
-    return request.out
+    try:
+        with sole_exporter(request.out):
+            _export_alone(request, progress)
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        raise ExportError(
+            f"{request.source} could not be exported to {request.out}: {place}{system_reason(error)}; check "
+            "that path and who may read it, and export again"
+        ) from error
+    return request.out if request.out.is_dir() else Path(os.path.realpath(request.out))
 
 
 def _export_alone(request: Request, progress: Progress) -> None:
@@ -52,7 +62,9 @@ def _export_alone(request: Request, progress: Progress) -> None:
     texts = _calibration_texts(request)
     model = read_model(request)
     dims = check_dims(request.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
-    if old is not None:
+    if old is None:
+        check_not_inside("out", request.out)
+    else:
         check_same_source(request.out, model, dims, old)
         dims = dims or old.model.matryoshka_dims
     todo = _missing(request, list(model.adapters), old)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import replace
+from fractions import Fraction
 from io import IOBase
 from typing import Any
 
@@ -190,7 +191,7 @@ def parse_bytes(name: str, value: int | str) -> int:
         raise EmbedgeValueError(
             f"{name} {value!r}: expected a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB"
         )
-    return int(float(found[1]) * units[found[2].upper()])
+    return int(Fraction(found[1]) * units[found[2].upper()])
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
@@ -218,7 +219,7 @@ def choose_precision(manifest: Manifest, precision: str | None) -> str:
                 f'precision="{stored[0]}", or precision="auto"'
             )
         return next(iter(stored or known))
-    if precision not in known:
+    if not isinstance(precision, str) or precision not in known:
         raise EmbedgeValueError(
             f"the bundle has no precision {precision!r}; it has {_listed(known)}"
         )
@@ -235,9 +236,9 @@ def choose_task(manifest: Manifest, precision: str, task: str | None) -> str:
                 f'task="{next(iter(known))}"'
             )
         return next(iter(known))
-    if task in known:
+    if isinstance(task, str) and task in known:
         return task
-    if task in manifest.tasks:
+    if isinstance(task, str) and task in manifest.tasks:
         raise EmbedgeValueError(
             f"task {task!r} has no graph at precision {precision!r}, which has {_listed(known)}"
         )
@@ -253,7 +254,7 @@ def choose_prompt(name: str, task: Task, prompt_name: str | None, prompt: str | 
     chosen = task.default_prompt if prompt_name is None else prompt_name
     if chosen is None:
         return ""
-    if chosen in task.prompts:
+    if isinstance(chosen, str) and chosen in task.prompts:
         return task.prompts[chosen]
     if not task.prompts:
         raise EmbedgeValueError(

@@ -12,8 +12,10 @@ of the bundle, or to the blobs of the hub's cache that its snapshot lies in.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from embedge.runtime._errors import BundleError, EmbedgeValueError
-from embedge.runtime._files import FileState, kind_of, sha256_of, state_of
+from embedge.runtime._files import (
+    FileState,
+    kind_of,
+    no_permission,
+    sha256_of,
+    state_of,
+    system_reason,
+)
 from embedge.runtime._graph_check import (
     TASK_INPUTS,
     TASK_OUTPUTS,
@@ -158,8 +167,10 @@ class Bundle:
             OSError,
             RuntimeError,
         ) as error:  # RuntimeError: links in a circle, before Python 3.13
-            reason = getattr(error, "strerror", None) or error
-            raise BundleError(f"{path}: cannot be read: {reason}; {_AGAIN}") from error
+            advice = self._let_in if no_permission(error) else _AGAIN
+            raise BundleError(
+                f"{path}: cannot be read: {system_reason(error)}; {advice}"
+            ) from error
         if not stat.S_ISREG(status.st_mode):
             found = kind_of(status.st_mode)
             raise BundleError(f"{path}: expected a regular file, found {found}; {_AGAIN}")
@@ -168,7 +179,15 @@ class Bundle:
                 f"{path}: a link that leaves the bundle, to {real}; copy the bundle with what its links "
                 f"name, `cp -rL {self.root} COPY`, and open the copy"
             )
+        if not os.access(real, os.R_OK):  # said here rather than by who reads it
+            raise BundleError(
+                f"{path}: cannot be read: {os.strerror(errno.EACCES)}; {self._let_in}"
+            )
         return path, state_of(status)
+
+    @property
+    def _let_in(self) -> str:
+        return f"its owner can let others read it: `chmod -R a+rX {shlex.quote(str(self.root))}`"
 
     @contextmanager
     def reading(self, names: Iterable[str]) -> Iterator[None]:
@@ -417,32 +436,44 @@ def _root(path: str | os.PathLike[str]) -> Path:
         BundleError: if there is no folder.
     """
     given = Path(path)
+    advice = "name the folder that `embedge export` wrote with --out"
     try:
         root = given.resolve(strict=True)
         mode = root.stat().st_mode
-    except FileNotFoundError:
-        found = "nothing there"
-    except (OSError, RuntimeError, ValueError) as error:
-        found = f"what cannot be read ({error})"
-    else:
         if stat.S_ISDIR(mode):
             return root
         found = kind_of(mode)
-    left = replaced_of(given.absolute())
+        _check_unfinished(given.absolute(), found)
+    except FileNotFoundError as error:
+        found = "nothing there" if error.filename is not None else system_reason(error)
+        with suppress(OSError):
+            _check_unfinished(given.absolute(), found)
+        expanded = os.path.expanduser(given)
+        if expanded != str(given):
+            advice = f"Python does not expand ~: give {expanded}"
+    except (OSError, RuntimeError, ValueError) as error:
+        found = f"what cannot be read ({system_reason(error)})"
+    raise BundleError(f"{given}: expected a bundle's folder, found {found}; {advice}")
+
+
+def _check_unfinished(given: Path, found: str) -> None:
+    """Says what an interrupted export left where a bundle is looked for.
+
+    Raises:
+        BundleError: if it left something.
+        OSError: if that cannot be seen.
+    """
+    left = replaced_of(given)
     if left.is_dir():
         raise BundleError(
             f"{given}: expected a bundle's folder, found {found}: `embedge export --overwrite` was "
             f"interrupted and left the bundle as {left}; rename it to {given}, or run that export again"
         )
-    if partial_of(given.absolute()).is_dir():
+    if partial_of(given).is_dir():
         raise BundleError(
             f"{given}: expected a bundle's folder, found {found}, and beside it an export that has not "
             "ended; wait until it has, or run it again if it was interrupted"
         )
-    raise BundleError(
-        f"{given}: expected a bundle's folder, found {found}; name the folder that `embedge export` wrote "
-        "with --out"
-    )
 
 
 def _blobs(root: Path) -> Path | None:

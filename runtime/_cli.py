@@ -134,14 +134,17 @@ def _run(arguments: list[str], names: OptionNames) -> int:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     run: Callable[[argparse.Namespace], int] | None = None
+    called_parser = parser
     for name, command in _COMMANDS.items():
         subparser = commands.add_parser(name, help=command.help, description=command.help)
         if name == called:
             module = _load(command)
             module.add_arguments(subparser)
             names.take(subparser)
-            run = module.run
-    args = parser.parse_args(arguments)
+            run, called_parser = module.run, subparser
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        called_parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.version:
         from embedge.runtime import __version__
 
@@ -219,11 +222,11 @@ def _report(error: Exception, names: OptionNames, *, output_fails: bool) -> int:
     """Prints an error as one line; its exit code."""
     if os.environ.get("EMBEDGE_TRACEBACK"):
         traceback.print_exception(error)
-    from embedge.runtime import EmbedgeError, EmbedgeValueError
+    from embedge.runtime import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 
     if isinstance(error, EmbedgeValueError):
         return _failed(names.put_into(str(error)), 2)
-    if isinstance(error, EmbedgeError):
+    if isinstance(error, (EmbedgeError, EmbedgeWarning)):  # warnings: as `python -W error` has them
         return _failed(names.put_into(str(error)), 1)
     if isinstance(error, OSError):
         return _failed(_system_error(error, output_fails), 1)
@@ -234,12 +237,14 @@ def _report(error: Exception, names: OptionNames, *, output_fails: bool) -> int:
 
 def _system_error(error: OSError, output_fails: bool) -> str:
     """What failed and why; standard output's errors have no name."""
-    reason = error.strerror or str(error)
+    from embedge.runtime._files import system_reason
+
+    reason = system_reason(error)
     if error.filename is not None:
         return f"{error.filename}: {reason}"
     if output_fails:
         return f"standard output: {reason}; make room, or write to another place"
-    return f"{reason} (EMBEDGE_TRACEBACK=1 shows where)"
+    return reason if ";" in reason else f"{reason} (EMBEDGE_TRACEBACK=1 shows where)"
 
 
 def _failed(message: str, code: int) -> int:

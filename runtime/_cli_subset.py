@@ -32,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         EmbedgeError: as :func:`subset_bundle`.
     """
-    subset_bundle(args.bundle, args.out, precisions=args.precision, tasks=args.task, link=args.link)
-    whole, part = Bundle(args.bundle, verify="none"), Bundle(args.out)
+    out = subset_bundle(
+        args.bundle, args.out, precisions=args.precision, tasks=args.task, link=args.link
+    )
+    whole, part = Bundle(args.bundle, verify="none"), Bundle(out)
     for precision, settings in part.manifest.precisions.items():
         print(f"{precision}: {', '.join(settings.graphs)}")
     size, before = (sum(f.size for f in b.manifest.files.values()) for b in (part, whole))

@@ -254,7 +254,7 @@ class Embedder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its arguments: another process opens its own sessions, at the same precision."""
-        return functools.partial(Embedder, **self._arguments), (self._bundle.root,)
+        return functools.partial(type(self), **self._arguments), (self._bundle.root,)
 
     def close(self) -> None:
         """Closes the open graphs that no other thread uses; a later call opens them again."""

@@ -19,10 +19,12 @@ __all__ = [
     "TOKENIZER_BYTES",
     "FileState",
     "kind_of",
+    "no_permission",
     "open_regular_file",
     "read_regular_file",
     "sha256_of",
     "state_of",
+    "system_reason",
 ]
 
 JSON_BYTES = 64 << 20  # a manifest of 1,000 tasks takes 2 MB, a list of 36 layers to unpack 6 MB
@@ -104,6 +106,20 @@ def state_of(found: os.stat_result) -> FileState:
 def kind_of(mode: int) -> str:
     """What a file is by its ``st_mode``, in words."""
     return next((words for fits, words in _KINDS if fits(mode)), "something else")
+
+
+def system_reason(error: OSError | RuntimeError | ValueError) -> str:
+    """Why the operating system refused a path, with what to do where it is not about the path itself."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of `os.getcwd`
+        return (
+            "the working folder was deleted or moved; `cd` to one that exists, or give a whole path"
+        )
+    return getattr(error, "strerror", None) or str(error)
+
+
+def no_permission(error: BaseException) -> bool:
+    """Whether a file is there and this user may not use it."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
 
 
 def _check_regular(path: str | os.PathLike[str], mode: int) -> None:

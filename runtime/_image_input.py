@@ -2,7 +2,7 @@
 
 What is done to it:
     * the first frame of an animation or a file of several pages;
-    * turned as its EXIF orientation says;
+    * turned as its EXIF orientation says, if that can be read;
     * 16-bit grey becomes 8-bit by its upper byte (Pillow alone would cut at 255), floats are taken as
       0…1;
     * everything else by ``Image.convert("RGB")``: palettes are looked up, alpha is dropped, grey is
@@ -170,13 +170,26 @@ def _rgb(picture: Image) -> Image:
         raise _UnusableError(
             f"expected at least one pixel, found {picture.size[0]} × {picture.size[1]}"
         )
-    picture = ImageOps.exif_transpose(picture)
+    picture.load()
+    if _has_readable_exif(picture):
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         values = np.asarray(picture)
         if picture.mode == "F":
             return Image.fromarray(_unit_floats(values)).convert("RGB")
         return Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     return picture.convert("RGB") if picture.mode != "RGB" else picture
+
+
+def _has_readable_exif(picture: Image) -> bool:
+    """Whether what an image says about itself can be read; its pixels do not depend on that."""
+    try:
+        picture.getexif()
+    except MemoryError:
+        raise
+    except Exception:  # as Pillow's decoders
+        return False
+    return True
 
 
 def _unit_floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -190,7 +203,7 @@ def _unit_floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.ui
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
         raise _UnusableError(
-            f"expected floats from 0 to 1, found {low:g} to {high:g}; divide by the largest value or "
+            f"expected floats from 0 to 1, found {low:.9g} to {high:.9g}; divide by the largest value or "
             "give uint8"
         )
     return np.asarray(np.rint(values * 255), np.uint8)

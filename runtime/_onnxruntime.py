@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from embedge.runtime._errors import EmbedgeImportError, EmbedgeWarning
+from embedge.runtime._errors import EmbedgeError, EmbedgeImportError, EmbedgeWarning
 from embedge.runtime._fork import no_fork
 
 __all__ = ["REQUIREMENT", "command_for_cuda", "load_onnxruntime", "open_session"]
@@ -53,10 +53,23 @@ def open_session(model: str | bytes, options: Any, providers: Sequence[Any]) -> 
         providers: as ONNX Runtime takes them.
 
     Raises:
+        EmbedgeError: for a path that is no UTF-8.
         Exception: ONNX Runtime's own errors, which have no common base.
     """
+    if isinstance(model, str) and not _is_utf8(model):
+        raise EmbedgeError(
+            f"{model!r}: ONNX Runtime opens paths in UTF-8 alone; rename the folder, or copy the bundle"
+        )
     with no_fork():
         return _load().InferenceSession(model, options, providers=list(providers))
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # of bytes that are not
+        return False
+    return True
 
 
 def command_for_cuda() -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embedge.runtime._cpu import keep_products_exact, saturates_u8s8
 from embedge.runtime._device import PROVIDERS
-from embedge.runtime._errors import BundleError, InferenceError
+from embedge.runtime._errors import BundleError, EmbedgeError, InferenceError
 from embedge.runtime._kernels import own_kernels, use_own_kernels
 from embedge.runtime._manifest import ActivationConstant
 from embedge.runtime._onnxruntime import load_onnxruntime, open_session
@@ -94,6 +94,8 @@ class GraphSession:
             )
         try:
             self._session = open_session(str(file), options, providers)
+        except EmbedgeError:
+            raise
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BundleError(
                 f"{file}: ONNX Runtime {onnxruntime.__version__} cannot open it: "

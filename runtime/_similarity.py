@@ -13,14 +13,22 @@ from embedge.runtime._late_interaction import max_sim
 __all__ = ["normalized", "similarity", "similarity_pairwise", "vector_similarity"]
 
 Vectors = NDArray[np.float32]
+_SMALLEST = 1e-15  # of norms whose squares float32 holds with all their digits
 
 
 def normalized(vectors: Vectors) -> Vectors:
-    """Vectors ``[..., dim]`` with L2 norm 1; zero vectors stay zero."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    unit = np.zeros_like(vectors)
-    np.divide(vectors, norms, out=unit, where=norms > 0)
-    return unit
+    """Vectors ``[..., dim]`` with L2 norm 1; zero vectors stay zero, NaN stays NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        beyond = ~((norms > _SMALLEST) & (norms < np.inf))  # their squares leave float32's range
+        if beyond.any():
+            largest = np.abs(vectors).max(-1, keepdims=True, initial=0.0)
+            scaled = np.divide(vectors, largest, out=np.zeros_like(vectors), where=largest != 0)
+            vectors = np.where(beyond, scaled, vectors)
+            norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        unit = np.zeros_like(vectors)
+        np.divide(vectors, norms, out=unit, where=norms != 0)
+        return unit
 
 
 def similarity(a: Any, b: Any, kind: str) -> Vectors:

@@ -25,11 +25,23 @@ from typing import Any
 from embedge.runtime._bundle import MANIFEST_NAME, Bundle
 from embedge.runtime._card import model_card, renewed_card
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeValueError, EmbedgeWarning
-from embedge.runtime._files import JSON_BYTES, open_regular_file, read_regular_file
+from embedge.runtime._files import (
+    JSON_BYTES,
+    open_regular_file,
+    read_regular_file,
+    system_reason,
+)
 from embedge.runtime._lock import sole_holder
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._typed_json import read_json_object
-from embedge.runtime._writing import make_folder, partial_of, put_in_place, recover, sync_files
+from embedge.runtime._writing import (
+    check_not_inside,
+    make_folder,
+    partial_of,
+    put_in_place,
+    recover,
+    sync_files,
+)
 
 __all__ = ["subset_bundle"]
 
@@ -69,10 +81,10 @@ def subset_bundle(
     chosen = _chosen(source.manifest, _names("precisions", precisions), _names("tasks", tasks))
     document = _document(source, chosen)
     manifest = Manifest.from_dict(document, str(target / MANIFEST_NAME))
-    real = Path(os.path.realpath(target))
-    _check_free(source, target, real)
-    work = partial_of(real)
     try:
+        real = Path(os.path.realpath(target))
+        _check_free(source, target, real)
+        work = partial_of(real)
         real.parent.mkdir(parents=True, exist_ok=True)
         with sole_holder(real.parent / f".{real.name}.lock", lambda holder: _busy(target, holder)):
             recover(real)
@@ -92,7 +104,7 @@ def subset_bundle(
             EmbedgeWarning,
             stacklevel=2,
         )
-    return target
+    return target if target.is_dir() else real
 
 
 def _names(argument: str, value: Sequence[str] | None) -> list[str] | None:
@@ -182,6 +194,7 @@ def _check_free(source: Bundle, out: Path, real: Path) -> None:
         raise EmbedgeValueError(
             f"{out}: expected no such path, found one; name another, or move it"
         )
+    check_not_inside("out", real)
 
 
 def _fill(
@@ -232,7 +245,7 @@ def _busy(out: Path, holder: str) -> EmbedgeError:
 
 
 def _refused(out: Path, error: OSError, *, link: bool) -> EmbedgeError:
-    reason, advice = error.strerror or str(error), "name another folder"
+    reason, advice = system_reason(error), "name another folder"
     if error.errno == errno.EXDEV:
         advice = (
             "links need both on the same disk: leave link out, or name a folder beside the bundle"

@@ -154,7 +154,11 @@ def _load(file: Path, max_length: int, side: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_str(read_regular_file(file, TOKENIZER_BYTES).decode())
+        content = read_regular_file(file, TOKENIZER_BYTES)
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read: {error.strerror or error}") from error
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.enable_truncation(max_length, direction=side)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime._errors import EmbedgeError
+from embedge.runtime._files import system_reason
 from embedge.runtime._writing import NewFile
 
 __all__ = ["VectorWriter", "open_output", "vector_writer"]
@@ -49,8 +50,12 @@ def open_output(name: str) -> Iterator[_NamedStream]:
         stream.flush()
         return
     # Through a link to the file behind it: replacing the link is not what was asked for.
-    target = Path(os.path.realpath(name))
-    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+    try:
+        target = Path(os.path.realpath(name))
+        has_name = not target.exists() or stat.S_ISREG(target.stat().st_mode)
+    except OSError as error:
+        raise EmbedgeError(f"--output {name}: {system_reason(error)}") from error
+    if not has_name:
         with _opened(target, name) as stream:  # a device or a pipe has no name to take
             yield stream
         return

@@ -27,11 +27,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from embedge.runtime._errors import EmbedgeError
+from embedge.runtime._errors import EmbedgeError, EmbedgeValueError
 from embedge.runtime._lock import check_own, is_at, lock_now
 
 __all__ = [
     "NewFile",
+    "check_not_inside",
     "make_folder",
     "partial_of",
     "put_in_place",
@@ -203,6 +204,25 @@ def remove_folder(path: Path) -> None:
     """
     check_own(path, stat.S_ISDIR, "a folder")
     shutil.rmtree(path)
+
+
+def check_not_inside(name: str, out: Path) -> None:
+    """Refuse to give another folder the name of the one that the process works in.
+
+    Args:
+        name: of the argument.
+        out: the name.
+
+    Raises:
+        EmbedgeValueError: this process, and the shell that started it, would be left in a deleted folder.
+    """
+    with suppress(OSError):  # nothing is there, or the working folder is gone already
+        here = Path.cwd()
+        if any(os.path.samefile(out, folder) for folder in (here, *here.parents)):
+            raise EmbedgeValueError(
+                f"{name}: {out} is the working folder, or holds it, and the new folder would take its place; "
+                "`cd` out of it, or name another"
+            )
 
 
 def put_in_place(work: Path, out: Path, *, replace: bool) -> None:

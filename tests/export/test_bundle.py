@@ -1022,3 +1022,32 @@ def test_a_failed_addition_says_that_the_bundle_is_as_it_was(
     monkeypatch.setattr(writer_module, "_write_graph", refuse)
     with pytest.raises(ExportError, match="the bundle that was there is as it was"):
         small(source, copy, adapters={"third": None})
+
+
+def test_the_working_folder_is_not_replaced(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    with pytest.raises(EmbedgeValueError, match="is the working folder, or holds it.*`cd` out"):
+        export_bundle(source, adapters={"a": None}, precisions=["fp32"], out=".")
+    assert not list(inner.iterdir())
+    made = export_bundle(source, adapters={"a": None}, precisions=["fp32"], out="no/../made")
+    assert (made / "manifest.json").is_file()
+    monkeypatch.chdir(made)
+    with pytest.raises(EmbedgeValueError, match="`cd` out"):
+        export_bundle(source, adapters={"a": None}, precisions=["fp32"], out=made, overwrite=True)
+    assert export_bundle(source, adapters={"b": None}, precisions=["fp32"], out=".") == Path(".")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a working folder stays there")
+def test_a_deleted_working_folder_is_named(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ExportError, match="the working folder was deleted or moved; `cd` to one"):
+        export_bundle(source, adapters={"a": None}, precisions=["fp32"], out="made")

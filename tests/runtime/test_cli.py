@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedge.runtime import Embedder, EmbedgeError, __version__
+from embedge.runtime import Embedder, EmbedgeError, EmbedgeWarning, __version__
 from embedge.runtime import _cli_embed as embed_module
 from embedge.runtime._cli import main
 from embedge.runtime._vector_output import _JsonlWriter
@@ -814,3 +814,23 @@ def test_help_ends_with_examples_that_parse(
         assert words[:2] == ["embedge", command]
         assert main(words[1:]) == 0, example
     assert len(called) == len(examples)
+
+
+def test_unknown_options_point_to_the_help_of_their_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["inspect", "bundle", "--depth", "2"]) == 2
+    assert "unrecognized arguments: --depth 2; `embedge inspect --help`" in capsys.readouterr().err
+
+
+def test_warnings_that_are_asked_to_be_errors_are_one_line(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.write_text("\n")
+    monkeypatch.setattr(
+        "embedge.runtime._cli_embed._encode",
+        lambda *_: (_ for _ in ()).throw(EmbedgeWarning("input line 1 has no tokens")),
+    )
+    assert main(["embed", str(bundle.path), "--input", str(texts)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "embedge: error: input line 1 has no tokens"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
+from embedge.runtime._arguments import parse_bytes
 from embedge.runtime._call import EncodeOptions
 
 TEXTS = ["w1 w2", "w3"]
@@ -318,3 +320,26 @@ class TestStringsThatNameImages:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             Embedder(bundle.path).encode(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("value", [["x"], {}, 1, {"x"}])
+@pytest.mark.parametrize("name", ["task", "precision", "default_prompt_name"])
+def test_arguments_that_are_no_names_are_refused(bundle: Any, name: str, value: Any) -> None:
+    with pytest.raises(EmbedgeValueError, match=re.escape(repr(value))):
+        Embedder(bundle.path, **{name: value})
+    if name == "task":
+        with pytest.raises(EmbedgeValueError, match=re.escape(repr(value))):
+            Embedder(bundle.path).encode("w1", prompt_name=value)
+
+
+def test_a_subclass_stays_one_when_it_is_pickled(bundle: Any) -> None:
+    assert type(pickle.loads(pickle.dumps(Child(bundle.path)))) is Child
+
+
+class Child(Embedder):
+    pass
+
+
+def test_any_number_of_bytes_is_read() -> None:
+    assert parse_bytes("memory_limit", "9" * 400) == int("9" * 400)
+    assert parse_bytes("memory_limit", "1.5 GiB") == 3 << 29

@@ -242,3 +242,18 @@ def test_damaged_files_are_pictures_or_errors(kind: str) -> None:
         except EmbedgeValueError:
             continue
         assert picture.mode == "RGB"
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_damaged_exif_does_not_keep_the_pixels_from_being_read(file_format: str) -> None:
+    pixels = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
+    plain, damaged = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(plain, file_format, lossless=True)
+    Image.fromarray(pixels).save(damaged, file_format, lossless=True, exif=b"no EXIF at all")
+    found, expected = (load_image(f.getvalue(), "images[0]") for f in (damaged, plain))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_a_value_just_above_1_is_told_apart_from_1() -> None:
+    with pytest.raises(EmbedgeValueError, match=r"found 0 to 1\.0000001"):
+        load_image(np.array([[0.0, 1.0000001]]), "images[0]")

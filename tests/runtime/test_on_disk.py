@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedge.runtime import BundleError, Embedder
+from embedge.runtime import (
+    BundleError,
+    Embedder,
+    EmbedgeError,
+    EmbedgeValueError,
+    subset_bundle,
+)
 from embedge.runtime._bundle import Bundle
 from embedge.runtime._cli import main
 from embedge.runtime._session import GraphSession
@@ -225,3 +233,77 @@ def test_a_circle_of_links_is_a_bundle_error(bundle: Any, tmp_path: Path) -> Non
         path.symlink_to(path.name)
         with pytest.raises(BundleError):
             Embedder(name or bundle.path)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is gone."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("x" * 300, "File name too long"),
+        ("a\0b", "embedded null byte"),
+        ("\udcff", "nothing there"),
+        (
+            "~/no such bundle",
+            f"does not expand ~: give {re.escape(os.path.expanduser('~'))}/no such",
+        ),
+    ],
+)
+def test_paths_of_no_bundle_are_refused(path: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        Embedder(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a working folder stays there")
+def test_a_deleted_working_folder_is_named(nowhere: None, two_tasks: Any) -> None:
+    with pytest.raises(BundleError, match="the working folder was deleted or moved; `cd` to one"):
+        Embedder(".")
+    bundle = two_tasks.path
+    with pytest.raises(EmbedgeError, match="part: .*the working folder was deleted or moved"):
+        subset_bundle(bundle, "part")
+    assert Embedder(bundle, precision="fp32").encode(TEXTS, task="code").shape[0] == 2
+
+
+def test_the_working_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_tasks: Any
+) -> None:
+    bundle = two_tasks.path
+    inner = tmp_path / "empty"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    for out in (".", inner):
+        with pytest.raises(EmbedgeValueError, match="is the working folder, or holds it"):
+            subset_bundle(bundle, out)
+    assert not list(inner.iterdir())
+    made = subset_bundle(bundle, "missing/../part")
+    assert Bundle(made, verify="full").root == inner / "part"
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["tokenizer.json", "fp32/code.onnx", "fp32/code.bin", "fp32"])
+def test_what_may_not_be_read_is_named_with_the_command_that_lets_others(
+    name: str, two_tasks: Any
+) -> None:
+    bundle = two_tasks.path
+    (bundle / name).chmod(0)
+    try:
+        with pytest.raises(BundleError, match="Permission denied; its owner .* `chmod -R a"):
+            Embedder(bundle, precision="fp32")
+    finally:
+        (bundle / name).chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_path_that_is_no_utf8_is_refused_by_name(two_tasks: Any) -> None:
+    bundle = two_tasks.path
+    other = bundle.with_name("b\udcff")
+    bundle.rename(other)
+    with pytest.raises(EmbedgeError, match="opens paths in UTF-8 alone; rename the folder"):
+        Embedder(other, precision="fp32").encode(TEXTS, task="code")

@@ -310,7 +310,7 @@ class TestInTheUsersCache:
         self, cache, bundle, monkeypatch
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "access", lambda *_: False)
+            patch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
             PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
         assert len(list(cache.rglob("graph.onnx"))) == 1
         PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")

@@ -136,3 +136,19 @@ class TestPairwise:
         with pytest.raises(EmbedgeValueError, match="different dimensions: 3 and 2"):
             similarity_pairwise(ones, ones[:, :2], "dot")
         assert similarity_pairwise(ones[:0], ones[:0], "dot").shape == (0,)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
+def test_cosine_does_not_depend_on_the_length_of_a_vector(size: float) -> None:
+    a, b = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[4.0, 3.0]])
+    expected = [[0.96], [0.0]]
+    np.testing.assert_allclose(similarity(a * size, b * size, "cosine"), expected, rtol=1e-6)
+    pairs = similarity_pairwise(a[:1] * size, b * size, "cosine")
+    np.testing.assert_allclose(pairs, [0.96], rtol=1e-6)
+
+
+def test_cosine_of_what_is_not_finite_is_nan_and_not_0() -> None:
+    bad = np.array([[np.nan, 1.0], [np.inf, 1.0], [1.0, 0.0]])
+    found = similarity(bad, np.array([[1.0, 0.0]]), "cosine")[:, 0]
+    assert np.isnan(found[:2]).all()
+    assert found[2] == 1
