@@ -100,7 +100,8 @@ __attribute__((constructor(101))) static void start(void) {
     _exit(2);
   }
   real_sigaction = (Sigaction *)dlsym(RTLD_NEXT, "sigaction");
-  struct sigaction mine = {.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK, .sa_sigaction = on_fault};
+  /* On the stack of whoever asks: alternate ones, which Rust and Python set up, may be too small for the registers of AVX-512. */
+  struct sigaction mine = {.sa_flags = SA_SIGINFO | SA_NODEFER, .sa_sigaction = on_fault};
   sigemptyset(&mine.sa_mask);
   real_sigaction(SIGSEGV, &mine, NULL);
   if (syscall(SYS_arch_prctl, SET_CPUID, 0)) {
