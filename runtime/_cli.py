@@ -6,6 +6,7 @@ Rules:
     * Messages name the command's options where the library's name Python's arguments.
     * Errors and warnings are one line each on standard error, never a traceback; the environment
       variable EMBEDGE_TRACEBACK=1 shows it.
+    * Control characters of a file's texts reach no terminal, in messages and tables.
     * What the terminal's encoding does not have is printed as its escape sequence. A closed standard error
       takes everything; files that are opened never get the number of a closed standard stream.
     * ``export`` and ``bench`` belong to other parts of embedge, which are looked up when called:
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TextIO, cast
 
 from embedge.runtime._option_names import OptionNames
+from embedge.runtime._printable import printable
 
 __all__ = ["main"]
 
@@ -71,6 +73,7 @@ _COMMANDS = {
 }
 
 
+_SMALLER = "ask for less at once, as with --threads 1 or --max-batch-tokens"
 _EXAMPLES = """examples:
   embedge export MODEL --adapter code=FOLDER --precision int8 --out bundle
   embedge embed bundle --task code < lines.txt > vectors.jsonl
@@ -230,9 +233,17 @@ def _report(error: Exception, names: OptionNames, *, output_fails: bool) -> int:
         return _failed(names.put_into(str(error)), 1)
     if isinstance(error, OSError):
         return _failed(_system_error(error, output_fails), 1)
+    if isinstance(error, MemoryError):
+        return _failed(f"memory ran out{_brackets(error)}; end other programs, or {_SMALLER}", 1)
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return _failed(f"{error}; allow more processes (`ulimit -u`), or pass --threads 1", 1)
     return _failed(
         f"unexpected {type(error).__name__}: {error} (EMBEDGE_TRACEBACK=1 shows where)", 1
     )
+
+
+def _brackets(error: Exception) -> str:
+    return f" ({error})" if str(error) else ""
 
 
 def _system_error(error: OSError, output_fails: bool) -> str:
@@ -249,7 +260,8 @@ def _system_error(error: OSError, output_fails: bool) -> str:
 
 def _failed(message: str, code: int) -> int:
     lines = [line.strip() for line in message.splitlines()]
-    print(f"embedge: error: {'; '.join(line for line in lines if line)}", file=sys.stderr)
+    shown = printable("; ".join(line for line in lines if line))
+    print(f"embedge: error: {shown}", file=sys.stderr)
     return code
 
 
@@ -263,4 +275,4 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     text = names.put_into(" ".join(str(message).split()))
-    print(f"embedge: warning: {text}", file=sys.stderr)
+    print(f"embedge: warning: {printable(text)}", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 import warnings
@@ -137,6 +138,10 @@ def run(args: argparse.Namespace) -> int:
             raise EmbedgeValueError(f"--{option} is for texts; leave it out with --images")
     if args.max_pixels is not None and not args.images:
         raise EmbedgeValueError("--max-pixels goes with --images")
+    if "-" not in (args.input, args.output) and _are_one_file(args.input, args.output):
+        raise EmbedgeValueError(
+            f"--output {args.output} is the input, whose texts would be lost; name another file"
+        )
     if args.verbose:
         logging.basicConfig(format="embedge: %(message)s", level=logging.INFO)
     jsonl = args.field is not None or args.input_format == "jsonl"
@@ -218,6 +223,13 @@ def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[
         )
         warnings.warn(text, warning.category, stacklevel=2)
     return vectors
+
+
+def _are_one_file(one: str, other: str) -> bool:
+    try:
+        return os.path.isfile(one) and os.path.samefile(one, other)
+    except OSError:  # neither is there yet, or the one that is missing is named later
+        return False
 
 
 def _open_input(name: str) -> BinaryIO:

@@ -16,6 +16,7 @@ from embedge.runtime._cpu import describe_processor
 from embedge.runtime._errors import BundleError, EmbedgeError, EmbedgeValueError
 from embedge.runtime._kernels import describe_kernels
 from embedge.runtime._prepared import PreparedGraphs
+from embedge.runtime._printable import printable
 from embedge.runtime._typed_json import read_json_object
 
 __all__ = ["add_arguments", "run", "table"]
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_document(bundle, problems, layers), indent=2))
     else:
-        print("\n".join([*_summary(bundle), *_layer_tables(layers)]))
+        print("\n".join(map(printable, [*_summary(bundle), *_layer_tables(layers)])))
         if args.verify and not problems:
             print(f"\nverified: {len(bundle.manifest.files)} files match their SHA-256")
             if prepared.count:

@@ -834,3 +834,56 @@ def test_warnings_that_are_asked_to_be_errors_are_one_line(
     )
     assert main(["embed", str(bundle.path), "--input", str(texts)]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "embedge: error: input line 1 has no tokens"
+
+
+def test_control_characters_of_a_bundle_reach_no_terminal(
+    bundle: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bundle.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    evil = "\x1b]0;x\x07\x1b[2J\u202e"
+    manifest["source"] |= {"name": evil, "license": evil}
+    for task in manifest["tasks"].values():
+        task["prompts"] = {evil: evil}
+    file.write_text(json.dumps(manifest))
+    assert main(["inspect", str(bundle.path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b]0;x\\x07" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
+    manifest["model"]["similarity"] = evil
+    file.write_text(json.dumps(manifest))
+    assert main(["inspect", str(bundle.path)]) == 1
+    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
+
+
+def test_the_input_is_not_overwritten(
+    bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, link = tmp_path / "texts", tmp_path / "link"
+    texts.write_text("w1\n")
+    link.symlink_to(texts)
+    for output in (texts, link):
+        assert (
+            main(["embed", str(bundle.path), "--input", str(texts), "--output", str(output)]) == 2
+        )
+        assert "is the input, whose texts would be lost; name another" in capsys.readouterr().err
+    assert texts.read_text() == "w1\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "memory ran out; end other programs, or ask for less at once"),
+        (RuntimeError("can't start new thread"), "can't start new thread; allow more processes"),
+    ],
+)
+def test_what_the_machine_lacks_is_named(
+    error: Exception,
+    message: str,
+    bundle: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(embed_module, "Embedder", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert main(["embed", str(bundle.path)]) == 1
+    assert message in capsys.readouterr().err
