@@ -28,6 +28,7 @@ from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._prepared import PREPARED
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._writing import (
+    NAME_INSIDE,
     make_folder,
     partial_of,
     put_in_place,
@@ -130,6 +131,8 @@ def write_error(out: Path, error: OSError, left: str = _NOTHING_LEFT) -> ExportE
         advice = "free some space or choose another --out"
     elif error.errno in _NO_PERMISSION:
         advice = "choose an --out that this user can write to"
+    elif error.errno == errno.EBUSY:  # something is mounted there
+        advice = NAME_INSIDE
     elif error.errno in _VANISHED:
         advice = "make sure that nothing else moves or deletes files there"
     place = "" if error.filename in (None, str(out)) else f"{error.filename}: "

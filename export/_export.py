@@ -38,7 +38,7 @@ from embedge.runtime._errors import EmbedgeValueError
 from embedge.runtime._files import system_reason
 from embedge.runtime._manifest import Manifest
 from embedge.runtime._onnxruntime import load_onnxruntime
-from embedge.runtime._writing import check_not_inside, replace_file, sync_files
+from embedge.runtime._writing import check_replaceable, replace_file, sync_files
 
 
 def export(request: Request, progress: Progress) -> Path:
@@ -63,7 +63,7 @@ def _export_alone(request: Request, progress: Progress) -> None:
     model = read_model(request)
     dims = check_dims(request.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is None:
-        check_not_inside("out", request.out)
+        check_replaceable("out", request.out)
     else:
         check_same_source(request.out, model, dims, old)
         dims = dims or old.model.matryoshka_dims

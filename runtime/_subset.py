@@ -35,7 +35,8 @@ from embedge.runtime._lock import sole_holder
 from embedge.runtime._manifest import VISION, Manifest
 from embedge.runtime._typed_json import read_json_object
 from embedge.runtime._writing import (
-    check_not_inside,
+    NAME_INSIDE,
+    check_replaceable,
     make_folder,
     partial_of,
     put_in_place,
@@ -194,7 +195,7 @@ def _check_free(source: Bundle, out: Path, real: Path) -> None:
         raise EmbedgeValueError(
             f"{out}: expected no such path, found one; name another, or move it"
         )
-    check_not_inside("out", real)
+    check_replaceable("out", real)
 
 
 def _fill(
@@ -250,6 +251,8 @@ def _refused(out: Path, error: OSError, *, link: bool) -> EmbedgeError:
         advice = (
             "links need both on the same disk: leave link out, or name a folder beside the bundle"
         )
+    elif error.errno == errno.EBUSY:  # something is mounted there
+        advice = NAME_INSIDE
     elif link and error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
         advice = "leave link out"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):

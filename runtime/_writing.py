@@ -31,8 +31,9 @@ from embedge.runtime._errors import EmbedgeError, EmbedgeValueError
 from embedge.runtime._lock import check_own, is_at, lock_now
 
 __all__ = [
+    "NAME_INSIDE",
     "NewFile",
-    "check_not_inside",
+    "check_replaceable",
     "make_folder",
     "partial_of",
     "put_in_place",
@@ -47,6 +48,7 @@ __all__ = [
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _CREATE |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
 _ATTEMPTS = 100
+NAME_INSIDE = "name a folder inside it"
 _RANDOM_BYTES = 8
 _PARTIAL = re.compile(rf"\.(.+)\.[0-9a-f]{{{2 * _RANDOM_BYTES}}}\.partial")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -206,16 +208,22 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def check_not_inside(name: str, out: Path) -> None:
-    """Refuse to give another folder the name of the one that the process works in.
+def check_replaceable(name: str, out: Path) -> None:
+    """Refuse to replace a folder that something is mounted on, or that the process works in.
 
     Args:
         name: of the argument.
         out: the name.
 
     Raises:
-        EmbedgeValueError: this process, and the shell that started it, would be left in a deleted folder.
+        EmbedgeValueError: something is mounted there, or this process, and the shell that started it, would
+            be left in a deleted folder.
     """
+    if os.path.ismount(out):
+        raise EmbedgeValueError(
+            f"{name}: {out} is a mounted disk or volume, whose folder cannot be replaced; {NAME_INSIDE}, "
+            f"such as {out / 'bundle'}"
+        )
     with suppress(OSError):  # nothing is there, or the working folder is gone already
         here = Path.cwd()
         if any(os.path.samefile(out, folder) for folder in (here, *here.parents)):

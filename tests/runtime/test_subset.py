@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -184,3 +185,25 @@ def test_a_part_that_was_copied_by_hand_names_the_command(two_tasks: Any, tmp_pa
     shutil.rmtree(part / "int4")
     with pytest.raises(BundleError, match=r"int4.*: missing; .*`embedge subset`"):
         Embedder(part, precision="fp32")
+
+
+def test_a_mounted_folder_is_not_replaced(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "volume"
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+        with pytest.raises(EmbedgeValueError, match="inside it, such as .*volume/bundle"):
+            subset_bundle(bundle.path, out)
+
+    def busy(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(out))
+
+    with monkeypatch.context() as patch:  # a bind mount looks like any folder
+        patch.setattr(os, "rename", busy)
+        with pytest.raises(
+            EmbedgeError, match="busy; nothing was left there: name a folder inside"
+        ):
+            subset_bundle(bundle.path, out)
+    assert [path.name for path in tmp_path.iterdir() if path != bundle.path] == ["volume"]
