@@ -522,7 +522,9 @@ class _Reader:
             ):
                 raise ValueError(f"an initializer has the {name} {entries[name][:40]!r}")
         if not is_path(entries["location"]):
-            raise ValueError(f"an initializer lies at {entries['location'][:80]!r}")
+            raise ValueError(
+                f"an initializer lies at {entries['location'][:80]!r}, which may lie outside the bundle"
+            )
         offset, length = int(entries["offset"]), int(entries["length"])
         return ExternalData(location=entries["location"], offset=offset, length=length)
 
