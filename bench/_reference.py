@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedge.bench._backbone import load_backbone, merge
 from embedge.bench._pooling import pool
-from embedge.bench._source import Source, read_source
+from embedge.bench._source import Source, read_source, source_of_task
 from embedge.bench._tokens import Ids, TextTokens, sorted_batches
 
 __all__ = ["Reference"]
@@ -43,7 +43,8 @@ class Reference:
 
         Args:
             source: a model folder or a hub id.
-            adapter: a folder in PEFT's format; ``None`` is the bare backbone.
+            adapter: a folder in PEFT's format, whose own modules and prompts count where
+                sentence-transformers saved them there; ``None`` is the bare backbone.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, of weights and activations; pooling
                 is float32.
             pooling: overrides what the model's files say.
@@ -58,7 +59,8 @@ class Reference:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self.source = source if isinstance(source, Source) else read_source(source, pooling)
+        base = source if isinstance(source, Source) else read_source(source, pooling)
+        self.source = source_of_task(base, adapter)
         self.tokens = TextTokens(self.source)
         model = load_backbone(self.source.transformer, adapter)
         if merged and adapter is not None:

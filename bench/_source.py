@@ -7,7 +7,7 @@ a reference that used the exporter's reader would repeat its mistakes and find n
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from embedge.bench._errors import BenchArgumentError, BenchError
 
-__all__ = ["DenseModule", "Source", "read_source"]
+__all__ = ["DenseModule", "Source", "read_source", "source_of_task"]
 
 _POOLING_FLAGS = {
     "pooling_mode_mean_tokens": "mean",
@@ -110,6 +110,26 @@ def read_source(source: str | Path, pooling: str | None = None) -> Source:
         BenchError: no such model, or its files ask for something the reference does not do.
     """
     path = _folder(source)
+    return _source(path, pooling)
+
+
+def source_of_task(source: Source, adapter: str | Path | None) -> Source:
+    """The source as an adapter's folder has it, where sentence-transformers saved modules beside the adapter.
+
+    Args:
+        source: the base model.
+        adapter: the folder of ``adapter_config.json``; ``None`` is the bare model.
+
+    Raises:
+        BenchError: the folder's files ask for something the reference does not do.
+    """
+    if adapter is None or not (Path(adapter) / "modules.json").is_file():
+        return source
+    own = _source(Path(adapter), None)
+    return replace(own, path=source.path, transformer=source.transformer)
+
+
+def _source(path: Path, pooling: str | None) -> Source:
     modules = _read(path / "modules.json", default=[])
     kinds = {str(module["type"]).rpartition(".")[2]: module.get("path", "") for module in modules}
     transformer = path / kinds.get("Transformer", "")

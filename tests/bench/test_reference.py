@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,27 @@ def test_the_adapter_is_added_with_alpha_over_rank(
     expected = np.stack([by_hand(model, adapter, text, "mean") for text in TEXTS])
     np.testing.assert_allclose(found, expected, atol=SAME)
     assert np.abs(found - Reference(model).encode(TEXTS)).max() > 0.01
+
+
+def test_modules_beside_an_adapter_are_its_own(
+    make_model: Callable[[str], Path], adapter: Path, tmp_path: Path
+) -> None:
+    model = make_model("mean")
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    for name in ("modules.json", "1_Pooling", "sentence_bert_config.json"):
+        part = make_model("cls") / name
+        shutil.copytree(part, folder / name) if part.is_dir() else shutil.copy(part, folder)
+    settings = {"prompts": {"find": "find "}, "default_prompt_name": "find"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+
+    reference = Reference(model, folder)
+
+    expected = np.stack([by_hand(model, adapter, text, "cls") for text in TEXTS])
+    np.testing.assert_allclose(reference.encode(TEXTS, prompt=""), expected, atol=SAME)
+    assert reference.source.prompt() == "find "
+    np.testing.assert_array_equal(
+        reference.encode(TEXTS), reference.encode(["find " + t for t in TEXTS], prompt="")
+    )
 
 
 def test_the_bare_reference_equals_sentence_transformers(model: Path) -> None:
