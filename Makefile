@@ -11,6 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch>=2.9,<2.14
 TORCH_INDEX ?=
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
@@ -20,10 +21,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-as-%: $(STAMP) build/cpuid_mask.so
-	CPUID_MASK=$* LD_PRELOAD=$(CURDIR)/build/cpuid_mask.so $(BIN)/python -m pytest
+	CPUID_MASK=$* LD_PRELOAD=$(CURDIR)/build/cpuid_mask.so $(PYTEST)
 
 build/cpuid_mask.so: tests/processors/cpuid_mask.c
 	mkdir -p build

@@ -180,7 +180,7 @@ def test_what_is_no_lock_is_refused_and_left_alone(
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-@pytest.mark.parametrize("plant", [link, dangling, full, loop, os.mkfifo], ids=str)
+@pytest.mark.parametrize("plant", [link, dangling, full, loop, os.mkfifo])
 @pytest.mark.parametrize("name", [partial_of, replaced_of])
 def test_what_is_no_folder_is_refused_and_left_alone(
     name: Callable[[Path], Path], plant: Callable[[Path], None], tmp_path: Path
