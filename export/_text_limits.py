@@ -64,6 +64,10 @@ def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str
         CheckpointError: if a limit is not a positive number, or none is found.
     """
     tokenizer_file = folder / "tokenizer_config.json"
+    tokenizer = read_optional(tokenizer_file)
+    own = (
+        "model_max_length" if "model_max_length" in tokenizer else "max_len"
+    )  # its name before 2020
     overrides = transformer.get("processor_kwargs") or transformer.get("tokenizer_args") or {}
     limits = [
         (
@@ -72,7 +76,7 @@ def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str
             overrides.get("model_max_length"),
         ),
         (folder / "sentence_bert_config.json", "max_seq_length", transformer.get("max_seq_length")),
-        (tokenizer_file, "model_max_length", read_optional(tokenizer_file).get("model_max_length")),
+        (tokenizer_file, own, tokenizer.get(own)),
     ]
     reach = positions(config)
     for file, key, value in limits:

@@ -399,6 +399,8 @@ HUGE = 1000000000000000019884624838656  # transformers' "no limit"
         ({"max_seq_length": 24}, {"model_max_length": 48}, {}, 24),
         ({"max_seq_length": 999}, {}, {}, 64),
         ({"max_seq_length": None}, {"model_max_length": 48}, {}, 48),
+        ({}, {"max_len": 48}, {}, 48),
+        ({}, {"model_max_length": 32, "max_len": 48}, {}, 32),
         ({}, {"model_max_length": HUGE}, {}, 64),
         ({}, {"model_max_length": 1e30}, {}, 64),
         ({"max_seq_length": 24, "tokenizer_args": {"model_max_length": 12}}, {}, {}, 12),
