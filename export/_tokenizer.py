@@ -2,9 +2,10 @@
 
 Read without transformers, whose versions make different tokenizers of the same files (5 builds Llama's
 and Qwen's anew from their vocabularies). Files written by version 5, known by ``backend``, hold what
-runs. For all others tokenizer_config.json has the last word, as in version 4: the class that it names
-decides which of its settings change tokenizer.json (:data:`_CLASSES`). A class that is not listed is
-refused by name.
+runs: settings beside them that say something else are refused, but for those of BERT's normalizer, which
+both versions apply. For all others tokenizer_config.json has the last word, as in version 4: the class that
+it names decides which of its settings change tokenizer.json (:data:`_CLASSES`). A class that is not listed
+is refused by name.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class _Class:
     Attributes:
         tokens: special tokens where the files name none, in the order of ``_NAMED``, "" for none.
         more: further special tokens.
+        remade: special tokens that it matches in its own way where the files do not say how, the mask with
+            the space before it.
         lowers: whether ``do_lower_case`` and its kin replace the normalizer's.
         ends: whether ``add_bos_token`` and ``add_eos_token`` replace the post-processor, and their defaults.
         prefix: whether ``add_prefix_space`` makes it convert the slow tokenizer.
@@ -49,6 +52,7 @@ class _Class:
 
     tokens: str = ""
     more: tuple[str, ...] = ()
+    remade: tuple[str, ...] = ()
     lowers: tuple[str, ...] = ()
     ends: tuple[bool, bool] | None = None
     prefix: bool = False
@@ -58,22 +62,32 @@ class _Class:
 _LOWERS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 _PLAIN = _Class()
 _BERT = _Class(tokens="- - [UNK] [SEP] [PAD] [CLS] [MASK]", lowers=_LOWERS)
-_ROBERTA = _Class(tokens="<s> </s> <unk> </s> <pad> <s> <mask>", types=False)
+_MASK = ("mask_token",)
+_ROBERTA = _Class(tokens="<s> </s> <unk> </s> <pad> <s> <mask>", remade=_MASK, types=False)
 _GPT2 = _Class(tokens="<|endoftext|> <|endoftext|> <|endoftext|>", types=False)
 _CLASSES: Mapping[str, _Class] = {
     **dict.fromkeys(("Bert", "Electra", "MobileBert", "ConvBert"), _BERT),
     "DistilBert": replace(_BERT, types=False),
-    "MPNet": replace(_ROBERTA, tokens="<s> </s> [UNK] </s> <pad> <s> <mask>", lowers=_LOWERS[:2]),
+    "MPNet": _Class(
+        tokens="<s> </s> [UNK] </s> <pad> <s> <mask>",
+        remade=_NAMED,
+        lowers=_LOWERS[:2],
+        types=False,
+    ),
     **dict.fromkeys(("Roberta", "XLMRoberta", "Bart", "Barthez", "Longformer"), _ROBERTA),
     "Camembert": replace(_ROBERTA, more=("<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED")),
     "Herbert": _Class(tokens="- - <unk> </s> <pad> <s> <mask>"),
     "DebertaV2": _Class(tokens="[CLS] [SEP] [UNK] [SEP] [PAD] [CLS] [MASK]"),
-    "Albert": _Class(tokens="[CLS] [SEP] <unk> [SEP] <pad> [CLS] [MASK]"),
+    "Albert": _Class(tokens="[CLS] [SEP] <unk> [SEP] <pad> [CLS] [MASK]", remade=_MASK),
     "GPT2": _GPT2,
     "GPTNeoX": replace(_GPT2, ends=(False, False)),
     "Llama": _Class(tokens="<s> </s> <unk>", ends=(True, False), prefix=True, types=False),
     "Gemma": _Class(tokens="<bos> <eos> <unk> - <pad>", ends=(True, False), types=False),
-    "Qwen2": _Class(tokens="- <|endoftext|> <|endoftext|> - <|endoftext|>", types=False),
+    "Qwen2": _Class(
+        tokens="- <|endoftext|> <|endoftext|> - <|endoftext|>",
+        remade=("bos_token", "eos_token", "unk_token", "pad_token"),
+        types=False,
+    ),
 }
 # tokenizer_class where tokenizer_config.json names none
 _BY_MODEL = {
@@ -88,17 +102,6 @@ _BY_MODEL = {
     "qwen3": "Qwen2",
     "qwen2_5_vl": "Qwen2",
 }
-# Classes whose mask token takes the space before it, where the files do not say how it is matched.
-_MASK_TAKES_SPACE = (
-    "Roberta",
-    "XLMRoberta",
-    "Bart",
-    "Barthez",
-    "Longformer",
-    "MPNet",
-    "Camembert",
-    "Albert",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,7 @@ class _Reader:
     overrides: dict[str, Any]
     settings: dict[str, Any] = field(init=False)
     special: dict[str, Any] = field(init=False)
+    plain: set[str] = field(init=False, default_factory=set)  # those given as a text alone
 
     def read(self, lowercase: bool) -> BundleTokenizer:
         from tokenizers import Tokenizer
@@ -195,9 +199,9 @@ class _Reader:
         self.settings = self._settings()
         name = self._class_name()
         named = _CLASSES.get(name, _PLAIN)
-        if "backend" in self.settings:
-            named = _Class(types=named.types and bool(name))  # no types by default in version 5
         kind = named
+        if "backend" in self.settings:
+            kind = _Class(types=named.types and bool(name))  # no types by default in version 5
         try:
             tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
         except (KeyboardInterrupt, SystemExit):
@@ -206,11 +210,15 @@ class _Reader:
             raise CheckpointError(
                 f"{file}: tokenizers could not read it ({error}); fetch or save the file again"
             ) from error
-        self.special = self._special_tokens(kind, content, name)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.special = self._special_tokens(kind, content)
         self._add_tokens(tokenizer)
-        if "backend" not in self.settings:
+        if "backend" in self.settings:
+            self._check_written(tokenizer, named, name)
+        else:
             self._prefix_space(tokenizer, kind)
-            self._lower_case(tokenizer, kind)
+        self._lower_case(tokenizer, named)
         self._ends(tokenizer, kind)
         if lowercase:
             _lower_first(tokenizer)
@@ -225,7 +233,7 @@ class _Reader:
         result["truncation"] = result["padding"] = None
         return BundleTokenizer(
             text=json.dumps(result, ensure_ascii=False, separators=(",", ":")),
-            pad_token_id=self._padding(tokenizer, content),
+            pad_token_id=self._padding(tokenizer),
             truncation_side=side,
         )
 
@@ -243,6 +251,12 @@ class _Reader:
         for key in ("split_special_tokens", "fix_mistral_regex", "from_slow"):
             if settings.get(key):
                 raise self._refuse(key, settings[key], "false; save the tokenizer as it should run")
+        if settings.get("fast_tokenizer_files", ["tokenizer.json"]) != ["tokenizer.json"]:
+            raise self._refuse(
+                "fast_tokenizer_files",
+                settings["fast_tokenizer_files"],
+                "['tokenizer.json']; delete it, and the files for single versions of transformers",
+            )
         if settings.get("use_fast") is False:
             raise self._refuse("use_fast", False, "true, the tokenizer in tokenizer.json")
         code = settings.get("auto_map")
@@ -295,20 +309,20 @@ class _Reader:
 
     # -- what the class does with them ------------------------------------------------------------------
 
-    def _special_tokens(self, kind: _Class, content: dict[str, Any], name: str) -> dict[str, Any]:
-        """Name of each special token to its text or AddedToken; further ones are numbered."""
+    def _special_tokens(self, kind: _Class, content: dict[str, Any]) -> dict[str, Any]:
+        """Name of each special token to its AddedToken; further ones are numbered."""
         from tokenizers import AddedToken
 
-        decoder = self.settings.get("added_tokens_decoder") or {}
-        listed = [*(content.get("added_tokens") or []), *getattr(decoder, "values", list)()]
+        listed = content.get("added_tokens") or []
+        if "added_tokens_decoder" in self.settings:
+            listed = getattr(self.settings["added_tokens_decoder"], "values", list)()
         added = {t["content"]: t for t in listed if isinstance(t, dict) and "content" in t}
-        names = dict(zip(_NAMED, kind.tokens.split(), strict=False))
-        found: dict[str, Any] = {k: v for k, v in names.items() if v != "-"}
-        found |= {k: self.settings[k] for k in _NAMED if k in self.settings}
-        further = [*(self.settings.get("additional_special_tokens") or kind.more)]
-        extra = self.settings.get("extra_special_tokens") or []
-        further += extra.values() if isinstance(extra, dict) else extra
-        found |= {f"token {number}": token for number, token in enumerate(further)}
+        names = zip(_NAMED, kind.tokens.split(), strict=False)
+        defaults = {k: None if token == "-" else token for k, token in names}
+        if defaults.get("pad_token") is None:
+            defaults["pad_token"] = (content.get("padding") or {}).get("pad_token")
+        found = {k: self.settings.get(k, defaults.get(k)) for k in _NAMED}
+        found |= {f"token {number}": token for number, token in enumerate(self._further(kind))}
         result = {}
         for key, token in found.items():
             if token is None:
@@ -316,14 +330,29 @@ class _Reader:
             text = token.get("content") if isinstance(token, dict) else token
             if not isinstance(text, str):
                 raise self._refuse(key, token, "a token's text, or an object with its content")
-            if text in added:
+            if key in self.settings and text in added:
                 result[key] = _added_token({**added[text], "special": True})
             elif isinstance(token, dict):
                 result[key] = _added_token({**token, "special": True})
             else:
-                spaced = key == "mask_token" and name in _MASK_TAKES_SPACE
-                result[key] = AddedToken(text, special=True, lstrip=spaced)
+                remade = key in kind.remade
+                result[key] = AddedToken(text, special=True, lstrip=remade and key == "mask_token")
+                if not remade:
+                    self.plain.add(key)
         return result
+
+    def _further(self, kind: _Class) -> list[Any]:
+        """Special tokens without a name of their own."""
+        extra = self.settings.get("extra_special_tokens") or []
+        more = [*(self.settings.get("additional_special_tokens") or kind.more)]
+        if isinstance(extra, dict):
+            more += extra.values()
+        elif extra:  # a list, which version 5 alone reads, takes the place of the others
+            more = [*extra]
+        if "backend" in self.settings:
+            own = [k for k in self.settings if k.endswith("_token") and k not in _NAMED]
+            more += [self.settings[k] for k in own if isinstance(self.settings[k], str)]
+        return more
 
     def _added(self, there: Mapping[int, Any]) -> dict[int, Any]:
         """AddedTokens that the settings name, by id; those of early files where tokenizer.json has none."""
@@ -347,14 +376,40 @@ class _Reader:
         same = {repr(token) for token in there.values()}
         tokens = [t for _, t in sorted(self._added(there).items()) if repr(t) not in same]
         known = {token.content for token in (*there.values(), *tokens)}
-        for token in self.special.values():
-            if token.content not in known:
+        firm = (
+            "backend" not in self.settings
+        )  # version 4 changes the flags of those it knows more of
+        for key, token in self.special.items():
+            if token.content not in known or (firm and key not in self.plain):
                 tokens.append(token)
                 known.add(token.content)
         special = {token.content for token in self.special.values()}
         for token in tokens:
             token.special = token.special or token.content in special
         tokenizer.add_tokens(tokens)
+
+    def _check_written(self, tokenizer: Any, named: _Class, name: str) -> None:
+        """Refuse settings beside a tokenizer.json of version 5 that say something else than it does."""
+        ids = tokenizer.encode("").ids
+        does = {}
+        if name and not named.lowers:
+            does["add_prefix_space"] = _starts_with_space(tokenizer)
+        if named.ends or not name:
+            for key, token, place in (
+                ("add_bos_token", "bos_token", 0),
+                ("add_eos_token", "eos_token", -1),
+            ):
+                text = self.special[token].content if token in self.special else ""
+                does[key] = bool(ids) and ids[place] == tokenizer.token_to_id(text)
+        for key, found in does.items():
+            wanted = self.settings.get(key)
+            if wanted is not None and key not in self.overrides and bool(wanted) != found:
+                raise self._refuse(
+                    key,
+                    wanted,
+                    f"{str(found).lower()}, as tokenizer.json does; delete it there, or save the tokenizer "
+                    "with transformers as it should run",
+                )
 
     def _prefix_space(self, tokenizer: Any, kind: _Class) -> None:
         wanted = self.settings.get("add_prefix_space")
@@ -373,12 +428,21 @@ class _Reader:
 
     def _lower_case(self, tokenizer: Any, kind: _Class) -> None:
         state = _state(tokenizer.normalizer)
+        if kind.lowers and not state:
+            raise CheckpointError(
+                f"{self.folder / 'tokenizer.json'}: normalizer is null, expected BertNormalizer for the "
+                f'class in {_CONFIG}; where texts need none, write "tokenizer_class": "{_GENERIC[1]}" there'
+            )
         defaults = dict(zip(_LOWERS, (True, None, True), strict=True))
+        if "backend" in self.settings:
+            defaults = {k: v for k, v in defaults.items() if k in self.settings}
         fields = dict(
             zip(_LOWERS, ("lowercase", "strip_accents", "handle_chinese_chars"), strict=True)
         )
-        wanted = {fields[k]: self.settings.get(k, defaults[k]) for k in kind.lowers}
-        if state and any(state.get(k, v) != v for k, v in wanted.items()):
+        wanted = {
+            fields[k]: self.settings.get(k, defaults[k]) for k in kind.lowers if k in defaults
+        }
+        if any(state.get(k, v) != v for k, v in wanted.items()):
             tokenizer.normalizer = _component("normalizers", state | wanted)
 
     def _ends(self, tokenizer: Any, kind: _Class) -> None:
@@ -387,7 +451,7 @@ class _Reader:
 
         keys = ("add_bos_token", "add_eos_token")
         defaults = kind.ends
-        if "backend" in self.settings and any(key in self.settings for key in keys):
+        if "backend" in self.settings and any(key in self.overrides for key in keys):
             defaults = (False, False)
         if defaults is None:
             return
@@ -409,10 +473,8 @@ class _Reader:
             single=template, pair=f"{template} $B:1", special_tokens=tokens
         )
 
-    def _padding(self, tokenizer: Any, content: dict[str, Any]) -> int:
+    def _padding(self, tokenizer: Any) -> int:
         names = [self.special[k].content for k in ("pad_token", "eos_token") if k in self.special]
-        if "pad_token" not in self.special and content.get("padding"):
-            names.insert(0, content["padding"].get("pad_token"))
         return next((i for n in names if (i := tokenizer.token_to_id(n)) is not None), 0)
 
 

@@ -161,7 +161,8 @@ def test_a_decoders_closing_token_is_kept_under_any_version(tmp_path: Path) -> N
 
 
 def test_settings_given_by_sentence_transformers_come_first(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path, {"truncation_side": "right"})
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "truncation_side": "right"}
+    folder = write_tokenizer(tmp_path, settings)
     ours = read_tokenizer(folder, {"model_type": "bert"}, overrides={"truncation_side": "left"})
     assert ours.truncation_side == "left"
 
