@@ -33,6 +33,10 @@ _OTHER_CONFIG = (
     "set r and rank_pattern in adapter_config.json as they were in training, or copy both files of "
     "the adapter again"
 )
+_OTHER_TARGETS = (
+    "set target_modules in adapter_config.json as it was in training (null: every module in the file), or "
+    "delete the tensors that no training made"
+)
 _PREFIX = "base_model.model."  # PEFT's own; adapter keys may be given without
 # How far an untrained magnitude may be from the norm that it was saved as, by its dtype.
 _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
@@ -90,8 +94,11 @@ def plan(
     problems = planner.problems
     if planner.lost and not planner.found:
         problems = [planner.strangeness(), *(p for p in problems if p not in planner.lost)]
-    only_ranks = bool(problems) and planner.wrong_ranks == len(problems)
-    advice = _OTHER_CONFIG if only_ranks else _OTHER_MODEL
+    advice = _OTHER_MODEL
+    if problems and planner.wrong_ranks == len(problems):
+        advice = _OTHER_CONFIG
+    if problems and planner.unnamed == len(problems):
+        advice = _OTHER_TARGETS
     if planner.resized is not None:
         advice = "a bundle has one tokenizer and one vocabulary for all tasks: " + merge_advice(
             checkpoint.path,
@@ -111,6 +118,7 @@ class _Planner:
         lost: the problems of keys that find no tensor, with the path that was looked for.
         found: whether any key finds a tensor.
         wrong_ranks: how many problems are ranks unlike the config's.
+        unnamed: how many are modules that the config does not name.
         resized: rows of the adapter's token table, where it has another number than the model's.
         left_out: names of heads that it trains.
     """
@@ -135,6 +143,7 @@ class _Planner:
         self.lost: dict[str, str] = {}
         self.found = False
         self.wrong_ranks = 0
+        self.unnamed = 0
         self._zero: set[str] = set()
         self._lora_targets: dict[str, str] = {}
         self._targets: dict[str, list[str]] = {}
@@ -295,6 +304,13 @@ class _Planner:
         a, b = parts[name_a], parts[name_b]
         target = self._target_or_problem(f"{module}.weight", a)
         if target is None or not self._fits(module, target, parts, a, b, embedding):
+            return
+        if not self.settings.targets.names(module):
+            self.unnamed += 1
+            self.problems.append(
+                f"{a}: PEFT leaves it out, as target_modules, exclude_modules and layers_to_transform in "
+                f"adapter_config.json do not ask for {module}"
+            )
             return
         if target in self._lora_targets:
             self.problems.append(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def read_model(request: Request) -> Model:
         checkpoint.path, config
     )
     folders = _task_folders(request, checkpoint, family_class, name)
+    _check_own_adapter(checkpoint, folders.values())
     loaded = {t: None if f is None else Adapter.load(f, t) for t, f in folders.items()}
     settings = settings_of_all(settings, folders, loaded, config)
     pooling = request.pooling or settings.pooling or family_class.default_pooling
@@ -168,6 +170,7 @@ def read_model(request: Request) -> Model:
             stacklevel=3,
         )
     family = family_class(checkpoint.config, settings.max_length)
+    _check_dense(checkpoint, settings, family.hidden_size)
     tokenizer = read_tokenizer(
         checkpoint.transformer_path,
         config,
@@ -204,7 +207,7 @@ def read_model(request: Request) -> Model:
         tasks=tasks,
         base=TaskWeights(checkpoint, family_class),
     )
-    family.check_tensors(model.base.names())
+    _check_tensors(model)
     rows = min(w.shape(family.token_table)[0] for w in (model.base, *tasks.values()))
     model = replace(model, tokenizer=tokenizer.with_table(rows))
     for task, weights in {BASE: model.base, **tasks}.items():
@@ -231,6 +234,39 @@ def _task_folders(
         )
     check_tasks(own)
     return {t: None if f is None else checkpoint.path / f for t, f in own.items()}
+
+
+def _check_dense(checkpoint: Checkpoint, settings: SentenceSettings, width: int) -> None:
+    for number, layer in enumerate(settings.dense, 1):
+        if layer.in_features != width:
+            raise CheckpointError(
+                f"{checkpoint.path}: Dense layer {number} has in_features {layer.in_features}, expected "
+                f"{width}, the length of the vector before it; are its folder and modules.json of the same "
+                "model?"
+            )
+        width = layer.out_features
+
+
+def _check_own_adapter(checkpoint: Checkpoint, folders: Iterable[Path | None]) -> None:
+    """Refuse an adapter beside the model, which transformers would load with it, unless it is asked for."""
+    folder = checkpoint.transformer_path
+    if not os.path.lexists(folder / "adapter_config.json"):
+        return
+    if not any(given and given.is_dir() and os.path.samefile(given, folder) for given in folders):
+        raise CheckpointError(
+            f"{folder}: holds a PEFT adapter (adapter_config.json) beside the model, which transformers "
+            f"loads with it, and it was not asked for: name it, --adapter NAME={folder}, or move "
+            "adapter_config.json away where the model's weights stand alone"
+        )
+
+
+def _check_tensors(model: Model) -> None:
+    family, base = model.family, model.base
+    family.check_tensors(base.names())
+    shapes = {name: base.shape(name) for name in base.names()}
+    family.check_shapes({n: s for n, s in shapes.items() if not n.startswith(family.ignored)})
+    if model.tower is not None:
+        model.tower.check_shapes({n: s for n, s in shapes.items() if n.startswith("visual.")})
 
 
 def _check_tower_shared(task: str, weights: TaskWeights) -> None:

@@ -46,24 +46,24 @@ _USED = frozenset(
         "init_lora_weights",
         "base_model_name_or_path",
         "embedge_base_sha256",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
     }
 )
 _HARMLESS = frozenset(
     {
         "ensure_weight_tying",
         "eva_config",
-        "exclude_modules",
         "fan_in_fan_out",  # PEFT goes by the class of the layer and corrects the flag
         "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
         "lora_dropout",
         "megatron_core",
         "peft_version",
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",
         "velora_config",  # only the gradients are computed differently
     }
 )
@@ -124,6 +124,49 @@ _NO_WAY = "train a plain LoRA for this task, or export it without an adapter (--
 
 
 @dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The fields of LoraConfig that say where LoRA is put: what they do not name PEFT leaves out.
+
+    Attributes:
+        modules: ``target_modules``, a regular expression or ends of names; ``None`` where it says nothing.
+        excluded: ``exclude_modules``, likewise.
+        layers: ``layers_to_transform``, ``None`` for all.
+        containers: ``layers_pattern``, names of what holds the layers; any where there are none.
+    """
+
+    modules: str | tuple[str, ...] | None
+    excluded: str | tuple[str, ...] | None
+    layers: tuple[int, ...] | None
+    containers: tuple[str, ...]
+
+    def names(self, module: str) -> bool:
+        """Return whether PEFT puts LoRA on ``module``, whatever wraps the model.
+
+        The rule is PEFT's ``check_target_module_exists``.
+        """
+        if self.excluded is not None and _matches(self.excluded, [module]):
+            return False
+        if self.modules is None or self.modules == "all-linear":
+            return True
+        parts = module.split(".")
+        paths = [".".join(parts[start:]) for start in range(len(parts))]
+        if not _matches(self.modules, [*paths, f"model.{module}"]):
+            return False
+        if self.layers is None or isinstance(self.modules, str) or module in self.modules:
+            return True
+        for container in self.containers or (r"[^.]*",):
+            if found := re.match(rf"(?:.*\.)?{container}\.(\d+)\.", module):
+                return int(found[1]) in self.layers
+        return False
+
+
+def _matches(patterns: str | tuple[str, ...], paths: list[str]) -> bool:
+    if isinstance(patterns, str):
+        return any(re.fullmatch(patterns, path) for path in paths)
+    return any(f".{paths[0]}".endswith(f".{end}") for end in patterns)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraSettings:
     """The fields of LoraConfig that decide what the merged weights are, under PEFT's names.
 
@@ -134,6 +177,7 @@ class LoraSettings:
         trainable_tokens: rows by the end of their table's name, "" for the table of the input tokens
             (``trainable_token_indices``).
         model_class: transformers' class that it was trained in, as far as it is recorded.
+        targets: where PEFT puts LoRA.
     """
 
     r: int
@@ -149,6 +193,7 @@ class LoraSettings:
     base_sha256: str | None
     trainable_tokens: Mapping[str, tuple[int, ...]]
     model_class: str
+    targets: Targets
 
     def rank(self, module: str) -> int:
         """Return the rank of ``module``, its path in the adapted model (``"layers.0.mlp.up"``)."""
@@ -209,6 +254,12 @@ def read_peft_config(file: Path) -> LoraSettings:
         base_sha256=fields.text("embedge_base_sha256"),
         trainable_tokens=fields.tokens("trainable_token_indices"),
         model_class=_model_class(config),
+        targets=Targets(
+            modules=fields.modules("target_modules"),
+            excluded=fields.modules("exclude_modules"),
+            layers=fields.layers("layers_to_transform"),
+            containers=fields.containers("layers_pattern"),
+        ),
     )
     if settings.bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"{file}: bias is {settings.bias!r}, expected none, all or lora_only")
@@ -297,6 +348,29 @@ class _Fields:
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self._wrong(key, value, "a list of module names")
         return tuple(value)
+
+    def modules(self, key: str) -> str | tuple[str, ...] | None:
+        """A regular expression, or ends of names; ``None`` where there are none."""
+        value = self.config.get(key)
+        if not isinstance(value, str):
+            return self.names(key) or None
+        try:
+            re.compile(value)
+        except re.error as problem:
+            raise self._wrong(key, value, f"a regular expression ({problem})") from problem
+        return value or None
+
+    def layers(self, key: str) -> tuple[int, ...] | None:
+        value = self.config.get(key)
+        layers = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(layer) is int for layer in layers):
+            raise self._wrong(key, value, "a layer's number, or a list of them")
+        return tuple(layers) or None
+
+    def containers(self, key: str) -> tuple[str, ...]:
+        """Names of modules, also where there is one alone."""
+        value = self.config.get(key)
+        return (re.escape(value),) if isinstance(value, str) and value else self.names(key)
 
     def tokens(self, key: str) -> dict[str, tuple[int, ...]]:
         value = self.config.get(key)

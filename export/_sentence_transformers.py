@@ -24,7 +24,12 @@ from embedge.export._dense import DenseLayer, read_dense
 from embedge.export._errors import CheckpointError
 from embedge.export._json_files import read_json, read_json_object
 from embedge.export._model_card import read_tags
-from embedge.export._text_limits import max_length, read_optional
+from embedge.export._text_limits import (
+    TOKENIZER_ARGUMENTS,
+    max_length,
+    read_optional,
+    tokenizer_arguments,
+)
 from embedge.runtime._errors import EmbedgeWarning
 
 __all__ = ["DenseLayer", "SentenceSettings", "read_modules"]
@@ -38,6 +43,10 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_POOLING_KEYS = frozenset(
+    {"embedding_dimension", "include_prompt", "pooling_mode", "word_embedding_dimension"}
+    | set(_POOLING_FLAGS)
+)
 _SIMILARITIES = {None: "cosine", "cosine": "cosine", "dot": "dot", "dot_product": "dot"}
 _TRANSFORMER_CONFIGS = [
     f"sentence_{family}_config.json"
@@ -127,8 +136,7 @@ def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
         matryoshka_dims=_matryoshka_dims(folder / "config.json", config),
         tokenizer_settings={
             key: value
-            for name in reversed(_TOKENIZER_ARGUMENTS)
-            for key, value in (transformer.get(name) or {}).items()
+            for key, value in tokenizer_arguments(transformer).items()
             if key not in _LOADING
         },
         lowercase=bool(transformer.get("do_lower_case")),
@@ -180,8 +188,13 @@ def _kind(name: str, file: Path) -> str:
 def _read_pooling(file: Path, *, has_prompts: bool) -> tuple[str, bool]:
     """The pooling, and whether it takes a prompt's tokens; the last token is never a prompt's."""
     config = read_json_object(file, CheckpointError)
+    if unknown := sorted(set(config) - _POOLING_KEYS):
+        raise CheckpointError(
+            f"{file}: Pooling has settings that sentence-transformers does not know: {', '.join(unknown)}; "
+            "delete them if no vector depends on them, otherwise the model cannot be exported yet"
+        )
     modes = config.get("pooling_mode")
-    if modes is None:
+    if "pooling_mode" not in config:
         modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
     modes = list(modes) if isinstance(modes, list) else [modes]
     if len(modes) != 1 or modes[0] not in POOLINGS:
@@ -269,6 +282,11 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
                 f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
                 "method 'forward' with the output 'last_hidden_state'"
             )
+        if config.get("module_output_name") != "token_embeddings":
+            raise CheckpointError(
+                f"{file}: module_output_name is {config.get('module_output_name')!r}, expected "
+                "'token_embeddings', which Pooling reads"
+            )
         if "message" in modalities:
             raise CheckpointError(
                 f"{file}: modality_config has 'message': sentence-transformers puts each text into the "
@@ -280,11 +298,10 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
     return config
 
 
-_TOKENIZER_ARGUMENTS = ("processor_kwargs", "tokenizer_args")
 _MODEL_ARGUMENTS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
 _KNOWN = frozenset(
     {"do_lower_case", "max_seq_length", "modality_config", "module_output_name", "transformer_task"}
-    | {"unpad_inputs", "backend", *_TOKENIZER_ARGUMENTS}
+    | {"unpad_inputs", "backend", *TOKENIZER_ARGUMENTS}
 )
 # How a model is loaded, not what it computes.
 _LOADING = frozenset(
@@ -309,7 +326,7 @@ _LOADING = frozenset(
 
 def _check_argument(file: Path, key: str, value: Any) -> None:
     """Refuse an argument of sentence-transformers' Transformer that is neither used nor harmless."""
-    if key in _TOKENIZER_ARGUMENTS and value is not None and not isinstance(value, dict):
+    if key in TOKENIZER_ARGUMENTS and value is not None and not isinstance(value, dict):
         raise CheckpointError(f"{file}: {key} is {value!r}, expected an object of settings")
     if key in _KNOWN or value in (None, {}, False):
         return

@@ -16,7 +16,7 @@ from typing import Any
 from embedge.export import _json_files
 from embedge.export._errors import CheckpointError
 
-__all__ = ["max_length", "positions", "read_optional"]
+__all__ = ["max_length", "positions", "read_optional", "tokenizer_arguments"]
 
 # Families whose first position is pad_token_id + 1, so that many rows of the table are never used.
 _OFFSET_POSITIONS = frozenset(
@@ -32,6 +32,7 @@ _OFFSET_POSITIONS = frozenset(
         "xmod",
     }
 )
+TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
 _NO_LIMIT = 10**9  # tokenizers without a limit say 10**30
 
 
@@ -52,6 +53,11 @@ def positions(config: Mapping[str, Any]) -> int | None:
     return count
 
 
+def tokenizer_arguments(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what sentence_bert_config.json asks of the tokenizer; the older name counts, as there."""
+    return next((transformer[n] or {} for n in TOKENIZER_ARGUMENTS if n in transformer), {})
+
+
 def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
     """Return the most tokens of a text, special tokens included.
 
@@ -68,7 +74,7 @@ def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str
     own = (
         "model_max_length" if "model_max_length" in tokenizer else "max_len"
     )  # its name before 2020
-    overrides = transformer.get("processor_kwargs") or transformer.get("tokenizer_args") or {}
+    overrides = tokenizer_arguments(transformer)
     limits = [
         (
             folder / "sentence_bert_config.json",

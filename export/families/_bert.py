@@ -12,6 +12,7 @@ from embedge.export._errors import CheckpointError
 from embedge.export._graph import Fold, Graph, Lin
 from embedge.export._long_attention import FLASH_TOKENS, is_flash
 from embedge.export.families._base import HEADS, Family, lower_bound
+from embedge.export.families._config import Shape
 
 
 class Bert(Family):
@@ -50,6 +51,19 @@ class Bert(Family):
         if self._types():
             self.inputs = ("input_ids", "attention_mask", "token_type_ids")
 
+    def shapes(self) -> dict[str, Shape]:
+        width, inner = self.hidden_size, "intermediate_size"
+        attention = (self.query, self.key, self.value, self.attention_out)
+        return {
+            "word_embeddings": (None, width),
+            "position_embeddings": (self._int("max_position_embeddings"), width),
+            "token_type_embeddings": (self._int("type_vocab_size", 0, minimum=0), width),
+            "LayerNorm": (width,),
+            **dict.fromkeys(attention, (width, width)),
+            "intermediate.dense": (inner, width),
+            "output.dense": (width, inner),
+        }
+
     def _padding_index(self) -> int:
         """The id whose position transformers reserves; 1 where config.json does not name it."""
         if self.config.get("pad_token_id") is None:
@@ -87,8 +101,6 @@ class Bert(Family):
     def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
         p = f"encoder.layer.{index}."
         query, key, value = (Lin(p + n) for n in (self.query, self.key, self.value))
-        for lin in (query, key, value):
-            self.expect_shape(g, f"{lin.name}.weight", (self.hidden_size, self.hidden_size))
         q, k, v = g.linears(hidden, [query, key, value])
         # softmax ignores what is the same for all keys, so the key bias is dropped; its rows sum to 1,
         # so the value bias passes attention unchanged and is added behind the output projection.
@@ -138,6 +150,10 @@ class MPNet(Bert):
     attention_out, attention_norm = "attention.attn.o", "attention.LayerNorm"
     bias_table = "encoder.relative_attention_bias.weight"
 
+    def shapes(self) -> dict[str, Shape]:
+        buckets = self._int("relative_attention_num_buckets", 32)
+        return {**super().shapes(), "relative_attention_bias": (buckets, self.heads)}
+
     def _padding_index(self) -> int:
         return 1  # transformers' MPNet has it fixed, whatever the padding token
 
@@ -150,9 +166,6 @@ class MPNet(Bert):
         buckets = relative_buckets(
             np.arange(-self.max_length + 1, self.max_length),
             self._int("relative_attention_num_buckets", 32),
-        )
-        self.expect_shape(
-            g, self.bias_table, (self._int("relative_attention_num_buckets", 32), self.heads)
         )
         by_distance = g.computed(
             f"{self.bias_table}.by_distance",

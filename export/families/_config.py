@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from embedge.export._errors import CheckpointError
-from embedge.export._graph import Graph
 
+# Sizes of a tensor's axes: a number, a key of config.json (where it is missing, all such axes are as long
+# as the first one), or None for any.
+Shape = tuple[int | str | None, ...]
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish", "relu")
 
 
@@ -40,14 +42,44 @@ class ConfigReader:
 
     config: Mapping[str, Any]
 
-    def expect_shape(self, g: Graph, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that does not have the shape config.json implies."""
-        found = g.weights.shape(name)
-        if found != shape:
-            raise CheckpointError(
-                f"{name}: expected shape {list(shape)} by config.json, found {list(found)}; is "
-                "config.json of the same model as the weights?"
-            )
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shapes of the modules' weights, by the end of their names; a bias is as long as the first axis."""
+        return {}
+
+    def check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse tensors that do not have the shapes that config.json implies.
+
+        Args:
+            found: shapes of the tensors by canonical name.
+
+        Raises:
+            CheckpointError: naming the first one.
+        """
+        expected = sorted(self.shapes().items(), key=lambda item: len(item[0]), reverse=True)
+        sizes: dict[str, int] = {}
+        for name, shape in sorted(found.items(), key=lambda item: -len(item[1])):
+            module, _, what = name.rpartition(".")
+            ends = (s for end, s in expected if f".{module}".endswith(f".{end}"))
+            known = next(ends, None) if what in ("weight", "bias") else None
+            if known is None:
+                continue
+            wanted = [self._axis(axis, sizes) for axis in known[: 1 if what == "bias" else None]]
+            fits = len(wanted) == len(shape)
+            for axis, size, there in zip(known, wanted, shape, strict=False):
+                if size is None and isinstance(axis, str):
+                    sizes[axis] = there
+                fits = fits and size in (None, there)
+            if not fits:
+                shown = ", ".join("any" if size is None else str(size) for size in wanted)
+                raise CheckpointError(
+                    f"{name}: expected shape [{shown}] by config.json, found {list(shape)}; is "
+                    "config.json of the same model as the weights?"
+                )
+
+    def _axis(self, axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
+        if not isinstance(axis, str):
+            return axis
+        return sizes.get(axis) if self.config.get(axis) is None else self._int(axis)
 
     def _divides(self, part: int, whole: int, what: str) -> None:
         if whole % part:

@@ -116,7 +116,9 @@ _ROBERTA = Keys(
 )
 _QWEN_FIXED = {**_DECODER_FIXED, "mlp_bias": _OFF, "use_mrope": _OFF}
 _QWEN_VL = Keys(
-    used=_DECODER | _WINDOW | words("image_token_id vision_start_token_id vision_end_token_id"),
+    used=_DECODER
+    | _WINDOW
+    | words("image_token_id text_config vision_start_token_id vision_end_token_id"),
     harmless=words("attention_bias is_decoder video_token_id vision_token_id"),
     fixed={k: v for k, v in _QWEN_FIXED.items() if k != "use_mrope"},
     classes=("Qwen2_5_VL", "Qwen2_5_VLText"),
@@ -234,6 +236,11 @@ def check_config(config: Mapping[str, Any], kind: str, file: Path) -> None:
     _check_code(config, keys, file)
     text = config.get("text_config")
     inner: Mapping[str, Any] = text if isinstance(text, dict) else {}
+    if inner and "text_config" not in keys.used:
+        raise CheckpointError(
+            f"{file}: has a text_config, which transformers' {keys.classes[0]}Model does not read; expected "
+            "its settings beside it: write there what counts, and delete text_config"
+        )
     for key in sorted(keys.used & set(config) & set(inner)):
         pair = config[key], inner[key]
         if None not in pair and pair[0] != pair[1]:

@@ -21,7 +21,7 @@ from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin
 from embedge.export._rotated import Stream
 from embedge.export.families._base import HEADS, Family
-from embedge.export.families._config import number
+from embedge.export.families._config import Shape, number
 from embedge.export.families._rotary import (
     checked_rope,
     position_ids,
@@ -132,6 +132,21 @@ class Decoder(Family):
                     "so that transformers leaves it out; correct config.json, or delete the tensor"
                 )
 
+    def shapes(self) -> dict[str, Shape]:
+        width, inner = self.hidden_size, "intermediate_size"
+        rows, kv_rows = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {
+            "embed_tokens": (None, width),
+            **dict.fromkeys(("norm", "input_layernorm", "post_attention_layernorm"), (width,)),
+            **dict.fromkeys(("q_norm", "k_norm"), (self.head_size,)),
+            "q_proj": (rows, width),
+            **dict.fromkeys(("k_proj", "v_proj"), (kv_rows, width)),
+            "o_proj": (width, rows),
+            **dict.fromkeys(("gate_proj", "up_proj"), (inner, width)),
+            "down_proj": (width, inner),
+            "multi_vector_projector": (self.multi_vector_dim, width),
+        }
+
     def streams(self) -> tuple[Stream, ...]:
         readers: dict[str, str] = {}
         writers: list[str] = []
@@ -173,9 +188,6 @@ class Decoder(Family):
         p = f"layers.{index}."
         x = g.norm(hidden, f"{p}input_layernorm.weight", None, self.epsilon, rms=True)
         query, key, value = (Lin(f"{p}self_attn.{n}_proj") for n in "qkv")
-        for lin, heads in ((query, self.heads), (key, self.kv_heads), (value, self.kv_heads)):
-            rows = heads * self.head_size
-            self.expect_shape(g, f"{lin.name}.weight", (rows, self.hidden_size))
         q, k, v = g.linears(x, [query, key, value])
         q = self._head_norm(g, g.add(q, g.bias(query)), f"{p}self_attn.q_norm.weight", self.heads)
         k = self._head_norm(g, g.add(k, g.bias(key)), f"{p}self_attn.k_norm.weight", self.kv_heads)
@@ -213,7 +225,6 @@ class Decoder(Family):
     def token_embeddings(self, g: Graph, hidden: str) -> str:
         """float32 ``[batch, tokens, multi_vector_dim]``, rows of length 1, padding of length 0."""
         head = Lin("multi_vector_projector")
-        self.expect_shape(g, f"{head.name}.weight", (self.multi_vector_dim or 0, self.hidden_size))
         y = g.op("MatMul", hidden, Form().matrix(g, head))
         bias = Form().bias(g, head, None, False)
         y = g.add(y, bias)

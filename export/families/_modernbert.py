@@ -24,7 +24,7 @@ from embedge.export._long_attention import (
 )
 from embedge.export._rotated import Stream, TableNorm
 from embedge.export.families._base import HEADS, Family
-from embedge.export.families._config import number
+from embedge.export.families._config import Shape, number
 from embedge.export.families._decoder import band
 from embedge.export.families._rotary import (
     checked_rope,
@@ -125,6 +125,17 @@ class ModernBert(Family):
                     "config.json, or delete the tensor"
                 )
 
+    def shapes(self) -> dict[str, Shape]:
+        width, inner = self.hidden_size, self.intermediate
+        return {
+            "tok_embeddings": (None, width),
+            **dict.fromkeys(("norm", "attn_norm", "mlp_norm", "final_norm"), (width,)),
+            "Wqkv": (3 * width, width),
+            "attn.Wo": (width, width),
+            "Wi": (2 * inner, width),
+            "mlp.Wo": (width, inner),
+        }
+
     def _kind(self, index: int) -> str:
         return self.kinds[index]
 
@@ -191,8 +202,6 @@ class ModernBert(Family):
         kind = self._kind(index)
         # the first layer reads the embedding norm directly
         x = self._norm(g, hidden, f"{p}attn_norm") if index else hidden
-        self.expect_shape(g, f"{p}attn.Wqkv.weight", (3 * width, width))
-        self.expect_shape(g, f"{p}mlp.Wi.weight", (2 * self.intermediate, width))
         query, key, value = (Lin(f"{p}attn.Wqkv", i * width, (i + 1) * width) for i in range(3))
         q, k, v = g.linears(x, [query, key, value])
         q = self._rotate(g, context, kind, g.add(q, g.bias(query)))

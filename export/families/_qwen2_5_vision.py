@@ -22,7 +22,7 @@ from embedge.export._forms import Form
 from embedge.export._graph import Fold, Graph, Lin, Weights
 from embedge.export._rotated import Stream
 from embedge.export.families._base import GELU_LOWER_BOUND
-from embedge.export.families._config import ConfigReader
+from embedge.export.families._config import ConfigReader, Shape
 
 OUTPUT = "image_features"
 _IMAGE_AXES = ["images", "patches"]
@@ -74,6 +74,19 @@ class Qwen25Vision(ConfigReader):
         """Channels of a head."""
         return self.width // self.heads
 
+    def shapes(self) -> dict[str, Shape]:
+        width, group = self.width, self.merge**2 * self.width
+        return {
+            "patch_embed.proj": (width, self.channels, self.temporal, self.patch, self.patch),
+            **dict.fromkeys(("norm1", "norm2", "ln_q"), (width,)),
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+            **dict.fromkeys(("gate_proj", "up_proj"), (self.inner, width)),
+            "down_proj": (width, self.inner),
+            "merger.mlp.0": (group, group),
+            "merger.mlp.2": (self.out_width, group),
+        }
+
     def streams(self) -> tuple[Stream, ...]:
         """The tower's own residual stream."""
         readers, writers = {}, ["visual.patch_embed.proj"]
@@ -116,8 +129,6 @@ class Qwen25Vision(ConfigReader):
     def _patches(self, g: Graph, row: int) -> str:
         """Patch embedding: a convolution whose stride is its kernel, so one product, in float32."""
         name = "visual.patch_embed.proj.weight"
-        shape = (self.width, self.channels, self.temporal, self.patch, self.patch)
-        self.expect_shape(g, name, shape)
         matrix = g.computed(
             "visual.patch_embed.matrix",
             (row, self.width),
@@ -132,7 +143,6 @@ class Qwen25Vision(ConfigReader):
         prefix = "window." if windowed else ""
         x = self._by_window(g, hidden, self.width) if windowed else hidden
         x = g.norm(x, f"{p}norm1.weight", None, self.epsilon, rms=True)
-        self.expect_shape(g, f"{p}attn.qkv.weight", (3 * self.width, self.width))
         query, key, value = (
             Lin(f"{p}attn.qkv", i * self.width, (i + 1) * self.width) for i in range(3)
         )
@@ -164,7 +174,6 @@ class Qwen25Vision(ConfigReader):
             linear_bias=g.bias(out, carried=value),
         )
         gate, up, down = (Lin(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
-        self.expect_shape(g, f"{gate.name}.weight", (self.inner, self.width))
         y = g.gated(x, gate, up, self.activation)
         [y] = g.linears(y, [down], fold=Fold(lin=up, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
@@ -175,8 +184,6 @@ class Qwen25Vision(ConfigReader):
         group = self.merge**2 * self.width
         x = g.op("Reshape", x, g.const([0, -1, group], "int64"))
         first, second = Lin("visual.merger.mlp.0"), Lin("visual.merger.mlp.2")
-        self.expect_shape(g, f"{first.name}.weight", (group, group))
-        self.expect_shape(g, f"{second.name}.weight", (self.out_width, group))
         [y] = g.linears(x, [first], rows="merged")
         y = g.activation(y, "gelu", first)
         [y] = g.linears(y, [second], lower_bound=GELU_LOWER_BOUND, rows="merged")

@@ -15,7 +15,7 @@ import torch
 from _models import cosines, make_model, random_texts, save, save_adapter, write_json
 from peft import LoraConfig
 
-from embedge.export import AdapterError, export_bundle
+from embedge.export import AdapterError, CheckpointError, export_bundle
 from embedge.runtime import Embedder
 
 library = pytest.importorskip("sentence_transformers")
@@ -263,3 +263,22 @@ def test_settings_without_modules_are_refused(source: Path, tmp_path: Path) -> N
         AdapterError, match=r"config_sentence_transformers\.json, which say how texts"
     ):
         exported(source, {"task": adapter}, tmp_path / "bundle")
+
+
+def test_an_adapter_beside_the_models_weights_is_refused_unless_it_is_asked_for(
+    source: Path, tmp_path: Path
+) -> None:
+    both = shutil.copytree(source, tmp_path / "bert")
+    alone = save_adapter(source, tmp_path / "alone", target=QUERIES)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(alone / file, both / file)
+
+    write_json(both / "1_Pooling/config.json", {"pooling_mode": "mean", "embedding_dimension": 32})
+    with pytest.raises(CheckpointError, match=r"holds a PEFT adapter.*--adapter NAME="):
+        exported(both, {"task": None}, tmp_path / "refused")
+
+    expected = exported(source, {"task": alone}, tmp_path / "expected").encode(TEXTS[:6])
+    found = exported(both, {"task": both}, tmp_path / "found").encode(TEXTS[:6])
+    theirs = library.SentenceTransformer(str(both), device="cpu")
+    assert np.array_equal(found, expected)
+    assert cosines(found, vectors(theirs)[:6]).min() >= BOUND

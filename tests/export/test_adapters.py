@@ -445,6 +445,26 @@ def test_whatever_does_not_fit_is_an_error_that_names_it(misfit: str, tmp_path: 
     assert "1 problem:" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": ["query"]},
+        {"target_modules": r".*\.query"},
+        {"exclude_modules": ["dense"]},
+        {"layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+def test_tensors_that_peft_leaves_out_are_refused_by_name(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    save_adapter(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(AdapterError, match="PEFT leaves it out.*set target_modules in"):
+        bind(tmp_path)
+
+
 def test_all_misfits_stand_in_one_message(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["query"])
 

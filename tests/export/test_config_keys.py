@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from _models import CONFIGS, cosines, make_model, random_texts, save, write_json
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from embedge.export import CheckpointError, export_bundle
@@ -339,3 +340,48 @@ def test_tensors_that_transformers_would_leave_out_are_refused_by_name(
     source = save(model, tmp_path / "source", extra={name: torch.ones(32)})
     with pytest.raises(CheckpointError, match=name):
         export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_a_text_config_that_the_class_does_not_read_is_refused(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    eps = {"bert": "layer_norm_eps", "qwen3": "rms_norm_eps"}[kind]
+    result = outcome(sources[kind], tmp_path, drop=(eps,), text_config={eps: 0.5})
+    assert result == "refused"
+    assert outcome(sources[kind], tmp_path, text_config=None) == "same"
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "mpnet", "modernbert-with-biases", "llama-with-biases", "qwen2", "qwen3"]
+)
+def test_a_tensor_of_another_shape_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    source = save(make_model(kind), tmp_path / "source")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    changed = [key for key in sorted(tensors) if ".1." not in key and "position_ids" not in key]
+    for key in changed:
+        value = tensors[key]
+        others = [value[:-1]] if value.ndim == 1 else [value[:, :-1], value[:-1], value.T]
+        for other in others:
+            table = key.endswith(("word_embeddings.weight", "tok_embeddings.weight"))
+            is_table = table or key.endswith("embed_tokens.weight")
+            if other.shape == value.shape or (is_table and other.shape[1] == value.shape[1]):
+                continue
+            save_file({**tensors, key: other.contiguous()}, file, metadata={"format": "pt"})
+            with pytest.raises(CheckpointError, match="expected shape .* found") as caught:
+                export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "o")
+            module = key.removeprefix("model.").rpartition(".")[0]
+            assert module in str(caught.value) or "mlp" in key or "dense" in key
+            assert not (tmp_path / "o").exists()
+
+
+def test_a_dense_layer_that_does_not_follow_the_vector_is_refused(tmp_path: Path) -> None:
+    source = save(make_model("bert"), tmp_path / "source", dense=((24, "Tanh"),))
+    settings = json.loads((source / "2_Dense/config.json").read_text())
+    write_json(source / "2_Dense/config.json", {**settings, "in_features": 16})
+    weights = load_file(source / "2_Dense/model.safetensors")
+    weights["linear.weight"] = weights["linear.weight"][:, :16].contiguous()
+    save_file(weights, source / "2_Dense/model.safetensors")
+    with pytest.raises(CheckpointError, match="Dense layer 1 has in_features 16, expected 32"):
+        export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "o")

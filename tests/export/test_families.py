@@ -16,6 +16,7 @@ import torch
 from _models import (
     CONFIGS,
     DECODERS,
+    LLAMA3_ROPE,
     Reference,
     cosines,
     linears,
@@ -175,6 +176,9 @@ def test_token_types_of_the_tokenizer_reach_the_model(tmp_path: Path) -> None:
         single="<s>:0 $A:1 </s>:1", special_tokens=[("<s>", 2), ("</s>", 3)]
     )
     tokenizer.save(str(source / "tokenizer.json"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    write_json(source / "tokenizer_config.json", {**settings, "model_input_names": names})
     reference = Reference(source).model
     theirs = []
     for text in TEXTS:
@@ -217,11 +221,11 @@ def test_a_decoder_with_a_language_head_is_read_without_it(prefix: str, tmp_path
     ("name", "changes", "message"),
     [
         ("bert", {"num_attention_heads": 5}, "num_attention_heads and hidden_size"),
-        ("bert", {"hidden_size": 16}, "query.weight: expected shape"),
+        ("bert", {"hidden_size": 16}, "embeddings.weight: expected shape"),
         ("modernbert", {"intermediate_size": 48}, r"mlp\.Wi\.weight: expected shape"),
         ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads and num_attention_heads"),
         ("qwen2", {"num_key_value_heads": 4}, r"k_proj\.weight: expected shape \[32, 32\]"),
-        ("qwen3", {"head_dim": 8}, r"q_proj\.weight: expected shape"),
+        ("qwen3", {"head_dim": 8}, r"k_proj\.weight: expected shape"),
         ("bert", {"type_vocab_size": None}, "type_vocab_size: expected an integer of at least 0"),
         ("roberta", {"pad_token_id": "<pad>"}, "pad_token_id: expected an integer of at least 0"),
         ("llama", {"rope_theta": None}, "rope_theta: expected a number, found None"),
@@ -235,6 +239,7 @@ def test_a_config_that_does_not_fit_the_weights_or_its_types_is_refused(
 ) -> None:
     source = save(make_model(name), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
+    config.pop("rope_parameters", None)  # where transformers 5 has saved it
     write_json(source / "config.json", {**config, **changes})
     with pytest.raises(CheckpointError, match=message):
         export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
@@ -280,7 +285,9 @@ def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None
     source = save(make_model("llama", rope_theta=500.0), tmp_path / "source", pooling="mean")
     config = json.loads((source / "config.json").read_text())
     before = exported(source, None, tmp_path / "before").encode(TEXTS)
-    rope = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    written = {key: config.pop(key, None) for key in ("rope_scaling", "rope_theta")}
+    theta = written["rope_theta"] or config["rope_parameters"]["rope_theta"]
+    rope = {**LLAMA3_ROPE, "rope_theta": theta}
     write_json(source / "config.json", {**config, "rope_parameters": rope})
     assert np.array_equal(exported(source, None, tmp_path / "after").encode(TEXTS), before)
 
@@ -306,6 +313,8 @@ def test_what_a_family_does_not_implement_is_refused_by_name(
 ) -> None:
     source = save(make_model(name), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
+    if name == "modernbert":
+        config = {**config, "global_rope_theta": 160000.0}
     write_json(source / "config.json", {**config, setting: value})
     with pytest.raises(CheckpointError, match=setting):
         export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
@@ -327,8 +336,9 @@ def test_modernbert_as_transformers_5_saves_it(sources: dict[str, Path], tmp_pat
     before = exported(sources["modernbert"], None, tmp_path / "before").encode(TEXTS)
     source = save(make_model("modernbert"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
-    thetas = [config.pop(f"{kind}_rope_theta") for kind in ("global", "local")]
-    every = config.pop("global_attn_every_n_layers")
+    thetas, every = (160000.0, 10000.0), 3
+    for key in ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers"):
+        config.pop(key, None)
     kinds = ("full_attention", "sliding_attention")
     rope = {
         kind: {"rope_theta": theta, "rope_type": "default"}

@@ -328,7 +328,10 @@ def test_an_adapter_that_changes_the_vision_tower_is_refused(tmp_path: Path) -> 
         k: v.to(torch.float32).numpy()
         for k, v in load(folder / "adapter_model.safetensors").items()
     }
-    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = [*PROJECTIONS, "attn.proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    rank = config["r"]
     path = "base_model.model.model.visual.blocks.0.attn.proj"
     tensors[f"{path}.lora_A.weight"] = np.ones((rank, 64), np.float32)
     tensors[f"{path}.lora_B.weight"] = np.ones((64, rank), np.float32)

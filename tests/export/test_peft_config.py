@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from embedge.export import _peft_config as tables
 from embedge.export._adapters import Adapter
@@ -146,3 +147,59 @@ def test_every_field_of_pefts_lora_config_is_judged() -> None:
     assert set(LoraConfig().to_dict()) <= judged
     assert not tables._USED & tables._HARMLESS
     assert not (tables._USED | tables._HARMLESS) & tables._REFUSED.keys()
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "ends of names": {"target_modules": ["query", "layer.1.attention.self.value"]},
+    "an expression": {"target_modules": r".*\.0\..*(query|value)"},
+    "all Linears": {"target_modules": "all-linear"},
+    "others excluded": {"target_modules": ["query", "value"], "exclude_modules": ["value"]},
+    "an expression excluded": {"target_modules": ["query"], "exclude_modules": r".*layer\.1\..*"},
+    "one layer": {"target_modules": ["query", "value"], "layers_to_transform": 1},
+    "layers by name": {
+        "target_modules": ["query"],
+        "layers_to_transform": [0],
+        "layers_pattern": "layer",
+    },
+    "layers of another name": {
+        "target_modules": ["query"],
+        "layers_to_transform": [0],
+        "layers_pattern": ["blocks"],
+    },
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_what_is_adapted_is_what_peft_adapts(case: str, tmp_path: Path) -> None:
+    config = LoraConfig(**TARGETS[case])
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", **TARGETS[case]}))
+    settings = tables.read_peft_config(file)
+    modules = [
+        f"{prefix}encoder.layer.{layer}.attention.self.{name}"
+        for prefix in ("", "bert.")
+        for layer in (0, 1)
+        for name in ("query", "key", "value")
+    ]
+    everything = TARGETS[case]["target_modules"] == "all-linear"
+    for module in modules:
+        expected = everything or bool(check_target_module_exists(config, module))
+        assert settings.targets.names(module) == expected, module
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("target_modules", "(", "target_modules is '\\(', expected a regular expression"),
+        ("target_modules", [1], "target_modules is \\[1\\], expected a list of module names"),
+        ("exclude_modules", 3, "exclude_modules is 3, expected a list of module names"),
+        ("layers_to_transform", "1", "layers_to_transform is '1', expected a layer's number"),
+    ],
+)
+def test_targets_of_another_type_are_refused(
+    field: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", field: value}))
+    with pytest.raises(AdapterError, match=message):
+        tables.read_peft_config(file)

@@ -175,12 +175,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "modality_config reads no text",
     ),
     "texts in a chat template": (
-        {"transformer": {"modality_config": {"text": _FORWARD, "message": _FORWARD}}},
+        {
+            "transformer": {
+                "modality_config": {"text": _FORWARD, "message": _FORWARD},
+                "module_output_name": "token_embeddings",
+            }
+        },
         "modality_config has 'message'",
     ),
     "a dimension of none": (
         {"settings": {"truncate_dim": 0}},
         "truncate_dim is 0, expected a positive whole number",
+    ),
+    "tokens under another name": (
+        {"transformer": {"modality_config": {"text": _FORWARD}, "module_output_name": "scores"}},
+        "module_output_name is 'scores', expected 'token_embeddings'",
+    ),
+    "a pooling's setting that is not known": (
+        {"pooling": {"pooling_mode": "mean", "layer_index": -2}},
+        "Pooling has settings that sentence-transformers does not know: layer_index",
+    ),
+    "a pooling of null": (
+        {"pooling": {"pooling_mode": None, "pooling_mode_cls_token": True}},
+        "the pooling None is not supported",
     ),
     "a length of queries": (
         {"transformer": {"query_length": 8}},
@@ -513,6 +530,15 @@ def test_arguments_of_the_tokenizer_and_lower_casing_are_passed_on(tmp_path: Pat
     settings = read_modules(tmp_path, CONFIG)
     assert settings.tokenizer_settings == {"truncation_side": "left"}
     assert settings.lowercase
+
+
+def test_the_older_name_of_the_tokenizers_arguments_takes_the_place_of_the_newer(
+    tmp_path: Path,
+) -> None:
+    both = {"processor_kwargs": {"model_max_length": 5, "a": 1}, "tokenizer_args": {"b": 2}}
+    write_model(tmp_path, transformer={"max_seq_length": 9, **both})
+    settings = read_modules(tmp_path, CONFIG)
+    assert (settings.max_length, settings.tokenizer_settings) == (9, {"b": 2})
 
 
 @pytest.mark.parametrize(
