@@ -251,6 +251,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_PAUSE_S", 0.0)
     monkeypatch.setattr(timing, "_BLOCK_S", 0.0)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 class Clock:
