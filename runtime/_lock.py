@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from embedge.runtime._errors import EmbedgeError
+from embedge.runtime._files import kind_of
 
 __all__ = ["check_own", "is_at", "lock_now", "release_lock", "sole_holder", "take_lock"]
 
@@ -27,15 +28,6 @@ _FLAGS |= sum(
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
 )
 _HOLDER = re.compile(rb"\d{0,20}\n?")
-_KINDS = (
-    (stat.S_ISLNK, "a link"),
-    (stat.S_ISREG, "a file"),
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 if sys.platform == "win32":
     import msvcrt
@@ -160,8 +152,7 @@ def _check_status(
     path: Path, status: os.stat_result, fits: Callable[[int], bool], expected: str
 ) -> None:
     if not fits(status.st_mode):
-        found = next((words for kind, words in _KINDS if kind(status.st_mode)), "something else")
-        raise _foreign(path, expected, found)
+        raise _foreign(path, expected, kind_of(status.st_mode))
     if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
         raise _foreign(path, expected, f"a file of {status.st_nlink} names")
     if hasattr(os, "geteuid"):
