@@ -12,10 +12,14 @@ the same wherever the folder lies. Sources in order:
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from embedge.export._errors import CheckpointError
+from embedge.runtime._files import JSON_BYTES, read_regular_file, system_reason
 
 __all__ = [
     "base_name",
@@ -91,10 +95,16 @@ def _names(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def _card(folder: Path) -> str:
-    try:
-        return (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    file = folder / "README.md"
+    if not os.path.lexists(file):
         return ""
+    try:
+        return read_regular_file(file, JSON_BYTES).decode("utf-8", "replace")
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read: {system_reason(error)}; it names the model and its "
+            "licence: fetch it again, or remove it"
+        ) from error
 
 
 def _front_matter(card: str) -> list[str]:

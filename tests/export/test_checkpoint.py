@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -474,6 +475,20 @@ def test_the_name_is_short_and_never_a_path(
     (tmp_path / folder / "README.md").write_text(card)
 
     assert Checkpoint.open(tmp_path / folder).name == expected
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [os.mkfifo, Path.mkdir, lambda p: p.symlink_to("nowhere")],
+    ids=["fifo", "folder", "link"],
+)
+def test_a_model_card_that_cannot_be_read_is_not_taken_for_none(
+    plant: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write_model(tmp_path)
+    plant(tmp_path / "README.md")
+    with pytest.raises(CheckpointError, match=r"README\.md: cannot be read: .*or remove it"):
+        Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize(

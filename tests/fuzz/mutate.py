@@ -190,7 +190,7 @@ def mutate_file(file: Path, rng: random.Random) -> str:
     data = file.read_bytes()
     try:
         data, what = _mutated(data, file.suffix, rng)
-    except ValueError:  # no JSON any more
+    except (ValueError, RecursionError):  # no JSON any more
         data, what = mutate_bytes(data, rng)
     file.unlink()
     file.write_bytes(data)
