@@ -190,7 +190,11 @@ def mutate_file(file: Path, rng: random.Random) -> str:
     data = file.read_bytes()
     try:
         data, what = _mutated(data, file.suffix, rng)
-    except (ValueError, RecursionError):  # no JSON any more
+    except (
+        ValueError,
+        RecursionError,
+        OverflowError,
+    ):  # no JSON any more, or no number to go on with
         data, what = mutate_bytes(data, rng)
     file.unlink()
     file.write_bytes(data)
