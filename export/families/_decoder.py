@@ -108,7 +108,8 @@ class Decoder(Family):
         known = ("full_attention", "sliding_attention")
         if types is None:
             return None
-        if not isinstance(types, list) or len(types) != self.num_layers or {*types} - {*known}:
+        fits = isinstance(types, list) and len(types) == self.num_layers
+        if not fits or any(kind not in known for kind in types):
             raise self._unsupported(
                 "layer_types", types, f"{self.num_layers} of {', '.join(known)}"
             )

@@ -72,7 +72,8 @@ class ModernBert(Family):
         if types is None:
             return kinds
         names = {"full_attention": "global", "sliding_attention": "local"}
-        listed = [names.get(t) for t in types] if isinstance(types, list) else []
+        types = types if isinstance(types, list) else [types]
+        listed = [names.get(t) if isinstance(t, str) else None for t in types]
         if len(listed) != self.num_layers or None in listed:
             raise self._unsupported(
                 "layer_types", types, f"{self.num_layers} of {', '.join(names)}"

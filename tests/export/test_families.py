@@ -349,6 +349,18 @@ def test_modernbert_as_transformers_5_saves_it(sources: dict[str, Path], tmp_pat
     assert np.array_equal(exported(source, None, tmp_path / "after").encode(TEXTS), before)
 
 
+@pytest.mark.parametrize(
+    "types", [[["full_attention"]] * 4, "full_attention", {"a": 1}, [None] * 4]
+)
+@pytest.mark.parametrize("name", ["qwen3", "modernbert"])
+def test_layer_types_of_other_types_are_refused(name: str, types: Any, tmp_path: Path) -> None:
+    source = save(make_model(name, num_hidden_layers=4), tmp_path / "source", pooling="mean")
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, "layer_types": types})
+    with pytest.raises(CheckpointError, match="layer_types"):
+        exported(source, None, tmp_path / "out")
+
+
 def test_a_token_that_the_table_lacks_is_warned_of_and_named(tmp_path: Path) -> None:
     source = save(make_model("bert"), tmp_path / "source")
     tokenizer = make_tokenizer()
