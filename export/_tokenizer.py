@@ -34,6 +34,8 @@ _NAMED = (
 )
 _GENERIC = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 
+_MOST_TOKENS = 1 << 24  # 64 times the largest vocabulary of the families here
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Class:
@@ -210,6 +212,12 @@ class _Reader:
             raise CheckpointError(
                 f"{file}: tokenizers could not read it ({error}); fetch or save the file again"
             ) from error
+        token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+        if last >= _MOST_TOKENS:  # writing a vocabulary visits every id up to it
+            raise CheckpointError(
+                f"{file}: the token {token[:40]!r} has the id {last}, expected ids below {_MOST_TOKENS:,}; "
+                "fetch or save the file again"
+            )
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.special = self._special_tokens(kind, content)

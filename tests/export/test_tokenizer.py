@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,16 @@ def test_a_damaged_tokenizer_is_named(content: str, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         read_tokenizer(folder, {"model_type": "bert"})
+
+
+def test_an_id_far_beyond_any_vocabulary_is_refused(tmp_path: Path) -> None:
+    """The library visits every id up to the last when it writes."""
+    file = write_tokenizer(tmp_path, {}) / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    content["model"]["vocab"]["é"] = 2**31 - 1
+    write_json(file, content)
+    with pytest.raises(CheckpointError, match="'é' has the id 2147483647, expected ids below"):
+        read_tokenizer(tmp_path, {"model_type": "bert"})
 
 
 def test_no_tokenizer_at_all_says_what_to_install(tmp_path: Path) -> None:
