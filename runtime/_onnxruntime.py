@@ -134,17 +134,21 @@ def _distributions(package: Path) -> list[str]:
 def _brings_package(entry: Path) -> bool:
     """Whether a distribution lists the package's files."""
     try:
-        lines = (entry / "RECORD").read_text("utf-8", "replace").splitlines()
+        return _lists_package((entry / "RECORD").read_text("utf-8", "replace"))
     except OSError:
         return False
-    return any(line.startswith(f"{_NAME}/__init__.py,") for line in lines)
+
+
+def _lists_package(record: str) -> bool:
+    """By the text of RECORD: ``Distribution.files`` leaves out what is gone, from Python 3.12 on."""
+    return any(line.startswith(f"{_NAME}/__init__.py,") for line in record.splitlines())
 
 
 def _missing() -> str:
     left = sorted(
         str(one.metadata["Name"]).lower()
         for one in importlib.metadata.distributions()
-        if any(str(file) == f"{_NAME}/__init__.py" for file in one.files or ())
+        if _lists_package(one.read_text("RECORD") or "")
     )
     if left:
         command = _install(left[-1], "--force-reinstall --no-deps ")

@@ -248,7 +248,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("path", "message"),
     [
         ("x" * 300, "File name too long"),
-        ("a\0b", "embedded null byte"),
+        ("a\0b", "embedded null"),
         ("\udcff", "nothing there"),
         (
             "~/no such bundle",

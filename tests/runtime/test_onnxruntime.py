@@ -73,8 +73,8 @@ def python(site: Path, *arguments: str, real: bool = True) -> subprocess.Complet
         if real
         else f"import sys; sys.path = [p for p in sys.path if p != {str(REAL.parent)!r}]\n"
     )
-    if not real:  # numpy and tokenizers lie beside it
-        for package in ("numpy", "tokenizers", "tqdm"):
+    if not real:  # what else is needed lies beside it
+        for package in ("numpy", "tokenizers", "tqdm", "embedge"):
             found = Path(__import__(package).__file__ or "").parent
             if found.parent == REAL.parent and not (site / package).exists():
                 (site / package).symlink_to(found)
