@@ -108,12 +108,12 @@ class Decoder(Family):
         known = ("full_attention", "sliding_attention")
         if types is None:
             return None
-        fits = isinstance(types, list) and len(types) == self.num_layers
-        if not fits or any(kind not in known for kind in types):
+        listed = types if isinstance(types, list) else []
+        if len(listed) != self.num_layers or any(kind not in known for kind in listed):
             raise self._unsupported(
                 "layer_types", types, f"{self.num_layers} of {', '.join(known)}"
             )
-        return types
+        return [str(kind) for kind in listed]
 
     def check_tensors(self, names: Iterable[str]) -> None:
         kind = self.config["model_type"]
