@@ -36,19 +36,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy follows the folder mapping in a strict editable install only
 types: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings editable_mode=strict
 	$(BIN)/mypy
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml $(wildcard runtime/native/*)
+$(STAMP): pyproject.toml $(wildcard runtime/kernels/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build demo-bundle demo-report runtime/_native*.so
+	rm -rf $(VENV) build demo-bundle demo-report runtime/kernels/_native*.so

@@ -16,23 +16,23 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from embedge.runtime import EmbedgeError
-from embedge.runtime._advice import install_command
+from embedge.runtime.host.install_advice import install_command
 
 if TYPE_CHECKING:
-    from embedge.bench._options import BenchOptions
-    from embedge.bench._reference import Reference
-    from embedge.bench._report import Report
-    from embedge.bench._run import run_bench
+    from embedge.bench.options import BenchOptions
+    from embedge.bench.report.report import Report
+    from embedge.bench.run import run_bench
+    from embedge.bench.systems.reference import Reference
 
 __all__ = ["BenchOptions", "Reference", "Report", "run_bench"]
 
 _REQUIRED = ("matplotlib", "onnx", "peft", "psutil", "torch", "tqdm", "transformers")
 # Looked up on first use, so that `embedge bench --help` does not wait for torch.
 _HOMES = {
-    "BenchOptions": "_options",
-    "Reference": "_reference",
-    "Report": "_report",
-    "run_bench": "_run",
+    "BenchOptions": "options",
+    "Reference": "systems.reference",
+    "Report": "report.report",
+    "run_bench": "run",
 }
 
 

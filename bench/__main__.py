@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from embedge.runtime._cli import main
+from embedge.runtime.cli.main import main
 
 sys.exit(main(["bench", *sys.argv[1:]]))

@@ -25,9 +25,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from embedge.bench._errors import BenchArgumentError, BenchError
+from embedge.bench.errors import BenchArgumentError, BenchError
 from embedge.runtime import Embedder, EmbedgeError, EmbedgeValueError
-from embedge.runtime._advice import install_command
+from embedge.runtime.host.install_advice import install_command
 
 __all__ = ["EmbedgeEncoder", "TaskMetadata", "bundle_task", "main"]
 

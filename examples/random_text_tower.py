@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from embedge.bench._data import default_texts
+from embedge.bench.measure.texts import default_texts
 
 MAX_TOKENS = 4096
 

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from embedge.quant._calibration_texts import packaged_texts
+from embedge.export.calibration.texts import packaged_texts
 
 SEED = 11
 MAX_TOKENS = 512

@@ -4,11 +4,11 @@
 >>> export_bundle("all-MiniLM-L6-v2", adapters={"code": "adapters/code"}, out="bundle")
 """
 
-from embedge.export._requirements import check_requirements
+from embedge.export.requirements import check_requirements
 
 check_requirements()
 
-from embedge.export._api import export_bundle  # noqa: E402 - needs what was just checked
-from embedge.export._errors import AdapterError, CheckpointError, ExportError  # noqa: E402
+from embedge.export.api import export_bundle  # noqa: E402 - needs what was just checked
+from embedge.export.errors import AdapterError, CheckpointError, ExportError  # noqa: E402
 
 __all__ = ["AdapterError", "CheckpointError", "ExportError", "export_bundle"]

@@ -11,8 +11,9 @@ parts.
 
 from __future__ import annotations
 
-from embedge.runtime._embedder import Embedder
-from embedge.runtime._errors import (
+from embedge.runtime.bundle.subset import subset_bundle
+from embedge.runtime.embedder import Embedder
+from embedge.runtime.errors import (
     BundleError,
     DeviceError,
     EmbedgeError,
@@ -24,8 +25,7 @@ from embedge.runtime._errors import (
     ManifestError,
     TextTooLongError,
 )
-from embedge.runtime._requirements import own_version, without_telemetry
-from embedge.runtime._subset import subset_bundle
+from embedge.runtime.host.requirements import own_version, without_telemetry
 
 __all__ = [
     "BundleError",

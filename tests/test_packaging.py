@@ -98,8 +98,8 @@ def test_the_wheel_carries_types_data_and_licence(wheel_folder: Path) -> None:
     ):
         assert f"{folder}/__init__.py" in names
         assert f"{folder}/py.typed" in names
-    assert "embedge/quant/data/calibration.jsonl" in names
-    assert not [name for name in names if "toplevel" in name]
+    assert "embedge/export/calibration/data/calibration.jsonl" in names
+    assert not [name for name in names if "studies" in name]
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
@@ -109,10 +109,12 @@ def test_the_source_distribution_has_tests_and_documents(source_folder: Path) ->
 
 
 def test_the_source_distribution_has_all_there_is_to_compile(source_folder: Path) -> None:
-    native = ROOT / "runtime/native"
-    assert (native / "products.c").is_file()
+    native = ROOT / "runtime/kernels/native"
+    assert (native / "matmul_int8.c").is_file()
     for file in native.iterdir():
-        assert (source_folder / "runtime/native" / file.name).read_bytes() == file.read_bytes()
+        assert (
+            source_folder / "src/embedge/runtime/kernels/native" / file.name
+        ).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
@@ -125,7 +127,7 @@ def test_without_a_compiler_it_installs_and_imports(
     assert not list(folder.rglob("*.so"))
     code = """
 import embedge.runtime
-from embedge.runtime._kernels import own_kernels
+from embedge.runtime.kernels.library import own_kernels
 print(embedge.runtime.__file__, own_kernels())
 """
     assert run_with_wheel(folder, code).split() == [
@@ -139,10 +141,10 @@ print(embedge.runtime.__file__, own_kernels())
     reason="needs an x86-64 Linux with a C compiler",
 )
 def test_the_wheel_carries_the_kernel(wheel_folder: Path) -> None:
-    [kernel] = (wheel_folder / "embedge/runtime").glob("*.so")
+    [kernel] = (wheel_folder / "embedge/runtime/kernels").glob("*.so")
     assert kernel.name.startswith("_native.")
     assert kernel.suffix == ".so"
-    code = "from embedge.runtime._kernels import kernel_library; print(kernel_library())"
+    code = "from embedge.runtime.kernels.library import kernel_library; print(kernel_library())"
     assert run_with_wheel(wheel_folder, code).strip() in (str(kernel), "None")
 
 
@@ -167,7 +169,7 @@ def test_an_editable_install_has_the_names_and_the_command(
     subprocess.run(command, check=True)
     code = "import embedge; from embedge import Embedder, export_bundle; print(embedge.__file__)"
     found = subprocess.check_output([python, "-c", code], cwd=tmp_path, text=True)
-    assert Path(found.strip()).resolve() == source / "runtime/toplevel/__init__.py"
+    assert Path(found.strip()).resolve() == source / "src/embedge/__init__.py"
     script = environment / "bin" / "embedge"
     said = subprocess.check_output([script, "--version"], cwd=tmp_path, text=True)
     assert said == f"embedge {metadata.version('embedge')}\n"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from embedge.export._errors import CheckpointError
-from embedge.export.families._base import Family
-from embedge.export.families._bert import Bert, MPNet
-from embedge.export.families._decoder import Decoder
-from embedge.export.families._modernbert import ModernBert
-from embedge.export.families._qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
+from embedge.export.errors import CheckpointError
+from embedge.export.families.base import Family
+from embedge.export.families.bert import Bert, MPNet
+from embedge.export.families.decoder import Decoder
+from embedge.export.families.modernbert import ModernBert
+from embedge.export.families.qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 

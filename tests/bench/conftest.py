@@ -4,7 +4,6 @@ sentence-transformers, a random LoRA adapter whose B is not zero and whose alpha
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from embedge.bench._report import Report, Row
+from embedge.bench.report.report import Report, Row
 
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests: _decoders
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
 MAX_LENGTH = 24

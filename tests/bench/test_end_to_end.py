@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from embedge.bench import BenchOptions, Report, run_bench
-from embedge.bench import _plan as plan_module
-from embedge.bench._cli import add_arguments, run
-from embedge.bench._errors import BenchError
-from embedge.bench._latency import Shape
-from embedge.bench._options import Effort
-from embedge.bench._systems import EmbedgeSystem
+from embedge.bench import plan as plan_module
+from embedge.bench.errors import BenchError
+from embedge.bench.measure.latency import Shape
+from embedge.bench.options import Effort
+from embedge.bench.systems.system import EmbedgeSystem
 from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
-from embedge.runtime._cli import main
-from embedge.runtime._device import cuda_problem
+from embedge.runtime.cli.bench import add_arguments, run
+from embedge.runtime.cli.main import main
+from embedge.runtime.sessions.device import cuda_problem
 
 TINY = Effort(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1, process_repeats=1)
 

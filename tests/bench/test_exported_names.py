@@ -22,7 +22,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, embedge.bench._cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, embedge.runtime.cli.bench; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from embedge.bench import mteb_model
-from embedge.bench._errors import BenchArgumentError
+from embedge.bench.errors import BenchArgumentError
 from embedge.bench.mteb_model import EmbedgeEncoder, bundle_task, main
 from embedge.export import export_bundle
 from embedge.runtime import Embedder
@@ -329,7 +328,6 @@ def metadata_of(**changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def pages_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny random jina-embeddings-v4."""
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
     from random_jina_v4 import write_checkpoint
 
     folder = tmp_path_factory.mktemp("pages")

@@ -65,10 +65,9 @@ class Subject:
 def make_subjects(root: Path) -> list[Subject]:
     """Export, prepare and embed with the bundles that are mutated."""
     sys.path.insert(0, str(_ROOT / "tests" / "export"))
-    from _models import make_model, save
-
     from embedge.export import export_bundle
-    from embedge.runtime._cli import main
+    from embedge.runtime.cli.main import main
+    from tests.helpers.models import make_model, save
 
     subjects = []
     for name, pooling in (("bert", "mean"), ("qwen2", "lasttoken")):

@@ -33,10 +33,10 @@ from tokenizers import Tokenizer
 
 from embedge.export import export_bundle
 from embedge.runtime import Embedder, EmbedgeError, EmbedgeWarning
-from embedge.runtime import _writing as writing
-from embedge.runtime._bundle import Bundle
-from embedge.runtime._cli import main as command
-from embedge.runtime._prepared import PreparedGraphs
+from embedge.runtime.bundle import writing
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.cli.main import main as command
+from embedge.runtime.sessions.packed_graphs import PreparedGraphs
 from tests.fuzz.child import Outcome, Wrong, run
 
 __all__ = ["JOBS", "Job", "kill"]
@@ -134,8 +134,7 @@ class Kills:
         return self._killed(name, lambda _: _die_after(seconds))
 
     def _make(self) -> None:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
-        from _models import make_model, save
+        from tests.helpers.models import make_model, save
 
         wide = {"hidden_size": 96, "intermediate_size": 192, "gain": 0.6}  # weights lie in files
         save(make_model("bert", **wide), self._source)

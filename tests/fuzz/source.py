@@ -45,8 +45,7 @@ def make_sources(root: Path) -> list[Path]:
     """Make the folders that are mutated: each holds a ``model`` and an ``adapter``."""
 
     def make() -> None:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
-        from _models import linears, make_model, save, save_adapter, write_json
+        from tests.helpers.models import linears, make_model, save, save_adapter, write_json
 
         kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "bert": (

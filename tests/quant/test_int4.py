@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedge.quant import _int4
+from embedge.quant import int4
 
 RNG = np.random.default_rng(0)
 
@@ -16,23 +16,23 @@ def full_range(blocks: np.ndarray) -> np.ndarray:
     high = np.maximum(blocks.max(-1), 0.0)
     scale = np.where(high > low, (high - low) / 15, 1.0).astype(np.float32)
     zero = np.clip(np.rint(-low / scale), 0, 15).astype(np.uint8)
-    return _int4.dequantize(_int4.quantize(blocks, scale, zero), scale, zero)
+    return int4.dequantize(int4.quantize(blocks, scale, zero), scale, zero)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 32])
 def test_packing_and_unpacking_are_inverses(length: int) -> None:
     values = RNG.integers(0, 16, (3, 5, length)).astype(np.uint8)
-    packed = _int4.pack_pairs(values)
+    packed = int4.pack_pairs(values)
     assert packed.shape == (3, 5, (length + 1) // 2)
-    assert np.array_equal(_int4.unpack_pairs(packed, length), values)
+    assert np.array_equal(int4.unpack_pairs(packed, length), values)
 
 
 def test_the_earlier_value_is_in_the_low_half_of_the_byte() -> None:
-    assert _int4.pack_pairs(np.array([[3, 10]], np.uint8)) == 0xA3
+    assert int4.pack_pairs(np.array([[3, 10]], np.uint8)) == 0xA3
 
 
 def test_an_odd_length_ends_in_a_zero_half() -> None:
-    assert _int4.pack_pairs(np.array([7], np.uint8)) == 0x07
+    assert int4.pack_pairs(np.array([7], np.uint8)) == 0x07
 
 
 @pytest.mark.parametrize("spread", ["normal", "heavy tails", "one sign", "constant", "tiny"])
@@ -45,8 +45,8 @@ def test_the_chosen_grid_is_never_worse_than_the_full_range(spread: str) -> None
         "constant": np.full(shape, 0.3),
         "tiny": RNG.normal(0, 1e-20, shape),
     }[spread].astype(np.float32)
-    scales, zeros = _int4.block_grid(blocks)
-    restored = _int4.dequantize(_int4.quantize(blocks, scales, zeros), scales, zeros)
+    scales, zeros = int4.block_grid(blocks)
+    restored = int4.dequantize(int4.quantize(blocks, scales, zeros), scales, zeros)
     ours = np.square((restored - blocks).astype(np.float64)).sum(-1)
     plain = np.square((full_range(blocks) - blocks).astype(np.float64)).sum(-1)
     assert (ours <= plain * 1.0001).all()
@@ -58,8 +58,8 @@ def test_importance_moves_the_grid_towards_what_matters() -> None:
     weight[:8] = 100
     errors = []
     for importance in (None, weight):
-        scales, zeros = _int4.block_grid(blocks, importance)
-        restored = _int4.dequantize(_int4.quantize(blocks, scales, zeros), scales, zeros)
+        scales, zeros = int4.block_grid(blocks, importance)
+        restored = int4.dequantize(int4.quantize(blocks, scales, zeros), scales, zeros)
         errors.append(np.square(restored - blocks)[:, :8].sum())
     assert errors[1] < errors[0]
 
@@ -68,7 +68,7 @@ def test_values_inside_the_grid_are_within_half_a_step() -> None:
     blocks = RNG.normal(0, 1, (50, 16)).astype(np.float32)
     scales = (np.ptp(blocks, axis=-1) / 14).astype(np.float32)
     zeros = np.clip(np.rint(-blocks.min(-1) / scales), 0, 15).astype(np.uint8)
-    restored = _int4.dequantize(_int4.quantize(blocks, scales, zeros), scales, zeros)
+    restored = int4.dequantize(int4.quantize(blocks, scales, zeros), scales, zeros)
     inside = (restored > restored.min(-1, keepdims=True)) & (
         restored < restored.max(-1, keepdims=True)
     )
@@ -77,23 +77,23 @@ def test_values_inside_the_grid_are_within_half_a_step() -> None:
 
 
 def test_a_block_of_zeros_is_restored_exactly() -> None:
-    scales, zeros = _int4.block_grid(np.zeros((2, 16), np.float32))
-    values = _int4.quantize(np.zeros((2, 16), np.float32), scales, zeros)
-    assert not _int4.dequantize(values, scales, zeros).any()
+    scales, zeros = int4.block_grid(np.zeros((2, 16), np.float32))
+    values = int4.quantize(np.zeros((2, 16), np.float32), scales, zeros)
+    assert not int4.dequantize(values, scales, zeros).any()
     assert np.isfinite(scales).all()
 
 
 def test_zero_is_always_on_the_grid() -> None:
     blocks = RNG.uniform(3, 4, (20, 16)).astype(np.float32)
     blocks[:, 0] = 0
-    scales, zeros = _int4.block_grid(blocks)
-    restored = _int4.dequantize(_int4.quantize(blocks, scales, zeros), scales, zeros)
+    scales, zeros = int4.block_grid(blocks)
+    restored = int4.dequantize(int4.quantize(blocks, scales, zeros), scales, zeros)
     assert not restored[:, 0].any()
 
 
 def test_the_last_block_of_a_row_is_padded_with_zeros() -> None:
     weight = RNG.normal(0, 1, (3, 40)).astype(np.float32)
-    blocks = _int4.split_blocks(weight, 16)
+    blocks = int4.split_blocks(weight, 16)
     assert blocks.shape == (3, 3, 16)
     assert np.array_equal(blocks.reshape(3, 48)[:, :40], weight)
     assert not blocks[:, 2, 8:].any()
@@ -101,4 +101,4 @@ def test_the_last_block_of_a_row_is_padded_with_zeros() -> None:
 
 def test_whole_blocks_are_a_view() -> None:
     weight = np.zeros((3, 32), np.float32)
-    assert np.shares_memory(_int4.split_blocks(weight, 16), weight)
+    assert np.shares_memory(int4.split_blocks(weight, 16), weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedge.quant import _int8, fidelity
+from embedge.quant import fidelity, int8
 
 RNG = np.random.default_rng(0)
 
@@ -13,7 +13,7 @@ RNG = np.random.default_rng(0)
 def test_every_weight_is_within_half_a_step_of_its_row() -> None:
     weight = RNG.normal(0, 1, (70, 30)) * np.exp(RNG.normal(0, 3, (70, 1)))
     weight = weight.astype(np.float32)
-    result = _int8.quantize_rows(weight)
+    result = int8.quantize_rows(weight)
     assert result.values.dtype == np.int8
     scales = result.scales[:, None]
     error = np.abs(result.values * scales - weight)
@@ -25,7 +25,7 @@ def test_every_weight_is_within_half_a_step_of_its_row() -> None:
 def test_the_noise_is_that_of_the_weight_itself(smoothed: bool) -> None:
     weight = RNG.normal(0, 1, (70, 30)).astype(np.float32)
     smooth = np.exp(RNG.normal(0, 1, 30)).astype(np.float32) if smoothed else None
-    result = _int8.quantize_rows(weight, smooth)
+    result = int8.quantize_rows(weight, smooth)
     restored = result.values * result.scales[:, None]
     if smooth is not None:
         restored = restored / smooth
@@ -34,13 +34,13 @@ def test_the_noise_is_that_of_the_weight_itself(smoothed: bool) -> None:
 
 def test_the_largest_weight_of_a_row_is_exact_at_127() -> None:
     weight = RNG.normal(0, 1, (9, 5)).astype(np.float32)
-    result = _int8.quantize_rows(weight)
+    result = int8.quantize_rows(weight)
     assert (np.abs(result.values.astype(int)).max(axis=1) == 127).all()
     assert result.scales == pytest.approx(np.abs(weight).max(axis=1) / 127)
 
 
 def test_a_row_of_zeros_stays_zero_with_scale_1() -> None:
-    result = _int8.quantize_rows(np.zeros((4, 2), np.float32))
+    result = int8.quantize_rows(np.zeros((4, 2), np.float32))
     assert not result.values.any()
     assert (result.scales == 1).all()
     assert result.sqnr_db == float("inf")
@@ -48,33 +48,33 @@ def test_a_row_of_zeros_stays_zero_with_scale_1() -> None:
 
 def test_the_steps_that_bound_memory_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = RNG.normal(0, 1, (50, 8)).astype(np.float32)
-    whole = _int8.quantize_rows(weight)
-    monkeypatch.setattr(_int8, "_CACHED_ELEMENTS", 24)
-    assert np.array_equal(_int8.quantize_rows(weight).values, whole.values)
+    whole = int8.quantize_rows(weight)
+    monkeypatch.setattr(int8, "_CACHED_ELEMENTS", 24)
+    assert np.array_equal(int8.quantize_rows(weight).values, whole.values)
 
 
 def test_smoothing_is_the_formula_of_smoothquant() -> None:
     activation = np.array([1.0, 4.0, 2.0, 0.5], np.float32)
     weight = np.array([0.5, 0.5, 1.0, 0.25], np.float32)
-    scales = _int8.smoothing_scales(activation, weight, 0.5)
+    scales = int8.smoothing_scales(activation, weight, 0.5)
     expected = np.sqrt(activation / weight)
     assert scales == pytest.approx(expected / np.exp(np.log(expected).mean()))
 
 
 def test_an_outlier_channel_is_divided_by_more_than_the_others() -> None:
     activation = np.array([1, 1, 100, 1], np.float32)
-    scales = _int8.smoothing_scales(activation, np.ones(4, np.float32), 0.7)
+    scales = int8.smoothing_scales(activation, np.ones(4, np.float32), 0.7)
     assert scales[2] > 10 * scales[0]
 
 
 def test_channels_that_never_fire_keep_1() -> None:
     activation = np.array([0, 3, 5], np.float32)
-    assert _int8.smoothing_scales(activation, np.ones(3, np.float32), 0.7)[0] == 1
+    assert int8.smoothing_scales(activation, np.ones(3, np.float32), 0.7)[0] == 1
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-30, 1e30])
 def test_smoothing_stays_finite_and_positive(weight: float) -> None:
-    scales = _int8.smoothing_scales(
+    scales = int8.smoothing_scales(
         np.array([1e-9, 1e-3, 1e6], np.float32), np.full(3, weight, np.float32), 0.7
     )
     assert np.isfinite(scales).all()

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _sessions import EXACT_MODES, open_graph
 from onnx import TensorProto, helper, numpy_helper
 
-from embedge.quant import _int4, _int8, _tables
+from embedge.quant import embedding_tables, int4, int8
+from tests.helpers.sessions import EXACT_MODES, open_graph
 
 RNG = np.random.default_rng(0)
 
@@ -61,16 +61,16 @@ def test_matmulnbits_reads_values_scales_and_zero_points_as_we_pack_them(
     width: int, block_size: int
 ) -> None:
     weight = RNG.normal(0, 1, (24, width)).astype(np.float32)
-    parts = _int4.split_blocks(weight, block_size)
-    scales, zeros = _int4.block_grid(parts)
-    values = _int4.quantize(parts, scales, zeros)
-    restored = _int4.dequantize(values, scales, zeros).reshape(24, -1)[:, :width]
+    parts = int4.split_blocks(weight, block_size)
+    scales, zeros = int4.block_grid(parts)
+    values = int4.quantize(parts, scales, zeros)
+    restored = int4.dequantize(values, scales, zeros).reshape(24, -1)[:, :width]
     x = RNG.normal(0, 1, (2, 5, width)).astype(np.float32)
     y = run(
         "MatMulNBits",
         "x b s z",
         {"x": x},
-        {"b": _int4.pack_pairs(values), "s": scales, "z": _int4.pack_pairs(zeros)},
+        {"b": int4.pack_pairs(values), "s": scales, "z": int4.pack_pairs(zeros)},
         K=width,
         N=24,
         bits=4,
@@ -86,12 +86,14 @@ def test_matmulnbits_reads_values_scales_and_zero_points_as_we_pack_them(
 @pytest.mark.parametrize("width", [32, 48, 128, 384])
 def test_gatherblockquantized_reads_tables_as_we_pack_them(width: int, bits: int) -> None:
     table = RNG.normal(0, 1, (11, width)).astype(np.float32)
-    block_size = _tables.block_size_for(width, bits)
+    block_size = embedding_tables.block_size_for(width, bits)
     assert block_size is not None
-    values, scales, zeros = _tables.quantize_table(table.__getitem__, table.shape, bits, block_size)
+    values, scales, zeros = embedding_tables.quantize_table(
+        table.__getitem__, table.shape, bits, block_size
+    )
     blocks = values.reshape(11, -1, block_size).astype(np.float32)
     restored = ((blocks - zeros[..., None]) * scales[..., None]).reshape(11, width)
-    stored = [_int4.pack_pairs(v) if bits == 4 else v for v in (values, zeros)]
+    stored = [int4.pack_pairs(v) if bits == 4 else v for v in (values, zeros)]
     ids = np.array([[0, 10, 3], [7, 7, 1]])
     y = run(
         "GatherBlockQuantized",
@@ -111,7 +113,7 @@ def test_gatherblockquantized_reads_tables_as_we_pack_them(width: int, bits: int
 def test_matmulintegertofloat_takes_a_scale_per_row(rows: int, exact: bool) -> None:
     """Undocumented; int8 graphs are wrong without it."""
     weight = RNG.normal(0, 1, (48, 20)).astype(np.float32)
-    quantized = _int8.quantize_rows(np.ascontiguousarray(weight.T))
+    quantized = int8.quantize_rows(np.ascontiguousarray(weight.T))
     values, weight_scales = np.ascontiguousarray(quantized.values.T), quantized.scales
     x = RNG.integers(1, 255, (2, rows, 48)).astype(np.uint8)
     scale = np.exp(RNG.normal(0, 1, (2, rows, 1))).astype(np.float32)

@@ -15,15 +15,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _files_of import file_entries
-from _image_graphs import PATCH_VALUES, TINY, of_image, of_text, write_task, write_vision
-from _int8_graph import write_int8_bundle
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from embedge.runtime._manifest import FORMAT_VERSION
-from embedge.runtime._manifest_parts import IMAGE_INPUTS
+from embedge.runtime.bundle.manifest import FORMAT_VERSION
+from embedge.runtime.bundle.manifest_parts import IMAGE_INPUTS
+from tests.helpers.files_of import file_entries
+from tests.helpers.image_graphs import (
+    PATCH_VALUES,
+    TINY,
+    of_image,
+    of_text,
+    write_task,
+    write_vision,
+)
+from tests.helpers.int8_graph import write_int8_bundle
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60)), "query:", "passage:")
 DIM, MULTI_DIM, MAX_LENGTH = 8, 4, 16

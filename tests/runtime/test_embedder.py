@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from _threads import all_ended, workers
 from numpy.typing import NDArray
 
 from embedge.runtime import (
@@ -21,10 +20,11 @@ from embedge.runtime import (
     InferenceError,
     TextTooLongError,
 )
-from embedge.runtime import _graphs as graphs_module
-from embedge.runtime._bundle import Bundle
-from embedge.runtime._session import GraphSession
-from embedge.runtime._tokenize import TextTokenizer
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.encode.tokenizer import TextTokenizer
+from embedge.runtime.sessions import graphs as graphs_module
+from embedge.runtime.sessions.session import GraphSession
+from tests.helpers.threads import all_ended, workers
 
 CLS, SEP, UNK = 2, 3, 1
 FIRST_WORD = 4  # id of "w0"
@@ -42,8 +42,8 @@ def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def small_windows(monkeypatch: pytest.MonkeyPatch, *, first: int = 2) -> None:
     """Windows of 2, 8, 20, 20, … texts."""
-    monkeypatch.setattr("embedge.runtime._pipeline._FIRST_TEXTS", first)
-    monkeypatch.setattr("embedge.runtime._pipeline._WINDOW_TEXTS", 20)
+    monkeypatch.setattr("embedge.runtime.encode.texts._FIRST_TEXTS", first)
+    monkeypatch.setattr("embedge.runtime.encode.texts._WINDOW_TEXTS", 20)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ class TestResult:
     def test_long_texts_make_windows_of_fewer(
         self, bundle: Any, monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, int]]
     ) -> None:
-        monkeypatch.setattr("embedge.runtime._pipeline._WINDOW_CHARACTERS", 6)
+        monkeypatch.setattr("embedge.runtime.encode.texts._WINDOW_CHARACTERS", 6)
         small_windows(monkeypatch, first=3)
         texts = [f"w{i}" for i in range(10, 19)] + ["w1 w2 w3 w4"] * 2
         model = Embedder(bundle.path)
@@ -665,7 +665,7 @@ class TestLanes:
         Embedder(integer.path, threads=2).encode(texts, batch_size=1000)
         assert shapes == [(32, 16)] * 8
         if kind == "large":
-            monkeypatch.setattr("embedge.runtime._graphs.SMALL_GRAPH_BYTES", 100)
+            monkeypatch.setattr("embedge.runtime.sessions.graphs.SMALL_GRAPH_BYTES", 100)
         shapes.clear()
         opened.clear()
         model = Embedder((integer if kind == "large" else bundle).path, threads=2)

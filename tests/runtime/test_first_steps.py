@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
-from embedge.runtime._arguments import parse_bytes
-from embedge.runtime._call import EncodeOptions
+from embedge.runtime.arguments import parse_bytes
+from embedge.runtime.options import EncodeOptions
 
 TEXTS = ["w1 w2", "w3"]
 

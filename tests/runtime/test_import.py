@@ -22,9 +22,9 @@ BANNED = (
 )
 
 LOADED = """
-import embedge.runtime, embedge.runtime._cli, embedge.runtime._cli_embed
-import embedge.runtime._cli_inspect, json, sys
-from embedge.runtime._cpu import saturates_u8s8
+import embedge.runtime, embedge.runtime.cli.main, embedge.runtime.cli.embed
+import embedge.runtime.cli.inspect, json, sys
+from embedge.runtime.host.processor import saturates_u8s8
 saturates_u8s8()
 print(json.dumps(sorted(sys.modules)))
 """

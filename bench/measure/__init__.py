@@ -1,0 +1,1 @@
+"""How it is measured: latency, memory, fidelity, quality of a task."""

@@ -1,0 +1,113 @@
+"""Alternating timing: every system once a round, so that a busy machine is busy for all of them.
+
+A time by itself says little on a shared machine; the ratio of two systems in the same round says a
+lot. So ratios are made round by round and their median is quoted. The order is drawn anew for each
+round, so that nobody always follows the same neighbour, whose threads may still spin and whose
+weights fill the cache; a short pause before each run lets those threads fall asleep.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.bench.errors import BenchArgumentError
+
+__all__ = ["SHAPES", "Shape", "alternate", "percentiles", "ratio"]
+
+Times = NDArray[np.float64]
+Runs = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Token batches of one size.
+
+    Attributes:
+        batch: texts a batch.
+        tokens: tokens a text, special tokens included.
+    """
+
+    batch: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """``"32x128"``: batch × tokens."""
+        return f"{self.batch}x{self.tokens}"
+
+    @staticmethod
+    def parse(name: str) -> Shape:
+        """Return the shape of a :attr:`name`.
+
+        Raises:
+            BenchError: it is none.
+        """
+        batch, _, tokens = name.partition("x")
+        if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
+            raise BenchArgumentError(f"--shapes {name}: expected BATCHxTOKENS, such as 8x64")
+        return Shape(batch=int(batch), tokens=int(tokens))
+
+    def rounds(self, rounds: int) -> int:
+        """Return how often to time it: what is short varies more, and costs less."""
+        return rounds * (4 if self.batch == 1 and self.tokens <= 128 else 1)
+
+
+SHAPES = tuple(Shape(batch=b, tokens=t) for b, t in ((1, 16), (1, 128), (32, 32), (32, 128)))
+
+
+def alternate(
+    runs: Runs,
+    rounds: int,
+    *,
+    warm_up: int = 2,
+    pause_s: float = 0.2,
+    block_s: float = 0.05,
+    seed: int = 0,
+) -> dict[str, Times]:
+    """Return the time of every run in every round, milliseconds, float64 ``[rounds]`` by name.
+
+    Args:
+        runs: what to time, by name.
+        rounds: times each is run.
+        warm_up: untimed rounds before them.
+        pause_s: seconds of sleep before each turn, as some runtimes' threads spin for a while; a
+            short run (below 50 ms) is then run once untimed, so that all are timed with warm caches
+            and awake threads.
+        block_s: a turn repeats a short run for about as many seconds and takes the mean, as the
+            first runs after another system's are slowed by what that one left; 0: one run.
+        seed: of the orders.
+    """
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    lasted = dict.fromkeys(names, 0.0)
+    generator = np.random.default_rng(seed)
+    for turn in range(warm_up + rounds):
+        for name in generator.permutation(names).tolist():
+            time.sleep(pause_s)
+            if lasted[name] < 0.05:
+                runs[name]()
+            known = lasted[name] > 0 and turn > 0
+            repeats = max(1, min(25, int(block_s / lasted[name]))) if known else 1
+            start = time.perf_counter()
+            for _ in range(repeats):
+                runs[name]()
+            lasted[name] = (time.perf_counter() - start) / repeats
+            if turn >= warm_up:
+                times[name].append(lasted[name] * 1000)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def percentiles(times_ms: Times) -> dict[str, float]:
+    """Return ``p50_ms`` and ``p95_ms``."""
+    p50, p95 = np.percentile(times_ms, [50, 95])
+    return {"p50_ms": float(p50), "p95_ms": float(p95)}
+
+
+def ratio(slower_ms: Times, faster_ms: Times) -> float:
+    """Return the median over rounds of ``slower / faster``: how many times as fast it is."""
+    return float(np.median(slower_ms / faster_ms))

@@ -1,0 +1,134 @@
+"""The texts and the labelled sets that are measured on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from embedge.bench.errors import BenchError
+
+__all__ = ["EvalSet", "Text", "default_texts", "limited", "read_eval", "read_texts", "subset"]
+
+_TEXTS = Path(__file__).with_name("data") / "texts.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text to measure fidelity on, and what kind of text it is."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A labelled set.
+
+    Attributes:
+        name: the file's name without its ending.
+        first: queries, or the first texts of pairs, ``[n]``.
+        second: their passages, or the second texts, ``[n]``.
+        scores: graded similarity of each pair; ``None`` for queries and passages.
+    """
+
+    name: str
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    scores: tuple[float, ...] | None = None
+
+    @property
+    def metric(self) -> str:
+        """``"spearman"`` for graded pairs, ``"ndcg@10"`` for queries."""
+        return "ndcg@10" if self.scores is None else "spearman"
+
+    @property
+    def roles(self) -> tuple[str | None, str | None]:
+        """What the two columns are: ``"query"`` and ``"document"``, or plain texts."""
+        return ("query", "document") if self.scores is None else (None, None)
+
+
+def default_texts() -> list[Text]:
+    """Return the texts that ship with the bench; ``data/README.md`` says what they are."""
+    return read_texts(_TEXTS)
+
+
+def read_texts(file: Path) -> list[Text]:
+    """Return the texts of a file: JSONL with ``text`` (and ``kind``), else one text a line.
+
+    Raises:
+        BenchError: unreadable, or fewer than twelve texts (top-10 overlap needs more than ten).
+    """
+    lines = [line for line in _read(file).splitlines() if line.strip()]
+    if file.suffix == ".jsonl":
+        rows = [_row(line, f"{file}:{i}") for i, line in enumerate(lines, 1)]
+        texts = [Text(text=str(r["text"]), kind=str(r.get("kind", "text"))) for r in rows]
+    else:
+        texts = [Text(text=line) for line in lines]
+    unique = list({text.text: text for text in texts}.values())
+    if len(unique) < 12:
+        raise BenchError(f"{file}: expected at least 12 different texts, found {len(unique)}")
+    return unique
+
+
+def read_eval(file: Path) -> EvalSet:
+    """Return the rows of a JSONL file of ``query``/``passage`` or ``text1``/``text2``/``score``.
+
+    Raises:
+        BenchError: unreadable, or a row lacks a key.
+    """
+    lines = [line for line in _read(file).splitlines() if line.strip()]
+    rows = [_row(line, f"{file}:{i}") for i, line in enumerate(lines, 1)]
+    if len(rows) < 3:
+        raise BenchError(f"{file}: expected at least 3 rows, found {len(rows)}")
+    graded = "score" in rows[0]
+    keys = ("text1", "text2", "score") if graded else ("query", "passage")
+    for i, row in enumerate(rows, 1):
+        lacking = [key for key in keys if key not in row]
+        if lacking:
+            raise BenchError(f"{file}:{i}: expected the keys {', '.join(keys)}, lacks {lacking[0]}")
+    return EvalSet(
+        name=file.stem,
+        first=tuple(str(row[keys[0]]) for row in rows),
+        second=tuple(str(row[keys[1]]) for row in rows),
+        scores=tuple(float(str(row["score"])) for row in rows) if graded else None,
+    )
+
+
+def subset(count: int, limit: int | None, seed: int = 0) -> Sequence[int]:
+    """Return ``limit`` of ``count`` row numbers, drawn by ``seed``, in order; all for ``None``."""
+    if limit is None or count <= limit:
+        return range(count)
+    drawn: list[int] = np.sort(np.random.default_rng(seed).permutation(count)[:limit]).tolist()
+    return drawn
+
+
+def limited(evaluation: EvalSet, limit: int | None) -> EvalSet:
+    """Return a seeded subset of at most ``limit`` rows; passages outside it leave the corpus."""
+    rows = subset(len(evaluation.first), limit)
+    return EvalSet(
+        name=evaluation.name,
+        first=tuple(evaluation.first[i] for i in rows),
+        second=tuple(evaluation.second[i] for i in rows),
+        scores=None if evaluation.scores is None else tuple(evaluation.scores[i] for i in rows),
+    )
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"{file}: expected a UTF-8 text file: {error}") from error
+
+
+def _row(line: str, where: str) -> dict[str, object]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BenchError(f"{where}: expected a JSON object: {error}") from error
+    if not isinstance(row, dict):
+        raise BenchError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row

@@ -1,0 +1,122 @@
+"""What a bench run measures, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embedge.bench.errors import BenchArgumentError
+from embedge.bench.measure.latency import SHAPES, Shape
+from embedge.runtime.sessions.device import PROVIDERS
+
+__all__ = ["BenchOptions", "Effort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        texts: most texts for fidelity, ``None`` for all.
+        rows: most rows of an evaluation file.
+        rounds: alternating rounds of a batch shape; a short single text gets four times as many.
+        singles: texts that are timed one by one, 0 for none.
+        invariance: texts of the batch-invariance check, 0 for no check.
+        eval_sets: most evaluation files a task.
+        warm_up: untimed rounds before the timed ones.
+        process_repeats: child processes for cold start and memory, each system.
+        peer_variants: the most variants of a peer that is not named with its variant.
+        torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
+        latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
+            the numbers they hold.
+    """
+
+    texts: int | None
+    rows: int | None
+    rounds: int
+    singles: int
+    invariance: int
+    eval_sets: int | None = None
+    latency_tasks: int | None = None
+    warm_up: int = 2
+    process_repeats: int = 3
+    peer_variants: int | None = None
+    torch_quality: bool = True
+
+
+FULL = Effort(texts=None, rows=None, rounds=15, singles=100, invariance=96)
+QUICK = Effort(
+    texts=64,
+    rows=150,
+    rounds=3,
+    singles=24,
+    invariance=16,
+    eval_sets=1,
+    latency_tasks=1,
+    warm_up=1,
+    process_repeats=1,
+    peer_variants=1,
+    torch_quality=False,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        bundle: the bundle's folder.
+        reference: the source model, a folder or a hub id.
+        adapters: adapter folder by task; every task of the bundle that has one needs it.
+        tasks: tasks to measure, ``None`` for all.
+        precisions: precisions to measure, ``None`` for all that run on the device.
+        texts: file of texts for fidelity, ``None`` for the bench's own.
+        evaluations: task and labelled file, in order; the first of a task is its main one.
+        peers: names of :data:`embedge.bench.peers.registry.PEERS` or ``peer:variant``, ``("none",)``, or
+            ``None`` for the usual variants of all that are installed.
+        pooling: where the source's files name none.
+        threads: threads of every system, ``None`` for the cores this process has.
+        device: what every system runs on, "cpu" or "cuda"; the peers run on the CPU alone.
+        effort: how much; ``FULL`` or ``QUICK``.
+        process: measure cold start, task switch and memory in child processes.
+        latency: measure latency.
+        torch_types: in which merged torch is measured beside the bundle, "float32", "bfloat16" and on
+            CUDA "float16", or ``("none",)``; ``None``: those that the device multiplies itself.
+        shapes: of the token batches that are timed.
+    """
+
+    bundle: Path
+    reference: str | Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    tasks: Sequence[str] | None = None
+    precisions: Sequence[str] | None = None
+    texts: Path | None = None
+    evaluations: Sequence[tuple[str, Path]] = ()
+    peers: Sequence[str] | None = None
+    pooling: str | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    effort: Effort = FULL
+    process: bool = True
+    latency: bool = True
+    torch_types: Sequence[str] | None = None
+    shapes: Sequence[Shape] = SHAPES
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading a file.
+
+        Raises:
+            BenchError: fewer than one thread, an unknown device, or peers on another than the CPU.
+        """
+        if self.threads is not None and self.threads < 1:
+            raise BenchArgumentError(f"--threads {self.threads}: expected a whole number from 1")
+        if self.device not in PROVIDERS:
+            raise BenchArgumentError(
+                f"--device {self.device}: expected one of {', '.join(PROVIDERS)}"
+            )
+        if self.device != "cpu" and set(self.peers or ()) - {"none"}:
+            raise BenchArgumentError(
+                f"--peers {' '.join(self.peers or ())}: they run on the CPU; leave them out with "
+                f"--device {self.device}, which compares with torch"
+            )

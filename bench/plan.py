@@ -1,0 +1,232 @@
+"""From options to what is really measured: names looked up, files read, subsets drawn.
+
+Everything a call can get wrong is found here, before the first model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from embedge.bench.errors import BenchArgumentError
+from embedge.bench.measure import texts as data_files
+from embedge.bench.options import BenchOptions
+from embedge.bench.peers.registry import chosen_peers
+from embedge.bench.systems.backbone import adapter_folder
+from embedge.bench.systems.source import Source, read_source
+from embedge.bench.systems.torch_types import choose_torch_types
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.errors import DeviceError
+from embedge.runtime.host.cores import available_cores
+from embedge.runtime.sessions.device import cuda_problem
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        options: what was asked for.
+        bundle: the opened bundle.
+        source: the reference's files.
+        threads: threads of every system.
+        tasks: tasks, in the bundle's order.
+        precisions: precisions that run on the device.
+        adapters: adapter folder by task; a bare task has none.
+        peers: ``peer:variant`` of each that is compared with.
+        torch_types: in which merged torch is measured.
+        texts: for fidelity.
+        evaluations: labelled sets by task, the main one first.
+        notes: sentences for the report; grows while measuring.
+    """
+
+    options: BenchOptions
+    bundle: Bundle
+    source: Source
+    threads: int
+    tasks: list[str]
+    precisions: list[str]
+    adapters: dict[str, Path]
+    peers: list[str]
+    torch_types: tuple[str, ...]
+    texts: list[data_files.Text]
+    evaluations: dict[str, list[data_files.EvalSet]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.bundle.manifest
+
+    @property
+    def timed_tasks(self) -> list[str]:
+        """The tasks whose latency is measured."""
+        return self.tasks[: self.options.effort.latency_tasks] if self.options.latency else []
+
+    @property
+    def dims(self) -> list[int]:
+        """Dimensions to measure at, the full one first."""
+        model = self.manifest.model
+        return sorted({*(model.matryoshka_dims or ()), model.dim}, reverse=True)
+
+    @property
+    def steps(self) -> int:
+        """How many steps a progress bar has."""
+        systems = 1 + len(self.torch_types) + len(self.precisions)
+        systems += len(self.peers) + bool(self.peers)
+        processes = (len(self.precisions) + 1) * self.options.process
+        timed = len(self.options.shapes) + bool(self.options.effort.singles)
+        return len(self.tasks) * systems + timed * len(self.timed_tasks) + processes
+
+
+def make_plan(options: BenchOptions) -> Plan:
+    """Return what ``options`` asks for.
+
+    Raises:
+        DeviceError: the device does not work here.
+        EmbedgeError: the bundle, the reference, an adapter or a data file does not hold it.
+    """
+    _check_device(options.device)
+    bundle = Bundle(options.bundle)
+    threads = options.threads or available_cores()
+    notes = _busy(threads)
+    declared = bundle.manifest.tasks
+    tasks = _chosen("task", options.tasks, list(declared))
+    device = options.device
+    runnable = [name for name, p in bundle.manifest.precisions.items() if device in p.devices]
+    plan = Plan(
+        options=options,
+        bundle=bundle,
+        source=read_source(options.reference, options.pooling),
+        threads=threads,
+        tasks=tasks,
+        precisions=_precisions(options, runnable),
+        adapters=_adapters(options, bundle, tasks),
+        peers=_peers(options, notes),
+        torch_types=choose_torch_types(options.torch_types, device, notes),
+        texts=_texts(options, notes),
+        evaluations=_evaluations(options, list(declared), tasks, notes),
+        notes=notes,
+    )
+    untimed = [task for task in tasks if task not in plan.timed_tasks]
+    if plan.timed_tasks and untimed:
+        notes.append(
+            f"latency was measured on {', '.join(plan.timed_tasks)} alone; the graphs of "
+            f"{', '.join(untimed)} differ from it only in the numbers they hold"
+        )
+    if "float32" in plan.torch_types and not options.effort.torch_quality:
+        notes.append(
+            "fidelity and quality of torch fp32 are the yardstick's own, not measured again merged"
+        )
+    return plan
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    problem = cuda_problem()
+    if problem is None and not torch.cuda.is_available():
+        problem = "this torch sees no GPU; install a CUDA build of it, which the reference needs"
+    if problem is not None:
+        raise DeviceError(f"--device {device}: {problem}")
+
+
+def _precisions(options: BenchOptions, runnable: Sequence[str]) -> list[str]:
+    if not runnable:
+        raise BenchArgumentError(
+            f"{options.bundle}: the bundle has no precision that runs on {options.device}; export "
+            f"{'fp16 or int4-fp16' if options.device == 'cuda' else 'int8'} as well"
+        )
+    return _chosen("precision", options.precisions, runnable)
+
+
+def _peers(options: BenchOptions, notes: list[str]) -> list[str]:
+    if options.device != "cpu":
+        return []
+    return chosen_peers(options.peers, notes.append, options.effort.peer_variants)
+
+
+def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    unknown = [name for name in wanted or () if name not in known]
+    if unknown:
+        raise BenchArgumentError(
+            f"--{what} {' '.join(unknown)}: not measurable in this bundle; it has: "
+            f"{', '.join(known) or 'none'}"
+        )
+    return list(known) if wanted is None else [name for name in known if name in wanted]
+
+
+def _adapters(options: BenchOptions, bundle: Bundle, tasks: Sequence[str]) -> dict[str, Path]:
+    declared = bundle.manifest.tasks
+    unknown = [name for name in options.adapters if name not in declared]
+    if unknown:
+        raise BenchArgumentError(
+            f"--adapter {', '.join(unknown)}: the bundle's tasks are {', '.join(declared)}"
+        )
+    adapted = [task for task in tasks if declared[task].adapter is not None]
+    lacking = [task for task in adapted if task not in options.adapters]
+    if lacking:
+        raise BenchArgumentError(
+            f"{bundle.root}: the tasks {', '.join(lacking)} were merged from adapters; the "
+            "reference needs them too: add "
+            + " ".join(f"--adapter {task}=FOLDER" for task in lacking)
+        )
+    bare = [task for task in tasks if task in options.adapters and task not in adapted]
+    if bare:
+        raise BenchArgumentError(
+            f"--adapter {', '.join(bare)}: the bundle has the bare backbone there; leave it out"
+        )
+    return {task: adapter_folder(task, options.adapters[task]) for task in adapted}
+
+
+def _texts(options: BenchOptions, notes: list[str]) -> list[data_files.Text]:
+    file = options.texts
+    texts = data_files.default_texts() if file is None else data_files.read_texts(file)
+    rows = data_files.subset(len(texts), options.effort.texts)
+    if len(rows) < len(texts):
+        notes.append(f"fidelity on {len(rows)} of {len(texts)} texts, drawn by a seed")
+    return [texts[i] for i in rows]
+
+
+def _evaluations(
+    options: BenchOptions, declared: Sequence[str], tasks: Sequence[str], notes: list[str]
+) -> dict[str, list[data_files.EvalSet]]:
+    effort = options.effort
+    result: dict[str, list[data_files.EvalSet]] = {task: [] for task in tasks}
+    for task, file in options.evaluations:
+        if task not in declared:
+            raise BenchArgumentError(
+                f"--eval {task}={file}: the bundle's tasks are {', '.join(declared)}"
+            )
+        if task not in result:
+            continue
+        if effort.eval_sets is not None and len(result[task]) >= effort.eval_sets:
+            notes.append(f"{file.stem} was left out: one labelled set a task")
+            continue
+        whole = data_files.read_eval(file)
+        result[task].append(data_files.limited(whole, effort.rows))
+        if effort.rows is not None and len(whole.first) > effort.rows:
+            note = f"{whole.name}: {effort.rows} of {len(whole.first)} rows, drawn by a seed"
+            if whole.scores is None:
+                note += "; fewer passages to choose from make retrieval look easier"
+            notes.append(note)
+    return result
+
+
+def _busy(threads: int) -> list[str]:
+    """Return a note if others keep the processor busy before the bench does."""
+    load = psutil.getloadavg()[0]
+    cores = psutil.cpu_count() or 1
+    if load + threads <= cores + 1:
+        return []
+    return [
+        f"the machine was busy when this began (load {load:.1f} on {cores} cores): times are not "
+        "its own, and may flatter ratios to torch, whose threads wait for each other"
+    ]

@@ -1,0 +1,1 @@
+"""The figures of a run, written for people and for tools."""

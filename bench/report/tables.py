@@ -1,0 +1,232 @@
+"""The report as text: aligned tables for the terminal, the same tables in Markdown."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embedge.bench.report.report import Report, Row
+
+__all__ = [
+    "Table",
+    "comparison_table",
+    "dimension_table",
+    "kind_table",
+    "main_table",
+    "process_table",
+    "shape_table",
+]
+
+_MISSING = "–"
+_COSINES = ("cosine_mean", "cosine_min", "pair_spearman")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header and rows of cells; the first ``labels`` columns are text, the others figures."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    labels: int = 2
+
+    def text(self) -> str:
+        """Return the table for a terminal."""
+        lines = [self.header, *self.rows]
+        widths = [max(_width(line[i]) for line in lines) for i in range(len(self.header))]
+        made = [self._line(line, widths) for line in lines]
+        return "\n".join([made[0], "  ".join("─" * w for w in widths), *made[1:]])
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        rule = ["---"] * self.labels + ["---:"] * (len(self.header) - self.labels)
+        lines = [self.header, rule, *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+        padded = []
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            space = " " * (width - _width(cell))
+            padded.append(cell + space if i < self.labels else space + cell)
+        return "  ".join(padded).rstrip()
+
+
+def main_table(rows: Sequence[Row]) -> Table:
+    """Return a line per task and system: bytes, speed, fidelity, quality."""
+    header = (
+        "task",
+        "system",
+        "MB",
+        "1 text p50/p95 ms",
+        "texts/s 32x32",
+        "x torch 32x32",
+        "x torch 32x128",
+        "cosine mean",
+        "min",
+        "top-10",
+        "quality",
+        "difference (95 % interval)",
+    )
+    return Table(header, tuple(_main_row(row) for row in rows))
+
+
+def _main_row(row: Row) -> tuple[str, ...]:
+    single, fidelity, quality = row.single, row.full_fidelity, row.main_quality
+    shape = row.shapes.get("32x32", {})
+    return (
+        row.task,
+        row.system,
+        _number(row.bytes_on_disk and row.bytes_on_disk / 1e6, 1),
+        f"{single['p50_ms']:.1f} / {single['p95_ms']:.1f}" if single else _MISSING,
+        _number(shape.get("texts_per_s"), 0),
+        _number(shape.get("times_as_fast_as", {}).get("torch fp32"), 2),
+        _number(row.shapes.get("32x128", {}).get("times_as_fast_as", {}).get("torch fp32"), 2),
+        _cosine(fidelity.get("cosine_mean")),
+        _cosine(fidelity.get("cosine_min")),
+        _number(fidelity.get("top10_overlap"), 3),
+        _points(quality.get("value")),
+        interval(quality) if quality else _MISSING,
+    )
+
+
+def shape_table(rows: Sequence[Row]) -> Table:
+    """Return median ms of each shape, and how many times as fast as torch fp32 it is."""
+    timed = [row for row in rows if row.shapes]
+    shapes = list(dict.fromkeys(shape for row in timed for shape in row.shapes))
+    header = ["task", "system"]
+    for shape in shapes:
+        header += [f"{shape} ms", "p95", "x torch"]
+    lines = []
+    for row in timed:
+        line = [row.task, row.system]
+        for shape in shapes:
+            figures = row.shapes.get(shape, {})
+            line.append(_number(figures.get("median_ms"), 2))
+            line.append(_number(figures.get("p95_ms"), 2))
+            line.append(_number(figures.get("times_as_fast_as", {}).get("torch fp32"), 2))
+        lines.append(tuple(line))
+    return Table(tuple(header), tuple(lines))
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Return a line per system: median ms of each shape and how many times embedge's, fidelity.
+
+    Embedge's is that of its int8, else of its first precision.
+    """
+    own = [row for row in rows if row.role == "embedge"]
+    yardstick = next((row for row in own if row.precision == "int8"), own[0] if own else None)
+    name = yardstick.system if yardstick else "embedge"
+    shapes = list(dict.fromkeys(shape for row in rows for shape in row.shapes))
+    header = ["task", "system", "MB"]
+    for shape in shapes:
+        header += [f"{shape} ms", f"{shape} / {name}"]
+    lines = []
+    for row in rows:
+        line = [row.task, row.system, _number(row.bytes_on_disk and row.bytes_on_disk / 1e6, 1)]
+        for shape in shapes:
+            figures = row.shapes.get(shape, {})
+            times = figures.get("times_as_fast_as", {}).get(name)
+            line.append(_number(figures.get("median_ms"), 2))
+            line.append(_number(1 / times if times else None, 2))
+        fidelity = row.full_fidelity
+        line += [_cosine(fidelity.get(key)) for key in _COSINES]
+        lines.append((*line, _number(fidelity.get("top10_overlap"), 3)))
+    return Table((*header, "cosine mean", "min", "pair Spearman", "top-10"), tuple(lines))
+
+
+def dimension_table(rows: Sequence[Row]) -> Table:
+    """Return fidelity and quality of the bundle's own graphs at every dimension."""
+    header = (
+        *("task", "system", "dim", "cosine mean", "min", "pair Spearman", "top-10"),
+        *("measured on", "quality", "reference", "difference (95 % interval)"),
+    )
+    lines = []
+    for row in rows:
+        if row.role != "embedge":
+            continue
+        for dim, fidelity in row.fidelity.items():
+            start = (
+                row.task,
+                row.system,
+                dim,
+                _cosine(fidelity["cosine_mean"]),
+                _cosine(fidelity["cosine_min"]),
+                _cosine(fidelity["pair_spearman"]),
+                _number(fidelity["top10_overlap"], 3),
+            )
+            if not row.quality:
+                lines.append((*start, _MISSING, _MISSING, _MISSING, _MISSING))
+            for name, figures in row.quality.items():
+                at = figures["dims"][dim]
+                label = f"{name} ({figures['metric']}, {figures['items']})"
+                values = (_points(at["value"]), _points(at["reference"]), interval(at))
+                lines.append((*start, label, *values))
+    return Table(header, tuple(lines))
+
+
+def kind_table(rows: Sequence[Row]) -> Table:
+    """Return cosine mean / min by kind of text."""
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.fidelity_by_kind))
+    header = ("task", "system", *kinds)
+    lines = []
+    for row in rows:
+        cells = []
+        for kind in kinds:
+            at = row.fidelity_by_kind.get(kind)
+            cells.append(
+                f"{_cosine(at['cosine_mean'])} / {_cosine(at['cosine_min'])}" if at else _MISSING
+            )
+        lines.append((row.task, row.system, *cells))
+    return Table(header, tuple(lines))
+
+
+def process_table(report: Report) -> Table:
+    """Return cold start, task switch and memory by system."""
+    header = (
+        *("system", "import s", "first vector s", "switch ms (open)", "switch ms (closed)"),
+        *("resident MB", "of it anonymous", "file-mapped", "peak after batches"),
+    )
+    lines = []
+    for system, figures in report.process.items():
+        first, later = figures.get("after_first_vector", {}), figures.get("after_batches", {})
+        memory = [first.get(k) for k in ("resident", "anonymous", "file_mapped")]
+        memory.append(later.get("peak"))
+        lines.append(
+            (
+                system,
+                _number(figures["imported_ms"] / 1000, 2),
+                _number(figures["first_vector_ms"] / 1000, 2),
+                _number(figures.get("switch_graph_open_ms"), 1),
+                _number(figures.get("switch_graph_closed_ms"), 1),
+                *(_number(size and size / 1e6, 0) for size in memory),
+            )
+        )
+    return Table(header, tuple(lines), labels=1)
+
+
+def interval(figures: dict[str, float]) -> str:
+    """Return a difference in points with its interval: ``-0.05 (-0.12 to +0.02)``."""
+    difference, low, high = (figures[key] * 100 for key in ("difference", "low", "high"))
+    return f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _MISSING if value is None else f"{value:.{digits}f}"
+
+
+def _points(value: float | None) -> str:
+    return _MISSING if value is None else f"{value * 100:.2f}"
+
+
+def _cosine(value: float | None) -> str:
+    """Return enough digits to tell from 1: ``0.9987``, ``0.99995``, ``0.9999999``."""
+    if value is None:
+        return _MISSING
+    for digits in (4, 5, 6, 7):
+        if value < 1 - 10**-digits:
+            return f"{value:.{digits}f}"
+    return f"{value:.7f}"
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

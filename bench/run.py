@@ -1,0 +1,223 @@
+"""Measures a bundle: task by task, the reference first, then every system against it."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from embedge.bench.measure.machine import machine, versions
+from embedge.bench.measure.process import measure_process
+from embedge.bench.measure.task import (
+    TORCH_FP32,
+    TaskData,
+    latency,
+    reference_vectors,
+    vectors_against,
+)
+from embedge.bench.options import BenchOptions
+from embedge.bench.peers.context import PeerContext
+from embedge.bench.peers.registry import build_peers
+from embedge.bench.plan import Plan, make_plan
+from embedge.bench.report.report import Report, Row
+from embedge.bench.systems.reference import Reference
+from embedge.bench.systems.source import Source
+from embedge.bench.systems.system import EmbedgeSystem, System, TorchSystem
+from embedge.runtime.host.progress import LogLines
+
+__all__ = ["run_bench"]
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def run_bench(
+    options: BenchOptions, show_progress_bar: bool = False, lines: LogLines | None = None
+) -> Report:
+    """Measure what ``options`` says and return the figures.
+
+    Torch's number of threads is set for the whole process.
+
+    Args:
+        options: what to measure.
+        show_progress_bar: on standard error.
+        lines: for a log, in its place.
+
+    Raises:
+        EmbedgeError: the bundle, the reference, an adapter or a data file does not hold what was
+            asked for.
+    """
+    plan = make_plan(options)
+    started = time.monotonic()
+    torch.set_num_threads(plan.threads)
+    with tqdm(total=plan.steps, disable=not show_progress_bar, file=sys.stderr, unit="step") as bar:
+        run = _Run(plan, bar, lines)
+        rows = [row for task in plan.tasks for row in run.task_rows(task)]
+        process = run.processes() if options.process else {}
+    return Report(
+        bundle=plan.bundle.root.resolve().name,
+        source=plan.manifest.source.to_dict(),
+        machine=machine(plan.threads, options.device),
+        versions=versions(),
+        settings={
+            "tasks": plan.tasks,
+            "precisions": plan.precisions,
+            "threads": plan.threads,
+            "device": options.device,
+            "texts": len(plan.texts),
+            "evaluations": {t: [e.name for e in sets] for t, sets in plan.evaluations.items()},
+            "latency_tasks": plan.timed_tasks,
+            "shapes": [shape.name for shape in options.shapes],
+            "effort": asdict(options.effort),
+            "seconds": round(time.monotonic() - started, 1),
+        },
+        notes=tuple(dict.fromkeys(plan.notes)),
+        sizes=_sizes(plan),
+        process=process,
+        rows=tuple(rows),
+    )
+
+
+class _Run:
+    """A plan being measured, with a progress bar."""
+
+    def __init__(self, plan: Plan, bar: Any, lines: LogLines | None) -> None:
+        self._plan = plan
+        self._lines = lines
+        self._steps = 0
+        self._effort = plan.options.effort
+        self._bar = bar
+
+    def task_rows(self, task: str) -> Iterator[Row]:
+        """Yield the row of every system on a task."""
+        plan = self._plan
+        data = TaskData(
+            texts=plan.texts,
+            evaluations=plan.evaluations[task],
+            dims=plan.dims,
+            normalize=plan.manifest.model.normalize,
+        )
+        self._step(f"{task}: reference")
+        adapter, device = plan.adapters.get(task), plan.options.device
+        reference = reference_vectors(Reference(plan.source, adapter, device=device), data)
+        merged = Reference(plan.source, adapter, device=device, merged=True)
+        with self._systems(task, merged) as systems:
+            figures = {}
+            for system in systems:
+                self._step(f"{task}: {system.name}")
+                figures[system.name] = vectors_against(system, data, reference, self._effort)
+            if task in plan.timed_tasks:
+                texts = [text.text for text in plan.texts]
+                self._note_long_shapes(merged.tokens.max_length)
+                times = latency(
+                    systems,
+                    merged.tokens,
+                    texts,
+                    plan.options.shapes,
+                    self._effort,
+                    lambda name: self._step(f"{task}: {name}"),
+                )
+                figures = {name: values | times[name] for name, values in figures.items()}
+            for system in systems:
+                yield Row(
+                    task=task,
+                    system=system.name,
+                    role=system.role,
+                    precision=system.precision,
+                    bytes_on_disk=system.bytes_on_disk,
+                    **figures[system.name],
+                )
+        gc.collect()  # models with reference cycles, before the next task's
+
+    @contextmanager
+    def _systems(self, task: str, merged: Reference) -> Iterator[list[System]]:
+        """Open every system for a task; what peers wrote is removed at the end."""
+        plan, systems = self._plan, list[System]()
+        device = plan.options.device
+        weights = _weights_bytes(plan.source)
+        for dtype in plan.torch_types:
+            if dtype == "float32":
+                systems.append(TorchSystem(TORCH_FP32, merged, weights))
+                continue
+            halved = Reference(
+                plan.source, plan.adapters.get(task), dtype, merged=True, device=device
+            )
+            systems.append(TorchSystem(f"torch {_SHORT[dtype]}", halved, weights // 2))
+        workdir = Path(tempfile.mkdtemp(prefix="embedge-bench-"))
+        try:
+            if plan.peers:
+                self._step(f"{task}: building peers")
+                context = PeerContext(merged=merged, threads=plan.threads, workdir=workdir)
+                systems += build_peers(plan.peers, context, plan.notes.append)
+            systems += [
+                EmbedgeSystem(plan.bundle.root, task, precision, plan.threads, device)
+                for precision in plan.precisions
+                if task in plan.manifest.precisions[precision].graphs
+            ]
+            yield systems
+        finally:
+            shutil.rmtree(workdir, ignore_errors=True)
+
+    def processes(self) -> dict[str, Any]:
+        """Return cold start, task switch and memory by system; torch on the first task."""
+        plan = self._plan
+        all_texts = [text.text for text in plan.texts]
+        batch = ([text for text in all_texts if 300 < len(text) < 900] or all_texts)[:32]
+        common = {"text": "how do I sort a dict", "batch": batch, "threads": plan.threads}
+        common["device"] = plan.options.device
+        result = {}
+        for precision in plan.precisions:
+            self._step(f"cold start, {precision}")
+            graphs = plan.manifest.precisions[precision].graphs
+            tasks = [task for task in plan.tasks if task in graphs]
+            own = {"bundle": str(plan.bundle.root.resolve()), "precision": precision}
+            job = {"system": "embedge", "tasks": tasks, **own, **common}
+            result[f"embedge {precision}"] = measure_process(job, self._effort.process_repeats)
+        self._step("cold start, torch")
+        adapter = plan.adapters.get(plan.tasks[0])
+        job = {
+            "system": "torch",
+            "source": str(plan.source.path),
+            "adapter": None if adapter is None else str(adapter.resolve()),
+            "pooling": plan.source.pooling,
+            **common,
+        }
+        result[TORCH_FP32] = measure_process(job, self._effort.process_repeats)
+        return result
+
+    def _note_long_shapes(self, most: int) -> None:
+        for shape in self._plan.options.shapes:
+            if shape.tokens > most:
+                self._plan.notes.append(
+                    f"{shape.name} was not timed: the model takes {most} tokens"
+                )
+
+    def _step(self, name: str) -> None:
+        self._bar.set_description(name, refresh=False)
+        self._bar.update()
+        self._steps += 1
+        if self._lines is not None:
+            self._lines.say(lambda: f"step {self._steps} of {self._plan.steps}: {name}")
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """Return bytes of the source's weights and of each precision's folder, all tasks together."""
+    sizes = {precision: plan.manifest.folder_bytes(precision) for precision in plan.precisions}
+    return {"fp32_weights": _weights_bytes(plan.source), **sizes}
+
+
+def _weights_bytes(source: Source) -> int:
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        sizes = [file.stat().st_size for file in source.transformer.glob(pattern)]
+        if sizes:
+            return sum(sizes)
+    return 0

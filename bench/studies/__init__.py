@@ -1,0 +1,1 @@
+"""Programs that are run by hand, one question each. They are not in the wheel."""

@@ -1,0 +1,1 @@
+"""What is measured: bundles, and the unquantized reference in torch."""

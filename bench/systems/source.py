@@ -1,0 +1,217 @@
+"""How a source model turns tokens into one vector, read from its sentence-transformers files.
+
+The exporter has a reader of its own for the same files. This one shares no line with it on purpose:
+a reference that used the exporter's reader would repeat its mistakes and find none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from embedge.bench.errors import BenchArgumentError, BenchError
+
+__all__ = ["DenseModule", "Source", "read_source", "source_of_task"]
+
+_POOLING_FLAGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ROLE_PROMPTS: dict[str | None, tuple[str | None, ...]] = {
+    None: (),
+    "query": ("query",),
+    "document": ("document", "passage"),
+}
+_ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
+    cls.__name__: cls
+    for cls in (
+        torch.nn.GELU,
+        torch.nn.Identity,
+        torch.nn.ReLU,
+        torch.nn.Sigmoid,
+        torch.nn.SiLU,
+        torch.nn.Tanh,
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModule:
+    """A linear layer on the pooled vector.
+
+    Attributes:
+        weight: float32 ``[out, in]``.
+        bias: float32 ``[out]``, ``None`` for no bias.
+        activation: applied to the result.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    activation: torch.nn.Module
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for float32 ``[n, in]``."""
+        result: torch.Tensor = self.activation(
+            torch.nn.functional.linear(vectors, self.weight, self.bias)
+        )
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model folder and what its files say beyond the transformer itself.
+
+    Attributes:
+        path: the model's folder.
+        transformer: the folder with config.json, weights and tokenizer.
+        pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``.
+        normalize: whether vectors end with length 1.
+        dense: layers between pooling and normalization.
+        max_length: the most tokens of a text, special tokens included; ``None`` when only the
+            tokenizer knows.
+        prompts: prompt name to text.
+        default_prompt_name: the prompt when none is named, ``None`` for no prompt.
+    """
+
+    path: Path
+    transformer: Path
+    pooling: str
+    normalize: bool = False
+    dense: tuple[DenseModule, ...] = ()
+    max_length: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+
+    def prompt(self, role: str | None = None) -> str:
+        """Return the text put before a text of a role.
+
+        Args:
+            role: ``"query"``: the prompt of that name, else the default; ``"document"``: the prompt
+                ``document`` or ``passage``, else nothing; ``None``: the default, else nothing.
+        """
+        names = _ROLE_PROMPTS[role] + (() if role == "document" else (self.default_prompt_name,))
+        return next((self.prompts[name] for name in names if name in self.prompts), "")
+
+
+def read_source(source: str | Path, pooling: str | None = None) -> Source:
+    """Read the folder ``source``, or the hub id's snapshot.
+
+    Args:
+        source: a model folder, or a hub id where there is a hub or a cache of it.
+        pooling: overrides the files; needed where they name none.
+
+    Raises:
+        BenchError: no such model, or its files ask for something the reference does not do.
+    """
+    path = _folder(source)
+    return _source(path, pooling)
+
+
+def source_of_task(source: Source, adapter: str | Path | None) -> Source:
+    """The source as an adapter's folder has it, where sentence-transformers saved modules beside the adapter.
+
+    Args:
+        source: the base model.
+        adapter: the folder of ``adapter_config.json``; ``None`` is the bare model.
+
+    Raises:
+        BenchError: the folder's files ask for something the reference does not do.
+    """
+    if adapter is None or not (Path(adapter) / "modules.json").is_file():
+        return source
+    own = _source(Path(adapter), None)
+    return replace(own, path=source.path, transformer=source.transformer)
+
+
+def _source(path: Path, pooling: str | None) -> Source:
+    modules = _read(path / "modules.json", default=[])
+    kinds = {str(module["type"]).rpartition(".")[2]: module.get("path", "") for module in modules}
+    transformer = path / kinds.get("Transformer", "")
+    if "Pooling" in kinds:
+        pooling = pooling or _pooling(path / kinds["Pooling"] / "config.json")
+    if pooling is None or pooling not in _POOLING_FLAGS.values():
+        raise BenchError(
+            f"{path}: the pooling is {pooling or 'not named by any file'}; expected one of "
+            f"{', '.join(_POOLING_FLAGS.values())}; name one with --pooling"
+        )
+    dense = [m.get("path", "") for m in modules if str(m["type"]).endswith(".Dense")]
+    settings = _read(path / "config_sentence_transformers.json", default={})
+    limits = _read(transformer / "sentence_bert_config.json", default={})
+    return Source(
+        path=path,
+        transformer=transformer,
+        pooling=pooling,
+        normalize="Normalize" in kinds,
+        dense=tuple(_dense(path / folder) for folder in dense),
+        max_length=limits.get("max_seq_length"),
+        prompts={name: text or "" for name, text in (settings.get("prompts") or {}).items()},
+        default_prompt_name=settings.get("default_prompt_name"),
+    )
+
+
+def _folder(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or str(source).count("/") > 1:
+        raise BenchArgumentError(f"--reference {source}: no such folder")
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source)))
+    except Exception as error:  # the hub's own errors have no common base
+        if constants.HF_HUB_OFFLINE:
+            reason = "in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or name a folder"
+        else:
+            reason = f"a model that the hub gave: {error}; check the name and the network"
+        raise BenchArgumentError(f"--reference {source}: neither a folder nor {reason}") from error
+
+
+def _pooling(file: Path) -> str:
+    config = _read(file)
+    named = config.get("pooling_mode")
+    modes = [named] if isinstance(named, str) else list(named or [])
+    modes = modes or [_POOLING_FLAGS.get(k, k) for k, on in config.items() if _is_mode(k) and on]
+    if len(modes) != 1:
+        raise BenchError(f"{file}: expected one pooling, found {' + '.join(modes) or 'none'}")
+    return str(modes[0])
+
+
+def _is_mode(key: str) -> bool:
+    return key.startswith("pooling_mode_")
+
+
+def _dense(folder: Path) -> DenseModule:
+    config = _read(folder / "config.json")
+    name = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
+    if name not in _ACTIVATIONS:
+        raise BenchError(
+            f"{folder / 'config.json'}: the activation {name} is not known to the reference; "
+            f"known are {', '.join(_ACTIVATIONS)}"
+        )
+    weights = folder / "model.safetensors"
+    if weights.is_file():
+        tensors = load_file(weights)
+    else:
+        tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    bias = tensors.get("linear.bias")
+    return DenseModule(
+        weight=tensors["linear.weight"].float(),
+        bias=None if bias is None else bias.float(),
+        activation=_ACTIVATIONS[name](),
+    )
+
+
+def _read(file: Path, default: Any = None) -> Any:
+    if default is not None and not file.is_file():
+        return default
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{file}: expected a JSON file, found {error}") from error

@@ -1,0 +1,134 @@
+"""Token ids for the reference and the peers, by transformers' tokenizer, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoTokenizer
+
+from embedge.bench.errors import BenchError
+from embedge.bench.systems.source import Source
+
+__all__ = ["Ids", "TextTokens", "sorted_batches"]
+
+Ids = NDArray[np.int64]
+PADDED_TOKENS = 4096
+_NO_LIMIT = 10**6  # tokenizers without a limit say 10**30
+_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start after padding
+
+
+class TextTokens:
+    """The source's tokenizer, with the padding of its file and the length of a text overridden.
+
+    Attributes:
+        max_length: the most tokens of a text, special tokens included.
+        pad_token_id: what shorter rows are filled with.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Load the tokenizer.
+
+        Args:
+            source: the model; its ``max_length`` wins over the tokenizer's.
+
+        Raises:
+            BenchError: no file names a maximum length.
+        """
+        self._tokenizer: Any = _load(source)
+        self._tokenizer.padding_side = "right"
+        self.pad_token_id = int(self._tokenizer.pad_token_id or 0)
+        self.max_length = _max_length(source, int(self._tokenizer.model_max_length))
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, special tokens included, cut at ``max_length``."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        rows: list[list[int]] = encoded["input_ids"]
+        return rows
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
+        """Return ids and mask, int64 ``[batch, longest]``, padded on the right."""
+        width = max(1, *(len(row) for row in rows))
+        ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        return ids, mask
+
+    def exact(self, texts: Sequence[str], batch: int, tokens: int) -> tuple[Ids, Ids]:
+        """Return ``batch`` different rows of exactly ``tokens`` real tokens, nothing padded.
+
+        The rows are consecutive slices of the texts' own tokens between the special tokens that
+        the tokenizer puts around any text, so no row repeats another.
+
+        Args:
+            texts: where the tokens come from; read again from the start when they run out.
+            batch: rows.
+            tokens: tokens a row, special tokens included; at most ``max_length``.
+
+        Raises:
+            BenchError: more tokens than the model takes.
+        """
+        if tokens > self.max_length:
+            raise BenchError(f"a row of {tokens} tokens: this model takes {self.max_length}")
+        encoded = self._tokenizer(texts[0], return_special_tokens_mask=True)
+        special = np.array(encoded["special_tokens_mask"], dtype=bool)
+        content = np.flatnonzero(~special)
+        head = encoded["input_ids"][: content[0]]
+        tail = encoded["input_ids"][content[-1] + 1 :]
+        plain = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        stream = np.array([i for row in plain for i in row], dtype=np.int64)
+        size = tokens - len(head) - len(tail)
+        # A step coprime with the stream's length keeps rows apart when the stream wraps around.
+        starts = np.arange(batch) * size
+        body = stream[
+            (starts[:, None] + starts[:, None] // len(stream) + np.arange(size)) % len(stream)
+        ]
+        ends = np.ones((batch, 1), dtype=np.int64)
+        ids = np.concatenate([ends * head, body, ends * tail], axis=1).astype(np.int64)
+        return ids, np.ones_like(ids)
+
+
+def sorted_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yield row numbers in batches of similar length, the longest first.
+
+    A batch of more than one row has at most ``PADDED_TOKENS`` tokens: frameworks keep the memory of
+    their largest batch, and several of them run side by side.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    start = 0
+    while start < len(order):
+        longest = max(1, len(rows[order[start]]))
+        count = max(1, min(batch_size, PADDED_TOKENS // longest))
+        yield order[start : start + count]
+        start += count
+
+
+def _load(source: Source) -> Any:
+    loader: Any = AutoTokenizer  # from_pretrained has no annotations
+    return loader.from_pretrained(source.transformer)
+
+
+def _max_length(source: Source, tokenizer_limit: int) -> int:
+    config = AutoConfig.from_pretrained(source.transformer)
+    limits = [source.max_length or (tokenizer_limit if tokenizer_limit < _NO_LIMIT else None)]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in _OFFSET_FAMILIES:
+        positions -= config.pad_token_id + 1
+    limits.append(positions)
+    known = [limit for limit in limits if limit]
+    if not known:
+        raise BenchError(f"{source.transformer}: no file names a maximum length")
+    return int(min(known))

@@ -1,0 +1,1 @@
+"""PEFT's LoRA adapters: what they declare, which tensors they change, and how one is merged."""

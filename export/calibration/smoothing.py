@@ -1,0 +1,93 @@
+"""From calibration statistics to the constants of int8 inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export.calibration.layers import InputStatistics
+from embedge.export.graph.builder import Fold
+from embedge.export.schemes.int8 import InputPlan
+from embedge.quant import int8
+from embedge.quant.rotation import block_rotation
+
+ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+OUTLIER_RATIO = 4.0
+MOST_OUTLIERS = 16
+
+
+def rotated_plan(statistics: InputStatistics) -> InputPlan:
+    """The constants of one Linear input of a rotated model.
+
+    Only what a gated MLP multiplies is left with outliers: its channels are smoothed as far as it pays,
+    and those that are far above a usual row's largest value in single tokens are set apart. Smoothing a
+    rotated stream, or the mixed values of attention, gained nothing (measured; bench/LOG.md).
+
+    Args:
+        statistics: of the input, over the rotated backbone's calibration run.
+    """
+    fold, sample = statistics.tap.fold, statistics.sample
+    if not statistics.tap.gated or not sample:
+        return InputPlan()
+    inputs = np.concatenate(sample)
+    peak = np.maximum(np.abs(statistics.low), np.abs(statistics.high))
+    usual = float(np.median(np.abs(inputs).max(axis=1)))
+    above = np.flatnonzero(peak > OUTLIER_RATIO * usual)
+    outliers = np.sort(above[np.argsort(-peak[above], kind="stable")][:MOST_OUTLIERS])
+    weights = statistics.matrices
+    if len(outliers):
+        inputs[:, outliers] = 0
+        weights = [weight.copy() for weight in weights]
+        for weight in weights:
+            weight[outliers] = 0
+    smooth = int8.search_smoothing(
+        inputs, peak * _kept(peak, outliers), weights, ALPHAS, block_rotation(len(peak))
+    )
+    if not len(outliers):
+        return InputPlan(smooth=smooth, fold=fold)
+    smooth[outliers] = peak[outliers] / np.float32(usual * 1e-4)
+    return InputPlan(smooth=smooth, fold=fold, outliers=outliers.astype(np.int64))
+
+
+def _kept(peak: NDArray[np.float32], outliers: NDArray[np.int64]) -> NDArray[np.float32]:
+    kept = np.ones_like(peak)
+    kept[outliers] = 0
+    return kept
+
+
+def input_plan(statistics: InputStatistics, alpha: float) -> InputPlan:
+    """The shift and smoothing of one Linear input.
+
+    The shift is the mean: what it leaves out, ``W·shift``, joins the bias with the exact weight.
+    A norm with a bias takes both for free; one without, and a foldable producer, take the smoothing.
+    Any other input would pay for a pass of its own and is left as it is; on the bounded ones (GELU)
+    smoothing was measured to cost accuracy as well, as it multiplies the bound.
+
+    Args:
+        statistics: of the input, over the backbone's calibration run.
+        alpha: SmoothQuant's α, see :func:`embedge.quant.int8.smoothing_scales`.
+    """
+    tap = statistics.tap
+    low, high = statistics.low, statistics.high
+    if tap.norm is not None:
+        mean = (statistics.total / statistics.rows).astype(np.float32)
+        shift = None if tap.norm.rms else mean
+        centre = np.float32(0) if shift is None else shift
+        peak = np.maximum(np.abs(low - centre), np.abs(high - centre))
+        return InputPlan(
+            shift=shift, smooth=int8.smoothing_scales(peak, statistics.weight_peak, alpha)
+        )
+    peak = np.maximum(np.abs(low), np.abs(high))
+    if tap.fold is not None:
+        peak, weight_peak = (_shared(p, tap.fold) for p in (peak, statistics.weight_peak))
+        return InputPlan(smooth=int8.smoothing_scales(peak, weight_peak, alpha), fold=tap.fold)
+    return InputPlan()
+
+
+def _shared(peak: NDArray[np.float32], fold: Fold) -> NDArray[np.float32]:
+    """The largest of the channels that one producer channel feeds, for each of them."""
+    if fold.groups is None:
+        return peak
+    kv_heads, repeat, head_size = fold.groups
+    heads = peak.reshape(kv_heads, repeat, head_size).max(axis=1, keepdims=True)
+    return np.broadcast_to(heads, (kv_heads, repeat, head_size)).reshape(-1).copy()

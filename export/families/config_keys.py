@@ -1,0 +1,305 @@
+"""What each key of a config.json does to a vector: this table, which every export is checked against.
+
+A key is one of four kinds:
+
+- *used*: a family reads it;
+- *harmless*: no vector changes with it, or the weights' shapes say it too;
+- *fixed*: refused unless it has one of the values listed, at which it changes nothing;
+- *unknown*: transformers' classes do not read it. That makes it harmless, but a fine-tuner's own class
+  may have read it: refused where its name is about what a vector depends on (:data:`_MEANINGFUL`),
+  and where ``auto_map`` or ``architectures`` name a class that is not transformers' own.
+
+A key that is not there has the default of transformers' class (:data:`DEFAULTS`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedge.export.errors import CheckpointError
+from embedge.export.source.config import words
+
+_OFF = (None, False)
+
+# Generation, training, outputs and bookkeeping: keys of transformers' base class, 4 and 5, and of tools.
+_HARMLESS = words(
+    """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _experts_implementation _experts_implementation_internal _flash_attn_2_enabled _name_or_path
+    attention_dropout attention_probs_dropout_prob attn_implementation bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    hidden_dropout_prob id2label initializer_range intermediate_size label2id length_penalty
+    mask_token_id max_length min_length model_type name_or_path no_repeat_ngram_size
+    num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_past output_scores pad_token_id prefix
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unk_token_id use_bfloat16 use_cache vocab_size
+    initializer_factor matryoshka_dims
+    """
+)
+# Checked elsewhere, with messages of their own.
+_ELSEWHERE = frozenset(
+    {"architectures", "auto_map", "quantization_config", "sentence_transformers", "text_config"}
+    | {"sbert_ce_default_activation_function", "vision_config", "truncate_dim"}
+)
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "adapters": (None, {}),
+    "add_cross_attention": _OFF,
+    "is_encoder_decoder": _OFF,
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}, []),
+}
+# Parts of names that are about what a vector depends on.
+_MEANINGFUL = re.compile(
+    "activation|alibi|attention|attn|bias|bidirec|causal|expert|factor|head|hidden|instruct|"
+    "layer|logit|lora|mask|multipl|norm|pool|posit|project|prompt|prun|residual|rope|rotary|scal|"
+    "slid|softcap|window"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """The keys of one ``model_type``.
+
+    Attributes:
+        used: that a family reads.
+        harmless: beyond those of every model.
+        fixed: values that change nothing, by key.
+        classes: how the names of transformers' classes begin, for ``architectures``.
+    """
+
+    used: frozenset[str]
+    harmless: frozenset[str] = frozenset()
+    fixed: Mapping[str, tuple[Any, ...]]
+    classes: tuple[str, ...]
+
+
+_BERT = words(
+    """hidden_act hidden_size layer_norm_eps max_position_embeddings num_attention_heads
+    num_hidden_layers pad_token_id position_embedding_type type_vocab_size"""
+)
+_DECODER = words(
+    """head_dim hidden_act hidden_size layer_types max_position_embeddings multi_vector_projector_dim
+    num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters rope_scaling
+    rope_theta"""
+)
+_WINDOW = words("sliding_window use_sliding_window max_window_layers")
+_ENCODER_FIXED = {
+    "is_decoder": _OFF,
+    "is_causal": _OFF,
+    "use_bidirectional_attention": (None, True),
+}
+_DECODER_FIXED = {
+    "bidirectional": _OFF,
+    "is_causal": (None, True),
+    "original_max_position_embeddings": (None,),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "use_bidirectional_attention": _OFF,
+}
+_EARLY_BERT = words(
+    """directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    pooler_size_per_head pooler_type"""
+)
+_ROBERTA = Keys(
+    used=_BERT,
+    fixed=_ENCODER_FIXED,
+    classes=("Roberta", "XLMRoberta", "Camembert"),
+)
+_QWEN_FIXED = {**_DECODER_FIXED, "mlp_bias": _OFF, "use_mrope": _OFF}
+_QWEN_VL = Keys(
+    used=_DECODER
+    | _WINDOW
+    | words("image_token_id text_config vision_start_token_id vision_end_token_id"),
+    harmless=words("attention_bias is_decoder video_token_id vision_token_id"),
+    fixed={k: v for k, v in _QWEN_FIXED.items() if k != "use_mrope"},
+    classes=("Qwen2_5_VL", "Qwen2_5_VLText"),
+)
+_JINA_V4 = Keys(
+    used=_QWEN_VL.used | words("single_vector_pool_strategy task_names"),
+    harmless=_QWEN_VL.harmless,
+    fixed=_QWEN_VL.fixed,
+    classes=("JinaEmbeddingsV4",),
+)
+
+KEYS: Mapping[str, Keys] = {
+    "bert": Keys(used=_BERT, harmless=_EARLY_BERT, fixed=_ENCODER_FIXED, classes=("Bert",)),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
+    "mpnet": Keys(
+        used=_BERT - {"position_embedding_type", "type_vocab_size"}
+        | {"relative_attention_num_buckets"},
+        harmless=frozenset({"type_vocab_size"}),
+        fixed={**_ENCODER_FIXED, "position_embedding_type": (None, "absolute")},
+        classes=("MPNet",),
+    ),
+    "modernbert": Keys(
+        used=words(
+            """attention_bias global_attn_every_n_layers global_rope_theta hidden_activation hidden_size
+            layer_types local_attention local_rope_theta max_position_embeddings mlp_bias norm_bias
+            norm_eps num_attention_heads num_hidden_layers rope_parameters rope_scaling rope_theta
+            sliding_window"""
+        ),
+        harmless=words(
+            """classifier_activation classifier_bias classifier_pooling decoder_bias
+            deterministic_flash_attn embedding_dropout initializer_cutoff_factor layer_norm_eps
+            mlp_dropout reference_compile repad_logits_with_grad sparse_pred_ignore_index
+            sparse_prediction"""
+        ),
+        fixed={**_ENCODER_FIXED, "position_embedding_type": (None, "absolute", "sans_pos")},
+        classes=("ModernBert",),
+    ),
+    "llama": Keys(
+        used=_DECODER | {"attention_bias", "mlp_bias"},
+        harmless=words("is_decoder pretraining_tp"),
+        fixed={**_DECODER_FIXED, "sliding_window": (None,), "use_sliding_window": _OFF},
+        classes=("Llama",),
+    ),
+    "mistral": Keys(
+        used=_DECODER | {"sliding_window"},
+        harmless=frozenset({"is_decoder"}),
+        fixed={**_DECODER_FIXED, "attention_bias": _OFF, "mlp_bias": _OFF},
+        classes=("Mistral",),
+    ),
+    "qwen2": Keys(
+        used=_DECODER | _WINDOW,
+        harmless=words("attention_bias is_decoder"),
+        fixed=_QWEN_FIXED,
+        classes=("Qwen2",),
+    ),
+    "qwen3": Keys(
+        used=_DECODER | _WINDOW | {"attention_bias"},
+        harmless=frozenset({"is_decoder"}),
+        fixed=_QWEN_FIXED,
+        classes=("Qwen3",),
+    ),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged"), _QWEN_VL),
+    "jina_embeddings_v4": _JINA_V4,
+    "vision": Keys(
+        used=words(
+            """depth fullatt_block_indexes hidden_act hidden_size in_channels in_chans num_heads
+            out_hidden_size patch_size spatial_merge_size temporal_patch_size window_size"""
+        ),
+        harmless=words("is_decoder spatial_patch_size tokens_per_second"),
+        fixed={"rope_parameters": (None, {}, {"rope_type": "default", "rope_theta": 10000.0})},
+        classes=(),
+    ),
+}
+
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN_VL_DEFAULTS = {
+    "max_window_layers": 80,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 4096,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "bert": {"type_vocab_size": 2},
+    "roberta": {"type_vocab_size": 2},
+    "xlm-roberta": {"type_vocab_size": 2},
+    "camembert": {"type_vocab_size": 2},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN_DEFAULTS,
+    "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
+    **dict.fromkeys(
+        ("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged", "jina_embeddings_v4"),
+        _QWEN_VL_DEFAULTS,
+    ),
+}
+
+_TASKS = (
+    "Model|PreTrainedModel|LMHeadModel|TextModel|For(MaskedLM|PreTraining|NextSentencePrediction|"
+    "SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|CausalLM|"
+    "ConditionalGeneration)"
+)
+
+
+def check_config(config: Mapping[str, Any], kind: str, file: Path) -> None:
+    """Refuse what a config.json says beyond what is understood.
+
+    Args:
+        config: its content.
+        kind: a key of :data:`KEYS`.
+        file: where it lies, for messages.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    keys = KEYS[kind]
+    _check_code(config, keys, file)
+    text = config.get("text_config")
+    inner: Mapping[str, Any] = text if isinstance(text, dict) else {}
+    if inner and "text_config" not in keys.used:
+        raise CheckpointError(
+            f"{file}: has a text_config, which transformers' {keys.classes[0]}Model does not read; expected "
+            "its settings beside it: write there what counts, and delete text_config"
+        )
+    for key in sorted(keys.used & set(config) & set(inner)):
+        pair = config[key], inner[key]
+        if None not in pair and pair[0] != pair[1]:
+            raise CheckpointError(
+                f"{file}: {key} is {pair[0]!r}, and {pair[1]!r} in text_config; expected one value: "
+                "delete the wrong one"
+            )
+    for part in (config, inner):
+        _check_keys(part, keys, file, "")
+    vision = config.get("vision_config")
+    if isinstance(vision, dict):
+        _check_keys(vision, KEYS["vision"], file, "vision_config.")
+
+
+def _check_code(config: Mapping[str, Any], keys: Keys, file: Path) -> None:
+    own = re.compile(rf"({'|'.join(keys.classes)})({_TASKS})")
+    code = config.get("auto_map")
+    entries = code if isinstance(code, dict) else {}
+    for key in ("AutoModel", "AutoConfig"):
+        named = entries.get(key)
+        short = str(named).rpartition(".")[2].replace("Config", "Model")
+        if named and not (keys is _JINA_V4 and own.fullmatch(short)):
+            raise CheckpointError(
+                f"{file}: auto_map names {named!r} as {key}, code of the model's own, which is never run; "
+                f"expected transformers' {keys.classes[0]}Model. If that code computes the same, with "
+                "the same attention mask, delete auto_map there; otherwise the model cannot be exported"
+            )
+    for name in config.get("architectures") or ():
+        if not own.fullmatch(str(name)):
+            raise CheckpointError(
+                f"{file}: architectures names {name!r}, expected a class of transformers such as "
+                f"{keys.classes[0]}Model. If the model computes what that does, with the same attention "
+                f'mask, write "architectures": ["{keys.classes[0]}Model"] there; otherwise it cannot be '
+                "exported"
+            )
+
+
+def _check_keys(part: Mapping[str, Any], keys: Keys, file: Path, prefix: str) -> None:
+    fixed = {**_FIXED, **keys.fixed}
+    for key, value in part.items():
+        if key in fixed:
+            if not any(value is v or (value == v and type(value) is type(v)) for v in fixed[key]):
+                known = " or ".join(_shown(v) for v in fixed[key])
+                raise CheckpointError(
+                    f"{file}: {prefix}{key} is {_shown(value)}, expected {known}; what it asks for is not "
+                    "implemented, so this model cannot be exported yet"
+                )
+        elif key in keys.used or key in keys.harmless or key in _HARMLESS or key in _ELSEWHERE:
+            continue
+        elif value is not None and _MEANINGFUL.search(key.lower()):
+            raise CheckpointError(
+                f"{file}: {prefix}{key} is {_shown(value)}, a key that transformers' class does not have, "
+                "so that only code of the model's own can have read it; expected none of that kind. If "
+                "no vector depends on it, delete it there; otherwise the model cannot be exported"
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

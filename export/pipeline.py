@@ -1,0 +1,144 @@
+"""The export itself: read, check, write every precision, then the manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from embedge.export.calibration.layers import TokenBatch
+from embedge.export.calibration.precision import MAX_TOKENS_PER_TEXT, token_batches
+from embedge.export.calibration.texts import packaged_texts, read_texts
+from embedge.export.context import Job
+from embedge.export.errors import ExportError
+from embedge.export.model import Model, read_model
+from embedge.export.options import INT4, Request, check_dims
+from embedge.export.progress import Progress
+from embedge.export.writing.bundle import (
+    CARD,
+    MANIFEST,
+    additions,
+    check_kept,
+    clear_up,
+    dump,
+    list_files,
+    new_bundle,
+    read_existing,
+    relative_files,
+    write_card,
+    write_new,
+)
+from embedge.export.writing.lock import sole_exporter
+from embedge.export.writing.manifest import manifest_of
+from embedge.export.writing.precision import write_precision
+from embedge.export.writing.same_source import check_same_source
+from embedge.runtime.bundle.files import system_reason
+from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.bundle.writing import check_replaceable, replace_file, sync_files
+from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.host.onnxruntime import load_onnxruntime
+
+
+def export(request: Request, progress: Progress) -> Path:
+    """Run an export; see :func:`embedge.export.export_bundle`."""
+    try:
+        with sole_exporter(request.out):
+            _export_alone(request, progress)
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        raise ExportError(
+            f"{request.source} could not be exported to {request.out}: {place}{system_reason(error)}; check "
+            "that path and who may read it, and export again"
+        ) from error
+    return request.out if request.out.is_dir() else Path(os.path.realpath(request.out))
+
+
+def _export_alone(request: Request, progress: Progress) -> None:
+    load_onnxruntime()  # a missing or wrong one shows before the work
+    clear_up(request.out)
+    old = read_existing(request.out, request.overwrite)
+    texts = _calibration_texts(request)
+    model = read_model(request)
+    dims = check_dims(request.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
+    if old is None:
+        check_replaceable("out", request.out)
+    else:
+        check_same_source(request.out, model, dims, old)
+        dims = dims or old.model.matryoshka_dims
+    todo = _missing(request, list(model.adapters), old)
+    if old is not None:
+        check_kept(request.out, todo)
+    job = Job(request=request, model=model, old=old, progress=progress)
+    place: AbstractContextManager[Path]
+    place = (
+        new_bundle(request.out, overwrite=request.overwrite)
+        if old is None
+        else additions(request.out)
+    )
+    with place as folder:
+        before = relative_files(folder)
+        batches: list[TokenBatch] = []
+        if texts and _uses_calibration(request, todo):
+            ids = model.tokenizer.encode(
+                _with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length)
+            )
+            batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
+        written: dict[str, Any] = {}
+        for precision, tasks in todo.items():
+            written |= write_precision(job, folder, precision, tasks, batches)
+        if old is None:
+            write_new(folder / "tokenizer.json", model.tokenizer.text)
+        if old is not None:  # with what `bench --record` has written meanwhile
+            old = read_existing(request.out, overwrite=False) or old
+        files: dict[str, Any]
+        if old is None:
+            new = relative_files(folder) - {CARD}
+            files = list_files(folder, new)
+        else:
+            new = {n for n in relative_files(folder) - before if n.split("/")[0] in written}
+            files = {**{n: f.to_dict() for n, f in old.files.items()}, **list_files(folder, new)}
+        manifest = manifest_of(
+            model, matryoshka_dims=dims, precisions=written, files=files, old=old
+        )
+        write_card(folder, manifest)
+        sync_files(folder, new)
+        replace_file(folder / MANIFEST, dump(manifest.to_dict()))
+
+
+def _calibration_texts(request: Request) -> list[str]:
+    if isinstance(request.calibration, Path):
+        return read_texts(request.calibration)
+    return [] if request.calibration == "none" else packaged_texts()
+
+
+def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
+    """Every prompt, and none, before its share of the texts: in causal models all tokens see it."""
+    settings = model.settings  # whichever tasks are asked for: all of a bundle share the constants
+    sets = [settings.prompts, *settings.task_prompts.values()]
+    starts = list(dict.fromkeys(["", *(text for prompts in sets for text in prompts.values())]))
+    return [starts[number % len(starts)] + text for number, text in enumerate(texts)]
+
+
+def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a precision's numbers depend on calibration texts."""
+    if "int8" in todo or "int4" in todo:
+        return True
+    return request.int4_method == "gptq" and any(p in todo for p in INT4)
+
+
+def _missing(request: Request, names: Sequence[str], old: Manifest | None) -> dict[str, list[str]]:
+    """Tasks to write, by precision."""
+    todo = {}
+    for precision in request.precisions:
+        there = old.precisions[precision].graphs if old and precision in old.precisions else {}
+        tasks = [t for t in names if t not in there]
+        if tasks:
+            todo[precision] = tasks
+    if not todo:
+        raise EmbedgeValueError(
+            f"{request.out}: already holds {', '.join(names)} at "
+            f"{', '.join(request.precisions)}; nothing to add. Use --overwrite to export anew"
+        )
+    return todo

@@ -1,0 +1,81 @@
+"""Quantized embedding tables: only the rows that are looked up are dequantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from embedge.export.graph.builder import BASE, CONTRIB, Graph, Recipe, TensorSpec
+from embedge.export.graph.scheme import half_rows, to_half
+from embedge.quant import embedding_tables, int4
+
+
+def quantized_rows(g: Graph, name: str, ids: str, bits: int, *, half: bool = False) -> str:
+    """Rows of the table ``name`` through ``GatherBlockQuantized`` (ONNX Runtime's contrib operator).
+
+    Args:
+        g: the graph.
+        name: canonical name of the table, ``[rows, width]``.
+        ids: int64 ids of any shape.
+        bits: 8 or 4.
+        half: float16 scales, as on GPUs.
+    """
+    rows, width = g.weights.shape(name)
+    block_size = embedding_tables.block_size_for(width, bits)
+    if block_size is None:  # no block divides the width: stored as float16
+        return half_rows(g, name, ids)
+    blocks = width // block_size
+    if half and bits == 4 and blocks % 2:
+        # the CUDA kernel counts packed zero points through the whole table, the CPU's row by row
+        return quantized_rows(g, name, ids, 8, half=True)
+
+    def compute() -> list[NDArray[Any]]:
+        # a table of 150,000 tokens is over a GB as float32; one with an adapter is merged as a whole
+        merged = g.weights.version(name) != BASE
+        read_rows = g.weights.read(name).__getitem__ if merged else partial(g.weights.read, name)
+        values, full, zeros = embedding_tables.quantize_table(
+            read_rows, (rows, width), bits, block_size
+        )
+        scales = to_half(full, name) if half else full
+        if bits == 4:
+            return [int4.pack_pairs(values), scales, int4.pack_pairs(zeros)]
+        return [values, scales, zeros]
+
+    def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
+        return {"format": f"int{bits} block {block_size}"}
+
+    per_byte = 8 // bits
+    specs = (
+        TensorSpec(name=name, elem_type=TensorProto.UINT8, shape=(rows, width // per_byte)),
+        TensorSpec(
+            name=f"{name}.scales",
+            elem_type=TensorProto.FLOAT16 if half else TensorProto.FLOAT,
+            shape=(rows, blocks),
+        ),
+        TensorSpec(
+            name=f"{name}.zero_points",
+            elem_type=TensorProto.UINT8,
+            shape=(rows, -(-blocks // per_byte)),
+        ),
+    )
+    key = f"{name}@{g.weights.version(name)}|table-int{bits}-{block_size}{'-fp16' * half}"
+    table, scale, zero = g.recipe(
+        Recipe(key=key, owner=g.owner(name), specs=specs, compute=compute, describe=describe)
+    )
+    found = g.op(
+        "GatherBlockQuantized",
+        table,
+        ids,
+        scale,
+        zero,
+        domain=CONTRIB,
+        bits=bits,
+        block_size=block_size,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    return g.op("Cast", found, to=TensorProto.FLOAT) if half else found

@@ -1,0 +1,115 @@
+"""The Dense layers that some sentence-transformers models apply to the pooled vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export.errors import CheckpointError
+from embedge.export.source.checkpoint import pickled
+from embedge.export.source.json_files import read_json_object
+from embedge.export.source.safetensors_file import SafetensorsFile
+
+__all__ = ["DenseLayer", "read_dense"]
+
+# sentence-transformers stores the class's full name; its default is Tanh.
+_ACTIVATIONS = {
+    "Identity": "identity",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "Sigmoid": "sigmoid",
+    "SiLU": "silu",
+}
+_KNOWN_KEYS = frozenset(
+    {
+        "in_features",
+        "out_features",
+        "bias",
+        "activation_function",
+        "module_input_name",
+        "module_output_name",
+        "use_residual",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DenseLayer:
+    """``activation(x @ weight.T + bias)`` on the pooled vector.
+
+    Attributes:
+        in_features: length of the vector that comes in.
+        out_features: length of the vector that goes out.
+        weight: float32 ``[out_features, in_features]``.
+        bias: float32 ``[out_features]``, ``None`` for no bias.
+        activation: ``identity``, ``tanh``, ``relu``, ``gelu`` (exact, by erf), ``sigmoid`` or
+            ``silu``.
+    """
+
+    in_features: int
+    out_features: int
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    activation: str
+
+
+def read_dense(folder: Path) -> DenseLayer:
+    """Read the module ``sentence_transformers.models.Dense`` in ``folder``.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, the weights are pickled or do not have the
+            shapes that the config says, or the layer does something other than :class:`DenseLayer`.
+    """
+    file = folder / "config.json"
+    config = read_json_object(file, CheckpointError)
+    if unknown := sorted(set(config) - _KNOWN_KEYS):
+        raise CheckpointError(
+            f"{file}: Dense has settings that are not supported: {', '.join(unknown)}"
+        )
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, "sentence_embedding"):
+            raise CheckpointError(
+                f"{file}: Dense with {key}={config[key]!r} is not supported, only "
+                "'sentence_embedding'"
+            )
+    if config.get("use_residual"):
+        raise CheckpointError(f"{file}: Dense with use_residual=true is not supported")
+    full_name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = (
+        _ACTIVATIONS.get(full_name.rpartition(".")[2])
+        if full_name.startswith("torch.nn.")
+        else None
+    )
+    if activation is None:
+        raise CheckpointError(
+            f"{file}: the activation {full_name} is not supported; supported are torch.nn's "
+            f"{', '.join(_ACTIVATIONS)}"
+        )
+    in_features, out_features = config.get("in_features"), config.get("out_features")
+    if type(in_features) is not int or type(out_features) is not int:
+        raise CheckpointError(f"{file}: expected whole numbers in_features and out_features")
+    shapes: dict[str, tuple[int, ...]] = {"linear.weight": (out_features, in_features)}
+    if config.get("bias", True):
+        shapes["linear.bias"] = (out_features,)
+    weights = _weights(folder)
+    found = {key: weights.shape(key) for key in weights.keys()}
+    if found != shapes:
+        raise CheckpointError(f"{weights.path}: expected the tensors {shapes}, found {found}")
+    return DenseLayer(
+        in_features=in_features,
+        out_features=out_features,
+        weight=weights.read("linear.weight"),
+        bias=weights.read("linear.bias") if "linear.bias" in shapes else None,
+        activation=activation,
+    )
+
+
+def _weights(folder: Path) -> SafetensorsFile:
+    file = folder / "model.safetensors"
+    if not file.exists() and (folder / "pytorch_model.bin").exists():
+        raise CheckpointError(pickled(folder))
+    return SafetensorsFile(file, CheckpointError)

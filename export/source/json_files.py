@@ -1,0 +1,45 @@
+"""Reading the JSON files of model and adapter folders, with errors that name the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from embedge.export.errors import ExportError
+from embedge.runtime.bundle.files import TOKENIZER_BYTES, read_regular_file
+from embedge.runtime.bundle.json_object import parse_json
+
+__all__ = ["parse_json", "read_json", "read_json_object", "read_optional"]
+
+
+def read_json(path: Path, error: type[ExportError]) -> Any:
+    """Return the parsed content of the JSON file at ``path``.
+
+    Raises:
+        ExportError: as ``error``, if the file cannot be read or is not JSON in UTF-8.
+    """
+    try:
+        content = read_regular_file(path, TOKENIZER_BYTES)  # tokenizer.json is the largest
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    try:
+        return parse_json(content)
+    except ValueError as problem:  # JSONDecodeError and UnicodeError
+        raise error(f"{path}: is not JSON: {problem}; fetch or save the file again") from problem
+
+
+def read_optional(path: Path, error: type[ExportError]) -> dict[str, Any]:
+    """Return the JSON object in the file at ``path``, an empty one if nothing has that name.
+
+    A link to nothing, or what is no file, is an error: what it should say would be lost without a word.
+    """
+    return read_json_object(path, error) if os.path.lexists(path) else {}
+
+
+def read_json_object(path: Path, error: type[ExportError]) -> dict[str, Any]:
+    """Return the JSON object in the file at ``path``; other JSON is refused like broken JSON."""
+    content = read_json(path, error)
+    if not isinstance(content, dict):
+        raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

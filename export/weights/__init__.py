@@ -1,0 +1,1 @@
+"""The tensors of one task: the checkpoint's, merged with the adapter's, rotated where that helps."""

@@ -1,0 +1,70 @@
+"""What a graph's metadata say to whoever opens it without embedge, under keys ``embedge.…``.
+
+task, precision   what it is
+onnxruntime       least version that computes it right
+session_config    the session option that its 8-bit products need on x86-64 without VNNI
+output            what has been done to ``embedding`` already
+tokens            JSON: max_length, pad_token_id, truncation_side; rows are padded on the right
+prompts           JSON: texts by name, and the name of the default one; none: no such key
+runtime           "embedge", where no other opens it
+"""
+
+from __future__ import annotations
+
+import json
+
+from embedge.export.graph.builder import Graph
+from embedge.export.model import Model
+from embedge.export.options import UNPACKED_PRECISION
+from embedge.runtime.host.onnxruntime import REQUIREMENT
+
+__all__ = ["graph_notes", "task_notes"]
+
+_INTEGER_PRODUCT = "MatMulInteger"
+_EXACT = "session.x64quantprecision=1"
+
+
+def graph_notes(g: Graph, precision: str, name: str) -> dict[str, str]:
+    """Notes of any graph.
+
+    Args:
+        g: the graph.
+        precision: its precision.
+        name: the task, or that of the vision tower.
+    """
+    notes = {
+        "embedge.task": name,
+        "embedge.precision": precision,
+        "embedge.onnxruntime": REQUIREMENT.partition(",")[0],
+    }
+    if any(node.op_type.startswith(_INTEGER_PRODUCT) for node in g.nodes):
+        notes["embedge.session_config"] = _EXACT
+    if precision == UNPACKED_PRECISION:
+        notes["embedge.runtime"] = "embedge"
+    return notes
+
+
+def task_notes(model: Model, g: Graph, precision: str, task: str) -> dict[str, str]:
+    """Notes of a task's graph.
+
+    Args:
+        model: what is exported.
+        g: the graph.
+        precision: its precision.
+        task: its name.
+    """
+    normalized = ", of length 1" if model.settings.normalize else ""
+    tokens = {
+        "max_length": model.settings.max_length,
+        "pad_token_id": model.tokenizer.pad_token_id,
+        "truncation_side": model.tokenizer.truncation_side,
+    }
+    notes = graph_notes(g, precision, task) | {
+        "embedge.output": f"pooled ({model.pooling}){normalized}",
+        "embedge.tokens": json.dumps(tokens),
+    }
+    prompts = model.prompts(task)
+    if prompts:
+        said = {"texts": prompts, "default": model.settings.default_prompt_name}
+        notes["embedge.prompts"] = json.dumps(said, sort_keys=True)
+    return notes

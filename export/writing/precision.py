@@ -1,0 +1,351 @@
+"""Writing one precision of a bundle: its graphs, weights and layer reports, task by task."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from embedge.export.calibration.layers import TokenBatch
+from embedge.export.calibration.precision import gptq_form_of, int8_plans, store_gptq
+from embedge.export.calibration.sensitivity import candidates, check_budget, within_budget
+from embedge.export.context import Job
+from embedge.export.graph.builder import BASE, Graph, Recipe, Weights
+from embedge.export.graph.scheme import Form, weight_name
+from embedge.export.graph.task_graph import to_model
+from embedge.export.model import Model
+from embedge.export.options import INT4, UNPACKED_PRECISION, WIDE_MODEL
+from embedge.export.schemes.int4 import Int4Form
+from embedge.export.schemes.int4_unpacked import unpack_list
+from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
+from embedge.export.schemes.mixed import unmatched
+from embedge.export.writing.bundle import dump, write_new
+from embedge.export.writing.graph_metadata import graph_notes, task_notes
+from embedge.export.writing.parallel import in_order
+from embedge.export.writing.weight_store import TensorStore
+from embedge.runtime.errors import EmbedgeValueError
+
+VISION = "vision"
+VISION_GRAPH = f"{VISION}.onnx"
+UNPACKED_GRAPH, UNPACK_LIST = ".unpacked.onnx", ".unpack.json"
+
+
+def write_precision(
+    job: Job, folder: Path, precision: str, tasks: Sequence[str], batches: Sequence[TokenBatch]
+) -> dict[str, dict[str, Any]]:
+    """Write the graphs of a precision.
+
+    Args:
+        job: the export.
+        folder: the bundle, or what becomes it.
+        precision: its name.
+        tasks: those to write.
+        batches: calibration tokens; none: data-free methods.
+
+    Returns:
+        The manifest's entry, and that of int4's second way to run the same files.
+    """
+    model, request = job.model, job.request
+    place = folder / precision
+    if place.is_symlink():
+        raise EmbedgeValueError(
+            f"{place}: expected a folder, found a link to {os.path.realpath(place)}, through which "
+            "nothing is written; put the folder itself there, or choose another --out"
+        )
+    place.mkdir(exist_ok=True)
+    store = TensorStore(place)
+    if job.old is not None and precision in job.old.precisions:
+        for path in job.old.precisions[precision].graphs.values():
+            store.adopt(folder / path)
+    writes_tower = model.tower is not None and not (place / VISION_GRAPH).exists()
+    _check_names_free(place, tasks)
+    shared = _fresh_name(place, "shared")
+    own = {task: _fresh_name(place, task) for task in tasks}
+    forms, total = _uncalibrated(job, precision, tasks[0])
+    chosen: list[str] = []
+    constants: dict[str, set[str]] = {name: set() for name in forms}
+    if not writes_tower:
+        _check_same_rotation(job, precision)
+    try:
+        for number, task in enumerate(tasks):
+            with job.progress.step(f"{precision}/{task}", total):
+                if number == 0:
+                    forms, chosen = _calibrated(job, forms, total, batches, place)
+                weights = model.weights(model.tasks[task], forms[precision])
+                g = model.graph(weights, forms[precision])
+                if batches:
+                    _gptq_passes(
+                        job, forms[precision], g, weights, task, batches, store, shared, own[task]
+                    )
+                _store_recipes(job, g, store, shared, own[task])
+                report = _layer_report(g, store)
+                _write_graph(
+                    place / f"{task}.onnx",
+                    g,
+                    store,
+                    task,
+                    task_notes(job.model, g, precision, task),
+                )
+                write_new(place / f"{task}.layers.json", dump(report))
+                constants[precision] |= set(g.constants)
+                if UNPACKED_PRECISION in forms:
+                    g = model.graph(weights, forms[UNPACKED_PRECISION])
+                    _write_unpacked(job.model, g, place, store, task, shared, own[task])
+                    constants[UNPACKED_PRECISION] |= set(g.constants)
+        if model.tower is not None:
+            if writes_tower:
+                _write_tower(job, place, precision, store)
+            of_tower = _constant_names(place / VISION_GRAPH)
+            constants = {name: own_names | of_tower for name, own_names in constants.items()}
+    finally:
+        store.close()
+    options = job.options(precision, calibrated=bool(batches))
+    if precision == "int4" and request.budget is not None:
+        options |= {"budget": request.budget, "int8": chosen}
+    return {
+        name: _entry(form, precision, tasks, constants[name])
+        | ({} if model.tower is None else {"vision": f"{precision}/{VISION_GRAPH}"})
+        | {"options": options}
+        for name, form in forms.items()
+    }
+
+
+def _entry(form: Form, folder: str, tasks: Sequence[str], constants: set[str]) -> dict[str, Any]:
+    """The manifest's entry of graphs that were written, without options and tower."""
+    used = {n: c for n, c in ACTIVATION_CONSTANTS.items() if n in constants}
+    if form.precision == UNPACKED_PRECISION:
+        files = {
+            "graphs": {task: f"{folder}/{task}{UNPACKED_GRAPH}" for task in tasks},
+            "unpack": {task: f"{folder}/{task}{UNPACK_LIST}" for task in tasks},
+        }
+    else:
+        files = {
+            "graphs": {task: f"{folder}/{task}.onnx" for task in tasks},
+            "layers": {task: f"{folder}/{task}.layers.json" for task in tasks},
+        }
+    return {
+        **files,
+        "devices": list(form.devices),
+        "row_multiple": form.row_multiple,
+        "activation_constants": used,
+    }
+
+
+def _uncalibrated(job: Job, precision: str, task: str) -> tuple[dict[str, Form], int]:
+    """The forms before calibration, and the bytes of a task's tensors.
+
+    Refuses keep patterns that match nothing.
+    """
+    model = job.model
+    names = (precision, UNPACKED_PRECISION) if precision == "int4" else (precision,)
+    forms = {name: job.form(name) for name in names}
+    g = model.graph(model.tasks[task], forms[precision])
+    graphs = [g]
+    if model.tower is not None:
+        graphs.append(model.tower.graph(model.base, job.tower_form(precision)))
+    unused = unmatched(job.request.keep, graphs)
+    if unused:
+        raise EmbedgeValueError(
+            f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "
+            "none; `embedge inspect BUNDLE --layers` lists the names"
+        )
+    return forms, sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
+
+
+def _calibrated(
+    job: Job,
+    forms: Mapping[str, Form],
+    total: int,
+    batches: Sequence[TokenBatch],
+    scratch: Path,
+) -> tuple[dict[str, Form], list[str]]:
+    """The forms with their calibrated constants, and the layers that a budget gives 8 bits.
+
+    Args:
+        job: the export.
+        forms: by precision, without calibration; the first one's weights are stored.
+        total: bytes of a task's tensors in it.
+        batches: calibration tokens.
+        scratch: folder for a layer's weights.
+    """
+    model, request, note = job.model, job.request, job.progress.note
+    precision, form = next(iter(forms.items()))
+    base, family = model.weights(model.base, form), model.family.text_only()
+    keep, chosen = dict(request.keep), []
+    budget = request.budget if precision == "int4" else None
+    if budget is not None:
+        check_budget(total, budget)
+        if not batches:
+            raise EmbedgeValueError(
+                f"budget {budget:,} bytes: it chooses layers by calibration texts, and none of those "
+                "given has a token; give others (--calibration)"
+            )
+    if precision in ("int8", "int4") and not job.plans:  # the same for both
+        # ranges of channels need fewer tokens than GPTQ, and a wide model's cost minutes
+        seen = batches[::2] if family.hidden_size >= WIDE_MODEL else batches
+        job.plans.update(int8_plans(family, base, seen, scratch, note))
+    if budget is not None:
+        int4 = job.form("int4", keep={}, calibrated=True)
+        assert isinstance(int4, Int4Form)
+        found = candidates(
+            model,
+            base,
+            batches,
+            int4=int4,
+            keep=keep,
+            scratch=scratch,
+            report=note,
+        )
+        chosen = within_budget(found, total, budget)
+        keep |= {glob.escape(label): "int8" for label in chosen}
+    made = {name: job.form(name, keep=keep, calibrated=bool(batches)) for name in forms}
+    return made, sorted(chosen)
+
+
+def _check_same_rotation(job: Job, precision: str) -> None:
+    """Features of a tower that is there already must fit the stream of the tasks to come."""
+    old = job.old.precisions.get(precision) if job.old else None
+    if job.model.tower is None or old is None:
+        return
+    if not old.options.get("rotation", False) and precision in ("int8", *INT4):
+        raise EmbedgeValueError(
+            f"{job.request.out}: its {precision} vision tower was exported by an earlier version, without "
+            "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
+        )
+
+
+def _write_tower(job: Job, place: Path, precision: str, store: TensorStore) -> None:
+    model = job.model
+    assert model.tower is not None
+    form = job.tower_form(precision)
+    g = model.tower.graph(model.weights(model.base, form), form)
+    total = sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
+    file = _fresh_name(place, VISION)
+    with job.progress.step(f"{precision}/{VISION}", total):
+        _store_recipes(job, g, store, file, file)
+        _write_graph(place / VISION_GRAPH, g, store, VISION, graph_notes(g, precision, VISION))
+
+
+def _constant_names(graph: Path) -> set[str]:
+    """Names of the initializers in a graph file, small constants among them."""
+    return {t.name for t in onnx.load(str(graph), load_external_data=False).graph.initializer}
+
+
+def _gptq_passes(
+    job: Job,
+    form: Form,
+    g: Graph,
+    weights: Weights,
+    task: str,
+    batches: Sequence[TokenBatch],
+    store: TensorStore,
+    shared: str,
+    file: str,
+) -> None:
+    """Quantize what this task's adapter changes with its own activations, the rest with the backbone's."""
+    model = job.model
+    missing = {
+        weight_name(lin)
+        for tap in g.taps.values()
+        if (rounding := gptq_form_of(form, tap)) is not None
+        for lin in tap.lins
+        if not store.has(rounding.weight_recipe(g, tap, lin).key)
+    }
+    own = {n for n in missing if weights.version(n) != BASE}
+    passes = (
+        (BASE, missing - own, model.weights(model.base, form), shared),
+        (task, own, weights, file),
+    )
+    for name, wanted, source, target in passes:
+        if wanted:
+            store_gptq(
+                model.family.text_only(),
+                source,
+                form,
+                g,
+                batches,
+                store,
+                task=name,
+                wanted=wanted.__contains__,
+                file=target,
+                report=job.progress.note,
+            )
+
+
+def _store_recipes(job: Job, g: Graph, store: TensorStore, shared: str, own: str) -> None:
+    """Compute and write what is not stored yet, in the graph's order, a few recipes at a time."""
+    missing = {r.key: r for r in g.recipes.values() if not store.has(r.key)}
+    arrays = in_order(
+        list(missing.values()), lambda recipe: recipe.compute(), cost=lambda recipe: recipe.elements
+    )
+    for recipe in g.recipes.values():
+        if not store.has(recipe.key):
+            store.put(recipe, next(arrays), shared if recipe.owner == BASE else own)
+        job.progress.advance(sum(spec.nbytes for spec in recipe.specs), recipe.specs[0].name)
+
+
+def _layer_report(g: Graph, store: TensorStore) -> dict[str, Any]:
+    def row(recipe: Recipe) -> dict[str, Any]:
+        name = recipe.specs[0].name
+        return {"name": name, **store.reports[recipe.key]}
+
+    return {"layers": [row(r) for r in g.recipes.values() if r.key in store.reports]}
+
+
+def _write_graph(
+    path: Path, g: Graph, store: TensorStore, task: str, notes: Mapping[str, str]
+) -> None:
+    tensors = [tensor for recipe in g.recipes.values() for tensor in store.tensors(recipe)]
+    model = to_model(g, tensors, task, notes)
+    write_new(path, model.SerializeToString(deterministic=True))
+
+
+def _write_unpacked(
+    model: Model, g: Graph, place: Path, store: TensorStore, task: str, shared: str, own: str
+) -> None:
+    """The graph that runs a task's stored int4 weights as int8, and the list that it needs.
+
+    Args:
+        model: what is exported.
+        g: the graph.
+        place: the folder of int4.
+        store: has the int4 weights; takes what is new.
+        task: its name.
+        shared: file for new tensors of all tasks.
+        own: file for new tensors of this one.
+    """
+    for recipe in [*g.recipes.values(), *(r for u in g.unpacked.values() for r in u.recipes)]:
+        if not store.has(recipe.key):
+            store.put(recipe, recipe.compute(), shared if recipe.owner == BASE else own)
+    notes = task_notes(model, g, UNPACKED_PRECISION, task)
+    _write_graph(place / f"{task}{UNPACKED_GRAPH}", g, store, task, notes)
+    write_new(place / f"{task}{UNPACK_LIST}", dump(unpack_list(g, store)))
+
+
+def _check_names_free(place: Path, tasks: Sequence[str]) -> None:
+    """Refuse to write over files that no export wrote."""
+    for task in tasks:
+        for end in (".onnx", ".layers.json", UNPACKED_GRAPH, UNPACK_LIST):
+            name = task + end
+            if os.path.lexists(place / name):
+                raise EmbedgeValueError(
+                    f"{place / name}: expected no such file, found one that the bundle's manifest "
+                    "does not list; move it away or give the task another name"
+                )
+
+
+def _fresh_name(place: Path, stem: str) -> str:
+    """``stem.bin``, or the first of ``stem.2.bin``, … that an earlier export did not write."""
+    number = 1
+    name = f"{stem}.bin"
+    while os.path.lexists(place / name):
+        number += 1
+        name = f"{stem}.{number}.bin"
+    return name
+
+
+__all__ = ["write_precision"]

@@ -1,0 +1,167 @@
+"""Weight files of one precision: every tensor once, whatever the number of tasks.
+
+Large tensors lie in files beside the graphs, at offsets aligned to 4096 bytes (what mapping needs);
+tensors of at most 4096 bytes lie in the graphs themselves. A tensor is looked up first by its recipe's
+key (equal key, equal bytes: nothing is computed), then by the hash of its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from embedge.export.graph.builder import Recipe, TensorSpec
+from embedge.runtime.bundle.onnx_reader import INLINE_BYTES
+from embedge.runtime.errors import BundleError
+
+ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where a tensor lies: in a file of the folder, or, when small, here."""
+
+    file: str = ""
+    offset: int = 0
+    length: int = 0
+    inline: bytes | None = None
+
+
+class TensorStore:
+    """Appends tensors to the weight files of one precision's folder.
+
+    Args:
+        folder: the precision's folder, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reports: dict[str, dict[str, Any]] = {}
+        self._by_key: dict[str, tuple[Stored, ...]] = {}
+        self._by_hash: dict[str, Stored] = {}
+        self._open: dict[str, IO[bytes]] = {}
+        self._closed: set[str] = set()
+
+    def adopt(self, graph_file: Path) -> None:
+        """Make the tensors of a graph that is already in the folder available for sharing.
+
+        Raises:
+            BundleError: a file ends before a tensor does.
+        """
+        model = onnx.load(str(graph_file), load_external_data=False)
+        for tensor in model.graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL:
+                continue
+            entry = {e.key: e.value for e in tensor.external_data}
+            stored = Stored(
+                file=entry["location"], offset=int(entry["offset"]), length=int(entry["length"])
+            )
+            self._closed.add(stored.file)
+            with open(self.folder / stored.file, "rb") as file:
+                file.seek(stored.offset)
+                state = hashlib.sha256()
+                left = stored.length
+                while left:
+                    chunk = file.read(min(left, 1 << 20))
+                    if not chunk:
+                        raise BundleError(
+                            f"{self.folder / stored.file}: expected {left:,} bytes more for {tensor.name} of "
+                            f"{graph_file.name}, found the end; copy or export the bundle again"
+                        )
+                    left -= len(chunk)
+                    state.update(chunk)
+            self._by_hash[state.hexdigest()] = stored
+
+    def has(self, key: str) -> bool:
+        """Whether a recipe of this key was stored."""
+        return key in self._by_key
+
+    def put(
+        self,
+        recipe: Recipe,
+        arrays: Sequence[NDArray[Any]],
+        file: str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store what a recipe made.
+
+        Args:
+            recipe: its key and the initializers it makes.
+            arrays: one per initializer, of the declared type and shape.
+            file: name of the file in the folder that new large tensors go to.
+            facts: further columns of the per-layer report.
+        """
+        if len(arrays) != len(recipe.specs):
+            raise AssertionError(f"{recipe.key}: {len(arrays)} arrays for {len(recipe.specs)}")
+        stored = []
+        for spec, array in zip(recipe.specs, arrays, strict=True):
+            _check(spec, array)
+            stored.append(self._store(np.ascontiguousarray(array), file))
+        self._by_key[recipe.key] = tuple(stored)
+        if recipe.describe is not None:
+            self.reports[recipe.key] = {
+                "shape": list(recipe.specs[0].shape),
+                "bytes": sum(s.nbytes for s in recipe.specs),
+                **recipe.describe(arrays),
+                **(facts or {}),
+            }
+
+    def tensors(self, recipe: Recipe) -> list[TensorProto]:
+        """The stored initializers of a recipe as ONNX tensors."""
+        result = []
+        for spec, stored in zip(recipe.specs, self._by_key[recipe.key], strict=True):
+            tensor = TensorProto(name=spec.name, data_type=spec.elem_type, dims=spec.shape)
+            if stored.inline is not None:
+                tensor.raw_data = stored.inline
+            else:
+                tensor.data_location = TensorProto.EXTERNAL
+                for key, value in (
+                    ("location", stored.file),
+                    ("offset", str(stored.offset)),
+                    ("length", str(stored.length)),
+                ):
+                    tensor.external_data.add(key=key, value=value)
+            result.append(tensor)
+        return result
+
+    def close(self) -> None:
+        """Close all files."""
+        with ExitStack() as stack:  # closes the others also when one fails, on a full disk
+            for file in self._open.values():
+                stack.callback(file.close)
+            self._open.clear()
+
+    def _store(self, array: NDArray[Any], name: str) -> Stored:
+        if array.nbytes <= INLINE_BYTES:
+            return Stored(inline=array.tobytes())
+        data: Any = array.reshape(-1).view(np.uint8)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest in self._by_hash:
+            return self._by_hash[digest]
+        if name in self._closed:
+            raise AssertionError(f"{name} belongs to an earlier export and is not appended to")
+        if name not in self._open:
+            self._open[name] = open(self.folder / name, "xb")  # noqa: SIM115 - closed in close()
+        file = self._open[name]
+        offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+        file.write(bytes(offset - file.tell()))
+        file.write(data)
+        self._by_hash[digest] = Stored(file=name, offset=offset, length=array.nbytes)
+        return self._by_hash[digest]
+
+
+def _check(spec: TensorSpec, array: NDArray[Any]) -> None:
+    expected = onnx.helper.tensor_dtype_to_np_dtype(spec.elem_type)
+    if array.shape != spec.shape or array.dtype != expected:
+        raise AssertionError(
+            f"{spec.name}: declared {expected} {spec.shape}, computed {array.dtype} {array.shape}"
+        )

@@ -1,0 +1,154 @@
+"""The bundle's README.md: what it holds, and how it runs here and with other runtimes.
+
+It is made from the manifest alone. Between two markers ``embedge bench --record`` writes its table. A card
+ends with a hash of all else, so that one in which somebody has written is known, and left alone, when the
+bundle changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+from embedge.runtime.bundle.manifest import Manifest, Model, Task
+from embedge.runtime.bundle.model_card_elsewhere import elsewhere
+
+__all__ = ["BENCH_END", "BENCH_START", "model_card", "renewed_card"]
+
+BENCH_START = "<!-- embedge:bench:start -->"
+BENCH_END = "<!-- embedge:bench:end -->"
+_UNMEASURED = (
+    "Quality, latency and memory are measured by `embedge bench BUNDLE --reference MODEL --record`."
+)
+_TAGS = ("onnx", "embedge", "embeddings", "sentence-similarity", "quantized")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_SIGNED = re.compile("(.*)\n<!-- embedge:card:([0-9a-f]{16}) -->\n", re.DOTALL)
+
+
+def model_card(manifest: Manifest) -> str:
+    """The card of a bundle that was not measured yet."""
+    parts = [
+        _front_matter(manifest),
+        f"# {manifest.source.name}, as ONNX graphs per task",
+        _about(manifest),
+        _tasks(manifest),
+        _precisions(manifest),
+        _with_embedge(manifest),
+        f"{BENCH_START}\n{_UNMEASURED}\n{BENCH_END}",
+        *elsewhere(manifest),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    return f"{text}\n<!-- embedge:card:{_hash(*_around(text))} -->\n"
+
+
+def renewed_card(card: str, manifest: Manifest) -> str | None:
+    """A card after its bundle has changed, with its measurements.
+
+    Args:
+        card: as it is.
+        manifest: of the bundle now.
+
+    Returns:
+        ``None`` where somebody else has written in the card, or an earlier embedge wrote it.
+    """
+    found = _SIGNED.fullmatch(card)
+    if found is None or found[2] != _hash(*_around(found[1])):
+        return None
+    start, end = _around(model_card(manifest))
+    before, behind = _around(found[1])
+    return start + found[1][len(before) : len(found[1]) - len(behind)] + end
+
+
+def _around(text: str) -> tuple[str, str]:
+    """What stands before and behind the measurements, the markers left out; all and nothing without."""
+    start, end = text.find(BENCH_START), text.rfind(BENCH_END)
+    if not 0 <= start < end:
+        return text, ""
+    return text[: start + len(BENCH_START)], text[end:]
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _front_matter(manifest: Manifest) -> str:
+    """What the hub reads."""
+    lines = ["library_name: embedge", "pipeline_tag: feature-extraction", "tags:"]
+    lines += [f"- {tag}" for tag in _TAGS]
+    if any(task.adapter is not None for task in manifest.tasks.values()):
+        lines.append("- lora")
+    licences = [name.strip() for name in (manifest.source.license or "").split(",")]
+    if len(licences) > 1:
+        lines = ["license:", *(f"- {_yaml(name)}" for name in licences), *lines]
+    elif licences[0]:
+        lines.insert(0, f"license: {_yaml(licences[0])}")
+    base = _base_model(manifest)
+    if base is not None:
+        lines.append(f"base_model: {_yaml(base)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _base_model(manifest: Manifest) -> str | None:
+    """The source's name on the hub, where an adapter says it."""
+    named = (task.adapter.base_model for task in manifest.tasks.values() if task.adapter)
+    own = manifest.source.name.lower()
+    fitting = (n for n in named if n and _HUB_NAME.fullmatch(n) and n.lower().endswith(f"/{own}"))
+    return next(fitting, None)
+
+
+def _yaml(text: str) -> str:
+    plain = all(_PLAIN.fullmatch(part) for part in text.split("/"))
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _about(manifest: Manifest) -> str:
+    source, model = manifest.source, manifest.model
+    dims, cut = model.matryoshka_dims, model.truncate_dim
+    default = f"; {cut} where a call names none" if cut else ""
+    return (
+        f"{_embeds(model)} of {model.dim} dimensions, {model.pooling} pooling, texts of up to "
+        f"{model.max_length} tokens.\n"
+        f"Exported from {source.name} ({source.model_type}). "
+        f"Licence of the weights: {source.license or 'not stated by the source'}.\n"
+        f"Dimensions to truncate to: {', '.join(map(str, dims)) if dims else f'any up to {model.dim}'}"
+        f"{default}."
+    )
+
+
+def _embeds(model: Model) -> str:
+    kinds = "Embeddings of texts and images" if "image" in model.modalities else "Text embeddings"
+    if model.multi_vector_dim is not None:
+        return f"{kinds}, also multi-vectors of {model.multi_vector_dim} dimensions a token,"
+    return kinds
+
+
+def _tasks(manifest: Manifest) -> str:
+    rows = [
+        f"| {name} | {_adapter(task)} | {', '.join(sorted(task.prompts)) or 'none'} |"
+        for name, task in manifest.tasks.items()
+    ]
+    return "\n".join(["| task | adapter | prompts |", "|---|---|---|", *rows])
+
+
+def _adapter(task: Task) -> str:
+    return "none (bare backbone)" if task.adapter is None else f"LoRA {task.adapter.name}, merged"
+
+
+def _precisions(manifest: Manifest) -> str:
+    rows = [
+        f"| {name} | {', '.join(p.graphs)} | {manifest.folder_bytes(name) / 1e6:.1f} |"
+        for name, p in manifest.precisions.items()
+    ]
+    return "\n".join(["| precision | tasks | MB |", "|---|---|---|", *rows])
+
+
+def _with_embedge(manifest: Manifest) -> str:
+    precision, task = next(iter(manifest.precisions)), next(iter(manifest.tasks))
+    return f"""```python
+from embedge import Embedder
+
+model = Embedder("path/to/this/folder", precision="{precision}")
+vectors = model.encode(["a text", "another text"], task="{task}")
+```"""

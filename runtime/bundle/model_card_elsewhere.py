@@ -1,0 +1,260 @@
+"""The part of a bundle's README.md that says how its graphs run with other runtimes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from embedge.runtime.bundle.manifest import VISION, Manifest, Model, Precision, Task
+from embedge.runtime.host.onnxruntime import REQUIREMENT
+
+__all__ = ["elsewhere"]
+
+_UNPACKED = "int4-unpacked"
+_INTEGER = ("int8", "int4")
+_LEAST = REQUIREMENT.removeprefix(">=").partition(",")[0]
+# embedge.runtime.host.processor.probe_model(), compressed by zlib
+_PROBE = (
+    "eNrj4LB6IsAlxcWYyMVYLsRYqcTrm1jiW5rjmVeSmp5aZMUgxFpQlJ+UqtUjwOHAoSDA7MRY7tUgUD8KRsEoGAWjYBSMghEH"
+    "osSBLQYhIS4BDiYhHi42IZai/PJiLiYOhySgRCVYgg1FQsGJhYtBgBcA9WcNLQ=="
+)
+
+
+def elsewhere(manifest: Manifest) -> Iterator[str]:
+    """The parts of the section, none where embedge alone opens the graphs."""
+    portable = {n: p for n, p in manifest.precisions.items() if n != _UNPACKED}
+    if not portable:
+        return
+    integer = any(name in _INTEGER for name in portable)
+    yield "## With other runtimes"
+    yield _facts(manifest, portable)
+    if integer:
+        yield (
+            "**8-bit products on x86-64.** On processors without VNNI they saturate, and vectors are wrong "
+            "without an error, unless the session option `session.x64quantprecision` is `1`; embedge sets it "
+            "by itself. `saturates()` below tells. Elsewhere the option changes no vector, but weights are "
+            "held twice.\n\n"
+            "Where embedge runs kernels of its own, its int4 vectors differ in the last digits from these."
+        )
+    yield f"Python with `onnxruntime>={_LEAST}`, `tokenizers` and `numpy`:"
+    yield _python(manifest, portable, integer=integer)
+    if manifest.model.image is None:
+        yield f"Node.js with `onnxruntime-node` ({_LEAST} or later) and `@huggingface/transformers`:"
+        yield _javascript(manifest, portable, integer=integer)
+    yield _others(manifest)
+
+
+def _facts(manifest: Manifest, portable: dict[str, Precision]) -> str:
+    model, tokenizer = manifest.model, manifest.tokenizer
+    length = ", of length 1 already" if model.normalize else ""
+    outputs = f"float32 `embedding` `[batch, {model.dim}]`: pooled{length}"
+    if model.multi_vector_dim is not None:
+        outputs += f"; float32 `token_embeddings` `[batch, tokens, {model.multi_vector_dim}]`"
+    cut = "leave off the end" + (" and divide by the norm" if model.normalize else "")
+    gpu = [name for name, p in portable.items() if "cpu" not in p.devices]
+    inputs = ", ".join(f"`{name}`" for name in _token_inputs(model))
+    rows = {
+        "graph": "`PRECISION/TASK.onnx`, its weights beside it; its metadata (`embedge.…`) say what follows",
+        "ONNX Runtime": f"{_LEAST} or later; 1.24 gives wrong vectors without an error",
+        "inputs": f"int64 {inputs}, each `[batch, tokens]`, padded on the right",
+        "outputs": outputs,
+        "tokens": f"by `{tokenizer.file}`, special tokens included, cut at {model.max_length} on the "
+        f"{tokenizer.truncation_side}; fill rows with {tokenizer.pad_token_id}",
+        "prompts": _prompts(manifest),
+        "fewer dimensions": cut,
+    }
+    if gpu:
+        rows["on GPUs alone"] = f"{', '.join(gpu)}: `onnxruntime-gpu` with `CUDAExecutionProvider`"
+    if _UNPACKED in manifest.precisions:
+        rows["with embedge alone"] = f"{_UNPACKED}; `int4` holds the same weights"
+    if manifest.model.image is not None:
+        rows["images"] = f"with embedge alone: `{VISION}.onnx` takes patches"
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
+def _token_inputs(model: Model) -> list[str]:
+    return [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in model.inputs]
+
+
+def _prompts(manifest: Manifest) -> str:
+    """Every prompt with the tasks that have it, for a cell of a table."""
+    by_prompt: dict[tuple[str, str], list[str]] = {}
+    for name, task in manifest.tasks.items():
+        for key, text in task.prompts.items():
+            by_prompt.setdefault((key, text), []).append(name)
+    if not by_prompt:
+        return "none"
+    everywhere = len(manifest.tasks)
+    shown = [
+        f"{key}: {_code(text)}" + ("" if len(tasks) == everywhere else f" ({', '.join(tasks)})")
+        for (key, text), tasks in by_prompt.items()
+    ]
+    default = next(iter(manifest.tasks.values())).default_prompt
+    return "before the text. " + "; ".join(shown) + (f"; by default {default}" if default else "")
+
+
+def _code(text: str) -> str:
+    """A prompt as a literal in a cell of a table."""
+    literal = json.dumps(text, ensure_ascii=False).replace("|", "\\|")
+    marks = "`" * (max(map(len, re.findall("`+", literal)), default=0) + 1)
+    return f"{marks}{literal}{marks}" if len(marks) == 1 else f"{marks} {literal} {marks}"
+
+
+def _default_prompt(task: Task) -> str:
+    """What goes before a task's texts where a call names no prompt."""
+    return task.prompts[task.default_prompt] if task.default_prompt is not None else ""
+
+
+def _first(manifest: Manifest, portable: dict[str, Precision]) -> tuple[str, str, str]:
+    """A precision, preferably of the CPU, a task of it, and the folder of its graphs."""
+    name = next((n for n, p in portable.items() if "cpu" in p.devices), next(iter(portable)))
+    task, graph = next(iter(portable[name].graphs.items()))
+    return name, task, graph
+
+
+def _python(manifest: Manifest, portable: dict[str, Precision], *, integer: bool) -> str:
+    model, tokenizer = manifest.model, manifest.tokenizer
+    precision, task, _ = _first(manifest, portable)
+    multiple = max(p.row_multiple for p in portable.values())
+    pad = f"pad_id={tokenizer.pad_token_id}"
+    if multiple > 1:
+        pad += f", pad_to_multiple_of={multiple}"
+    lines = [
+        *(["import base64", "import zlib"] if integer else []),
+        "from pathlib import Path",
+        "",
+        "import numpy as np",
+        "import onnxruntime as ort",
+        "from tokenizers import Tokenizer",
+        "",
+        'folder = Path("path/to/this/folder")',
+        f'precision, task = "{precision}", "{task}"',
+        "",
+        "",
+    ]
+    defaults = {name: _default_prompt(entry) for name, entry in manifest.tasks.items()}
+    empty = '""'
+    defaults = defaults if any(defaults.values()) else {}
+    if defaults:
+        literal = json.dumps(defaults, indent=4, ensure_ascii=False)
+        lines[-2:-2] = [f"default_prompts = {literal}"]
+    if integer:
+        lines += _SATURATES.format(first=_PROBE[:80], second=_PROBE[80:]).splitlines()
+    lines += ["options = ort.SessionOptions()"]
+    if integer:
+        lines += [
+            "if saturates():",
+            '    options.add_session_config_entry("session.x64quantprecision", "1")',
+        ]
+    provider = "CPU" if "cpu" in portable[precision].devices else "CUDA"
+    lines += [
+        'graph = str(folder / precision / f"{task}.onnx")',
+        f'session = ort.InferenceSession(graph, options, providers=["{provider}ExecutionProvider"])',
+        f'tokenizer = Tokenizer.from_file(str(folder / "{tokenizer.file}"))',
+        f'tokenizer.enable_truncation({model.max_length}, direction="{tokenizer.truncation_side}")',
+        f"tokenizer.enable_padding({pad})",
+        "",
+        "",
+        f"def encode(texts, prompt={None if defaults else empty}, dim=None):",
+        *(["    prompt = default_prompts[task] if prompt is None else prompt"] if defaults else []),
+        "    rows = tokenizer.encode_batch([prompt + text for text in texts])",
+        "    ids = np.array([row.ids for row in rows], np.int64)",
+        "    mask = np.array([row.attention_mask for row in rows], np.int64)",
+        '    assert mask.any(axis=1).all(), "a text without a token has no vector"',
+        '    inputs = {"input_ids": ids, "attention_mask": mask}',
+    ]
+    if "token_type_ids" in model.inputs:
+        lines.append(
+            '    inputs["token_type_ids"] = np.array([row.type_ids for row in rows], np.int64)'
+        )
+    if model.image is not None:
+        lines += [
+            "    position = np.arange(ids.shape[1])",
+            '    inputs["position_ids"] = np.broadcast_to(position, (3, *ids.shape)).copy()',
+            '    inputs["pool_mask"] = mask',
+            f'    inputs["image_features"] = np.zeros((0, {model.image.hidden_size}), np.float32)',
+            '    inputs["image_positions"] = np.zeros((0, 2), np.int64)',
+        ]
+    lines += ['    (vectors,) = session.run(["embedding"], inputs)']
+    if model.truncate_dim:
+        lines.append(f"    dim = dim or {model.truncate_dim}")
+    lines += ["    if dim:", "        vectors = vectors[:, :dim]"]
+    if model.normalize:
+        lines.append("        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)")
+    lines += ["    return vectors", "", "", 'vectors = encode(["a text", "another text"])']
+    return "\n".join(["```python", *lines, "```"])
+
+
+_SATURATES = '''def saturates():
+    """Whether 8-bit products saturate here: one of 64 times 255 * 127 is tried."""
+    model = zlib.decompress(base64.b64decode(
+        "{first}"
+        "{second}"
+    ))
+    probe = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (product,) = probe.run(None, {{"a": np.full((5, 64), 255, np.uint8)}})
+    return bool((product != 64 * 255 * 127).any())
+
+
+'''
+
+
+def _javascript(manifest: Manifest, portable: dict[str, Precision], *, integer: bool) -> str:
+    model, tokenizer = manifest.model, manifest.tokenizer
+    _, task, graph = _first(manifest, portable)
+    prompt = json.dumps(_default_prompt(manifest.tasks[task]), ensure_ascii=False)
+    options = "{}"
+    if integer:
+        options = '{ extra: { session: { x64quantprecision: "1" } } }'
+    types = (
+        "\n  const token_type_ids = row(input_ids.map(() => 0));"
+        if "token_type_ids" in model.inputs
+        else ""
+    )
+    feeds = ", ".join(
+        {"input_ids": "input_ids: row(input_ids)"}.get(n, n) for n in _token_inputs(model)
+    )
+    return f"""```js
+import fs from "node:fs";
+import * as ort from "onnxruntime-node";
+import {{ PreTrainedTokenizer }} from "@huggingface/transformers";
+
+const folder = "path/to/this/folder";
+const options = {options};
+const session = await ort.InferenceSession.create(`${{folder}}/{graph}`, options);
+const file = fs.readFileSync(`${{folder}}/{tokenizer.file}`, "utf8");
+const tokenizer = new PreTrainedTokenizer(JSON.parse(file), {{}});
+
+async function encode(text, prompt = {prompt}) {{
+  const {{ input_ids }} = tokenizer(prompt + text, {{ return_tensor: false }});
+  if (input_ids.length > {model.max_length}) throw new Error("more than {model.max_length} tokens");
+  const row = (ids) => new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
+  const attention_mask = row(input_ids.map(() => 1));{types}
+  const {{ embedding }} = await session.run({{ {feeds} }});
+  return embedding.data;
+}}
+
+const vector = await encode("a text");
+```"""
+
+
+def _others(manifest: Manifest) -> str:
+    model = manifest.model
+    pooled = "the graph pools" + (" and normalizes" if model.normalize else "")
+    lines = [
+        "Others, with the same versions of ONNX Runtime inside:",
+        "",
+        "- onnxruntime-web (wasm): graphs open as they are, int8 within a cosine of .9998; give the files "
+        "of weights as `externalData`.",
+        "- transformers.js: put the source's `config.json` and `tokenizer_config.json` beside "
+        "`tokenizer.json`, and the graph with its weights under `onnx/` as `model.onnx`; `AutoModel` gives "
+        '`embedding`. `pipeline("feature-extraction")` wants token states, which there are none of. It cuts '
+        "texts after special tokens were added and loses the last one: give it shorter ones.",
+        "- fastembed: `add_custom_model(…, pooling=PoolingType.DISABLED, normalization=False)`, as "
+        f"{pooled}; it needs `config.json`, `tokenizer_config.json` and `special_tokens_map.json` of the "
+        f"source, with `model_max_length` {model.max_length}, and sets no session option.",
+        "- sentence-transformers, optimum: their ONNX backends want token states and `config.json`; call "
+        "`encode` above, or embedge's `Embedder`, which takes the same calls.",
+    ]
+    return "\n".join(lines)

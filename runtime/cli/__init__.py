@@ -1,0 +1,1 @@
+"""The ``embedge`` command, one module a subcommand. Nothing imports it."""

@@ -1,0 +1,247 @@
+"""``embedge embed``: lines or JSONL in, JSONL or .npy out, in bounded memory.
+
+A line of JSONL out is ``{"embedding": […]}``, after the members of the line in, if that was JSONL too:
+all but the text, and an ``embedding`` of its own, whose place the vector takes.
+
+With ``--images`` a line is the path of an image, relative to the working folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, BinaryIO
+
+from embedge.runtime.arguments import ON_TRUNCATE, parse_bytes
+from embedge.runtime.cli.text_input import Record, chunked, read_records
+from embedge.runtime.cli.vector_output import open_output, vector_writer
+from embedge.runtime.embedder import Embedder
+from embedge.runtime.errors import (
+    EmbedgeError,
+    EmbedgeValueError,
+    ImageError,
+    TextTooLongError,
+)
+from embedge.runtime.host.progress import LogLines, Progress
+
+__all__ = ["add_arguments", "run"]
+
+# A chunk is what is read and embedded before the next one is read; it is written meanwhile.
+_CHUNK_TEXTS = 1024
+_CHUNK_IMAGES = 64
+_CHUNK_CHARACTERS = 4_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.description = (
+        "Turn lines or JSONL into vectors, one a line. JSONL has them under the key embedding, after the "
+        "input's own keys except the text's; an input key embedding is replaced."
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument("--task", help="may be left out where the bundle has exactly one")
+    parser.add_argument(
+        "--precision",
+        help="may be left out where the bundle has exactly one; auto: the fastest here under the limits",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="most bytes of open graphs, e.g. 2.0GB; with --precision auto, of the one to choose",
+    )
+    parser.add_argument(
+        "--min-cosine",
+        type=float,
+        metavar="X",
+        help="with --precision auto: lowest mean cosine to the unquantized model, as `bench --record` "
+        "stored it, e.g. 0.999",
+    )
+    parser.add_argument(
+        "--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)"
+    )
+    parser.add_argument(
+        "--output", default="-", metavar="FILE", help="- is standard output (default)"
+    )
+    parser.add_argument(
+        "--input-format",
+        choices=("lines", "jsonl"),
+        help="a text per line (default), or a JSON object per line (default with --field)",
+    )
+    parser.add_argument(
+        "--field", help='key of the text in an object (default "text", with --images "image")'
+    )
+    parser.add_argument(
+        "--images", action="store_true", help="the lines are paths of images, not texts"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="with --images: scale larger ones down to this"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "npy"),
+        help="default: npy where the output's name ends in .npy, else jsonl",
+    )
+    parser.add_argument("--prompt-name", metavar="NAME", help="a prompt of the task")
+    parser.add_argument("--truncate-dim", type=int, metavar="N", help="length of the vectors")
+    parser.add_argument("--normalize", action="store_true", help="L2-normalize in any case")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most texts (32)")
+    parser.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        metavar="N",
+        help="most padded tokens of a batch (default: what runs fastest here)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:N for a GPU's number, or auto (default)",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="default: the cores this process really has"
+    )
+    parser.add_argument(
+        "--on-truncate",
+        choices=ON_TRUNCATE,
+        help="when a text is longer than the model takes (warn)",
+    )
+    parser.add_argument("--verify", choices=("none", "size", "full"), default="size")
+    parser.add_argument(
+        "--verbose", action="store_true", help="say which device and precision were taken"
+    )
+    parser.add_argument("--quiet", action="store_true", help="do not say how far it is")
+    parser.epilog = """examples:
+  embedge embed bundle --task code < lines.txt > vectors.jsonl
+  embedge embed bundle --input in.jsonl --field text --output vectors.npy
+  ls *.png | embedge embed bundle --images --precision auto > vectors.jsonl"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embeds the input; nothing is left under the output's name unless all of it was.
+
+    Raises:
+        EmbedgeValueError: for a wrong call.
+        EmbedgeError: if a line of the input or the bundle cannot be used.
+    """
+    if args.field is not None and args.input_format == "lines":
+        raise EmbedgeValueError("--field is for JSONL; leave out --input-format lines")
+    for name in ("prompt_name", "max_batch_tokens", "on_truncate"):
+        if args.images and getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise EmbedgeValueError(f"--{option} is for texts; leave it out with --images")
+    if args.max_pixels is not None and not args.images:
+        raise EmbedgeValueError("--max-pixels goes with --images")
+    if "-" not in (args.input, args.output) and _are_one_file(args.input, args.output):
+        raise EmbedgeValueError(
+            f"--output {args.output} is the input, whose texts would be lost; name another file"
+        )
+    if args.verbose:
+        logging.basicConfig(format="embedge: %(message)s", level=logging.INFO)
+    jsonl = args.field is not None or args.input_format == "jsonl"
+    field = (args.field or ("image" if args.images else "text")) if jsonl else None
+    file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
+    limit = args.memory_limit
+    memory_limit = None if limit is None else parse_bytes("--memory-limit", limit)
+    model = Embedder(
+        args.bundle,
+        precision=args.precision,
+        device=args.device,
+        threads=args.threads,
+        memory_limit=memory_limit,
+        min_cosine=args.min_cosine,
+        verify=args.verify,
+    )
+    options = {
+        "task": args.task,
+        "batch_size": args.batch_size,
+        "truncate_dim": args.truncate_dim,
+        "normalize_embeddings": args.normalize,
+    }
+    if args.images:
+        options |= {"max_pixels": args.max_pixels}
+    else:
+        options |= {
+            "prompt_name": args.prompt_name,
+            "max_batch_tokens": args.max_batch_tokens,
+            "on_truncate": args.on_truncate or "warn",
+        }
+    encode = model.encode_image if args.images else model.encode
+    dim = encode([], **options).shape[1]  # a wrong call shows before anything is read
+    with ExitStack() as stack:
+        source = stack.enter_context(_open_input(args.input)) if args.input != "-" else _stdin()
+        output = stack.enter_context(open_output(args.output))
+        writer = stack.enter_context(vector_writer(output, file_format, dim))
+        unit = "image" if args.images else "text"
+        bar = sys.stderr.isatty() and not args.quiet
+        lines = None if bar or args.quiet else LogLines()
+        progress = stack.enter_context(Progress(None, shown=bar, unit=unit, lines=lines))
+        # Vectors become text while the graph runs the next chunk. Not the other way round: this
+        # thread is the one that an interrupt reaches, and a chunk takes longer to embed.
+        thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="embedge-write"))
+        written: Future[Any] = thread.submit(int)
+        for records in chunked(
+            read_records(source, field),
+            texts=max(_CHUNK_IMAGES if args.images else _CHUNK_TEXTS, args.batch_size),
+            characters=_CHUNK_CHARACTERS,
+        ):
+            with progress.counts_all():  # as they are embedded, which may take minutes a chunk
+                vectors = _encode(encode, records, options)
+            written.result()
+            written = thread.submit(writer.write, [record.others for record in records], vectors)
+        written.result()
+    return 0
+
+
+def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[str, Any]) -> Any:
+    """Vectors of some records; one that cannot be embedded is a failure, not a wrong call.
+
+    Warnings and errors name lines of the input, not places in the call.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            vectors = encode([record.text for record in records], **options)
+    except TextTooLongError as error:
+        raise EmbedgeError(
+            f"input line {records[error.index].line}: longer than {error.max_length} tokens; "
+            "shorten it, or pass --on-truncate ignore"
+        ) from error
+    except ImageError as error:
+        raise EmbedgeError(f"input line {records[error.index].line}: {error.reason}") from error
+    for warning in said:
+        text = re.sub(
+            r"(?:inputs|images)\[(\d+)\]",
+            lambda place: f"input line {records[int(place[1])].line}",
+            str(warning.message),
+        )
+        warnings.warn(text, warning.category, stacklevel=2)
+    return vectors
+
+
+def _are_one_file(one: str, other: str) -> bool:
+    try:
+        return os.path.isfile(one) and os.path.samefile(one, other)
+    except OSError:  # neither is there yet, or the one that is missing is named later
+        return False
+
+
+def _open_input(name: str) -> BinaryIO:
+    try:
+        return open(name, "rb")
+    except OSError as error:
+        raise EmbedgeError(f"--input {name}: {error.strerror or error}") from error
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None:
+        raise EmbedgeError("standard input is closed; name a file with --input FILE")
+    if sys.stdin.buffer.isatty():
+        print("embedge: reads lines from the terminal; Ctrl-D ends them", file=sys.stderr)
+    return sys.stdin.buffer

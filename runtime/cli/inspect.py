@@ -1,0 +1,282 @@
+"""``embedge inspect``: what a bundle holds, whether its files are whole, how each layer fared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.bundle.json_object import read_json_object
+from embedge.runtime.cli.printable import printable
+from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError
+from embedge.runtime.host.processor import describe_processor
+from embedge.runtime.kernels.library import describe_kernels
+from embedge.runtime.sessions.packed_graphs import PreparedGraphs
+
+__all__ = ["add_arguments", "run", "table"]
+
+_OF_A_FILE = 120
+_NARROWEST = 8  # columns are not cut further
+_ERROR_KEYS = ("output_error", "sqnr_db")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every file's SHA-256, prepared ones too; exit 1 if one differs",
+    )
+    parser.add_argument("--layers", action="store_true", help="show every layer's format and error")
+    parser.add_argument("--worst-first", action="store_true", help="with --layers: sort by error")
+    parser.add_argument("--task", help="with --layers: only this task")
+    parser.add_argument("--precision", help="with --layers: only this precision")
+    parser.add_argument("--json", action="store_true", help="one JSON document with all there is")
+    parser.epilog = """examples:
+  embedge inspect bundle --verify
+  embedge inspect bundle --layers --worst-first --precision int4
+  embedge inspect bundle --json"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the bundle; 1 if a file is not what the manifest says.
+
+    Raises:
+        BundleError: if the bundle cannot be read, or with ``--verify`` is damaged.
+    """
+    if not args.layers and (args.worst_first or args.task or args.precision):
+        raise EmbedgeValueError("--worst-first, --task and --precision go with --layers")
+    bundle = Bundle(args.bundle, verify="none")
+    problems = bundle.problems(hashes=args.verify)
+    prepared = PreparedGraphs(bundle)
+    if args.verify and not problems:
+        problems = prepared.problems()
+    layers = _layers(bundle, args) if args.layers else []
+    if args.json:
+        print(json.dumps(_document(bundle, problems, layers), indent=2))
+    else:
+        print("\n".join(map(printable, [*_summary(bundle), *_layer_tables(layers)])))
+        if args.verify and not problems:
+            print(f"\nverified: {len(bundle.manifest.files)} files match their SHA-256")
+            if prepared.count:
+                print(f"verified: {prepared.count} prepared graphs match theirs")
+    if problems:
+        raise BundleError("\n".join(problems))
+    return 0
+
+
+def _summary(bundle: Bundle) -> list[str]:
+    manifest, model = bundle.manifest, bundle.manifest.model
+    dims = "any" if model.matryoshka_dims is None else ", ".join(map(str, model.matryoshka_dims))
+    cut = model.truncate_dim
+    facts = [
+        ("bundle", str(bundle.root)),
+        ("source", f"{manifest.source.name} ({manifest.source.model_type})"),
+        ("license", manifest.source.license or "not stated"),
+        (
+            "format",
+            f"{manifest.format_version}, by {manifest.producer.name} {manifest.producer.version}",
+        ),
+        (
+            "vectors",
+            f"{model.dim} dimensions, {model.similarity} similarity, "
+            f"{'normalized' if model.normalize else 'not normalized'}",
+        ),
+        ("truncation", f"to {dims}" + (f"; {cut} by default" if cut else "")),
+        ("multi-vectors", str(model.multi_vector_dim or "no")),
+        ("pooling", model.pooling),
+        (
+            "longest text",
+            f"{model.max_length} tokens, cut on the {manifest.tokenizer.truncation_side}",
+        ),
+        ("takes", ", ".join(model.modalities)),
+    ]
+    if model.image is not None:
+        pixels = f"{model.image.min_pixels:,} to {model.image.max_pixels:,} pixels"
+        facts.append(("images", f"scaled to {pixels}, {model.image.factor}² of them a token"))
+    facts.append(("processor", describe_processor()))
+    facts.append(("kernels", describe_kernels()))
+    lines = [line for name, value in facts for line in _fact(name, value)]
+    rows = [["task", "adapter", "prompts (* default)"]]
+    for name, task in manifest.tasks.items():
+        adapter = "bare" if task.adapter is None else task.adapter.name or "yes"
+        prompts = "  ".join(
+            f"{key}{'*' if key == task.default_prompt else ''}={text!r}"
+            for key, text in task.prompts.items()
+        )
+        rows.append([name, adapter, prompts or "none"])
+    lines += ["", *table(rows)]
+    rows = [["precision", "devices", "bytes", "tasks"]]
+    for name, precision in manifest.precisions.items():
+        size = f"{manifest.folder_bytes(name):,}"
+        rows.append([name, ", ".join(precision.devices), size, ", ".join(precision.graphs)])
+    lines += ["", *table(rows)]
+    total = sum(entry.size for entry in manifest.files.values())
+    lines.append(f"{len(manifest.files)} files, {total:,} bytes in all")
+    rows = [["precision", "task", "texts", "cosine", "lowest", "top-10", "quality (reference)"]]
+    for name, precision in manifest.precisions.items():
+        for task_name, figures in precision.fidelity.items():
+            rows.append([name, task_name, *_figures(figures)])
+    if len(rows) > 1:
+        lines += [
+            "",
+            "against the unquantized model, at the full dimension (--json has the others):",
+        ]
+        lines += table(rows)
+    return lines
+
+
+def _layers(bundle: Bundle, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """``{"precision", "task", "layers": […]}`` of each recorded table that was asked for."""
+    manifest = bundle.manifest
+    for name, known in (("task", manifest.tasks), ("precision", manifest.precisions)):
+        value = getattr(args, name)
+        if value is not None and value not in known:
+            raise EmbedgeValueError(
+                f"the bundle has no {name} {value!r}; it has {', '.join(known)}"
+            )
+    found = []
+    for name, precision in manifest.precisions.items():
+        for task, path in precision.layers.items():
+            if args.precision in (None, name) and args.task in (None, task):
+                layers = read_json_object(bundle.file(path)).get("layers")
+                if not isinstance(layers, list) or not all(isinstance(x, dict) for x in layers):
+                    raise BundleError(
+                        f"{bundle.root / path}: layers: expected a list of objects; export the "
+                        "bundle again"
+                    )
+                if args.worst_first:
+                    layers = sorted(layers, key=_badness, reverse=True)
+                found.append({"precision": name, "task": task, "layers": layers})
+    if not found:
+        raise EmbedgeError(f"{bundle.root}: no layer was recorded for what was asked")
+    return found
+
+
+def _badness(layer: Mapping[str, Any]) -> tuple[float, float]:
+    """Sorts by the error of the output where it was recorded, then by that of the weight."""
+    output_error, sqnr_db = (layer.get(key) for key in _ERROR_KEYS)
+    return (
+        float(output_error) if isinstance(output_error, (int, float)) else -1.0,
+        -float(sqnr_db) if isinstance(sqnr_db, (int, float)) else -1e9,
+    )
+
+
+def _layer_tables(listed: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for layers in listed:
+        rows = [["layer", "shape", "format", "bytes", "SQNR dB", "output error"]]
+        for layer in layers["layers"]:
+            shape = layer.get("shape")
+            rows.append(
+                [
+                    str(layer.get("name", "?")),
+                    " × ".join(map(str, shape)) if isinstance(shape, list) else "",
+                    str(layer.get("format", "?")),
+                    _number(layer.get("bytes"), ","),
+                    _number(layer.get("sqnr_db"), ".1f"),
+                    _number(layer.get("output_error"), ".2g"),
+                ]
+            )
+        lines += ["", f"{layers['precision']}, {layers['task']}", *table(rows)]
+    return lines
+
+
+def _document(
+    bundle: Bundle, problems: Sequence[str], layers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "bundle": str(bundle.root),
+        "manifest": bundle.manifest.to_dict(),
+        "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
+        "problems": list(problems),
+        "processor": describe_processor(),
+        "kernels": describe_kernels(),
+    }
+    return {**document, "layers": list(layers)} if layers else document
+
+
+def _fact(name: str, value: str) -> list[str]:
+    """A named value, its further lines below its first."""
+    lines = textwrap.wrap(value, max(_width() - 14, 20)) or [""]
+    return [f"{label:14}{line}" for label, line in zip_longest([name], lines, fillvalue="")]
+
+
+def _figures(task: Any) -> list[str]:
+    """Texts, mean and lowest cosine, top-10 and quality of a task, at the largest dimension."""
+    figures = task if isinstance(task, Mapping) else {}
+    at = _full(figures.get("dims"))
+    row = [_number(figures.get("texts"), ",")]
+    row += [
+        _number(at.get("cosine_mean"), ".5f"),
+        _number(at.get("cosine_min"), ".5f"),
+        _number(at.get("top10_overlap"), ".3f"),
+    ]
+    quality = figures.get("quality")
+    sets = quality if isinstance(quality, Mapping) else {}
+    values = [(name, _full(by_dim)) for name, by_dim in sets.items()]
+    row.append(
+        ", ".join(
+            f"{name if len(values) > 1 else ''} {_number(figure.get('value'), '.4f')} "
+            f"({_number(figure.get('reference'), '.4f')})".strip()
+            for name, figure in values
+        )
+    )
+    return row
+
+
+def _full(by_dim: Any) -> Mapping[str, Any]:
+    """What was recorded at the largest dimension, none if there is none."""
+    found = by_dim if isinstance(by_dim, Mapping) else {}
+    dims = [dim for dim in found if isinstance(dim, str) and dim.isdecimal()]
+    largest = found[max(dims, key=int)] if dims else {}
+    return largest if isinstance(largest, Mapping) else {}
+
+
+def _number(value: Any, form: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return format(value, form)
+    return "" if value is None else str(value)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with aligned columns that fit the terminal, the first row underlined."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > _width() and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    lines = [line for row in rows[:1] for line in _row(row, widths)]
+    lines.append("  ".join("-" * width for width in widths))
+    return lines + [line for row in rows[1:] for line in _row(row, widths)]
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """A row's lines, several where a cell is wider than its column."""
+    wrapped = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    return [
+        "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+        for parts in zip_longest(*wrapped, fillvalue="")
+    ] or [""]
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    """A cell in lines, cut behind a space, dot or comma where that is possible."""
+    lines = [""]
+    for part in re.findall(r"[^ .,_]+[ .,_]*|[ .,_]+", cell):
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+        while len(lines[-1].rstrip()) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return [line.rstrip() for line in lines]
+
+
+def _width() -> int:
+    """Columns of the terminal, or of COLUMNS; a file takes what most terminals have."""
+    return shutil.get_terminal_size((_OF_A_FILE, 24)).columns

@@ -1,0 +1,684 @@
+"""The object that turns texts into vectors."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.runtime.arguments import (
+    as_images,
+    as_items,
+    as_texts,
+    check_cosine,
+    check_positive,
+    check_threads,
+    choose_dim,
+    choose_precision,
+    choose_prompt,
+    choose_task,
+    parse_bytes,
+    with_prompts,
+)
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.encode.batch_runner import RowRunner
+from embedge.runtime.encode.image_paths import warn_of_paths
+from embedge.runtime.encode.request import BATCH_SIZE, Request, make_request
+from embedge.runtime.encode.texts import TextPipeline
+from embedge.runtime.encode.tokenizer import TokenIds, read_tokenizer
+from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.host.cores import available_cores
+from embedge.runtime.host.onnxruntime import load_onnxruntime
+from embedge.runtime.host.progress import Progress
+from embedge.runtime.images.encode import ImagePipeline
+from embedge.runtime.options import EncodeOptions, takes_sentences
+from embedge.runtime.scoring.similarity import similarity, similarity_pairwise
+from embedge.runtime.sessions.device import choose_device, split_device
+from embedge.runtime.sessions.graphs import Graphs
+from embedge.runtime.tuning.cache import read_wisdom
+from embedge.runtime.tuning.choose_precision import AUTO, choose_automatically
+
+if TYPE_CHECKING:
+    from embedge.runtime.options import Inputs
+
+__all__ = ["Embedder"]
+
+Vectors = NDArray[np.float32]
+
+
+class Embedder:
+    """Embeds texts and images with a bundle, without torch. Safe to share between threads.
+
+    A graph, of a task or of the vision tower, is opened at its first use. ``max_sessions`` and
+    ``memory_limit`` bound how many stay open; the longest unused is closed first, and a call waits
+    while those in use leave no room. Images need the vision tower and then a task's graph, one
+    after the other: the limit need not have room for both. As a context manager it closes its graphs
+    at the end.
+
+    Args:
+        bundle: the bundle's folder.
+        task: what calls embed for that name no task; ``None``: the bundle's only one.
+        precision: "int8", "int4", …; ``None``: the bundle's only one; "auto": the fastest on this
+            machine under ``memory_limit`` and ``min_cosine``, see :attr:`precision`. Vectors of
+            different precisions should not meet in one index: where they are stored, store its name.
+        device: "cpu", "cuda", "cuda:1" for the second GPU, or "auto": cuda where it works and the
+            precision has kernels for it.
+        threads: threads of a run; ``None``: the cores that this process really has.
+        max_sessions: most graphs open at once; ``None``: all.
+        memory_limit: most bytes of open graphs, or "2GB", each counted as its file and the external
+            data it uses (activations come on top, and are given back after each run); ``None``: no
+            limit.
+        min_cosine: with "auto", lowest mean cosine of every task's vectors to the unquantized model's,
+            as `embedge bench --record` measured it; ``None``: any.
+        verify: "size" compares every file's size with the manifest, "full" its SHA-256 too, "none"
+            neither.
+        prompts: texts by name, beside those of every task and in the place of those of the same name.
+        default_prompt_name: the prompt of calls that name none, in the place of the task's default.
+        truncate_dim: as for :meth:`encode`, of calls that name none.
+
+    Raises:
+        BundleError: if the bundle is missing, damaged, or too new.
+        EmbedgeValueError: for an argument that cannot be used, with the list of what can.
+        DeviceError: if ``device="cuda"`` does not work here, with the fix.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        task: str | None = None,
+        precision: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        max_sessions: int | None = None,
+        memory_limit: int | str | None = None,
+        min_cosine: float | None = None,
+        verify: str = "size",
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        truncate_dim: int | None = None,
+    ) -> None:
+        if threads is not None:
+            threads = check_threads("threads", threads)
+        if isinstance(memory_limit, str):
+            memory_limit = parse_bytes("memory_limit", memory_limit)
+        for name, value in {"max_sessions": max_sessions, "memory_limit": memory_limit}.items():
+            if value is not None:
+                check_positive(name, value)
+        if min_cosine is not None:
+            check_cosine("min_cosine", min_cosine)
+            if precision != AUTO:
+                raise EmbedgeValueError(
+                    f'min_cosine goes with precision="auto", which chooses by it; found {precision!r}'
+                )
+        device_kind, device_index = split_device(device)
+        load_onnxruntime()  # a missing or wrong one shows here
+        self._bundle = Bundle(bundle, verify=verify)
+        manifest = self._bundle.manifest
+        self._model = manifest.model
+        cores = available_cores() if threads is None else threads
+        wisdom = {} if device_kind == "cuda" else read_wisdom(self._bundle, cores)
+        if precision == AUTO:
+            precision = choose_automatically(
+                self._bundle,
+                wisdom,
+                device=device_kind,
+                memory_limit=memory_limit,
+                min_cosine=min_cosine,
+            )
+        self._precision = choose_precision(manifest, precision)
+        self._settings = manifest.precisions[self._precision]
+        self._task = None if task is None else choose_task(manifest, self._precision, task)
+        self._manifest = replace(
+            manifest, tasks=with_prompts(manifest.tasks, prompts, default_prompt_name, self._task)
+        )
+        self._dim = choose_dim(self._model, truncate_dim)
+        self._device = choose_device(device, self._precision, self._settings.devices)
+        self._arguments: dict[str, Any] = {
+            "task": task,
+            "precision": self._precision,
+            "device": device,
+            "threads": threads,
+            "max_sessions": max_sessions,
+            "memory_limit": memory_limit,
+            "verify": verify,
+            "prompts": None if prompts is None else dict(prompts),
+            "default_prompt_name": default_prompt_name,
+            "truncate_dim": truncate_dim,
+        }
+        measured = wisdom.get(self._precision)
+        self._graphs = graphs = Graphs(
+            self._bundle,
+            self._precision,
+            device=split_device(self._device)[0],
+            device_index=device_index,
+            threads=cores,
+            max_sessions=max_sessions,
+            memory_limit=memory_limit,
+            settings=measured.settings if measured else None,
+        )
+        self._tokenizer = tokenizer = read_tokenizer(self._bundle)
+        runner = RowRunner(
+            graphs,
+            self._model,
+            pad_token_id=manifest.tokenizer.pad_token_id,
+            row_multiple=self._settings.row_multiple,
+        )
+        self._rows = runner
+        self._texts = TextPipeline(tokenizer, runner, self._model.max_length)
+        self._images: ImagePipeline | None = None
+        if self._model.image is not None and self._settings.vision is not None:
+            self._images = ImagePipeline(
+                graphs, runner, self._model.image, self._model.max_length, self._model.pooling
+            )
+
+    # -- what it is -----------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that have a graph at this precision."""
+        return tuple(self._settings.graphs)
+
+    @property
+    def task(self) -> str | None:
+        """What calls embed for that name no task; ``None``: they have to name one."""
+        return self._task or (self.tasks[0] if len(self.tasks) == 1 else None)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The prompts of :attr:`task` by name, see :meth:`get_prompts`."""
+        return self.get_prompts()
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """The prompt of :attr:`task` where a call names none; ``None``: no prompt."""
+        return self._manifest.tasks[self._chosen_task(None)].default_prompt
+
+    def get_prompts(self, task: str | None = None) -> dict[str, str]:
+        """The prompts of a task by name.
+
+        Args:
+            task: as for :meth:`encode`.
+        """
+        return dict(self._manifest.tasks[self._chosen_task(task)].prompts)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector where a call names no ``truncate_dim``."""
+        return self._dim
+
+    def get_embedding_dimension(self) -> int:
+        """Same as :attr:`dim`, under sentence-transformers' name."""
+        return self.dim
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """Same as :attr:`dim`, under sentence-transformers' former name."""
+        return self.dim
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """How :meth:`similarity` compares single vectors: "cosine" or "dot"."""
+        return self._model.similarity
+
+    @property
+    def max_seq_length(self) -> int:
+        """Most tokens of a text, special tokens included."""
+        return self._model.max_length
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What can be embedded at this precision: "text", or "text" and "image"."""
+        return ("text",) if self._images is None else ("text", "image")
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision in use; with "auto", what it took."""
+        return self._precision
+
+    @property
+    def device(self) -> str:
+        """What runs the graphs: "cpu", "cuda" or "cuda:1"; with "auto", what it took."""
+        return self._device
+
+    def __repr__(self) -> str:
+        return (
+            f"Embedder({str(self._bundle.root)!r}, precision={self._precision!r}, "
+            f"device={self._device!r})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as its arguments: another process opens its own sessions, at the same precision."""
+        return functools.partial(type(self), **self._arguments), (self._bundle.root,)
+
+    def close(self) -> None:
+        """Closes the open graphs that no other thread uses; a later call opens them again."""
+        self._graphs.close()
+
+    def __enter__(self) -> Embedder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- embedding ------------------------------------------------------------------------------
+
+    @overload
+    def encode(
+        self,
+        inputs: Inputs,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        max_batch_tokens: int | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        show_progress_bar: bool | None = ...,
+        on_truncate: str = ...,
+        multi_vector: Literal[False] = ...,
+    ) -> Vectors: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: Inputs,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        max_batch_tokens: int | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        show_progress_bar: bool | None = ...,
+        on_truncate: str = ...,
+        multi_vector: bool,
+    ) -> Vectors | list[Vectors]: ...
+
+    @takes_sentences
+    def encode(
+        self,
+        inputs: Inputs,
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = BATCH_SIZE,
+        max_batch_tokens: int | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        show_progress_bar: bool | None = None,
+        on_truncate: str = "warn",
+        multi_vector: bool = False,
+    ) -> Vectors | list[Vectors]:
+        """Vectors of some texts, and images where the bundle takes them, in their order.
+
+        A text without a single token is a zero vector, with a warning. Lone surrogates are read as
+        U+FFFD. A vector does not depend on the others of the call.
+
+        Args:
+            inputs: texts and images, or one. A string is always a text; an image is a path
+                object, the bytes of a file, a PIL image or an array, see :meth:`encode_image`.
+            task: may be left out where the bundle has exactly one.
+            prompt_name: a prompt of the task to put before every text; ``None``: the task's
+                default. Images take none.
+            prompt: a text to put there instead; ``prompt_name`` is then ignored.
+            batch_size: most texts or images of a batch.
+            max_batch_tokens: most padded tokens of a batch; decides the real batch. ``None``: what
+                runs fastest here.
+            truncate_dim: one of the declared dimensions, or any where none are declared. The vector
+                is cut and, where the source normalizes, normalized again. ``None``: what the source
+                cuts to, most often nothing.
+            normalize_embeddings: L2-normalize in any case.
+            show_progress_bar: on standard error, where tqdm is installed; ``None``: no.
+            on_truncate: "ignore", "warn" (once per Embedder) or "error" when a text is longer than
+                :attr:`max_seq_length` and gets cut.
+            multi_vector: give a vector per token instead, from models with such a head.
+
+        Returns:
+            float32 ``[items, dim]``, ``[dim]`` for one text or image, ``[0, dim]`` for none. With
+            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array.
+
+        Raises:
+            EmbedgeValueError: for an argument that cannot be used.
+            TextTooLongError: for a text that would be cut, under "error".
+            ImageError: for an image that cannot be used.
+            BundleError: if the task's graph cannot be opened.
+            InferenceError: if the graph fails.
+        """
+        items, single = as_texts(inputs) if self._images is None else as_items(inputs)
+        if self._images is not None:
+            warn_of_paths(items)
+        request = self._request(
+            task=task,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            max_batch_tokens=max_batch_tokens,
+            truncate_dim=truncate_dim,
+            normalize_embeddings=normalize_embeddings,
+            on_truncate=on_truncate,
+            multi_vector=multi_vector,
+        )
+        results = request.empty_results(len(items))
+        texts = [place for place, item in enumerate(items) if isinstance(item, str)]
+        images = [place for place, item in enumerate(items) if not isinstance(item, str)]
+        with Progress(len(items), shown=bool(show_progress_bar) and bool(items)) as progress:
+            advance = progress.advance
+            # Images first: they end with the task's graph open, which the texts then find.
+            if images and self._images is not None:
+                pictures = [items[place] for place in images]
+                self._images.embed(
+                    pictures, images, "inputs", request, results.__setitem__, advance
+                )
+            self._texts.embed([items[place] for place in texts], texts, request, results, advance)
+        vectors: Vectors | list[Vectors] = results[0] if single else results
+        return vectors
+
+    @overload
+    def encode_query(
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors: ...
+
+    @overload
+    def encode_query(
+        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]: ...
+
+    @takes_sentences
+    def encode_query(
+        self, inputs: Inputs, *, multi_vector: bool = False, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]:
+        """:meth:`encode` with the task's prompt "query"; without one, its default or none.
+
+        Args:
+            inputs: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
+            options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
+        """
+        options = self._with_role(options, ("query",))
+        return self.encode(inputs, multi_vector=multi_vector, **options)
+
+    @overload
+    def encode_document(
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors: ...
+
+    @overload
+    def encode_document(
+        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]: ...
+
+    @takes_sentences
+    def encode_document(
+        self, inputs: Inputs, *, multi_vector: bool = False, **options: Unpack[EncodeOptions]
+    ) -> Vectors | list[Vectors]:
+        """:meth:`encode` with the task's prompt "document" or "passage"; without one, none.
+
+        A default prompt is left out too: it is the queries' where documents have none of their own.
+
+        Args:
+            inputs: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
+            options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
+        """
+        options = self._with_role(options, ("document", "passage"))
+        if options.get("prompt_name") is None and options.get("prompt") is None:
+            options["prompt"] = ""
+        return self.encode(inputs, multi_vector=multi_vector, **options)
+
+    @overload
+    def encode_image(
+        self,
+        images: Inputs,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        max_pixels: int | None = ...,
+        min_pixels: int | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        show_progress_bar: bool | None = ...,
+        multi_vector: Literal[False] = ...,
+    ) -> Vectors: ...
+
+    @overload
+    def encode_image(
+        self,
+        images: Inputs,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        max_pixels: int | None = ...,
+        min_pixels: int | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        show_progress_bar: bool | None = ...,
+        multi_vector: bool,
+    ) -> Vectors | list[Vectors]: ...
+
+    def encode_image(
+        self,
+        images: Inputs,
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = BATCH_SIZE,
+        max_pixels: int | None = None,
+        min_pixels: int | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        show_progress_bar: bool | None = None,
+        multi_vector: bool = False,
+    ) -> Vectors | list[Vectors]:
+        """Vectors of some images, in their order; the bundle needs a vision tower.
+
+        Args:
+            images: images, or one: a path (a string too), the bytes of an image file, a PIL image,
+                or an array ``[height, width]`` or ``[height, width, 1, 3 or 4]`` of uint8, uint16,
+                bool or floats from 0 to 1. Several pages or frames: the first.
+            task: as for :meth:`encode`.
+            prompt_name: refused, images take no prompt.
+            prompt: likewise.
+            batch_size: most images of a batch.
+            max_pixels: pixels that larger images are scaled down to; ``None``: as the source does.
+                More pixels are more tokens: finer, and slower.
+            min_pixels: pixels that smaller images are scaled up to; ``None``: as the source does.
+            truncate_dim: as for :meth:`encode`.
+            normalize_embeddings: as for :meth:`encode`.
+            show_progress_bar: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
+
+        Returns:
+            float32 ``[images, dim]``, ``[dim]`` for one image, ``[0, dim]`` for none. With
+            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array.
+
+        Raises:
+            ImageError: for an image that cannot be used, with its place.
+            EmbedgeValueError: for another argument that cannot be used, or without a vision tower.
+            EmbedgeImportError: without Pillow.
+            BundleError: if a graph cannot be opened.
+            InferenceError: if a graph fails.
+        """
+        if self._images is None:
+            where = "" if self._model.image is None else f" at precision {self._precision!r}"
+            raise EmbedgeValueError(
+                f"{self._bundle.root}: the bundle has no vision tower{where}; it embeds: "
+                f"{', '.join(self.modalities)}"
+            )
+        if prompt_name is not None or prompt is not None:
+            raise EmbedgeValueError("images take no prompt; leave prompt_name and prompt out")
+        items, single = as_images(images)
+        request = self._request(
+            task=task,
+            prompt="",
+            batch_size=batch_size,
+            truncate_dim=truncate_dim,
+            normalize_embeddings=normalize_embeddings,
+            multi_vector=multi_vector,
+            max_pixels=max_pixels,
+            min_pixels=min_pixels,
+        )
+        results = request.empty_results(len(items))
+        shown = bool(show_progress_bar) and bool(items)
+        with Progress(len(items), shown=shown, unit="image") as progress:
+            self._images.embed(
+                items, range(len(items)), "images", request, results.__setitem__, progress.advance
+            )
+        vectors: Vectors | list[Vectors] = results[0] if single else results
+        return vectors
+
+    @overload
+    def count_tokens(  # type: ignore[overload-overlap] # a string is a sequence of strings too
+        self,
+        inputs: str,
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+    ) -> int: ...
+
+    @overload
+    def count_tokens(
+        self,
+        inputs: Sequence[str],
+        *,
+        task: str | None = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+    ) -> NDArray[np.int64]: ...
+
+    def count_tokens(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> int | NDArray[np.int64]:
+        """The number of tokens of each text, with its prompt and special tokens, before it is cut.
+
+        :meth:`encode` cuts a text with more than :attr:`max_seq_length`.
+
+        Args:
+            inputs: texts, or one.
+            task: as for :meth:`encode`.
+            prompt_name: as for :meth:`encode`.
+            prompt: as for :meth:`encode`.
+
+        Returns:
+            int64 ``[texts]``, a whole number for one text.
+
+        Raises:
+            EmbedgeValueError: for an argument that cannot be used.
+        """
+        texts, single = as_texts(inputs)
+        name = self._chosen_task(task)
+        prefix = choose_prompt(name, self._manifest.tasks[name], prompt_name, prompt)
+        counts = self._tokenizer.count([prefix + text for text in texts])
+        return counts[0] if single else np.array(counts, np.int64)
+
+    def similarity(self, a: Any, b: Any) -> Vectors:
+        """Similarity of each of ``a`` to each of ``b``, as the source model defines it.
+
+        Args:
+            a: vectors ``[n, dim]``, one vector ``[dim]``, or a list of multi-vectors ``[tokens,
+                dim]``, which are scored by late interaction.
+            b: like ``a``.
+
+        Returns:
+            float32 ``[n, m]``.
+
+        Raises:
+            EmbedgeValueError: if the two differ in kind or in dimension.
+        """
+        return similarity(a, b, self._model.similarity)
+
+    def similarity_pairwise(self, a: Any, b: Any) -> Vectors:
+        """Similarity of each of ``a`` to that of ``b`` in the same place, as the source defines it.
+
+        Args:
+            a: as for :meth:`similarity`.
+            b: like ``a``, and as many.
+
+        Returns:
+            float32 ``[n]``.
+
+        Raises:
+            EmbedgeValueError: if the two differ in kind, number or dimension.
+        """
+        return similarity_pairwise(a, b, self._model.similarity)
+
+    def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
+        """Vectors of texts that are token ids already, not cut: what the graph gives for them.
+
+        For measurements of the graphs by themselves.
+
+        Args:
+            ids: int64 ``[tokens]`` each, special tokens included.
+            task: as for :meth:`encode`.
+
+        Returns:
+            float32 ``[texts, width]``.
+        """
+        request = self._request(task=task, truncate_dim=self._model.dim)
+        vectors = np.zeros((len(ids), request.dim), np.float32)
+        texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
+        self._rows.run(texts, range(len(ids)), request, vectors.__setitem__, lambda _: None)
+        return vectors
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _chosen_task(self, task: str | None) -> str:
+        return choose_task(self._manifest, self._precision, self._task if task is None else task)
+
+    def _with_role(self, options: EncodeOptions, names: Sequence[str]) -> EncodeOptions:
+        """A call's options with the first of some prompts that its task declares."""
+        if options.get("prompt_name") is not None or options.get("prompt") is not None:
+            return options
+        prompts = self._manifest.tasks[self._chosen_task(options.get("task"))].prompts
+        return {**options, "prompt_name": next((n for n in names if n in prompts), None)}
+
+    def _request(
+        self,
+        *,
+        task: str | None,
+        truncate_dim: int | None,
+        multi_vector: bool = False,
+        **arguments: Any,
+    ) -> Request:
+        if truncate_dim is None and multi_vector is False:
+            truncate_dim = self._dim
+        return make_request(
+            self._manifest,
+            self._precision,
+            task=self._task if task is None else task,
+            truncate_dim=truncate_dim,
+            multi_vector=multi_vector,
+            **arguments,
+        )

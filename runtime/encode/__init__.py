@@ -1,0 +1,1 @@
+"""From texts to vectors: tokens, batches, rows, and what a call asks for."""

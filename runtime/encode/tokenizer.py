@@ -1,0 +1,175 @@
+"""Texts to token ids, by the bundle's own ``tokenizer.json``.
+
+The file's truncation and padding are replaced: texts are cut at the model's limit, at the side that
+the manifest names, with their special tokens kept, and padded later, per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.runtime.bundle.files import TOKENIZER_BYTES, read_regular_file
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.bundle.manifest import TokenizerSettings
+from embedge.runtime.errors import BundleError, EmbedgeValueError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+__all__ = ["TextTokenizer", "TokenIds", "is_library_error", "read_tokenizer", "without_surrogates"]
+
+# tokenizers' own objects take some 100 bytes a token, so they are dropped after this many texts.
+_CHUNK_TEXTS = 512
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """One text: ids and token types, int64 ``[tokens]``, and whether it was cut."""
+
+    ids: NDArray[np.int64]
+    type_ids: NDArray[np.int64]
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class TextTokenizer:
+    """A tokenizer file with the model's limit; safe to use from several threads.
+
+    Args:
+        file: path of ``tokenizer.json``.
+        settings: what the manifest says about it.
+        max_length: most tokens of a text, special tokens included.
+
+    Raises:
+        BundleError: if the file is not a tokenizer, or cannot keep to the limit.
+    """
+
+    def __init__(self, file: Path, settings: TokenizerSettings, max_length: int) -> None:
+        self._eos = settings.append_eos_token_id
+        self._rows = settings.table_rows
+        self._file = file
+        limit = max_length - (self._eos is not None)
+        self._tokenizer = _load(file, limit, settings.truncation_side)
+
+    def __call__(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Token ids of each text; lone surrogates are read as U+FFFD.
+
+        Raises:
+            BundleError: if the tokenizer fails on one of them.
+            EmbedgeValueError: if one has a token that the model does not.
+        """
+        result = []
+        for start in range(0, len(texts), _CHUNK_TEXTS):
+            chunk = [without_surrogates(text) for text in texts[start : start + _CHUNK_TEXTS]]
+            for encoding in self._encode(chunk):
+                ids, types = encoding.ids, encoding.type_ids
+                if self._rows is not None and ids and max(ids) >= self._rows:
+                    self._refuse(ids, self._rows)
+                if self._eos is not None:
+                    ids, types = [*ids, self._eos], [*types, types[-1] if types else 0]
+                result.append(
+                    TokenIds(
+                        np.array(ids, np.int64),
+                        np.array(types, np.int64),
+                        bool(encoding.overflowing),
+                    )
+                )
+        return result
+
+    def _refuse(self, ids: Sequence[int], rows: int) -> NoReturn:
+        lacking = {number for number in ids if number >= rows}
+        names = ", ".join(repr(self._tokenizer.id_to_token(number)) for number in sorted(lacking))
+        raise EmbedgeValueError(
+            f"texts: one has {names}, a token that the tokenizer knows and the model does not, whose "
+            f"table has {rows} rows; leave it out of the text"
+        )
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text if it were not cut."""
+        special = self._tokenizer.num_special_tokens_to_add(False)
+        result = []
+        for start in range(0, len(texts), _CHUNK_TEXTS):
+            chunk = [without_surrogates(text) for text in texts[start : start + _CHUNK_TEXTS]]
+            for encoding in self._encode(chunk):
+                rest = sum(len(part) - special for part in encoding.overflowing)
+                result.append(len(encoding) + rest + (self._eos is not None))
+        return result
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        try:
+            encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
+            return encodings
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            raise BundleError(
+                f"{self._file}: the tokenizer failed on {_shown(texts)}: {error}; copy or export the bundle "
+                "again"
+            ) from error
+
+
+def read_tokenizer(bundle: Bundle) -> TextTokenizer:
+    """The tokenizer of a bundle.
+
+    Raises:
+        BundleError: as :class:`TextTokenizer`, or if the file is not the bundle's any more.
+    """
+    settings = bundle.manifest.tokenizer
+    with bundle.reading([settings.file]):
+        return TextTokenizer(
+            bundle.root / settings.file, settings, bundle.manifest.model.max_length
+        )
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether a library failed; a panic of Rust code, which pyo3 makes no ``Exception``, included."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _shown(texts: list[str]) -> str:
+    return repr(texts[0][:40]) if len(texts) == 1 else f"one of {len(texts)} texts"
+
+
+def without_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates as U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _load(file: Path, max_length: int, side: str) -> Tokenizer:
+    # Imported here because `import embedge.runtime` has to stay cheap.
+    from tokenizers import Tokenizer
+
+    try:
+        content = read_regular_file(file, TOKENIZER_BYTES)
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read: {error.strerror or error}") from error
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.enable_truncation(max_length, direction=side)
+        # Where the special tokens alone pass the limit, tokenizers does not cut at all.
+        if len(tokenizer.encode("a").ids) > max_length:
+            raise ValueError("its special tokens leave no room for a text")
+    except BaseException as error:  # tokenizers raises bare Exception
+        if not is_library_error(error):
+            raise
+        raise BundleError(
+            f"{file}: not a tokenizer that cuts at {max_length} tokens ({error}); copy or export "
+            "the bundle again"
+        ) from error
+    return tokenizer

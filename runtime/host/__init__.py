@@ -1,0 +1,1 @@
+"""What a process runs on: cores, processor, ONNX Runtime, threads, a terminal to draw progress on."""

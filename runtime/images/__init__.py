@@ -1,0 +1,1 @@
+"""From pictures to vectors: loading, patches, and the layout of their tokens."""

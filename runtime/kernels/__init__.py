@@ -1,0 +1,1 @@
+"""embedge's own kernels in C (``native/``), and the checks a process makes before it uses them."""

@@ -1,0 +1,171 @@
+/* What the kernels share: tensors, tasks, and how an operator is described to ONNX Runtime. */
+
+#ifndef EMBEDGE_KERNELS_H
+#define EMBEDGE_KERNELS_H
+
+#if !defined(__x86_64__) || !defined(__linux__)
+#error "these kernels are written for Linux on x86-64; elsewhere ONNX Runtime's own are used"
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-pre") /* partial redundancy elimination copies every accumulator in every step */
+#endif
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "onnxruntime_abi.h"
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#define HAS_BFLOAT16 1 /* the compiler knows its instructions */
+#endif
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")))
+
+enum { LANES = 16, LINE = 64, MAX_DIMS = 8 }; /* floats of a register, bytes of a line */
+
+/* An input: `data` is null where an optional one is left out. */
+typedef struct {
+  const void *data;
+  int64_t dims[MAX_DIMS], elements;
+  size_t rank;
+} Tensor;
+
+OrtStatus *read_value(const OrtApi *api, const OrtValue *value, Tensor *out);
+OrtStatus *read_input(const OrtApi *api, const OrtKernelContext *context, size_t index, Tensor *out);
+
+OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t index, const int64_t *dims, size_t rank,
+                       void **data);
+
+OrtStatus *invalid(const OrtApi *api, const char *message);
+
+/* An input that is a constant; `data` is null where it is left out or is none. */
+OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, Tensor *out);
+
+static AVX512 inline __mmask16 lanes_left(int64_t left) {
+  return left >= LANES ? (__mmask16)0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : (__mmask16)0;
+}
+
+/* max |x|. Magnitudes are compared as integers, among which a NaN is the largest. */
+static AVX512 inline float peak_of(const float *x, int64_t width) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i peak = _mm512_setzero_si512();
+  for (int64_t i = 0; i < width; i += LANES) {
+    const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes_left(width - i), x + i));
+    peak = _mm512_max_epi32(peak, _mm512_and_si512(bits, magnitude));
+  }
+  const union {
+    int32_t bits;
+    float value;
+  } found = {.bits = _mm512_reduce_max_epi32(peak)};
+  return found.value;
+}
+
+/* 2^x to some 2^-23 of it; a NaN stays one, and both infinities become one. Its power is split into a whole number and a part of
+   [-1/2, 1/2], of which Taylor's polynomial is taken. */
+static AVX512 inline __m512 power_of_2(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 part = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(1.5403530394e-4f);
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.3333558146e-3f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.6181291076e-3f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.5504108665e-2f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4022650696e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9314718056e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, whole);
+}
+
+/* Runs task(data, 0 .. tasks - 1), with the session's threads unless `small`. */
+OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*task)(void *, size_t), size_t tasks,
+                     int small, void *data);
+
+/* Some rows of a slab: those over which one pass goes while the cache holds the slab. */
+typedef struct {
+  int64_t row, rows, column; /* column: the slab's first */
+  int64_t next;                    /* the panel, of all, to fetch meanwhile; -1: none */
+  int panels;                      /* of the slab, 16 columns each */
+  __mmask16 last;                  /* columns of the last panel that exist */
+} Strip;
+
+/* A product in tasks: slabs of columns, in the order they lie in memory, by blocks of rows in strips. */
+typedef struct {
+  void (*strip)(const void *product, const Strip *strip);
+  const void *product;
+  int64_t rows, depth, columns, slab_panels, strip_rows; /* the last two: at most */
+  int64_t slabs, slabs_per_task, row_blocks;             /* filled in */
+} Work;
+
+OrtStatus *run_work(const OrtApi *api, const OrtKernelContext *context, Work *work);
+
+/* Whether a product takes less time than waking a second thread. */
+static inline int is_small(const Work *work) { return work->rows * work->depth * work->columns < 1 << 20; }
+
+/* ---- Memory of weights ---- */
+
+/* Weights up to it, in bytes, lie in the graph and are never stored in panels: INLINE_BYTES of _onnx_file.py. */
+#define SMALL_WEIGHT 4096
+
+void *allocate(size_t bytes); /* at a line's address; freed by free() */
+void drop_pages(const void *bytes, size_t size);
+
+/* An operator whose inputs and outputs are listed by their types; inputs behind the `required` ones may be
+   left out. */
+typedef struct {
+  OrtCustomOp op; /* first: ONNX Runtime hands it back to the functions below */
+  const char *name;
+  int inputs, required, outputs;
+  int types[12]; /* of the inputs, then of the outputs */
+  int subtracts, panels; /* see matmul_int8.c */
+  int floats;            /* see attention.c */
+  int gated;             /* see quantize.c */
+} Operator;
+
+const char *operator_name(const OrtCustomOp *op);
+const char *operator_provider(const OrtCustomOp *op);
+int operator_input_type(const OrtCustomOp *op, size_t index);
+size_t operator_input_count(const OrtCustomOp *op);
+int operator_output_type(const OrtCustomOp *op, size_t index);
+size_t operator_output_count(const OrtCustomOp *op);
+int operator_input_kind(const OrtCustomOp *op, size_t index);
+int operator_output_kind(const OrtCustomOp *op, size_t index);
+int operator_memory(const OrtCustomOp *op, size_t index);
+int operator_one(const OrtCustomOp *op);
+int operator_any_version(const OrtCustomOp *op);
+
+#define OPERATOR(create, compute, destroy) \
+  { \
+    .version = ORT_API_VERSION, .GetName = operator_name, .GetExecutionProviderType = operator_provider, \
+    .GetInputType = operator_input_type, .GetInputTypeCount = operator_input_count, \
+    .GetOutputType = operator_output_type, .GetOutputTypeCount = operator_output_count, .KernelDestroy = destroy, \
+    .GetInputCharacteristic = operator_input_kind, .GetOutputCharacteristic = operator_output_kind, \
+    .GetInputMemoryType = operator_memory, .GetVariadicInputMinArity = operator_one, \
+    .GetVariadicInputHomogeneity = operator_one, .GetVariadicOutputMinArity = operator_one, \
+    .GetVariadicOutputHomogeneity = operator_one, .CreateKernelV2 = create, .KernelComputeV2 = compute, \
+    .GetStartVersion = operator_one, .GetEndVersion = operator_any_version, \
+  }
+
+/* attention.c */
+OrtStatus *create_attention(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_attention(void *kernel, OrtKernelContext *context);
+void destroy_attention(void *kernel);
+
+/* matmul_int8.c */
+OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_product(void *kernel, OrtKernelContext *context);
+void destroy_product(void *kernel);
+
+/* matmul_int4.c */
+OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_product4(void *kernel, OrtKernelContext *context);
+void destroy_product4(void *kernel);
+
+/* quantize.c */
+OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_rows(void *kernel, OrtKernelContext *context);
+OrtStatus *compute_rows_above(void *kernel, OrtKernelContext *context);
+OrtStatus *compute_rotated(void *kernel, OrtKernelContext *context);
+void destroy_quantizer(void *kernel);
+
+#endif

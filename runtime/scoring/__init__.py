@@ -1,0 +1,1 @@
+"""How near vectors are to one another: single vectors, and late interaction of many."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime's sessions: opened, packed for this machine, shared among threads, closed."""

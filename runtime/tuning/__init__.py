@@ -1,0 +1,1 @@
+"""What is fastest on this machine: measured, kept, and chosen by ``precision="auto"``."""

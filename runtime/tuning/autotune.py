@@ -1,0 +1,290 @@
+"""Times precisions on this machine, and finds the way of running batches that is fastest here.
+
+Ways that are tried:
+    * batches of 256, 512 and 1024 tokens a thread;
+    * of 8-bit graphs that are not too large for a second copy of the weights, also one thread per
+      batch, and one thread for a short text.
+
+All of a shape run in turn, in an order drawn anew each round, after a pause in which ONNX Runtime's
+threads fall asleep; medians count. What runs anyway is kept unless another way is faster by more than
+such medians vary, twice in a row. Time is bounded: large models get fewer rounds, at last none but the
+default, and a batch that would take longer than all of it is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.encode.batch_runner import RowRunner
+from embedge.runtime.encode.request import make_request
+from embedge.runtime.encode.tokenizer import TokenIds, read_tokenizer
+from embedge.runtime.sessions.graphs import SMALL_GRAPH_BYTES, Graphs
+from embedge.runtime.tuning.cache import Measured, RunSettings, Wisdom
+
+__all__ = ["measure_precisions", "medians_ms"]
+
+MARGIN = 1.05  # harmless if noise gets past it: the ways are then about equally fast
+SECONDS = 45.0  # of a precision
+_ROUNDS = 15
+_PAUSE_S = 0.05
+_BLOCK_S = 0.02  # a short run is repeated for as long
+_SHORT, _LONG = 16, 128  # tokens of a text that is alone
+_BATCH = 64  # tokens of a text in a batch
+_TOKENS_PER_THREAD = (256, 512, 1024)
+# Lanes may hold the weights twice. The default's own limit comes from one machine; others may gain
+# from somewhat larger graphs.
+_LANES_BYTES = 4 * SMALL_GRAPH_BYTES
+_TOGETHER_BYTES = 1_000_000_000  # of graphs that are open at the same time
+_TEXT = "An edge box turns every text into one vector, and looks up the nearest of many others."
+
+Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found")
+Shape = tuple[int, int]  # texts, tokens of each
+
+
+def measure_precisions(
+    bundle: Bundle, tasks: Mapping[str, str], *, threads: int, seconds: float = SECONDS
+) -> Iterator[Wisdom]:
+    """Times of some precisions on this machine's processor, each with its fastest settings.
+
+    Those that fit into memory together are timed in turn, so that a moment in which the machine is
+    busy does not speak against one of them; larger ones come one by one.
+
+    Args:
+        bundle: whose graphs.
+        tasks: by precision, which has to run on a CPU, whose graph runs; the other tasks' are as fast.
+        threads: cores to use.
+        seconds: about how long to try a precision, opening its graph not counted.
+
+    Raises:
+        BundleError: if a graph cannot be opened.
+        InferenceError: if it fails.
+    """
+    sizes = [bundle.graph_bytes(precision, task) for precision, task in tasks.items()]
+    together = sum(sizes) <= _TOGETHER_BYTES
+    for group in [list(tasks)] if together else [[precision] for precision in tasks]:
+        yield _timed_in_turn([_Host(bundle, p, tasks[p], threads) for p in group], seconds)
+        gc.collect()  # graphs refer to themselves; the next ones need the memory of their sessions
+
+
+def _timed_in_turn(hosts: Sequence[_Host], seconds: float) -> Wisdom:
+    """What is measured of some precisions, by name."""
+    settings = {host: _tuned(host, seconds / 2) for host in hosts}
+    times: dict[_Host, dict[str, float]] = {host: {} for host in hosts}
+    token_ms = 0.0  # the slowest one's, in a text that is alone
+    for texts, tokens in hosts[0].shapes:
+        if texts > 1 and token_ms * texts * tokens > seconds / 2 * 1000:
+            continue
+        runs = {host: host.run((texts, tokens), settings[host]) for host in hosts}
+        found = medians_ms(runs, seconds / 6 * len(hosts), every=True)
+        token_ms = max(found.values()) / (texts * tokens)
+        for host, median in found.items():
+            times[host][f"{texts}x{tokens}"] = round(median, 4)
+    return {host.precision: host.measured(settings[host], times[host]) for host in hosts}
+
+
+def _tuned(host: _Host, seconds: float) -> RunSettings:
+    """The settings that are fastest; the default's where time does not suffice to tell."""
+    *alone, batch = host.shapes
+    default = host.default
+    token_ms = 0.0
+
+    def narrow_tokens() -> int:
+        nonlocal token_ms
+        of_alone = {shape[1]: medians_ms(host.widths(shape), seconds / 4) for shape in alone}
+        longest = max(of_alone)
+        token_ms = min(of_alone[longest].values()) / longest
+        return _narrow_tokens(of_alone, host.threads, default.narrow_tokens)
+
+    def way() -> RunSettings:
+        return _fastest(medians_ms(host.ways(batch), seconds / 2), default)
+
+    narrow = _found_twice(narrow_tokens, default.narrow_tokens)
+    best = default
+    if token_ms * batch[0] * batch[1] < seconds / 2 * 1000:
+        best = _found_twice(way, default)
+    return replace(best, narrow_tokens=narrow)
+
+
+def _found_twice(find: Callable[[], Found], default: Found) -> Found:
+    """What two searches agree on, the second only where the first found another than the default.
+
+    Something else that runs for a second can make a way look slow that is not.
+    """
+    found = find()
+    return found if found == default or find() == found else default
+
+
+def medians_ms(
+    runs: Mapping[Key, Callable[[], object]], seconds: float, *, every: bool = False
+) -> dict[Key, float]:
+    """Median milliseconds of some runs, taken in turn.
+
+    Args:
+        runs: by any key; the first one runs in any case, and alone where time is short.
+        seconds: about how long to go on.
+        every: where time is short, run each of them once instead.
+    """
+    begin = time.perf_counter()
+    first = next(iter(runs))
+    lasted = {first: _seconds(runs[first])}  # a warm-up, and an estimate for the others
+    if every and 2 * len(runs) * lasted[first] > seconds:
+        lasted |= {key: _seconds(run) for key, run in runs.items() if key != first}
+        return {key: 1000 * value for key, value in lasted.items()}
+    if 2 * len(runs) * lasted[first] > seconds:
+        runs = {first: runs[first]}
+        if 2 * lasted[first] > seconds:
+            return {first: lasted[first] * 1000}
+    lasted |= {key: _seconds(run) for key, run in runs.items() if key != first}
+    times: dict[Key, list[float]] = {key: [] for key in runs}
+    keys = list(runs)
+    generator = np.random.default_rng(0)
+    for turn in range(_ROUNDS):
+        if turn and time.perf_counter() - begin + sum(lasted.values()) > seconds:
+            break
+        for place in generator.permutation(len(keys)):
+            key = keys[place]
+            repeats = max(1, int(_BLOCK_S / lasted[key]))
+            time.sleep(_PAUSE_S)
+            if repeats > 1:
+                runs[key]()  # wakes the threads
+            lasted[key] = _seconds(runs[key], repeats)
+            times[key].append(lasted[key])
+    return {key: float(np.median(values)) * 1000 for key, values in times.items()}
+
+
+def _seconds(run: Callable[[], object], repeats: int = 1) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
+
+
+class _Host:
+    """A task's graph with every way of running it; the ways share their sessions.
+
+    Attributes:
+        precision: whose graph it is.
+        threads: cores to use.
+        default: the settings without a measurement.
+    """
+
+    def __init__(self, bundle: Bundle, precision: str, task: str, threads: int) -> None:
+        manifest = bundle.manifest
+        self._manifest = manifest
+        self._task = task
+        self.threads = threads
+        self._bundle = bundle
+        self.precision = precision
+        self._row_multiple = manifest.precisions[precision].row_multiple
+        self._request = make_request(manifest, precision, task=task)
+        self._make = functools.partial(
+            Graphs,
+            bundle,
+            precision,
+            device="cpu",
+            threads=threads,
+            max_sessions=None,
+            memory_limit=None,
+        )
+        graphs = self._make()
+        self._open = functools.cache(graphs.open)
+        self.default = graphs.how(task)
+        self._may_have_lanes = self.default.lanes or (
+            bool(manifest.precisions[precision].activation_constants)
+            and bundle.graph_bytes(precision, task) <= _LANES_BYTES
+        )
+        self._ids = read_tokenizer(bundle)([_TEXT])[0].ids
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """What to time, within the model's limit: texts alone, the shortest first, then a batch."""
+        limit = self._manifest.model.max_length
+        lengths = sorted({min(_SHORT, limit), min(_LONG, limit)})
+        batch = _TOKENS_PER_THREAD[-1] * max(2, self.threads) // _BATCH
+        return (*((1, tokens) for tokens in lengths), (batch, min(_BATCH, limit)))
+
+    def measured(self, settings: RunSettings, milliseconds: Mapping[str, float]) -> Measured:
+        """The times of the precision, as they are stored."""
+        graph = self._manifest.precisions[self.precision].graphs[self._task]
+        return Measured(
+            task=self._task,
+            graph_sha256=self._manifest.files[graph].sha256,
+            graph_bytes=self._bundle.graph_bytes(self.precision, self._task),
+            milliseconds=milliseconds,
+            settings=settings,
+        )
+
+    def widths(self, shape: Shape) -> dict[int, Callable[[], object]]:
+        """Runs of one text, by threads of the run; the default's first."""
+        widths = [self.threads]
+        if self._may_have_lanes and self.threads > 1:
+            narrow = self.default.lanes and shape[1] <= self.default.narrow_tokens
+            widths.insert(0 if narrow else 1, 1)
+        return {
+            width: self.run(shape, replace(self.default, lanes=width == 1, narrow_tokens=shape[1]))
+            for width in widths
+        }
+
+    def ways(self, shape: Shape) -> dict[RunSettings, Callable[[], object]]:
+        """Runs of many texts, by settings; the default's first."""
+        ways = [self.default]
+        for lanes in (True, False) if self._may_have_lanes and self.threads > 1 else (False,):
+            for tokens in _TOKENS_PER_THREAD:
+                batch_tokens = tokens * (1 if lanes else max(2, self.threads))
+                ways.append(replace(self.default, lanes=lanes, batch_tokens=batch_tokens))
+        return {way: self.run(shape, way) for way in dict.fromkeys(ways)}
+
+    def run(self, shape: Shape, settings: RunSettings) -> Callable[[], object]:
+        """A call with some texts that are tokens already."""
+        texts, tokens = shape
+        ids = np.resize(self._ids, tokens)
+        rows = [TokenIds(ids, np.zeros_like(ids), False)] * texts
+        graphs = self._make(settings=settings, open_session=self._open)
+        runner = RowRunner(
+            graphs,
+            self._manifest.model,
+            pad_token_id=self._manifest.tokenizer.pad_token_id,
+            row_multiple=self._row_multiple,
+        )
+
+        def run() -> None:
+            runner.run(rows, range(texts), self._request, lambda *_: None, lambda _: None)
+
+        return run
+
+
+def _narrow_tokens(alone: Mapping[int, Mapping[int, float]], threads: int, default: int) -> int:
+    """Most tokens of a text alone that takes one thread.
+
+    Args:
+        alone: milliseconds by tokens and threads of the run.
+        threads: of the other way.
+        default: where nothing speaks against it.
+    """
+    ratios = {
+        tokens: by_width[1] / by_width[threads]
+        for tokens, by_width in alone.items()
+        if 1 in by_width and threads in by_width
+    }
+    if ratios and ratios[min(ratios)] > MARGIN:
+        return 0
+    if ratios and ratios[max(ratios)] * MARGIN < 1:
+        return max(default, *ratios)
+    if ratios and ratios[min(ratios)] * MARGIN < 1:
+        return max(default, min(ratios))
+    return default
+
+
+def _fastest(times: Mapping[RunSettings, float], default: RunSettings) -> RunSettings:
+    """The fastest settings, or the default where they gain too little."""
+    best = min(times, key=times.__getitem__)
+    return best if times[best] * MARGIN < times[default] else default

@@ -1,0 +1,213 @@
+"""What `embedge prepare` measured on this machine, kept beside the bundle as FFTW keeps its wisdom.
+
+``prepared/MACHINE/wisdom.json``, by threads of a run and by precision: how long some shapes take, and
+the way of running batches that was fastest. It decides speed alone, never a vector.
+
+Rules:
+    * It counts for the machine (ONNX Runtime's version and the processor's instructions), the number
+      of threads and the graph that were measured; new measurements join older ones.
+    * A damaged file, one of another machine and one of other graphs are left out with a warning.
+    * It is written beside and renamed, is in no manifest, and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.bundle.json_object import MOST_BYTES, Table, read_json_object
+from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.bundle.writing import replace_file
+from embedge.runtime.errors import BundleError, EmbedgeWarning
+from embedge.runtime.sessions.packed_graphs import machine_name
+from embedge.runtime.sessions.places import Places
+
+__all__ = [
+    "Measured",
+    "RunSettings",
+    "Wisdom",
+    "add_wisdom",
+    "read_wisdom",
+    "wisdom_file",
+]
+
+_NAME = "wisdom.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How the batches of a graph run on a processor.
+
+    Attributes:
+        lanes: batches run at the same time, one thread each; else one after the other, each with
+            all threads.
+        narrow_tokens: with lanes, most padded tokens of a run that is alone and yet takes one thread.
+        batch_tokens: padded tokens of a batch, where the call does not say.
+    """
+
+    lanes: bool
+    narrow_tokens: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A precision as it was measured, with its fastest settings.
+
+    Attributes:
+        task: whose graph ran; those of the other tasks differ in their weights alone.
+        graph_sha256: of that graph's file, as the manifest has it.
+        graph_bytes: what a session of it counts towards a memory limit.
+        milliseconds: median time by shape, ``"16x64"`` being 16 texts of 64 tokens.
+        settings: the way of running that these times are of.
+    """
+
+    task: str
+    graph_sha256: str
+    graph_bytes: int
+    milliseconds: Mapping[str, float]
+    settings: RunSettings
+
+    @classmethod
+    def parse(cls, table: Table) -> Measured:
+        """Reads the object, see :class:`Table` for what it raises."""
+        times, settings = table.table("milliseconds"), table.table("settings")
+        milliseconds = {shape: float(times.number(shape)) for shape in times.values}
+        for shape, value in milliseconds.items():
+            if value <= 0:
+                times.fail(shape, f"expected a time above 0, found {value}")
+        return cls(
+            task=table.string("task"),
+            graph_sha256=table.string("graph_sha256"),
+            graph_bytes=table.integer("graph_bytes", minimum=1, maximum=MOST_BYTES),
+            milliseconds=milliseconds,
+            settings=RunSettings(
+                lanes=settings.flag("lanes"),
+                narrow_tokens=settings.integer("narrow_tokens", minimum=0),
+                batch_tokens=settings.integer("batch_tokens", minimum=1),
+            ),
+        )
+
+    def fits(self, manifest: Manifest, precision: str) -> bool:
+        """Whether the bundle's graph still is the one that was measured."""
+        graph = manifest.precisions[precision].graphs.get(self.task)
+        return graph is not None and manifest.files[graph].sha256 == self.graph_sha256
+
+
+Wisdom: TypeAlias = Mapping[str, Measured]  # by precision; of one machine and one number of threads
+
+
+def read_wisdom(bundle: Bundle, threads: int) -> Wisdom:
+    """What was measured of a bundle's precisions on this machine; often nothing.
+
+    Args:
+        bundle: whose precisions.
+        threads: of a run.
+    """
+    places = _places(bundle)
+    file, again = wisdom_file(bundle), f"run `{places.command}` again"
+    try:
+        everything = _read(file)
+    except (BundleError, OSError) as error:
+        _warn(f"not used: {error}; {again}")
+        return {}
+    if everything is None:
+        others = [o for place in places.to_read for o in sorted(place.parent.glob(f"*/{_NAME}"))]
+        if others:
+            _warn(
+                f"{others[0]}: not used: measured on another machine or with another ONNX Runtime "
+                f"({others[0].parent.name}; this is {machine_name()}); {again} here"
+            )
+        return {}
+    known = bundle.manifest.precisions
+    here = {p: found for p, found in everything.get(threads, {}).items() if p in known}
+    stale = [p for p, found in here.items() if not found.fits(bundle.manifest, p)]
+    if stale:
+        _warn(
+            f"{file}: not used for {', '.join(stale)}: measured with another graph than the bundle "
+            f"has now; {again}"
+        )
+    return {p: found for p, found in here.items() if p not in stale}
+
+
+def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
+    """Stores measurements, in place of earlier ones of the same precisions and threads.
+
+    Args:
+        bundle: whose precisions.
+        threads: of a run.
+        measured: by precision.
+
+    Returns:
+        The file.
+
+    Raises:
+        BundleError: if a link leads out of the bundle there.
+        EmbedgeError: if neither the bundle nor the user's cache can be written.
+        OSError: if it cannot be written.
+    """
+    places = _places(bundle)
+    file = places.to_write() / _NAME
+    try:
+        everything = _read(file) or {}
+    except (BundleError, OSError):
+        everything = {}  # damaged: what is measured now takes its place
+    everything[threads] = {**everything.get(threads, {}), **measured}
+    document = {
+        "format_version": _FORMAT_VERSION,
+        "machine": machine_name(),
+        "threads": {
+            str(count): {precision: asdict(found) for precision, found in by_precision.items()}
+            for count, by_precision in sorted(everything.items())
+        },
+    }
+    replace_file(file, json.dumps(document, indent=2) + "\n")
+    if file.parent == places.inside:
+        places.forget_cached(_NAME)
+    return file
+
+
+def wisdom_file(bundle: Bundle) -> Path:
+    """Where the measurements of this machine lie, if there are any."""
+    files = [place / _NAME for place in _places(bundle).to_read]
+    return next((file for file in files if file.exists()), files[-1])
+
+
+def _places(bundle: Bundle) -> Places:
+    return Places(bundle, machine_name())
+
+
+def _read(file: Path) -> dict[int, dict[str, Measured]] | None:
+    """The measurements in a file, by threads and precision; ``None`` without one.
+
+    Raises:
+        BundleError: if it is damaged, of another format, or of another machine.
+    """
+    if not file.exists():
+        return None
+    document = Table(read_json_object(file), file=str(file))
+    version = document.integer("format_version", minimum=1)
+    if version != _FORMAT_VERSION:
+        document.fail("format_version", f"expected {_FORMAT_VERSION}, found {version}")
+    machine = document.string("machine")
+    if machine != machine_name():
+        document.fail("machine", f"measured on another, {machine}; this is {machine_name()}")
+    return dict(_by_threads(document.table("threads")))
+
+
+def _by_threads(table: Table) -> Iterator[tuple[int, dict[str, Measured]]]:
+    for count, by_precision in table.tables():
+        if not re.fullmatch("[0-9]{1,9}", count):
+            table.fail(count, "expected a number of threads")
+        yield int(count), {name: Measured.parse(one) for name, one in by_precision.tables()}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, EmbedgeWarning, stacklevel=4)

@@ -1,0 +1,387 @@
+"""Every key of a config.json is used, harmless or refused: changed one at a time against transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from embedge.export import CheckpointError, export_bundle
+from embedge.export.families.config_keys import _ELSEWHERE, _FIXED, _HARMLESS, KEYS
+from embedge.runtime import Embedder
+from tests.helpers.models import CONFIGS, cosines, make_model, random_texts, save, write_json
+
+TEXTS = random_texts(4, longest=30)
+KINDS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "modernbert")
+KINDS += ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+BASE = set(transformers.PretrainedConfig().to_dict())
+
+# Values that a key is changed to; of others by their type.
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 33}
+VALUES: dict[str, list[Any]] = {
+    "hidden_act": ["relu", "gelu_new", "quick_gelu", "silu"],
+    "hidden_activation": ["relu", "gelu_new", "quick_gelu"],
+    "position_embedding_type": ["relative_key", "relative_key_query"],
+    "rope_scaling": [
+        {"rope_type": "linear", "factor": 3.0},
+        {"type": "linear", "factor": 3.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        YARN,
+        {"rope_type": "default", "rope_theta": 100.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+    ],
+    "rope_parameters": [
+        {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0},
+        {"rope_type": "default", "rope_theta": 100.0},
+        {"full_attention": {"rope_theta": 50.0, "rope_type": "default"}},
+        {
+            "full_attention": {"rope_theta": 50.0, "rope_type": "linear", "factor": 4.0},
+            "sliding_attention": {"rope_theta": 20.0, "rope_type": "default"},
+        },
+    ],
+    "rope_theta": [50.0, None],
+    "global_rope_theta": [50.0],
+    "local_rope_theta": [50.0, None],
+    "layer_types": [["full_attention"], ["sliding_attention", "full_attention"] * 2, "all"],
+    "sliding_window": [3, None],
+    "local_attention": [2],
+    "use_sliding_window": [True],
+    "max_window_layers": [0, 1],
+    "global_attn_every_n_layers": [1, 2],
+    "num_key_value_heads": [1, None],
+    "num_attention_heads": [2, 8],
+    "head_dim": [4, None],
+    "max_position_embeddings": [64, 40],
+    "pad_token_id": [0, 5, None],
+    "type_vocab_size": [1, 3],
+    "relative_attention_num_buckets": [16],
+    "pruned_heads": [{"0": [1]}],
+    "classifier_pooling": ["mean"],
+    "classifier_activation": ["relu"],
+    "hidden_size": [16, 64],
+    "num_hidden_layers": [1, 3],
+    "intermediate_size": [40],
+    "vocab_size": [50, 200],
+}
+# Keys of other models and of fine-tuners' own classes: none may go by in silence.
+FOREIGN: dict[str, Any] = {
+    "attention_multiplier": 0.5,
+    "attn_logit_softcapping": 30.0,
+    "bidirectional": True,
+    "embedding_multiplier": 2.0,
+    "is_causal": "other way",
+    "lora_rank": 4,
+    "norm_type": "other",
+    "partial_rotary_factor": 0.5,
+    "pooling_type": "cls",
+    "position_offset": 2,
+    "query_pre_attn_scalar": 256,
+    "residual_multiplier": 0.2,
+    "rope_interleaved": True,
+    "use_bidirectional_attention": "other way",
+    "window_size": 3,
+}
+
+
+def keys_of(kind: str) -> set[str]:
+    return set(transformers.CONFIG_MAPPING[kind]().to_dict())
+
+
+def model_name(kind: str) -> str:
+    return kind if kind in CONFIGS else "roberta"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    made = {}
+    for kind in KINDS:
+        model = make_model(model_name(kind), num_hidden_layers=4, **settings_of(kind))
+        made[kind] = save(model, root / kind, pooling="mean", max_length=40)
+        if kind != model_name(kind):
+            change(made[kind], model_type=kind, architectures=None)
+    return made
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    return {"rope_scaling": None} if kind == "llama" else {}
+
+
+def change(source: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
+    file = source / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    write_json(file, {key: value for key, value in config.items() if key not in drop})
+
+
+def theirs(source: Path) -> Any:
+    """transformers' vectors, or ``None`` where it refuses, warns of other weights or fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = transformers.AutoConfig.from_pretrained(source)
+            model, info = transformers.AutoModel.from_pretrained(
+                source,
+                config=config,
+                attn_implementation="eager",
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+            missing = [k for k in info["missing_keys"] if not k.startswith("pooler")]
+            if missing or info.get("mismatched_keys"):
+                return None
+            tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+            rows = []
+            for encoding in tokenizer.encode_batch(TEXTS):
+                ids = torch.tensor([encoding.ids])
+                with torch.no_grad():
+                    states = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0]
+                rows.append(states.mean(0).float().numpy())
+    except Exception:  # whatever a class says to a value it does not take
+        return None
+    return np.stack(rows)
+
+
+def assert_same_or_refused(source: Path, out: Path) -> str:
+    expected = theirs(source)
+    try:
+        export_bundle(
+            source, adapters={"t": None}, precisions=["fp32"], out=out, calibration="none"
+        )
+        found = Embedder(out, precision="fp32", threads=1).encode(TEXTS, on_truncate="ignore")
+    except CheckpointError:
+        return "refused"
+    if expected is None:
+        return "theirs fails"
+    assert cosines(found, expected).min() >= 0.99999
+    return "same"
+
+
+def outcome(source: Path, work: Path, drop: tuple[str, ...] = (), **changes: Any) -> str:
+    """What becomes of a changed config.json: an error's text where it is none of the three allowed."""
+    copy = shutil.copytree(source, work / "source")
+    change(copy, drop, **changes)
+    try:
+        return assert_same_or_refused(copy, work / "out")
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    finally:
+        for folder in (copy, work / "out"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def others(key: str, value: Any) -> list[Any]:
+    """Other values of a key."""
+    if key in VALUES:
+        return [v for v in VALUES[key] if v != value]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1]
+    if isinstance(value, float):
+        return [value * 3 + 0.01]
+    return [True, "other"] if value is None else []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen2_5_vl_text", "qwen2_5_vl"])
+def test_every_key_of_transformers_class_has_a_meaning(kind: str) -> None:
+    table = KEYS[kind]
+    known = table.used | table.harmless | set(table.fixed) | _HARMLESS | set(_FIXED) | _ELSEWHERE
+    assert keys_of(kind) - known == set()
+    if kind == "qwen2_5_vl":
+        vision = transformers.CONFIG_MAPPING[kind]().vision_config.to_dict()
+        table = KEYS["vision"]
+        known = (
+            table.used | table.harmless | set(table.fixed) | _HARMLESS | set(_FIXED) | _ELSEWHERE
+        )
+        assert set(vision) - known - {"model_type"} == set()
+
+
+def test_no_key_has_two_meanings() -> None:
+    for table in KEYS.values():
+        assert not table.used & table.harmless
+        assert not table.used & set(table.fixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_changes_the_vector_as_in_transformers_or_is_refused(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((sources[kind] / "config.json").read_text())
+    table = KEYS[kind]
+    outcomes = {}
+    for key in sorted(table.used | set(table.fixed)):
+        for value in others(key, config.get(key)):
+            outcomes[key, str(value)] = outcome(sources[kind], tmp_path, **{key: value})
+    assert {k: v for k, v in outcomes.items() if v not in ("same", "refused", "theirs fails")} == {}
+    assert len([v for v in outcomes.values() if v == "same"]) >= 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_key_has_the_default_of_transformers(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((sources[kind] / "config.json").read_text())
+    outcomes = {}
+    for key in sorted(set(config) & KEYS[kind].used):
+        outcomes[key] = outcome(sources[kind], tmp_path, drop=(key,))
+    assert {k: v for k, v in outcomes.items() if v not in ("same", "refused", "theirs fails")} == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bookkeeping_of_all_sorts_locks_nobody_out(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(sources[kind], tmp_path / "source")
+    notes = {"wandb_run": "a1", "dataset": ["x"], "unsloth_version": "1", "converted_from": "y"}
+    defaults = transformers.CONFIG_MAPPING[kind]().to_dict()
+    plain = _HARMLESS - KEYS[kind].used - {"model_type", "vocab_size", "intermediate_size"}
+    change(source, **{key: value for key, value in defaults.items() if key in plain})
+    harmless = {
+        key: others(key, defaults.get(key)) for key in KEYS[kind].harmless - {"reference_compile"}
+    }
+    change(
+        source,
+        **{key: values[0] for key, values in harmless.items() if values},
+        **notes,
+        dtype="bfloat16",
+        torch_dtype="float16",
+        transformers_version="9.9",
+        id2label={"0": "a"},
+        attention_dropout=0.3,
+        initializer_range=7,
+        use_cache=False,
+        tie_word_embeddings=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert assert_same_or_refused(source, tmp_path / "out") != "refused"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("key", FOREIGN)
+def test_a_key_whose_name_is_about_the_vector_is_refused_by_name(
+    kind: str, key: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    value = FOREIGN[key]
+    if value == "other way":
+        value = (kind in DECODERS) is (key == "use_bidirectional_attention")
+    source = shutil.copytree(sources[kind], tmp_path / "source")
+    change(source, **{key: value})
+    with pytest.raises(CheckpointError, match=f"{key} is") as caught:
+        export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
+    assert str(source / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "modeling.MistralEncoder"}}, "auto_map names 'modeling.Mist"),
+        ({"auto_map": {"AutoModel": "org/name--modeling.LlamaModel"}}, "auto_map names"),
+        ({"auto_map": {"AutoConfig": "configuration.Mine"}}, "as AutoConfig"),
+        ({"architectures": ["LlamaBiModel"]}, "architectures names 'LlamaBiModel'"),
+        ({"architectures": ["LlamaModel", "Other"]}, "architectures names 'Other'"),
+        ({"architectures": ["Qwen2Model"]}, "architectures names 'Qwen2Model'"),
+    ],
+    ids=str,
+)
+def test_code_of_the_models_own_is_refused_by_name(
+    changes: dict[str, Any], message: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(sources["llama"], tmp_path / "source")
+    change(source, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": None},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
+    ],
+    ids=str,
+)
+def test_classes_of_transformers_are_known(
+    changes: dict[str, Any], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(sources["llama"], tmp_path / "source")
+    change(source, **changes)
+    assert assert_same_or_refused(source, tmp_path / "out") == "same"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "layers.0.self_attn.q_proj.bias"),
+        ("llama", "layers.1.mlp.up_proj.bias"),
+        ("llama", "layers.0.self_attn.q_norm.weight"),
+        ("qwen2", "layers.0.self_attn.o_proj.bias"),
+        ("qwen3", "layers.0.self_attn.k_proj.bias"),
+        ("mistral", "layers.0.mlp.down_proj.bias"),
+        ("modernbert", "layers.1.attn.Wqkv.bias"),
+        ("modernbert", "layers.1.mlp.Wo.bias"),
+    ],
+)
+def test_tensors_that_transformers_would_leave_out_are_refused_by_name(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    model = make_model(kind, **settings_of(kind))
+    source = save(model, tmp_path / "source", extra={name: torch.ones(32)})
+    with pytest.raises(CheckpointError, match=name):
+        export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_a_text_config_that_the_class_does_not_read_is_refused(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    eps = {"bert": "layer_norm_eps", "qwen3": "rms_norm_eps"}[kind]
+    result = outcome(sources[kind], tmp_path, drop=(eps,), text_config={eps: 0.5})
+    assert result == "refused"
+    assert outcome(sources[kind], tmp_path, text_config=None) == "same"
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "mpnet", "modernbert-with-biases", "llama-with-biases", "qwen2", "qwen3"]
+)
+def test_a_tensor_of_another_shape_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    source = save(make_model(kind), tmp_path / "source")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    changed = [key for key in sorted(tensors) if ".1." not in key and "position_ids" not in key]
+    for key in changed:
+        value = tensors[key]
+        others = [value[:-1]] if value.ndim == 1 else [value[:, :-1], value[:-1], value.T]
+        for other in others:
+            table = key.endswith(("word_embeddings.weight", "tok_embeddings.weight"))
+            is_table = table or key.endswith("embed_tokens.weight")
+            if other.shape == value.shape or (is_table and other.shape[1] == value.shape[1]):
+                continue
+            save_file({**tensors, key: other.contiguous()}, file, metadata={"format": "pt"})
+            with pytest.raises(CheckpointError, match="expected shape .* found") as caught:
+                export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "o")
+            module = key.removeprefix("model.").rpartition(".")[0]
+            assert module in str(caught.value) or "mlp" in key or "dense" in key
+            assert not (tmp_path / "o").exists()
+
+
+def test_a_dense_layer_that_does_not_follow_the_vector_is_refused(tmp_path: Path) -> None:
+    source = save(make_model("bert"), tmp_path / "source", dense=((24, "Tanh"),))
+    settings = json.loads((source / "2_Dense/config.json").read_text())
+    write_json(source / "2_Dense/config.json", {**settings, "in_features": 16})
+    weights = load_file(source / "2_Dense/model.safetensors")
+    weights["linear.weight"] = weights["linear.weight"][:, :16].contiguous()
+    save_file(weights, source / "2_Dense/model.safetensors")
+    with pytest.raises(CheckpointError, match="Dense layer 1 has in_features 16, expected 32"):
+        export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "o")

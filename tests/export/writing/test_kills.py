@@ -1,0 +1,28 @@
+"""A process killed at any moment leaves a bundle or none, and nothing that the next run does not clear up.
+
+``python -m tests.fuzz.kills`` kills at more moments.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.parametrize("job", ["export", "overwrite", "overwrite-in-two-steps", "add", "prepare"])
+def test_kills_leave_a_bundle_or_none_and_nothing_stray(job: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.kills", "--quick", "--job", job],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "3 kills, 0 faults\n"

@@ -1,0 +1,29 @@
+"""An export needs memory for the largest layer, not for the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedge.bench.studies.memory import Cost, Shape, export_cost, write_adapter, write_model
+
+SMALL, LARGE = 36e6, 200e6  # bytes of weights
+
+
+def cost_of(nbytes: float, precision: str, folder: Path) -> tuple[int, Cost]:
+    """Bytes of the weights, and what exporting them took."""
+    shape = Shape.of(nbytes, hidden=384, intermediate=1024)
+    total = write_model(folder / "source", shape)
+    write_adapter(folder / "adapter", shape)
+    return total, export_cost(folder / "source", folder / "adapter", precision, folder / "out")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("precision", ["int8"])
+def test_a_model_of_many_layers_needs_little_more_than_one_of_few(
+    precision: str, tmp_path: Path
+) -> None:
+    small, of_small = cost_of(SMALL, precision, tmp_path / "small")
+    large, of_large = cost_of(LARGE, precision, tmp_path / "large")
+    assert of_large.peak - of_small.peak < 0.35 * (large - small)

@@ -1,0 +1,47 @@
+"""One way for tests to open a graph with ONNX Runtime alone.
+
+Integer products are exact as the runtime has them: where the processor's saturate, sessions are asked
+for exact ones. What checks an operator checks it with ``EXACT_MODES``: as the runtime asks here, and
+asked in any case, as on a processor without VNNI.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+
+from embedge.runtime.host.processor import ask_for_exact_products, keep_products_exact
+
+EXACT_MODES = [pytest.param(False, id="as-the-runtime"), pytest.param(True, id="asked-for-exact")]
+
+
+def session_options(*, always_exact: bool = False, threads: int | None = None) -> Any:
+    """Options of a session whose integer products are exact on any processor."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if always_exact:
+        ask_for_exact_products(options)
+    else:
+        keep_products_exact(options)
+    return options
+
+
+def open_graph(
+    graph: onnx.ModelProto | bytes | str | os.PathLike[str],
+    options: Any = None,
+    *,
+    always_exact: bool = False,
+    threads: int | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU of a graph's file, its bytes or its message."""
+    if options is None:
+        options = session_options(always_exact=always_exact, threads=threads)
+    if isinstance(graph, onnx.ModelProto):
+        graph = graph.SerializeToString()
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

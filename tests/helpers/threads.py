@@ -1,0 +1,32 @@
+"""Which threads of embedge's run."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from types import FrameType
+
+from embedge.runtime.host import workers as workers_module
+
+
+def workers() -> set[int]:
+    """Threads of :class:`Workers` that have not ended."""
+    return {ident for ident, frame in sys._current_frames().items() if _is_worker(frame)}
+
+
+def all_ended(before: set[int]) -> bool:
+    """Whether the workers that were not there before end at once."""
+    gc.collect()  # of earlier tests, that nobody refers to any more
+    end = time.monotonic() + 10
+    while workers() - before and time.monotonic() < end:
+        time.sleep(0.001)
+    return not workers() - before
+
+
+def _is_worker(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is workers_module._work.__code__:
+            return True
+        frame = frame.f_back
+    return False

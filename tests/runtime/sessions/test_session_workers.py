@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from embedge.runtime import BundleError, InferenceError
+from embedge.runtime.host.workers import Workers
+from embedge.runtime.sessions.session import GraphSession
+from embedge.runtime.sessions.session_workers import Lanes
+
+THREADS = 3
+
+
+@pytest.fixture
+def workers() -> Workers:
+    return Workers(THREADS)
+
+
+class Graph:
+    """Stands for a graph: sessions that are nothing but their number of threads."""
+
+    def __init__(self, *, room: bool = True) -> None:
+        self.opened: list[int] = []
+        self.asked = 0
+        self.room = room
+        self.broken = False
+
+    def open(self, threads: int) -> GraphSession:
+        if self.broken:
+            raise BundleError("broken graph")
+        self.opened.append(threads)
+        return cast(GraphSession, SimpleNamespace(threads=threads))
+
+    def may_open_second(self) -> bool:
+        self.asked += 1
+        return self.room
+
+    def lanes(self, workers: Workers | None, narrow_tokens: int = 0) -> Lanes:
+        return Lanes(
+            self.open,
+            self.may_open_second,
+            threads=THREADS,
+            workers=workers,
+            narrow_tokens=narrow_tokens,
+        )
+
+
+def run(lanes: Lanes, batches: int, *, tokens: int = 100) -> list[tuple[int, int]]:
+    """``(batch, threads of its session)``, by batch."""
+    found: dict[int, int] = {}
+    lanes.run(range(batches), lambda session, _: session.threads, found.__setitem__, tokens=tokens)
+    return sorted(found.items())
+
+
+class TestChoice:
+    def test_several_batches_go_through_the_narrow_session(self, workers: Workers) -> None:
+        graph = Graph()
+        assert run(graph.lanes(workers), 5) == [(i, 1) for i in range(5)]
+        assert graph.opened == [1]
+
+    @pytest.mark.parametrize(("tokens", "threads"), [(65, THREADS), (64, 1), (1, 1)])
+    def test_a_batch_that_is_alone_is_wide_only_if_it_is_long(
+        self, workers: Workers, tokens: int, threads: int
+    ) -> None:
+        graph = Graph()
+        lanes = graph.lanes(workers, narrow_tokens=64)
+        assert run(lanes, 1, tokens=tokens) == [(0, threads)]
+        assert graph.opened == [threads]
+
+    def test_without_narrow_runs_any_batch_that_is_alone_is_wide(self, workers: Workers) -> None:
+        assert run(Graph().lanes(workers), 1, tokens=1) == [(0, THREADS)]
+
+    def test_a_large_graph_has_the_wide_session_alone(self) -> None:
+        graph = Graph()
+        lanes = graph.lanes(None, narrow_tokens=64)
+        assert run(lanes, 2) + run(lanes, 1, tokens=1) == [(0, THREADS), (1, THREADS), (0, THREADS)]
+        assert graph.opened == [THREADS]
+        assert graph.asked == 0
+
+    def test_both_sessions_are_opened_once_when_they_are_first_needed(
+        self, workers: Workers
+    ) -> None:
+        graph = Graph()
+        lanes = graph.lanes(workers)
+        for batches in (2, 1, 2, 1):
+            run(lanes, batches)
+        assert graph.opened == [1, THREADS]
+        assert graph.asked == 1
+
+    @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+    def test_without_room_the_first_session_does_the_work_of_both(
+        self, workers: Workers, first: int, second: int
+    ) -> None:
+        graph = Graph(room=False)
+        lanes = graph.lanes(workers)
+        threads = run(lanes, first)[0][1]
+        assert run(lanes, second) == [(i, threads) for i in range(second)]
+        assert graph.opened == [threads]
+        graph.room = True
+        run(lanes, second)
+        assert sorted(graph.opened) == [1, THREADS]
+
+    def test_a_session_that_cannot_be_opened_can_be_tried_again(self, workers: Workers) -> None:
+        graph = Graph()
+        lanes = graph.lanes(workers)
+        run(lanes, 2)
+        graph.broken = True
+        for _ in range(2):
+            with pytest.raises(BundleError, match="broken graph"):
+                run(lanes, 1)
+        graph.broken = False
+        assert run(lanes, 1) == [(0, THREADS)]
+        assert graph.asked == 1  # its room was kept
+
+
+class TestRunningTogether:
+    def test_batches_run_at_the_same_time_but_never_more_than_the_threads(
+        self, workers: Workers
+    ) -> None:
+        together = threading.Barrier(THREADS)  # breaks if fewer than all are ever inside
+        inside, most = [0], [0]
+        lock = threading.Lock()
+
+        def work(session: GraphSession, batch: int) -> int:
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            together.wait(timeout=10)
+            with lock:
+                inside[0] -= 1
+            return batch
+
+        done: list[int] = []
+        lanes = Graph().lanes(workers)
+        lanes.run(range(4 * THREADS), work, lambda _, result: done.append(result), tokens=1)
+        assert sorted(done) == list(range(4 * THREADS))
+        assert most[0] == THREADS
+
+    def test_results_are_taken_as_they_finish_by_the_callers_thread(self, workers: Workers) -> None:
+        release = threading.Event()
+        done: list[int] = []
+
+        def work(session: GraphSession, batch: int) -> None:
+            if batch == 0:
+                assert release.wait(timeout=10)
+
+        def take(batch: int, _: None) -> None:
+            done.append(batch)
+            assert threading.current_thread() is threading.main_thread()
+            if batch == 5:
+                release.set()
+
+        Graph().lanes(workers).run(range(6), work, take, tokens=1)
+        assert sorted(done) == list(range(6))
+        assert done[-1] == 0
+
+    def test_no_more_than_two_batches_a_thread_are_under_way(self, workers: Workers) -> None:
+        started: list[int] = []
+        taken = [0]
+
+        def work(session: GraphSession, batch: int) -> None:
+            started.append(batch)
+
+        def take(batch: int, _: None) -> None:
+            time.sleep(0.01)  # long enough for every lane to run ahead, if it could
+            assert len(started) <= taken[0] + 2 * THREADS
+            taken[0] += 1
+
+        Graph().lanes(workers).run(range(12), work, take, tokens=1)
+        assert taken[0] == 12
+
+    def test_a_lane_takes_its_next_batch_while_the_callers_thread_is_away(
+        self, workers: Workers
+    ) -> None:
+        taking = threading.Event()
+        fourth_ran = threading.Event()
+
+        def work(session: GraphSession, batch: int) -> None:
+            if batch == THREADS:
+                assert taking.wait(timeout=10)
+                fourth_ran.set()
+
+        def take(batch: int, _: None) -> None:
+            taking.set()
+            assert fourth_ran.wait(timeout=10)
+
+        Graph().lanes(workers).run(range(THREADS + 1), work, take, tokens=1)
+
+    @pytest.mark.parametrize("where", ["work", "done"])
+    def test_an_error_ends_the_call_once_nobody_runs_any_more(
+        self, workers: Workers, where: str
+    ) -> None:
+        inside: set[int] = set()
+        started: list[int] = []
+        failing = threading.Event()
+
+        def work(session: GraphSession, batch: int) -> None:
+            started.append(batch)
+            inside.add(batch)
+            if batch == 1 and where == "work":
+                failing.set()
+                inside.discard(batch)
+                raise InferenceError("batch 1 failed")
+            if batch != 1:
+                failing.wait(timeout=10)
+                time.sleep(0.05)  # still running when the error is there
+            inside.discard(batch)
+
+        def take(batch: int, _: None) -> None:
+            failing.set()
+            raise InferenceError(f"batch {batch} failed")
+
+        lanes = Graph().lanes(workers)
+        with pytest.raises(InferenceError, match="batch 1 failed"):
+            lanes.run(range(100), work, take, tokens=1)
+        assert inside == set()
+        assert len(started) <= 2 * THREADS
+        assert run(lanes, 4) == [(i, 1) for i in range(4)]
+
+    def test_several_threads_share_the_lanes(self, workers: Workers) -> None:
+        graph = Graph()
+        lanes = graph.lanes(workers, narrow_tokens=10)
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                for batches in (5, 1, 7):
+                    assert [batch for batch, _ in run(lanes, batches)] == list(range(batches))
+            except BaseException as error:
+                failures.append(error)
+
+        _in_threads(8, work)
+        assert failures == []
+        assert sorted(graph.opened) == [1, THREADS]
+
+
+def _in_threads(count: int, work: Callable[[], Any]) -> None:
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
