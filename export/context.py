@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export.calibration.precision import make_form
-from embedge.export.graph.scheme import Form, HalfForm
+from embedge.export.graph.scheme import Float16Scheme, Scheme
 from embedge.export.model import Model
 from embedge.export.options import INT4, WIDE_MODEL, Request
 from embedge.export.progress import Progress
-from embedge.export.schemes.int8 import InputPlan
+from embedge.export.schemes.int8 import SmoothingConstants
 from embedge.runtime.bundle.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ExportContext:
     """An export after everything was checked and before anything is written.
 
     Attributes:
@@ -32,7 +32,7 @@ class Job:
     model: Model
     old: Manifest | None
     progress: Progress
-    plans: dict[str, InputPlan] = field(default_factory=dict)
+    plans: dict[str, SmoothingConstants] = field(default_factory=dict)
 
     @property
     def block_size(self) -> int:
@@ -49,9 +49,9 @@ class Job:
         int8 = self.request.int8_method or ("gptq" if rotated else "rtn")
         return {"int8": int8, "int4": self.request.int4_method}
 
-    def form(
+    def scheme(
         self, precision: str, *, keep: Mapping[str, str] | None = None, calibrated: bool = False
-    ) -> Form:
+    ) -> Scheme:
         """How a precision stores and runs Linears and tables.
 
         Args:
@@ -67,11 +67,11 @@ class Job:
             keep=self.request.keep if keep is None else keep,
         )
 
-    def tower_form(self, precision: str) -> Form:
+    def tower_form(self, precision: str) -> Scheme:
         """That of the vision tower: images lose more than texts, so no 4 bits but 8, or float16."""
         if precision == "int4-fp16":
-            return HalfForm(rotates=True)
-        return self.form("int8" if precision == "int4" else precision)
+            return Float16Scheme(rotates=True)
+        return self.scheme("int8" if precision == "int4" else precision)
 
     def options(self, precision: str, *, calibrated: bool) -> dict[str, Any]:
         """What the manifest says about how a precision was made."""
@@ -90,4 +90,4 @@ class Job:
         return options
 
 
-__all__ = ["Job"]
+__all__ = ["ExportContext"]

@@ -20,7 +20,7 @@ from embedge.export.families.config_keys import check_config
 from embedge.export.families.qwen2_5_vision import Qwen25Vision
 from embedge.export.families.qwen2_5_vl import JinaV4Merged
 from embedge.export.graph.builder import BASE, Graph, Weights
-from embedge.export.graph.scheme import Form, digest
+from embedge.export.graph.scheme import Scheme, digest
 from embedge.export.graph.task_graph import task_graph, to_model
 from embedge.export.options import POOLINGS, Request, check_tasks
 from embedge.export.source.checkpoint import Checkpoint
@@ -74,19 +74,19 @@ class Model:
         """What the bundle embeds."""
         return ["text"] if self.tower is None else ["text", "image"]
 
-    def weights(self, weights: TaskWeights, form: Form) -> Weights:
+    def weights(self, weights: TaskWeights, scheme: Scheme) -> Weights:
         """A task's tensors, or the backbone's, as a precision wants them: rotated for small integers."""
-        streams = self.family.streams() if form.rotates else ()
+        streams = self.family.streams() if scheme.rotates else ()
         if streams and self.tower is not None:
             streams += self.tower.streams()
         return RotatedWeights(weights, streams) if streams else weights
 
-    def graph(self, weights: Weights, form: Form) -> Graph:
+    def graph(self, weights: Weights, scheme: Scheme) -> Graph:
         """The graph of a task at a precision, of tensors as :meth:`weights` gives them."""
         return task_graph(
             self.family,
             weights,
-            form,
+            scheme,
             pooling=self.pooling,
             dense=self.settings.dense,
             normalize=self.settings.normalize,
@@ -94,16 +94,16 @@ class Model:
 
     def graph_sha256(self) -> str:
         """Hash of the unquantized graphs without their weights: what config.json and the modules decide."""
-        graphs = [self.graph(self.base, Form())]
+        graphs = [self.graph(self.base, Scheme())]
         if self.tower is not None:
-            graphs.append(self.tower.graph(self.base, Form()))
+            graphs.append(self.tower.graph(self.base, Scheme()))
         state = hashlib.sha256()
         for g in graphs:
             state.update(to_model(g, [], BASE, {}).SerializeToString(deterministic=True))
-            for recipe in g.recipes.values():
-                tensors = [[spec.name, spec.elem_type, spec.shape] for spec in recipe.specs]
+            for initializer in g.initializers.values():
+                tensors = [[spec.name, spec.elem_type, spec.shape] for spec in initializer.specs]
                 # tables that settings alone decide count by value: files say the same in several ways
-                key = recipe.key if "@" in recipe.key else digest(*recipe.compute())
+                key = initializer.key if "@" in initializer.key else digest(*initializer.compute())
                 state.update(json.dumps([key, tensors]).encode())
         return state.hexdigest()
 
@@ -211,10 +211,10 @@ def read_model(request: Request) -> Model:
     rows = min(w.shape(family.token_table)[0] for w in (model.base, *tasks.values()))
     model = replace(model, tokenizer=tokenizer.with_table(rows))
     for task, weights in {BASE: model.base, **tasks}.items():
-        model.graph(weights, Form())  # asks for every tensor by name and shape
+        model.graph(weights, Scheme())  # asks for every tensor by name and shape
         if tower is not None:
             _check_tower_shared(task, weights)
-            tower.graph(weights, Form())
+            tower.graph(weights, Scheme())
         _check_all_read(model, task, weights)
     return model
 

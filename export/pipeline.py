@@ -11,7 +11,7 @@ from typing import Any
 from embedge.export.calibration.layers import TokenBatch
 from embedge.export.calibration.precision import MAX_TOKENS_PER_TEXT, token_batches
 from embedge.export.calibration.texts import packaged_texts, read_texts
-from embedge.export.context import Job
+from embedge.export.context import ExportContext
 from embedge.export.errors import ExportError
 from embedge.export.model import Model, read_model
 from embedge.export.options import INT4, Request, check_dims
@@ -70,7 +70,7 @@ def _export_alone(request: Request, progress: Progress) -> None:
     todo = _missing(request, list(model.adapters), old)
     if old is not None:
         check_kept(request.out, todo)
-    job = Job(request=request, model=model, old=old, progress=progress)
+    job = ExportContext(request=request, model=model, old=old, progress=progress)
     place: AbstractContextManager[Path]
     place = (
         new_bundle(request.out, overwrite=request.overwrite)

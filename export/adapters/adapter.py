@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from embedge.export.adapters.binding import plan
 from embedge.export.adapters.config import LoraSettings, read_peft_config
 from embedge.export.adapters.keys import AdapterKeys, sort_keys
-from embedge.export.adapters.merge_rules import Recipe
+from embedge.export.adapters.merge_rules import MergeRule
 from embedge.export.errors import AdapterError
 from embedge.export.source.card import base_name, recorded_name
 from embedge.export.source.checkpoint import Checkpoint
@@ -139,13 +139,13 @@ class Adapter:
                 f"adapter {self.name!r} ({self.folder}) does not fit the model "
                 f"{checkpoint.name!r}, {count}: {'; '.join(shown)}{more}; {found.advice}"
             )
-        self._warn(checkpoint, found.recipes, found.left_out, published)
-        return BoundAdapter(self, checkpoint, found.recipes)
+        self._warn(checkpoint, found.rules, found.left_out, published)
+        return BoundAdapter(self, checkpoint, found.rules)
 
     def _warn(
         self,
         checkpoint: Checkpoint,
-        recipes: dict[str, Recipe],
+        rules: dict[str, MergeRule],
         left_out: tuple[str, ...],
         published: bool,
     ) -> None:
@@ -163,8 +163,8 @@ class Adapter:
                 UserWarning,
                 stacklevel=3,
             )
-        low_rank = [recipe for recipe in recipes.values() if recipe.a is not None]
-        if not recipes or (low_rank and all(recipe.zero_delta for recipe in low_rank)):
+        low_rank = [rule for rule in rules.values() if rule.a is not None]
+        if not rules or (low_rank and all(rule.zero_delta for rule in low_rank)):
             warnings.warn(
                 f"adapter {self.name!r}: B·A is zero in every layer, so its LoRA changes nothing; "
                 "was it saved before it was trained?",
@@ -204,19 +204,19 @@ class BoundAdapter:
     """
 
     def __init__(
-        self, adapter: Adapter, checkpoint: Checkpoint, recipes: dict[str, Recipe]
+        self, adapter: Adapter, checkpoint: Checkpoint, rules: dict[str, MergeRule]
     ) -> None:
-        """Hold the recipes of the changed tensors; use :meth:`Adapter.bind`."""
+        """Hold the rules of the changed tensors; use :meth:`Adapter.bind`."""
         self.adapter = adapter
         self.checkpoint = checkpoint
-        self._recipes = recipes
-        self.touched = frozenset(key for key, recipe in recipes.items() if recipe.changes)
-        self.added = frozenset(key for key in recipes if not checkpoint.has(key))
+        self._recipes = rules
+        self.touched = frozenset(key for key, rule in rules.items() if rule.changes)
+        self.added = frozenset(key for key in rules if not checkpoint.has(key))
 
     def sources(self, keys: Iterable[str]) -> list[str]:
         """Return the adapter's own tensors that change the tensors ``keys``, sorted."""
-        recipes = [self._recipes[key] for key in keys]
-        parts = [(r.replacement, r.a, r.b, r.magnitude, r.shift, r.rows) for r in recipes]
+        rules = [self._recipes[key] for key in keys]
+        parts = [(r.replacement, r.a, r.b, r.magnitude, r.shift, r.rows) for r in rules]
         return sorted({part for listed in parts for part in listed if part is not None})
 
     def keys(self) -> tuple[str, ...]:
@@ -242,13 +242,13 @@ class BoundAdapter:
             CheckpointError: if there is no such tensor, or the base's holds NaN or infinity.
             AdapterError: if the merged tensor is not finite.
         """
-        recipe = self._recipes.get(key)
-        if recipe is None or not recipe.changes:
+        rule = self._recipes.get(key)
+        if rule is None or not rule.changes:
             return self.checkpoint.read(key, rows)
-        keeps_base = recipe.replacement is None and self.checkpoint.has(key)
+        keeps_base = rule.replacement is None and self.checkpoint.has(key)
         base = self.checkpoint.read(key) if keeps_base else None
         try:
-            merged = recipe.merge(base, self.adapter.file)
+            merged = rule.merge(base, self.adapter.file)
         except AdapterError as problem:
             raise AdapterError(f"adapter {self.adapter.name!r}: {key!r} {problem}") from problem
         return merged if rows is None else merged[rows]

@@ -1,6 +1,6 @@
 """Fitting an adapter's tensors to a checkpoint's.
 
-The outcome is a recipe for each changed tensor, a list of everything that is wrong, and what to do.
+The outcome is a rule for each changed tensor, a list of everything that is wrong, and what to do.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from embedge.export.adapters.config import LoraSettings
 from embedge.export.adapters.keys import AdapterKeys
 from embedge.export.adapters.merge import output_norms
 from embedge.export.adapters.merge_advice import merge_advice
-from embedge.export.adapters.merge_rules import Recipe
+from embedge.export.adapters.merge_rules import MergeRule
 from embedge.export.errors import AdapterError
 from embedge.export.source.card import base_name
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.safetensors_file import SafetensorsFile
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Binding", "plan"]
 
 # transformers' families whose layers of these names are Conv1D, with weights [in, out]. PEFT goes
 # by the layer's class and corrects fan_in_fan_out where it says otherwise; so the flag in the
@@ -43,17 +43,17 @@ _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Binding:
     """What becomes of an adapter on a checkpoint.
 
     Attributes:
-        recipes: by the checkpoint's key, of the tensors that change.
+        rules: by the checkpoint's key, of the tensors that change.
         problems: everything that does not fit.
         advice: what to do about them.
         left_out: names of the heads that it trains, which no vector depends on.
     """
 
-    recipes: dict[str, Recipe]
+    rules: dict[str, MergeRule]
     problems: list[str]
     advice: str
     left_out: tuple[str, ...]
@@ -66,8 +66,8 @@ def plan(
     checkpoint: Checkpoint,
     canonical: Callable[[str], str],
     heads: tuple[str, ...],
-) -> Plan:
-    """Return a recipe per changed checkpoint key, and everything that does not fit.
+) -> Binding:
+    """Return a rule per changed checkpoint key, and everything that does not fit.
 
     Args:
         file: the adapter's tensors.
@@ -77,14 +77,14 @@ def plan(
         canonical: maps the keys of both to one form.
         heads: starts of canonical names of modules that cannot reach the vector.
     """
-    planner = _Planner(file, settings, checkpoint, canonical, heads)
+    planner = _Binder(file, settings, checkpoint, canonical, heads)
     planner.problems.extend(keys.problems)
     keys = planner.without_heads(keys)
     planner.check_numbers(key for key in file.keys() if key not in keys.others)
     for targets, sources in keys.full.items():
         planner.replace(targets, sources)
     for path, key in keys.originals.items():
-        if planner.target(path) not in planner.recipes:
+        if planner.target(path) not in planner.rules:
             planner.problems.append(f"{key}: a copy of the base's tensor without the trained one")
     for module, parts in keys.lora.items():
         planner.low_rank(module, parts)
@@ -108,11 +108,11 @@ def plan(
             planner.resized,
         )
     left_out = tuple(sorted(planner.left_out))
-    return Plan(recipes=planner.recipes, problems=problems, advice=advice, left_out=left_out)
+    return Binding(rules=planner.rules, problems=problems, advice=advice, left_out=left_out)
 
 
-class _Planner:
-    """Collects recipes and problems.
+class _Binder:
+    """Collects rules and problems.
 
     Attributes:
         lost: the problems of keys that find no tensor, with the path that was looked for.
@@ -138,7 +138,7 @@ class _Planner:
         self.settings = settings
         self.checkpoint = checkpoint
         self.canonical = canonical
-        self.recipes: dict[str, Recipe] = {}
+        self.rules: dict[str, MergeRule] = {}
         self.problems: list[str] = []
         self.lost: dict[str, str] = {}
         self.found = False
@@ -237,12 +237,12 @@ class _Planner:
         )
 
     def replace(self, targets: tuple[str, ...], sources: list[str]) -> None:
-        """Plan that ``sources`` (several if stored twice) take the place of the base's tensor."""
+        """Binding that ``sources`` (several if stored twice) take the place of the base's tensor."""
         path = next((path for path in targets if self._find(path)), targets[0])
         target = self._target_or_problem(path, sources[0])
         if target is None:
             return
-        known = self.recipes.get(target)
+        known = self.rules.get(target)
         candidates = [*([known.replacement] if known and known.replacement else []), *sources]
         source, *others = candidates
         for other in others:
@@ -267,7 +267,7 @@ class _Planner:
             changes = not np.array_equal(self.file.read(source), self.checkpoint.read(target))
         except AdapterError:  # listed by check_numbers
             changes = True
-        self.recipes[target] = Recipe(
+        self.rules[target] = MergeRule(
             shape=self.file.shape(source), replacement=source, changes=changes
         )
 
@@ -279,7 +279,7 @@ class _Planner:
         )
 
     def low_rank(self, module: str, parts: Mapping[str, str]) -> None:
-        """Plan the LoRA of one module, and the bias of its B."""
+        """Binding the LoRA of one module, and the bias of its B."""
         embedding = any(part.startswith("lora_embedding") for part in parts)
         name_a, name_b = (
             ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -318,7 +318,7 @@ class _Planner:
             )
             return
         self._lora_targets[target] = a
-        before = self.recipes.get(target) or Recipe(
+        before = self.rules.get(target) or MergeRule(
             shape=self.checkpoint.shape(target), changes=False
         )
         zero_delta = a in self._zero or b in self._zero
@@ -327,7 +327,7 @@ class _Planner:
         changes = not zero_delta or (
             magnitude is not None and not self._is_length(magnitude, target, transposed)
         )
-        self.recipes[target] = replace(
+        self.rules[target] = replace(
             before,
             a=a,
             b=b,
@@ -341,7 +341,7 @@ class _Planner:
             self._shift(target, module, parts["lora_B.bias"])
 
     def trained_rows(self, module: str, key: str) -> None:
-        """Plan the rows of a table that were trained alone."""
+        """Binding the rows of a table that were trained alone."""
         ends = sorted(self.settings.trainable_tokens, key=len, reverse=True)
         named = next((end for end in ends if module.endswith(end)), None)
         if named is None:
@@ -353,7 +353,7 @@ class _Planner:
         if target is None:
             return
         rows, shape = self.settings.trainable_tokens[named], self.checkpoint.shape(target)
-        if target in self.recipes:
+        if target in self.rules:
             self.problems.append(
                 f"{key}: trained rows of {target}, which is trained otherwise as well"
             )
@@ -369,7 +369,7 @@ class _Planner:
                 "trainable_token_indices in adapter_config.json"
             )
         else:
-            self.recipes[target] = Recipe(shape=shape, rows=key, row_numbers=rows)
+            self.rules[target] = MergeRule(shape=shape, rows=key, row_numbers=rows)
 
     def _is_length(self, magnitude: str, target: str, transposed: bool) -> bool:
         """Whether DoRA's magnitude is what the base's weights have already, up to rounding."""
@@ -425,11 +425,11 @@ class _Planner:
         return self._conv1d_family and module.rpartition(".")[2] in _CONV1D_LAYERS
 
     def _shift(self, weight_target: str, module: str, key: str) -> None:
-        """Plan the bias of lora_B: added to the base's bias, or new where the base has none."""
+        """Binding the bias of lora_B: added to the base's bias, or new where the base has none."""
         target = self.target(f"{module}.bias") or f"{weight_target.removesuffix('weight')}bias"
-        before = self.recipes.get(target) or Recipe(shape=self.file.shape(key), changes=False)
+        before = self.rules.get(target) or MergeRule(shape=self.file.shape(key), changes=False)
         is_new = not self.checkpoint.has(target)
-        self.recipes[target] = replace(
+        self.rules[target] = replace(
             before,
             shift=key,
             scaling=self.settings.scaling(module),
@@ -438,7 +438,7 @@ class _Planner:
 
     def check_modules_to_save(self) -> None:
         """Name the tensors of ``modules_to_save`` and ``trainable_token_indices`` that the file lacks."""
-        has_rows = any(recipe.rows for recipe in self.recipes.values())
+        has_rows = any(rule.rows for rule in self.rules.values())
         if self.settings.trainable_tokens and not has_rows and not self.problems:
             self.problems.append(
                 "trainable_token_indices in adapter_config.json: the adapter has no rows for them"
@@ -448,7 +448,7 @@ class _Planner:
                 inside = f".{name}." in f".{key}" and self.checkpoint.is_float(key)
                 if inside and self.canonical(key).startswith(self.heads):
                     continue
-                if inside and (key not in self.recipes or self.recipes[key].replacement is None):
+                if inside and (key not in self.rules or self.rules[key].replacement is None):
                     self.problems.append(
                         f"{key}: belongs to modules_to_save {name!r}, but "
                         "the adapter has no tensor for it"

@@ -11,11 +11,11 @@ from embedge.export.adapters.merge import add_low_rank, scale_to_magnitude
 from embedge.export.errors import AdapterError
 from embedge.export.source.safetensors_file import SafetensorsFile, first_not_finite
 
-__all__ = ["Recipe"]
+__all__ = ["MergeRule"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class MergeRule:
     """How one tensor changes; tensors of the adapter are given by their keys.
 
     Attributes:

@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 
 from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
-from embedge.export.graph.builder import Graph, Lin, Norm, Tap, Weights
-from embedge.export.graph.scheme import Form
+from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, Norm, Weights
+from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import to_model
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 
@@ -55,18 +55,18 @@ class InputStatistics:
         high: float32 ``[in]``, largest value.
         rows: tokens seen.
         hessian: float32 ``[in, in]`` ``Σ x xᵀ``, or ``None`` when it was not asked for.
-        tap: where in the graph the input is.
+        group: where in the graph the input is.
         sample: float32 ``[rows, in]`` parts, some of the rows, where they were asked for.
         matrices: float32 ``[in, out]`` weights of the Linears that read the input, until the next layer.
 
     Args:
-        tap: see above.
+        group: see above.
         width: its channels.
         scratch: folder for a large Hessian, which is mapped from there; ``None``: it is not wanted.
     """
 
-    def __init__(self, tap: Tap, width: int, scratch: Path | None) -> None:
-        self.tap = tap
+    def __init__(self, group: LinearGroup, width: int, scratch: Path | None) -> None:
+        self.group = group
         self.rows = 0
         self.low = np.full(width, np.inf, np.float32)
         self.high = np.full(width, -np.inf, np.float32)
@@ -94,8 +94,8 @@ def calibrate(
     batches: Sequence[TokenBatch],
     *,
     scratch: Path,
-    wants_hessian: Callable[[Tap], bool] = lambda tap: False,
-    wants_sample: Callable[[Tap], bool] = lambda tap: False,
+    wants_hessian: Callable[[LinearGroup], bool] = lambda group: False,
+    wants_sample: Callable[[LinearGroup], bool] = lambda group: False,
 ) -> Iterator[tuple[int, dict[str, InputStatistics]]]:
     """Yield each layer's index and the statistics of its Linear inputs, by label.
 
@@ -112,17 +112,17 @@ def calibrate(
     hidden, norm = first_states(family, weights, batches, scratch)
     for index in range(family.num_layers):
         layer = Layer(family, weights, index, norm, scratch)
-        taps, norm = layer.taps, layer.norm
+        linear_groups, norm = layer.linear_groups, layer.norm
         statistics = {
             label: InputStatistics(
-                tap,
-                weights.shape(f"{tap.lins[0].name}.weight")[1],
-                scratch if wants_hessian(tap) else None,
+                group,
+                weights.shape(f"{group.lins[0].name}.weight")[1],
+                scratch if wants_hessian(group) else None,
             )
-            for label, tap in taps.items()
+            for label, group in linear_groups.items()
         }
-        for label, tap in taps.items():
-            for lin in tap.lins:
+        for label, group in linear_groups.items():
+            for lin in group.lins:
                 matrix = layer.weight(lin)
                 peak = statistics[label].weight_peak
                 np.maximum(peak, np.abs(matrix).max(axis=1), out=peak)
@@ -133,7 +133,7 @@ def calibrate(
             for label, inputs in values.items():
                 rows = inputs[attended]
                 statistics[label].add(rows)
-                if wants_sample(taps[label]):
+                if wants_sample(linear_groups[label]):
                     statistics[label].sample.append(rows[::every].copy())
             del values
         del layer
@@ -151,7 +151,7 @@ class Layer:
     """One layer of the unquantized model as a session whose weights are inputs.
 
     Attributes:
-        taps: inputs of its Linears, by label.
+        linear_groups: inputs of its Linears, by label.
         norm: what made its result, where a norm did.
 
     Args:
@@ -175,14 +175,14 @@ class Layer:
             g.norms[HIDDEN] = norm
         states = family.layer(g, context, index, HIDDEN)
         self.norm = g.norms.get(states)
-        self.taps = g.taps
+        self.linear_groups = g.linear_groups
         g.output(states, "hidden_out", TensorProto.FLOAT, [])
-        for label, tap in self.taps.items():
-            g.output(tap.value, f"tap/{label}", TensorProto.FLOAT, [])
+        for label, group in self.linear_groups.items():
+            g.output(group.value, f"group/{label}", TensorProto.FLOAT, [])
         self._inputs = family.inputs
         self._session = WeightSession(g, scratch)
 
-    def weight(self, lin: Lin) -> FloatArray:
+    def weight(self, lin: LinearRef) -> FloatArray:
         """The transposed weight of a Linear, float32 ``[in, out]``."""
         return self._session.weights[f"{lin.label}.weight"]
 
@@ -209,15 +209,15 @@ class Layer:
             **weights,
         }
         states, *values = self._session.run(feeds)
-        return states, dict(zip(self.taps, values, strict=True))
+        return states, dict(zip(self.linear_groups, values, strict=True))
 
 
 def first_states(
     family: Family, weights: Weights, batches: Sequence[TokenBatch], scratch: Path
 ) -> tuple[list[FloatArray], Norm | None]:
     """The states before the first layer, float32 ``[batch, tokens, hidden]`` each, and their norm."""
-    form = _TableRows(batches)
-    g = Graph(weights=weights, form=form)
+    scheme = _TableRows(batches)
+    g = Graph(weights=weights, scheme=scheme)
     family.declare_inputs(g)
     context = family.context(g)
     states = family.embed(g, context)
@@ -226,12 +226,12 @@ def first_states(
     session = WeightSession(g, scratch)
     hidden = []
     for batch in batches:
-        feeds = {**batch.feeds(family.inputs), "input_ids": form.local_ids(batch.ids)}
+        feeds = {**batch.feeds(family.inputs), "input_ids": scheme.local_ids(batch.ids)}
         hidden.append(session.run(feeds)[0])
     return hidden, norm
 
 
-class _TableRows(Form):
+class _TableRows(Scheme):
     """Looks tokens up in a table cut to the rows that calibration uses."""
 
     def __init__(self, batches: Sequence[TokenBatch]) -> None:
@@ -260,7 +260,7 @@ class _TableRows(Form):
 
 def behind_states(family: Family, weights: Weights) -> tuple[Graph, dict[str, str]]:
     """A float32 graph whose input ``HIDDEN`` is token states, and the context for its layers."""
-    g = Graph(weights=weights, form=Form())
+    g = Graph(weights=weights, scheme=Scheme())
     family.declare_inputs(g)
     g.input(HIDDEN, TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
     return g, family.context(g)
@@ -280,8 +280,8 @@ class WeightSession:
     def __init__(self, g: Graph, scratch: Path) -> None:
         g.prune()
         self.weights: dict[str, FloatArray] = {}
-        for recipe in g.recipes.values():
-            for spec, array in zip(recipe.specs, recipe.compute(), strict=True):
+        for initializer in g.initializers.values():
+            for spec, array in zip(initializer.specs, initializer.compute(), strict=True):
                 self.weights[spec.name] = _spilled(np.ascontiguousarray(array), scratch)
                 info = helper.make_tensor_value_info(spec.name, spec.elem_type, spec.shape)
                 g.inputs.append(info)

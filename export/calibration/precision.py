@@ -1,4 +1,4 @@
-"""From a precision's name to the form that writes its graphs, with the calibration it needs."""
+"""From a precision's name to the scheme that writes its graphs, with the calibration it needs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from embedge.export.calibration.layers import InputStatistics, TokenBatch, calib
 from embedge.export.calibration.smoothing import input_plan, rotated_plan
 from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
-from embedge.export.graph.builder import Graph, Lin, Tap, Weights
-from embedge.export.graph.scheme import Form, HalfForm, Rounded, reported_db, weight_name
+from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, Weights
+from embedge.export.graph.scheme import Float16Scheme, Rounded, Scheme, reported_db, weight_name
 from embedge.export.options import UNPACKED_PRECISION
-from embedge.export.schemes.int4 import Int4Form, Int4HalfForm
-from embedge.export.schemes.int4_unpacked import UnpackedForm
-from embedge.export.schemes.int8 import InputPlan, Int8Form
-from embedge.export.schemes.mixed import MixedForm
+from embedge.export.schemes.int4 import Int4Float16Scheme, Int4Scheme
+from embedge.export.schemes.int4_unpacked import Int4UnpackedScheme
+from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants
+from embedge.export.schemes.mixed import MixedScheme
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.writing.weight_store import TensorStore
 from embedge.quant import gptq
@@ -68,12 +68,12 @@ def token_batches(ids: Sequence[Sequence[int]], pad: int, hidden_size: int) -> l
 
 def int8_plans(
     family: Family, base: Weights, batches: Sequence[TokenBatch], scratch: Path, report: Report
-) -> dict[str, InputPlan]:
+) -> dict[str, SmoothingConstants]:
     """Shift and smoothing of every Linear input, from the backbone without an adapter.
 
     They are the same for all tasks, so that what adapters leave alone stays one tensor for all.
     """
-    plans: dict[str, InputPlan] = {}
+    plans: dict[str, SmoothingConstants] = {}
     if not batches:
         return plans
     rotated = isinstance(base, RotatedWeights)
@@ -82,7 +82,7 @@ def int8_plans(
         base,
         batches,
         scratch=scratch,
-        wants_sample=lambda tap: rotated and tap.gated,
+        wants_sample=lambda group: rotated and group.gated,
     )
     for index, statistics in passes:
         report(f"calibrating int8 on the backbone, layer {index + 1} of {family.num_layers}")
@@ -94,12 +94,12 @@ def int8_plans(
 def make_form(
     precision: str,
     *,
-    plans: Mapping[str, InputPlan],
+    plans: Mapping[str, SmoothingConstants],
     int4_block_size: int,
     methods: Mapping[str, str],
     keep: Mapping[str, str],
-) -> Form:
-    """The form of a precision, wrapped where layers are kept at another one.
+) -> Scheme:
+    """The scheme of a precision, wrapped where layers are kept at another one.
 
     Args:
         precision: its name.
@@ -108,47 +108,47 @@ def make_form(
         methods: how weights are rounded, "gptq" or "rtn", for "int8" and "int4".
         keep: precisions by pattern.
     """
-    int8 = Int8Form(plans, methods["int8"])
+    int8 = Int8Scheme(plans, methods["int8"])
     loud = {label: p.outliers for label, p in plans.items() if p.outliers is not None}
-    int4 = Int4Form(int4_block_size, methods["int4"], 4, loud)
-    unpacked = UnpackedForm(plans, int4)
-    forms: dict[str, Form] = {
-        "fp32": Form(),
-        "fp16": HalfForm(),
+    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, loud)
+    unpacked = Int4UnpackedScheme(plans, int4)
+    schemes: dict[str, Scheme] = {
+        "fp32": Scheme(),
+        "fp16": Float16Scheme(),
         "int8": int8,
         "int4": int4,
         UNPACKED_PRECISION: unpacked,
-        "int4-fp16": Int4HalfForm(int4_block_size, methods["int4"], 4),
+        "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4),
     }
-    form = forms[precision]
+    scheme = schemes[precision]
     if not keep or precision in ("fp32", "fp16"):
-        return form
+        return scheme
     if set(keep.values()) == {precision}:
-        return form
-    mixed = MixedForm(form, {pattern: forms[p] for pattern, p in keep.items()})
+        return scheme
+    mixed = MixedScheme(scheme, {pattern: schemes[p] for pattern, p in keep.items()})
     for eight in (int8, unpacked):
         eight.keep_plans(partial(_runs, mixed, eight))
     return mixed
 
 
-def _runs(mixed: MixedForm, form: Form, label: str) -> bool:
-    """Whether ``form`` is the one of a Linear."""
-    return mixed.form_of(label) is form
+def _runs(mixed: MixedScheme, scheme: Scheme, label: str) -> bool:
+    """Whether ``scheme`` is the one of a Linear."""
+    return mixed.form_of(label) is scheme
 
 
-def gptq_form_of(form: Form, tap: Tap) -> Int8Form | Int4Form | None:
-    """The form that rounds the Linears of an input by GPTQ, ``None`` where none does."""
-    if isinstance(form, MixedForm):
-        form = form.form_of(*(lin.label for lin in tap.lins))
-    if isinstance(form, (Int8Form, Int4Form)) and form.method == "gptq":
-        return form
+def gptq_form_of(scheme: Scheme, group: LinearGroup) -> Int8Scheme | Int4Scheme | None:
+    """The scheme that rounds the Linears of an input by GPTQ, ``None`` where none does."""
+    if isinstance(scheme, MixedScheme):
+        scheme = scheme.form_of(*(lin.label for lin in group.lins))
+    if isinstance(scheme, (Int8Scheme, Int4Scheme)) and scheme.method == "gptq":
+        return scheme
     return None
 
 
 def store_gptq(
     family: Family,
     weights: Weights,
-    form: Form,
+    scheme: Scheme,
     g: Graph,
     batches: Sequence[TokenBatch],
     store: TensorStore,
@@ -163,8 +163,8 @@ def store_gptq(
     Args:
         family: the model.
         weights: the tensors to run: a task's, or the backbone's.
-        form: the precision's form.
-        g: a task's graph in that form, whose recipes are stored.
+        scheme: the precision's scheme.
+        g: a task's graph in that scheme, whose initializers are stored.
         batches: calibration tokens.
         store: takes the results.
         task: for the progress line.
@@ -173,14 +173,14 @@ def store_gptq(
         report: takes progress lines.
     """
 
-    def jobs(tap: Tap) -> list[Lin]:
-        rounding = gptq_form_of(form, tap)
+    def jobs(group: LinearGroup) -> list[LinearRef]:
+        rounding = gptq_form_of(scheme, group)
         if rounding is None:
             return []
         return [
             lin
-            for lin in tap.lins
-            if wanted(weight_name(lin)) and not store.has(rounding.weight_recipe(g, tap, lin).key)
+            for lin in group.lins
+            if wanted(weight_name(lin)) and not store.has(rounding.weight_recipe(g, group, lin).key)
         ]
 
     passes = calibrate(
@@ -188,22 +188,22 @@ def store_gptq(
         weights,
         batches,
         scratch=store.folder,
-        wants_hessian=lambda tap: bool(jobs(tap)),
+        wants_hessian=lambda group: bool(jobs(group)),
     )
     for index, statistics in passes:
         report(f"{task}: GPTQ, layer {index + 1} of {family.num_layers}")
         for value in statistics.values():
             value.matrices.clear()
-            rounding = gptq_form_of(form, value.tap)
+            rounding = gptq_form_of(scheme, value.group)
             if rounding is not None and value.hessian is not None:
-                _quantize_group(g, rounding, value, jobs(value.tap), store, file)
+                _quantize_group(g, rounding, value, jobs(value.group), store, file)
 
 
 def _quantize_group(
     g: Graph,
-    form: Int8Form | Int4Form,
+    scheme: Int8Scheme | Int4Scheme,
     value: InputStatistics,
-    lins: Sequence[Lin],
+    lins: Sequence[LinearRef],
     store: TensorStore,
     file: str,
 ) -> None:
@@ -211,20 +211,20 @@ def _quantize_group(
     hessian = value.hessian
     if not lins or hessian is None:
         return
-    form.smooth_hessian(g, value.tap, hessian)
+    scheme.smooth_hessian(g, value.group, hessian)
     try:
         upper = gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
     except ArithmeticError as problem:
         raise CheckpointError(f"{lins[0].label}: GPTQ is not possible here: {problem}") from problem
     for lin in lins:
-        rounded = form.round(g, value.tap, lin, upper)
+        rounded = scheme.round(g, value.group, lin, upper)
         if lin is lins[-1]:
             del upper
         facts = {
             "sqnr_db": reported_db(rounded.sqnr_db),
             "output_error": _output_error(rounded, hessian),
         }
-        store.put(form.weight_recipe(g, value.tap, lin), rounded.arrays, file, facts)
+        store.put(scheme.weight_recipe(g, value.group, lin), rounded.arrays, file, facts)
         del rounded  # what follows reads a weight again
     value.hessian = None
 

@@ -31,11 +31,11 @@ from embedge.export.calibration.layers import (
 from embedge.export.calibration.precision import token_batches
 from embedge.export.families import Family
 from embedge.export.graph.builder import Graph, Weights
-from embedge.export.graph.scheme import Form
+from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import embedding
 from embedge.export.model import Model
-from embedge.export.schemes.int4 import Int4Form
-from embedge.export.schemes.int8 import Int8Form
+from embedge.export.schemes.int4 import Int4Scheme
+from embedge.export.schemes.int8 import Int8Scheme
 from embedge.export.schemes.mixed import first_match
 from embedge.runtime.errors import EmbedgeValueError
 
@@ -66,7 +66,7 @@ def candidates(
     base: Weights,
     batches: Sequence[TokenBatch],
     *,
-    int4: Int4Form,
+    int4: Int4Scheme,
     keep: Mapping[str, str],
     scratch: Path,
     report: Callable[[str], None],
@@ -77,13 +77,13 @@ def candidates(
         model: the model.
         base: the backbone's tensors, rotated if the export's are.
         batches: calibration tokens, of which a sample is used; at least one.
-        int4: the 4-bit form.
+        int4: the 4-bit scheme.
         keep: precisions by pattern that are decided already.
         scratch: folder for a layer's weights.
         report: takes progress lines.
     """
     family = model.family.text_only()
-    g, int8 = Graph(weights=base, form=Form()), Int8Form({})
+    g, int8 = Graph(weights=base, scheme=Scheme()), Int8Scheme({})
     sample = _sample(family, batches)
     hidden, norm = first_states(family, base, sample, scratch)
     moved: list[list[FloatArray]] = [[] for _ in sample]  # states by batch, then by input
@@ -95,11 +95,11 @@ def candidates(
         norm = layer.norm
         for batch, states in zip(sample, moved, strict=True):
             _run_together(layer, batch, states)
-        for tap in layer.taps.values():
-            names = tuple(lin.label for lin in tap.lins)
+        for group in layer.linear_groups.values():
+            names = tuple(lin.label for lin in group.lins)
             if first_match(keep, *names) is not None:
                 continue
-            changed = {lin.label: int4.restored(g, tap, lin) for lin in tap.lins}
+            changed = {lin.label: int4.restored(g, group, lin) for lin in group.lins}
             for batch, before, states in zip(sample, hidden, moved, strict=True):
                 states.append(layer.run(batch, before, changed)[0])
             del changed
@@ -107,10 +107,10 @@ def candidates(
             eight, four = (
                 sum(
                     spec.nbytes
-                    for lin in tap.lins
-                    for spec in form.weight_recipe(g, tap, lin).specs
+                    for lin in group.lins
+                    for spec in scheme.weight_recipe(g, group, lin).specs
                 )
-                for form in (int8, int4)
+                for scheme in (int8, int4)
             )
             extra.append(eight - four)
         hidden = [layer.run(batch, x)[0] for batch, x in zip(sample, hidden, strict=True)]

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.calibration.layers import InputStatistics
-from embedge.export.graph.builder import Fold
-from embedge.export.schemes.int8 import InputPlan
+from embedge.export.graph.builder import ScaleSink
+from embedge.export.schemes.int8 import SmoothingConstants
 from embedge.quant import int8
 from embedge.quant.rotation import block_rotation
 
@@ -16,7 +16,7 @@ OUTLIER_RATIO = 4.0
 MOST_OUTLIERS = 16
 
 
-def rotated_plan(statistics: InputStatistics) -> InputPlan:
+def rotated_plan(statistics: InputStatistics) -> SmoothingConstants:
     """The constants of one Linear input of a rotated model.
 
     Only what a gated MLP multiplies is left with outliers: its channels are smoothed as far as it pays,
@@ -26,9 +26,9 @@ def rotated_plan(statistics: InputStatistics) -> InputPlan:
     Args:
         statistics: of the input, over the rotated backbone's calibration run.
     """
-    fold, sample = statistics.tap.fold, statistics.sample
-    if not statistics.tap.gated or not sample:
-        return InputPlan()
+    sink, sample = statistics.group.sink, statistics.sample
+    if not statistics.group.gated or not sample:
+        return SmoothingConstants()
     inputs = np.concatenate(sample)
     peak = np.maximum(np.abs(statistics.low), np.abs(statistics.high))
     usual = float(np.median(np.abs(inputs).max(axis=1)))
@@ -44,9 +44,9 @@ def rotated_plan(statistics: InputStatistics) -> InputPlan:
         inputs, peak * _kept(peak, outliers), weights, ALPHAS, block_rotation(len(peak))
     )
     if not len(outliers):
-        return InputPlan(smooth=smooth, fold=fold)
+        return SmoothingConstants(smooth=smooth, sink=sink)
     smooth[outliers] = peak[outliers] / np.float32(usual * 1e-4)
-    return InputPlan(smooth=smooth, fold=fold, outliers=outliers.astype(np.int64))
+    return SmoothingConstants(smooth=smooth, sink=sink, outliers=outliers.astype(np.int64))
 
 
 def _kept(peak: NDArray[np.float32], outliers: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -55,7 +55,7 @@ def _kept(peak: NDArray[np.float32], outliers: NDArray[np.int64]) -> NDArray[np.
     return kept
 
 
-def input_plan(statistics: InputStatistics, alpha: float) -> InputPlan:
+def input_plan(statistics: InputStatistics, alpha: float) -> SmoothingConstants:
     """The shift and smoothing of one Linear input.
 
     The shift is the mean: what it leaves out, ``W·shift``, joins the bias with the exact weight.
@@ -67,27 +67,29 @@ def input_plan(statistics: InputStatistics, alpha: float) -> InputPlan:
         statistics: of the input, over the backbone's calibration run.
         alpha: SmoothQuant's α, see :func:`embedge.quant.int8.smoothing_scales`.
     """
-    tap = statistics.tap
+    group = statistics.group
     low, high = statistics.low, statistics.high
-    if tap.norm is not None:
+    if group.norm is not None:
         mean = (statistics.total / statistics.rows).astype(np.float32)
-        shift = None if tap.norm.rms else mean
+        shift = None if group.norm.rms else mean
         centre = np.float32(0) if shift is None else shift
         peak = np.maximum(np.abs(low - centre), np.abs(high - centre))
-        return InputPlan(
+        return SmoothingConstants(
             shift=shift, smooth=int8.smoothing_scales(peak, statistics.weight_peak, alpha)
         )
     peak = np.maximum(np.abs(low), np.abs(high))
-    if tap.fold is not None:
-        peak, weight_peak = (_shared(p, tap.fold) for p in (peak, statistics.weight_peak))
-        return InputPlan(smooth=int8.smoothing_scales(peak, weight_peak, alpha), fold=tap.fold)
-    return InputPlan()
+    if group.sink is not None:
+        peak, weight_peak = (_shared(p, group.sink) for p in (peak, statistics.weight_peak))
+        return SmoothingConstants(
+            smooth=int8.smoothing_scales(peak, weight_peak, alpha), sink=group.sink
+        )
+    return SmoothingConstants()
 
 
-def _shared(peak: NDArray[np.float32], fold: Fold) -> NDArray[np.float32]:
+def _shared(peak: NDArray[np.float32], sink: ScaleSink) -> NDArray[np.float32]:
     """The largest of the channels that one producer channel feeds, for each of them."""
-    if fold.groups is None:
+    if sink.groups is None:
         return peak
-    kv_heads, repeat, head_size = fold.groups
+    kv_heads, repeat, head_size = sink.groups
     heads = peak.reshape(kv_heads, repeat, head_size).max(axis=1, keepdims=True)
     return np.broadcast_to(heads, (kv_heads, repeat, head_size)).reshape(-1).copy()

@@ -18,7 +18,7 @@ from onnx import TensorProto
 from embedge.export.families.config_keys import DEFAULTS
 from embedge.export.graph.builder import Graph
 from embedge.export.source.config import ConfigReader
-from embedge.export.weights.rotated import Stream
+from embedge.export.weights.rotated import ResidualStream
 
 if TYPE_CHECKING:
     from embedge.export.families.qwen2_5_vision import Qwen25Vision
@@ -99,7 +99,7 @@ class Family(ConfigReader, ABC):
         """The same model with token ids as its only inputs."""
         return self
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[ResidualStream, ...]:
         """The residual streams that may be rotated; none where norms follow a block, or have biases."""
         return ()
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from embedge.export.errors import CheckpointError
 from embedge.export.families.base import HEADS, Family, lower_bound
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Fold, Graph, Lin
+from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
 from embedge.export.graph.long_attention import FLASH_TOKENS, is_flash
 from embedge.export.source.config import Shape
 
@@ -75,7 +75,7 @@ class Bert(Family):
 
     def context(self, g: Graph) -> dict[str, str]:
         context = {"lengths": self.lengths(g), "tokens": self.tokens(g)}
-        if g.form.fused_attention and not g.form.cuda and self.max_length > FLASH_TOKENS:
+        if g.scheme.fused_attention and not g.scheme.cuda and self.max_length > FLASH_TOKENS:
             context["flash"] = is_flash(g, **context)
         return context
 
@@ -100,7 +100,7 @@ class Bert(Family):
 
     def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
         p = f"encoder.layer.{index}."
-        query, key, value = (Lin(p + n) for n in (self.query, self.key, self.value))
+        query, key, value = (LinearRef(p + n) for n in (self.query, self.key, self.value))
         q, k, v = g.linears(hidden, [query, key, value])
         # softmax ignores what is the same for all keys, so the key bias is dropped; its rows sum to 1,
         # so the value bias passes attention unchanged and is added behind the output projection.
@@ -117,8 +117,8 @@ class Bert(Family):
             mask=context.get("mask"),
             flash=None if "mask" in context else context.get("flash"),
         )
-        out = Lin(p + self.attention_out)
-        [y] = g.linears(mixed, [out], fold=Fold(lin=value))
+        out = LinearRef(p + self.attention_out)
+        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value))
         norm = p + self.attention_norm
         x, _ = g.add_norm(
             y,
@@ -126,9 +126,9 @@ class Bert(Family):
             f"{norm}.weight",
             f"{norm}.bias",
             self.epsilon,
-            linear_bias=g.bias(out, carried=value),
+            linear_bias=g.bias(out, upstream_bias=value),
         )
-        up, down = Lin(p + "intermediate.dense"), Lin(p + "output.dense")
+        up, down = LinearRef(p + "intermediate.dense"), LinearRef(p + "output.dense")
         [y] = g.linears(x, [up])
         y = g.activation(y, self.activation, up)
         [y] = g.linears(y, [down], lower_bound=lower_bound(self.activation))

@@ -18,16 +18,16 @@ from onnx import TensorProto
 from embedge.export.errors import CheckpointError
 from embedge.export.families.base import HEADS, Family
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Fold, Graph, Lin
+from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
 from embedge.export.graph.rotary import (
     checked_rope,
     position_ids,
     rotary_inputs,
     rotary_tables,
 )
-from embedge.export.graph.scheme import Form
+from embedge.export.graph.scheme import Scheme
 from embedge.export.source.config import Shape, number
-from embedge.export.weights.rotated import Stream
+from embedge.export.weights.rotated import ResidualStream
 
 
 class Decoder(Family):
@@ -148,7 +148,7 @@ class Decoder(Family):
             "multi_vector_projector": (self.multi_vector_dim, width),
         }
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[ResidualStream, ...]:
         readers: dict[str, str] = {}
         writers: list[str] = []
         for index in range(self.num_layers):
@@ -159,7 +159,7 @@ class Decoder(Family):
             writers += [f"{p}self_attn.o_proj", f"{p}mlp.down_proj"]
         if self.multi_vector_dim is not None:
             readers["multi_vector_projector"] = "norm.weight"
-        stream = Stream(
+        stream = ResidualStream(
             width=self.hidden_size,
             tables=("embed_tokens.weight",),
             writers=writers,
@@ -188,7 +188,7 @@ class Decoder(Family):
     def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
         p = f"layers.{index}."
         x = g.norm(hidden, f"{p}input_layernorm.weight", None, self.epsilon, rms=True)
-        query, key, value = (Lin(f"{p}self_attn.{n}_proj") for n in "qkv")
+        query, key, value = (LinearRef(f"{p}self_attn.{n}_proj") for n in "qkv")
         q, k, v = g.linears(x, [query, key, value])
         q = self._head_norm(g, g.add(q, g.bias(query)), f"{p}self_attn.q_norm.weight", self.heads)
         k = self._head_norm(g, g.add(k, g.bias(key)), f"{p}self_attn.k_norm.weight", self.kv_heads)
@@ -208,16 +208,16 @@ class Decoder(Family):
             tokens=context["tokens"],
             head_size=self.head_size,
         )
-        out = Lin(f"{p}self_attn.o_proj")
+        out = LinearRef(f"{p}self_attn.o_proj")
         groups = (self.kv_heads, self.heads // self.kv_heads, self.head_size)
-        [y] = g.linears(mixed, [out], fold=Fold(lin=value, groups=groups))
+        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value, groups=groups))
         norm = f"{p}post_attention_layernorm.weight"
         x, hidden = g.add_norm(
             y, hidden, norm, None, self.epsilon, rms=True, linear_bias=g.bias(out)
         )
-        gate, up, down = (Lin(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
+        gate, up, down = (LinearRef(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
         y = g.gated(x, gate, up, self.activation)
-        [y] = g.linears(y, [down], fold=Fold(lin=up, gated=True))
+        [y] = g.linears(y, [down], sink=ScaleSink(lin=up, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
@@ -225,9 +225,9 @@ class Decoder(Family):
 
     def token_embeddings(self, g: Graph, hidden: str) -> str:
         """float32 ``[batch, tokens, multi_vector_dim]``, rows of length 1, padding of length 0."""
-        head = Lin("multi_vector_projector")
-        y = g.op("MatMul", hidden, Form().matrix(g, head))
-        bias = Form().bias(g, head, None, False)
+        head = LinearRef("multi_vector_projector")
+        y = g.op("MatMul", hidden, Scheme().matrix(g, head))
+        bias = Scheme().bias(g, head, None, False)
         y = g.add(y, bias)
         norm = g.op("ReduceL2", y, g.const([-1], "int64"), keepdims=1)
         y = g.op("Div", y, g.op("Max", norm, g.const(1e-12)))

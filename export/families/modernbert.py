@@ -15,7 +15,7 @@ from embedge.export.errors import CheckpointError
 from embedge.export.families.base import HEADS, Family
 from embedge.export.families.decoder import band
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Fold, Graph, Lin
+from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
 from embedge.export.graph.long_attention import (
     FEWEST_BLOCKS,
     FLASH_TOKENS,
@@ -31,7 +31,7 @@ from embedge.export.graph.rotary import (
     rotary_tables,
 )
 from embedge.export.source.config import Shape, number
-from embedge.export.weights.rotated import Stream, TableNorm
+from embedge.export.weights.rotated import ResidualStream, TableNorm
 
 
 class ModernBert(Family):
@@ -140,7 +140,7 @@ class ModernBert(Family):
     def _kind(self, index: int) -> str:
         return self.kinds[index]
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[ResidualStream, ...]:
         if self.norm_bias:  # it would need a bias in every Linear behind it
             return ()
         readers: dict[str, str | None] = {}
@@ -150,7 +150,7 @@ class ModernBert(Family):
             readers[f"{p}attn.Wqkv"] = f"{p}attn_norm.weight" if index else None
             readers[f"{p}mlp.Wi"] = f"{p}mlp_norm.weight"
             writers += [f"{p}attn.Wo", f"{p}mlp.Wo"]
-        stream = Stream(
+        stream = ResidualStream(
             width=self.hidden_size,
             tables=("embeddings.tok_embeddings.weight",),
             table_norm=TableNorm(weight="embeddings.norm.weight", epsilon=self.epsilon),
@@ -165,7 +165,7 @@ class ModernBert(Family):
         tokens = self.tokens(g)
         lengths = self.lengths(g)
         context = {"lengths": lengths, "positions": position_ids(g, tokens)}
-        if g.form.fused_attention and not g.form.cuda and self.max_length > FLASH_TOKENS:
+        if g.scheme.fused_attention and not g.scheme.cuda and self.max_length > FLASH_TOKENS:
             context["flash"] = is_flash(g, tokens=tokens, lengths=lengths)
         for kind, rope in self.ropes.items():
             theta = number(rope, "rope_theta")
@@ -183,7 +183,7 @@ class ModernBert(Family):
             near = band(g, tokens, lowest=-self.window, highest=self.window)
             return g.op("Add", near, padding)
 
-        if g.form.cuda or not 0 < FEWEST_BLOCKS * self.window < self.max_length:
+        if g.scheme.cuda or not 0 < FEWEST_BLOCKS * self.window < self.max_length:
             context["local.mask"] = mask()
         else:
             window = window_of(
@@ -203,13 +203,15 @@ class ModernBert(Family):
         kind = self._kind(index)
         # the first layer reads the embedding norm directly
         x = self._norm(g, hidden, f"{p}attn_norm") if index else hidden
-        query, key, value = (Lin(f"{p}attn.Wqkv", i * width, (i + 1) * width) for i in range(3))
+        query, key, value = (
+            LinearRef(f"{p}attn.Wqkv", i * width, (i + 1) * width) for i in range(3)
+        )
         q, k, v = g.linears(x, [query, key, value])
         q = self._rotate(g, context, kind, g.add(q, g.bias(query)))
         k = self._rotate(g, context, kind, g.add(k, g.bias(key)))
         mixed = self._attend(g, context, kind, q, k, v)
-        out = Lin(f"{p}attn.Wo")
-        [y] = g.linears(mixed, [out], fold=Fold(lin=value))
+        out = LinearRef(f"{p}attn.Wo")
+        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value))
         norm = f"{p}mlp_norm"
         x, hidden = g.add_norm(
             y,
@@ -217,14 +219,14 @@ class ModernBert(Family):
             f"{norm}.weight",
             f"{norm}.bias" if self.norm_bias else None,
             self.epsilon,
-            linear_bias=g.bias(out, carried=value),
+            linear_bias=g.bias(out, upstream_bias=value),
         )
         inner = self.intermediate
-        up = Lin(f"{p}mlp.Wi", 0, inner)
-        gate = Lin(f"{p}mlp.Wi", inner, 2 * inner)
+        up = LinearRef(f"{p}mlp.Wi", 0, inner)
+        gate = LinearRef(f"{p}mlp.Wi", inner, 2 * inner)
         y = g.gated(x, up, gate, self.activation)
-        down = Lin(f"{p}mlp.Wo")
-        [y] = g.linears(y, [down], fold=Fold(lin=gate, gated=True))
+        down = LinearRef(f"{p}mlp.Wo")
+        [y] = g.linears(y, [down], sink=ScaleSink(lin=gate, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def _attend(self, g: Graph, context: dict[str, str], kind: str, q: str, k: str, v: str) -> str:

@@ -19,10 +19,10 @@ from onnx import TensorProto
 from embedge.export.errors import CheckpointError
 from embedge.export.families.base import GELU_LOWER_BOUND
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Fold, Graph, Lin, Weights
-from embedge.export.graph.scheme import Form
+from embedge.export.graph.builder import Graph, LinearRef, ScaleSink, Weights
+from embedge.export.graph.scheme import Scheme
 from embedge.export.source.config import ConfigReader, Shape
-from embedge.export.weights.rotated import Stream
+from embedge.export.weights.rotated import ResidualStream
 
 OUTPUT = "image_features"
 _IMAGE_AXES = ["images", "patches"]
@@ -87,7 +87,7 @@ class Qwen25Vision(ConfigReader):
             "merger.mlp.2": (self.out_width, group),
         }
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[ResidualStream, ...]:
         """The tower's own residual stream."""
         readers, writers = {}, ["visual.patch_embed.proj"]
         for index in range(self.depth):
@@ -96,11 +96,11 @@ class Qwen25Vision(ConfigReader):
             readers |= {f"{p}mlp.{n}_proj": f"{p}norm2.weight" for n in ("gate", "up")}
             writers += [f"{p}attn.proj", f"{p}mlp.down_proj"]
         readers["visual.merger.mlp.0"] = "visual.merger.ln_q.weight"
-        return (Stream(width=self.width, writers=writers, readers=readers),)
+        return (ResidualStream(width=self.width, writers=writers, readers=readers),)
 
-    def graph(self, weights: Weights, form: Form) -> Graph:
+    def graph(self, weights: Weights, scheme: Scheme) -> Graph:
         """Write the graph from patches to ``image_features``, see ``ARCHITECTURE.md`` for its inputs."""
-        g = Graph(weights=weights, form=form)
+        g = Graph(weights=weights, scheme=scheme)
         row = self.channels * self.temporal * self.patch**2
         half = self.head_size // 2
         g.input("pixel_values", TensorProto.FLOAT, [*_IMAGE_AXES, row])
@@ -144,7 +144,7 @@ class Qwen25Vision(ConfigReader):
         x = self._by_window(g, hidden, self.width) if windowed else hidden
         x = g.norm(x, f"{p}norm1.weight", None, self.epsilon, rms=True)
         query, key, value = (
-            Lin(f"{p}attn.qkv", i * self.width, (i + 1) * self.width) for i in range(3)
+            LinearRef(f"{p}attn.qkv", i * self.width, (i + 1) * self.width) for i in range(3)
         )
         q, k, v = g.linears(x, [query, key, value], rows=prefix)
         cos, sin = context[f"{prefix}cos"], context[f"{prefix}sin"]
@@ -162,8 +162,8 @@ class Qwen25Vision(ConfigReader):
             flat = g.op("Reshape", mixed, g.const([-1, self.width], "int64"))
             rows = g.op("Gather", flat, "window_restore")
             mixed = g.op("Reshape", rows, g.op("Shape", hidden))
-        out = Lin(f"{p}attn.proj")
-        [y] = g.linears(mixed, [out], fold=Fold(lin=value))
+        out = LinearRef(f"{p}attn.proj")
+        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value))
         x, hidden = g.add_norm(
             y,
             hidden,
@@ -171,11 +171,11 @@ class Qwen25Vision(ConfigReader):
             None,
             self.epsilon,
             rms=True,
-            linear_bias=g.bias(out, carried=value),
+            linear_bias=g.bias(out, upstream_bias=value),
         )
-        gate, up, down = (Lin(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
+        gate, up, down = (LinearRef(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
         y = g.gated(x, gate, up, self.activation)
-        [y] = g.linears(y, [down], fold=Fold(lin=up, gated=True))
+        [y] = g.linears(y, [down], sink=ScaleSink(lin=up, gated=True))
         return g.add(g.add(y, g.bias(down)), hidden)
 
     def _merged(self, g: Graph, hidden: str) -> str:
@@ -183,7 +183,7 @@ class Qwen25Vision(ConfigReader):
         x = g.norm(hidden, "visual.merger.ln_q.weight", None, self.epsilon, rms=True)
         group = self.merge**2 * self.width
         x = g.op("Reshape", x, g.const([0, -1, group], "int64"))
-        first, second = Lin("visual.merger.mlp.0"), Lin("visual.merger.mlp.2")
+        first, second = LinearRef("visual.merger.mlp.0"), LinearRef("visual.merger.mlp.2")
         [y] = g.linears(x, [first], rows="merged")
         y = g.activation(y, "gelu", first)
         [y] = g.linears(y, [second], lower_bound=GELU_LOWER_BOUND, rows="merged")

@@ -25,7 +25,7 @@ from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import position_ids
 from embedge.export.source.sentence_transformers import SentenceSettings
 from embedge.export.source.text_limits import read_optional
-from embedge.export.weights.rotated import Stream
+from embedge.export.weights.rotated import ResidualStream
 
 _MERGED = "jina-embeddings-v4-vllm-"
 _ENCODE_TEXT_TOKENS = 32768
@@ -78,7 +78,7 @@ class Qwen25VL(Decoder):
         model.inputs, model.pool_mask = Family.inputs, Family.pool_mask
         return model
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[ResidualStream, ...]:
         """The tower's last Linear writes the stream too: its features take the places of tokens."""
         (stream,) = super().streams()
         return (replace(stream, writers=[*stream.writers, "visual.merger.mlp.2"]),)

@@ -29,7 +29,7 @@ def attention(
 ) -> str:
     """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
 
-    Where the form allows it, causal attention becomes ``GroupQueryAttention`` and attention without
+    Where the scheme allows it, causal attention becomes ``GroupQueryAttention`` and attention without
     lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow
     with the square of the tokens. On CUDA these two do everything. Whatever else is asked for is ONNX's
     ``Attention``, whose memory does grow so.
@@ -51,16 +51,16 @@ def attention(
         head_size: channels of a head; ``GroupQueryAttention`` takes multiples of 8.
         flash: bool scalar: where true, no row has padding, and ``MultiHeadAttention`` runs.
     """
-    q, k, v = (g.form.attention_operand(g, t) for t in (q, k, v))
+    q, k, v = (g.scheme.attention_operand(g, t) for t in (q, k, v))
     grouped = causal and bool(tokens) and head_size % 8 == 0
-    if g.form.cuda and causal and not grouped:
+    if g.scheme.cuda and causal and not grouped:
         raise CheckpointError(
             f"config.json: heads have {head_size} channels, and ONNX Runtime's causal attention on GPUs "
             "takes multiples of 8; export for the CPU: precisions int8, int4 or fp32"
         )
-    if g.form.fused_attention and grouped and tokens:
+    if g.scheme.fused_attention and grouped and tokens:
         y = _causal_attention(g, q, k, v, heads, kv_heads, scale, window, tokens)
-    elif g.form.cuda or (g.form.fused_attention and not (causal or mask or lengths)):
+    elif g.scheme.cuda or (g.scheme.fused_attention and not (causal or mask or lengths)):
         y = _full_attention(g, q, k, v, heads, scale, lengths, mask)
     else:
 
@@ -80,7 +80,7 @@ def attention(
             return _full_attention(g, q, k, v, heads, scale, None, None)
 
         y = g.choose(flash, in_pieces, plain) if flash else plain()
-    return g.form.attention_result(g, y)
+    return g.scheme.attention_result(g, y)
 
 
 def _full_attention(
@@ -101,7 +101,7 @@ def _full_attention(
         padding = g.shared[f"int32.{lengths}"]
     if mask:
         if f"half.{mask}" not in g.shared:
-            g.shared[f"half.{mask}"] = g.form.attention_mask(g, mask)
+            g.shared[f"half.{mask}"] = g.scheme.attention_mask(g, mask)
         bias = g.shared[f"half.{mask}"]
     return g.op(
         "MultiHeadAttention",

@@ -1,8 +1,8 @@
-"""Writing an ONNX graph node by node, with weights as lazy recipes.
+"""Writing an ONNX graph node by node, with weights as lazy initializers.
 
 The graph of a task is written by the model's family (``families/``) against this class. Families say
 what is computed; how a Linear or an embedding table is stored and run is the precision's business
-(``_forms.py``). No weight is read here: a :class:`Recipe` knows how to make its tensors when their
+(``_forms.py``). No weight is read here: a :class:`LazyInitializer` knows how to make its tensors when their
 bytes are wanted, and is dropped right after.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 if TYPE_CHECKING:
-    from embedge.export.graph.scheme import Form
+    from embedge.export.graph.scheme import Scheme
     from embedge.export.schemes.int4_unpacked import Unpacked
 
 OPSET = 24  # Attention's nonpad_kv_seqlen: right padding without a tokens × tokens mask
@@ -58,11 +58,11 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class LazyInitializer:
     """Initializers that are computed together, when their bytes are written.
 
     Attributes:
-        key: identity of the result: two recipes of one precision with equal keys make equal bytes.
+        key: identity of the result: two initializers of one precision with equal keys make equal bytes.
         specs: the initializers, in the order in which ``compute`` returns them.
         compute: makes the arrays; called at most once per export of a key.
         owner: the task whose adapter changes a source of the result, or ``"base"``: shared by all.
@@ -82,7 +82,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Lin:
+class LinearRef:
     """A Linear by its canonical name, or some of its output rows (fused projections)."""
 
     name: str
@@ -95,7 +95,7 @@ class Lin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fold:
+class ScaleSink:
     """A Linear whose output channels scale the input of another one linearly.
 
     Attributes:
@@ -105,7 +105,7 @@ class Fold:
         gated: whether the input is the producer's output times other values (a gated MLP).
     """
 
-    lin: Lin
+    lin: LinearRef
     groups: tuple[int, int, int] | None = None
     gated: bool = False
 
@@ -122,13 +122,13 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tap:
+class LinearGroup:
     """The shared input of some Linears.
 
     Attributes:
         value: its name in the graph.
         lins: the Linears that read it.
-        fold: what a per-channel scale of it may be folded into.
+        sink: what a per-channel scale of it may be folded into.
         lower_bound: a value it is never below, or ``None``.
         norm: the norm that made it, or ``None``.
         rows: names the order of its rows, where a graph has several.
@@ -136,12 +136,12 @@ class Tap:
     """
 
     value: str
-    lins: tuple[Lin, ...]
-    fold: Fold | None = None
+    lins: tuple[LinearRef, ...]
+    sink: ScaleSink | None = None
     lower_bound: float | None = None
     norm: Norm | None = None
     rows: str = ""
-    multiplied: Lin | None = None
+    multiplied: LinearRef | None = None
 
     @property
     def label(self) -> str:
@@ -150,8 +150,8 @@ class Tap:
 
     @property
     def gated(self) -> bool:
-        """See :attr:`Fold.gated`."""
-        return self.fold is not None and self.fold.gated
+        """See :attr:`ScaleSink.gated`."""
+        return self.sink is not None and self.sink.gated
 
 
 @dataclass
@@ -160,30 +160,30 @@ class Graph:
 
     Attributes:
         weights: where parameters are read from.
-        form: how Linears and tables are stored and run.
-        taps: input value of every Linear group, by the label of its first Linear.
+        scheme: how Linears and tables are stored and run.
+        linear_groups: input value of every Linear group, by the label of its first Linear.
         tables: names of the embedding tables.
         norms: normalized values and what made them.
-        left_out: by Linear, the constant float32 ``[in]`` that was subtracted from its input.
+        input_shift: by Linear, the constant float32 ``[in]`` that was subtracted from its input.
         output_scale: by Linear, the float32 ``[out]`` by which its weight's rows were multiplied.
-        row_scales: by value, float32 ``[batch, tokens, 1]`` by which it has still to be multiplied.
+        pending_row_scales: by value, float32 ``[batch, tokens, 1]`` by which it has still to be multiplied.
         unpacked: by Linear, weights that the runtime makes from stored 4-bit ones.
         shared: values that several layers read, by a name for what they are.
     """
 
     weights: Weights
-    form: Form
+    scheme: Scheme
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
-    recipes: dict[str, Recipe] = field(default_factory=dict)
+    initializers: dict[str, LazyInitializer] = field(default_factory=dict)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    taps: dict[str, Tap] = field(default_factory=dict)
+    linear_groups: dict[str, LinearGroup] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
     norms: dict[str, Norm] = field(default_factory=dict)
-    left_out: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    input_shift: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     output_scale: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    row_scales: dict[str, str] = field(default_factory=dict)
+    pending_row_scales: dict[str, str] = field(default_factory=dict)
     unpacked: dict[str, Unpacked] = field(default_factory=dict)
     _constant_names: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
@@ -272,10 +272,10 @@ class Graph:
 
     # -- parameters -----------------------------------------------------------------------------
 
-    def recipe(self, recipe: Recipe) -> list[str]:
-        """Register a recipe once and return the names of its initializers."""
-        self.recipes.setdefault(recipe.specs[0].name, recipe)
-        return [spec.name for spec in recipe.specs]
+    def initializer(self, initializer: LazyInitializer) -> list[str]:
+        """Register a initializer once and return the names of its initializers."""
+        self.initializers.setdefault(initializer.specs[0].name, initializer)
+        return [spec.name for spec in initializer.specs]
 
     def computed(
         self,
@@ -290,13 +290,13 @@ class Graph:
         versions = ",".join(f"{s}@{self.weights.version(s)}" for s in sources)
         owner = owner or self.owner(*sources)
         spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT, shape=shape)
-        recipe = Recipe(
+        initializer = LazyInitializer(
             key=f"{name}|{versions}|{detail}",
             owner=owner,
             specs=(spec,),
             compute=lambda: [np.asarray(compute(), np.float32)],
         )
-        return self.recipe(recipe)[0]
+        return self.initializer(initializer)[0]
 
     def owner(self, *sources: str) -> str:
         """The task whose adapter changes one of the tensors, or ``"base"``."""
@@ -312,38 +312,38 @@ class Graph:
     def linears(
         self,
         x: str,
-        lins: Sequence[Lin],
+        lins: Sequence[LinearRef],
         *,
-        fold: Fold | None = None,
+        sink: ScaleSink | None = None,
         lower_bound: float | None = None,
         rows: str = "",
-        multiplied: Lin | None = None,
+        multiplied: LinearRef | None = None,
     ) -> list[str]:
         """Products of ``x`` ``[batch, tokens, in]`` with each Linear's weight, without biases.
 
         Args:
             x: the shared input.
             lins: the Linears that read it.
-            fold: what a per-channel scale of ``x`` may be folded into.
+            sink: what a per-channel scale of ``x`` may be folded into.
             lower_bound: a value that no element of ``x`` is ever below, where one is known.
             rows: names ``batch`` and ``tokens``, where a graph has values of several.
             multiplied: see :meth:`gated`.
         """
-        tap = Tap(
+        group = LinearGroup(
             value=x,
             lins=tuple(lins),
-            fold=fold,
+            sink=sink,
             lower_bound=lower_bound,
             norm=self.norms.get(x),
             rows=rows,
             multiplied=multiplied,
         )
-        if x in self.row_scales and not self.form.scales_rows(tap):
-            tap = replace(tap, value=self.op("Mul", x, self.row_scales[x]))
-        self.taps[tap.label] = tap
-        return self.form.linears(self, tap)
+        if x in self.pending_row_scales and not self.scheme.scales_rows(group):
+            group = replace(group, value=self.op("Mul", x, self.pending_row_scales[x]))
+        self.linear_groups[group.label] = group
+        return self.scheme.linears(self, group)
 
-    def gated(self, x: str, gate: Lin, up: Lin, kind: str) -> str:
+    def gated(self, x: str, gate: LinearRef, up: LinearRef, kind: str) -> str:
         """``activation(gate(x)) · up(x)``, what the last Linear of a gated MLP reads.
 
         Args:
@@ -354,25 +354,27 @@ class Graph:
         """
         a, b = self.linears(x, [gate, up], multiplied=up)
         y = self.op("Mul", self.activation(a, kind, gate), self.add(b, self.bias(up)))
-        if b in self.row_scales:
-            self.row_scales[y] = self.row_scales[b]
+        if b in self.pending_row_scales:
+            self.pending_row_scales[y] = self.pending_row_scales[b]
         return y
 
-    def bias(self, lin: Lin, *, carried: Lin | None = None, negated: bool = False) -> str | None:
+    def bias(
+        self, lin: LinearRef, *, upstream_bias: LinearRef | None = None, negated: bool = False
+    ) -> str | None:
         """The bias that completes :meth:`linears`: the Linear's own and what was folded into it.
 
         Args:
             lin: the Linear.
-            carried: a Linear whose bias reaches ``lin``'s input unchanged and was left out there (the
+            upstream_bias: a Linear whose bias reaches ``lin``'s input unchanged and was left out there (the
                 value projection: rows of softmax sum to 1, so its bias passes attention as it is).
             negated: return minus the bias.
 
         Returns:
             Name of a float32 ``[out]`` initializer, or ``None`` where there is nothing to add.
         """
-        return self.form.bias(self, lin, carried, negated)
+        return self.scheme.bias(self, lin, upstream_bias, negated)
 
-    def drop_bias(self, lin: Lin) -> None:
+    def drop_bias(self, lin: LinearRef) -> None:
         """State that a Linear's bias changes nothing here, so that it does not count as overlooked."""
         name = f"{lin.name}.bias"
         if self.weights.has(name):
@@ -381,7 +383,7 @@ class Graph:
     def embedding(self, name: str, ids: str) -> str:
         """Rows of the table ``name`` for int64 ``ids`` of any shape, float32."""
         self.tables.append(name)
-        return self.form.embedding(self, name, ids)
+        return self.scheme.embedding(self, name, ids)
 
     def add(self, a: str, b: str | None) -> str:
         """``a + b``; ``a`` itself where ``b`` is ``None``."""
@@ -402,7 +404,7 @@ class Graph:
 
     def rms_norm(self, x: str, gamma: str, epsilon: float) -> str:
         """RMSNorm over the last axis; ONNX has it from version 23, ONNX Runtime had it before."""
-        kind = "SimplifiedLayerNormalization" if self.form.cuda else "RMSNormalization"
+        kind = "SimplifiedLayerNormalization" if self.scheme.cuda else "RMSNormalization"
         return self.op(kind, x, gamma, axis=-1, epsilon=epsilon)
 
     def rotary(self, x: str, cos: str, sin: str, positions: str | None, heads: int) -> str:
@@ -416,7 +418,7 @@ class Graph:
             positions: int64 ``[batch, tokens]``, or ``None``.
             heads: heads of ``x``.
         """
-        if not self.form.cuda:
+        if not self.scheme.cuda:
             tables = [cos, sin] if positions is None else [cos, sin, positions]
             return self.op("RotaryEmbedding", x, *tables, num_heads=heads, interleaved=0)
         if positions is None:
@@ -459,7 +461,7 @@ class Graph:
             ``(normalized, total)``.
         """
         if linear_bias is not None:
-            shifted = self.form.shifted_norm(self, residual, linear_bias)
+            shifted = self.scheme.shifted_norm(self, residual, linear_bias)
             if shifted is None:
                 x = self.op("Add", x, linear_bias)
             else:
@@ -467,7 +469,7 @@ class Graph:
         total = self.op("Add", x, residual)
         return self.norm(total, weight, bias, epsilon, rms=rms), total
 
-    def activation(self, x: str, kind: str, lin: Lin) -> str:
+    def activation(self, x: str, kind: str, lin: LinearRef) -> str:
         """An activation by its transformers name, after adding the bias of ``lin``."""
         if kind == "gelu":
             # Subtracting the negated bias keeps ONNX Runtime from fusing BiasGelu, whose CPU kernel
@@ -487,7 +489,7 @@ class Graph:
     # -- finishing ----------------------------------------------------------------------------------
 
     def prune(self) -> None:
-        """Drop nodes, constants and recipes that no output needs."""
+        """Drop nodes, constants and initializers that no output needs."""
         needed = {o.name for o in self.outputs}
         kept: list[onnx.NodeProto] = []
         for node in reversed(self.nodes):
@@ -496,8 +498,10 @@ class Graph:
                 needed.update(names_read(node))
         self.nodes = kept[::-1]
         self.constants = {n: c for n, c in self.constants.items() if n in needed}
-        self.recipes = {
-            n: r for n, r in self.recipes.items() if needed.intersection(s.name for s in r.specs)
+        self.initializers = {
+            n: r
+            for n, r in self.initializers.items()
+            if needed.intersection(s.name for s in r.specs)
         }
         self.unpacked = {n: u for n, u in self.unpacked.items() if u.specs[0].name in needed}
 

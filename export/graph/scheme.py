@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export.errors import CheckpointError
-from embedge.export.graph.builder import CUDA_OPSET, OPSET, Graph, Lin, Recipe, Tap, TensorSpec
+from embedge.export.graph.builder import (
+    CUDA_OPSET,
+    OPSET,
+    Graph,
+    LazyInitializer,
+    LinearGroup,
+    LinearRef,
+    TensorSpec,
+)
 
 FloatArray = NDArray[np.float32]
 HALF_MAX = float(np.finfo(np.float16).max)  # 65504
@@ -32,7 +40,7 @@ class Rounded:
     """A quantized Linear.
 
     Attributes:
-        arrays: the stored tensors, in the order of the recipe's specs.
+        arrays: the stored tensors, in the order of the initializer's specs.
         sqnr_db: signal to noise of the weight in decibels.
         weight: float32 ``[out, in]``, what was quantized.
         lost: float32 ``[out, in]``, what of it was lost; ``None`` where nobody asked.
@@ -44,8 +52,8 @@ class Rounded:
     lost: FloatArray | None
 
 
-class Form:
-    """Float32 storage and arithmetic; the base of the other forms."""
+class Scheme:
+    """Float32 storage and arithmetic; the base of the other schemes."""
 
     precision = "fp32"
     devices: tuple[str, ...] = ("cpu",)
@@ -57,23 +65,25 @@ class Form:
     opset = OPSET
     elem_type: int = TensorProto.FLOAT
 
-    def linears(self, g: Graph, tap: Tap) -> list[str]:
-        return self._products(g, tap.value, tap.lins)
+    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
+        return self._products(g, group.value, group.lins)
 
-    def scales_rows(self, tap: Tap) -> bool:
+    def scales_rows(self, group: LinearGroup) -> bool:
         """Whether :meth:`linears` takes a value whose rows are still to be scaled as it is."""
         return False
 
-    def _products(self, g: Graph, x: str, lins: Sequence[Lin]) -> list[str]:
+    def _products(self, g: Graph, x: str, lins: Sequence[LinearRef]) -> list[str]:
         return [g.op("MatMul", x, self.matrix(g, lin), name=lin.label) for lin in lins]
 
-    def bias(self, g: Graph, lin: Lin, carried: Lin | None, negated: bool) -> str | None:
-        chain = [lin] if carried is None else [lin, carried]
-        if not any(g.weights.has(bias_name(c)) or c.label in g.left_out for c in chain):
+    def bias(
+        self, g: Graph, lin: LinearRef, upstream_bias: LinearRef | None, negated: bool
+    ) -> str | None:
+        chain = [lin] if upstream_bias is None else [lin, upstream_bias]
+        if not any(g.weights.has(bias_name(c)) or c.label in g.input_shift for c in chain):
             return None
         scale = g.output_scale.get(lin.label)
-        constants = [g.left_out.get(c.label) for c in chain]
-        plain = carried is None and constants[0] is None and scale is None and not negated
+        constants = [g.input_shift.get(c.label) for c in chain]
+        plain = upstream_bias is None and constants[0] is None and scale is None and not negated
         if plain and lin.start is None:
             return g.param(bias_name(lin))
         sources = [weight_name(c) for c in chain]
@@ -81,8 +91,8 @@ class Form:
 
         def compute() -> FloatArray:
             constant = constants[0]
-            if carried is not None:
-                inner = full_bias(g, carried, constants[1])
+            if upstream_bias is not None:
+                inner = full_bias(g, upstream_bias, constants[1])
                 constant = inner if constant is None else constant + inner
             bias = full_bias(g, lin, constant)
             if scale is not None:
@@ -113,7 +123,7 @@ class Form:
     def attention_result(self, g: Graph, x: str) -> str:
         return x
 
-    def matrix(self, g: Graph, lin: Lin) -> str:
+    def matrix(self, g: Graph, lin: LinearRef) -> str:
         """The transposed weight ``[in, out]`` as an initializer."""
         rows, columns = out_features(g, lin), in_features(g, lin)
         spec = TensorSpec(
@@ -125,16 +135,16 @@ class Form:
             half = self.elem_type == TensorProto.FLOAT16
             return [to_half(weight, weight_name(lin)) if half else weight]
 
-        recipe = Recipe(
+        initializer = LazyInitializer(
             key=recipe_key(g, lin, self.precision),
             owner=g.owner(weight_name(lin)),
             specs=(spec,),
             compute=compute,
         )
-        return g.recipe(recipe)[0]
+        return g.initializer(initializer)[0]
 
 
-class CudaForm(Form):
+class CudaScheme(Scheme):
     """What the precisions for GPUs share: float16 inside products and attention, float32 elsewhere.
 
     Norms, the softmax's sums, residuals, rotary positions and pooling stay float32.
@@ -156,7 +166,7 @@ class CudaForm(Form):
         return g.op("Cast", x, to=TensorProto.FLOAT)
 
 
-class HalfForm(CudaForm):
+class Float16Scheme(CudaScheme):
     """Float16 weights and products for GPUs.
 
     Args:
@@ -169,9 +179,9 @@ class HalfForm(CudaForm):
     def __init__(self, *, rotates: bool = False) -> None:
         self.rotates = rotates
 
-    def linears(self, g: Graph, tap: Tap) -> list[str]:
-        half = g.op("Cast", tap.value, to=TensorProto.FLOAT16)
-        products = self._products(g, half, tap.lins)
+    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
+        half = g.op("Cast", group.value, to=TensorProto.FLOAT16)
+        products = self._products(g, half, group.lins)
         return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
@@ -181,13 +191,13 @@ class HalfForm(CudaForm):
 def half_rows(g: Graph, name: str, ids: str) -> str:
     """Rows of the table ``name`` for int64 ``ids``, stored as float16, looked up as float32."""
     spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT16, shape=g.weights.shape(name))
-    recipe = Recipe(
+    initializer = LazyInitializer(
         key=f"{name}@{g.weights.version(name)}|fp16",
         owner=g.owner(name),
         specs=(spec,),
         compute=lambda: [to_half(g.weights.read(name), name)],
     )
-    return g.op("Cast", g.op("Gather", g.recipe(recipe)[0], ids), to=TensorProto.FLOAT)
+    return g.op("Cast", g.op("Gather", g.initializer(initializer)[0], ids), to=TensorProto.FLOAT)
 
 
 def to_half(array: FloatArray, name: str) -> NDArray[np.float16]:
@@ -209,35 +219,35 @@ def to_half(array: FloatArray, name: str) -> NDArray[np.float16]:
 # -- reading Linears --------------------------------------------------------------------------------
 
 
-def weight_name(lin: Lin) -> str:
+def weight_name(lin: LinearRef) -> str:
     """Canonical name of the weight tensor a Linear reads."""
     return f"{lin.name}.weight"
 
 
-def bias_name(lin: Lin) -> str:
+def bias_name(lin: LinearRef) -> str:
     """Canonical name of a Linear's bias tensor, which need not exist."""
     return f"{lin.name}.bias"
 
 
-def out_features(g: Graph, lin: Lin) -> int:
+def out_features(g: Graph, lin: LinearRef) -> int:
     """Output channels of a Linear, or of its selected rows."""
     if lin.start is not None and lin.stop is not None:
         return lin.stop - lin.start
     return g.weights.shape(weight_name(lin))[0]
 
 
-def in_features(g: Graph, lin: Lin) -> int:
+def in_features(g: Graph, lin: LinearRef) -> int:
     """Input channels of a Linear."""
     return g.weights.shape(weight_name(lin))[1]
 
 
-def read_linear(g: Graph, lin: Lin) -> FloatArray:
+def read_linear(g: Graph, lin: LinearRef) -> FloatArray:
     """A Linear's merged weight, float32 ``[out, in]``."""
     weight = g.weights.read(weight_name(lin))
     return weight if lin.start is None else weight[lin.start : lin.stop]
 
 
-def read_bias(g: Graph, lin: Lin) -> FloatArray | None:
+def read_bias(g: Graph, lin: LinearRef) -> FloatArray | None:
     """A Linear's merged bias, float32 ``[out]``, or ``None``."""
     if not g.weights.has(bias_name(lin)):
         return None
@@ -245,7 +255,7 @@ def read_bias(g: Graph, lin: Lin) -> FloatArray | None:
     return bias if lin.start is None else bias[lin.start : lin.stop]
 
 
-def full_bias(g: Graph, lin: Lin, constant: FloatArray | None) -> FloatArray:
+def full_bias(g: Graph, lin: LinearRef, constant: FloatArray | None) -> FloatArray:
     """``bias + W·constant``: everything that does not depend on the token.
 
     Args:
@@ -268,13 +278,13 @@ def reported_db(value: float) -> float | None:
     return round(value, 2) if np.isfinite(value) else None
 
 
-def recipe_key(g: Graph, lin: Lin, detail: str) -> str:
+def recipe_key(g: Graph, lin: LinearRef, detail: str) -> str:
     """Identity of a stored Linear: its tensor, the task it belongs to if adapted, and the format."""
     return f"{lin.label}@{g.weights.version(weight_name(lin))}|{detail}"
 
 
 def digest(*arrays: NDArray[Any] | None) -> str:
-    """A short identity of constants, for recipe keys."""
+    """A short identity of constants, for initializer keys."""
     state = hashlib.sha256()
     for array in arrays:
         state.update(b"-" if array is None else array.tobytes())

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from embedge.export.families import Family
 from embedge.export.graph.builder import CONTRIB, IR_VERSION, Graph, TensorSpec, Weights
 from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of, with_functions
-from embedge.export.graph.scheme import Form, digest
+from embedge.export.graph.scheme import Scheme, digest
 from embedge.export.source.sentence_transformers import DenseLayer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.runtime.sessions.unpack import UNPACKED
@@ -23,7 +23,7 @@ _DENSE_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
 def task_graph(
     family: Family,
     weights: Weights,
-    form: Form,
+    scheme: Scheme,
     *,
     pooling: str,
     dense: tuple[DenseLayer, ...],
@@ -36,12 +36,12 @@ def task_graph(
     Args:
         family: the model.
         weights: the task's tensors.
-        form: the precision.
+        scheme: the precision.
         pooling: "mean", "cls" or "lasttoken".
         dense: layers after pooling, in order, run in float32.
         normalize: whether vectors end with length 1.
     """
-    g = Graph(weights=weights, form=form)
+    g = Graph(weights=weights, scheme=scheme)
     family.declare_inputs(g)
     context = family.context(g)
     hidden = family.embed(g, context)
@@ -169,12 +169,12 @@ def to_model(
     """Put a pruned graph and its initializers into an ONNX model."""
     constants = sorted(g.constants.values(), key=lambda c: c.name)
     unpacked = [_unpacked(spec) for u in g.unpacked.values() for spec in u.specs]
-    nodes = with_functions(g.nodes) if g.form.functions else g.nodes
-    functions = functions_of(nodes, g.form.opset)
+    nodes = with_functions(g.nodes) if g.scheme.functions else g.nodes
+    functions = functions_of(nodes, g.scheme.opset)
     graph = helper.make_graph(
         nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]
     )
-    domains = {"": g.form.opset, CONTRIB: 1, **({DOMAIN: VERSION} if functions else {})}
+    domains = {"": g.scheme.opset, CONTRIB: 1, **({DOMAIN: VERSION} if functions else {})}
     model = helper.make_model(
         graph,
         functions=functions,

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import BASE, CONTRIB, Graph, Recipe, TensorSpec
+from embedge.export.graph.builder import BASE, CONTRIB, Graph, LazyInitializer, TensorSpec
 from embedge.export.graph.scheme import half_rows, to_half
 from embedge.quant import embedding_tables, int4
 
@@ -63,8 +63,10 @@ def quantized_rows(g: Graph, name: str, ids: str, bits: int, *, half: bool = Fal
         ),
     )
     key = f"{name}@{g.weights.version(name)}|table-int{bits}-{block_size}{'-fp16' * half}"
-    table, scale, zero = g.recipe(
-        Recipe(key=key, owner=g.owner(name), specs=specs, compute=compute, describe=describe)
+    table, scale, zero = g.initializer(
+        LazyInitializer(
+            key=key, owner=g.owner(name), specs=specs, compute=compute, describe=describe
+        )
     )
     found = g.op(
         "GatherBlockQuantized",

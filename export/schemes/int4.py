@@ -3,7 +3,7 @@
 On the CPU the operator quantizes its input per row and block (accuracy level 4), so outliers stay in
 their block; on GPUs (int4-fp16) it takes float16 inputs and scales.
 Where calibration ran, the values come from GPTQ (``_calibration.py`` has stored them under the same
-recipe key); this form's own ``compute`` is the data-free fallback with error-minimising grids.
+initializer key); this scheme's own ``compute`` is the data-free fallback with error-minimising grids.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import CONTRIB, Graph, Lin, Recipe, Tap, TensorSpec
+from embedge.export.graph.builder import (
+    CONTRIB,
+    Graph,
+    LazyInitializer,
+    LinearGroup,
+    LinearRef,
+    TensorSpec,
+)
 from embedge.export.graph.scheme import (
-    CudaForm,
-    Form,
+    CudaScheme,
     Rounded,
+    Scheme,
     digest,
     in_features,
     out_features,
@@ -33,12 +40,12 @@ from embedge.export.schemes.outlier_channels import beside, outliers
 from embedge.quant import gptq, int4
 
 
-class Int4Form(Form):
+class Int4Scheme(Scheme):
     """See the module's description.
 
     Args:
         block_size: input channels per block, a power of two ≥ 16.
-        method: "gptq" or "rtn", part of the recipe keys.
+        method: "gptq" or "rtn", part of the initializer keys.
         table_bits: bits of embedding tables.
         outliers: channels that are multiplied in float32, by the label of an input's first Linear.
     """
@@ -64,21 +71,23 @@ class Int4Form(Form):
         # move by up to 6e-4), so the runtime keeps batch × tokens even.
         self.row_multiple = 1 if block_size <= 32 else 2
 
-    def linears(self, g: Graph, tap: Tap) -> list[str]:
-        products = [self._product(g, tap.value, tap, lin, accuracy_level=4) for lin in tap.lins]
-        channels = self._outliers.get(tap.label)
+    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
+        products = [
+            self._product(g, group.value, group, lin, accuracy_level=4) for lin in group.lins
+        ]
+        channels = self._outliers.get(group.label)
         if channels is None:
             return products
         return [
-            beside(g, y, *outliers(g, tap.value, lin, channels))
-            for y, lin in zip(products, tap.lins, strict=True)
+            beside(g, y, *outliers(g, group.value, lin, channels))
+            for y, lin in zip(products, group.lins, strict=True)
         ]
 
-    def _product(self, g: Graph, x: str, tap: Tap, lin: Lin, **options: int) -> str:
+    def _product(self, g: Graph, x: str, group: LinearGroup, lin: LinearRef, **options: int) -> str:
         return g.op(
             "MatMulNBits",
             x,
-            *g.recipe(self.weight_recipe(g, tap, lin)),
+            *g.initializer(self.weight_recipe(g, group, lin)),
             domain=CONTRIB,
             name=lin.label,
             K=in_features(g, lin),
@@ -95,9 +104,9 @@ class Int4Form(Form):
 
     # -- rounding -----------------------------------------------------------------------------------
 
-    def smooth_hessian(self, g: Graph, tap: Tap, hessian: NDArray[np.float32]) -> None:
+    def smooth_hessian(self, g: Graph, group: LinearGroup, hessian: NDArray[np.float32]) -> None:
         """Take the outlier channels, which are not quantized, out of ``Σ x xᵀ``, in place."""
-        channels = self._outliers.get(tap.label)
+        channels = self._outliers.get(group.label)
         if channels is not None:
             hessian[channels] = 0
             hessian[:, channels] = 0
@@ -105,13 +114,13 @@ class Int4Form(Form):
     def round(
         self,
         g: Graph,
-        tap: Tap,
-        lin: Lin,
+        group: LinearGroup,
+        lin: LinearRef,
         upper: NDArray[np.float32] | None = None,
     ) -> Rounded:
-        """Quantize one of the Linears that share an input; see :meth:`Int8Form.round`."""
+        """Quantize one of the Linears that share an input; see :meth:`Int8Scheme.round`."""
         weight = read_linear(g, lin)
-        channels = self._outliers.get(tap.label)
+        channels = self._outliers.get(group.label)
         if channels is not None:
             weight[:, channels] = 0
         parts = int4.split_blocks(weight, self.block_size)
@@ -129,10 +138,10 @@ class Int4Form(Form):
             arrays[1] = to_half(scales, weight_name(lin))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
-    def restored(self, g: Graph, tap: Tap, lin: Lin) -> NDArray[np.float32]:
+    def restored(self, g: Graph, group: LinearGroup, lin: LinearRef) -> NDArray[np.float32]:
         """The transposed weight ``[in, out]`` that rounding to nearest leaves, outlier channels exact."""
         weight = read_linear(g, lin)
-        channels: Sequence[int] | NDArray[np.int64] = self._outliers.get(tap.label, [])
+        channels: Sequence[int] | NDArray[np.int64] = self._outliers.get(group.label, [])
         loud = weight[:, channels]
         weight[:, channels] = 0
         parts = int4.split_blocks(weight, self.block_size)
@@ -142,7 +151,7 @@ class Int4Form(Form):
         result[:, channels] = loud
         return np.ascontiguousarray(result.T)
 
-    def weight_recipe(self, g: Graph, tap: Tap, lin: Lin) -> Recipe:
+    def weight_recipe(self, g: Graph, group: LinearGroup, lin: LinearRef) -> LazyInitializer:
         """Values, scales and zero points of a Linear; ``compute`` rounds to nearest."""
         rows, columns = out_features(g, lin), in_features(g, lin)
         blocks = -(-columns // self.block_size)
@@ -150,7 +159,7 @@ class Int4Form(Form):
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, tap, lin)
+            rounded = self.round(g, group, lin)
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 
@@ -174,27 +183,29 @@ class Int4Form(Form):
                 shape=(rows, -(-blocks // 2)),
             ),
         )
-        outliers = digest(self._outliers.get(tap.label))
+        outliers = digest(self._outliers.get(group.label))
         key = recipe_key(g, lin, f"{self.precision}|{self.block_size}|{self.method}|{outliers}")
         owner = g.owner(weight_name(lin))
-        return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
+        return LazyInitializer(
+            key=key, owner=owner, specs=specs, compute=compute, describe=describe
+        )
 
 
-class Int4HalfForm(Int4Form, CudaForm):
+class Int4Float16Scheme(Int4Scheme, CudaScheme):
     """int4 for GPUs: the same values, float16 scales and inputs; see the module's description."""
 
     functions = False  # GPUs do not run the kernels
     precision = "int4-fp16"
-    devices = CudaForm.devices
+    devices = CudaScheme.devices
     scale_type = TensorProto.FLOAT16
 
     def __init__(self, block_size: int, method: str, table_bits: int) -> None:
         super().__init__(block_size, method, table_bits)
         self.row_multiple = 1
 
-    def linears(self, g: Graph, tap: Tap) -> list[str]:
-        half = g.op("Cast", tap.value, to=TensorProto.FLOAT16)
-        products = [self._product(g, half, tap, lin) for lin in tap.lins]
+    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
+        half = g.op("Cast", group.value, to=TensorProto.FLOAT16)
+        products = [self._product(g, half, group, lin) for lin in group.lins]
         return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:

@@ -22,7 +22,7 @@ activations.
 A scale per row is a block of :class:`QuantizeLinear` as wide as the row. ``MatMulIntegerToFloat`` takes
 one too, ``[batch, tokens, 1]``, on the CPU (undocumented; a test holds it), but only without its bias
 input, and its own kernel multiplies by it in one thread after the product. So where the product is
-multiplied again anyway (``up`` of a gated MLP) its scale waits in :attr:`Graph.row_scales` for the next one.
+multiplied again anyway (``up`` of a gated MLP) its scale waits in :attr:`Graph.pending_row_scales` for the next one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,19 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import BASE, CONTRIB, Fold, Graph, Lin, Recipe, Tap, TensorSpec
+from embedge.export.graph.builder import (
+    BASE,
+    CONTRIB,
+    Graph,
+    LazyInitializer,
+    LinearGroup,
+    LinearRef,
+    ScaleSink,
+    TensorSpec,
+)
 from embedge.export.graph.scheme import (
-    Form,
     Rounded,
+    Scheme,
     bias_name,
     digest,
     in_features,
@@ -62,37 +71,37 @@ _BOUNDED_RATIO = 235 / 20  # levels above zero per level below, at either width
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputPlan:
+class SmoothingConstants:
     """Constants of one Linear input, the same for all tasks of a bundle.
 
     Attributes:
         shift: float32 ``[in]`` subtracted from the input, or ``None``.
         smooth: float32 ``[in]`` by which the input is divided, or ``None``.
-        fold: the producer that takes ``1 / smooth`` into its scales, or ``None``.
+        sink: the producer that takes ``1 / smooth`` into its scales, or ``None``.
         outliers: int64, channels that are multiplied in float32; ``smooth`` makes them vanish among
             the others, or ``None``.
     """
 
     shift: NDArray[np.float32] | None = None
     smooth: NDArray[np.float32] | None = None
-    fold: Fold | None = None
+    sink: ScaleSink | None = None
     outliers: NDArray[np.int64] | None = None
 
     @property
     def digest(self) -> str:
-        """Identifies the constants in recipe keys."""
+        """Identifies the constants in initializer keys."""
         return digest(self.shift, self.smooth, self.outliers)
 
 
-NO_PLAN = InputPlan()
+NO_PLAN = SmoothingConstants()
 
 
-class Int8Form(Form):
+class Int8Scheme(Scheme):
     """See the module's description.
 
     Args:
         plans: constants by the label of an input's first Linear; empty without calibration.
-        method: "gptq" or "rtn", how weights are rounded; part of the recipe keys.
+        method: "gptq" or "rtn", how weights are rounded; part of the initializer keys.
         table_bits: bits of embedding tables.
     """
 
@@ -103,7 +112,7 @@ class Int8Form(Form):
     functions = True
 
     def __init__(
-        self, plans: Mapping[str, InputPlan], method: str = "rtn", table_bits: int = 8
+        self, plans: Mapping[str, SmoothingConstants], method: str = "rtn", table_bits: int = 8
     ) -> None:
         self.method = method
         self._plans = plans
@@ -112,43 +121,45 @@ class Int8Form(Form):
         self.keep_plans(lambda label: True)
 
     def keep_plans(self, wanted: Callable[[str], bool]) -> None:
-        """Forget the plans of inputs that other forms read: nothing may be folded for those.
+        """Forget the plans of inputs that other schemes read: nothing may be folded for those.
 
         Args:
-            wanted: whether this form runs the Linears of an input, by the label of the first.
+            wanted: whether this scheme runs the Linears of an input, by the label of the first.
         """
         self._plans = {label: plan for label, plan in self._plans.items() if wanted(label)}
         self._output_scale = {
-            plan.fold.lin.label: 1.0 / producer_channels(plan.smooth, plan.fold)
+            plan.sink.lin.label: 1.0 / producer_channels(plan.smooth, plan.sink)
             for plan in self._plans.values()
-            if plan.fold is not None and plan.smooth is not None
+            if plan.sink is not None and plan.smooth is not None
         }
 
-    def linears(self, g: Graph, tap: Tap) -> list[str]:
-        plan = self._plan(g, tap)
-        for lin in tap.lins:
+    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
+        plan = self._plan(g, group)
+        for lin in group.lins:
             if plan.shift is not None:
-                g.left_out[lin.label] = plan.shift
+                g.input_shift[lin.label] = plan.shift
             if lin.label in self._output_scale:
                 g.output_scale[lin.label] = self._output_scale[lin.label]
-        x = self._smoothed(g, tap.value, tap.label, plan)
-        lower_bound = tap.lower_bound
+        x = self._smoothed(g, group.value, group.label, plan)
+        lower_bound = group.lower_bound
         if lower_bound is not None and plan.smooth is not None:
             lower_bound /= float(plan.smooth.min())
-        values, scale, zero_point = self._quantized(g, self._rotated(g, x, tap), tap, lower_bound)
-        row_scale = g.row_scales.get(tap.value)
+        values, scale, zero_point = self._quantized(
+            g, self._rotated(g, x, group), group, lower_bound
+        )
+        row_scale = g.pending_row_scales.get(group.value)
         if row_scale is not None:
             scale = g.op("Mul", scale, row_scale)
         products = []
-        for lin in tap.lins:
-            weight, weight_scale = self._weight(g, tap, lin)
-            waits = lin == tap.multiplied and not g.weights.has(bias_name(lin))
+        for lin in group.lins:
+            weight, weight_scale = self._weight(g, group, lin)
+            waits = lin == group.multiplied and not g.weights.has(bias_name(lin))
             waits = waits and plan.shift is None and plan.outliers is None
             rows = g.const(1.0) if waits else scale
             arguments = [values, weight, rows, weight_scale, zero_point]
             y = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=lin.label)
             if waits:
-                g.row_scales[y] = scale
+                g.pending_row_scales[y] = scale
             if plan.outliers is not None:
                 rows_out = self._output_scale.get(lin.label)
                 columns = outliers(g, x, lin, plan.outliers, columns=plan.smooth, rows=rows_out)
@@ -156,8 +167,8 @@ class Int8Form(Form):
             products.append(y)
         return products
 
-    def scales_rows(self, tap: Tap) -> bool:
-        return tap.gated
+    def scales_rows(self, group: LinearGroup) -> bool:
+        return group.gated
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         from embedge.export.schemes.embedding_tables import quantized_rows
@@ -172,7 +183,7 @@ class Int8Form(Form):
         if not self._plans:
             return None  # without plans the Linears read x itself
         gamma = g.param(norm.weight)
-        own, added = norm.bias, g.recipes[bias]
+        own, added = norm.bias, g.initializers[bias]
         owners = {g.owner(own), added.owner} - {BASE}
         beta = g.computed(
             f"{own}+{bias}",
@@ -186,7 +197,7 @@ class Int8Form(Form):
 
     # -- pieces -------------------------------------------------------------------------------------
 
-    def _smoothed(self, g: Graph, x: str, label: str, plan: InputPlan) -> str:
+    def _smoothed(self, g: Graph, x: str, label: str, plan: SmoothingConstants) -> str:
         """``(x - shift) / smooth``, by the cheapest way there is."""
         if plan.smooth is None and plan.shift is None:
             return x
@@ -218,12 +229,12 @@ class Int8Form(Form):
             )
         if plan.shift is not None:
             x = g.op("Sub", x, g.const(plan.shift))
-        if plan.smooth is not None and plan.fold is None:
+        if plan.smooth is not None and plan.sink is None:
             x = g.op("Mul", x, g.const(1.0 / plan.smooth))
         return x
 
     def _quantized(
-        self, g: Graph, x: str, tap: Tap, lower_bound: float | None
+        self, g: Graph, x: str, group: LinearGroup, lower_bound: float | None
     ) -> tuple[str, str, str]:
         """``(uint8 values, float32 scale [batch, tokens, 1], uint8 zero point)``.
 
@@ -239,17 +250,17 @@ class Int8Form(Form):
             peak = g.op("ReduceMax", x, axis, keepdims=1)
             peak = g.op("Max", peak, g.const(-lower_bound * _BOUNDED_RATIO))
         scale = g.op("Mul", peak, step)
-        shared = f"{zero_point}.{tap.rows}"
+        shared = f"{zero_point}.{group.rows}"
         if shared not in g.shared:
             rows = g.op("Concat", g.op("Shape", x, end=-1), g.const([1], "int64"), axis=0)
             g.shared[shared] = g.op("Expand", zero_point, rows)
-        width = in_features(g, tap.lins[0])
+        width = in_features(g, group.lins[0])
         values = g.op("QuantizeLinear", x, scale, g.shared[shared], axis=-1, block_size=width)
         return values, scale, zero_point
 
-    def _rotated(self, g: Graph, x: str, tap: Tap) -> str:
+    def _rotated(self, g: Graph, x: str, group: LinearGroup) -> str:
         """The input with its blocks rotated, where :func:`input_rotation` says so."""
-        rotation = input_rotation(g, tap)
+        rotation = input_rotation(g, group)
         if rotation is None:
             return x
         blocks = g.op("Reshape", x, g.const([0, 0, -1, len(rotation)], "int64"))
@@ -257,24 +268,24 @@ class Int8Form(Form):
             "Reshape", g.op("MatMul", blocks, g.const(rotation)), g.const([0, 0, -1], "int64")
         )
 
-    def _plan(self, g: Graph, tap: Tap) -> InputPlan:
-        plan = self._plans.get(tap.label, NO_PLAN)
-        if plan.fold is not None and plan.fold.lin.label not in g.output_scale:
+    def _plan(self, g: Graph, group: LinearGroup) -> SmoothingConstants:
+        plan = self._plans.get(group.label, NO_PLAN)
+        if plan.sink is not None and plan.sink.lin.label not in g.output_scale:
             return NO_PLAN  # the producer is kept at another precision and was not scaled
         return plan
 
     # -- rounding -----------------------------------------------------------------------------------
 
-    def smooth_hessian(self, g: Graph, tap: Tap, hessian: NDArray[np.float32]) -> None:
+    def smooth_hessian(self, g: Graph, group: LinearGroup, hessian: NDArray[np.float32]) -> None:
         """Turn ``Σ x xᵀ`` of a Linear input into that of what is quantized, in place."""
-        plan = self._plan(g, tap)
+        plan = self._plan(g, group)
         if plan.smooth is not None:
             for row, divisor in enumerate(plan.smooth):  # mapped from a file: row by row
                 hessian[row] /= divisor * plan.smooth
         if plan.outliers is not None:
             hessian[plan.outliers] = 0
             hessian[:, plan.outliers] = 0
-        rotation = input_rotation(g, tap)
+        rotation = input_rotation(g, group)
         if rotation is not None:
             size = len(rotation)
             for row in range(0, len(hessian), size):
@@ -284,23 +295,23 @@ class Int8Form(Form):
     def round(
         self,
         g: Graph,
-        tap: Tap,
-        lin: Lin,
+        group: LinearGroup,
+        lin: LinearRef,
         upper: NDArray[np.float32] | None = None,
     ) -> Rounded:
         """Quantize one of the Linears that share an input, to nearest or by GPTQ.
 
         Args:
             g: the graph whose weights are read.
-            tap: the input.
+            group: the input.
             lin: one of the Linears that read it.
             upper: what :func:`embedge.quant.gptq.inverse_factor` made of the smoothed Hessian.
         """
-        plan = self._plan(g, tap)
+        plan = self._plan(g, group)
         weight = read_linear(g, lin)
         if plan.outliers is not None:
             weight[:, plan.outliers] = 0
-        rotation = input_rotation(g, tap)
+        rotation = input_rotation(g, group)
         lost = None
         if upper is None and rotation is None:
             result = int8.quantize_rows(weight, plan.smooth)
@@ -326,17 +337,17 @@ class Int8Form(Form):
         arrays: list[NDArray[Any]] = [np.ascontiguousarray(values.T), scales]
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
-    def _weight(self, g: Graph, tap: Tap, lin: Lin) -> list[str]:
+    def _weight(self, g: Graph, group: LinearGroup, lin: LinearRef) -> list[str]:
         """Initializers: the weight and its scales."""
-        return g.recipe(self.weight_recipe(g, tap, lin))
+        return g.initializer(self.weight_recipe(g, group, lin))
 
-    def weight_recipe(self, g: Graph, tap: Tap, lin: Lin) -> Recipe:
-        """The recipe of one of the Linears that share an input; its ``compute`` rounds to nearest."""
-        plan = self._plan(g, tap)
+    def weight_recipe(self, g: Graph, group: LinearGroup, lin: LinearRef) -> LazyInitializer:
+        """The initializer of one of the Linears that share an input; its ``compute`` rounds to nearest."""
+        plan = self._plan(g, group)
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, tap, lin)
+            rounded = self.round(g, group, lin)
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 
@@ -353,10 +364,12 @@ class Int8Form(Form):
             return facts
 
         specs = weight_specs(g, lin)
-        constants = digest(self._output_scale.get(lin.label), input_rotation(g, tap))
+        constants = digest(self._output_scale.get(lin.label), input_rotation(g, group))
         key = recipe_key(g, lin, f"int8|{self.method}|{plan.digest}|{constants}")
         owner = g.owner(weight_name(lin))
-        return Recipe(key=key, owner=owner, specs=specs, compute=compute, describe=describe)
+        return LazyInitializer(
+            key=key, owner=owner, specs=specs, compute=compute, describe=describe
+        )
 
 
 def _constant(g: Graph, name: str) -> str:
@@ -365,12 +378,12 @@ def _constant(g: Graph, name: str) -> str:
     )
 
 
-def input_rotation(g: Graph, tap: Tap) -> NDArray[np.float32] | None:
+def input_rotation(g: Graph, group: LinearGroup) -> NDArray[np.float32] | None:
     """What the blocks of an input are multiplied by, float32 ``[n, n]``; ``None``: nothing."""
-    return block_rotation(in_features(g, tap.lins[0])) if tap.gated else None
+    return block_rotation(in_features(g, group.lins[0])) if group.gated else None
 
 
-def weight_specs(g: Graph, lin: Lin) -> tuple[TensorSpec, ...]:
+def weight_specs(g: Graph, lin: LinearRef) -> tuple[TensorSpec, ...]:
     """The initializers of a Linear: int8 ``[in, out]`` and float32 ``[out]``."""
     rows, columns = out_features(g, lin), in_features(g, lin)
     weight = TensorSpec(
@@ -381,23 +394,23 @@ def weight_specs(g: Graph, lin: Lin) -> tuple[TensorSpec, ...]:
     )
 
 
-def producer_channels(smooth: NDArray[np.float32], fold: Fold) -> NDArray[np.float32]:
+def producer_channels(smooth: NDArray[np.float32], sink: ScaleSink) -> NDArray[np.float32]:
     """A consumer's per-channel smoothing as one value per producer channel.
 
     Under grouped-query attention one value channel feeds a channel of several query heads; the plan
     gives those one common value.
     """
-    if fold.groups is None:
+    if sink.groups is None:
         return smooth
-    kv_heads, repeat, head_size = fold.groups
+    kv_heads, repeat, head_size = sink.groups
     shared: NDArray[np.float32] = smooth.reshape(kv_heads, repeat, head_size)[:, 0].reshape(-1)
     return shared
 
 
 __all__ = [
     "ACTIVATION_CONSTANTS",
-    "InputPlan",
-    "Int8Form",
+    "Int8Scheme",
+    "SmoothingConstants",
     "input_rotation",
     "weight_specs",
 ]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from embedge.export.graph.builder import Graph, Tap
-from embedge.export.graph.scheme import Form
+from embedge.export.graph.builder import Graph, LinearGroup
+from embedge.export.graph.scheme import Scheme
 
 
-class MixedForm(Form):
-    """Delegates to ``default``, or to the form whose pattern matches a Linear or a table.
+class MixedScheme(Scheme):
+    """Delegates to ``default``, or to the scheme whose pattern matches a Linear or a table.
 
     Linears that share an input are stored alike: one match decides for all of them.
 
     Args:
         default: the precision of everything else; also names the result.
-        kept: forms by shell-style pattern of canonical names, tried in order.
+        kept: schemes by shell-style pattern of canonical names, tried in order.
     """
 
-    def __init__(self, default: Form, kept: Mapping[str, Form]) -> None:
+    def __init__(self, default: Scheme, kept: Mapping[str, Scheme]) -> None:
         self._default = default
         self._kept = kept
         self.precision = default.precision
@@ -33,14 +33,14 @@ class MixedForm(Form):
         self.cuda = default.cuda
         self.opset = default.opset
 
-    def linears(self, g: Graph, tap: Tap) -> list[str]:
-        return self._form_of(tap).linears(g, tap)
+    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
+        return self._form_of(group).linears(g, group)
 
-    def scales_rows(self, tap: Tap) -> bool:
-        return self._form_of(tap).scales_rows(tap)
+    def scales_rows(self, group: LinearGroup) -> bool:
+        return self._form_of(group).scales_rows(group)
 
-    def _form_of(self, tap: Tap) -> Form:
-        return self.form_of(*(lin.label for lin in tap.lins))
+    def _form_of(self, group: LinearGroup) -> Scheme:
+        return self.form_of(*(lin.label for lin in group.lins))
 
     def embedding(self, g: Graph, name: str, ids: str) -> str:
         return self.form_of(name.removesuffix(".weight")).embedding(g, name, ids)
@@ -54,8 +54,8 @@ class MixedForm(Form):
     def attention_result(self, g: Graph, x: str) -> str:
         return self._default.attention_result(g, x)
 
-    def form_of(self, *names: str) -> Form:
-        """The form of the first pattern that one of the names matches."""
+    def form_of(self, *names: str) -> Scheme:
+        """The scheme of the first pattern that one of the names matches."""
         pattern = first_match(self._kept, *names)
         return self._default if pattern is None else self._kept[pattern]
 
@@ -70,7 +70,9 @@ def first_match(patterns: Iterable[str], *names: str) -> str | None:
 def unmatched(patterns: Iterable[str], graphs: Sequence[Graph]) -> list[str]:
     """Patterns that are the first to match for no Linear and no table of some graphs."""
     patterns = list(patterns)
-    groups = [[lin.label for lin in tap.lins] for g in graphs for tap in g.taps.values()]
+    groups = [
+        [lin.label for lin in group.lins] for g in graphs for group in g.linear_groups.values()
+    ]
     groups += [[table.removesuffix(".weight")] for g in graphs for table in g.tables]
     used = {first_match(patterns, *names) for names in groups}
     return [pattern for pattern in patterns if pattern not in used]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.graph.builder import Graph, Lin
+from embedge.export.graph.builder import Graph, LinearRef
 from embedge.export.graph.scheme import digest, out_features, read_linear, weight_name
 
 __all__ = ["beside", "outliers"]
@@ -19,7 +19,7 @@ __all__ = ["beside", "outliers"]
 def outliers(
     g: Graph,
     x: str,
-    lin: Lin,
+    lin: LinearRef,
     channels: NDArray[np.int64],
     *,
     columns: NDArray[np.float32] | None = None,

@@ -30,7 +30,7 @@ class TableNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class ResidualStream:
     """A residual stream: what writes it and what reads it, by canonical tensor names.
 
     Attributes:
@@ -61,7 +61,7 @@ class RotatedWeights:
         streams: the streams to rotate; a tensor may read one and write another.
     """
 
-    def __init__(self, weights: Weights, streams: Iterable[Stream]) -> None:
+    def __init__(self, weights: Weights, streams: Iterable[ResidualStream]) -> None:
         self._weights = weights
         self._norms: dict[str, str] = {}  # by the weight that took the norm's
         self._changes: dict[str, list[Callable[[FloatArray], FloatArray]]] = {}
@@ -118,7 +118,7 @@ class RotatedWeights:
         """Weight of the norm whose rotated states are the model's last."""
         return next(iter(self._outputs), None)
 
-    def _rotate(self, stream: Stream, rotation: Rotation) -> None:
+    def _rotate(self, stream: ResidualStream, rotation: Rotation) -> None:
         table_norm = stream.table_norm
         for name in stream.tables:
             if table_norm is not None:

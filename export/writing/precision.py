@@ -13,13 +13,13 @@ import onnx
 from embedge.export.calibration.layers import TokenBatch
 from embedge.export.calibration.precision import gptq_form_of, int8_plans, store_gptq
 from embedge.export.calibration.sensitivity import candidates, check_budget, within_budget
-from embedge.export.context import Job
-from embedge.export.graph.builder import BASE, Graph, Recipe, Weights
-from embedge.export.graph.scheme import Form, weight_name
+from embedge.export.context import ExportContext
+from embedge.export.graph.builder import BASE, Graph, LazyInitializer, Weights
+from embedge.export.graph.scheme import Scheme, weight_name
 from embedge.export.graph.task_graph import to_model
 from embedge.export.model import Model
 from embedge.export.options import INT4, UNPACKED_PRECISION, WIDE_MODEL
-from embedge.export.schemes.int4 import Int4Form
+from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int4_unpacked import unpack_list
 from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
 from embedge.export.schemes.mixed import unmatched
@@ -35,7 +35,11 @@ UNPACKED_GRAPH, UNPACK_LIST = ".unpacked.onnx", ".unpack.json"
 
 
 def write_precision(
-    job: Job, folder: Path, precision: str, tasks: Sequence[str], batches: Sequence[TokenBatch]
+    job: ExportContext,
+    folder: Path,
+    precision: str,
+    tasks: Sequence[str],
+    batches: Sequence[TokenBatch],
 ) -> dict[str, dict[str, Any]]:
     """Write the graphs of a precision.
 
@@ -65,21 +69,21 @@ def write_precision(
     _check_names_free(place, tasks)
     shared = _fresh_name(place, "shared")
     own = {task: _fresh_name(place, task) for task in tasks}
-    forms, total = _uncalibrated(job, precision, tasks[0])
+    schemes, total = _uncalibrated(job, precision, tasks[0])
     chosen: list[str] = []
-    constants: dict[str, set[str]] = {name: set() for name in forms}
+    constants: dict[str, set[str]] = {name: set() for name in schemes}
     if not writes_tower:
         _check_same_rotation(job, precision)
     try:
         for number, task in enumerate(tasks):
             with job.progress.step(f"{precision}/{task}", total):
                 if number == 0:
-                    forms, chosen = _calibrated(job, forms, total, batches, place)
-                weights = model.weights(model.tasks[task], forms[precision])
-                g = model.graph(weights, forms[precision])
+                    schemes, chosen = _calibrated(job, schemes, total, batches, place)
+                weights = model.weights(model.tasks[task], schemes[precision])
+                g = model.graph(weights, schemes[precision])
                 if batches:
                     _gptq_passes(
-                        job, forms[precision], g, weights, task, batches, store, shared, own[task]
+                        job, schemes[precision], g, weights, task, batches, store, shared, own[task]
                     )
                 _store_recipes(job, g, store, shared, own[task])
                 report = _layer_report(g, store)
@@ -92,8 +96,8 @@ def write_precision(
                 )
                 write_new(place / f"{task}.layers.json", dump(report))
                 constants[precision] |= set(g.constants)
-                if UNPACKED_PRECISION in forms:
-                    g = model.graph(weights, forms[UNPACKED_PRECISION])
+                if UNPACKED_PRECISION in schemes:
+                    g = model.graph(weights, schemes[UNPACKED_PRECISION])
                     _write_unpacked(job.model, g, place, store, task, shared, own[task])
                     constants[UNPACKED_PRECISION] |= set(g.constants)
         if model.tower is not None:
@@ -107,17 +111,19 @@ def write_precision(
     if precision == "int4" and request.budget is not None:
         options |= {"budget": request.budget, "int8": chosen}
     return {
-        name: _entry(form, precision, tasks, constants[name])
+        name: _entry(scheme, precision, tasks, constants[name])
         | ({} if model.tower is None else {"vision": f"{precision}/{VISION_GRAPH}"})
         | {"options": options}
-        for name, form in forms.items()
+        for name, scheme in schemes.items()
     }
 
 
-def _entry(form: Form, folder: str, tasks: Sequence[str], constants: set[str]) -> dict[str, Any]:
+def _entry(
+    scheme: Scheme, folder: str, tasks: Sequence[str], constants: set[str]
+) -> dict[str, Any]:
     """The manifest's entry of graphs that were written, without options and tower."""
     used = {n: c for n, c in ACTIVATION_CONSTANTS.items() if n in constants}
-    if form.precision == UNPACKED_PRECISION:
+    if scheme.precision == UNPACKED_PRECISION:
         files = {
             "graphs": {task: f"{folder}/{task}{UNPACKED_GRAPH}" for task in tasks},
             "unpack": {task: f"{folder}/{task}{UNPACK_LIST}" for task in tasks},
@@ -129,21 +135,21 @@ def _entry(form: Form, folder: str, tasks: Sequence[str], constants: set[str]) -
         }
     return {
         **files,
-        "devices": list(form.devices),
-        "row_multiple": form.row_multiple,
+        "devices": list(scheme.devices),
+        "row_multiple": scheme.row_multiple,
         "activation_constants": used,
     }
 
 
-def _uncalibrated(job: Job, precision: str, task: str) -> tuple[dict[str, Form], int]:
-    """The forms before calibration, and the bytes of a task's tensors.
+def _uncalibrated(job: ExportContext, precision: str, task: str) -> tuple[dict[str, Scheme], int]:
+    """The schemes before calibration, and the bytes of a task's tensors.
 
     Refuses keep patterns that match nothing.
     """
     model = job.model
     names = (precision, UNPACKED_PRECISION) if precision == "int4" else (precision,)
-    forms = {name: job.form(name) for name in names}
-    g = model.graph(model.tasks[task], forms[precision])
+    schemes = {name: job.scheme(name) for name in names}
+    g = model.graph(model.tasks[task], schemes[precision])
     graphs = [g]
     if model.tower is not None:
         graphs.append(model.tower.graph(model.base, job.tower_form(precision)))
@@ -153,28 +159,30 @@ def _uncalibrated(job: Job, precision: str, task: str) -> tuple[dict[str, Form],
             f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "
             "none; `embedge inspect BUNDLE --layers` lists the names"
         )
-    return forms, sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
+    return schemes, sum(
+        spec.nbytes for initializer in g.initializers.values() for spec in initializer.specs
+    )
 
 
 def _calibrated(
-    job: Job,
-    forms: Mapping[str, Form],
+    job: ExportContext,
+    schemes: Mapping[str, Scheme],
     total: int,
     batches: Sequence[TokenBatch],
     scratch: Path,
-) -> tuple[dict[str, Form], list[str]]:
-    """The forms with their calibrated constants, and the layers that a budget gives 8 bits.
+) -> tuple[dict[str, Scheme], list[str]]:
+    """The schemes with their calibrated constants, and the layers that a budget gives 8 bits.
 
     Args:
         job: the export.
-        forms: by precision, without calibration; the first one's weights are stored.
+        schemes: by precision, without calibration; the first one's weights are stored.
         total: bytes of a task's tensors in it.
         batches: calibration tokens.
         scratch: folder for a layer's weights.
     """
     model, request, note = job.model, job.request, job.progress.note
-    precision, form = next(iter(forms.items()))
-    base, family = model.weights(model.base, form), model.family.text_only()
+    precision, scheme = next(iter(schemes.items()))
+    base, family = model.weights(model.base, scheme), model.family.text_only()
     keep, chosen = dict(request.keep), []
     budget = request.budget if precision == "int4" else None
     if budget is not None:
@@ -189,8 +197,8 @@ def _calibrated(
         seen = batches[::2] if family.hidden_size >= WIDE_MODEL else batches
         job.plans.update(int8_plans(family, base, seen, scratch, note))
     if budget is not None:
-        int4 = job.form("int4", keep={}, calibrated=True)
-        assert isinstance(int4, Int4Form)
+        int4 = job.scheme("int4", keep={}, calibrated=True)
+        assert isinstance(int4, Int4Scheme)
         found = candidates(
             model,
             base,
@@ -202,11 +210,11 @@ def _calibrated(
         )
         chosen = within_budget(found, total, budget)
         keep |= {glob.escape(label): "int8" for label in chosen}
-    made = {name: job.form(name, keep=keep, calibrated=bool(batches)) for name in forms}
+    made = {name: job.scheme(name, keep=keep, calibrated=bool(batches)) for name in schemes}
     return made, sorted(chosen)
 
 
-def _check_same_rotation(job: Job, precision: str) -> None:
+def _check_same_rotation(job: ExportContext, precision: str) -> None:
     """Features of a tower that is there already must fit the stream of the tasks to come."""
     old = job.old.precisions.get(precision) if job.old else None
     if job.model.tower is None or old is None:
@@ -218,12 +226,14 @@ def _check_same_rotation(job: Job, precision: str) -> None:
         )
 
 
-def _write_tower(job: Job, place: Path, precision: str, store: TensorStore) -> None:
+def _write_tower(job: ExportContext, place: Path, precision: str, store: TensorStore) -> None:
     model = job.model
     assert model.tower is not None
-    form = job.tower_form(precision)
-    g = model.tower.graph(model.weights(model.base, form), form)
-    total = sum(spec.nbytes for recipe in g.recipes.values() for spec in recipe.specs)
+    scheme = job.tower_form(precision)
+    g = model.tower.graph(model.weights(model.base, scheme), scheme)
+    total = sum(
+        spec.nbytes for initializer in g.initializers.values() for spec in initializer.specs
+    )
     file = _fresh_name(place, VISION)
     with job.progress.step(f"{precision}/{VISION}", total):
         _store_recipes(job, g, store, file, file)
@@ -236,8 +246,8 @@ def _constant_names(graph: Path) -> set[str]:
 
 
 def _gptq_passes(
-    job: Job,
-    form: Form,
+    job: ExportContext,
+    scheme: Scheme,
     g: Graph,
     weights: Weights,
     task: str,
@@ -250,14 +260,14 @@ def _gptq_passes(
     model = job.model
     missing = {
         weight_name(lin)
-        for tap in g.taps.values()
-        if (rounding := gptq_form_of(form, tap)) is not None
-        for lin in tap.lins
-        if not store.has(rounding.weight_recipe(g, tap, lin).key)
+        for group in g.linear_groups.values()
+        if (rounding := gptq_form_of(scheme, group)) is not None
+        for lin in group.lins
+        if not store.has(rounding.weight_recipe(g, group, lin).key)
     }
     own = {n for n in missing if weights.version(n) != BASE}
     passes = (
-        (BASE, missing - own, model.weights(model.base, form), shared),
+        (BASE, missing - own, model.weights(model.base, scheme), shared),
         (task, own, weights, file),
     )
     for name, wanted, source, target in passes:
@@ -265,7 +275,7 @@ def _gptq_passes(
             store_gptq(
                 model.family.text_only(),
                 source,
-                form,
+                scheme,
                 g,
                 batches,
                 store,
@@ -276,30 +286,36 @@ def _gptq_passes(
             )
 
 
-def _store_recipes(job: Job, g: Graph, store: TensorStore, shared: str, own: str) -> None:
-    """Compute and write what is not stored yet, in the graph's order, a few recipes at a time."""
-    missing = {r.key: r for r in g.recipes.values() if not store.has(r.key)}
+def _store_recipes(job: ExportContext, g: Graph, store: TensorStore, shared: str, own: str) -> None:
+    """Compute and write what is not stored yet, in the graph's order, a few initializers at a time."""
+    missing = {r.key: r for r in g.initializers.values() if not store.has(r.key)}
     arrays = in_order(
-        list(missing.values()), lambda recipe: recipe.compute(), cost=lambda recipe: recipe.elements
+        list(missing.values()),
+        lambda initializer: initializer.compute(),
+        cost=lambda initializer: initializer.elements,
     )
-    for recipe in g.recipes.values():
-        if not store.has(recipe.key):
-            store.put(recipe, next(arrays), shared if recipe.owner == BASE else own)
-        job.progress.advance(sum(spec.nbytes for spec in recipe.specs), recipe.specs[0].name)
+    for initializer in g.initializers.values():
+        if not store.has(initializer.key):
+            store.put(initializer, next(arrays), shared if initializer.owner == BASE else own)
+        job.progress.advance(
+            sum(spec.nbytes for spec in initializer.specs), initializer.specs[0].name
+        )
 
 
 def _layer_report(g: Graph, store: TensorStore) -> dict[str, Any]:
-    def row(recipe: Recipe) -> dict[str, Any]:
-        name = recipe.specs[0].name
-        return {"name": name, **store.reports[recipe.key]}
+    def row(initializer: LazyInitializer) -> dict[str, Any]:
+        name = initializer.specs[0].name
+        return {"name": name, **store.reports[initializer.key]}
 
-    return {"layers": [row(r) for r in g.recipes.values() if r.key in store.reports]}
+    return {"layers": [row(r) for r in g.initializers.values() if r.key in store.reports]}
 
 
 def _write_graph(
     path: Path, g: Graph, store: TensorStore, task: str, notes: Mapping[str, str]
 ) -> None:
-    tensors = [tensor for recipe in g.recipes.values() for tensor in store.tensors(recipe)]
+    tensors = [
+        tensor for initializer in g.initializers.values() for tensor in store.tensors(initializer)
+    ]
     model = to_model(g, tensors, task, notes)
     write_new(path, model.SerializeToString(deterministic=True))
 
@@ -318,9 +334,14 @@ def _write_unpacked(
         shared: file for new tensors of all tasks.
         own: file for new tensors of this one.
     """
-    for recipe in [*g.recipes.values(), *(r for u in g.unpacked.values() for r in u.recipes)]:
-        if not store.has(recipe.key):
-            store.put(recipe, recipe.compute(), shared if recipe.owner == BASE else own)
+    for initializer in [
+        *g.initializers.values(),
+        *(r for u in g.unpacked.values() for r in u.initializers),
+    ]:
+        if not store.has(initializer.key):
+            store.put(
+                initializer, initializer.compute(), shared if initializer.owner == BASE else own
+            )
     notes = task_notes(model, g, UNPACKED_PRECISION, task)
     _write_graph(place / f"{task}{UNPACKED_GRAPH}", g, store, task, notes)
     write_new(place / f"{task}{UNPACK_LIST}", dump(unpack_list(g, store)))

@@ -1,7 +1,7 @@
 """Weight files of one precision: every tensor once, whatever the number of tasks.
 
 Large tensors lie in files beside the graphs, at offsets aligned to 4096 bytes (what mapping needs);
-tensors of at most 4096 bytes lie in the graphs themselves. A tensor is looked up first by its recipe's
+tensors of at most 4096 bytes lie in the graphs themselves. A tensor is looked up first by its initializer's
 key (equal key, equal bytes: nothing is computed), then by the hash of its bytes.
 """
 
@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import Recipe, TensorSpec
+from embedge.export.graph.builder import LazyInitializer, TensorSpec
 from embedge.runtime.bundle.onnx_reader import INLINE_BYTES
 from embedge.runtime.errors import BundleError
 
@@ -82,43 +82,45 @@ class TensorStore:
             self._by_hash[state.hexdigest()] = stored
 
     def has(self, key: str) -> bool:
-        """Whether a recipe of this key was stored."""
+        """Whether a initializer of this key was stored."""
         return key in self._by_key
 
     def put(
         self,
-        recipe: Recipe,
+        initializer: LazyInitializer,
         arrays: Sequence[NDArray[Any]],
         file: str,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store what a recipe made.
+        """Store what a initializer made.
 
         Args:
-            recipe: its key and the initializers it makes.
+            initializer: its key and the initializers it makes.
             arrays: one per initializer, of the declared type and shape.
             file: name of the file in the folder that new large tensors go to.
             facts: further columns of the per-layer report.
         """
-        if len(arrays) != len(recipe.specs):
-            raise AssertionError(f"{recipe.key}: {len(arrays)} arrays for {len(recipe.specs)}")
+        if len(arrays) != len(initializer.specs):
+            raise AssertionError(
+                f"{initializer.key}: {len(arrays)} arrays for {len(initializer.specs)}"
+            )
         stored = []
-        for spec, array in zip(recipe.specs, arrays, strict=True):
+        for spec, array in zip(initializer.specs, arrays, strict=True):
             _check(spec, array)
             stored.append(self._store(np.ascontiguousarray(array), file))
-        self._by_key[recipe.key] = tuple(stored)
-        if recipe.describe is not None:
-            self.reports[recipe.key] = {
-                "shape": list(recipe.specs[0].shape),
-                "bytes": sum(s.nbytes for s in recipe.specs),
-                **recipe.describe(arrays),
+        self._by_key[initializer.key] = tuple(stored)
+        if initializer.describe is not None:
+            self.reports[initializer.key] = {
+                "shape": list(initializer.specs[0].shape),
+                "bytes": sum(s.nbytes for s in initializer.specs),
+                **initializer.describe(arrays),
                 **(facts or {}),
             }
 
-    def tensors(self, recipe: Recipe) -> list[TensorProto]:
-        """The stored initializers of a recipe as ONNX tensors."""
+    def tensors(self, initializer: LazyInitializer) -> list[TensorProto]:
+        """The stored initializers of a initializer as ONNX tensors."""
         result = []
-        for spec, stored in zip(recipe.specs, self._by_key[recipe.key], strict=True):
+        for spec, stored in zip(initializer.specs, self._by_key[initializer.key], strict=True):
             tensor = TensorProto(name=spec.name, data_type=spec.elem_type, dims=spec.shape)
             if stored.inline is not None:
                 tensor.raw_data = stored.inline

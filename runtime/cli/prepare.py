@@ -19,7 +19,13 @@ from embedge.runtime.sessions.graphs import graph_inputs
 from embedge.runtime.sessions.packed_graphs import PreparedGraphs
 from embedge.runtime.sessions.session import GraphSession
 from embedge.runtime.tuning.autotune import measure_precisions
-from embedge.runtime.tuning.cache import Measured, RunSettings, Wisdom, add_wisdom, wisdom_file
+from embedge.runtime.tuning.cache import (
+    RunSettings,
+    TunedPrecision,
+    Wisdom,
+    add_wisdom,
+    wisdom_file,
+)
 
 __all__ = ["add_arguments", "run"]
 
@@ -100,7 +106,7 @@ def _measure(bundle: Bundle, graphs: Iterable[tuple[str, str]], threads: int) ->
         print("measured nothing: none of these precisions runs on the CPU")
         return
     _warn_if_busy(bundle, threads)
-    measured: dict[str, Measured] = {}
+    measured: dict[str, TunedPrecision] = {}
     for found in measure_precisions(bundle, tasks, threads=threads):
         add_wisdom(bundle, threads, found)
         measured |= found

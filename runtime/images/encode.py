@@ -30,7 +30,7 @@ from embedge.runtime.images.load import load_image
 from embedge.runtime.images.patches import ImagePatches, ImageProcessor
 from embedge.runtime.sessions.graphs import Graphs
 from embedge.runtime.sessions.session import GraphSession
-from embedge.runtime.sessions.session_workers import Lanes
+from embedge.runtime.sessions.session_workers import SessionWorkers
 
 __all__ = ["ImagePipeline"]
 
@@ -137,7 +137,7 @@ class ImagePipeline:
         """Places and rows of the next images, in any order; empty after the last one."""
         window: list[tuple[int, ImageTokens]] = []
 
-        def fill(lanes: Lanes) -> None:
+        def fill(lanes: SessionWorkers) -> None:
             while sum(row.features.nbytes for _, row in window) < _WINDOW_BYTES:
                 runs = self._runs(next(chunks, []), request.batch_size)
                 if not runs:

@@ -34,7 +34,7 @@ from embedge.runtime.host.workers import Workers
 from embedge.runtime.sessions.packed_graphs import PreparedGraphs
 from embedge.runtime.sessions.pool import GraphPool
 from embedge.runtime.sessions.session import GraphSession
-from embedge.runtime.sessions.session_workers import Lanes
+from embedge.runtime.sessions.session_workers import SessionWorkers
 from embedge.runtime.tuning.cache import RunSettings
 
 __all__ = ["SMALL_GRAPH_BYTES", "Graphs", "default_narrow_tokens", "graph_inputs"]
@@ -107,7 +107,7 @@ class Graphs:
         keep_forever(self._pool)
         self._start()
 
-    def use(self, name: str, work: Callable[[Lanes], Result]) -> Result:
+    def use(self, name: str, work: Callable[[SessionWorkers], Result]) -> Result:
         """What some work on a graph gives; it is kept open until then.
 
         Raises:
@@ -148,8 +148,8 @@ class Graphs:
             batch_tokens=CPU_BATCH_TOKENS_PER_THREAD * (1 if narrow else max(2, self._threads)),
         )
 
-    def _make(self, name: str, may_open_second: Callable[[], bool]) -> Lanes:
-        return Lanes(
+    def _make(self, name: str, may_open_second: Callable[[], bool]) -> SessionWorkers:
+        return SessionWorkers(
             partial(self._open_session, name),
             may_open_second,
             threads=self._threads,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from embedge.runtime.errors import EmbedgeError
-from embedge.runtime.sessions.session_workers import Lanes
+from embedge.runtime.sessions.session_workers import SessionWorkers
 
 __all__ = ["GraphPool"]
 
@@ -30,7 +30,7 @@ _LOOK_AGAIN_S = 0.1  # an interrupt may keep the end of a use from being told
 class _Entry:
     """A graph of the pool, what its sessions count, and those who use or used it."""
 
-    lanes: Lanes
+    lanes: SessionWorkers
     session_bytes: int
     has_second: bool = False
     locks: list[weakref.ref[Any]] = field(default_factory=list)
@@ -71,7 +71,7 @@ class GraphPool:
 
     def __init__(
         self,
-        make: Callable[[str, Callable[[], bool]], Lanes],
+        make: Callable[[str, Callable[[], bool]], SessionWorkers],
         size_bytes: Callable[[str], int],
         *,
         max_graphs: int | None = None,
@@ -97,7 +97,7 @@ class GraphPool:
         with self._lock:
             return sum(entry.size_bytes for entry in self._entries.values())
 
-    def use(self, name: str, work: Callable[[Lanes], Result]) -> Result:
+    def use(self, name: str, work: Callable[[SessionWorkers], Result]) -> Result:
         """What some work on the graph of a name gives; it is kept open until then.
 
         Raises:
@@ -117,7 +117,7 @@ class GraphPool:
                 del self._entries[name]
         self._tell()
 
-    def _take(self, name: str, user: Any) -> Lanes:
+    def _take(self, name: str, user: Any) -> SessionWorkers:
         size = self._size_bytes(name)
         if self._memory_limit is not None and size > self._memory_limit:
             raise EmbedgeError(
@@ -134,7 +134,7 @@ class GraphPool:
             with suppress(queue.Empty):
                 told.get(timeout=_LOOK_AGAIN_S)
 
-    def _take_now(self, name: str, size: int, user: Any) -> Lanes | None:
+    def _take_now(self, name: str, size: int, user: Any) -> SessionWorkers | None:
         """The graph, in use by ``user``; ``None`` where others leave no room for it yet."""
         if name not in self._entries:
             if not self._make_room(size):

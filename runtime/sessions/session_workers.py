@@ -20,13 +20,13 @@ from typing import TypeVar
 from embedge.runtime.host.workers import Workers
 from embedge.runtime.sessions.session import GraphSession
 
-__all__ = ["Lanes"]
+__all__ = ["SessionWorkers"]
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
-class Lanes:
+class SessionWorkers:
     """A graph that runs batches; safe to use from several threads.
 
     Args:

@@ -27,7 +27,7 @@ from embedge.runtime.encode.batch_runner import RowRunner
 from embedge.runtime.encode.request import make_request
 from embedge.runtime.encode.tokenizer import TokenIds, read_tokenizer
 from embedge.runtime.sessions.graphs import SMALL_GRAPH_BYTES, Graphs
-from embedge.runtime.tuning.cache import Measured, RunSettings, Wisdom
+from embedge.runtime.tuning.cache import RunSettings, TunedPrecision, Wisdom
 
 __all__ = ["measure_precisions", "medians_ms"]
 
@@ -39,7 +39,7 @@ _BLOCK_S = 0.02  # a short run is repeated for as long
 _SHORT, _LONG = 16, 128  # tokens of a text that is alone
 _BATCH = 64  # tokens of a text in a batch
 _TOKENS_PER_THREAD = (256, 512, 1024)
-# Lanes may hold the weights twice. The default's own limit comes from one machine; others may gain
+# SessionWorkers may hold the weights twice. The default's own limit comes from one machine; others may gain
 # from somewhat larger graphs.
 _LANES_BYTES = 4 * SMALL_GRAPH_BYTES
 _TOGETHER_BYTES = 1_000_000_000  # of graphs that are open at the same time
@@ -212,10 +212,10 @@ class _Host:
         batch = _TOKENS_PER_THREAD[-1] * max(2, self.threads) // _BATCH
         return (*((1, tokens) for tokens in lengths), (batch, min(_BATCH, limit)))
 
-    def measured(self, settings: RunSettings, milliseconds: Mapping[str, float]) -> Measured:
+    def measured(self, settings: RunSettings, milliseconds: Mapping[str, float]) -> TunedPrecision:
         """The times of the precision, as they are stored."""
         graph = self._manifest.precisions[self.precision].graphs[self._task]
-        return Measured(
+        return TunedPrecision(
             task=self._task,
             graph_sha256=self._manifest.files[graph].sha256,
             graph_bytes=self._bundle.graph_bytes(self.precision, self._task),

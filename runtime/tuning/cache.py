@@ -29,8 +29,8 @@ from embedge.runtime.sessions.packed_graphs import machine_name
 from embedge.runtime.sessions.places import Places
 
 __all__ = [
-    "Measured",
     "RunSettings",
+    "TunedPrecision",
     "Wisdom",
     "add_wisdom",
     "read_wisdom",
@@ -58,7 +58,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class TunedPrecision:
     """A precision as it was measured, with its fastest settings.
 
     Attributes:
@@ -76,7 +76,7 @@ class Measured:
     settings: RunSettings
 
     @classmethod
-    def parse(cls, table: Table) -> Measured:
+    def parse(cls, table: Table) -> TunedPrecision:
         """Reads the object, see :class:`Table` for what it raises."""
         times, settings = table.table("milliseconds"), table.table("settings")
         milliseconds = {shape: float(times.number(shape)) for shape in times.values}
@@ -101,7 +101,9 @@ class Measured:
         return graph is not None and manifest.files[graph].sha256 == self.graph_sha256
 
 
-Wisdom: TypeAlias = Mapping[str, Measured]  # by precision; of one machine and one number of threads
+Wisdom: TypeAlias = Mapping[
+    str, TunedPrecision
+]  # by precision; of one machine and one number of threads
 
 
 def read_wisdom(bundle: Bundle, threads: int) -> Wisdom:
@@ -184,7 +186,7 @@ def _places(bundle: Bundle) -> Places:
     return Places(bundle, machine_name())
 
 
-def _read(file: Path) -> dict[int, dict[str, Measured]] | None:
+def _read(file: Path) -> dict[int, dict[str, TunedPrecision]] | None:
     """The measurements in a file, by threads and precision; ``None`` without one.
 
     Raises:
@@ -202,11 +204,11 @@ def _read(file: Path) -> dict[int, dict[str, Measured]] | None:
     return dict(_by_threads(document.table("threads")))
 
 
-def _by_threads(table: Table) -> Iterator[tuple[int, dict[str, Measured]]]:
+def _by_threads(table: Table) -> Iterator[tuple[int, dict[str, TunedPrecision]]]:
     for count, by_precision in table.tables():
         if not re.fullmatch("[0-9]{1,9}", count):
             table.fail(count, "expected a number of threads")
-        yield int(count), {name: Measured.parse(one) for name, one in by_precision.tables()}
+        yield int(count), {name: TunedPrecision.parse(one) for name, one in by_precision.tables()}
 
 
 def _warn(message: str) -> None:

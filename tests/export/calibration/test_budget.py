@@ -17,11 +17,11 @@ from embedge.export import export_bundle
 from embedge.export.calibration.precision import token_batches
 from embedge.export.calibration.sensitivity import Candidate, _sample, candidates, within_budget
 from embedge.export.families import family_of
-from embedge.export.graph.builder import Graph, Lin, Tap
+from embedge.export.graph.builder import Graph, LinearGroup, LinearRef
 from embedge.export.graph.scheme import read_linear
 from embedge.export.model import read_model
 from embedge.export.options import Request
-from embedge.export.schemes.int4 import Int4Form
+from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.quant import int4 as int4_module
 from embedge.runtime import Embedder
@@ -119,7 +119,7 @@ def test_a_gain_is_what_the_vectors_lose_when_one_input_has_4_bits(
         model,
         model.base,
         batches,
-        int4=Int4Form(16, "rtn", 4),
+        int4=Int4Scheme(16, "rtn", 4),
         keep={"*layer*.1.*": "fp32"},
         scratch=tmp_path,
         report=lambda line: None,
@@ -223,18 +223,18 @@ def test_a_budget_is_not_spent_on_kept_layers(source: Path, tmp_path: Path) -> N
 def test_gains_of_a_rotated_model_are_those_of_its_vectors(source: Path, tmp_path: Path) -> None:
     """The states turned back: with a loss of nothing, the gains are nothing."""
 
-    class Exact(Int4Form):
-        def restored(self, g: Graph, tap: Tap, lin: Lin) -> NDArray[np.float32]:
+    class Exact(Int4Scheme):
+        def restored(self, g: Graph, group: LinearGroup, lin: LinearRef) -> NDArray[np.float32]:
             return np.ascontiguousarray(read_linear(g, lin).T)
 
     model = read_model(request(source, tmp_path))
-    base = model.weights(model.base, Int4Form(32, "rtn", 4))
+    base = model.weights(model.base, Int4Scheme(32, "rtn", 4))
     assert isinstance(base, RotatedWeights)
     batches = token_batches([[5, 6, 7], [8, 9, 10, 11, 12]], 0, 64)
     options: dict[str, Any] = {"keep": {}, "scratch": tmp_path, "report": lambda line: None}
     nothing = candidates(model, base, batches, int4=Exact(32, "rtn", 4), **options)
     assert max(abs(candidate.gain) for candidate in nothing) < 1e-9
-    found = candidates(model, base, batches, int4=Int4Form(32, "rtn", 4), **options)
+    found = candidates(model, base, batches, int4=Int4Scheme(32, "rtn", 4), **options)
     assert min(candidate.gain for candidate in found) > 1e-6
 
 

@@ -19,11 +19,11 @@ from embedge.export import export_bundle
 from embedge.export.calibration.layers import InputStatistics
 from embedge.export.calibration.smoothing import rotated_plan
 from embedge.export.errors import CheckpointError
-from embedge.export.graph.builder import Fold, Graph, Lin, Tap
-from embedge.export.graph.scheme import Form
+from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, ScaleSink
+from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import to_model
-from embedge.export.schemes.int8 import InputPlan, Int8Form
-from embedge.export.weights.rotated import RotatedWeights, Stream, TableNorm
+from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants
+from embedge.export.weights.rotated import ResidualStream, RotatedWeights, TableNorm
 from embedge.quant.rotation import Rotation, block_rotation, rotate_blocks
 from embedge.runtime import Embedder
 from embedge.runtime.errors import EmbedgeValueError
@@ -104,7 +104,7 @@ class Stored:
 
 
 def test_rows_of_a_rotated_tensor_are_those_of_the_whole() -> None:
-    stream = Stream(width=8, tables=("table",), writers=("w",))
+    stream = ResidualStream(width=8, tables=("table",), writers=("w",))
     weights = RotatedWeights(Stored(), [stream])
     for name in ("table", "w.weight"):
         part = weights.read(name, slice(2, 5))
@@ -114,7 +114,7 @@ def test_rows_of_a_rotated_tensor_are_those_of_the_whole() -> None:
 def test_a_table_takes_the_norm_behind_it() -> None:
     stored = Stored()
     norm = TableNorm(weight="norm", epsilon=1e-5)
-    stream = Stream(width=8, tables=("table",), table_norm=norm, centred=True)
+    stream = ResidualStream(width=8, tables=("table",), table_norm=norm, centred=True)
     weights = RotatedWeights(stored, [stream])
     table = torch.from_numpy(stored.tensors["table"])
     states = torch.nn.functional.layer_norm(table, (8,), torch.from_numpy(stored.tensors["norm"]))
@@ -128,7 +128,9 @@ def test_a_table_takes_the_norm_behind_it() -> None:
 def test_a_reader_belongs_to_the_task_that_changes_its_norm() -> None:
     stored = Stored()
     stored.tensors["r.weight"] = np.ones((3, 8), np.float32)
-    weights = RotatedWeights(stored, [Stream(width=8, readers={"r": "norm"}, output="norm")])
+    weights = RotatedWeights(
+        stored, [ResidualStream(width=8, readers={"r": "norm"}, output="norm")]
+    )
     assert weights.version("r.weight") == "task"
     assert weights.version("table") == "base"
     np.testing.assert_array_equal(weights.read("norm"), np.ones(8))
@@ -148,7 +150,7 @@ def test_a_rotated_model_gives_the_same_vectors(
         return Embedder(out, threads=1).encode(TEXTS)
 
     plain = vectors(tmp_path / "plain")
-    monkeypatch.setattr(Form, "rotates", True)
+    monkeypatch.setattr(Scheme, "rotates", True)
     turned = vectors(tmp_path / "turned")
     graphs = [(tmp_path / n / "fp32" / "task.bin").read_bytes() for n in ("plain", "turned")]
     assert graphs[0] != graphs[1]
@@ -167,7 +169,7 @@ def test_norms_that_a_task_saved_are_rotated_with_it(
     export_bundle(source, adapters=adapters, precisions=["fp32"], out=bundle)
     model = Embedder(bundle, threads=1)
     expected = {task: model.encode(TEXTS, task=task) for task in adapters}
-    monkeypatch.setattr(Form, "rotates", True)
+    monkeypatch.setattr(Scheme, "rotates", True)
     export_bundle(source, adapters=adapters, precisions=["fp32"], out=bundle, overwrite=True)
     monkeypatch.undo()
     export_bundle(source, adapters=adapters, precisions=["int8"], out=tmp_path / "i")
@@ -248,19 +250,19 @@ def test_rotation_takes_the_error_of_loud_channels_down(
     exact = exported(source, tmp_path / "exact", precisions=["fp32"])
     options: dict[str, Any] = {"precisions": ["int8"], "int8_method": "rtn"}
     rotated = 1 - cosines(exact, exported(source, tmp_path / "a", **options)).mean()
-    monkeypatch.setattr("embedge.export.schemes.int8.Int8Form.rotates", False)
+    monkeypatch.setattr("embedge.export.schemes.int8.Int8Scheme.rotates", False)
     plain = 1 - cosines(exact, exported(source, tmp_path / "b", **options)).mean()
     assert rotated < most * plain
 
 
 def model_of(g: Graph) -> onnx.ModelProto:
-    """A graph with the tensors that its recipes make."""
+    """A graph with the tensors that its initializers make."""
     for output in g.outputs:
         output.type.tensor_type.ClearField("shape")
     tensors = [
         numpy_helper.from_array(array, spec.name)
-        for recipe in g.recipes.values()
-        for spec, array in zip(recipe.specs, recipe.compute(), strict=True)
+        for initializer in g.initializers.values()
+        for spec, array in zip(initializer.specs, initializer.compute(), strict=True)
     ]
     return to_model(g, tensors, "g", {})
 
@@ -283,17 +285,17 @@ def product_error(loud: float) -> tuple[float, int]:
     x, up, down = gated(loud)
     stored = Stored()
     stored.tensors = {"up.weight": up, "down.weight": down}
-    lins = (Lin("down"),)
-    tap = Tap(value="x", lins=lins, fold=Fold(lin=Lin("up"), gated=True))
-    statistics = InputStatistics(tap, 64, None)
+    lins = (LinearRef("down"),)
+    group = LinearGroup(value="x", lins=lins, sink=ScaleSink(lin=LinearRef("up"), gated=True))
+    statistics = InputStatistics(group, 64, None)
     statistics.add(x)
     statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
     plan = rotated_plan(statistics)
-    form = Int8Form({"down": plan})
-    g = Graph(weights=stored, form=form)
+    scheme = Int8Scheme({"down": plan})
+    g = Graph(weights=stored, scheme=scheme)
     g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64])
     g.output_scale["up"] = 1 / plan.smooth
-    (y,) = form.linears(g, tap)
+    (y,) = scheme.linears(g, group)
     g.output(y, "out", TensorProto.FLOAT, [])
     session = open_graph(model_of(g))
     # the producer would have divided by the smoothing
@@ -331,14 +333,14 @@ class Rows:
             self.tensors["up.bias"] = draw.normal(size=inner).astype(np.float32)
         self.inner = inner
 
-    def run(self, x: NDArray[np.float32], form: Form | None = None) -> NDArray[np.float32]:
+    def run(self, x: NDArray[np.float32], scheme: Scheme | None = None) -> NDArray[np.float32]:
         stored = Stored()
         stored.tensors = self.tensors
-        g = Graph(weights=stored, form=form or Int8Form({}))
+        g = Graph(weights=stored, scheme=scheme or Int8Scheme({}))
         g.input("x", TensorProto.FLOAT, ["batch", "tokens", 48])
-        gate, up, down = Lin("gate"), Lin("up"), Lin("down")
+        gate, up, down = LinearRef("gate"), LinearRef("up"), LinearRef("down")
         y = g.gated("x", gate, up, "silu")
-        (y,) = g.linears(y, [down], fold=Fold(lin=up, gated=True))
+        (y,) = g.linears(y, [down], sink=ScaleSink(lin=up, gated=True))
         g.output(y, "out", TensorProto.FLOAT, [])
         self.graph = model_of(g)
         session = open_graph(self.graph)
@@ -366,7 +368,7 @@ def test_a_gated_mlp_at_int8_is_close_for_rows_of_any_size(inner: int, bias: boo
     mlp = Rows(inner, bias=bias)
     x = np.random.default_rng(1).normal(size=(60, 48)).astype(np.float32)
     x *= np.float32(10) ** np.linspace(-3, 3, 60, dtype=np.float32)[:, None]
-    assert relative(mlp.run(x, Form()), mlp.exact(x)).max() < 1e-5
+    assert relative(mlp.run(x, Scheme()), mlp.exact(x)).max() < 1e-5
     errors = relative(mlp.run(x), mlp.exact(x))
     assert np.median(errors) < 0.02 and errors.max() < 0.05
     sizes = {t.name: tuple(t.dims) for t in mlp.graph.graph.initializer}
@@ -403,7 +405,7 @@ def test_rotated_blocks_err_less_than_rows_as_they_are(monkeypatch: pytest.Monke
     mlp = Rows(512)
     x = np.random.default_rng(2).normal(size=(400, 48)).astype(np.float32)
     rotated = relative(mlp.run(x), mlp.exact(x)).mean()
-    monkeypatch.setattr("embedge.export.schemes.int8.input_rotation", lambda g, tap: None)
+    monkeypatch.setattr("embedge.export.schemes.int8.input_rotation", lambda g, group: None)
     assert rotated < 0.85 * relative(mlp.run(x), mlp.exact(x)).mean()
 
 
@@ -428,14 +430,19 @@ def test_a_hessian_is_that_of_the_rotated_inputs() -> None:
     draw = np.random.default_rng(6)
     x = draw.normal(size=(200, 60)).astype(np.float32)
     smooth = draw.uniform(0.5, 2, 60).astype(np.float32)
-    plan = InputPlan(smooth=smooth, outliers=np.array([3, 59]))
+    plan = SmoothingConstants(smooth=smooth, outliers=np.array([3, 59]))
     stored = Stored()
     stored.tensors = {"down.weight": draw.normal(size=(40, 60)).astype(np.float32)}
-    form = Int8Form({"down": plan})
-    g = Graph(weights=stored, form=form)
-    tap = Tap(value="x", lins=(Lin("down"),), rows="", fold=Fold(lin=Lin("up"), gated=True))
+    scheme = Int8Scheme({"down": plan})
+    g = Graph(weights=stored, scheme=scheme)
+    group = LinearGroup(
+        value="x",
+        lins=(LinearRef("down"),),
+        rows="",
+        sink=ScaleSink(lin=LinearRef("up"), gated=True),
+    )
     hessian = x.T @ x
-    form.smooth_hessian(g, tap, hessian)
+    scheme.smooth_hessian(g, group, hessian)
     kept = x / smooth
     kept[:, [3, 59]] = 0
     seen = rotate_blocks(kept, block_rotation(60))

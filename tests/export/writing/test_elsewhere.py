@@ -25,7 +25,7 @@ from tests.helpers.models import make_model, save, save_adapter, write_json
 
 PROMPTS = {"query": 'a "query"\nfor: ', "document": "some | text `here`: "}
 TEXTS = ["a b c", "ab" * 60, "", "é and more " * 3, "one two"]
-# What a user would write below the recipe, and the same calls of embedge with ONNX Runtime's kernels alone.
+# What a user would write below the initializer, and the same calls of embedge with ONNX Runtime's kernels alone.
 COMPARED = """
 import json, sys
 from embedge.runtime import Embedder
@@ -48,7 +48,7 @@ if "saturates" in globals():
 """
 
 
-def recipe(bundle: Path, precision: str, task: str) -> str:
+def initializer(bundle: Path, precision: str, task: str) -> str:
     """The Python of the card's section, with a user's folder, precision and task."""
     section = (bundle / "README.md").read_text("utf-8").split("## With other runtimes")[1]
     (code,) = re.findall("```python\n(.*?)```", section, re.DOTALL)
@@ -65,7 +65,7 @@ def recipe(bundle: Path, precision: str, task: str) -> str:
 def compare(bundle: Path, precision: str, task: str, **wanted: Any) -> None:
     values = {"texts": TEXTS, "dims": [None, 16], "prompts": [None, ""], **wanted}
     done = subprocess.run(
-        [sys.executable, "-c", recipe(bundle, precision, task) + COMPARED, json.dumps(values)],
+        [sys.executable, "-c", initializer(bundle, precision, task) + COMPARED, json.dumps(values)],
         env={**os.environ, "EMBEDGE_KERNELS": "onnxruntime"},
         capture_output=True,
         text=True,
@@ -131,7 +131,7 @@ def test_a_decoder_without_normalization_and_with_a_default_dimension(tmp_path: 
 
 
 def test_the_probe_in_the_card_is_that_of_the_runtime(bundle: Path) -> None:
-    code = recipe(bundle, "int8", "plain")
+    code = initializer(bundle, "int8", "plain")
     namespace: dict[str, Any] = {}
     models: list[bytes] = []
     exec(code.split("options = ort")[0], namespace)
@@ -147,8 +147,8 @@ def test_the_probe_in_the_card_is_that_of_the_runtime(bundle: Path) -> None:
 def test_the_cards_javascript_is_well_formed(bundle: Path, tmp_path: Path) -> None:
     card = (bundle / "README.md").read_text("utf-8")
     (code,) = re.findall("```js\n(.*?)```", card, re.DOTALL)
-    (tmp_path / "recipe.mjs").write_text(code, "utf-8")
-    subprocess.run(["node", "--check", str(tmp_path / "recipe.mjs")], check=True)
+    (tmp_path / "initializer.mjs").write_text(code, "utf-8")
+    subprocess.run(["node", "--check", str(tmp_path / "initializer.mjs")], check=True)
 
 
 def test_a_bundle_for_gpus_alone_or_of_float_graphs_needs_no_option(

@@ -18,7 +18,7 @@ from embedge.runtime.host import workers as workers_module
 from embedge.runtime.sessions import pool as pool_module
 from embedge.runtime.sessions import session_workers
 from embedge.runtime.sessions.pool import GraphPool
-from embedge.runtime.sessions.session_workers import Lanes
+from embedge.runtime.sessions.session_workers import SessionWorkers
 
 SIZE = 10
 
@@ -30,10 +30,10 @@ class Maker:
     made: list[str] = field(default_factory=list)
     ask: dict[str, Callable[[], bool]] = field(default_factory=dict)
 
-    def __call__(self, name: str, may_open_second: Callable[[], bool]) -> Lanes:
+    def __call__(self, name: str, may_open_second: Callable[[], bool]) -> SessionWorkers:
         self.made.append(name)
         self.ask[name] = may_open_second
-        return cast(Lanes, f"graph of {name}")
+        return cast(SessionWorkers, f"graph of {name}")
 
 
 def make_pool(**limits: Any) -> tuple[GraphPool, Maker]:
@@ -75,7 +75,7 @@ def test_a_graph_in_use_is_not_closed_and_the_next_one_waits() -> None:
     pool, maker = make_pool(max_graphs=1)
     other = threading.Thread(target=use, args=(pool, "b"))
 
-    def work(_: Lanes) -> None:
+    def work(_: SessionWorkers) -> None:
         other.start()
         other.join(timeout=0.1)
         assert other.is_alive()
@@ -91,7 +91,7 @@ def test_a_second_session_counts_and_closes_nobody() -> None:
     pool, maker = make_pool(memory_limit=35)
     use(pool, "a", "b")
 
-    def work(_: Lanes) -> None:
+    def work(_: SessionWorkers) -> None:
         for _ in range(2):  # an interrupt may have kept the first answer from being used
             assert maker.ask["a"]()
             assert pool.bytes == 3 * SIZE
@@ -192,11 +192,11 @@ def test_an_interrupt_at_any_moment_leaves_no_graph_in_use(limits: dict[str, int
 def test_an_interrupt_of_batches_that_run_together_leaves_the_threads_working() -> None:
     workers = workers_module.Workers(2)
 
-    def lanes() -> Lanes:
+    def lanes() -> SessionWorkers:
         session = cast(Any, type("Session", (), {"threads": 1}))
-        return Lanes(lambda _: session, lambda: True, threads=2, workers=workers)
+        return SessionWorkers(lambda _: session, lambda: True, threads=2, workers=workers)
 
-    def run(lanes: Lanes, found: list[int]) -> None:
+    def run(lanes: SessionWorkers, found: list[int]) -> None:
         lanes.run(
             range(7), lambda _, batch: batch, lambda _, result: found.append(result), tokens=1
         )

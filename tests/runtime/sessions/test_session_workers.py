@@ -11,7 +11,7 @@ import pytest
 from embedge.runtime import BundleError, InferenceError
 from embedge.runtime.host.workers import Workers
 from embedge.runtime.sessions.session import GraphSession
-from embedge.runtime.sessions.session_workers import Lanes
+from embedge.runtime.sessions.session_workers import SessionWorkers
 
 THREADS = 3
 
@@ -40,8 +40,8 @@ class Graph:
         self.asked += 1
         return self.room
 
-    def lanes(self, workers: Workers | None, narrow_tokens: int = 0) -> Lanes:
-        return Lanes(
+    def lanes(self, workers: Workers | None, narrow_tokens: int = 0) -> SessionWorkers:
+        return SessionWorkers(
             self.open,
             self.may_open_second,
             threads=THREADS,
@@ -50,7 +50,7 @@ class Graph:
         )
 
 
-def run(lanes: Lanes, batches: int, *, tokens: int = 100) -> list[tuple[int, int]]:
+def run(lanes: SessionWorkers, batches: int, *, tokens: int = 100) -> list[tuple[int, int]]:
     """``(batch, threads of its session)``, by batch."""
     found: dict[int, int] = {}
     lanes.run(range(batches), lambda session, _: session.threads, found.__setitem__, tokens=tokens)

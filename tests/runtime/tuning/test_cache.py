@@ -21,9 +21,15 @@ from embedge.runtime.sessions import graphs as graphs_module
 from embedge.runtime.sessions.graphs import CPU_BATCH_TOKENS_PER_THREAD, default_narrow_tokens
 from embedge.runtime.sessions.packed_graphs import machine_name
 from embedge.runtime.sessions.session import GraphSession
-from embedge.runtime.sessions.session_workers import Lanes
+from embedge.runtime.sessions.session_workers import SessionWorkers
 from embedge.runtime.tuning import autotune as timing
-from embedge.runtime.tuning.cache import Measured, RunSettings, add_wisdom, read_wisdom, wisdom_file
+from embedge.runtime.tuning.cache import (
+    RunSettings,
+    TunedPrecision,
+    add_wisdom,
+    read_wisdom,
+    wisdom_file,
+)
 
 INTEGER = {"activation_constants": {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}}
 NARROW_TOKENS = default_narrow_tokens()
@@ -38,9 +44,9 @@ def integer(make_bundle: Any) -> Any:
     return make_bundle("integer", precisions={"int8": INTEGER}, model={"max_length": 100})
 
 
-def found(bundle: Bundle, settings: RunSettings, precision: str = "int8") -> Measured:
+def found(bundle: Bundle, settings: RunSettings, precision: str = "int8") -> TunedPrecision:
     graph = bundle.manifest.precisions[precision].graphs["retrieval"]
-    return Measured(
+    return TunedPrecision(
         task="retrieval",
         graph_sha256=bundle.manifest.files[graph].sha256,
         graph_bytes=1000,
@@ -219,13 +225,13 @@ class TestRuntime:
         self, with_images: Any, monkeypatch: Any
     ) -> None:
         made = {}
-        init = Lanes.__init__
+        init = SessionWorkers.__init__
 
-        def recording(self: Lanes, open_session: Any, *args: Any, **options: Any) -> None:
+        def recording(self: SessionWorkers, open_session: Any, *args: Any, **options: Any) -> None:
             made[open_session.args[0]] = options["narrow_tokens"]
             init(self, open_session, *args, **options)
 
-        monkeypatch.setattr(Lanes, "__init__", recording)
+        monkeypatch.setattr(SessionWorkers, "__init__", recording)
         measure(with_images.path, replace(WIDE, narrow_tokens=5), precision="fp32")
         Embedder(with_images.path, threads=2).encode_image(
             np.zeros((20, 30, 3), np.uint8), task="retrieval"
@@ -327,7 +333,7 @@ class TestCommand:
         settings: RunSettings,
         words: str,
     ) -> None:
-        one = Measured(
+        one = TunedPrecision(
             task="retrieval",
             graph_sha256="0" * 64,
             graph_bytes=10**6,
@@ -383,7 +389,7 @@ class TestCommand:
 class TestTiming:
     """The decisions, from made-up times."""
 
-    def measured(self, monkeypatch: Any, bundle: Any, cost: Callable[..., float]) -> Measured:
+    def measured(self, monkeypatch: Any, bundle: Any, cost: Callable[..., float]) -> TunedPrecision:
         """What is found where a run of some rows costs what a function says, in milliseconds."""
         run = timing._Host.run
 
@@ -519,7 +525,7 @@ def test_what_was_measured_of_a_bundle_that_cannot_be_written_lies_in_the_users_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     opened = Bundle(bundle.path)
     graph = opened.manifest.precisions["fp32"].graphs["retrieval"]
-    measured = Measured(
+    measured = TunedPrecision(
         task="retrieval",
         graph_sha256=opened.manifest.files[graph].sha256,
         graph_bytes=1,

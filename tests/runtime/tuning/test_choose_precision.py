@@ -16,7 +16,7 @@ from embedge.runtime import Embedder, EmbedgeValueError
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
 from embedge.runtime.tuning import choose_precision as auto_module
-from embedge.runtime.tuning.cache import Measured, RunSettings, add_wisdom
+from embedge.runtime.tuning.cache import RunSettings, TunedPrecision, add_wisdom
 
 THREADS = 2
 SETTINGS = RunSettings(lanes=False, narrow_tokens=0, batch_tokens=1024)
@@ -39,7 +39,7 @@ def measure(path: Any, times: Mapping[str, Mapping[str, float]], threads: int = 
         bundle,
         threads,
         {
-            precision: Measured(
+            precision: TunedPrecision(
                 task="retrieval",
                 graph_sha256=manifest.files[
                     manifest.precisions[precision].graphs["retrieval"]
@@ -157,7 +157,7 @@ class TestDevice:
         monkeypatch.setattr(auto_module, "cuda_problem", lambda: None)
         bundle = Bundle(mixed.path)
         wisdom = {
-            p: Measured(
+            p: TunedPrecision(
                 task="retrieval",
                 graph_sha256="",
                 graph_bytes=1,
