@@ -802,10 +802,7 @@ def test_help_ends_with_examples_that_parse(
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    module = importlib.import_module(
-        f"embedge.{command if command in ('export', 'bench') else 'runtime'}._cli"
-        + ("" if command in ("export", "bench") else f"_{command}")
-    )
+    module = importlib.import_module(f"embedge.runtime.cli.{command}")
     called = []
     monkeypatch.setattr(module, "run", lambda args: called.append(args) or 0)
     examples = text.partition("examples:\n")[2].splitlines()
