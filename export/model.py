@@ -19,7 +19,7 @@ from embedge.export.families.base import flat_config
 from embedge.export.families.config_keys import check_config
 from embedge.export.families.qwen2_5_vision import Qwen25Vision
 from embedge.export.families.qwen2_5_vl import JinaV4Merged
-from embedge.export.graph.builder import BASE, Graph, Weights
+from embedge.export.graph.builder import Graph
 from embedge.export.graph.scheme import Scheme, digest
 from embedge.export.graph.task_graph import task_graph, to_model
 from embedge.export.options import POOLINGS, Request, check_tasks
@@ -29,6 +29,7 @@ from embedge.export.source.sentence_transformers import SentenceSettings, read_m
 from embedge.export.source.tokenizer import BundleTokenizer, read_tokenizer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.task import TaskWeights
+from embedge.export.weights.tensors import BASE, Weights
 from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
 
 
@@ -194,7 +195,7 @@ def read_model(request: Request) -> Model:
             )
             check_adapter_files(adapter, checkpoint, settings, tokenizer)
         adapters[task] = bound
-        tasks[task] = TaskWeights(checkpoint, family_class, bound, task)
+        tasks[task] = TaskWeights(checkpoint, family_class.canonical, bound, task)
     model = Model(
         checkpoint=checkpoint,
         family=family,
@@ -205,7 +206,7 @@ def read_model(request: Request) -> Model:
         tokenizer=tokenizer,
         adapters=adapters,
         tasks=tasks,
-        base=TaskWeights(checkpoint, family_class),
+        base=TaskWeights(checkpoint, family_class.canonical),
     )
     _check_tensors(model)
     rows = min(w.shape(family.token_table)[0] for w in (model.base, *tasks.values()))

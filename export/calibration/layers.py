@@ -19,9 +19,10 @@ from onnx import TensorProto, helper
 
 from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
-from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, Norm, Weights
+from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, Norm
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import to_model
+from embedge.export.weights.tensors import Weights
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 
 FloatArray = NDArray[np.float32]

@@ -13,7 +13,7 @@ from embedge.export.calibration.layers import InputStatistics, TokenBatch, calib
 from embedge.export.calibration.smoothing import input_plan, rotated_plan
 from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
-from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, Weights
+from embedge.export.graph.builder import Graph, LinearGroup, LinearRef
 from embedge.export.graph.scheme import Float16Scheme, Rounded, Scheme, reported_db, weight_name
 from embedge.export.options import UNPACKED_PRECISION
 from embedge.export.schemes.int4 import Int4Float16Scheme, Int4Scheme
@@ -21,6 +21,7 @@ from embedge.export.schemes.int4_unpacked import Int4UnpackedScheme
 from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants
 from embedge.export.schemes.mixed import MixedScheme
 from embedge.export.weights.rotated import RotatedWeights
+from embedge.export.weights.tensors import Weights
 from embedge.export.writing.weight_store import TensorStore
 from embedge.quant import gptq
 

@@ -30,13 +30,14 @@ from embedge.export.calibration.layers import (
 )
 from embedge.export.calibration.precision import token_batches
 from embedge.export.families import Family
-from embedge.export.graph.builder import Graph, Weights
+from embedge.export.graph.builder import Graph
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import embedding
 from embedge.export.model import Model
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int8 import Int8Scheme
 from embedge.export.schemes.mixed import first_match
+from embedge.export.weights.tensors import Weights
 from embedge.runtime.errors import EmbedgeValueError
 
 FloatArray = NDArray[np.float32]

@@ -19,10 +19,11 @@ from onnx import TensorProto
 from embedge.export.errors import CheckpointError
 from embedge.export.families.base import GELU_LOWER_BOUND
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Graph, LinearRef, ScaleSink, Weights
+from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
 from embedge.export.graph.scheme import Scheme
 from embedge.export.source.config import ConfigReader, Shape
 from embedge.export.weights.rotated import ResidualStream
+from embedge.export.weights.tensors import Weights
 
 OUTPUT = "image_features"
 _IMAGE_AXES = ["images", "patches"]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from embedge.export.weights.tensors import BASE, Weights
 
 if TYPE_CHECKING:
     from embedge.export.graph.scheme import Scheme
@@ -28,19 +30,8 @@ OPSET = 24  # Attention's nonpad_kv_seqlen: right padding without a tokens × to
 CUDA_OPSET = 20
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
-BASE = "base"  # the version of a tensor that no adapter changes
 
 Array = NDArray[Any]
-
-
-class Weights(Protocol):
-    """The tensors of one task under their canonical names (see ``_weights.py``)."""
-
-    def has(self, name: str) -> bool: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]: ...
-    def version(self, name: str) -> str: ...
-    def absorbed(self, norm: str) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)

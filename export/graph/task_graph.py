@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from embedge.export.families import Family
-from embedge.export.graph.builder import CONTRIB, IR_VERSION, Graph, TensorSpec, Weights
+from embedge.export.graph.builder import CONTRIB, IR_VERSION, Graph, TensorSpec
 from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of, with_functions
 from embedge.export.graph.scheme import Scheme, digest
 from embedge.export.source.sentence_transformers import DenseLayer
 from embedge.export.weights.rotated import RotatedWeights
+from embedge.export.weights.tensors import Weights
 from embedge.runtime.sessions.unpack import UNPACKED
 
 _DENSE_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}

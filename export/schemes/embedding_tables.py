@@ -9,8 +9,9 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import BASE, CONTRIB, Graph, LazyInitializer, TensorSpec
+from embedge.export.graph.builder import CONTRIB, Graph, LazyInitializer, TensorSpec
 from embedge.export.graph.scheme import half_rows, to_half
+from embedge.export.weights.tensors import BASE
 from embedge.quant import embedding_tables, int4
 
 

@@ -17,18 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import (
-    BASE,
-    Graph,
-    LazyInitializer,
-    LinearGroup,
-    LinearRef,
-    TensorSpec,
-)
+from embedge.export.graph.builder import Graph, LazyInitializer, LinearGroup, LinearRef, TensorSpec
 from embedge.export.graph.scheme import digest, in_features, out_features
 from embedge.export.options import UNPACKED_PRECISION
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants, input_rotation, weight_specs
+from embedge.export.weights.tensors import BASE
 from embedge.export.writing.weight_store import TensorStore
 
 

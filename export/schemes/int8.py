@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export.graph.builder import (
-    BASE,
     CONTRIB,
     Graph,
     LazyInitializer,
@@ -58,6 +57,7 @@ from embedge.export.graph.scheme import (
     weight_name,
 )
 from embedge.export.schemes.outlier_channels import beside, outliers
+from embedge.export.weights.tensors import BASE
 from embedge.quant import gptq, int8
 from embedge.quant.rotation import block_rotation, rotate_blocks
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.graph.builder import BASE, Weights
+from embedge.export.weights.tensors import BASE, Weights
 from embedge.quant.rotation import Rotation
 
 FloatArray = NDArray[np.float32]

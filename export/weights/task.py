@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from embedge.export.adapters.adapter import BoundAdapter
 from embedge.export.errors import CheckpointError
-from embedge.export.families import Family
-from embedge.export.graph.builder import BASE
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.safetensors_file import first_not_finite
+from embedge.export.weights.tensors import BASE
 
 
 class TaskWeights:
@@ -20,7 +19,7 @@ class TaskWeights:
 
     Args:
         checkpoint: the backbone.
-        family: decides the canonical names.
+        canonical: gives a key's canonical name.
         adapter: the bound adapter, or ``None`` for the bare backbone.
         task: name of the task; the version of what its adapter changes.
 
@@ -31,7 +30,7 @@ class TaskWeights:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        family: type[Family],
+        canonical: Callable[[str], str],
         adapter: BoundAdapter | None = None,
         task: str = BASE,
     ) -> None:
@@ -39,10 +38,10 @@ class TaskWeights:
         self._adapter = adapter
         self._task = task
         self.asked: set[str] = set()
-        self._keys = canonical_keys(checkpoint.keys(), family.canonical)
+        self._keys = canonical_keys(checkpoint.keys(), canonical)
         if adapter is not None:
             for key in adapter.added:
-                self._keys.setdefault(family.canonical(key), key)
+                self._keys.setdefault(canonical(key), key)
 
     def has(self, name: str) -> bool:
         return name in self._keys

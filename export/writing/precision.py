@@ -14,7 +14,7 @@ from embedge.export.calibration.layers import TokenBatch
 from embedge.export.calibration.precision import gptq_form_of, int8_plans, store_gptq
 from embedge.export.calibration.sensitivity import candidates, check_budget, within_budget
 from embedge.export.context import ExportContext
-from embedge.export.graph.builder import BASE, Graph, LazyInitializer, Weights
+from embedge.export.graph.builder import Graph, LazyInitializer
 from embedge.export.graph.scheme import Scheme, weight_name
 from embedge.export.graph.task_graph import to_model
 from embedge.export.model import Model
@@ -23,6 +23,7 @@ from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int4_unpacked import unpack_list
 from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
 from embedge.export.schemes.mixed import unmatched
+from embedge.export.weights.tensors import BASE, Weights
 from embedge.export.writing.bundle import dump, write_new
 from embedge.export.writing.graph_metadata import graph_notes, task_notes
 from embedge.export.writing.parallel import in_order
