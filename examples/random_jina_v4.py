@@ -197,7 +197,7 @@ def split_shards(tensors: Sequence[Stored]) -> list[list[Stored]]:
 def _write_shards(folder: Path, tensors: Sequence[Stored], threads: int) -> None:
     shards = split_shards(tensors)
     total = sum(tensor.bytes for tensor in tensors)
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_safetensors(folder / name, shard, threads)

@@ -163,9 +163,16 @@ def test_an_editable_install_has_the_names_and_the_command(
     # Setuptools, numpy and ONNX Runtime come from here, without this folder's editable installs.
     (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"])
     python = environment / "bin" / "python"
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    command += ["--no-deps"]
     command += ["--ignore-installed"]
-    command += ["--no-build-isolation", "--config-settings", f"editable_mode={mode}", "-e", source]
+    command += [
+        "--no-build-isolation",
+        "--config-settings",
+        f"editable_mode={mode}",
+        "-e",
+        str(source),
+    ]
     subprocess.run(command, check=True)
     code = "import embedge; from embedge import Embedder, export_bundle; print(embedge.__file__)"
     found = subprocess.check_output([python, "-c", code], cwd=tmp_path, text=True)

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_a_number_that_cannot_be_is_refused(
     ids=["no adapter", "unknown adapter", "unknown task", "unknown precision"],
 )
 def test_a_call_that_does_not_fit_the_bundle_is_refused(
-    change: dict[str, object], message: str, bundle: Path, model: Path, adapter: Path
+    change: dict[str, Any], message: str, bundle: Path, model: Path, adapter: Path
 ) -> None:
     options = BenchOptions(bundle=bundle, reference=model, adapters={"search": adapter})
 

@@ -69,7 +69,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def only_call(encoder: EmbedgeEncoder) -> tuple[str, list[Any], dict[str, Any]]:
     [call] = encoder.embedder.calls  # type: ignore[attr-defined]
-    return call  # type: ignore[no-any-return]
+    return call
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def local_task(documents: Mapping[str, str], queries: Mapping[str, str]) -> Any:
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    class Local(AbsTaskRetrieval):  # type: ignore[misc]
+    class Local(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name="LocalRetrieval",
             description="Random words.",
@@ -365,7 +365,7 @@ def test_mteb_ranks_pages_by_either_kind_of_vector(
         pages.append(page)
     queries = [f"what does page {number} say?" for number in range(8)]
 
-    class Pages(AbsTaskRetrieval):  # type: ignore[misc]
+    class Pages(AbsTaskRetrieval):
         metadata = metadata_of(
             name="LocalPages",
             type="DocumentUnderstanding",
@@ -413,7 +413,7 @@ def test_mteb_scores_pairs_by_text_matching(pages_bundle: Path, quiet_mteb: Any)
         for one, keep in zip(first, kept, strict=True)
     ]
 
-    class Pairs(AbsTaskSTS):  # type: ignore[misc]
+    class Pairs(AbsTaskSTS):
         min_score, max_score = 0, 5
         metadata = metadata_of(
             name="LocalPairs",

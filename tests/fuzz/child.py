@@ -92,7 +92,7 @@ def run(
 
 def _answer(reading: int, end: float) -> bytes | None:
     """What the child writes until it closes its pipe; ``None`` where that takes too long."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         ready, _, _ = select.select([reading], [], [], max(0, end - time.monotonic()))
         if not ready:
@@ -135,7 +135,8 @@ def _watch(root: Path, allowed: Sequence[Path], outside: list[str]) -> None:
     """Note every path outside of ``allowed`` that Python opens below ``root``, or changes anywhere."""
     tempfile.tempdir = os.path.join(root, "temporary")
     os.makedirs(tempfile.tempdir, exist_ok=True)
-    inside = tuple(os.path.realpath(path) for path in (*allowed, tempfile.tempdir, os.devnull))
+    places = [*map(str, allowed), tempfile.tempdir, os.devnull]
+    inside = tuple(os.path.realpath(path) for path in places)
     scratch = os.path.realpath(root)
 
     def is_in(path: str, folder: str) -> bool:

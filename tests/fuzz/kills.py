@@ -136,7 +136,11 @@ class Kills:
     def _make(self) -> None:
         from tests.helpers.models import make_model, save
 
-        wide = {"hidden_size": 96, "intermediate_size": 192, "gain": 0.6}  # weights lie in files
+        wide: dict[str, Any] = {
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "gain": 0.6,
+        }  # weights lie in files
         save(make_model("bert", **wide), self._source)
         _export(self._source, self._start, "a")
 
@@ -161,7 +165,7 @@ class Kills:
     def _work(self, name: str, out: Path) -> None:
         job = JOBS[name]
         if not job.exchange:
-            writing._exchange = lambda *_: False  # type: ignore[assignment]
+            writing._exchange = lambda *_: False
         job.work(self._source, out)
 
     def _killed(self, name: str, arm: Callable[[Path], None]) -> str | None:

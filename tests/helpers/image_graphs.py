@@ -166,7 +166,7 @@ def of_text(table: Floats, matrix: Floats, ids: Sequence[int]) -> tuple[Floats, 
 
 
 def of_image(
-    table: Floats, matrix: Floats, projection: Floats, image: Any, **pixels: int
+    table: Floats, matrix: Floats, projection: Floats, image: Any, **pixels: Any
 ) -> tuple[Floats, Floats]:
     """The vector and the multi-vectors of an image."""
     patches = ImageProcessor(TINY)(load_image(image, "image"), **pixels)

@@ -58,7 +58,7 @@ class Reference:
     def __post_init__(self) -> None:
         settings = json.loads((self.folder / "config.json").read_text())
         if "text_config" in settings:  # what lies beside it is jina's or a copy
-            wanted = ("text_config", "vision_config", "image_token_id", "video_token_id")
+            wanted = ["text_config", "vision_config", "image_token_id", "video_token_id"]
             wanted += ("vision_start_token_id", "vision_end_token_id")
             settings = {name: settings[name] for name in wanted}
         config = transformers.Qwen2_5_VLConfig(**settings)

@@ -69,4 +69,4 @@ def test_the_steps_that_bound_memory_do_not_show(
         embedding_tables.quantize_table(table.__getitem__, table.shape, bits, 16),
         strict=True,
     ):
-        assert np.array_equal(expected, found)
+        np.testing.assert_array_equal(expected, found)

@@ -11,8 +11,8 @@ RNG = np.random.default_rng(0)
 
 
 def test_every_weight_is_within_half_a_step_of_its_row() -> None:
-    weight = RNG.normal(0, 1, (70, 30)) * np.exp(RNG.normal(0, 3, (70, 1)))
-    weight = weight.astype(np.float32)
+    values = RNG.normal(0, 1, (70, 30)) * np.exp(RNG.normal(0, 3, (70, 1)))
+    weight = values.astype(np.float32)
     result = int8.quantize_rows(weight)
     assert result.values.dtype == np.int8
     scales = result.scales[:, None]

@@ -73,7 +73,9 @@ class TestDefaults:
         )
         assert model.prompts == {"query": "w9 ", "passage": "passage: ", "other": "w8 "}
         assert model.default_prompt_name == "other"
-        for options, prompt in (({}, "w8 "), ({"prompt_name": "passage"}, "passage: ")):
+        cases: list[tuple[dict[str, Any], str]]
+        cases = [({}, "w8 "), ({"prompt_name": "passage"}, "passage: ")]
+        for options, prompt in cases:
             expected = plain.encode(TEXTS, task="code", prompt=prompt)
             np.testing.assert_array_equal(model.encode(TEXTS, **options), expected)
         expected = plain.encode(TEXTS, task="code", prompt="w9 ")
@@ -207,8 +209,8 @@ reveal_type(model.count_tokens(["a"]))
     def test_it_closes_and_opens_again(self, bundle: Any) -> None:
         with Embedder(bundle.path) as model:
             expected = model.encode(TEXTS)
-            assert model._graphs._pool.names == ("retrieval",)
-        assert model._graphs._pool.names == ()
+            assert list(model._graphs._pool.names) == ["retrieval"]
+        assert list(model._graphs._pool.names) == []
         np.testing.assert_array_equal(model.encode(TEXTS), expected)
 
 
@@ -262,9 +264,11 @@ class TestTables:
 
     def test_what_holds_one_text_after_the_other_is_taken(self, model: Embedder) -> None:
         expected = model.encode(TEXTS)
+        inputs: Any
         for inputs in (tuple(TEXTS), iter(TEXTS), np.array(TEXTS), np.array(TEXTS, object)):
             np.testing.assert_array_equal(model.encode(inputs), expected)
-        np.testing.assert_array_equal(model.encode(dict(enumerate(TEXTS)).values()), expected)
+        values: Any = dict(enumerate(TEXTS)).values()
+        np.testing.assert_array_equal(model.encode(values), expected)
 
     @pytest.mark.parametrize("library", ["pandas", "polars"])
     def test_a_series_is_taken(self, model: Embedder, library: str) -> None:

@@ -119,7 +119,8 @@ def test_the_interval_of_two_correlations_holds_the_difference_scipy_bootstraps(
 def test_a_cut_vector_has_length_1_again_only_where_the_source_normalizes() -> None:
     vectors = np.array([[3.0, 4.0, 12.0], [0.0, 0.0, 1.0]], dtype=np.float32)
 
-    np.testing.assert_allclose(truncated(vectors, 2), [[0.6, 0.8], [0, 0]], atol=EXACT)
+    expected = np.array([[0.6, 0.8], [0.0, 0.0]])
+    np.testing.assert_allclose(truncated(vectors, 2), expected, atol=EXACT)
     np.testing.assert_array_equal(truncated(vectors, 2, normalize=False), [[3, 4], [0, 0]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from embedge.bench import Report
 from embedge.bench.errors import BenchError
 from embedge.bench.report.record import END, START, record
-from embedge.runtime.bundle import writing
 
 MANIFEST = {
     "format_version": "1.0",
@@ -100,7 +100,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     before = contents(bundle)
-    monkeypatch.setattr(writing.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
 
     with pytest.raises(BenchError, match="No space left.*free some space"):
         record(report, bundle)

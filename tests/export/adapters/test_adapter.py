@@ -96,7 +96,7 @@ def randomize(model: PeftModel) -> None:
 
 
 def save_base(model: torch.nn.Module, folder: Path) -> Path:
-    base = model.bert if isinstance(model, Wrapper) else model
+    base: Any = model.bert if isinstance(model, Wrapper) else model
     base.save_pretrained(folder)
     return folder
 

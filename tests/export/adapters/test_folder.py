@@ -86,7 +86,8 @@ def test_modules_and_prompts_of_an_adapters_folder_are_its_tasks(
     ours = exported(source, {"task": tmp_path / "own"}, tmp_path / "bundle")
 
     assert vectors(model).shape[1] == 24
-    for options in ({}, {"prompt_name": "query"}):
+    cases: list[dict[str, Any]] = [{}, {"prompt_name": "query"}]
+    for options in cases:
         found = ours.encode(TEXTS, on_truncate="ignore", **options)  # at the adapter's 32 tokens
         assert cosines(found, vectors(model, **options)).min() >= BOUND
 

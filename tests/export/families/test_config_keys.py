@@ -21,9 +21,8 @@ from embedge.runtime import Embedder
 from tests.helpers.models import CONFIGS, cosines, make_model, random_texts, save, write_json
 
 TEXTS = random_texts(4, longest=30)
-KINDS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "modernbert")
-KINDS += ("llama", "mistral", "qwen2", "qwen3")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "modernbert", *DECODERS)
 BASE = set(transformers.PretrainedConfig().to_dict())
 
 # Values that a key is changed to; of others by their type.
@@ -242,7 +241,12 @@ def test_bookkeeping_of_all_sorts_locks_nobody_out(
     kind: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     source = shutil.copytree(sources[kind], tmp_path / "source")
-    notes = {"wandb_run": "a1", "dataset": ["x"], "unsloth_version": "1", "converted_from": "y"}
+    notes: dict[str, Any] = {
+        "wandb_run": "a1",
+        "dataset": ["x"],
+        "unsloth_version": "1",
+        "converted_from": "y",
+    }
     defaults = transformers.CONFIG_MAPPING[kind]().to_dict()
     plain = _HARMLESS - KEYS[kind].used - {"model_type", "vocab_size", "intermediate_size"}
     change(source, **{key: value for key, value in defaults.items() if key in plain})

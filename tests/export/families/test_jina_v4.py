@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def reference(request: pytest.FixtureRequest, checkpoint: Path) -> Reference:
 def test_texts_equal_the_reference(model: Embedder, reference: Reference, prompt: str) -> None:
     prefix = "Passage: " if prompt == "passage" and reference.task != "text-matching" else "Query: "
     single, multi = reference.texts(TEXTS, prefix)
-    options = {"task": reference.task, "prompt_name": prompt}
+    options: dict[str, Any] = {"task": reference.task, "prompt_name": prompt}
     assert cosines(model.encode(TEXTS, **options), single).min() >= 0.99999
     rows = model.encode(TEXTS, **options, multi_vector=True)
     for found, expected in zip(rows, multi, strict=True):
@@ -111,7 +112,7 @@ def test_one_pixel_is_an_image_of_one_colour(model: Embedder, reference: Referen
 
 
 def test_a_list_of_texts_and_images_comes_back_in_order(model: Embedder) -> None:
-    mixed = [IMAGES[3], TEXTS[0], IMAGES[5], TEXTS[2], TEXTS[1], IMAGES[0]]
+    mixed: list[Any] = [IMAGES[3], TEXTS[0], IMAGES[5], TEXTS[2], TEXTS[1], IMAGES[0]]
     together = model.encode(mixed, task="code")
     for item, vector in zip(mixed, together, strict=True):
         if isinstance(item, str):
@@ -129,7 +130,7 @@ def test_more_pixels_are_more_tokens_and_still_the_reference(
     few, many = 28 * 28 * 16, 28 * 28 * 200
     for pixels in (few, many):
         single, multi = reference.images([picture], max_pixels=pixels)
-        options = {"task": "retrieval", "max_pixels": pixels}
+        options: dict[str, Any] = {"task": "retrieval", "max_pixels": pixels}
         assert cosines(model.encode_image([picture], **options), single).min() >= 0.99999
         rows = model.encode_image([picture], **options, multi_vector=True)
         assert rows[0].shape == multi[0].shape
@@ -393,7 +394,7 @@ def test_image_settings_may_lie_in_processor_config(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", layout="plain")
     file = source / "preprocessor_config.json"
     settings = json.loads(file.read_text())
-    options = {"adapters": {"t": None}, "precisions": ["fp32"], "pooling": "mean"}
+    options: dict[str, Any] = {"adapters": {"t": None}, "precisions": ["fp32"], "pooling": "mean"}
     before = export_bundle(source, out=tmp_path / "before", **options)
     file.unlink()
     (source / "processor_config.json").write_text(json.dumps({"image_processor": settings}))

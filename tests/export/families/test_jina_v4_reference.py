@@ -133,8 +133,8 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
         assert filecmp.cmp(folder / "published" / name, again / name, shallow=False), name
     assert len(names) == len([p for p in (folder / "published").rglob("*") if p.is_file()])
     other = write_checkpoint(tmp_path / "other", seed=1)
-    for name in ("model-00001-of-00002.safetensors", "adapters/adapter_model.safetensors"):
-        assert (other / name).read_bytes() != (again / name).read_bytes()
+    for file in ("model-00001-of-00002.safetensors", "adapters/adapter_model.safetensors"):
+        assert (other / file).read_bytes() != (again / file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
         ({"task": "clustering"}, "task: expected one of retrieval"),
     ],
 )
-def test_an_unknown_name_is_refused(options: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         write_checkpoint(tmp_path, **options)
     assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ needs_cuda = pytest.mark.skipif(
     cuda_problem() is not None, reason="needs ONNX Runtime's CUDA provider and a GPU"
 )
 
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in CONFIGS},
     "bert with relu": ("bert", {"hidden_act": "relu"}),
     "bert with gelu_new": ("bert", {"hidden_act": "gelu_new"}),

@@ -174,7 +174,7 @@ def test_outlier_channels_do_not_spoil_int8(tmp_path: Path) -> None:
 
 # -- batches ------------------------------------------------------------------------------------------
 
-SETTINGS = {
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32": ("fp32", {}),
     "int8": ("int8", {}),
     "int8 without calibration": ("int8", {"calibration": "none"}),

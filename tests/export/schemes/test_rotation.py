@@ -291,10 +291,11 @@ def product_error(loud: float) -> tuple[float, int]:
     statistics.add(x)
     statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
     plan = rotated_plan(statistics)
+    assert plan.smooth is not None
     scheme = Int8Scheme({"down": plan})
     g = Graph(weights=stored, scheme=scheme)
     g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64])
-    g.output_scale["up"] = 1 / plan.smooth
+    g.output_scale["up"] = np.float32(1) / plan.smooth
     (y,) = scheme.linears(g, group)
     g.output(y, "out", TensorProto.FLOAT, [])
     session = open_graph(model_of(g))
@@ -433,6 +434,7 @@ def test_a_hessian_is_that_of_the_rotated_inputs() -> None:
     plan = SmoothingConstants(smooth=smooth, outliers=np.array([3, 59]))
     stored = Stored()
     stored.tensors = {"down.weight": draw.normal(size=(40, 60)).astype(np.float32)}
+    assert plan.smooth is not None
     scheme = Int8Scheme({"down": plan})
     g = Graph(weights=stored, scheme=scheme)
     group = LinearGroup(

@@ -400,7 +400,7 @@ def test_lower_casing_is_fine_where_the_tokenizer_does_it(tmp_path: Path) -> Non
         {"type": "BertNormalizer", "lowercase": True},
         {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
     ):
-        files = {
+        files: dict[str, Any] = {
             "transformer": {"do_lower_case": True},
             "tokenizer_file": {"normalizer": normalizer},
         }

@@ -27,7 +27,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from embedge.export import CheckpointError, ExportError, export_bundle
-from embedge.export.writing import lock as lock_module
 from embedge.export.writing import precision as writer_module
 from embedge.export.writing import weight_store as store_module
 from embedge.export.writing.bundle import file_entry
@@ -987,7 +986,7 @@ def test_what_the_system_refuses_comes_with_advice_that_helps(
     def refuse(*_: Any, **__: Any) -> int:
         raise OSError(number, os.strerror(number), "there")
 
-    monkeypatch.setattr(lock_module.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ExportError, match=f"there: {REFUSALS[number]}") as caught:
         small(source, tmp_path / "out")
     assert ("space" in str(caught.value)) == (number == errno.ENOSPC)
@@ -1008,7 +1007,7 @@ def test_a_bundle_whose_parent_cannot_be_written_gains_a_task_all_the_same(
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         return really(path, *arguments)
 
-    monkeypatch.setattr(lock_module.os, "open", open_)
+    monkeypatch.setattr(os, "open", open_)
     small(source, copy, adapters={"third": None})
     assert "third" in manifest(copy)["tasks"]
     assert ".export.lock" not in contents(copy)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -136,9 +137,12 @@ def test_the_probe_in_the_card_is_that_of_the_runtime(bundle: Path) -> None:
     models: list[bytes] = []
     exec(code.split("options = ort")[0], namespace)
     sessions = namespace["ort"].InferenceSession
-    namespace["ort"] = type(
-        "ort", (), {"InferenceSession": lambda m, **o: models.append(m) or sessions(m, **o)}
-    )
+
+    def opened(model: bytes, **options: Any) -> Any:
+        models.append(model)
+        return sessions(model, **options)
+
+    namespace["ort"] = SimpleNamespace(InferenceSession=opened)
     assert namespace["saturates"]() == saturates_u8s8(asked=False)
     assert models == [probe_model()]
 

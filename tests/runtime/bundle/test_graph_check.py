@@ -96,7 +96,14 @@ def function(name: str, inputs: int = 3, op_type: str = "Abs") -> Change:
 def products(*shapes: tuple[int, ...], **attributes: int) -> Change:
     """A 4-bit product with constants of some shapes."""
     names = ["packed", "scales", "zeros"][: len(shapes)]
-    settings = {"K": 8, "N": 6, "bits": 4, "block_size": 16, "accuracy_level": 4, **attributes}
+    settings: dict[str, Any] = {
+        "K": 8,
+        "N": 6,
+        "bits": 4,
+        "block_size": 16,
+        "accuracy_level": 4,
+        **attributes,
+    }
     made = helper.make_node(
         "MatMulNBits", ["embedded", *names], ["y"], domain="com.microsoft", **settings
     )

@@ -258,7 +258,7 @@ def test_a_refused_second_step_brings_the_old_folder_back(
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(writing.os, "rename", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(OSError, match="Input/output"):
         put_in_place(work, out, replace=True)
     assert (out / "file").read_text() == "old"

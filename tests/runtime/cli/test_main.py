@@ -803,8 +803,13 @@ def test_help_ends_with_examples_that_parse(
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     module = importlib.import_module(f"embedge.runtime.cli.{command}")
-    called = []
-    monkeypatch.setattr(module, "run", lambda args: called.append(args) or 0)
+    called: list[Any] = []
+
+    def run(args: Any) -> int:
+        called.append(args)
+        return 0
+
+    monkeypatch.setattr(module, "run", run)
     examples = text.partition("examples:\n")[2].splitlines()
     assert len(examples) >= 3
     for example in examples:

@@ -199,7 +199,7 @@ def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(
     from embedge.export import export_bundle
     from tests.helpers.models import make_model, save
 
-    wide = {"hidden_size": 64, "intermediate_size": 96, "gain": 0.6}
+    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "gain": 0.6}
     pairs = []
     for name, pooling in (("bert", "mean"), ("qwen2", "lasttoken")):
         source = save(make_model(name, **wide), tmp_path / name, pooling=pooling)

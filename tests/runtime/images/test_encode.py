@@ -24,6 +24,7 @@ from embedge.runtime import (
 )
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.images import encode as pipeline
+from embedge.runtime.images.patches import ImagePatches
 from embedge.runtime.sessions.session import GraphSession
 from tests.helpers.image_graphs import AROUND, TINY
 from tests.helpers.threads import all_ended, workers
@@ -110,7 +111,7 @@ class TestResult:
         array = picture(12, 8)
         path = tmp_path / "page.png"
         Image.fromarray(array).save(path)
-        kinds = [path, path.read_bytes(), Image.open(path), array]
+        kinds: list[Any] = [path, path.read_bytes(), Image.open(path), array]
         vectors = model.encode([*kinds, "page.png"], task="code")
         for vector in vectors[:4]:
             np.testing.assert_allclose(vector, vectors[0], atol=TOLERANCE, rtol=0)
@@ -132,7 +133,8 @@ class TestResult:
             "grey": array[:, :, 0],
         }[kind]
         assert model.encode_image(image, task="code").shape == (8,)
-        assert model.encode_image(image, task="code", multi_vector=True).shape == (AROUND + 4, 4)
+        rows: Any = model.encode_image(image, task="code", multi_vector=True)
+        assert rows.shape == (AROUND + 4, 4)
         if kind != "str":
             assert model.encode(image, task="code").shape == (8,)
 
@@ -169,7 +171,9 @@ class TestResult:
 
     def test_pixels_are_bounded_by_the_call(self, with_images: Any, model: Embedder) -> None:
         image = picture(16, 12)
-        for pixels, features in (({}, 12), ({"max_pixels": 100}, 4), ({"min_pixels": 700}, 48)):
+        cases: list[tuple[dict[str, Any], int]]
+        cases = [({}, 12), ({"max_pixels": 100}, 4), ({"min_pixels": 700}, 48)]
+        for pixels, features in cases:
             vector = model.encode_image(image, task="code", **pixels)
             expected, rows = with_images.of_image("code", image, **pixels)
             assert len(rows) == AROUND + features
@@ -261,7 +265,7 @@ class TestRuns:
             return patches
 
         monkeypatch.setattr(pipeline.ImagePipeline, "_read", watched)
-        monkeypatch.setattr(pipeline.ImagePatches, "__hash__", object.__hash__)
+        monkeypatch.setattr(ImagePatches, "__hash__", object.__hash__)
         monkeypatch.setattr(pipeline, "_CHUNK_BYTES", 3 * 16 * 24 * 4)  # three of 8 × 8
         model.encode_image([picture(8, 8, seed) for seed in range(30)], task="code")
         assert 0 < most[0] < 6  # those of the chunk in the graph, and of the one that is read

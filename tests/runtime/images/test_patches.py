@@ -39,7 +39,7 @@ def picture(rng: np.random.Generator, number: int) -> Image.Image:
 
 def test_200_random_sizes_and_modes_equal_the_slow_processor() -> None:
     rng = np.random.default_rng(0)
-    largest = done = 0
+    largest, done = 0.0, 0
     for number in range(230):
         image = picture(rng, number)
         if max(image.size) > 200 * min(image.size):

@@ -46,7 +46,11 @@ def open_session(
         name, domain, inputs = "GroupQueryAttention", CONTRIB, "q k v   lengths total"
         outputs += ["keys", "values"]
     node = helper.make_node(name, inputs.split(" "), outputs, domain=domain, scale=scale)
-    sizes = {"num_heads": heads[0], "kv_num_heads": heads[1], "local_window_size": window}
+    sizes: dict[str, Any] = {
+        "num_heads": heads[0],
+        "kv_num_heads": heads[1],
+        "local_window_size": window,
+    }
     node.attribute.extend(helper.make_attribute(*size) for size in sizes.items())
     info = helper.make_tensor_value_info
     values = [info(name, TensorProto.FLOAT, None) for name in "qkv"]
@@ -256,7 +260,10 @@ def open_encoder(variant: str, kind: str, heads: Heads, scale: float, threads: i
     """Of one node that has a body; kinds: ``"PaddedAttention"`` and ``"FullAttention"``."""
     padded = kind == "PaddedAttention"
     inputs = ["q", "k", "v", "lengths"] if padded else ["q", "k", "v"]
-    sizes = {"num_heads": heads[0], **({"kv_num_heads": heads[1]} if padded else {})}
+    sizes: dict[str, Any] = {
+        "num_heads": heads[0],
+        **({"kv_num_heads": heads[1]} if padded else {}),
+    }
     node = helper.make_node(kind, inputs, ["y"], domain=DOMAIN, scale=scale, **sizes)
     info = helper.make_tensor_value_info
     values = [info(name, TensorProto.FLOAT, None) for name in "qkv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import threading
@@ -382,7 +383,7 @@ def test_where_it_was_not_built_a_bundle_embeds_all_the_same(int8_bundle: tuple[
 def test_a_processor_without_its_instructions_goes_without_it() -> None:
     with asked_anew() as patch:
         find_library(patch, "kernel.so")
-        patch.setattr(products.ctypes, "CDLL", lambda file: Library(runs_here=0))
+        patch.setattr(ctypes, "CDLL", lambda file: Library(runs_here=0))
         assert kernel_library() is None
 
 
@@ -402,7 +403,7 @@ def test_a_kernel_that_fails_its_check_is_left_out_with_a_warning(
         expected = Embedder(path, verify="none").encode(WORDS)
     with asked_anew() as patch:
         find_library(patch, "kernel.so")
-        patch.setattr(products.ctypes, "CDLL", lambda file: Library(runs_here=1))
+        patch.setattr(ctypes, "CDLL", lambda file: Library(runs_here=1))
         patch.setattr("embedge.runtime.kernels.self_check.is_right", is_right)
         message = (
             rf"^kernel\.so: not used: {problem}; ONNX Runtime's own kernels run instead, "

@@ -50,7 +50,13 @@ def open_session(
     **attributes: int,
 ) -> Any:
     columns = len(values["scales"])
-    known = {"K": depth, "N": columns, "bits": 4, "block_size": block, "accuracy_level": 4}
+    known: dict[str, Any] = {
+        "K": depth,
+        "N": columns,
+        "bits": 4,
+        "block_size": block,
+        "accuracy_level": 4,
+    }
     node = helper.make_node(
         "MatMulNBits", ["a", *values], ["y"], domain="com.microsoft", **{**known, **attributes}
     )

@@ -147,7 +147,7 @@ def test_other_devices_are_refused(device: Any) -> None:
 
 
 def test_the_number_reaches_the_probe_and_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[int] = []
     monkeypatch.setattr(device_module, "cuda_problem", asked.append)
     assert choose_device("cuda:3", "fp16", ["cuda"]) == "cuda:3"
     assert asked == [3]

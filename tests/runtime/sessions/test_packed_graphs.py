@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,26 +25,28 @@ def prepared_folder(path: Path, task: str = "retrieval", precision: str = "fp32"
     return path / "prepared" / machine_name() / precision / task
 
 
-def test_a_prepared_graph_is_opened_in_place_of_the_bundles(bundle, monkeypatch):
+def test_a_prepared_graph_is_opened_in_place_of_the_bundles(bundle: Any, monkeypatch: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
     PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
     opened = []
-    monkeypatch.setattr(
-        "embedge.runtime.sessions.graphs.GraphSession",
-        lambda file, **settings: opened.append(settings["prepared"]) or session(file, **settings),
-    )
+
+    def open_(file: Path, **settings: Any) -> Any:
+        opened.append(settings["prepared"])
+        return session(file, **settings)
+
+    monkeypatch.setattr("embedge.runtime.sessions.graphs.GraphSession", open_)
     found = Embedder(bundle.path).encode(TEXTS)
     assert opened == [prepared_folder(bundle.path) / "graph.onnx"]
     np.testing.assert_array_equal(found, expected)
 
 
-def session(*arguments, **settings):
+def session(*arguments: Any, **settings: Any) -> Any:
     from embedge.runtime.sessions.session import GraphSession
 
     return GraphSession(*arguments, **settings)
 
 
-def test_the_command_prepares_every_graph_and_verifies_after(with_images, capsys):
+def test_the_command_prepares_every_graph_and_verifies_after(with_images: Any, capsys: Any) -> None:
     image = np.zeros((20, 30, 3), np.uint8)
     expected = Embedder(with_images.path).encode(["w1", image], task="code")
     assert main(["prepare", str(with_images.path), "--pack-only"]) == 0
@@ -60,7 +63,7 @@ def test_the_command_prepares_every_graph_and_verifies_after(with_images, capsys
     assert main(["inspect", str(with_images.path), "--verify"]) == 0
 
 
-def test_the_command_takes_tasks_and_precisions(two_tasks, capsys):
+def test_the_command_takes_tasks_and_precisions(two_tasks: Any, capsys: Any) -> None:
     options = ["--task", "code", "--precision", "int4", "--pack-only"]
     assert main(["prepare", str(two_tasks.path), *options]) == 0
     assert prepared_folder(two_tasks.path, "code", "int4").is_dir()
@@ -71,7 +74,7 @@ def test_the_command_takes_tasks_and_precisions(two_tasks, capsys):
     assert "the bundle has no precision 'int2'" in capsys.readouterr().err
 
 
-def test_remove(bundle, capsys):
+def test_remove(bundle: Any, capsys: Any) -> None:
     assert main(["prepare", str(bundle.path), "--pack-only"]) == 0
     assert main(["prepare", str(bundle.path), "--remove"]) == 0
     assert not (bundle.path / "prepared").exists()
@@ -88,7 +91,7 @@ def test_remove(bundle, capsys):
         (lambda folder: (folder / "prepared.json").write_text("{}"), "made from other files"),
     ],
 )
-def test_a_damaged_one_is_left_out_with_a_warning(bundle, spoil, reason):
+def test_a_damaged_one_is_left_out_with_a_warning(bundle: Any, spoil: Any, reason: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
     PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
     spoil(prepared_folder(bundle.path))
@@ -98,7 +101,7 @@ def test_a_damaged_one_is_left_out_with_a_warning(bundle, spoil, reason):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_one_of_other_weights_is_left_out_until_prepared_again(make_bundle):
+def test_one_of_other_weights_is_left_out_until_prepared_again(make_bundle: Any) -> None:
     first, second = make_bundle("first"), make_bundle("second", tasks=("code", "retrieval"))
     PreparedGraphs(Bundle(first.path)).write("fp32", "retrieval")
     shutil.copytree(first.path / "prepared", second.path / "prepared")
@@ -112,7 +115,7 @@ def test_one_of_other_weights_is_left_out_until_prepared_again(make_bundle):
         Embedder(second.path).encode("w1", task="retrieval")
 
 
-def test_another_machine_does_not_see_it(bundle, monkeypatch):
+def test_another_machine_does_not_see_it(bundle: Any, monkeypatch: Any) -> None:
     PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
     monkeypatch.setattr(
         "embedge.runtime.sessions.packed_graphs._instructions", lambda: "another processor"
@@ -120,7 +123,7 @@ def test_another_machine_does_not_see_it(bundle, monkeypatch):
     assert PreparedGraphs(Bundle(bundle.path)).find("fp32", "retrieval") is None
 
 
-def test_a_full_disk_is_told_before_anything_is_written(bundle, monkeypatch):
+def test_a_full_disk_is_told_before_anything_is_written(bundle: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(EmbedgeError, match="the disk has 10; free some"):
         PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
@@ -128,7 +131,7 @@ def test_a_full_disk_is_told_before_anything_is_written(bundle, monkeypatch):
     assert list(prepared_folder(bundle.path).parent.iterdir()) == []
 
 
-def test_a_graph_that_cannot_be_prepared_leaves_the_earlier_one(bundle):
+def test_a_graph_that_cannot_be_prepared_leaves_the_earlier_one(bundle: Any) -> None:
     graphs = PreparedGraphs(Bundle(bundle.path))
     graphs.write("fp32", "retrieval")
     before = json.loads((prepared_folder(bundle.path) / "prepared.json").read_text())
@@ -142,7 +145,7 @@ def test_a_graph_that_cannot_be_prepared_leaves_the_earlier_one(bundle):
     assert graphs.find("fp32", "retrieval") is not None
 
 
-def test_packed_weights_are_mapped(tmp_path, bundle):
+def test_packed_weights_are_mapped(tmp_path: Path, bundle: Any) -> None:
     """Of a wide product, the session's weights are file pages instead of anonymous memory."""
     from onnx import TensorProto, helper, save
 
@@ -171,7 +174,7 @@ def anonymous_mb(file: Path) -> float:
     code = """
 import re, sys, onnxruntime, numpy as np
 from pathlib import Path
-def anonymous():
+def anonymous() -> None:
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 before = anonymous()
 options = onnxruntime.SessionOptions()
@@ -188,7 +191,9 @@ print(anonymous() - before)
 
 @pytest.mark.parametrize("depth", range(4), ids=["prepared", "machine", "precision", "task"])
 @pytest.mark.parametrize("option", ["--pack-only", "--remove", "--measure-only"])
-def test_nothing_is_written_or_deleted_through_a_link(bundle, tmp_path, depth, option, capsys):
+def test_nothing_is_written_or_deleted_through_a_link(
+    bundle: Any, tmp_path: Path, depth: Any, option: Any, capsys: Any
+) -> None:
     others = tmp_path / "home" / "fp32" / "retrieval"
     others.mkdir(parents=True)
     (others / "thesis.txt").write_text("years of work")
@@ -207,7 +212,7 @@ def test_nothing_is_written_or_deleted_through_a_link(bundle, tmp_path, depth, o
 
 
 @pytest.mark.parametrize("name", ["../../../../manifest.json", "/etc/passwd", "a/../b", ""])
-def test_a_record_names_files_of_its_folder_alone(bundle, name):
+def test_a_record_names_files_of_its_folder_alone(bundle: Any, name: Any) -> None:
     PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
     record_file = prepared_folder(bundle.path) / "prepared.json"
     record = json.loads(record_file.read_text())
@@ -226,7 +231,9 @@ def flip_a_bit(file: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "verify"), [("graph.bin", "full"), ("graph.onnx", "full"), ("graph.onnx", "size")]
 )
-def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(bundle, capsys, file, verify):
+def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(
+    bundle: Any, capsys: Any, file: Any, verify: Any
+) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
     PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
     assert main(["inspect", str(bundle.path), "--verify"]) == 0
@@ -244,7 +251,7 @@ def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(bundle, capsys, file
     assert main(["inspect", str(bundle.path), "--verify"]) == 0
 
 
-def test_a_file_is_hashed_once_until_it_changes(bundle, monkeypatch):
+def test_a_file_is_hashed_once_until_it_changes(bundle: Any, monkeypatch: Any) -> None:
     PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
     graphs = PreparedGraphs(Bundle(bundle.path, verify="full"))
     assert graphs.find("fp32", "retrieval") is not None
@@ -256,7 +263,7 @@ def test_a_file_is_hashed_once_until_it_changes(bundle, monkeypatch):
         assert graphs.find("fp32", "retrieval") is None
 
 
-def test_one_that_onnxruntime_refuses_is_left_out(bundle):
+def test_one_that_onnxruntime_refuses_is_left_out(bundle: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
     PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
     folder = prepared_folder(bundle.path)
@@ -273,16 +280,16 @@ def test_one_that_onnxruntime_refuses_is_left_out(bundle):
 
 class TestInTheUsersCache:
     @pytest.fixture
-    def cache(self, tmp_path, monkeypatch):
+    def cache(self, tmp_path: Path, monkeypatch: Any) -> Path:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         return tmp_path / "cache" / "embedge"
 
     @pytest.fixture
-    def read_only(self, bundle, monkeypatch):
+    def read_only(self, bundle: Any, monkeypatch: Any) -> None:
         """The bundle's folder, as to a user who cannot write to it; also to root."""
         mkdir = Path.mkdir
 
-        def refuse(path, *arguments, **options):
+        def refuse(path: Any, *arguments: Any, **options: Any) -> None:
             if path.is_relative_to(bundle.path):
                 raise PermissionError(13, "Permission denied", str(path))
             mkdir(path, *arguments, **options)
@@ -291,8 +298,13 @@ class TestInTheUsersCache:
         return bundle.path
 
     def test_a_bundle_that_cannot_be_written_is_prepared_there_and_found(
-        self, cache, read_only, tmp_path, monkeypatch, capsys
-    ):
+        self,
+        cache: Any,
+        read_only: Any,
+        tmp_path: Path,
+        monkeypatch: Any,
+        capsys: Any,
+    ) -> None:
         expected = Embedder(read_only).encode(TEXTS)
         assert main(["prepare", str(read_only), "--pack-only"]) == 0
         assert f"{read_only} cannot be written: into {cache}" in capsys.readouterr().out
@@ -309,8 +321,8 @@ class TestInTheUsersCache:
         assert list(cache.iterdir()) == []
 
     def test_what_is_written_into_the_bundle_later_takes_its_place(
-        self, cache, bundle, monkeypatch
-    ):
+        self, cache: Any, bundle: Any, monkeypatch: Any
+    ) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
             PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
@@ -322,7 +334,9 @@ class TestInTheUsersCache:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
     @pytest.mark.parametrize("spoil", ["writable", "link", "file"])
-    def test_one_that_others_could_have_written_is_not_used(self, cache, read_only, spoil, capsys):
+    def test_one_that_others_could_have_written_is_not_used(
+        self, cache: Any, read_only: Any, spoil: Any, capsys: Any
+    ) -> None:
         assert main(["prepare", str(read_only), "--pack-only"]) == 0
         if spoil == "writable":
             cache.chmod(0o777)

@@ -92,7 +92,7 @@ def test_a_second_session_counts_and_closes_nobody() -> None:
     use(pool, "a", "b")
 
     def work(_: SessionWorkers) -> None:
-        for _ in range(2):  # an interrupt may have kept the first answer from being used
+        for _attempt in range(2):  # an interrupt may have kept the first answer from being used
             assert maker.ask["a"]()
             assert pool.bytes == 3 * SIZE
         assert not maker.ask["b"]()  # "b", unused, would have to go

@@ -38,11 +38,13 @@ class Weight:
         self.rotation: NDArray[Any] | None = None
 
     def floats(self) -> NDArray[np.float64]:
-        blocks = (self.values - self.zeros[..., None]) * self.scales[..., None].astype(np.float64)
+        blocks: NDArray[np.float64]
+        blocks = np.float64(self.values - self.zeros[..., None]) * self.scales[..., None]
         return blocks.reshape(self.shape[0], -1)[:, : self.shape[1]]
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        rotation = {} if self.rotation is None else {"rotation": np.float32(self.rotation)}
+        rotation: dict[str, NDArray[Any]]
+        rotation = {} if self.rotation is None else {"rotation": self.rotation.astype(np.float32)}
         return rotation | {
             "packed": packed(self.values),
             "block_scales": self.scales,

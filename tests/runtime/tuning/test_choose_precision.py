@@ -282,7 +282,7 @@ def test_another_process_takes_the_same_precision(several: Any) -> None:
 
 
 def test_several_threads_share_one(several: Any) -> None:
-    limits = {"memory_limit": 1_000_000, "device": "cpu"}
+    limits: dict[str, Any] = {"memory_limit": 1_000_000, "device": "cpu"}
     model = Embedder(several.path, precision="auto", threads=THREADS, **limits)
     texts = [f"w{i}" for i in range(40)]
     expected = model.encode(texts)
