@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "int4-fp16")
 INT4 = ("int4", "int4-fp16")  # on the CPU, on GPUs
-UNPACKED_PRECISION = "int4-unpacked"  # written with int4
 MODALITIES = ("all", "text")
 WIDE_MODEL = 1536  # hidden size
 METHODS = ("gptq", "rtn")

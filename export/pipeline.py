@@ -17,8 +17,6 @@ from embedge.export.model import Model, read_model
 from embedge.export.options import INT4, Request, check_dims
 from embedge.export.progress import Progress
 from embedge.export.writing.bundle import (
-    CARD,
-    MANIFEST,
     additions,
     check_kept,
     clear_up,
@@ -34,6 +32,7 @@ from embedge.export.writing.lock import sole_exporter
 from embedge.export.writing.manifest import manifest_of
 from embedge.export.writing.precision import write_precision
 from embedge.export.writing.same_source import check_same_source
+from embedge.runtime.bundle.contract import CARD, MANIFEST
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.writing import check_replaceable, replace_file, sync_files

@@ -15,7 +15,6 @@ from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
 from embedge.export.graph.builder import Graph, LinearGroup, LinearRef
 from embedge.export.graph.scheme import Float16Scheme, Rounded, Scheme, reported_db, weight_name
-from embedge.export.options import UNPACKED_PRECISION
 from embedge.export.schemes.int4 import Int4Float16Scheme, Int4Scheme
 from embedge.export.schemes.int4_unpacked import Int4UnpackedScheme
 from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants
@@ -24,6 +23,7 @@ from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.tensors import Weights
 from embedge.export.writing.weight_store import TensorStore
 from embedge.quant import gptq
+from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 
 SMOOTHING_ALPHA = 0.7  # measured on MiniLM: 0.4 … 0.7 differ little, 0.7 is best
 BATCH_TOKENS = 1024

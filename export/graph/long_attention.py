@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedge.export.graph.builder import Graph
-from embedge.runtime.encode.batches import LONG_TOKENS
+from embedge.runtime.bundle.contract import LONG_TOKENS
 
 FLASH_TOKENS = LONG_TOKENS  # from there on the runtime pads no row
 FEWEST_BLOCKS = 8

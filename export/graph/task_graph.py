@@ -16,7 +16,7 @@ from embedge.export.graph.scheme import Scheme, digest
 from embedge.export.source.sentence_transformers import DenseLayer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.tensors import Weights
-from embedge.runtime.sessions.unpack import UNPACKED
+from embedge.runtime.bundle.contract import UNPACKED
 
 _DENSE_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
 

@@ -19,11 +19,11 @@ from onnx import TensorProto
 
 from embedge.export.graph.builder import Graph, LazyInitializer, LinearGroup, LinearRef, TensorSpec
 from embedge.export.graph.scheme import digest, in_features, out_features
-from embedge.export.options import UNPACKED_PRECISION
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants, input_rotation, weight_specs
 from embedge.export.weights.tensors import BASE
 from embedge.export.writing.weight_store import TensorStore
+from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Int4UnpackedScheme(Int8Scheme):
 
 
 def unpack_list(g: Graph, store: TensorStore) -> dict[str, Any]:
-    """The list that :func:`embedge.runtime.sessions.unpack.read_packed` reads.
+    """The list that :func:`embedge.runtime.bundle.packed_weights.read_packed` reads.
 
     Args:
         g: a pruned graph of :class:`Int4UnpackedScheme`.

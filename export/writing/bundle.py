@@ -20,10 +20,11 @@ from typing import Any
 
 from embedge.export.errors import ExportError
 from embedge.export.options import PRECISIONS
+from embedge.runtime.bundle.contract import CARD, MANIFEST, PREPARED, VISION
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.bundle.manifest import VISION, Manifest
+from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.model_card import model_card, renewed_card
 from embedge.runtime.bundle.writing import (
     NAME_INSIDE,
@@ -35,10 +36,7 @@ from embedge.runtime.bundle.writing import (
     sweep,
 )
 from embedge.runtime.errors import BundleError, EmbedgeValueError
-from embedge.runtime.sessions.packed_graphs import PREPARED
 
-MANIFEST = "manifest.json"
-CARD = "README.md"
 JOURNAL = ".export.partial"
 LOCK = ".export.lock"
 # Of embedge, in no manifest: what `prepare` made, and what a killed process was about to rename.

@@ -15,8 +15,7 @@ import json
 
 from embedge.export.graph.builder import Graph
 from embedge.export.model import Model
-from embedge.export.options import UNPACKED_PRECISION
-from embedge.runtime.host.onnxruntime import REQUIREMENT
+from embedge.runtime.bundle.contract import ONNXRUNTIME, UNPACKED_PRECISION
 
 __all__ = ["graph_notes", "task_notes"]
 
@@ -35,7 +34,7 @@ def graph_notes(g: Graph, precision: str, name: str) -> dict[str, str]:
     notes = {
         "embedge.task": name,
         "embedge.precision": precision,
-        "embedge.onnxruntime": REQUIREMENT.partition(",")[0],
+        "embedge.onnxruntime": ONNXRUNTIME.partition(",")[0],
     }
     if any(node.op_type.startswith(_INTEGER_PRODUCT) for node in g.nodes):
         notes["embedge.session_config"] = _EXACT

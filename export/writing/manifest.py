@@ -8,7 +8,8 @@ from math import lcm
 from typing import Any
 
 from embedge.export.model import Model
-from embedge.runtime.bundle.manifest import FORMAT_VERSION, Manifest
+from embedge.runtime.bundle.contract import FORMAT_VERSION
+from embedge.runtime.bundle.manifest import Manifest
 
 
 def manifest_of(

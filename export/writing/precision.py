@@ -18,7 +18,7 @@ from embedge.export.graph.builder import Graph, LazyInitializer
 from embedge.export.graph.scheme import Scheme, weight_name
 from embedge.export.graph.task_graph import to_model
 from embedge.export.model import Model
-from embedge.export.options import INT4, UNPACKED_PRECISION, WIDE_MODEL
+from embedge.export.options import INT4, WIDE_MODEL
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int4_unpacked import unpack_list
 from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
@@ -28,6 +28,7 @@ from embedge.export.writing.bundle import dump, write_new
 from embedge.export.writing.graph_metadata import graph_notes, task_notes
 from embedge.export.writing.parallel import in_order
 from embedge.export.writing.weight_store import TensorStore
+from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 from embedge.runtime.errors import EmbedgeValueError
 
 VISION = "vision"

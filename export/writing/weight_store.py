@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export.graph.builder import LazyInitializer, TensorSpec
-from embedge.runtime.bundle.onnx_reader import INLINE_BYTES
+from embedge.runtime.bundle.contract import INLINE_BYTES
 from embedge.runtime.errors import BundleError
 
 ALIGNMENT = 4096

@@ -17,13 +17,11 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from math import prod
 from pathlib import Path
 
-import numpy as np
-
+from embedge.runtime.bundle.contract import INTEGER_PRECISIONS, MANIFEST, UNPACKED, VISION
 from embedge.runtime.bundle.files import (
     FileState,
     kind_of,
@@ -40,30 +38,17 @@ from embedge.runtime.bundle.graph_check import (
     check_graph,
 )
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.bundle.manifest import VISION, Manifest
+from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.names import is_path
-from embedge.runtime.bundle.onnx_reader import (
-    ExternalData,
-    read_external_data,
-    read_product_weights,
-)
+from embedge.runtime.bundle.onnx_reader import ExternalData, read_external_data
+from embedge.runtime.bundle.packed_weights import PackedWeight, read_packed
 from embedge.runtime.bundle.writing import partial_of, replaced_of
 from embedge.runtime.errors import BundleError, EmbedgeValueError
-from embedge.runtime.kernels.library import in_panels
-from embedge.runtime.sessions.unpack import (
-    UNPACKED,
-    Initializers,
-    PackedWeight,
-    read_packed,
-    unpack,
-)
 
-__all__ = ["MANIFEST_NAME", "VERIFY_MODES", "Bundle"]
+__all__ = ["VERIFY_MODES", "Bundle"]
 
-MANIFEST_NAME = "manifest.json"
 VERIFY_MODES = ("none", "size", "full")
 _AGAIN = "copy or export the bundle again"
-_INTEGERS = ("int8", "int4", "int4-unpacked")
 _REPOSITORY = re.compile(r"[a-z]+--.+")  # models--owner--name
 
 
@@ -98,7 +83,7 @@ class Bundle:
         self.root = _root(path)
         self._states: dict[str, FileState] = {}  # of the manifest's files, as they were opened
         self._checked: dict[tuple[str, str], tuple[FileState, tuple[list[str], int | None]]] = {}
-        file = self.root / MANIFEST_NAME
+        file = self.root / MANIFEST
         try:
             before = state_of(os.stat(file))
             self.manifest = Manifest.from_dict(read_json_object(file), str(file))
@@ -110,7 +95,7 @@ class Bundle:
             after = state_of(os.stat(file))
         except FileNotFoundError as error:
             raise BundleError(
-                f"{self.root}: not an embedge bundle: it has no {MANIFEST_NAME}; "
+                f"{self.root}: not an embedge bundle: it has no {MANIFEST}; "
                 "`embedge export` writes bundles"
             ) from error
         except OSError as error:
@@ -245,7 +230,7 @@ class Bundle:
             BundleError: as :meth:`graph_bytes`.
         """
         stored, _ = self._bytes(precision, name)
-        packed = self._packed(precision, name)
+        packed = self.packed_weights(precision, name)
         if packed is None:
             return stored
         listed, weights = packed
@@ -311,8 +296,8 @@ class Bundle:
             if tensor.place.location == UNPACKED:
                 made[tensor_name] = tensor.elem_type, tensor.shape
             else:
-                files.add(self._external_file(graph, tensor.place)[0])
-        packed = self._packed(precision, name)
+                files.add(self.external_file(graph, tensor.place)[0])
+        packed = self.packed_weights(precision, name)
         listed, weights = packed if packed is not None else (graph, [])
         expected = dict(item for weight in weights for item in weight.initializers)
         if made != expected:
@@ -326,7 +311,7 @@ class Bundle:
         for weight in weights:
             for place, _, _ in weight.tensors:
                 if not isinstance(place, bytes):
-                    files.add(self._external_file(listed, place)[0])
+                    files.add(self.external_file(listed, place)[0])
         if packed is not None:
             files.add(listed)
         names = sorted(path.relative_to(self.root).as_posix() for path in files)
@@ -334,59 +319,16 @@ class Bundle:
 
     def multiplies_integers(self, precision: str) -> bool:
         """Whether a precision's products are of integers, on a CPU."""
-        return precision in _INTEGERS and "cpu" in self.manifest.precisions[precision].devices
+        return (
+            precision in INTEGER_PRECISIONS and "cpu" in self.manifest.precisions[precision].devices
+        )
 
-    def unpacking(
-        self, precision: str, name: str, *, threads: int
-    ) -> Callable[[bool], Initializers] | None:
-        """:meth:`unpacked` by ``panels``, for a graph whose file does not hold all initializers."""
-        if name not in self.manifest.precisions[precision].unpack:
-            return None
-        return lambda panels: self.unpacked(precision, name, threads=threads, panels=panels)
-
-    def unpacked(
-        self,
-        precision: str,
-        name: str,
-        *,
-        threads: int,
-        panels: bool = False,
-        scratch: Path | None = None,
-    ) -> Initializers:
-        """The initializers that a graph's file does not hold, made from 4-bit weights; often none.
-
-        Args:
-            precision: the graph's.
-            name: of a task, or ``VISION``.
-            threads: cores to use.
-            panels: as a session whose weights lie in panels takes them
-                (:func:`embedge.runtime.kernels.library.in_panels`), with the weights that are stored.
-            scratch: a folder for panels, instead of memory.
+    def packed_weights(self, precision: str, name: str) -> tuple[Path, list[PackedWeight]] | None:
+        """The list of weights that are unpacked when a graph opens, and what it says; often ``None``.
 
         Raises:
-            BundleError: if the weights cannot be read.
+            BundleError: if the list cannot be read.
         """
-        made: Initializers = {}
-        packed = self._packed(precision, name)
-        if packed is not None:
-            listed, weights = packed
-            made = unpack(weights, lambda d: self._external_file(listed, d)[0], threads=threads)
-        if not panels:
-            return made
-        graph = self.graph(precision, name)
-        for weight, stored in read_product_weights(graph).items():
-            if weight not in made:
-                file, length = self._external_file(graph, stored.data)
-                if length < prod(stored.shape):
-                    raise BundleError(
-                        f"{file}: {graph.name} reads {weight} of {prod(stored.shape)} bytes, found {length}; "
-                        f"{_AGAIN}"
-                    )
-                made[weight] = np.memmap(file, stored.dtype, "r", stored.data.offset, stored.shape)
-            made[weight] = in_panels(made[weight], scratch)
-        return made
-
-    def _packed(self, precision: str, name: str) -> tuple[Path, list[PackedWeight]] | None:
         path = self.manifest.precisions[precision].unpack.get(name)
         if path is None:
             return None
@@ -394,10 +336,14 @@ class Bundle:
         return listed, read_packed(listed)
 
     def _external_bytes(self, graph: Path, data: ExternalData) -> int:
-        return self._external_file(graph, data)[1]
+        return self.external_file(graph, data)[1]
 
-    def _external_file(self, graph: Path, data: ExternalData) -> tuple[Path, int]:
-        """The file in which data lie, and how many bytes they are."""
+    def external_file(self, graph: Path, data: ExternalData) -> tuple[Path, int]:
+        """The file in which data lie that a graph, or a list of weights, names; and their bytes.
+
+        Raises:
+            BundleError: if it is not the bundle's, or ends before the data do.
+        """
         file = self._beside(graph, data.location)
         size = file.stat().st_size
         length = size - data.offset if data.length is None else data.length

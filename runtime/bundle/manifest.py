@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from embedge.runtime.bundle.contract import FORMAT_VERSION, VISION
 from embedge.runtime.bundle.image_settings import ImageSettings
 from embedge.runtime.bundle.json_object import Table
 from embedge.runtime.bundle.manifest_parts import (
@@ -37,8 +38,6 @@ from embedge.runtime.bundle.manifest_parts import (
 from embedge.runtime.errors import EmbedgeWarning, ManifestError
 
 __all__ = [
-    "FORMAT_VERSION",
-    "VISION",
     "ActivationConstant",
     "Adapter",
     "FileEntry",
@@ -51,9 +50,6 @@ __all__ = [
     "Task",
     "TokenizerSettings",
 ]
-
-FORMAT_VERSION = "1.4"
-VISION = "vision"  # what the graph of the vision tower is called among those of the tasks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -324,7 +324,7 @@ class Precision:
         layers: path of the layer table by task.
         fidelity: figures against the reference, by task; free, empty until ``bench --record``.
         unpack: path, by task, of the list of weights that are unpacked when its graph opens; see
-            :mod:`embedge.runtime.sessions.unpack`. Empty where weights run as they are stored.
+            :mod:`embedge.runtime.bundle.packed_weights`. Empty where weights run as they are stored.
     """
 
     graphs: Mapping[str, str]

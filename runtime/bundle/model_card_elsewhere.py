@@ -6,14 +6,17 @@ import json
 import re
 from collections.abc import Iterator
 
-from embedge.runtime.bundle.manifest import VISION, Manifest, Model, Precision, Task
-from embedge.runtime.host.onnxruntime import REQUIREMENT
+from embedge.runtime.bundle.contract import (
+    INTEGER_PRECISIONS,
+    ONNXRUNTIME,
+    UNPACKED_PRECISION,
+    VISION,
+)
+from embedge.runtime.bundle.manifest import Manifest, Model, Precision, Task
 
 __all__ = ["elsewhere"]
 
-_UNPACKED = "int4-unpacked"
-_INTEGER = ("int8", "int4")
-_LEAST = REQUIREMENT.removeprefix(">=").partition(",")[0]
+_LEAST = ONNXRUNTIME.removeprefix(">=").partition(",")[0]
 # embedge.runtime.host.processor.probe_model(), compressed by zlib
 _PROBE = (
     "eNrj4LB6IsAlxcWYyMVYLsRYqcTrm1jiW5rjmVeSmp5aZMUgxFpQlJ+UqtUjwOHAoSDA7MRY7tUgUD8KRsEoGAWjYBSMghEH"
@@ -23,10 +26,10 @@ _PROBE = (
 
 def elsewhere(manifest: Manifest) -> Iterator[str]:
     """The parts of the section, none where embedge alone opens the graphs."""
-    portable = {n: p for n, p in manifest.precisions.items() if n != _UNPACKED}
+    portable = {n: p for n, p in manifest.precisions.items() if n != UNPACKED_PRECISION}
     if not portable:
         return
-    integer = any(name in _INTEGER for name in portable)
+    integer = any(name in INTEGER_PRECISIONS for name in portable)
     yield "## With other runtimes"
     yield _facts(manifest, portable)
     if integer:
@@ -66,8 +69,8 @@ def _facts(manifest: Manifest, portable: dict[str, Precision]) -> str:
     }
     if gpu:
         rows["on GPUs alone"] = f"{', '.join(gpu)}: `onnxruntime-gpu` with `CUDAExecutionProvider`"
-    if _UNPACKED in manifest.precisions:
-        rows["with embedge alone"] = f"{_UNPACKED}; `int4` holds the same weights"
+    if UNPACKED_PRECISION in manifest.precisions:
+        rows["with embedge alone"] = f"{UNPACKED_PRECISION}; `int4` holds the same weights"
     if manifest.model.image is not None:
         rows["images"] = f"with embedge alone: `{VISION}.onnx` takes patches"
     return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])

@@ -19,13 +19,13 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar
 
+from embedge.runtime.bundle.contract import INLINE_BYTES
 from embedge.runtime.bundle.files import open_regular_file
 from embedge.runtime.errors import BundleError
 
 __all__ = [
     "BYTES",
     "FIXED32",
-    "INLINE_BYTES",
     "VARINT",
     "ExternalData",
     "StoredWeight",
@@ -48,7 +48,6 @@ _PRODUCTS = {
     b"MatMulIntegerToFloatSub": (2, "int8"),
     b"MatMulNBits": (3, "uint8"),
 }
-INLINE_BYTES = 4096  # tensors of up to as many bytes lie in the graph itself
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 

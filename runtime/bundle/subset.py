@@ -22,16 +22,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedge.runtime.bundle.contract import CARD, MANIFEST, VISION
 from embedge.runtime.bundle.files import (
     JSON_BYTES,
     open_regular_file,
     read_regular_file,
     system_reason,
 )
-from embedge.runtime.bundle.folder import MANIFEST_NAME, Bundle
+from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.lock import sole_holder
-from embedge.runtime.bundle.manifest import VISION, Manifest
+from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.model_card import model_card, renewed_card
 from embedge.runtime.bundle.writing import (
     NAME_INSIDE,
@@ -46,7 +47,6 @@ from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError,
 
 __all__ = ["subset_bundle"]
 
-CARD = "README.md"
 _BY_TASK = ("graphs", "layers", "fidelity", "unpack")
 _CHUNK_BYTES = 1 << 20
 
@@ -81,7 +81,7 @@ def subset_bundle(
     source, target = Bundle(bundle), Path(out)
     chosen = _chosen(source.manifest, _names("precisions", precisions), _names("tasks", tasks))
     document = _document(source, chosen)
-    manifest = Manifest.from_dict(document, str(target / MANIFEST_NAME))
+    manifest = Manifest.from_dict(document, str(target / MANIFEST))
     try:
         real = Path(os.path.realpath(target))
         _check_free(source, target, real)
@@ -155,7 +155,7 @@ def _chosen(
 
 def _document(source: Bundle, chosen: Mapping[str, list[str]]) -> dict[str, Any]:
     """The manifest of the new bundle; keys that this embedge does not know stay."""
-    file = source.root / MANIFEST_NAME
+    file = source.root / MANIFEST
     document = read_json_object(file)
     if Manifest.from_dict(document, str(file)) != source.manifest:
         raise BundleError(f"{source.root}: was replaced while it was opened; open it again")
@@ -214,9 +214,9 @@ def _fill(
                     "the bundle again"
                 )
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    for name, content in ((MANIFEST_NAME, text), (CARD, model_card(manifest))):
+    for name, content in ((MANIFEST, text), (CARD, model_card(manifest))):
         (work / name).write_text(content, "utf-8", newline="\n")
-    sync_files(work, (*([] if link else manifest.files), MANIFEST_NAME, CARD))
+    sync_files(work, (*([] if link else manifest.files), MANIFEST, CARD))
 
 
 def _copy(source: Path, target: Path) -> str:

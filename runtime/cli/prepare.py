@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 from embedge.runtime.arguments import check_threads
+from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.manifest import VISION
 from embedge.runtime.cli.inspect import table
 from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.cores import available_cores
@@ -18,6 +18,7 @@ from embedge.runtime.host.processor import saturates_u8s8
 from embedge.runtime.sessions.graphs import graph_inputs
 from embedge.runtime.sessions.packed_graphs import PreparedGraphs
 from embedge.runtime.sessions.session import GraphSession
+from embedge.runtime.sessions.unpack import unpacking
 from embedge.runtime.tuning.autotune import measure_precisions
 from embedge.runtime.tuning.cache import (
     RunSettings,
@@ -183,6 +184,6 @@ def _seconds_to_open(
         inputs=graph_inputs(bundle.manifest, precision, name),
         integer=bundle.multiplies_integers(precision),
         prepared=prepared.find(precision, name) if prepared else None,
-        unpack=bundle.unpacking(precision, name, threads=available_cores()),
+        unpack=unpacking(bundle, precision, name, threads=available_cores()),
     )
     return time.perf_counter() - begin

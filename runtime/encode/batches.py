@@ -24,12 +24,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime.bundle.contract import LONG_TOKENS
 from embedge.runtime.encode.tokenizer import TokenIds
 from embedge.runtime.images.layout import ImageRow
 
 __all__ = ["ImageTokens", "PaddedBatch", "Row", "pad_batch", "plan_batches"]
 
-LONG_TOKENS = 512  # embedge.export.graph.long_attention builds on it
 
 Ints = NDArray[np.int64]
 

@@ -5,9 +5,9 @@ Rules:
       do without it.
     * What counts is the package that Python imports, whatever distribution it came with
       (``onnxruntime``, ``onnxruntime-gpu``, ``onnxruntime-openvino``, one built from source).
-    * Versions below :data:`REQUIREMENT` are refused: 1.23 refuses operator set 24, 1.24 gives wrong
-      vectors, 1.25 to 1.29 end the process where exact integer products are asked for. Later ones than
-      were tested warn.
+    * Versions below ``ONNXRUNTIME`` (:mod:`embedge.runtime.bundle.contract`) are refused: 1.23 refuses
+      operator set 24, 1.24 gives wrong vectors, 1.25 to 1.29 end the process where exact integer products
+      are asked for. Later ones than were tested warn.
     * No child is forked while a session opens, see :mod:`embedge.runtime.host.fork`.
 """
 
@@ -23,13 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from embedge.runtime.bundle.contract import ONNXRUNTIME
 from embedge.runtime.errors import EmbedgeError, EmbedgeImportError, EmbedgeWarning
 from embedge.runtime.host.fork import no_fork
 
-__all__ = ["REQUIREMENT", "command_for_cuda", "load_onnxruntime", "open_session"]
+__all__ = ["command_for_cuda", "load_onnxruntime", "open_session"]
 
-REQUIREMENT = ">=1.30,<1.34"
-_LOWEST, _UNTESTED = (1, 30), (1, 34)
+_LOWEST, _UNTESTED = (
+    tuple(map(int, version.split("."))) for version in re.findall(r"[\d.]+", ONNXRUNTIME)
+)
 _NAME, _GPU = "onnxruntime", "onnxruntime-gpu"
 _DISTRIBUTION = re.compile(r"(onnxruntime(?:_\w+)?)-[^-]+\.(?:dist|egg)-info", re.IGNORECASE)
 
@@ -106,12 +108,12 @@ def _check_version(version: str, distributions: list[str], folder: Path) -> None
     if here < _LOWEST:
         names = distributions or [_NAME]
         raise EmbedgeImportError(
-            f"ONNX Runtime {version} ({', '.join(names)}, in {folder}): embedge needs {REQUIREMENT}, earlier "
+            f"ONNX Runtime {version} ({', '.join(names)}, in {folder}): embedge needs {ONNXRUNTIME}, earlier "
             f"ones give wrong vectors or end the process; run {_replace(names)}"
         )
     if here >= _UNTESTED:
         warnings.warn(
-            f"ONNX Runtime {version} is later than embedge was tested with ({REQUIREMENT}); if something is "
+            f"ONNX Runtime {version} is later than embedge was tested with ({ONNXRUNTIME}); if something is "
             f"wrong, run {_replace(distributions or [_NAME])}",
             EmbedgeWarning,
             stacklevel=5,
@@ -184,4 +186,4 @@ def _replace(names: list[str], by: str | None = None) -> str:
 
 
 def _install(name: str, options: str = "") -> str:
-    return f'`pip install {options}"{name}{REQUIREMENT}"`'
+    return f'`pip install {options}"{name}{ONNXRUNTIME}"`'

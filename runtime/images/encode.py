@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.image_settings import ImageSettings
-from embedge.runtime.bundle.manifest import VISION
 from embedge.runtime.encode.batch_runner import RowRunner
 from embedge.runtime.encode.batches import ImageTokens
 from embedge.runtime.encode.prefetch import ahead

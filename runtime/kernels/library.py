@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.bundle.onnx_reader import INLINE_BYTES
+from embedge.runtime.bundle.contract import INLINE_BYTES
 from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import load_onnxruntime

@@ -24,9 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.graph_check import VISION_INPUTS
-from embedge.runtime.bundle.manifest import VISION, Manifest
+from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.errors import BundleError
 from embedge.runtime.host.fork import keep_forever, restart_after_fork
 from embedge.runtime.host.processor import has_amx, saturates_u8s8
@@ -35,6 +36,7 @@ from embedge.runtime.sessions.packed_graphs import PreparedGraphs
 from embedge.runtime.sessions.pool import GraphPool
 from embedge.runtime.sessions.session import GraphSession
 from embedge.runtime.sessions.session_workers import SessionWorkers
+from embedge.runtime.sessions.unpack import unpacking
 from embedge.runtime.tuning.cache import RunSettings
 
 __all__ = ["SMALL_GRAPH_BYTES", "Graphs", "default_narrow_tokens", "graph_inputs"]
@@ -183,7 +185,7 @@ class Graphs:
                 integer=self._bundle.multiplies_integers(self._precision),
                 arena=self._keeps_arena,
                 prepared=prepared,
-                unpack=self._bundle.unpacking(self._precision, name, threads=self._threads),
+                unpack=unpacking(self._bundle, self._precision, name, threads=self._threads),
             )
 
     def _find_prepared(self, name: str) -> Path | None:

@@ -32,11 +32,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.files import FileState, sha256_of, state_of
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import Table, read_json_object
 from embedge.runtime.bundle.lock import sole_holder
-from embedge.runtime.bundle.manifest import VISION, FileEntry
+from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.bundle.names import is_path
 from embedge.runtime.bundle.writing import (
     make_folder,
@@ -52,11 +53,11 @@ from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 from embedge.runtime.host.processor import keep_products_exact
 from embedge.runtime.kernels.library import OPERATORS, PANELS, own_kernels, use_own_kernels
-from embedge.runtime.sessions.places import PREPARED, Places
+from embedge.runtime.sessions.places import Places
 from embedge.runtime.sessions.session import give_initializers
-from embedge.runtime.sessions.unpack import Initializers
+from embedge.runtime.sessions.unpack import Initializers, initializers_of
 
-__all__ = ["PREPARED", "PreparedGraphs", "machine_name"]
+__all__ = ["PreparedGraphs", "machine_name"]
 
 _RECORD, _GRAPH, _DATA = "prepared.json", "graph.onnx", "graph.bin"
 _LOCK = ".prepare.lock"
@@ -152,8 +153,13 @@ class PreparedGraphs:
             layout = self._layout(precision)
             panels = layout is not None
             with self._bundle.reading(source):
-                given = self._bundle.unpacked(
-                    precision, name, threads=available_cores(), panels=panels, scratch=partial
+                given = initializers_of(
+                    self._bundle,
+                    precision,
+                    name,
+                    threads=available_cores(),
+                    panels=panels,
+                    scratch=partial,
                 )
                 _save_prepacked(self._bundle.graph(precision, name), given, partial, panels=panels)
                 del given

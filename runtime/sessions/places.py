@@ -20,12 +20,12 @@ import stat
 import sys
 from pathlib import Path
 
+from embedge.runtime.bundle.contract import PREPARED
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.errors import BundleError, EmbedgeError
 
-__all__ = ["PREPARED", "Places"]
+__all__ = ["Places"]
 
-PREPARED = "prepared"
 _CACHE = "embedge"
 _VARIABLE = "XDG_CACHE_HOME"
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)

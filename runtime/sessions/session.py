@@ -37,9 +37,8 @@ class GraphSession:
         arena: keep freed activations for the next run; faster, at the size of the largest batch.
         prepared: the same graph as :class:`PreparedGraphs` stored it, opened in its place; for a
             processor whose integer products do not saturate.
-        unpack: makes the initializers that the graph's file does not hold, see
-            :meth:`Bundle.unpacked`; not called for a prepared graph. Given whether the weights have to lie
-            in panels, see :mod:`embedge.runtime.kernels.library`.
+        unpack: makes the initializers that the graph's file does not hold; not called for a prepared graph.
+            Given whether the weights have to lie in panels, see :mod:`embedge.runtime.kernels.library`.
 
     Raises:
         BundleError: if ONNX Runtime refuses the graph, or it takes other inputs.

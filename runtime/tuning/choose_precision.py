@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from math import exp, log
 from typing import Any
 
+from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.manifest import VISION, Manifest
+from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.sessions.device import cuda_problem
 from embedge.runtime.tuning.cache import Wisdom

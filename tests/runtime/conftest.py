@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from embedge.runtime.bundle.manifest import FORMAT_VERSION
+from embedge.runtime.bundle.contract import FORMAT_VERSION
 from embedge.runtime.bundle.manifest_parts import IMAGE_INPUTS
 from tests.helpers.files_of import file_entries
 from tests.helpers.image_graphs import (

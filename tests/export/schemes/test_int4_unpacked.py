@@ -72,7 +72,7 @@ def test_a_prepared_graph_gives_the_same_vectors_and_unpacks_nothing(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("unpacked again")
 
-    monkeypatch.setattr("embedge.runtime.bundle.folder.unpack", refuse)
+    monkeypatch.setattr("embedge.runtime.sessions.unpack.unpack", refuse)
     np.testing.assert_array_equal(encode(bundle), expected)
 
 

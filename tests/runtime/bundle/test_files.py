@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from embedge.runtime import BundleError, Embedder
+from embedge.runtime.bundle.contract import PREPARED
 from embedge.runtime.bundle.files import open_regular_file, read_regular_file
-from embedge.runtime.sessions.packed_graphs import PREPARED, machine_name
+from embedge.runtime.sessions.packed_graphs import machine_name
 
 
 def fifo(path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from embedge.runtime import BundleError, EmbedgeWarning, ManifestError
-from embedge.runtime.bundle.manifest import FORMAT_VERSION, Manifest
+from embedge.runtime.bundle.contract import FORMAT_VERSION
+from embedge.runtime.bundle.manifest import Manifest
 from tests.helpers.images import SETTINGS
 
 SHA = "ab" * 32

@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from embedge.runtime.host.onnxruntime import REQUIREMENT
+from embedge.runtime.bundle.contract import ONNXRUNTIME
 
 REAL = Path(onnxruntime.__file__).parent
 # Of a version that must not be used: whatever touches it ends the process.
@@ -103,24 +103,24 @@ def test_an_early_version_is_refused_before_it_is_used(
 ) -> None:
     (line,) = embed(install("onnxruntime", version=version), bundle)
     assert line.startswith(f"refused ONNX Runtime {version} (onnxruntime, in ")
-    assert f"embedge needs {REQUIREMENT}" in line
-    assert line.endswith(f'run `pip install "onnxruntime{REQUIREMENT}"`')
+    assert f"embedge needs {ONNXRUNTIME}" in line
+    assert line.endswith(f'run `pip install "onnxruntime{ONNXRUNTIME}"`')
 
 
 @pytest.mark.parametrize(
     ("installed", "command"),
     [
-        (("onnxruntime-gpu",), f'`pip install "onnxruntime-gpu{REQUIREMENT}"`'),
+        (("onnxruntime-gpu",), f'`pip install "onnxruntime-gpu{ONNXRUNTIME}"`'),
         (
             ("onnxruntime-openvino",),
-            f'`pip uninstall -y onnxruntime-openvino` and then `pip install "onnxruntime{REQUIREMENT}"`',
+            f'`pip uninstall -y onnxruntime-openvino` and then `pip install "onnxruntime{ONNXRUNTIME}"`',
         ),
         (
             ("onnxruntime", "onnxruntime-gpu"),
             "`pip uninstall -y onnxruntime onnxruntime-gpu` and then "
-            f'`pip install "onnxruntime-gpu{REQUIREMENT}"`',
+            f'`pip install "onnxruntime-gpu{ONNXRUNTIME}"`',
         ),
-        ((), f'`pip install "onnxruntime{REQUIREMENT}"`'),
+        ((), f'`pip install "onnxruntime{ONNXRUNTIME}"`'),
     ],
     ids=str,
 )
@@ -160,7 +160,7 @@ def test_two_distributions_warn_once_and_say_whose_files_are_there(
     assert f"those of onnxruntime {onnxruntime.__version__} are in place" in warned
     uninstall = "`pip uninstall -y onnxruntime onnxruntime-gpu` and then "
     for name in ("onnxruntime-gpu", "onnxruntime"):
-        assert f'{uninstall}`pip install "{name}{REQUIREMENT}"`' in warned
+        assert f'{uninstall}`pip install "{name}{ONNXRUNTIME}"`' in warned
 
 
 def test_a_later_version_than_was_tested_warns(install: Install, bundle: Any) -> None:
@@ -174,7 +174,7 @@ def test_a_later_version_than_was_tested_warns(install: Install, bundle: Any) ->
     embedded, warned = embed(site, bundle)
     assert embedded == "embedded (8,)"
     assert "ONNX Runtime 1.34.0 is later than embedge was tested with" in warned
-    assert f'`pip install "onnxruntime{REQUIREMENT}"`' in warned
+    assert f'`pip install "onnxruntime{ONNXRUNTIME}"`' in warned
 
 
 def test_without_it_the_version_is_printed_and_a_bundle_says_what_to_install(
@@ -189,8 +189,8 @@ def test_without_it_the_version_is_printed_and_a_bundle_says_what_to_install(
     done = python(site, script, str(bundle.path), real=False)
     assert done.returncode == 1
     assert done.stderr == (
-        f'embedge: error: ONNX Runtime is not installed; run `pip install "onnxruntime{REQUIREMENT}"`, '
-        f'or `pip install "onnxruntime-gpu{REQUIREMENT}"` for CUDA\n'
+        f'embedge: error: ONNX Runtime is not installed; run `pip install "onnxruntime{ONNXRUNTIME}"`, '
+        f'or `pip install "onnxruntime-gpu{ONNXRUNTIME}"` for CUDA\n'
     )
 
 
@@ -199,11 +199,11 @@ def test_files_that_another_distribution_took_along_are_installed_again(
 ) -> None:
     (line,) = embed(install("onnxruntime-gpu", files=False), bundle, real=False)
     assert "files are missing though onnxruntime-gpu is installed" in line
-    assert f'`pip install --force-reinstall --no-deps "onnxruntime-gpu{REQUIREMENT}"`' in line
+    assert f'`pip install --force-reinstall --no-deps "onnxruntime-gpu{ONNXRUNTIME}"`' in line
 
 
 def test_the_required_versions_are_those_that_are_installed_with_embedge() -> None:
     text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     asked = re.findall(r'"onnxruntime(?:-gpu)?([<>=][^"]*)"', text)
     assert asked
-    assert set(asked) == {REQUIREMENT}
+    assert set(asked) == {ONNXRUNTIME}

@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.onnx_reader import ExternalData
+from embedge.runtime.bundle.packed_weights import read_packed
 from embedge.runtime.errors import BundleError
-from embedge.runtime.sessions.unpack import read_packed, unpack
+from embedge.runtime.sessions.unpack import unpack
 
 
 def packed(values: NDArray[Any]) -> NDArray[np.uint8]:

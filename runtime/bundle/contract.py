@@ -1,0 +1,31 @@
+"""What the writer of a bundle and its readers agree on: names, limits, and the steps that rows are padded to."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CARD",
+    "FORMAT_VERSION",
+    "INLINE_BYTES",
+    "INTEGER_PRECISIONS",
+    "LONG_TOKENS",
+    "MANIFEST",
+    "ONNXRUNTIME",
+    "PREPARED",
+    "UNPACKED",
+    "UNPACKED_PRECISION",
+    "VISION",
+]
+
+FORMAT_VERSION = "1.4"  # of the manifest, see embedge.runtime.bundle.manifest
+ONNXRUNTIME = ">=1.30,<1.34"  # versions that compute these graphs right, and were tested
+
+MANIFEST, CARD = "manifest.json", "README.md"  # files in a bundle's folder
+PREPARED = "prepared"  # the folder of what `embedge prepare` adds to them
+
+VISION = "vision"  # what the graph of the vision tower is called among those of the tasks
+UNPACKED_PRECISION = "int4-unpacked"  # stores 4-bit weights, runs them as 8-bit ones
+UNPACKED = "unpacked"  # where its graphs say that weights lie: a file that does not exist
+INTEGER_PRECISIONS = ("int8", "int4", UNPACKED_PRECISION)  # their matmuls are of integers, on a CPU
+
+INLINE_BYTES = 4096  # tensors of up to as many bytes lie in the graph itself
+LONG_TOKENS = 512  # rows of as many tokens are never padded: attention in blocks builds on it
