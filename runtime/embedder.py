@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
@@ -27,16 +28,19 @@ from embedge.runtime.arguments import (
     with_prompts,
 )
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.encode.batch_runner import RowRunner
+from embedge.runtime.encode.batch_runner import BatchRunner
 from embedge.runtime.encode.image_paths import warn_of_paths
 from embedge.runtime.encode.request import BATCH_SIZE, Request, make_request
+from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.texts import TextPipeline
-from embedge.runtime.encode.tokenizer import TokenIds, read_tokenizer
+from embedge.runtime.encode.tokenizer import read_tokenizer
+from embedge.runtime.encode.vectors import Results, Vectors, no_results
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 from embedge.runtime.host.progress import Progress
 from embedge.runtime.images.encode import ImagePipeline
+from embedge.runtime.images.patches import pixel_range
 from embedge.runtime.options import EncodeOptions, takes_sentences
 from embedge.runtime.scoring.similarity import similarity, similarity_pairwise
 from embedge.runtime.sessions.device import choose_device, split_device
@@ -48,8 +52,6 @@ if TYPE_CHECKING:
     from embedge.runtime.options import Inputs
 
 __all__ = ["Embedder"]
-
-Vectors = NDArray[np.float32]
 
 
 class Embedder:
@@ -164,13 +166,13 @@ class Embedder:
             settings=measured.settings if measured else None,
         )
         self._tokenizer = tokenizer = read_tokenizer(self._bundle)
-        runner = RowRunner(
+        runner = BatchRunner(
             graphs,
             self._model,
             pad_token_id=manifest.tokenizer.pad_token_id,
             row_multiple=self._settings.row_multiple,
         )
-        self._rows = runner
+        self._runner = runner
         self._texts = TextPipeline(tokenizer, runner, self._model.max_length)
         self._images: ImagePipeline | None = None
         if self._model.image is not None and self._settings.vision is not None:
@@ -372,20 +374,9 @@ class Embedder:
             on_truncate=on_truncate,
             multi_vector=multi_vector,
         )
-        results = request.empty_results(len(items))
-        texts = [place for place, item in enumerate(items) if isinstance(item, str)]
-        images = [place for place, item in enumerate(items) if not isinstance(item, str)]
-        with Progress(len(items), shown=bool(show_progress_bar) and bool(items)) as progress:
-            advance = progress.advance
-            # Images first: they end with the task's graph open, which the texts then find.
-            if images and self._images is not None:
-                pictures = [items[place] for place in images]
-                self._images.embed(
-                    pictures, images, "inputs", request, results.__setitem__, advance
-                )
-            self._texts.embed([items[place] for place in texts], texts, request, results, advance)
-        vectors: Vectors | list[Vectors] = results[0] if single else results
-        return vectors
+        results = no_results(request, len(items))
+        _fill(results, self._encode(items, request, results), shown=show_progress_bar)
+        return results[0] if single else results
 
     @overload
     def encode_query(
@@ -541,17 +532,14 @@ class Embedder:
             truncate_dim=truncate_dim,
             normalize_embeddings=normalize_embeddings,
             multi_vector=multi_vector,
-            max_pixels=max_pixels,
-            min_pixels=min_pixels,
         )
-        results = request.empty_results(len(items))
-        shown = bool(show_progress_bar) and bool(items)
-        with Progress(len(items), shown=shown, unit="image") as progress:
-            self._images.embed(
-                items, range(len(items)), "images", request, results.__setitem__, progress.advance
-            )
-        vectors: Vectors | list[Vectors] = results[0] if single else results
-        return vectors
+        pixels = pixel_range(self._images.settings, min_pixels, max_pixels)
+        results = no_results(request, len(items))
+        vectors = self._images.encode(
+            items, range(len(items)), request, name="images", pixels=pixels
+        )
+        _fill(results, vectors, shown=show_progress_bar, unit="image")
+        return results[0] if single else results
 
     @overload
     def count_tokens(  # type: ignore[overload-overlap] # a string is a sequence of strings too
@@ -649,10 +637,24 @@ class Embedder:
         request = self._request(task=task, truncate_dim=self._model.dim)
         vectors = np.zeros((len(ids), request.dim), np.float32)
         texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
-        self._rows.run(texts, range(len(ids)), request, vectors.__setitem__, lambda _: None)
+        for index, vector in self._runner.run(list(enumerate(texts)), request):
+            vectors[index] = vector
         return vectors
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _encode(
+        self, items: Sequence[Any], request: Request, results: Results
+    ) -> Generator[tuple[int, Vectors], None, None]:
+        """``(index, vector)`` of each text and image; ``results`` as for :class:`TextPipeline`."""
+        texts = [index for index, item in enumerate(items) if isinstance(item, str)]
+        images = [index for index, item in enumerate(items) if not isinstance(item, str)]
+        # Images first: they end with the task's graph open, which the texts then find.
+        if images and self._images is not None:
+            pictures = [items[index] for index in images]
+            pixels = pixel_range(self._images.settings, None, None)
+            yield from self._images.encode(pictures, images, request, name="inputs", pixels=pixels)
+        yield from self._texts.encode([items[index] for index in texts], texts, request, results)
 
     def _chosen_task(self, task: str | None) -> str:
         return choose_task(self._manifest, self._precision, self._task if task is None else task)
@@ -682,3 +684,20 @@ class Embedder:
             multi_vector=multi_vector,
             **arguments,
         )
+
+
+def _fill(
+    results: Results,
+    vectors: Generator[tuple[int, Vectors], None, None],
+    *,
+    shown: bool | None,
+    unit: str = "text",
+) -> None:
+    """Stores vectors by their index as they come, and counts them."""
+    with (
+        Progress(len(results), shown=bool(shown) and len(results) > 0, unit=unit) as progress,
+        closing(vectors),
+    ):
+        for index, vector in vectors:
+            results[index] = vector
+            progress.advance(1)

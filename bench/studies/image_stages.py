@@ -110,7 +110,7 @@ def _timed(stages: _Stages, runs: int) -> dict[str, Any]:
 
 def _embedge(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     from embedge.runtime.bundle.folder import Bundle
-    from embedge.runtime.images.layout import image_row, vision_inputs
+    from embedge.runtime.images.layout import image_layout, vision_inputs
     from embedge.runtime.images.load import load_image
     from embedge.runtime.images.patches import ImageProcessor
     from embedge.runtime.sessions.session import GraphSession
@@ -137,7 +137,7 @@ def _embedge(options: argparse.Namespace, precision: str) -> dict[str, Any]:
 
     def language(seen: tuple[Any, Any]) -> Vector:
         patches, features = seen
-        row = image_row(patches.grid, image, pooled_only=True)
+        row = image_layout(patches.grid, image, pooled_only=True)
         ones = np.ones((1, len(row.ids)), np.int64)
         places = np.stack([np.zeros_like(row.features), row.features], axis=1)
         inputs = {

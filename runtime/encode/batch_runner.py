@@ -1,34 +1,32 @@
-"""From rows of tokens to vectors: batch, pad, run, truncate. A row is a text or an image."""
+"""From token sequences to vectors: plan batches, pad each, run the task's graph on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.manifest import Model
-from embedge.runtime.encode.batches import ImageTokens, Row, pad_batch, plan_batches
+from embedge.runtime.encode.batches import pad_batch, plan_batches
 from embedge.runtime.encode.request import Request
-from embedge.runtime.errors import BundleError, EmbedgeValueError
-from embedge.runtime.scoring.similarity import normalized
+from embedge.runtime.encode.sequences import ImageTokens, TokenSequence
+from embedge.runtime.encode.vectors import Vectors, finished_vectors, output_name
+from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.sessions.graphs import Graphs
 from embedge.runtime.sessions.session import GraphSession
 
-__all__ = ["RowRunner"]
-
-_OUTPUTS = {False: "embedding", True: "token_embeddings"}
-
-Vectors = NDArray[np.float32]
+__all__ = ["BatchRunner"]
 
 
-class RowRunner:
-    """Runs a task's graph on rows.
+class BatchRunner:
+    """Runs the tasks' graphs of one precision.
 
     Args:
-        graphs: of one precision.
+        graphs: of the precision.
         model: what they compute.
-        pad_token_id: the id that fills rows.
+        pad_token_id: the id that fills sequences.
         row_multiple: batch × tokens is a multiple of this.
     """
 
@@ -41,94 +39,85 @@ class RowRunner:
         self._row_multiple = row_multiple
 
     def run(
-        self,
-        rows: Sequence[Row],
-        places: Sequence[int],
-        request: Request,
-        store: Callable[[int, Vectors], None],
-        advance: Callable[[int], object],
-    ) -> None:
-        """Stores each row's result under its place.
+        self, items: Sequence[tuple[int, TokenSequence]], request: Request
+    ) -> Generator[tuple[int, Vectors], None, None]:
+        """``(index, vector)`` of each item, as batches finish.
+
+        A vector is float32 ``[dim]``, or ``[tokens, dim]`` for multi-vectors.
 
         Args:
-            rows: of at least one token each.
-            places: the index to store each under.
+            items: ``(index in the call, sequence of at least one token)``.
             request: the call.
-            store: takes a place and float32 ``[dim]``, or ``[tokens, dim]`` for multi-vectors.
-            advance: takes the number of rows that were done.
+
+        Raises:
+            EmbedgeValueError: for a token that the model's table lacks.
         """
-        if not rows:
+        if not items:
             return
-        token_rows = self._graphs.token_rows(request.task)
-        if token_rows is not None:
-            _check_ids(rows, places, token_rows)
+        graphs, task = self._graphs, request.task
+        table_rows = graphs.token_rows(task)
+        if table_rows is not None:
+            _check_ids(items, table_rows)
         batches = plan_batches(
-            [len(row) for row in rows],
+            [len(sequence) for _, sequence in items],
             batch_size=request.batch_size,
-            max_batch_tokens=request.max_batch_tokens or self._graphs.batch_tokens(request.task),
-            lanes=self._graphs.lanes(request.task),
-            max_padding=self._graphs.max_padding(),
+            max_batch_tokens=request.max_batch_tokens or graphs.batch_tokens(task),
+            lanes=graphs.lanes(task),
+            max_padding=graphs.max_padding(),
         )
+        largest = len(items[batches[0][0]][1]) * len(batches[0])
 
         def work(session: GraphSession, batch: NDArray[np.intp]) -> list[Vectors]:
-            return self._run(session, [rows[i] for i in batch], request)
+            return self._run(session, [items[i][1] for i in batch], request, table_rows)
 
-        def done(batch: NDArray[np.intp], results: list[Vectors]) -> None:
-            for index, result in zip(batch, results, strict=True):
-                store(places[index], result)
-            advance(len(batch))
+        with (
+            graphs.use(task) as workers,
+            closing(workers.run(batches, work, tokens=largest)) as results,
+        ):
+            for batch, vectors in results:
+                for i, vector in zip(batch, vectors, strict=True):
+                    yield items[i][0], vector
 
-        longest = len(rows[batches[0][0]])
-        tokens = longest * len(batches[0])
-        self._graphs.use(request.task, lambda lanes: lanes.run(batches, work, done, tokens=tokens))
-
-    def _run(self, session: GraphSession, rows: Sequence[Row], request: Request) -> list[Vectors]:
-        """The result of each row of one batch."""
-        model = self._model
-        token_rows, padding = self._graphs.token_rows(request.task), self._pad_token_id
-        padded = pad_batch(
-            rows,
+    def _run(
+        self,
+        session: GraphSession,
+        sequences: Sequence[TokenSequence],
+        request: Request,
+        table_rows: int | None,
+    ) -> list[Vectors]:
+        """The vectors of one batch."""
+        model, padding = self._model, self._pad_token_id
+        inputs = pad_batch(
+            sequences,
             input_names=model.inputs,
             # Masked, so that any id does.
-            pad_token_id=padding if token_rows is None or padding < token_rows else 0,
+            pad_token_id=padding if table_rows is None or padding < table_rows else 0,
             row_multiple=self._row_multiple,
             max_length=model.max_length,
             hidden_size=model.image.hidden_size if model.image else 0,
         )
-        output = _OUTPUTS[request.multi_vector]
-        result = session.run(output, padded.inputs)
-        shape = padded.inputs["input_ids"].shape
-        expected = (
-            (*shape, model.multi_vector_dim) if request.multi_vector else (shape[0], model.dim)
+        return finished_vectors(
+            session.run(output_name(request), inputs),
+            list(map(len, sequences)),
+            inputs["input_ids"].shape,
+            request=request,
+            model=model,
+            file=session.file,
         )
-        if result.shape != expected:
-            raise BundleError(
-                f"{session.file}: expected {output} of the shape {list(expected)}, found "
-                f"{list(result.shape)}; export the bundle again"
-            )
-        result = result[: padded.rows]
-        cut = request.dim < result.shape[-1]
-        result = result[..., : request.dim]
-        if request.normalize or (cut and model.normalize):
-            result = normalized(result)
-        if request.multi_vector:
-            return [vectors[: len(row)].copy() for vectors, row in zip(result, rows, strict=True)]
-        return list(result)
 
 
-def _check_ids(rows: Sequence[Row], places: Sequence[int], token_rows: int) -> None:
-    """Refuses tokens that the model's table lacks, for which operators give other rows or none.
+def _check_ids(items: Sequence[tuple[int, TokenSequence]], table_rows: int) -> None:
+    """Refuses tokens that the model's table lacks: operators give another row for them, or none.
 
     Raises:
-        EmbedgeValueError: with the text's place in the call.
+        EmbedgeValueError: with the index of the text or image.
     """
-    for row, place in zip(rows, places, strict=True):
-        ids = row.row.ids if isinstance(row, ImageTokens) else row.ids
-        largest = int(ids.max())
-        if largest >= token_rows:
-            what = "images" if isinstance(row, ImageTokens) else "sentences"
+    for index, sequence in items:
+        largest = int(sequence.ids.max())
+        if largest >= table_rows:
+            what = "images" if isinstance(sequence, ImageTokens) else "inputs"
             raise EmbedgeValueError(
-                f"{what}[{place}] has the token {largest}, and the model's table ends at {token_rows - 1}: "
+                f"{what}[{index}] has the token {largest}, and the model's table ends at {table_rows - 1}: "
                 "its tokenizer has tokens that it was not trained on; take that token out of the text, or "
                 "export a model whose table was resized"
             )

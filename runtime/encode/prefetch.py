@@ -9,13 +9,13 @@ from typing import TypeAlias, TypeVar
 
 from embedge.runtime.host.workers import Workers
 
-__all__ = ["ahead"]
+__all__ = ["prefetched"]
 
 Item = TypeVar("Item")
 _Made: TypeAlias = "queue.SimpleQueue[tuple[Item, ...] | BaseException]"
 
 
-def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+def prefetched(items: Iterator[Item]) -> Generator[Item, None, None]:
     """An iterator's items in their order; a thread makes the next one while one is in use.
 
     No more than one item is made ahead, and none that was handed out is held. The first is made by

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from embedge.runtime.arguments import (
     ON_TRUNCATE,
@@ -18,7 +15,6 @@ from embedge.runtime.arguments import (
 )
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.errors import EmbedgeValueError
-from embedge.runtime.images.patches import pixel_range
 
 __all__ = ["BATCH_SIZE", "Request", "make_request"]
 
@@ -36,8 +32,6 @@ class Request:
         dim: length of the vectors to give.
         normalize: L2-normalize even where the source does not.
         multi_vector: a vector per token.
-        min_pixels: fewest pixels an image is scaled to, ``None``: the bundle's.
-        max_pixels: most pixels an image is scaled to, ``None``: the bundle's.
     """
 
     task: str
@@ -48,14 +42,6 @@ class Request:
     normalize: bool
     on_truncate: str
     multi_vector: bool
-    min_pixels: int | None
-    max_pixels: int | None
-
-    def empty_results(self, count: int) -> Any:
-        """Room for the results of a call: zero vectors, or multi-vectors without tokens."""
-        if self.multi_vector:
-            return [np.zeros((0, self.dim), np.float32)] * count
-        return np.zeros((count, self.dim), np.float32)
 
 
 def make_request(
@@ -71,8 +57,6 @@ def make_request(
     normalize_embeddings: bool = False,
     on_truncate: str = "warn",
     multi_vector: bool = False,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
 ) -> Request:
     """The request of a call at a precision; arguments as for ``Embedder.encode``.
 
@@ -91,8 +75,6 @@ def make_request(
         if truncate_dim is not None:
             raise EmbedgeValueError("truncate_dim is for single vectors, not multi_vector=True")
         dim = model.multi_vector_dim
-    if model.image is not None:
-        pixel_range(model.image, min_pixels, max_pixels)
     prefix = choose_prompt(name, manifest.tasks[name], prompt_name, prompt)
     if prefix and not model.include_prompt:
         raise EmbedgeValueError(
@@ -110,6 +92,4 @@ def make_request(
         normalize=check_flag("normalize_embeddings", normalize_embeddings),
         on_truncate=check_choice("on_truncate", on_truncate, ON_TRUNCATE),
         multi_vector=multi_vector,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
     )

@@ -1,4 +1,4 @@
-"""From texts to rows of tokens to vectors.
+"""From texts to tokens to vectors.
 
 Texts go through in windows, so that the token ids held at once are bounded; lengths are sorted
 within a window. While the graph runs one window, a thread reads the tokens of the next. The first
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any
 
-from embedge.runtime.encode.batch_runner import RowRunner
-from embedge.runtime.encode.prefetch import ahead
+from embedge.runtime.encode.batch_runner import BatchRunner
+from embedge.runtime.encode.prefetch import prefetched
 from embedge.runtime.encode.request import Request
-from embedge.runtime.encode.tokenizer import TextTokenizer, TokenIds
+from embedge.runtime.encode.sequences import TokenIds
+from embedge.runtime.encode.tokenizer import TextTokenizer
+from embedge.runtime.encode.vectors import Results, Vectors, no_results
 from embedge.runtime.errors import EmbedgeWarning, TextTooLongError
 
 __all__ = ["TextPipeline"]
@@ -29,108 +30,100 @@ _GROWTH = 4
 _WINDOW_TEXTS = 8192
 _WINDOW_CHARACTERS = 8_000_000  # some 32 MB of ids
 
+Window = list[tuple[int, TokenIds]]  # index in the call, tokens
+
 
 class TextPipeline:
     """The steps from texts to vectors for one precision of a bundle.
 
     Args:
         tokenizer: texts to token ids.
-        runner: rows to vectors.
+        runner: tokens to vectors.
         max_length: most tokens of a text, for messages.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, runner: RowRunner, max_length: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, runner: BatchRunner, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._runner = runner
         self._max_length = max_length
         self._warned_of_truncation = False
 
-    def embed(
-        self,
-        texts: Sequence[str],
-        places: Sequence[int],
-        request: Request,
-        results: Any,
-        advance: Callable[[int], object],
-    ) -> None:
-        """Sets each text's result; those of texts without tokens stay as they are.
+    def encode(
+        self, texts: Sequence[str], indices: Sequence[int], request: Request, results: Results
+    ) -> Generator[tuple[int, Vectors], None, None]:
+        """``(index, vector)`` of each text, as batches finish.
+
+        A vector is float32 ``[dim]``, or ``[tokens, dim]`` for multi-vectors. Without a token it is
+        zero, or empty.
 
         Args:
             texts: without their prefix.
-            places: the index of each in ``results``.
+            indices: of the texts in the call.
             request: the call.
-            results: takes float32 ``[dim]`` at an index, or ``[tokens, dim]`` for multi-vectors.
-            advance: takes the number of texts that were done.
+            results: holds at each index what came for it, before the next is asked for.
+
+        Raises:
+            TextTooLongError: for a text that would be cut, under "error".
         """
         without_tokens: list[int] = []
-        first_places: dict[bytes, int] = {}
+        first_with: dict[bytes, int] = {}
         with closing(self._windows(texts, request.prefix)) as windows:
             start = 0
             for tokens in windows:
-                here = places[start : start + len(tokens)]
+                window = list(zip(indices[start : start + len(tokens)], tokens, strict=True))
                 start += len(tokens)
-                self._report_truncation(tokens, here, request.on_truncate)
-                without_tokens += (p for p, text in zip(here, tokens, strict=True) if not len(text))
-                self._run_once_each(tokens, here, first_places, request, results, advance)
+                self._report_truncation(window, request.on_truncate)
+                for index, text in window:
+                    if not len(text):
+                        without_tokens.append(index)
+                        yield index, no_results(request, 1)[0]
+                yield from self._run_once_each(window, first_with, request, results)
         if without_tokens:
             warnings.warn(
                 f"{len(without_tokens)} of {len(texts)} texts have no tokens and become zero "
                 f"vectors; the first is inputs[{without_tokens[0]}]",
                 EmbedgeWarning,
-                stacklevel=3,
+                stacklevel=6,
             )
 
     def _windows(self, texts: Sequence[str], prefix: str) -> Generator[list[TokenIds], None, None]:
         """The tokens of the texts, window by window, each read while the one before it is in use."""
         windows = (self._tokenizer([prefix + text for text in part]) for part in _parts(texts))
         # No thread for a call that has a single window.
-        return windows if len(texts) <= _FIRST_TEXTS else ahead(windows)
+        return windows if len(texts) <= _FIRST_TEXTS else prefetched(windows)
 
     def _run_once_each(
-        self,
-        tokens: Sequence[TokenIds],
-        places: Sequence[int],
-        first_places: dict[bytes, int],
-        request: Request,
-        results: Any,
-        advance: Callable[[int], object],
-    ) -> None:
-        """Runs texts with the same tokens once; each gets a result of its own.
+        self, window: Window, first_with: dict[bytes, int], request: Request, results: Results
+    ) -> Generator[tuple[int, Vectors], None, None]:
+        """Vectors of a window's texts that have tokens; texts with the same tokens run once.
 
         Args:
-            tokens: of the texts of a window.
-            places: of the same texts.
-            first_places: the place of the first text of the call with some tokens, by their digest
-                (the ids themselves could be more than the vectors); extended.
+            window: its texts.
+            first_with: the index of the call's first text with some tokens, by their digest (the ids
+                themselves could be more than the vectors); extended.
             request: the call.
-            results: as for :meth:`embed`.
-            advance: as for :meth:`embed`.
+            results: as for :meth:`encode`.
         """
-        rows: list[TokenIds] = []
-        places_of_rows: list[int] = []
+        unique: Window = []
         copies: list[tuple[int, int]] = []
-        for text, place in zip(tokens, places, strict=True):
+        for index, text in window:
             if not len(text):
                 continue
             digest = hashlib.blake2b(text.ids.tobytes(), digest_size=16).digest()
-            first = first_places.setdefault(digest, place)
-            if first == place:
-                rows.append(text)
-                places_of_rows.append(place)
+            first = first_with.setdefault(digest, index)
+            if first == index:
+                unique.append((index, text))
             else:
-                copies.append((place, first))
-        self._runner.run(rows, places_of_rows, request, results.__setitem__, advance)
-        for place, first in copies:
-            results[place] = results[first].copy()
-        advance(len(tokens) - len(rows))
+                copies.append((index, first))
+        yield from self._runner.run(unique, request)
+        for index, first in copies:
+            yield index, results[first].copy()
 
-    def _report_truncation(
-        self, tokens: Sequence[TokenIds], places: Sequence[int], on_truncate: str
-    ) -> None:
+    def _report_truncation(self, window: Window, on_truncate: str) -> None:
         """Warns of the first cut text once, or refuses it."""
         if on_truncate == "ignore" or (on_truncate == "warn" and self._warned_of_truncation):
             return
-        first = next((p for p, text in zip(places, tokens, strict=True) if text.truncated), None)
+        first = next((index for index, text in window if text.truncated), None)
         if first is None:
             return
         if on_truncate == "error":
@@ -140,7 +133,7 @@ class TextPipeline:
             f"inputs[{first}] is longer than {self._max_length} tokens and was cut; "
             'on_truncate="ignore" cuts in silence, on_truncate="error" refuses; this is said once',
             EmbedgeWarning,
-            stacklevel=4,
+            stacklevel=7,
         )
 
 

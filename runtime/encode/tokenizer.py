@@ -7,37 +7,24 @@ the manifest names, with their special tokens kept, and padded later, per batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedge.runtime.bundle.files import TOKENIZER_BYTES, read_regular_file
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import TokenizerSettings
+from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.errors import BundleError, EmbedgeValueError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-__all__ = ["TextTokenizer", "TokenIds", "is_library_error", "read_tokenizer", "without_surrogates"]
+__all__ = ["TextTokenizer", "is_library_error", "read_tokenizer", "without_surrogates"]
 
 # tokenizers' own objects take some 100 bytes a token, so they are dropped after this many texts.
 _CHUNK_TEXTS = 512
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """One text: ids and token types, int64 ``[tokens]``, and whether it was cut."""
-
-    ids: NDArray[np.int64]
-    type_ids: NDArray[np.int64]
-    truncated: bool
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class TextTokenizer:

@@ -11,7 +11,7 @@ import _thread
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
@@ -55,18 +55,16 @@ class Workers:
         self,
         work: Callable[[Item], Result],
         items: Iterable[Item],
-        done: Callable[[Item, Result], object],
         *,
         most: int,
-    ) -> None:
-        """Does some work for each item, and hands over the results as they come.
+    ) -> Generator[tuple[Item, Result], None, None]:
+        """Each item with the result of some work on it, in the order in which they come.
 
-        The first error ends the call, once what was under way has ended.
+        The first error ends it, and so does closing it, once what was under way has ended.
 
         Args:
             work: gives the result of an item; called by the threads.
             items: in their order.
-            done: takes an item and its result; called by the caller's thread.
             most: items between their start and their result's being taken.
         """
         results: queue.SimpleQueue[tuple[Item, Result] | BaseException] = queue.SimpleQueue()
@@ -83,23 +81,23 @@ class Workers:
             ended.append(None)
             results.put(result)
 
-        def take() -> None:
+        def take() -> tuple[Item, Result]:
             nonlocal taken
             result = results.get()
             taken += 1
             if isinstance(result, BaseException):
                 raise result
-            done(*result)
+            return result
 
         try:
             with wanted:
                 for item in items:
                     if given - taken == most:
-                        take()
+                        yield take()
                     self.put(partial(run, item))
                     given += 1
                 while taken < given:
-                    take()
+                    yield take()
         finally:
             # After an error: whoever closes what the work uses must find nobody in it.
             while len(ended) < given:

@@ -1,4 +1,4 @@
-"""From images to features to rows of tokens to vectors.
+"""From images to features to tokens to vectors.
 
 Images go through in windows: first the vision tower gives the features of a window, then the task's
 graph makes vectors of them. So the two graphs are never needed at once, and under a memory limit
@@ -10,22 +10,20 @@ graphs run.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.image_settings import ImageSettings
-from embedge.runtime.encode.batch_runner import RowRunner
-from embedge.runtime.encode.batches import ImageTokens
-from embedge.runtime.encode.prefetch import ahead
+from embedge.runtime.encode.batch_runner import BatchRunner
+from embedge.runtime.encode.prefetch import prefetched
 from embedge.runtime.encode.request import Request
+from embedge.runtime.encode.sequences import ImageTokens
+from embedge.runtime.encode.vectors import Vectors
 from embedge.runtime.errors import BundleError, EmbedgeValueError, ImageError
-from embedge.runtime.images.layout import image_row, image_tokens, vision_inputs
+from embedge.runtime.images.layout import image_layout, image_tokens, vision_inputs
 from embedge.runtime.images.load import load_image
 from embedge.runtime.images.patches import ImagePatches, ImageProcessor
 from embedge.runtime.sessions.graphs import Graphs
@@ -41,14 +39,12 @@ _WINDOW_BYTES = 64 << 20
 _CHUNK_BYTES = 32 << 20
 _OUTPUT = "image_features"
 
-Vectors = NDArray[np.float32]
-
 
 @dataclass(frozen=True)
-class _Seen:
-    """An image that was read, and its place in the call."""
+class _Image:
+    """An image that was read, and its index in the call."""
 
-    place: int
+    index: int
     patches: ImagePatches
 
 
@@ -57,111 +53,114 @@ class ImagePipeline:
 
     Args:
         graphs: of the precision.
-        runner: rows to vectors.
+        runner: tokens to vectors.
         settings: how images become patches and tokens.
-        max_length: most tokens of an image's row.
+        max_length: most tokens of an image.
         pooling: "mean" lets a single vector do without the tokens behind the image.
     """
 
     def __init__(
         self,
         graphs: Graphs,
-        runner: RowRunner,
+        runner: BatchRunner,
         settings: ImageSettings,
         max_length: int,
         pooling: str,
     ) -> None:
         self._graphs = graphs
         self._runner = runner
-        self._settings = settings
+        self.settings = settings
         self._max_length = max_length
         self._pools_mean = pooling == "mean"
         self._processor = ImageProcessor(settings)
 
-    def embed(
+    def encode(
         self,
         images: Sequence[Any],
-        places: Sequence[int],
-        name: str,
+        indices: Sequence[int],
         request: Request,
-        store: Callable[[int, Vectors], None],
-        advance: Callable[[int], object],
-    ) -> None:
-        """Stores each image's result under its place.
+        *,
+        name: str,
+        pixels: tuple[int, int],
+    ) -> Generator[tuple[int, Vectors], None, None]:
+        """``(index, vector)`` of each image, as batches finish.
+
+        A vector is float32 ``[dim]``, or ``[tokens, dim]`` for multi-vectors.
 
         Args:
             images: paths, bytes, PIL images, arrays.
-            places: where each stands in the call.
-            name: the argument they came in, for messages.
+            indices: of the images in the call.
             request: the call.
-            store: takes a place and float32 ``[dim]``, or ``[tokens, dim]`` for multi-vectors.
-            advance: takes the number of images that were done.
+            name: the argument they came in, for messages.
+            pixels: fewest and most that an image is scaled to.
 
         Raises:
             ImageError: for an image that cannot be read, or has too many tokens.
         """
-        seen = (
-            _Seen(place, self._read(image, place, name, request))
-            for image, place in zip(images, places, strict=True)
+        read = (
+            _Image(index, self._read(image, index, name, pixels))
+            for index, image in zip(indices, images, strict=True)
         )
         done = 0
-        with closing(ahead(_chunks(seen))) as chunks:
+        with closing(prefetched(_chunks(read))) as chunks:
             while done < len(images):
                 window = self._window(chunks, request)
                 done += len(window)
-                rows, places_of_rows = [row for _, row in window], [place for place, _ in window]
-                self._runner.run(rows, places_of_rows, request, store, advance)
+                yield from self._runner.run(window, request)
 
-    def _read(self, image: Any, place: int, name: str, request: Request) -> ImagePatches:
+    def _read(self, image: Any, index: int, name: str, pixels: tuple[int, int]) -> ImagePatches:
         """The patches of one image."""
-        where = f"{name}[{place}]"
+        where = f"{name}[{index}]"
         try:
-            picture = load_image(image, where)
-            patches = self._processor(picture, request.min_pixels, request.max_pixels, where)
+            patches = self._processor(load_image(image, where), *pixels, where)
         except EmbedgeValueError as error:
-            raise ImageError(name, place, str(error).removeprefix(f"{where}: ")) from error
-        tokens = image_tokens(patches.grid, self._settings)
+            raise ImageError(name, index, str(error).removeprefix(f"{where}: ")) from error
+        tokens = image_tokens(patches.grid, self.settings)
         if tokens > self._max_length:
-            rows, columns = (n * self._settings.patch_size for n in patches.grid)
+            height, width = (n * self.settings.patch_size for n in patches.grid)
             raise ImageError(
                 name,
-                place,
-                f"{columns} × {rows} pixels are {tokens} tokens, and the model takes "
+                index,
+                f"{width} × {height} pixels are {tokens} tokens, and the model takes "
                 f"{self._max_length}; lower max_pixels",
             )
         return patches
 
     def _window(
-        self, chunks: Iterator[list[_Seen]], request: Request
+        self, chunks: Iterator[list[_Image]], request: Request
     ) -> list[tuple[int, ImageTokens]]:
-        """Places and rows of the next images, in any order; empty after the last one."""
+        """Tokens and features of the next images, in any order; empty after the last one."""
         window: list[tuple[int, ImageTokens]] = []
-
-        def fill(lanes: SessionWorkers) -> None:
-            while sum(row.features.nbytes for _, row in window) < _WINDOW_BYTES:
-                runs = self._runs(next(chunks, []), request.batch_size)
-                if not runs:
+        held = 0
+        with self._graphs.use(VISION) as workers:
+            while held < _WINDOW_BYTES:
+                seen = self._look(workers, next(chunks, []), request)
+                if not seen:
                     break
-                largest = max(len(run) * run[0].patches.patches for run in runs)
-                lanes.run(runs, self._look, done, tokens=largest)
-                del runs  # and their patches, before the next ones are read
-
-        def done(run: list[_Seen], features: Vectors) -> None:
-            for image, of_image in zip(run, features, strict=True):
-                row = image_row(
-                    image.patches.grid,
-                    self._settings,
-                    pooled_only=self._pools_mean and not request.multi_vector,
-                )
-                window.append((image.place, ImageTokens(row, of_image)))
-
-        self._graphs.use(VISION, fill)
+                held += sum(tokens.features.nbytes for _, tokens in seen)
+                window += seen
         return window
 
-    def _runs(self, chunk: Sequence[_Seen], batch_size: int) -> list[list[_Seen]]:
+    def _look(
+        self, workers: SessionWorkers, chunk: list[_Image], request: Request
+    ) -> list[tuple[int, ImageTokens]]:
+        """Tokens and features of a chunk's images, which nothing holds when this returns."""
+        runs = self._runs(chunk, request.batch_size)
+        largest = max((len(run) * run[0].patches.patches for run in runs), default=0)
+        pooled_only = self._pools_mean and not request.multi_vector
+        seen = []
+        with closing(workers.run(runs, self._features, tokens=largest)) as results:
+            for run, features in results:
+                for image, of_image in zip(run, features, strict=True):
+                    grid = image.patches.grid
+                    layout = image_layout(grid, self.settings, pooled_only=pooled_only)
+                    seen.append((image.index, ImageTokens(layout, of_image)))
+        return seen
+
+    def _runs(self, chunk: Sequence[_Image], batch_size: int) -> list[list[_Image]]:
         """Images of one number of patches each, within the budget of a run; largest first."""
         budget = self._graphs.batch_tokens(VISION)
-        groups: dict[int, list[_Seen]] = defaultdict(list)
+        groups: dict[int, list[_Image]] = defaultdict(list)
         for image in chunk:
             groups[image.patches.patches].append(image)
         runs = []
@@ -171,9 +170,9 @@ class ImagePipeline:
             runs += [group[start : start + step] for start in range(0, len(group), step)]
         return runs
 
-    def _look(self, session: GraphSession, run: Sequence[_Seen]) -> Vectors:
+    def _features(self, session: GraphSession, run: Sequence[_Image]) -> Vectors:
         """The features of some images, float32 ``[images, features, hidden]``."""
-        settings = self._settings
+        settings = self.settings
         features = session.run(_OUTPUT, vision_inputs([image.patches for image in run], settings))
         count = run[0].patches.patches // settings.merge_size**2
         expected = (len(run), count, settings.hidden_size)
@@ -185,11 +184,11 @@ class ImagePipeline:
         return features
 
 
-def _chunks(seen: Iterator[_Seen]) -> Iterator[list[_Seen]]:
+def _chunks(images: Iterator[_Image]) -> Iterator[list[_Image]]:
     """The images in chunks, each until its patches are as many bytes as a chunk holds."""
-    chunk: list[_Seen] = []
+    chunk: list[_Image] = []
     held = 0
-    for image in seen:
+    for image in images:
         chunk.append(image)
         held += image.patches.values.nbytes
         del image

@@ -1,4 +1,4 @@
-"""Everything that depends on an image's size: windows and angles of its patches, tokens of its row.
+"""Everything that depends on an image's size: windows and angles of its patches, its tokens.
 
 Source: transformers' ``Qwen2_5_VisionTransformerPretrainedModel.get_window_index`` and ``rot_pos_emb``,
 ``Qwen2_5_VLModel.get_rope_index``.
@@ -7,44 +7,27 @@ Source: transformers' ``Qwen2_5_VisionTransformerPretrainedModel.get_window_inde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.image_settings import ImageSettings
+from embedge.runtime.encode.sequences import ImageLayout
 from embedge.runtime.images.patches import ImagePatches
 
-__all__ = ["ImageRow", "image_row", "image_tokens", "vision_inputs"]
+__all__ = ["image_layout", "image_tokens", "vision_inputs"]
 
 Grid = tuple[int, int]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class ImageRow:
-    """The row of an image in the language tower's batch.
-
-    Attributes:
-        ids: int64 ``[tokens]``.
-        positions: int64 ``[3, tokens]``: time, row and column.
-        pooled: bool ``[tokens]``, what a mean includes.
-        features: int64 ``[features]``, the places that features take.
-    """
-
-    ids: Ints
-    positions: Ints
-    pooled: NDArray[np.bool_]
-    features: Ints
-
-
 def image_tokens(grid: Grid, settings: ImageSettings) -> int:
-    """Tokens of an image's row."""
+    """Tokens of an image, with those around its features."""
     features = grid[0] * grid[1] // settings.merge_size**2
     return len(settings.before_ids) + features + len(settings.after_ids)
 
 
-def image_row(grid: Grid, settings: ImageSettings, *, pooled_only: bool = False) -> ImageRow:
+def image_layout(grid: Grid, settings: ImageSettings, *, pooled_only: bool = False) -> ImageLayout:
     """Tokens, positions and pooling of one image.
 
     Args:
@@ -68,7 +51,7 @@ def image_row(grid: Grid, settings: ImageSettings, *, pooled_only: bool = False)
     pooled[start - settings.pooled_before : end] = True
     kept = end if pooled_only else len(ids)
     features = np.arange(start, start + count)
-    return ImageRow(ids[:kept], positions[:, :kept], pooled[:kept], features)
+    return ImageLayout(ids[:kept], positions[:, :kept], pooled[:kept], features)
 
 
 def vision_inputs(

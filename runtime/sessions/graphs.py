@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
@@ -47,7 +47,6 @@ SMALL_GRAPH_BYTES = 100_000_000
 CPU_BATCH_TOKENS_PER_THREAD = 512
 CPU_PADDING_TOKENS = 32  # what a run costs beside its tokens is about that of 20 to 30 tokens
 GPU_BATCH_TOKENS = 4096  # more give an H100 no more texts a second, and cost memory (bench/LOG.md)
-Result = TypeVar("Result")
 AMX_NARROW_TOKENS = 64  # the crossover lies between 64 and 128
 
 
@@ -109,13 +108,13 @@ class Graphs:
         keep_forever(self._pool)
         self._start()
 
-    def use(self, name: str, work: Callable[[SessionWorkers], Result]) -> Result:
-        """What some work on a graph gives; it is kept open until then.
+    def use(self, name: str) -> AbstractContextManager[SessionWorkers]:
+        """A graph, which is kept open inside the block.
 
         Raises:
             EmbedgeError: if one session of the graph is above the memory limit.
         """
-        return self._pool.use(name, work)
+        return self._pool.use(name)
 
     def close(self) -> None:
         """Closes the open graphs that are not in use."""

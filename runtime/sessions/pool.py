@@ -11,17 +11,15 @@ import queue
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from embedge.runtime.errors import EmbedgeError
 from embedge.runtime.sessions.session_workers import SessionWorkers
 
 __all__ = ["GraphPool"]
-
-Result = TypeVar("Result")
 
 _LOOK_AGAIN_S = 0.1  # an interrupt may keep the end of a use from being told
 
@@ -97,8 +95,9 @@ class GraphPool:
         with self._lock:
             return sum(entry.size_bytes for entry in self._entries.values())
 
-    def use(self, name: str, work: Callable[[SessionWorkers], Result]) -> Result:
-        """What some work on the graph of a name gives; it is kept open until then.
+    @contextmanager
+    def use(self, name: str) -> Iterator[SessionWorkers]:
+        """The graph of a name, which is kept open inside the block.
 
         Raises:
             EmbedgeError: if one session of the graph is above the memory limit.
@@ -106,7 +105,7 @@ class GraphPool:
         user = threading.Lock()
         try:
             with user:
-                return work(self._take(name, user))
+                yield self._take(name, user)
         finally:
             self._tell()
 

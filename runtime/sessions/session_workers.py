@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -59,30 +59,28 @@ class SessionWorkers:
         self,
         batches: Sequence[Batch],
         work: Callable[[GraphSession, Batch], Result],
-        done: Callable[[Batch, Result], object],
         *,
         tokens: int,
-    ) -> None:
-        """Runs some batches, in their order as far as there are lanes for them.
+    ) -> Generator[tuple[Batch, Result], None, None]:
+        """Batches with their results, in their order as far as there are lanes for them.
 
-        The first error ends the call, once the runs that were going on have ended. A lane that
+        The first error ends it, once the runs that were going on have ended. A lane that
         finishes a batch finds the next one waiting; no more than ``2 * threads`` batches are between
         their start and their result's being taken.
 
         Args:
             batches: what to run.
             work: gives the result of a batch; called by several threads at once.
-            done: takes a batch and its result, as they finish; called by the caller's thread.
             tokens: padded tokens of the largest batch.
         """
         workers = self._workers
         narrow = workers is not None and (len(batches) > 1 or tokens <= self._narrow_tokens)
         session = self._session(1 if narrow else self._threads)
         if workers is not None and len(batches) > 1 and session.threads == 1:
-            workers.run(partial(work, session), batches, done, most=2 * self._threads)
+            yield from workers.run(partial(work, session), batches, most=2 * self._threads)
             return
         for batch in batches:
-            done(batch, work(session, batch))
+            yield batch, work(session, batch)
 
     def _session(self, threads: int) -> GraphSession:
         """The session whose runs take some threads, or the other one where there is no room."""

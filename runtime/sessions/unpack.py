@@ -112,7 +112,8 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
         step = max(1, _CHUNK_ELEMENTS // max(weight.in_features, weight.block_size))
         starts = range(0, weight.out_features, step)
         work = partial(_unpack_rows, weight, stored, matrix, scales, step)
-        workers.run(work, starts, lambda *_: None, most=2 * threads)
+        for _ in workers.run(work, starts, most=2 * threads):
+            pass
         result |= {f"{weight.name}.weight": matrix, f"{weight.name}.scales": scales}
     return result
 

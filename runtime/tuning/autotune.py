@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -23,9 +24,10 @@ from typing import TypeVar
 import numpy as np
 
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.encode.batch_runner import RowRunner
+from embedge.runtime.encode.batch_runner import BatchRunner
 from embedge.runtime.encode.request import make_request
-from embedge.runtime.encode.tokenizer import TokenIds, read_tokenizer
+from embedge.runtime.encode.sequences import TokenIds
+from embedge.runtime.encode.tokenizer import read_tokenizer
 from embedge.runtime.sessions.graphs import SMALL_GRAPH_BYTES, Graphs
 from embedge.runtime.tuning.cache import RunSettings, TunedPrecision, Wisdom
 
@@ -247,9 +249,9 @@ class _Host:
         """A call with some texts that are tokens already."""
         texts, tokens = shape
         ids = np.resize(self._ids, tokens)
-        rows = [TokenIds(ids, np.zeros_like(ids), False)] * texts
+        items = list(enumerate([TokenIds(ids, np.zeros_like(ids), False)] * texts))
         graphs = self._make(settings=settings, open_session=self._open)
-        runner = RowRunner(
+        runner = BatchRunner(
             graphs,
             self._manifest.model,
             pad_token_id=self._manifest.tokenizer.pad_token_id,
@@ -257,7 +259,7 @@ class _Host:
         )
 
         def run() -> None:
-            runner.run(rows, range(texts), self._request, lambda *_: None, lambda _: None)
+            deque(runner.run(items, self._request), maxlen=0)
 
         return run
 

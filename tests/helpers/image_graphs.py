@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from embedge.runtime.bundle.image_settings import ImageSettings
-from embedge.runtime.images.layout import image_row
+from embedge.runtime.images.layout import image_layout
 from embedge.runtime.images.load import load_image
 from embedge.runtime.images.patches import ImageProcessor
 
@@ -170,7 +170,7 @@ def of_image(
 ) -> tuple[Floats, Floats]:
     """The vector and the multi-vectors of an image."""
     patches = ImageProcessor(TINY)(load_image(image, "image"), **pixels)
-    row = image_row(patches.grid, TINY)
+    row = image_layout(patches.grid, TINY)
     inputs = table[row.ids]
     inputs[row.features] = patches.values.reshape(-1, 4, PATCH_VALUES).mean(axis=1) @ projection
     return _results(inputs, matrix, row.positions, row.pooled)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from embedge.runtime.encode.batches import pad_batch, plan_batches
-from embedge.runtime.encode.tokenizer import TokenIds
+from embedge.runtime.encode.sequences import TokenIds
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -51,10 +51,10 @@ def test_rows_are_padded_on_the_right() -> None:
         row_multiple=1,
         max_length=16,
     )
-    assert batch.inputs["input_ids"].tolist() == [[10, 11, 12], [50, 7, 7]]
-    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.inputs["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert {array.dtype for array in batch.inputs.values()} == {np.dtype(np.int64)}
+    assert batch["input_ids"].tolist() == [[10, 11, 12], [50, 7, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert {array.dtype for array in batch.values()} == {np.dtype(np.int64)}
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,8 @@ def test_batch_times_tokens_is_a_multiple_within_the_limit(
         row_multiple=multiple,
         max_length=limit,
     )
-    mask = batch.inputs["attention_mask"]
+    mask = batch["attention_mask"]
     assert mask.shape == shape
-    assert batch.rows == rows
     assert mask[:rows].sum() == rows * length
     assert (mask[rows:].sum(axis=1) == 1).all()  # no row without a token
 

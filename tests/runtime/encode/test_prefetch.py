@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from embedge.runtime.encode.prefetch import ahead
+from embedge.runtime.encode.prefetch import prefetched
 from tests.helpers.threads import all_ended, workers
 
 
@@ -45,12 +45,12 @@ class Source:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_items_come_in_their_order(count: int) -> None:
-    assert list(ahead(Source(count).items)) == list(range(count))
+    assert list(prefetched(Source(count).items)) == list(range(count))
 
 
 def test_the_next_item_is_made_while_one_is_in_use_and_no_other() -> None:
     source = Source(5)
-    with closing(ahead(source.items)) as items:
+    with closing(prefetched(source.items)) as items:
         for number in items:
             source.wait_for(min(number + 2, 5))
             assert len(source.made) <= number + 2
@@ -63,7 +63,7 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
     source = Source(5, fails_at=3)
     found: list[int] = []
     with pytest.raises(ValueError, match="number 3 cannot be made"):
-        found.extend(ahead(source.items))
+        found.extend(prefetched(source.items))
     assert found == [0, 1, 2]
 
 
@@ -71,7 +71,7 @@ def test_an_error_of_the_loop_leaves_no_thread() -> None:
     source = Source(1000)
 
     def fail_at_2() -> None:
-        with closing(ahead(source.items)) as items:
+        with closing(prefetched(source.items)) as items:
             for number in items:
                 if number == 2:
                     raise KeyError(number)
@@ -85,7 +85,7 @@ def test_an_item_in_use_is_held_by_its_user_alone() -> None:
     class Item:
         pass
 
-    with closing(ahead(Item() for _ in range(4))) as items:
+    with closing(prefetched(Item() for _ in range(4))) as items:
         for item in items:
             watched = weakref.ref(item)
             del item

@@ -277,11 +277,11 @@ class TestRuns:
         changed = threading.Condition()
         original = pipeline.ImagePipeline._read
 
-        def watched(self: Any, image: Any, place: int, *arguments: Any) -> Any:
+        def watched(self: Any, image: Any, index: int, *arguments: Any) -> Any:
             with changed:
-                read.append(place)
+                read.append(index)
                 changed.notify_all()
-            return original(self, image, place, *arguments)
+            return original(self, image, index, *arguments)
 
         run = GraphSession.run
         looked = [0]

@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLModel,
 )
 
-from embedge.runtime.images.layout import image_row, image_tokens, vision_inputs
+from embedge.runtime.images.layout import image_layout, image_tokens, vision_inputs
 from embedge.runtime.images.patches import ImagePatches
 from tests.helpers.images import SETTINGS
 
@@ -87,7 +87,7 @@ def test_windows_and_angles(
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_row_of_an_image(language: Qwen2_5_VLModel, grid: tuple[int, int]) -> None:
-    row = image_row(grid, SETTINGS)
+    row = image_layout(grid, SETTINGS)
     count = grid[0] * grid[1] // 4
     before, after = list(SETTINGS.before_ids), list(SETTINGS.after_ids)
     assert row.ids.tolist() == [*before, *[151655] * count, *after]
@@ -101,7 +101,7 @@ def test_the_row_of_an_image(language: Qwen2_5_VLModel, grid: tuple[int, int]) -
     start, end = row.ids.tolist().index(151652), row.ids.tolist().index(151653)
     assert np.array_equal(np.flatnonzero(row.pooled), np.arange(start, end + 1))
 
-    cut = image_row(grid, SETTINGS, pooled_only=True)
+    cut = image_layout(grid, SETTINGS, pooled_only=True)
     assert cut.ids.tolist() == row.ids.tolist()[: end + 1]
     assert np.array_equal(cut.positions, row.positions[:, : end + 1])
     assert np.array_equal(cut.pooled, row.pooled[: end + 1])

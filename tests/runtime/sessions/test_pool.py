@@ -13,7 +13,7 @@ import pytest
 
 from embedge.runtime import EmbedgeError
 from embedge.runtime.encode import prefetch
-from embedge.runtime.encode.prefetch import ahead
+from embedge.runtime.encode.prefetch import prefetched
 from embedge.runtime.host import workers as workers_module
 from embedge.runtime.sessions import pool as pool_module
 from embedge.runtime.sessions import session_workers
@@ -43,7 +43,8 @@ def make_pool(**limits: Any) -> tuple[GraphPool, Maker]:
 
 def use(pool: GraphPool, *names: str) -> None:
     for name in names:
-        assert cast(str, pool.use(name, lambda lanes: lanes)) == f"graph of {name}"
+        with pool.use(name) as lanes:
+            assert cast(str, lanes) == f"graph of {name}"
 
 
 def test_a_graph_is_made_at_its_first_use_and_kept() -> None:
@@ -75,13 +76,11 @@ def test_a_graph_in_use_is_not_closed_and_the_next_one_waits() -> None:
     pool, maker = make_pool(max_graphs=1)
     other = threading.Thread(target=use, args=(pool, "b"))
 
-    def work(_: SessionWorkers) -> None:
+    with pool.use("a"):
         other.start()
         other.join(timeout=0.1)
         assert other.is_alive()
         assert pool.names == ("a",)
-
-    pool.use("a", work)
     other.join(timeout=10)
     assert not other.is_alive()
     assert maker.made == ["a", "b"]
@@ -91,13 +90,11 @@ def test_a_second_session_counts_and_closes_nobody() -> None:
     pool, maker = make_pool(memory_limit=35)
     use(pool, "a", "b")
 
-    def work(_: SessionWorkers) -> None:
-        for _attempt in range(2):  # an interrupt may have kept the first answer from being used
+    with pool.use("a"):
+        for _ in range(2):  # an interrupt may have kept the first answer from being used
             assert maker.ask["a"]()
             assert pool.bytes == 3 * SIZE
         assert not maker.ask["b"]()  # "b", unused, would have to go
-
-    pool.use("a", work)
     assert pool.names == ("b", "a")
     use(pool, "c")
     assert pool.names == ("a", "c")
@@ -109,7 +106,8 @@ def test_a_second_session_counts_and_closes_nobody() -> None:
 
 def test_without_a_limit_a_second_session_always_fits() -> None:
     pool, maker = make_pool(max_graphs=1)
-    pool.use("a", lambda _: maker.ask["a"]())
+    with pool.use("a"):
+        assert maker.ask["a"]()
     assert pool.names == ("a",)
 
 
@@ -197,9 +195,8 @@ def test_an_interrupt_of_batches_that_run_together_leaves_the_threads_working() 
         return SessionWorkers(lambda _: session, lambda: True, threads=2, workers=workers)
 
     def run(lanes: SessionWorkers, found: list[int]) -> None:
-        lanes.run(
-            range(7), lambda _, batch: batch, lambda _, result: found.append(result), tokens=1
-        )
+        with closing(lanes.run(range(7), lambda _, batch: batch, tokens=1)) as results:
+            found.extend(result for _, result in results)
 
     for moment in itertools.count():
         one, found = lanes(), list[int]()
@@ -213,13 +210,13 @@ def test_an_interrupt_of_batches_that_run_together_leaves_the_threads_working() 
 
 
 @swallowed
-def test_an_interrupt_ends_what_is_made_ahead() -> None:
+def test_an_interrupt_ends_what_is_made_prefetched() -> None:
     for moment in itertools.count():
         source = iter(range(4))
         interrupts = Interrupts(moment)
 
         def take(source: Any = source) -> None:
-            with closing(ahead(source)) as items:
+            with closing(prefetched(source)) as items:
                 for _ in items:
                     pass
 

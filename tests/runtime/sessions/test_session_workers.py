@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -52,9 +53,14 @@ class Graph:
 
 def run(lanes: SessionWorkers, batches: int, *, tokens: int = 100) -> list[tuple[int, int]]:
     """``(batch, threads of its session)``, by batch."""
-    found: dict[int, int] = {}
-    lanes.run(range(batches), lambda session, _: session.threads, found.__setitem__, tokens=tokens)
-    return sorted(found.items())
+    return sorted(lanes.run(range(batches), lambda session, _: session.threads, tokens=tokens))
+
+
+def run_and_take(lanes: SessionWorkers, batches: int, work: Any, take: Any) -> None:
+    """Has ``take`` called with every batch and its result, as they finish."""
+    with closing(lanes.run(range(batches), work, tokens=1)) as results:
+        for batch, result in results:
+            take(batch, result)
 
 
 class TestChoice:
@@ -135,9 +141,8 @@ class TestRunningTogether:
                 inside[0] -= 1
             return batch
 
-        done: list[int] = []
         lanes = Graph().lanes(workers)
-        lanes.run(range(4 * THREADS), work, lambda _, result: done.append(result), tokens=1)
+        done = [result for _, result in lanes.run(range(4 * THREADS), work, tokens=1)]
         assert sorted(done) == list(range(4 * THREADS))
         assert most[0] == THREADS
 
@@ -155,7 +160,7 @@ class TestRunningTogether:
             if batch == 5:
                 release.set()
 
-        Graph().lanes(workers).run(range(6), work, take, tokens=1)
+        run_and_take(Graph().lanes(workers), 6, work, take)
         assert sorted(done) == list(range(6))
         assert done[-1] == 0
 
@@ -171,7 +176,7 @@ class TestRunningTogether:
             assert len(started) <= taken[0] + 2 * THREADS
             taken[0] += 1
 
-        Graph().lanes(workers).run(range(12), work, take, tokens=1)
+        run_and_take(Graph().lanes(workers), 12, work, take)
         assert taken[0] == 12
 
     def test_a_lane_takes_its_next_batch_while_the_callers_thread_is_away(
@@ -189,7 +194,7 @@ class TestRunningTogether:
             taking.set()
             assert fourth_ran.wait(timeout=10)
 
-        Graph().lanes(workers).run(range(THREADS + 1), work, take, tokens=1)
+        run_and_take(Graph().lanes(workers), THREADS + 1, work, take)
 
     @pytest.mark.parametrize("where", ["work", "done"])
     def test_an_error_ends_the_call_once_nobody_runs_any_more(
@@ -217,7 +222,7 @@ class TestRunningTogether:
 
         lanes = Graph().lanes(workers)
         with pytest.raises(InferenceError, match="batch 1 failed"):
-            lanes.run(range(100), work, take, tokens=1)
+            run_and_take(lanes, 100, work, take)
         assert inside == set()
         assert len(started) <= 2 * THREADS
         assert run(lanes, 4) == [(i, 1) for i in range(4)]

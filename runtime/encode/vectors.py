@@ -1,0 +1,71 @@
+"""From a graph's output to the vectors of a call: checked, cut to ``truncate_dim``, normalized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.runtime.bundle.manifest import Model
+from embedge.runtime.encode.request import Request
+from embedge.runtime.errors import BundleError
+from embedge.runtime.scoring.similarity import normalized
+
+__all__ = ["Results", "Vectors", "finished_vectors", "no_results", "output_name"]
+
+Vectors = NDArray[np.float32]
+Results = Vectors | list[Vectors]
+
+
+def output_name(request: Request) -> str:
+    """The graph's output that a call reads."""
+    return "token_embeddings" if request.multi_vector else "embedding"
+
+
+def finished_vectors(
+    output: Vectors,
+    lengths: Sequence[int],
+    shape: tuple[int, ...],
+    *,
+    request: Request,
+    model: Model,
+    file: object,
+) -> list[Vectors]:
+    """What the sequences of a batch get: float32 ``[dim]`` each, or ``[tokens, dim]``.
+
+    A vector is cut to the call's length. It is normalized where the call asks for that, and again
+    where it was cut and the source normalizes.
+
+    Args:
+        output: float32 ``[batch, dim]`` or ``[batch, tokens, dim]``, filling rows last.
+        lengths: tokens of each sequence that is no filling.
+        shape: ``(batch, tokens)`` of the inputs.
+        request: the call.
+        model: what the graph should compute.
+        file: the graph's, for messages.
+
+    Raises:
+        BundleError: the output has another shape.
+    """
+    multi = request.multi_vector
+    expected = (*shape, model.multi_vector_dim) if multi else (shape[0], model.dim)
+    if output.shape != expected:
+        raise BundleError(
+            f"{file}: expected {output_name(request)} of the shape {list(expected)}, found "
+            f"{list(output.shape)}; export the bundle again"
+        )
+    cut = request.dim < output.shape[-1]
+    vectors = output[: len(lengths), ..., : request.dim]
+    if request.normalize or (cut and model.normalize):
+        vectors = normalized(vectors)
+    if multi:
+        return [of_one[:length].copy() for of_one, length in zip(vectors, lengths, strict=True)]
+    return list(vectors)
+
+
+def no_results(request: Request, count: int) -> Results:
+    """Room for a call's results: zero vectors, or multi-vectors without tokens."""
+    if request.multi_vector:
+        return [np.zeros((0, request.dim), np.float32)] * count
+    return np.zeros((count, request.dim), np.float32)
