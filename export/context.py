@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedge.export.calibration.precision import make_form
 from embedge.export.graph.scheme import Float16Scheme, Scheme
 from embedge.export.model import Model
 from embedge.export.options import INT4, WIDE_MODEL, Request
 from embedge.export.progress import Progress
 from embedge.export.schemes.int8 import SmoothingConstants
+from embedge.export.schemes.registry import make_scheme
 from embedge.runtime.bundle.manifest import Manifest
 
 
@@ -25,14 +25,14 @@ class ExportContext:
         model: what was read.
         old: manifest of the bundle that is added to, or ``None``.
         progress: takes steps and notes.
-        plans: constants of int8 inputs, filled by the first precision that needs them.
+        constants: those of int8 inputs, filled by the first precision that needs them.
     """
 
     request: Request
     model: Model
     old: Manifest | None
     progress: Progress
-    plans: dict[str, SmoothingConstants] = field(default_factory=dict)
+    constants: dict[str, SmoothingConstants] = field(default_factory=dict)
 
     @property
     def block_size(self) -> int:
@@ -59,9 +59,9 @@ class ExportContext:
             keep: precisions by pattern, where they are not the request's.
             calibrated: whether calibration's constants and methods are used.
         """
-        return make_form(
+        return make_scheme(
             precision,
-            plans=self.plans if calibrated else {},
+            constants=self.constants if calibrated else {},
             int4_block_size=self.block_size,
             methods=self.methods(calibrated=calibrated),
             keep=self.request.keep if keep is None else keep,

@@ -8,9 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from embedge.export.calibration.layers import TokenBatch
-from embedge.export.calibration.precision import MAX_TOKENS_PER_TEXT, token_batches
 from embedge.export.calibration.texts import packaged_texts, read_texts
+from embedge.export.calibration.tokens import MAX_TOKENS_PER_TEXT, TokenBatch, token_batches
 from embedge.export.context import ExportContext
 from embedge.export.errors import ExportError
 from embedge.export.model import Model, read_model

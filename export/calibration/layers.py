@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
 from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, Norm
@@ -32,20 +32,6 @@ SPILL_BYTES = 4 * 1024 * 1024
 _HESSIAN_ROWS = 1024
 _SAMPLE_ROWS = 1024
 _TABLE_ROWS = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch:
-    """Right-padded calibration tokens, int64 ``[batch, tokens]`` each."""
-
-    ids: NDArray[np.int64]
-    mask: NDArray[np.int64]
-
-    def feeds(self, names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """The graph inputs of the given names."""
-        values = {"input_ids": self.ids, "attention_mask": self.mask}
-        values["token_type_ids"] = np.zeros_like(self.ids)
-        return {name: values[name] for name in names}
 
 
 class InputStatistics:

@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from embedge.export.calibration.layers import (
     HIDDEN,
     Layer,
-    TokenBatch,
     WeightSession,
     behind_states,
     first_states,
 )
-from embedge.export.calibration.precision import token_batches
+from embedge.export.calibration.tokens import TokenBatch, token_batches
 from embedge.export.families import Family
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.scheme import Scheme
@@ -100,7 +99,10 @@ def candidates(
             names = tuple(lin.label for lin in group.lins)
             if first_match(keep, *names) is not None:
                 continue
-            changed = {lin.label: int4.restored(g, group, lin) for lin in group.lins}
+            changed = {
+                lin.label: int4.restored(group, np.array(layer.weight(lin).T, order="C"))
+                for lin in group.lins
+            }
             for batch, before, states in zip(sample, hidden, moved, strict=True):
                 states.append(layer.run(batch, before, changed)[0])
             del changed

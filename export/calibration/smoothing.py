@@ -1,22 +1,67 @@
-"""From calibration statistics to the constants of int8 inputs."""
+"""SmoothQuant over a model: from calibration statistics to the constants of int8 inputs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.calibration.layers import InputStatistics
+from embedge.export.calibration.layers import InputStatistics, calibrate
+from embedge.export.calibration.tokens import TokenBatch
+from embedge.export.families import Family
 from embedge.export.graph.builder import ScaleSink
 from embedge.export.schemes.int8 import SmoothingConstants
+from embedge.export.weights.rotated import RotatedWeights
+from embedge.export.weights.tensors import Weights
 from embedge.quant import int8
 from embedge.quant.rotation import block_rotation
 
-ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+ALPHA = 0.7  # SmoothQuant's α; measured on MiniLM: 0.4 … 0.7 differ little, 0.7 is best
+ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # tried for each input of a rotated model
 OUTLIER_RATIO = 4.0
 MOST_OUTLIERS = 16
 
 
-def rotated_plan(statistics: InputStatistics) -> SmoothingConstants:
+def smoothing_constants(
+    family: Family,
+    base: Weights,
+    batches: Sequence[TokenBatch],
+    *,
+    scratch: Path,
+    report: Callable[[int], None],
+) -> dict[str, SmoothingConstants]:
+    """Shift and smoothing of every Linear input, by its label, from the backbone without an adapter.
+
+    They are the same for all tasks, so that what adapters leave alone stays one tensor for all.
+
+    Args:
+        family: the model.
+        base: the backbone's tensors.
+        batches: calibration tokens; none: no constants.
+        scratch: folder for a layer's weights.
+        report: takes the number of each layer that was run.
+    """
+    constants: dict[str, SmoothingConstants] = {}
+    if not batches:
+        return constants
+    rotated = isinstance(base, RotatedWeights)
+    passes = calibrate(
+        family,
+        base,
+        batches,
+        scratch=scratch,
+        wants_sample=lambda group: rotated and group.gated,
+    )
+    for index, statistics in passes:
+        report(index + 1)
+        for label, value in statistics.items():
+            constants[label] = rotated_constants(value) if rotated else plain_constants(value)
+    return constants
+
+
+def rotated_constants(statistics: InputStatistics) -> SmoothingConstants:
     """The constants of one Linear input of a rotated model.
 
     Only what a gated MLP multiplies is left with outliers: its channels are smoothed as far as it pays,
@@ -34,29 +79,23 @@ def rotated_plan(statistics: InputStatistics) -> SmoothingConstants:
     usual = float(np.median(np.abs(inputs).max(axis=1)))
     above = np.flatnonzero(peak > OUTLIER_RATIO * usual)
     outliers = np.sort(above[np.argsort(-peak[above], kind="stable")][:MOST_OUTLIERS])
-    weights = statistics.matrices
+    weights, rest = statistics.matrices, peak
     if len(outliers):
         inputs[:, outliers] = 0
+        rest = peak.copy()
+        rest[outliers] = 0
         weights = [weight.copy() for weight in weights]
         for weight in weights:
             weight[outliers] = 0
-    smooth = int8.search_smoothing(
-        inputs, peak * _kept(peak, outliers), weights, ALPHAS, block_rotation(len(peak))
-    )
+    smooth = int8.search_smoothing(inputs, rest, weights, ALPHAS, block_rotation(len(peak)))
     if not len(outliers):
         return SmoothingConstants(smooth=smooth, sink=sink)
     smooth[outliers] = peak[outliers] / np.float32(usual * 1e-4)
     return SmoothingConstants(smooth=smooth, sink=sink, outliers=outliers.astype(np.int64))
 
 
-def _kept(peak: NDArray[np.float32], outliers: NDArray[np.int64]) -> NDArray[np.float32]:
-    kept = np.ones_like(peak)
-    kept[outliers] = 0
-    return kept
-
-
-def input_plan(statistics: InputStatistics, alpha: float) -> SmoothingConstants:
-    """The shift and smoothing of one Linear input.
+def plain_constants(statistics: InputStatistics) -> SmoothingConstants:
+    """The shift and smoothing of one Linear input of a model that is not rotated.
 
     The shift is the mean: what it leaves out, ``W·shift``, joins the bias with the exact weight.
     A norm with a bias takes both for free; one without, and a foldable producer, take the smoothing.
@@ -65,7 +104,6 @@ def input_plan(statistics: InputStatistics, alpha: float) -> SmoothingConstants:
 
     Args:
         statistics: of the input, over the backbone's calibration run.
-        alpha: SmoothQuant's α, see :func:`embedge.quant.int8.smoothing_scales`.
     """
     group = statistics.group
     low, high = statistics.low, statistics.high
@@ -75,13 +113,13 @@ def input_plan(statistics: InputStatistics, alpha: float) -> SmoothingConstants:
         centre = np.float32(0) if shift is None else shift
         peak = np.maximum(np.abs(low - centre), np.abs(high - centre))
         return SmoothingConstants(
-            shift=shift, smooth=int8.smoothing_scales(peak, statistics.weight_peak, alpha)
+            shift=shift, smooth=int8.smoothing_scales(peak, statistics.weight_peak, ALPHA)
         )
     peak = np.maximum(np.abs(low), np.abs(high))
     if group.sink is not None:
         peak, weight_peak = (_shared(p, group.sink) for p in (peak, statistics.weight_peak))
         return SmoothingConstants(
-            smooth=int8.smoothing_scales(peak, weight_peak, alpha), sink=group.sink
+            smooth=int8.smoothing_scales(peak, weight_peak, ALPHA), sink=group.sink
         )
     return SmoothingConstants()
 

@@ -116,20 +116,20 @@ class Int4Scheme(Scheme):
         g: Graph,
         group: LinearGroup,
         lin: LinearRef,
-        upper: NDArray[np.float32] | None = None,
+        weight: NDArray[np.float32],
+        hinv: NDArray[np.float32] | None = None,
     ) -> Rounded:
         """Quantize one of the Linears that share an input; see :meth:`Int8Scheme.round`."""
-        weight = read_linear(g, lin)
         channels = self._outliers.get(group.label)
         if channels is not None:
             weight[:, channels] = 0
         parts = int4.split_blocks(weight, self.block_size)
-        if upper is None:
+        if hinv is None:
             scales, zeros = int4.block_grid(parts)
             values = int4.quantize(parts, scales, zeros)
             lost = None
         else:
-            values, scales, zeros = gptq.quantize_blocks(weight, upper, self.block_size)
+            values, scales, zeros = gptq.quantize_blocks(weight, hinv, self.block_size)
             restored = int4.dequantize(values, scales, zeros).reshape(len(weight), -1)
             lost = weight - restored[:, : weight.shape[1]]
         sqnr_db = int4.blocks_sqnr_db(parts, values, scales, zeros)
@@ -138,17 +138,24 @@ class Int4Scheme(Scheme):
             arrays[1] = to_half(scales, weight_name(lin))
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
 
-    def restored(self, g: Graph, group: LinearGroup, lin: LinearRef) -> NDArray[np.float32]:
-        """The transposed weight ``[in, out]`` that rounding to nearest leaves, outlier channels exact."""
-        weight = read_linear(g, lin)
+    def restored(self, group: LinearGroup, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What rounding to nearest leaves of a weight, outlier channels exact.
+
+        Args:
+            group: the Linear's input.
+            weight: float32 ``[out, in]``, which is changed.
+
+        Returns:
+            float32 ``[in, out]``.
+        """
         channels: Sequence[int] | NDArray[np.int64] = self._outliers.get(group.label, [])
-        loud = weight[:, channels]
+        exact = weight[:, channels]
         weight[:, channels] = 0
         parts = int4.split_blocks(weight, self.block_size)
         scales, zeros = int4.block_grid(parts)
         values = int4.dequantize(int4.quantize(parts, scales, zeros), scales, zeros)
         result = values.reshape(len(weight), -1)[:, : weight.shape[1]]
-        result[:, channels] = loud
+        result[:, channels] = exact
         return np.ascontiguousarray(result.T)
 
     def weight_recipe(self, g: Graph, group: LinearGroup, lin: LinearRef) -> LazyInitializer:
@@ -159,7 +166,7 @@ class Int4Scheme(Scheme):
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, group, lin)
+            rounded = self.round(g, group, lin, read_linear(g, lin))
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 

@@ -297,23 +297,24 @@ class Int8Scheme(Scheme):
         g: Graph,
         group: LinearGroup,
         lin: LinearRef,
-        upper: NDArray[np.float32] | None = None,
+        weight: NDArray[np.float32],
+        hinv: NDArray[np.float32] | None = None,
     ) -> Rounded:
         """Quantize one of the Linears that share an input, to nearest or by GPTQ.
 
         Args:
-            g: the graph whose weights are read.
+            g: the graph that the Linear is in.
             group: the input.
             lin: one of the Linears that read it.
-            upper: what :func:`embedge.quant.gptq.inverse_factor` made of the smoothed Hessian.
+            weight: its merged weight, float32 ``[out, in]``, which may be changed.
+            hinv: what :func:`embedge.quant.gptq.inverse_factor` made of the smoothed Hessian.
         """
         plan = self._plan(g, group)
-        weight = read_linear(g, lin)
         if plan.outliers is not None:
             weight[:, plan.outliers] = 0
         rotation = input_rotation(g, group)
         lost = None
-        if upper is None and rotation is None:
+        if hinv is None and rotation is None:
             result = int8.quantize_rows(weight, plan.smooth)
             values, scales, sqnr_db = result.values, result.scales, result.sqnr_db
         else:
@@ -322,11 +323,11 @@ class Int8Scheme(Scheme):
                 weight *= plan.smooth
             if rotation is not None:
                 weight = rotate_blocks(weight, rotation)
-            if upper is None:
+            if hinv is None:
                 result = int8.quantize_rows(weight)
                 values, scales = result.values, result.scales
             else:
-                values, scales = gptq.quantize_rows(weight, upper)
+                values, scales = gptq.quantize_rows(weight, hinv)
             lost = weight - values * scales[:, None]
             own = lost if rotation is None else rotate_blocks(lost, rotation.T)
             own = own if plan.smooth is None else own / plan.smooth
@@ -347,7 +348,7 @@ class Int8Scheme(Scheme):
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, group, lin)
+            rounded = self.round(g, group, lin, read_linear(g, lin))
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 

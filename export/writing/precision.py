@@ -5,17 +5,19 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from embedge.export.calibration.layers import TokenBatch
-from embedge.export.calibration.precision import gptq_form_of, int8_plans, store_gptq
+from embedge.export.calibration.gptq import gptq_linears, quantize
 from embedge.export.calibration.sensitivity import candidates, check_budget, within_budget
+from embedge.export.calibration.smoothing import smoothing_constants
+from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.context import ExportContext
 from embedge.export.graph.builder import Graph, LazyInitializer
-from embedge.export.graph.scheme import Scheme, weight_name
+from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import to_model
 from embedge.export.model import Model
 from embedge.export.options import INT4, WIDE_MODEL
@@ -194,10 +196,20 @@ def _calibrated(
                 f"budget {budget:,} bytes: it chooses layers by calibration texts, and none of those "
                 "given has a token; give others (--calibration)"
             )
-    if precision in ("int8", "int4") and not job.plans:  # the same for both
+    if precision in ("int8", "int4") and not job.constants:  # the same for both
         # ranges of channels need fewer tokens than GPTQ, and a wide model's cost minutes
         seen = batches[::2] if family.hidden_size >= WIDE_MODEL else batches
-        job.plans.update(int8_plans(family, base, seen, scratch, note))
+        job.constants.update(
+            smoothing_constants(
+                family,
+                base,
+                seen,
+                scratch=scratch,
+                report=lambda layer: note(
+                    f"calibrating int8 on the backbone, layer {layer} of {family.num_layers}"
+                ),
+            )
+        )
     if budget is not None:
         int4 = job.scheme("int4", keep={}, calibrated=True)
         assert isinstance(int4, Int4Scheme)
@@ -259,33 +271,32 @@ def _gptq_passes(
     file: str,
 ) -> None:
     """Quantize what this task's adapter changes with its own activations, the rest with the backbone's."""
-    model = job.model
-    missing = {
-        weight_name(lin)
-        for group in g.linear_groups.values()
-        if (rounding := gptq_form_of(scheme, group)) is not None
-        for lin in group.lins
-        if not store.has(rounding.weight_recipe(g, group, lin).key)
-    }
-    own = {n for n in missing if weights.version(n) != BASE}
+    model, family = job.model, job.model.family.text_only()
+
+    def report(owner: str, layer: int) -> None:
+        job.progress.note(f"{owner}: GPTQ, layer {layer} of {family.num_layers}")
+
+    missing = [r for r in gptq_linears(g, scheme) if not store.has(r.initializer.key)]
     passes = (
-        (BASE, missing - own, model.weights(model.base, scheme), shared),
-        (task, own, weights, file),
+        (BASE, model.weights(model.base, scheme), shared),
+        (task, weights, file),
     )
-    for name, wanted, source, target in passes:
-        if wanted:
-            store_gptq(
-                model.family.text_only(),
-                source,
-                scheme,
-                g,
-                batches,
-                store,
-                task=name,
-                wanted=wanted.__contains__,
-                file=target,
-                report=job.progress.note,
-            )
+    for owner, source, target in passes:
+        linears = [r for r in missing if r.initializer.owner == owner]
+        if not linears:
+            continue
+        made = quantize(
+            family,
+            source,
+            g,
+            batches,
+            linears,
+            scratch=store.folder,
+            report=partial(report, owner),
+        )
+        for linear in made:
+            store.put(linear.initializer, linear.arrays, target, linear.facts)
+            del linear  # the next weight is as large
 
 
 def _store_recipes(job: ExportContext, g: Graph, store: TensorStore, shared: str, own: str) -> None:

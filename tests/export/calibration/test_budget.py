@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from embedge.export import export_bundle
-from embedge.export.calibration.precision import token_batches
 from embedge.export.calibration.sensitivity import Candidate, _sample, candidates, within_budget
+from embedge.export.calibration.tokens import token_batches
 from embedge.export.families import family_of
-from embedge.export.graph.builder import Graph, LinearGroup, LinearRef
-from embedge.export.graph.scheme import read_linear
+from embedge.export.graph.builder import LinearGroup
 from embedge.export.model import read_model
 from embedge.export.options import Request
 from embedge.export.schemes.int4 import Int4Scheme
@@ -224,8 +223,8 @@ def test_gains_of_a_rotated_model_are_those_of_its_vectors(source: Path, tmp_pat
     """The states turned back: with a loss of nothing, the gains are nothing."""
 
     class Exact(Int4Scheme):
-        def restored(self, g: Graph, group: LinearGroup, lin: LinearRef) -> NDArray[np.float32]:
-            return np.ascontiguousarray(read_linear(g, lin).T)
+        def restored(self, group: LinearGroup, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+            return np.ascontiguousarray(weight.T)
 
     model = read_model(request(source, tmp_path))
     base = model.weights(model.base, Int4Scheme(32, "rtn", 4))

@@ -17,7 +17,7 @@ from scipy.special import expit
 
 from embedge.export import export_bundle
 from embedge.export.calibration.layers import InputStatistics
-from embedge.export.calibration.smoothing import rotated_plan
+from embedge.export.calibration.smoothing import rotated_constants
 from embedge.export.errors import CheckpointError
 from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, ScaleSink
 from embedge.export.graph.scheme import Scheme
@@ -290,7 +290,7 @@ def product_error(loud: float) -> tuple[float, int]:
     statistics = InputStatistics(group, 64, None)
     statistics.add(x)
     statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
-    plan = rotated_plan(statistics)
+    plan = rotated_constants(statistics)
     assert plan.smooth is not None
     scheme = Int8Scheme({"down": plan})
     g = Graph(weights=stored, scheme=scheme)

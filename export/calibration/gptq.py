@@ -1,0 +1,152 @@
+"""GPTQ over a model: each layer's Hessians from calibration tokens, and its weights rounded with them.
+
+The arithmetic of one weight is in ``quant/gptq.py``. An input's Hessian is ``Σ x xᵀ`` over the tokens that
+reach it in the unquantized model, so the order of the layers changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export.calibration.layers import InputStatistics, calibrate
+from embedge.export.calibration.tokens import TokenBatch
+from embedge.export.errors import CheckpointError
+from embedge.export.families import Family
+from embedge.export.graph.builder import Graph, LazyInitializer, LinearGroup, LinearRef
+from embedge.export.graph.scheme import Rounded, Scheme, reported_db
+from embedge.export.schemes.int4 import Int4Scheme
+from embedge.export.schemes.int8 import Int8Scheme
+from embedge.export.schemes.registry import gptq_scheme
+from embedge.export.weights.tensors import Weights
+from embedge.quant import gptq
+
+_ERROR_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqLinear:
+    """A Linear that GPTQ rounds.
+
+    Attributes:
+        group: its input.
+        linear: the Linear.
+        scheme: what rounds it.
+        initializer: what is stored of it.
+    """
+
+    group: LinearGroup
+    linear: LinearRef
+    scheme: Int8Scheme | Int4Scheme
+    initializer: LazyInitializer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """A Linear's stored tensors, and further columns of the layer report."""
+
+    initializer: LazyInitializer
+    arrays: Sequence[NDArray[Any]]
+    facts: dict[str, Any]
+
+
+def gptq_linears(g: Graph, scheme: Scheme) -> list[GptqLinear]:
+    """The Linears of a graph that a precision's scheme rounds by GPTQ, in the graph's order."""
+    return [
+        GptqLinear(
+            group=group,
+            linear=linear,
+            scheme=rounding,
+            initializer=rounding.weight_recipe(g, group, linear),
+        )
+        for group in g.linear_groups.values()
+        if (rounding := gptq_scheme(scheme, group)) is not None
+        for linear in group.lins
+    ]
+
+
+def quantize(
+    family: Family,
+    weights: Weights,
+    g: Graph,
+    batches: Sequence[TokenBatch],
+    linears: Sequence[GptqLinear],
+    *,
+    scratch: Path,
+    report: Callable[[int], None],
+) -> Iterator[Quantized]:
+    """Round Linears of a graph by GPTQ, layer by layer; one layer's weights are held.
+
+    Args:
+        family: the model.
+        weights: the tensors to run: a task's, or the backbone's; the Linears' are the same in both.
+        g: the task's graph.
+        batches: calibration tokens.
+        linears: those to round, from :func:`gptq_linears`.
+        scratch: folder for a layer's weights.
+        report: takes the number of each layer that was run.
+
+    Raises:
+        CheckpointError: inputs are not finite, or a Hessian is not positive definite.
+    """
+    wanted = {label: list(of) for label, of in groupby(linears, lambda linear: linear.group.label)}
+    passes = calibrate(
+        family,
+        weights,
+        batches,
+        scratch=scratch,
+        wants_hessian=lambda group: group.label in wanted,
+    )
+    for index, statistics in passes:
+        report(index + 1)
+        for label, value in statistics.items():
+            if label in wanted:
+                yield from _quantize_group(g, wanted[label], value)
+            value.matrices.clear()
+
+
+def _quantize_group(
+    g: Graph, linears: Sequence[GptqLinear], statistics: InputStatistics
+) -> Iterator[Quantized]:
+    """Round Linears that share an input, with its Hessian."""
+    first, hessian = linears[0], statistics.hessian
+    assert hessian is not None
+    first.scheme.smooth_hessian(g, first.group, hessian)
+    try:
+        hinv = gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
+    except ArithmeticError as problem:
+        raise CheckpointError(
+            f"{first.linear.label}: GPTQ is not possible here: {problem}"
+        ) from problem
+    matrices = dict(zip(first.group.lins, statistics.matrices, strict=True))
+    for item in linears:
+        weight = np.array(matrices[item.linear].T, order="C")
+        rounded = item.scheme.round(g, item.group, item.linear, weight, hinv)
+        del weight
+        if item is linears[-1]:
+            del hinv
+        facts = {
+            "sqnr_db": reported_db(rounded.sqnr_db),
+            "output_error": _output_error(rounded, hessian),
+        }
+        arrays = rounded.arrays
+        del rounded  # the next weight is as large
+        yield Quantized(initializer=item.initializer, arrays=arrays, facts=facts)
+    statistics.hessian = None
+
+
+def _output_error(rounded: Rounded, hessian: NDArray[np.float32]) -> float:
+    """``‖(W - W_q)·X‖ / ‖W·X‖`` over the calibration tokens."""
+    assert rounded.lost is not None
+    noise = signal = 0.0
+    for start in range(0, len(rounded.weight), _ERROR_ROWS):  # bounds the memory of the matmuls
+        rows = slice(start, start + _ERROR_ROWS)
+        noise += float(np.einsum("ij,ij->", rounded.lost[rows] @ hessian, rounded.lost[rows]))
+        signal += float(np.einsum("ij,ij->", rounded.weight[rows] @ hessian, rounded.weight[rows]))
+    return round(float(np.sqrt(max(noise, 0.0) / signal)), 6) if signal > 0 else 0.0
