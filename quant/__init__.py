@@ -1,5 +1,1 @@
-"""Number formats and the arithmetic behind them: int8, int4, GPTQ, smoothing, fidelity measures."""
-
-from embedge.quant import fidelity
-
-__all__ = ["fidelity"]
+"""Arithmetic on arrays, nothing else: int8, int4, GPTQ, rotations, embedding tables, fidelity measures."""

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from embedge.quant.int8 import decibels
 
 __all__ = ["cosine_rows", "pair_spearman", "sqnr_db", "top_k_overlap"]
 
@@ -52,7 +55,7 @@ def pair_spearman(a: Floats, b: Floats) -> float:
 
 def spearman(x: Floats, y: Floats) -> float:
     """Spearman's rank correlation of two vectors, ties sharing their mean rank."""
-    rx, ry = _ranks(np.asarray(x, np.float64)), _ranks(np.asarray(y, np.float64))
+    rx, ry = rankdata(x), rankdata(y)
     rx -= rx.mean()
     ry -= ry.mean()
     scale = float(np.sqrt((rx @ rx) * (ry @ ry)))
@@ -78,9 +81,7 @@ def sqnr_db(reference: Floats, approximation: Floats) -> float:
         exact = np.asarray(reference[rows], np.float64)
         noise += float(np.square(exact - approximation[rows]).sum())
         signal += float(np.square(exact).sum())
-    if noise == 0:
-        return float("inf")
-    return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+    return decibels(signal, noise)
 
 
 def _row_blocks(rows: int) -> Iterator[slice]:
@@ -106,11 +107,4 @@ def _neighbours(a: Floats, k: int) -> NDArray[np.intp]:
     cosines = _cosines(a)
     np.fill_diagonal(cosines, -np.inf)
     result: NDArray[np.intp] = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-    return result
-
-
-def _ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    result: NDArray[np.float64] = (last - (counts - 1) / 2.0)[inverse]
     return result

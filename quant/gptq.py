@@ -1,8 +1,9 @@
 """GPTQ: round a weight column by column, passing each rounding error on to the columns still to come.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", arXiv 2210.17323, with the grid of each block chosen when the block is reached, from
-the weights as the errors so far have left them.
+Transformers", arXiv 2210.17323. Names are the paper's: ``H`` the Hessian of a Linear's input, ``Hinv`` the
+Cholesky factor of its inverse, ``W`` the weights as the errors have left them, ``E`` the errors. The grid
+of a group is chosen when the group is reached, from the weights as they are then.
 """
 
 from __future__ import annotations
@@ -15,28 +16,29 @@ from scipy.linalg import lapack
 
 from embedge.quant import int4, int8
 
-Grid = tuple[NDArray[np.float32], NDArray[np.float32] | np.float32, int, int]
+FloatArray = NDArray[np.float32]
+Grid = tuple[FloatArray, FloatArray | np.float32, int, int]
 """Scales and zero points of the output channels, and the lowest and highest level."""
+ChooseGrid = Callable[[int, FloatArray, FloatArray], Grid]
 
-_SPAN_COLUMNS = 256  # columns after which errors are passed on to all that follow
+_LAZY_COLUMNS = 256  # columns after which errors are passed on to all that follow
 _DAMP = 0.01  # share of the mean diagonal added to it (the paper's value)
+_ROW_GROUP = 128  # columns at a time, where a scale covers a whole row
 
 
-def inverse_factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
+def inverse_cholesky(H: FloatArray) -> FloatArray:
     """Upper Cholesky factor of the inverse of a damped Hessian, from one working copy.
 
     Args:
-        hessian: float32 ``[n, n]``, ``sum(x xᵀ)`` over calibration inputs; its
-            diagonal is damped in place.
+        H: float32 ``[in, in]``, ``Σ x xᵀ`` over calibration inputs. Its diagonal is damped in place.
 
     Returns:
-        float32 ``[n, n]`` upper-triangular ``U`` with ``UᵀU = (H + λI)⁻¹``.
+        ``Hinv``, float32 ``[in, in]``, upper-triangular with ``Hinvᵀ·Hinv = (H + damp·I)⁻¹``.
 
     Raises:
-        ArithmeticError: the Hessian holds NaN or infinity.
+        ArithmeticError: ``H`` holds NaN or infinity, or is not positive definite.
     """
-    size = hessian.shape[0]
-    diagonal = np.einsum("ii->i", hessian)
+    diagonal = np.einsum("ii->i", H)
     if not np.isfinite(diagonal).all():
         raise ArithmeticError("the calibration activations hold NaN or infinity")
     diagonal[diagonal <= 0] = 1.0  # a channel that never fires: its weights round on their own
@@ -46,87 +48,84 @@ def inverse_factor(hessian: NDArray[np.float32]) -> NDArray[np.float32]:
         damp *= 10
         # With the order of the channels reversed, inverting the lower factor gives the upper one.
         lower, info = lapack.spotrf(
-            np.asfortranarray(hessian[::-1, ::-1]), lower=1, clean=1, overwrite_a=1
+            np.asfortranarray(H[::-1, ::-1]), lower=1, clean=1, overwrite_a=1
         )
         if info == 0 and np.isfinite(np.diag(lower)).all():
             break
     else:
-        raise ArithmeticError(f"the calibration Hessian of size {size} is not positive definite")
+        raise ArithmeticError(f"the calibration Hessian of size {len(H)} is not positive definite")
     inverse, _ = lapack.strtri(lower, lower=1, overwrite_c=1)
-    upper: NDArray[np.float32] = inverse[::-1, ::-1]
-    return upper
+    Hinv: FloatArray = inverse[::-1, ::-1]
+    return Hinv
 
 
-def sweep(
-    weight: NDArray[np.float32],
-    upper: NDArray[np.float32],
-    block_size: int,
-    grid: Callable[[int, NDArray[np.float32], NDArray[np.float32]], Grid],
+def quantize_columns(
+    weight: FloatArray, Hinv: FloatArray, group_size: int, grid: ChooseGrid
 ) -> NDArray[np.int16]:
     """Round a weight column by column, each error spread over the columns still to come.
 
     Args:
-        weight: float32 ``[out_features, in_features]``; not changed.
-        upper: what :func:`inverse_factor` returned for the Linear's input.
-        block_size: columns after which the errors are applied to the rest, and a new grid is asked for.
-        grid: called with the block's number, its columns ``[out, width]`` as the errors have left
-            them and the importance ``[width]`` of their squared errors.
+        weight: float32 ``[out, in]``; not changed.
+        Hinv: of the Linear's input, from :func:`inverse_cholesky`.
+        group_size: columns after which their errors reach the rest, and a new grid is asked for.
+        grid: takes a group's number, its columns ``[out, group_size]`` as the errors have left them, and
+            the importance ``[group_size]`` of their squared errors.
 
     Returns:
-        int16 ``[out_features, in_features]``: levels.
+        int16 ``[out, in]``: levels.
     """
     out_features, in_features = weight.shape
-    left = weight.astype(np.float32, copy=True)
+    W = weight.astype(np.float32, copy=True)
     levels = np.empty((out_features, in_features), np.int16)
-    span = block_size * max(1, _SPAN_COLUMNS // block_size)
+    span = group_size * max(1, _LAZY_COLUMNS // group_size)
     for first in range(0, in_features, span):
-        # errors reach the columns of the span at once, those after it in one product
+        # errors reach the columns of the span at once, those after it in one matmul
         last = min(first + span, in_features)
-        collected = np.empty((last - first, out_features), np.float32)
-        for begin in range(first, last, block_size):
-            end = min(begin + block_size, in_features)
-            errors = _sweep_block(left, upper, levels, begin, end, block_size, grid)
-            collected[begin - first : end - first] = errors
+        E = np.empty((last - first, out_features), np.float32)
+        for begin in range(first, last, group_size):
+            end = min(begin + group_size, in_features)
+            errors = _quantize_group(W, Hinv, levels, begin, end, group_size, grid)
+            E[begin - first : end - first] = errors
             if end < last:
-                left[:, end:last] -= errors.T @ upper[begin:end, end:last]
+                W[:, end:last] -= errors.T @ Hinv[begin:end, end:last]
         if last < in_features:
-            left[:, last:] -= collected.T @ upper[first:last, last:]
+            W[:, last:] -= E.T @ Hinv[first:last, last:]
     return levels
 
 
-def _sweep_block(
-    left: NDArray[np.float32],
-    upper: NDArray[np.float32],
+def _quantize_group(
+    W: FloatArray,
+    Hinv: FloatArray,
     levels: NDArray[np.int16],
     begin: int,
     end: int,
-    block_size: int,
-    grid: Callable[[int, NDArray[np.float32], NDArray[np.float32]], Grid],
-) -> NDArray[np.float32]:
-    """Round the columns of one block into ``levels``; float32 ``[width, out]`` errors."""
+    group_size: int,
+    grid: ChooseGrid,
+) -> FloatArray:
+    """Round the columns of one group into ``levels``; float32 ``[width, out]`` errors."""
     width = end - begin
-    part = np.ascontiguousarray(left[:, begin:end].T)  # a column is contiguous
-    corner = upper[begin:end, begin:end]
+    columns = np.ascontiguousarray(W[:, begin:end].T)  # a column is contiguous
+    corner = Hinv[begin:end, begin:end]
     importance = (1.0 / np.square(np.diag(corner))).astype(np.float32)
-    scale, zero, lowest, highest = grid(begin // block_size, part.T, importance)
-    errors = np.empty((width, len(left)), np.float32)
+    scale, zero, lowest, highest = grid(begin // group_size, columns.T, importance)
+    errors = np.empty((width, len(W)), np.float32)
     for j in range(width):
-        level = np.clip(np.rint(part[j] / scale) + zero, lowest, highest)
+        level = np.clip(np.rint(columns[j] / scale) + zero, lowest, highest)
         levels[:, begin + j] = level
-        errors[j] = (part[j] - (level - zero) * scale) / corner[j, j]
+        errors[j] = (columns[j] - (level - zero) * scale) / corner[j, j]
         if j + 1 < width:
-            part[j + 1 :] -= corner[j, j + 1 :, None] * errors[j]
+            columns[j + 1 :] -= corner[j, j + 1 :, None] * errors[j]
     return errors
 
 
 def quantize_blocks(
-    weight: NDArray[np.float32], upper: NDArray[np.float32], block_size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    weight: FloatArray, Hinv: FloatArray, block_size: int
+) -> tuple[NDArray[np.uint8], FloatArray, NDArray[np.uint8]]:
     """Quantize one Linear to 4-bit blocks.
 
     Args:
-        weight: float32 ``[out_features, in_features]``; not changed.
-        upper: what :func:`inverse_factor` returned for the Linear's input.
+        weight: float32 ``[out, in]``; not changed.
+        Hinv: of the Linear's input, from :func:`inverse_cholesky`.
         block_size: input channels that share a scale and a zero point.
 
     Returns:
@@ -138,30 +137,28 @@ def quantize_blocks(
     scales = np.ones((out_features, blocks), np.float32)
     zeros = np.zeros((out_features, blocks), np.uint8)
 
-    def grid(block: int, part: NDArray[np.float32], importance: NDArray[np.float32]) -> Grid:
-        scales[:, block], zeros[:, block] = int4.block_grid(part, importance[None, :])
+    def grid(block: int, columns: FloatArray, importance: FloatArray) -> Grid:
+        scales[:, block], zeros[:, block] = int4.block_grid(columns, importance[None, :])
         return scales[:, block], zeros[:, block].astype(np.float32), 0, int4.LEVELS
 
-    levels = sweep(weight, upper, block_size, grid)
+    levels = quantize_columns(weight, Hinv, block_size, grid)
     values = np.repeat(zeros[:, :, None], block_size, axis=2).reshape(out_features, -1)
     values[:, :in_features] = levels  # what pads the last block decodes to 0
     return values.reshape(out_features, blocks, block_size), scales, zeros
 
 
-def quantize_rows(
-    weight: NDArray[np.float32], upper: NDArray[np.float32]
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_rows(weight: FloatArray, Hinv: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
     """Quantize one Linear to int8 with a symmetric scale per output channel.
 
     Args:
-        weight: float32 ``[out_features, in_features]``; not changed.
-        upper: what :func:`inverse_factor` returned for the Linear's input.
+        weight: float32 ``[out, in]``; not changed.
+        Hinv: of the Linear's input, from :func:`inverse_cholesky`.
 
     Returns:
-        ``(values, scales)``: int8 ``[out_features, in_features]`` within ±127, float32 ``[out]``.
+        ``(values, scales)``: int8 ``[out, in]`` within ±127, float32 ``[out]``.
     """
     peak = np.abs(weight).max(axis=1)
     scales = np.where(peak > 0, peak / int8.QMAX, 1.0).astype(np.float32)
     fixed: Grid = (scales, np.float32(0), -int8.QMAX, int8.QMAX)
-    levels = sweep(weight, upper, 128, lambda block, part, importance: fixed)
+    levels = quantize_columns(weight, Hinv, _ROW_GROUP, lambda *_: fixed)
     return levels.astype(np.int8), scales

@@ -135,14 +135,6 @@ def pack_pairs(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return result
 
 
-def unpack_pairs(packed: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
-    """Inverse of :func:`pack_pairs` for a last axis of ``length`` values."""
-    values = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
-    values[..., 0::2] = packed & 0x0F
-    values[..., 1::2] = packed >> 4
-    return values[..., :length]
-
-
 def split_blocks(weight: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
     """View float32 ``[out, in]`` as ``[out, blocks, block_size]``, zero-padded at the end of a row."""
     out_features, in_features = weight.shape

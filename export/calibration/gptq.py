@@ -119,7 +119,7 @@ def _quantize_group(
     assert hessian is not None
     first.scheme.smooth_hessian(g, first.group, hessian)
     try:
-        hinv = gptq.inverse_factor(hessian)  # also damps the Hessian's diagonal a little
+        hinv = gptq.inverse_cholesky(hessian)  # also damps the Hessian's diagonal a little
     except ArithmeticError as problem:
         raise CheckpointError(
             f"{first.linear.label}: GPTQ is not possible here: {problem}"

@@ -307,7 +307,7 @@ class Int8Scheme(Scheme):
             group: the input.
             lin: one of the Linears that read it.
             weight: its merged weight, float32 ``[out, in]``, which may be changed.
-            hinv: what :func:`embedge.quant.gptq.inverse_factor` made of the smoothed Hessian.
+            hinv: what :func:`embedge.quant.gptq.inverse_cholesky` made of the smoothed Hessian.
         """
         plan = self._plan(g, group)
         if plan.outliers is not None:

@@ -26,9 +26,9 @@ def output_error(x: np.ndarray, weight: np.ndarray, restored: np.ndarray) -> flo
 def test_the_factor_squares_to_the_inverse_of_the_damped_hessian() -> None:
     x = inputs(400, 24)
     hessian = x.T @ x
-    upper = gptq.inverse_factor(hessian)  # damps in place
-    assert np.array_equal(upper, np.triu(upper))
-    product = (upper.T.astype(np.float64) @ upper) @ hessian.astype(np.float64)
+    hinv = gptq.inverse_cholesky(hessian)  # damps in place
+    assert np.array_equal(hinv, np.triu(hinv))
+    product = (hinv.T.astype(np.float64) @ hinv) @ hessian.astype(np.float64)
     assert product == pytest.approx(np.eye(24), abs=0.02)
 
 
@@ -36,7 +36,7 @@ def test_the_damping_is_a_hundredth_of_the_mean_diagonal() -> None:
     x = inputs(400, 24)
     hessian = x.T @ x
     before = np.diag(hessian).copy()
-    gptq.inverse_factor(hessian)
+    gptq.inverse_cholesky(hessian)
     assert np.diag(hessian) - before == pytest.approx(np.full(24, 0.01 * before.mean()), rel=1e-2)
 
 
@@ -46,8 +46,8 @@ def test_4_bit_blocks_have_a_smaller_output_error_than_rounding(
     width: int, block_size: int
 ) -> None:
     x, weight = inputs(500, width), weights(40, width)
-    upper = gptq.inverse_factor(x.T @ x)
-    restored = int4.dequantize(*gptq.quantize_blocks(weight, upper, block_size))
+    hinv = gptq.inverse_cholesky(x.T @ x)
+    restored = int4.dequantize(*gptq.quantize_blocks(weight, hinv, block_size))
     parts = int4.split_blocks(weight, block_size)
     grid = int4.block_grid(parts)
     rounded = int4.dequantize(int4.quantize(parts, *grid), *grid)
@@ -59,7 +59,7 @@ def test_4_bit_blocks_have_a_smaller_output_error_than_rounding(
 
 def test_int8_rows_have_a_smaller_output_error_than_rounding() -> None:
     x, weight = inputs(500, 200), weights(40, 200)
-    values, scales = gptq.quantize_rows(weight, gptq.inverse_factor(x.T @ x))
+    values, scales = gptq.quantize_rows(weight, gptq.inverse_cholesky(x.T @ x))
     rounded = int8.quantize_rows(weight)
     ours = output_error(x, weight, values * scales[:, None])
     assert ours < 0.7 * output_error(x, weight, rounded.values * rounded.scales[:, None])
@@ -68,14 +68,14 @@ def test_int8_rows_have_a_smaller_output_error_than_rounding() -> None:
 def test_the_weight_is_not_changed() -> None:
     x, weight = inputs(100, 32), weights(8, 32)
     before = weight.copy()
-    gptq.quantize_blocks(weight, gptq.inverse_factor(x.T @ x), 16)
+    gptq.quantize_blocks(weight, gptq.inverse_cholesky(x.T @ x), 16)
     assert np.array_equal(weight, before)
 
 
 def test_channels_that_never_fire_are_rounded_on_their_own() -> None:
     x, weight = inputs(100, 32), weights(8, 32)
     x[:, [3, 20]] = 0
-    levels, scales, zeros = gptq.quantize_blocks(weight, gptq.inverse_factor(x.T @ x), 16)
+    levels, scales, zeros = gptq.quantize_blocks(weight, gptq.inverse_cholesky(x.T @ x), 16)
     restored = int4.dequantize(levels, scales, zeros).reshape(8, -1)
     step = np.repeat(scales, 16, axis=1)
     assert np.isfinite(restored).all()
@@ -85,17 +85,17 @@ def test_channels_that_never_fire_are_rounded_on_their_own() -> None:
 
 def test_a_hessian_of_fewer_texts_than_channels_is_damped_until_it_works() -> None:
     x, weight = inputs(3, 64), weights(8, 64)
-    restored = int4.dequantize(*gptq.quantize_blocks(weight, gptq.inverse_factor(x.T @ x), 32))
+    restored = int4.dequantize(*gptq.quantize_blocks(weight, gptq.inverse_cholesky(x.T @ x), 32))
     assert np.isfinite(restored).all()
 
 
 def test_a_hessian_of_zeros_gives_plain_rounding() -> None:
     weight = weights(8, 32)
-    upper = gptq.inverse_factor(np.zeros((32, 32), np.float32))
+    hinv = gptq.inverse_cholesky(np.zeros((32, 32), np.float32))
     parts = int4.split_blocks(weight, 16)
     grid = int4.block_grid(parts)
     expected = int4.dequantize(int4.quantize(parts, *grid), *grid)
-    assert int4.dequantize(*gptq.quantize_blocks(weight, upper, 16)) == pytest.approx(expected)
+    assert int4.dequantize(*gptq.quantize_blocks(weight, hinv, 16)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -104,11 +104,11 @@ def test_nan_or_infinity_in_the_hessian_is_an_error(bad: float, place: tuple[int
     hessian = np.eye(4, dtype=np.float32)
     hessian[place] = hessian[place[::-1]] = bad
     with pytest.raises(ArithmeticError):
-        gptq.inverse_factor(hessian)
+        gptq.inverse_cholesky(hessian)
 
 
 def test_what_pads_the_last_block_decodes_to_zero() -> None:
     x, weight = inputs(200, 40), weights(8, 40)
-    levels, scales, zeros = gptq.quantize_blocks(weight, gptq.inverse_factor(x.T @ x), 32)
+    levels, scales, zeros = gptq.quantize_blocks(weight, gptq.inverse_cholesky(x.T @ x), 32)
     assert levels.shape == (8, 2, 32)
     assert not int4.dequantize(levels, scales, zeros)[:, 1, 8:].any()
