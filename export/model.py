@@ -24,6 +24,7 @@ from embedge.export.graph.scheme import Scheme, digest
 from embedge.export.graph.task_graph import task_graph, to_model
 from embedge.export.options import POOLINGS, Request, check_tasks
 from embedge.export.source.checkpoint import Checkpoint
+from embedge.export.source.fingerprint import dense_sha256
 from embedge.export.source.image_processor import image_settings
 from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
 from embedge.export.source.tokenizer import BundleTokenizer, read_tokenizer
@@ -110,12 +111,7 @@ class Model:
 
     def dense_sha256(self) -> str | None:
         """Hash of the Dense layers, ``None`` without any."""
-        state = hashlib.sha256()
-        for layer in self.settings.dense:
-            state.update(f"{layer.activation} {layer.weight.shape}".encode())
-            for array in (layer.weight, layer.bias):
-                state.update(b"-" if array is None else array.tobytes())
-        return state.hexdigest() if self.settings.dense else None
+        return dense_sha256(self.settings.dense)
 
     def prompts(self, task: str) -> dict[str, str]:
         """Prompts of a task by name."""
@@ -133,7 +129,7 @@ def read_model(request: Request) -> Model:
         CheckpointError: the model cannot be exported.
         AdapterError: an adapter does not fit, or changes what no vector depends on.
     """
-    checkpoint = Checkpoint.open(request.source)
+    checkpoint = Checkpoint(request.source)
     names = sorted(checkpoint.names)
     name = next((n for n in names if JinaV4Merged.serves(checkpoint.config, n)), checkpoint.name)
     family_class = family_of(checkpoint.config, name)
@@ -144,7 +140,7 @@ def read_model(request: Request) -> Model:
     )
     config = flat_config(checkpoint.config)
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
-        checkpoint.path, config
+        checkpoint.path, config, checkpoint.card
     )
     folders = _task_folders(request, checkpoint, family_class, name)
     _check_own_adapter(checkpoint, folders.values())
@@ -181,7 +177,7 @@ def read_model(request: Request) -> Model:
     tower, image = None, None
     if family_class.tower is not None and request.modality != "text":
         tower = family_class.tower(checkpoint.config, family.hidden_size)
-        image = image_settings(checkpoint, tower, tokenizer)
+        image = image_settings(checkpoint, tower.image_settings(), tokenizer)
         family = family.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}

@@ -7,7 +7,6 @@ is written.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,8 +20,9 @@ from embedge.export.adapters.config import LoraSettings, read_peft_config
 from embedge.export.adapters.keys import AdapterKeys, sort_keys
 from embedge.export.adapters.merge_rules import MergeRule
 from embedge.export.errors import AdapterError
-from embedge.export.source.card import base_name, recorded_name
 from embedge.export.source.checkpoint import Checkpoint
+from embedge.export.source.fingerprint import files_sha256
+from embedge.export.source.names import base_name, recorded_name
 from embedge.export.source.safetensors_file import SafetensorsFile
 
 __all__ = ["Adapter", "BoundAdapter"]
@@ -53,7 +53,7 @@ class Adapter:
         self.settings = settings
         self.file = file
         self.adapter_keys: AdapterKeys = sort_keys(file.keys(), name)
-        self.sha256 = _hash_files(folder / _CONFIG, folder / _WEIGHTS)
+        self.sha256 = files_sha256(folder / _CONFIG, folder / _WEIGHTS)
 
     @classmethod
     def load(cls, folder: str | Path, name: str) -> Adapter:
@@ -265,14 +265,3 @@ def _find(folder: Path, name: str) -> Path:
     else:
         found = f"the sub-folders {', '.join(others)} have one" if others else "neither has one"
     raise AdapterError(f"{folder}: expected an {_CONFIG} here or in {name}/, {found}")
-
-
-def _hash_files(*files: Path) -> str:
-    """Return one hash of the names, sizes and contents of ``files``."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

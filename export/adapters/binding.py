@@ -16,8 +16,8 @@ from embedge.export.adapters.merge import output_norms
 from embedge.export.adapters.merge_advice import merge_advice
 from embedge.export.adapters.merge_rules import MergeRule
 from embedge.export.errors import AdapterError
-from embedge.export.source.card import base_name
 from embedge.export.source.checkpoint import Checkpoint
+from embedge.export.source.names import base_name
 from embedge.export.source.safetensors_file import SafetensorsFile
 
 __all__ = ["Binding", "plan"]

@@ -17,15 +17,15 @@ from typing import Any
 
 from embedge.export.adapters.adapter import Adapter
 from embedge.export.errors import AdapterError, CheckpointError
-from embedge.export.source.checkpoint import Checkpoint, transformer_folder
-from embedge.export.source.json_files import read_json_object
+from embedge.export.source.checkpoint import Checkpoint
+from embedge.export.source.fingerprint import dense_sha256
+from embedge.export.source.json_files import read_bytes, read_json_object
+from embedge.export.source.modules import MODULES, transformer_folder
 from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
 from embedge.export.source.tokenizer import BundleTokenizer, read_tokenizer
-from embedge.runtime.bundle.files import TOKENIZER_BYTES, read_regular_file
 
 __all__ = ["check_adapter_files", "settings_of_all"]
 
-_MODULES = "modules.json"
 _PER_TASK = ("prompts", "default_prompt_name", "task_prompts", "task_defaults")
 _WITHOUT_MODULES = (
     "config_sentence_transformers.json",
@@ -115,15 +115,15 @@ def settings_of_all(
 
 def _settings_folder(folder: Path, given: Path | None) -> Path:
     """Where sentence-transformers' files of an adapter lie: of one with a name, in the folder above."""
-    return given if given and not os.path.lexists(folder / _MODULES) else folder
+    return given if given and not os.path.lexists(folder / MODULES) else folder
 
 
 def _read_settings(folder: Path | None, config: Mapping[str, Any]) -> SentenceSettings | None:
     """The settings that an adapter's folder gives, ``None`` where it gives none."""
     if folder is None:
         return None
-    if os.path.lexists(folder / _MODULES):
-        return read_modules(folder, dict(config))
+    if os.path.lexists(folder / MODULES):
+        return read_modules(folder, config)
     if found := [name for name in _WITHOUT_MODULES if os.path.lexists(folder / name)]:
         raise AdapterError(
             f"{folder}: holds {', '.join(found)}, which say how texts become vectors, but no modules.json "
@@ -140,8 +140,8 @@ def _differences(one: SentenceSettings, other: SentenceSettings) -> list[str]:
         if field.name in _PER_TASK:
             continue
         if field.name == "dense":
-            same = _dense_key(one) == _dense_key(other)
-            a, b = ([layer.out_features for layer in s.dense] for s in (one, other))
+            same = dense_sha256(a) == dense_sha256(b)
+            a, b = ([layer.out_features for layer in layers] for layers in (a, b))
             if not same:
                 found.append(
                     f"Dense layers of {a} and {b} outputs" if a != b else "other Dense layers"
@@ -149,18 +149,6 @@ def _differences(one: SentenceSettings, other: SentenceSettings) -> list[str]:
         elif a != b:
             found.append(f"{field.name} {a!r} and {b!r}")
     return found
-
-
-def _dense_key(settings: SentenceSettings) -> list[tuple[Any, ...]]:
-    return [
-        (
-            layer.activation,
-            layer.weight.shape,
-            layer.weight.tobytes(),
-            b"" if layer.bias is None else layer.bias.tobytes(),
-        )
-        for layer in settings.dense
-    ]
 
 
 def check_adapter_files(
@@ -261,9 +249,4 @@ def _check_config(task: str, file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _content(file: Path) -> bytes | None:
-    if not os.path.lexists(file):
-        return None
-    try:
-        return read_regular_file(file, TOKENIZER_BYTES)
-    except OSError as problem:
-        raise AdapterError(f"{file}: cannot be read: {problem.strerror or problem}") from problem
+    return read_bytes(file, AdapterError) if os.path.lexists(file) else None

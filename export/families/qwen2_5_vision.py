@@ -75,6 +75,18 @@ class Qwen25Vision(ConfigReader):
         """Channels of a head."""
         return self.width // self.heads
 
+    def image_settings(self) -> dict[str, Any]:
+        """The tower's part of the manifest's ``model.image``."""
+        return {
+            "patch_size": self.patch,
+            "temporal_patch_size": self.temporal,
+            "merge_size": self.merge,
+            "window_size": self.window,
+            "rotary_dim": self.head_size // 2,
+            "rotary_theta": 10000.0,  # fixed in the model's code
+            "hidden_size": self.out_width,
+        }
+
     def shapes(self) -> dict[str, Shape]:
         width, group = self.width, self.merge**2 * self.width
         return {

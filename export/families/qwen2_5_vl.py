@@ -23,8 +23,8 @@ from embedge.export.families.decoder import Decoder
 from embedge.export.families.qwen2_5_vision import Qwen25Vision
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import position_ids
+from embedge.export.source.json_files import read_optional
 from embedge.export.source.sentence_transformers import SentenceSettings
-from embedge.export.source.text_limits import read_optional
 from embedge.export.weights.rotated import ResidualStream
 
 _MERGED = "jina-embeddings-v4-vllm-"

@@ -13,7 +13,7 @@ from embedge.export.families import Family
 from embedge.export.graph.builder import CONTRIB, IR_VERSION, Graph, TensorSpec
 from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of, with_functions
 from embedge.export.graph.scheme import Scheme, digest
-from embedge.export.source.sentence_transformers import DenseLayer
+from embedge.export.source.dense import DenseLayer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.tensors import Weights
 from embedge.runtime.bundle.contract import UNPACKED

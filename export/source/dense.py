@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import CheckpointError
-from embedge.export.source.checkpoint import pickled
 from embedge.export.source.json_files import read_json_object
 from embedge.export.source.safetensors_file import SafetensorsFile
+from embedge.export.source.weight_files import pickled
 
 __all__ = ["DenseLayer", "read_dense"]
 
@@ -65,7 +65,7 @@ def read_dense(folder: Path) -> DenseLayer:
             shapes that the config says, or the layer does something other than :class:`DenseLayer`.
     """
     file = folder / "config.json"
-    config = read_json_object(file, CheckpointError)
+    config = read_json_object(file)
     if unknown := sorted(set(config) - _KNOWN_KEYS):
         raise CheckpointError(
             f"{file}: Dense has settings that are not supported: {', '.join(unknown)}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from embedge.export.errors import CheckpointError
-from embedge.export.families.qwen2_5_vision import Qwen25Vision
 from embedge.export.source.checkpoint import Checkpoint
-from embedge.export.source.json_files import read_json_object
-from embedge.export.source.text_limits import read_optional
+from embedge.export.source.json_files import read_json_object, read_optional
 from embedge.export.source.tokenizer import BundleTokenizer
 
 _FILE = "preprocessor_config.json"
@@ -22,18 +21,18 @@ _PROCESSORS = (
     "Qwen2VLImageProcessorFast",
     "Qwen2VLImageProcessorPil",
 )
+_SIZES = ("patch_size", "temporal_patch_size", "merge_size")
 _SWITCHES = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
-_ROTARY_THETA = 10000.0  # fixed in the model's code
 
 
 def image_settings(
-    checkpoint: Checkpoint, tower: Qwen25Vision, tokenizer: BundleTokenizer
+    checkpoint: Checkpoint, tower: Mapping[str, Any], tokenizer: BundleTokenizer
 ) -> dict[str, Any]:
     """The manifest's ``model.image``.
 
     Args:
         checkpoint: with ``preprocessor_config.json`` beside its config.
-        tower: the vision tower.
+        tower: what the manifest says of the vision tower, its patch, temporal and merge sizes among it.
         tokenizer: gives the ids of the prompt around an image.
 
     Raises:
@@ -43,7 +42,7 @@ def image_settings(
     joint = checkpoint.transformer_path / _JOINT_FILE
     joined = read_optional(joint).get("image_processor")
     if file.is_file():
-        values = read_json_object(file, CheckpointError)
+        values = read_json_object(file)
     elif isinstance(joined, dict):
         file, values = joint, joined
     else:
@@ -68,13 +67,9 @@ def image_settings(
         "min_pixels": values.get("min_pixels", size.get("shortest_edge", 56 * 56)),
         "max_pixels": values.get("max_pixels", size.get("longest_edge", 28 * 28 * 1280)),
     }
-    for key, expected in (
-        ("patch_size", tower.patch),
-        ("temporal_patch_size", tower.temporal),
-        ("merge_size", tower.merge),
-    ):
-        if values.get(key, expected) != expected:
-            raise refuse(key, f"{expected}, as vision_config says")
+    for key in _SIZES:
+        if values.get(key, tower[key]) != tower[key]:
+            raise refuse(key, f"{tower[key]}, as vision_config says")
     if values.get("resample", 3) != 3:
         raise refuse("resample", "3 (bicubic)")
     ids = tokenizer.encode([_PROMPT], 1 << 20)[0]
@@ -88,18 +83,12 @@ def image_settings(
             "the tokenizer from the source"
         )
     return {
-        "patch_size": tower.patch,
-        "temporal_patch_size": tower.temporal,
-        "merge_size": tower.merge,
+        **tower,
         **sizes,
         "image_mean": values["image_mean"],
         "image_std": values["image_std"],
         "rescale_factor": values.get("rescale_factor", 1 / 255),
         "resample": 3,
-        "window_size": tower.window,
-        "rotary_dim": tower.head_size // 2,
-        "rotary_theta": _ROTARY_THETA,
-        "hidden_size": tower.out_width,
         "before_ids": ids[:place],
         "image_token_id": image_token,
         "after_ids": ids[place + 1 :],

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import ExportError
-from embedge.export.source.json_files import parse_json
 from embedge.runtime.bundle.files import open_regular_file
+from embedge.runtime.bundle.json_object import parse_json
 
 __all__ = ["SafetensorsFile", "first_not_finite"]
 
@@ -147,10 +147,6 @@ class SafetensorsFile:
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of ``key``."""
         return self._tensors[key].shape
-
-    def nbytes(self, key: str) -> int:
-        """Return the bytes that ``key`` takes in the file."""
-        return self._tensors[key].end - self._tensors[key].begin
 
     def is_float(self, key: str) -> bool:
         """Return whether :meth:`read` can give ``key``: float16, bfloat16, float32 or float64."""

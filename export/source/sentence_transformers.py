@@ -12,27 +12,24 @@ refused by its name. Names and defaults follow sentence-transformers 5 and 6.
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from embedge.export.errors import CheckpointError
-from embedge.export.source.card import read_tags
-from embedge.export.source.checkpoint import inside_folder, transformer_folder
+from embedge.export.source.card import ModelCard
 from embedge.export.source.dense import DenseLayer, read_dense
-from embedge.export.source.json_files import read_json, read_json_object
-from embedge.export.source.text_limits import (
-    TOKENIZER_ARGUMENTS,
-    max_length,
-    read_optional,
+from embedge.export.source.json_files import read_json_object, read_optional
+from embedge.export.source.modules import pipeline
+from embedge.export.source.purpose import check_purpose
+from embedge.export.source.text_limits import max_length
+from embedge.export.source.transformer_settings import (
+    read_transformer_settings,
     tokenizer_arguments,
 )
-from embedge.runtime.errors import EmbedgeWarning
 
-__all__ = ["DenseLayer", "SentenceSettings", "read_modules"]
+__all__ = ["POOLINGS", "SentenceSettings", "read_modules"]
 
 POOLINGS = ("mean", "cls", "lasttoken")
 _POOLING_FLAGS = {
@@ -48,10 +45,6 @@ _POOLING_KEYS = frozenset(
     | set(_POOLING_FLAGS)
 )
 _SIMILARITIES = {None: "cosine", "cosine": "cosine", "dot": "dot", "dot_product": "dot"}
-_TRANSFORMER_CONFIGS = [
-    f"sentence_{family}_config.json"
-    for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +70,7 @@ class SentenceSettings:
         lowercase: whether texts are lower-cased before anything else.
     """
 
-    pooling: str | None
+    pooling: str | None = None
     include_prompt: bool = True
     normalize: bool = False
     dense: tuple[DenseLayer, ...] = ()
@@ -93,7 +86,9 @@ class SentenceSettings:
     lowercase: bool = False
 
 
-def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
+def read_modules(
+    path: Path, config: Mapping[str, Any], card: ModelCard | None = None
+) -> SentenceSettings:
     """Read the sentence-transformers files of the model folder ``path``.
 
     A folder without them gives the settings of a bare transformer: no pooling (the caller has to
@@ -102,48 +97,38 @@ def read_modules(path: Path, config: dict[str, Any]) -> SentenceSettings:
     Args:
         path: the model folder, :attr:`Checkpoint.path`.
         config: the transformer's config.json, :attr:`Checkpoint.config`.
+        card: its model card, which counts where there is no modules.json.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or names something that is not supported.
     """
-    folder = transformer_folder(path)
-    transformer = _read_transformer(folder)
-    if not (path / "modules.json").is_file():
-        _check_purpose(path, config)
+    modules = pipeline(path)
+    folder = modules[0][1] if modules else path
+    transformer = read_transformer_settings(folder)
+    if not modules:
+        check_purpose(path, config, card.tags if card else ())
     settings = _read_settings(path / "config_sentence_transformers.json")
-    prompts, default_prompt_name = settings["prompts"], settings["default_prompt_name"]
-    pooling, include_prompt, dense, normalize = None, True, [], False
-    for kind, module_folder in _pipeline(path):
+    dense = []
+    for kind, module_folder in modules[1:]:
+        file = module_folder / "config.json"
         if kind == "Pooling":
-            pooling, include_prompt = _read_pooling(
-                module_folder / "config.json", has_prompts=any(prompts.values())
-            )
+            settings |= _read_pooling(file, has_prompts=any(settings["prompts"].values()))
         elif kind == "Dense":
             dense.append(read_dense(module_folder))
         elif kind == "Normalize":
-            _check_normalize(module_folder / "config.json")
-            normalize = True
+            _check_normalize(file)
+            settings["normalize"] = True
     return SentenceSettings(
-        pooling=pooling,
-        include_prompt=include_prompt,
-        normalize=normalize,
+        **settings,
         dense=tuple(dense),
-        prompts=prompts,
-        default_prompt_name=default_prompt_name,
         max_length=max_length(folder, config, transformer),
-        similarity=settings["similarity"],
-        truncate_dim=settings["truncate_dim"],
         matryoshka_dims=_matryoshka_dims(folder / "config.json", config),
-        tokenizer_settings={
-            key: value
-            for key, value in tokenizer_arguments(transformer).items()
-            if key not in _LOADING
-        },
+        tokenizer_settings=tokenizer_arguments(transformer),
         lowercase=bool(transformer.get("do_lower_case")),
     )
 
 
-def _matryoshka_dims(file: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def _matryoshka_dims(file: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """The ``matryoshka_dims`` of config.json, where jina-embeddings-v4 has them."""
     dims = config.get("matryoshka_dims") or []
     if not isinstance(dims, list) or not all(type(dim) is int for dim in dims):
@@ -153,41 +138,9 @@ def _matryoshka_dims(file: Path, config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _pipeline(path: Path) -> list[tuple[str, Path]]:
-    """Return kind and folder of the modules after the transformer, in the one supported order."""
-    file = path / "modules.json"
-    if not os.path.lexists(file):
-        return []
-    modules = read_json(file, CheckpointError)
-    names = [str(module.get("type")) for module in modules]
-    kinds = [_kind(name, file) for name in names]
-    order = {"Transformer": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
-    ranks = [
-        order[kind] for kind in kinds if kind != "Dropout"
-    ]  # Dropout does nothing once trained
-    if ranks != sorted(ranks) or ranks[:1] != [0] or [ranks.count(0), ranks.count(1)] != [1, 1]:
-        raise CheckpointError(
-            f"{file}: the modules {' → '.join(kinds)} are not supported in this order; expected "
-            "Transformer → Pooling → Dense … → Normalize, the last two where wanted"
-        )
-    folders = [path / inside_folder(str(module.get("path") or ""), file) for module in modules]
-    return list(zip(kinds[1:], folders[1:], strict=True))
-
-
-def _kind(name: str, file: Path) -> str:
-    kind = name.rpartition(".")[2]
-    supported = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")
-    if not name.startswith("sentence_transformers.") or kind not in supported:
-        raise CheckpointError(
-            f"{file}: the module {name} is not supported; supported are sentence_transformers' "
-            f"{', '.join(supported)}"
-        )
-    return kind
-
-
-def _read_pooling(file: Path, *, has_prompts: bool) -> tuple[str, bool]:
+def _read_pooling(file: Path, *, has_prompts: bool) -> dict[str, Any]:
     """The pooling, and whether it takes a prompt's tokens; the last token is never a prompt's."""
-    config = read_json_object(file, CheckpointError)
+    config = read_json_object(file)
     if unknown := sorted(set(config) - _POOLING_KEYS):
         raise CheckpointError(
             f"{file}: Pooling has settings that sentence-transformers does not know: {', '.join(unknown)}; "
@@ -208,7 +161,7 @@ def _read_pooling(file: Path, *, has_prompts: bool) -> tuple[str, bool]:
             f"{file}: include_prompt=false (prompts are left out of the pooling) is not supported "
             "for a model with prompts"
         )
-    return str(modes[0]), include_prompt
+    return {"pooling": modes[0], "include_prompt": include_prompt}
 
 
 def _check_normalize(file: Path) -> None:
@@ -224,7 +177,7 @@ def _check_normalize(file: Path) -> None:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    """Return what config_sentence_transformers.json says, under the names of the settings."""
+    """What config_sentence_transformers.json says, under the names of :class:`SentenceSettings`."""
     config = read_optional(file)
     model_type = config.get("model_type", "SentenceTransformer")
     if model_type != "SentenceTransformer":
@@ -259,123 +212,3 @@ def _read_settings(file: Path) -> dict[str, Any]:
         "similarity": _SIMILARITIES[similarity],
         "truncate_dim": truncate_dim,
     }
-
-
-def _read_transformer(folder: Path) -> dict[str, Any]:
-    """Return sentence_bert_config.json or an older name of it; refuse what changes the tokens."""
-    file = next(
-        (folder / n for n in _TRANSFORMER_CONFIGS if os.path.lexists(folder / n)),
-        folder / _TRANSFORMER_CONFIGS[0],
-    )
-    config = read_optional(file)
-    task = config.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise CheckpointError(
-            f"{file}: transformer_task={task!r} is not supported, only 'feature-extraction'"
-        )
-    modalities = config.get("modality_config")
-    if modalities is not None:
-        text = modalities.get("text") if isinstance(modalities, dict) else None
-        text = text if isinstance(text, dict) else {}
-        if text.get("method") != "forward" or text.get("method_output_name") != "last_hidden_state":
-            raise CheckpointError(
-                f"{file}: modality_config reads {text or 'no text'}; supported is text by the "
-                "method 'forward' with the output 'last_hidden_state'"
-            )
-        if config.get("module_output_name") != "token_embeddings":
-            raise CheckpointError(
-                f"{file}: module_output_name is {config.get('module_output_name')!r}, expected "
-                "'token_embeddings', which Pooling reads"
-            )
-        if "message" in modalities:
-            raise CheckpointError(
-                f"{file}: modality_config has 'message': sentence-transformers puts each text into the "
-                "tokenizer's chat template, which is not supported; expected 'text' alone. Delete 'message' "
-                "there if the model was trained on texts without the template"
-            )
-    for key, value in config.items():
-        _check_argument(file, key, value)
-    return config
-
-
-_MODEL_ARGUMENTS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
-_KNOWN = frozenset(
-    {"do_lower_case", "max_seq_length", "modality_config", "module_output_name", "transformer_task"}
-    | {"unpad_inputs", "backend", *TOKENIZER_ARGUMENTS}
-)
-# How a model is loaded, not what it computes.
-_LOADING = frozenset(
-    {
-        "add_pooling_layer",
-        "attn_implementation",
-        "cache_dir",
-        "device_map",
-        "dtype",
-        "local_files_only",
-    }
-    | {
-        "low_cpu_mem_usage",
-        "revision",
-        "token",
-        "torch_dtype",
-        "trust_remote_code",
-        "use_safetensors",
-    }
-)
-
-
-def _check_argument(file: Path, key: str, value: Any) -> None:
-    """Refuse an argument of sentence-transformers' Transformer that is neither used nor harmless."""
-    if key in TOKENIZER_ARGUMENTS and value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"{file}: {key} is {value!r}, expected an object of settings")
-    if key in _KNOWN or value in (None, {}, False):
-        return
-    if key in _MODEL_ARGUMENTS and isinstance(value, dict):
-        if unknown := sorted(set(value) - _LOADING):
-            raise CheckpointError(
-                f"{file}: {key} has {', '.join(f'{k}={value[k]!r}' for k in unknown)}, which may change "
-                "the vector; expected only how the model is loaded. Write it into config.json instead, "
-                "where it is checked, and delete it here"
-            )
-        return
-    raise CheckpointError(
-        f"{file}: {key}={value!r} is not supported; delete it if no vector depends on it, otherwise the "
-        "model cannot be exported yet"
-    )
-
-
-def _check_purpose(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a folder without modules whose files say that its output is a head's; warn of a head."""
-    marks = config.get("sentence_transformers")
-    if (isinstance(marks, dict) and "activation_fn" in marks) or (
-        "sbert_ce_default_activation_function" in config
-    ):
-        raise CheckpointError(
-            f"{path / 'config.json'}: names the activation of a cross-encoder, whose output is a score of "
-            "two texts; expected a model that embeds one"
-        )
-    for tag in read_tags(path):
-        if tag in _OTHER_PURPOSES:
-            raise CheckpointError(
-                f"{path / 'README.md'}: the tag {tag} says that this is {_OTHER_PURPOSES[tag]}; expected "
-                "a model whose vector is pooled from token states. If it is one, add modules.json as "
-                "sentence-transformers writes it"
-            )
-    for name in config.get("architectures") or ():
-        if str(name).endswith(("ForMaskedLM", "ForSequenceClassification")):
-            warnings.warn(
-                f"{path / 'config.json'}: names {name} and there is no modules.json: its head is left out. "
-                "A model whose output is the head's, as SPLADE's or a cross-encoder's, is another then",
-                EmbedgeWarning,
-                stacklevel=5,
-            )
-
-
-_OTHER_PURPOSES = {
-    "colbert": "a late-interaction model",
-    "cross-encoder": "a cross-encoder, which scores two texts",
-    "reranker": "a cross-encoder, which scores two texts",
-    "sparse-encoder": "a sparse encoder, whose output is its language head's",
-    "splade": "a sparse encoder, whose output is its language head's",
-    "text-ranking": "a cross-encoder, which scores two texts",
-}

@@ -1,5 +1,4 @@
-"""How many tokens a model takes, and whether its tokenizer does what sentence-transformers asks of
-it.
+"""How many tokens a model takes.
 
 The limit is, in this order, ``max_seq_length`` of sentence_bert_config.json (its tokenizer
 arguments, where it has them, come first), a sane ``model_max_length`` of tokenizer_config.json, the
@@ -14,31 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export.errors import CheckpointError
-from embedge.export.source import json_files
+from embedge.export.source.json_files import read_optional
+from embedge.export.source.transformer_settings import tokenizer_arguments
 
-__all__ = ["max_length", "positions", "read_optional", "tokenizer_arguments"]
+__all__ = ["max_length", "positions"]
 
 # Families whose first position is pad_token_id + 1, so that many rows of the table are never used.
-_OFFSET_POSITIONS = frozenset(
-    {
-        "camembert",
-        "data2vec-text",
-        "longformer",
-        "mpnet",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    }
-)
-TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
+_OFFSET_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
 _NO_LIMIT = 10**9  # tokenizers without a limit say 10**30
-
-
-def read_optional(file: Path) -> dict[str, Any]:
-    """Return the JSON object in ``file``, an empty one if there is no such file."""
-    return json_files.read_optional(file, CheckpointError)
 
 
 def positions(config: Mapping[str, Any]) -> int | None:
@@ -53,11 +35,6 @@ def positions(config: Mapping[str, Any]) -> int | None:
     return count
 
 
-def tokenizer_arguments(transformer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what sentence_bert_config.json asks of the tokenizer; the older name counts, as there."""
-    return next((transformer[n] or {} for n in TOKENIZER_ARGUMENTS if n in transformer), {})
-
-
 def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
     """Return the most tokens of a text, special tokens included.
 
@@ -69,21 +46,14 @@ def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str
     Raises:
         CheckpointError: if a limit is not a positive number, or none is found.
     """
-    tokenizer_file = folder / "tokenizer_config.json"
-    tokenizer = read_optional(tokenizer_file)
-    own = (
-        "model_max_length" if "model_max_length" in tokenizer else "max_len"
-    )  # its name before 2020
-    overrides = tokenizer_arguments(transformer)
-    limits = [
-        (
-            folder / "sentence_bert_config.json",
-            "model_max_length",
-            overrides.get("model_max_length"),
-        ),
-        (folder / "sentence_bert_config.json", "max_seq_length", transformer.get("max_seq_length")),
-        (tokenizer_file, own, tokenizer.get(own)),
-    ]
+    asked, own = folder / "sentence_bert_config.json", folder / "tokenizer_config.json"
+    tokenizer = read_optional(own)
+    name = "model_max_length" if "model_max_length" in tokenizer else "max_len"  # before 2020
+    limits = (
+        (asked, "model_max_length", tokenizer_arguments(transformer).get("model_max_length")),
+        (asked, "max_seq_length", transformer.get("max_seq_length")),
+        (own, name, tokenizer.get(name)),
+    )
     reach = positions(config)
     for file, key, value in limits:
         if value is None or (isinstance(value, (int, float)) and value > _NO_LIMIT):

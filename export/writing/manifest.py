@@ -45,7 +45,7 @@ def manifest_of(
             "source": {
                 "name": model.checkpoint.name,
                 "model_type": model.family.config["model_type"],
-                "license": model.checkpoint.license,
+                "license": model.checkpoint.card.license,
                 "sha256": model.checkpoint.sha256(),
                 "graph_sha256": model.graph_sha256(),
                 "dense_sha256": model.dense_sha256(),

@@ -117,9 +117,7 @@ def save_adapter(folder: Path, model: str = "bert", **config: Any) -> dict[str, 
 
 
 def bind(folder: Path) -> BoundAdapter:
-    return Adapter.load(folder / "adapter", "code").bind(
-        Checkpoint.open(folder / "base"), canonical
-    )
+    return Adapter.load(folder / "adapter", "code").bind(Checkpoint(folder / "base"), canonical)
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -558,7 +556,7 @@ def test_a_name_that_finds_several_tensors_is_an_error(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["query"])
     adapter, checkpoint = (
         Adapter.load(tmp_path / "adapter", "code"),
-        Checkpoint.open(tmp_path / "base"),
+        Checkpoint(tmp_path / "base"),
     )
 
     def too_short(key: str) -> str:
@@ -639,7 +637,7 @@ def test_the_bases_own_name_is_silent(recorded: str, tmp_path: Path) -> None:
     edit_config(tmp_path, base_model_name_or_path=recorded)
 
     Adapter.load(tmp_path / "adapter", "code").bind(
-        Checkpoint.open(tmp_path / "tiny-bert"), canonical
+        Checkpoint(tmp_path / "tiny-bert"), canonical
     )  # warnings are errors here
 
 
@@ -648,7 +646,7 @@ def test_the_bases_own_folder_is_silent_whatever_its_name(tmp_path: Path) -> Non
     (tmp_path / "base").rename(tmp_path / "model")
     edit_config(tmp_path, base_model_name_or_path=str(tmp_path / "adapter" / ".." / "model"))
 
-    Adapter.load(tmp_path / "adapter", "code").bind(Checkpoint.open(tmp_path / "model"), canonical)
+    Adapter.load(tmp_path / "adapter", "code").bind(Checkpoint(tmp_path / "model"), canonical)
 
 
 NO_NAMES = [
@@ -673,7 +671,7 @@ def test_a_base_name_that_says_nothing_is_a_warning(recorded: str | None, tmp_pa
     (tmp_path / "base").rename(tmp_path / "model")
     edit_config(tmp_path, base_model_name_or_path=recorded)
     adapter = Adapter.load(tmp_path / "adapter", "code")
-    checkpoint = Checkpoint.open(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
 
     with pytest.warns(
         UserWarning, match="^adapter 'code' does not say which model it was trained on"
@@ -693,19 +691,19 @@ def test_the_name_of_a_models_parent_is_not_its_own(tmp_path: Path) -> None:
     )
     edit_config(tmp_path, base_model_name_or_path="org/parent-v1")
     adapter = Adapter.load(tmp_path / "adapter", "code")
-    adapter.bind(Checkpoint.open(tmp_path / "base"), canonical)  # nothing else names it
+    adapter.bind(Checkpoint(tmp_path / "base"), canonical)  # nothing else names it
 
     (tmp_path / "base" / "README.md").write_text("# org/child-v1\n")
 
     with pytest.warns(
         UserWarning, match="was trained on 'parent-v1', it is merged into 'child-v1'"
     ):
-        adapter.bind(Checkpoint.open(tmp_path / "base"), canonical)
+        adapter.bind(Checkpoint(tmp_path / "base"), canonical)
 
 
 def test_a_recorded_base_hash_is_checked(tmp_path: Path) -> None:
     save_adapter(tmp_path)
-    found = Checkpoint.open(tmp_path / "base").sha256()
+    found = Checkpoint(tmp_path / "base").sha256()
     edit_config(tmp_path, embedge_base_sha256=found)
     bind(tmp_path)
     edit_config(tmp_path, embedge_base_sha256="0" * 64)

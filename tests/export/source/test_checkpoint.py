@@ -52,20 +52,19 @@ def raw_file(header: Any, data: bytes = b"") -> bytes:
 
 
 def test_tensors_are_read_as_written(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(write_model(tmp_path))
+    checkpoint = Checkpoint(write_model(tmp_path))
 
     assert checkpoint.keys() == ("a.bias", "a.empty", "b.weight", "c.scalar")
     for key, value in TENSORS.items():
         assert checkpoint.has(key)
         assert checkpoint.shape(key) == value.shape
-        assert checkpoint.nbytes(key) == value.nbytes
         assert checkpoint.read(key).dtype == np.float32
         assert np.array_equal(checkpoint.read(key), value)
     assert not checkpoint.has("d")
 
 
 def test_what_is_read_is_a_fresh_array(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(write_model(tmp_path))
+    checkpoint = Checkpoint(write_model(tmp_path))
 
     checkpoint.read("b.weight")[:] = 0
 
@@ -77,7 +76,7 @@ def test_every_finite_half_precision_number_is_read_exactly(dtype: Any, tmp_path
     numbers = np.arange(1 << 16, dtype=np.uint16).view(dtype)
     numbers = numbers[np.isfinite(numbers.astype(np.float32))]
 
-    checkpoint = Checkpoint.open(write_model(tmp_path, {"x": numbers.reshape(2, -1)}))
+    checkpoint = Checkpoint(write_model(tmp_path, {"x": numbers.reshape(2, -1)}))
 
     assert np.array_equal(
         checkpoint.read("x").reshape(-1).view(np.uint32), numbers.astype(np.float32).view(np.uint32)
@@ -86,7 +85,7 @@ def test_every_finite_half_precision_number_is_read_exactly(dtype: Any, tmp_path
 
 def test_float64_is_rounded_and_integers_are_refused(tmp_path: Path) -> None:
     tensors = {"x": np.array([0.1, 1e-300]), "position_ids": np.arange(3)}
-    checkpoint = Checkpoint.open(write_model(tmp_path, tensors))
+    checkpoint = Checkpoint(write_model(tmp_path, tensors))
 
     assert np.array_equal(checkpoint.read("x"), np.array([0.1, 0], np.float32))
     assert checkpoint.is_float("x") and not checkpoint.is_float("position_ids")
@@ -98,9 +97,9 @@ def test_float64_is_rounded_and_integers_are_refused(tmp_path: Path) -> None:
 
 
 def test_shards_read_like_one_file_and_have_the_same_hash(tmp_path: Path) -> None:
-    whole = Checkpoint.open(write_model(tmp_path / "whole"))
+    whole = Checkpoint(write_model(tmp_path / "whole"))
 
-    split = Checkpoint.open(
+    split = Checkpoint(
         write_shards(
             tmp_path / "split",
             {"m-2.safetensors": ["a.bias", "c.scalar"], "m-1.safetensors": ["b.weight", "a.empty"]},
@@ -125,9 +124,9 @@ def test_shards_read_like_one_file_and_have_the_same_hash(tmp_path: Path) -> Non
 def test_the_hash_depends_on_names_dtypes_shapes_and_values(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
-    first = Checkpoint.open(write_model(tmp_path / "first")).sha256()
+    first = Checkpoint(write_model(tmp_path / "first")).sha256()
 
-    assert Checkpoint.open(write_model(tmp_path / "second", TENSORS | change)).sha256() != first
+    assert Checkpoint(write_model(tmp_path / "second", TENSORS | change)).sha256() != first
 
 
 def test_tensors_that_the_index_forgets_are_read_from_the_files_it_names(tmp_path: Path) -> None:
@@ -135,7 +134,7 @@ def test_tensors_that_the_index_forgets_are_read_from_the_files_it_names(tmp_pat
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a.bias": "m-1.safetensors"}}))
 
-    assert np.array_equal(Checkpoint.open(tmp_path).read("b.weight"), TENSORS["b.weight"])
+    assert np.array_equal(Checkpoint(tmp_path).read("b.weight"), TENSORS["b.weight"])
 
 
 def test_the_transformer_may_lie_in_the_folder_that_modules_json_names(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_the_transformer_may_lie_in_the_folder_that_modules_json_names(tmp_path:
         '[{"idx": 0, "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]'
     )
 
-    checkpoint = Checkpoint.open(str(tmp_path))
+    checkpoint = Checkpoint(str(tmp_path))
 
     assert checkpoint.config["hidden_size"] == 4
     assert checkpoint.path == tmp_path
@@ -221,7 +220,7 @@ def test_a_damaged_file_is_named_when_the_model_is_opened(damage: str, tmp_path:
     (tmp_path / "model.safetensors").write_bytes(content)
 
     with pytest.raises(CheckpointError, match=expected) as caught:
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
     assert str(caught.value).startswith(
         f"{tmp_path / 'model.safetensors'}: not a complete safetensors file: "
@@ -235,7 +234,7 @@ def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(raw_file(header, b"1"))
 
     with pytest.raises(CheckpointError, match="tensor 'x' has the dtype 'F4', known are BOOL, "):
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -245,7 +244,7 @@ def test_nan_and_infinity_are_named_with_their_place(
 ) -> None:
     weight = np.ones((3, 4), dtype)
     weight[1, 2] = value
-    checkpoint = Checkpoint.open(write_model(tmp_path, {"w": weight}))
+    checkpoint = Checkpoint(write_model(tmp_path, {"w": weight}))
 
     with pytest.raises(CheckpointError) as caught:
         checkpoint.read("w")
@@ -257,9 +256,9 @@ def test_nan_and_infinity_are_named_with_their_place(
 
 
 def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(write_model(tmp_path))
+    checkpoint = Checkpoint(write_model(tmp_path))
 
-    for ask in (checkpoint.read, checkpoint.shape, checkpoint.nbytes, checkpoint.is_float):
+    for ask in (checkpoint.read, checkpoint.shape, checkpoint.is_float):
         with pytest.raises(
             CheckpointError, match=r"the weights have no tensor 'd'; they have 4 others"
         ):
@@ -271,7 +270,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "m-2.safetensors").unlink()
 
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
     assert str(caught.value) == (
         f"{tmp_path / 'model.safetensors.index.json'}: 1 of 2 weight files are missing: "
@@ -286,7 +285,7 @@ def test_tensors_that_are_not_where_the_index_says_are_named(tmp_path: Path) -> 
         CheckpointError,
         match=r"1 tensors are not in the files that it names: gone in m-1\.safetensors",
     ):
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +295,7 @@ def test_an_index_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -
     write_shards(tmp_path, {"m-1.safetensors": ["a.bias"]}, secret=name)
 
     with pytest.raises(CheckpointError, match="leaves the model folder; this is refused"):
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
@@ -307,7 +306,7 @@ def test_an_index_without_a_map_is_named(index: str, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"index\.json: expected a weight_map from tensor names to file names"
     ):
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
 
 def prepare_pickle(folder: Path) -> None:
@@ -370,7 +369,7 @@ def test_a_folder_that_cannot_be_used_says_why(case: str, tmp_path: Path) -> Non
     prepare(write_model(tmp_path))
 
     with pytest.raises(CheckpointError, match=expected) as caught:
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
     assert isinstance(caught.value, (ExportError, ValueError))
     assert str(tmp_path) in str(caught.value)
@@ -380,12 +379,12 @@ def test_a_source_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path) -
     with pytest.raises(
         CheckpointError, match="no such folder; name a local model folder, or a hub id"
     ):
-        Checkpoint.open(tmp_path / "nowhere")
+        Checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="^not-here: no such folder"):
-        Checkpoint.open("not-here")
+        Checkpoint("not-here")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="expected a model folder, found a file"):
-        Checkpoint.open(tmp_path / "file")
+        Checkpoint(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -415,7 +414,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_line_with_one_advice(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
 
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open("some-organization/no-such-model")
+        Checkpoint("some-organization/no-such-model")
 
     assert str(caught.value) == (f"some-organization/no-such-model: no such folder here, {advice}")
 
@@ -426,7 +425,7 @@ def test_a_hub_id_without_the_hubs_client_says_what_to_install(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
     with pytest.raises(CheckpointError, match=r"not installed; run: pip install huggingface_hub"):
-        Checkpoint.open("organization/name")
+        Checkpoint("organization/name")
 
 
 def test_a_hub_id_is_fetched_without_pickles_and_code(
@@ -443,7 +442,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
-    assert Checkpoint.open("organization/some-model").name == "some-model"
+    assert Checkpoint("organization/some-model").name == "some-model"
     patterns = asked["organization/some-model"]
     assert not any(
         wanted.endswith((".bin", ".py", ".pt", "*")) for wanted in patterns["allow_patterns"]
@@ -474,7 +473,7 @@ def test_the_name_is_short_and_never_a_path(
     write_model(tmp_path / folder, _name_or_path=named)
     (tmp_path / folder / "README.md").write_text(card)
 
-    assert Checkpoint.open(tmp_path / folder).name == expected
+    assert Checkpoint(tmp_path / folder).name == expected
 
 
 @pytest.mark.parametrize(
@@ -488,7 +487,7 @@ def test_a_model_card_that_cannot_be_read_is_not_taken_for_none(
     write_model(tmp_path)
     plant(tmp_path / "README.md")
     with pytest.raises(CheckpointError, match=r"README\.md: cannot be read: .*or remove it"):
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -514,4 +513,4 @@ def test_the_license_is_the_model_cards(
     if card is not None:
         (tmp_path / "README.md").write_text(card, encoding="utf-8")
 
-    assert Checkpoint.open(tmp_path).license == expected
+    assert Checkpoint(tmp_path).card.license == expected

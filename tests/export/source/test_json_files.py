@@ -12,8 +12,9 @@ from embedge.export import export_bundle
 from embedge.export.adapters.adapter import Adapter
 from embedge.export.errors import AdapterError, CheckpointError
 from embedge.export.source.checkpoint import Checkpoint
-from embedge.export.source.json_files import parse_json, read_json
+from embedge.export.source.json_files import read_json
 from embedge.export.source.safetensors_file import SafetensorsFile
+from embedge.runtime.bundle.json_object import parse_json
 from tests.helpers.models import make_model, save
 
 BAD: dict[str, tuple[bytes, str]] = {
@@ -80,7 +81,7 @@ def test_a_fifo_as_a_models_weights_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
 
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: .*FIFO"):
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "folder", "fifo"])

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from embedge.export.errors import CheckpointError
+from embedge.export.source.card import read_card
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.sentence_transformers import read_modules
 from embedge.runtime import EmbedgeWarning
@@ -481,7 +482,7 @@ def test_what_sentence_transformers_itself_saves_is_read(tmp_path: Path) -> None
         default_prompt_name="query",
     )
     model.save(str(tmp_path / "saved"), create_model_card=False)
-    checkpoint = Checkpoint.open(tmp_path / "saved")
+    checkpoint = Checkpoint(tmp_path / "saved")
 
     settings = read_modules(checkpoint.path, checkpoint.config)
 
@@ -572,7 +573,7 @@ def test_how_a_model_is_loaded_is_harmless(tmp_path: Path) -> None:
 def test_models_of_other_kinds_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     write_json(tmp_path / "modules.json", [{"path": "", "type": PREFIX + kind}])
     with pytest.raises(CheckpointError, match=f"the first module is {PREFIX}{kind}"):
-        Checkpoint.open(tmp_path)
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -589,8 +590,9 @@ def test_files_that_say_the_output_is_a_heads_are_refused(
 ) -> None:
     (tmp_path / "README.md").write_text(card)
     with pytest.raises(CheckpointError, match=message):
-        read_modules(tmp_path, CONFIG | config)
-    read_modules(write_model(tmp_path), CONFIG | config)  # a pipeline says otherwise
+        read_modules(tmp_path, CONFIG | config, read_card(tmp_path))
+    write_model(tmp_path)
+    read_modules(tmp_path, CONFIG | config, read_card(tmp_path))  # a pipeline says otherwise
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])

@@ -12,7 +12,8 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from embedge.export.errors import CheckpointError
-from embedge.export.source.tokenizer import _CLASSES, BundleTokenizer, read_tokenizer
+from embedge.export.source.tokenizer import BundleTokenizer, read_tokenizer
+from embedge.export.source.tokenizer_classes import CLASSES
 from tests.helpers.models import write_json
 
 SPECIAL = ["<unk>", "[UNK]", "<pad>", "[PAD]", "<s>", "</s>", "[CLS]", "[SEP]", "<mask>", "[MASK]"]
@@ -92,7 +93,7 @@ PARTS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.skipif(VERSION > 4, reason="classes of transformers 5 build other tokenizers")
 @pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("name", ["PreTrained", *_CLASSES])
+@pytest.mark.parametrize("name", ["PreTrained", *CLASSES])
 def test_every_class_and_setting_is_read_as_transformers_4_reads_it(
     name: str, parts: str, tmp_path: Path
 ) -> None:
@@ -108,7 +109,7 @@ def test_every_class_and_setting_is_read_as_transformers_4_reads_it(
             continue  # BERT's classes want a normalizer; Llama's convert where a prefix is named
         assert_same(folder)
         compared += 1
-    assert compared >= 7 or (parts == "plain" and _CLASSES[name].lowers)
+    assert compared >= 7 or (parts == "plain" and CLASSES[name].lowers)
 
 
 @pytest.mark.skipif(VERSION > 4, reason="classes of transformers 5 build other tokenizers")
