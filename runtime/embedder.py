@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
@@ -13,35 +12,28 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.arguments import (
-    as_images,
-    as_items,
-    as_texts,
-    check_cosine,
-    check_positive,
-    check_threads,
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.encode.batch_runner import BatchRunner
+from embedge.runtime.encode.lookup import (
     choose_dim,
     choose_precision,
     choose_prompt,
     choose_task,
-    parse_bytes,
     with_prompts,
 )
-from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.encode.batch_runner import BatchRunner
-from embedge.runtime.encode.image_paths import warn_of_paths
-from embedge.runtime.encode.request import BATCH_SIZE, Request, make_request
+from embedge.runtime.encode.request import CallOptions, Request
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.texts import TextPipeline
 from embedge.runtime.encode.tokenizer import read_tokenizer
-from embedge.runtime.encode.vectors import Results, Vectors, no_results
+from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime
-from embedge.runtime.host.progress import Progress
 from embedge.runtime.images.encode import ImagePipeline
+from embedge.runtime.images.mixed import encode_mixed
 from embedge.runtime.images.patches import pixel_range
-from embedge.runtime.options import EncodeOptions, takes_sentences
+from embedge.runtime.inputs import as_images, as_items, as_texts, warn_of_paths
+from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions, takes_sentences
 from embedge.runtime.scoring.similarity import similarity, similarity_pairwise
 from embedge.runtime.sessions.device import choose_device, split_device
 from embedge.runtime.sessions.graphs import Graphs
@@ -106,24 +98,24 @@ class Embedder:
         default_prompt_name: str | None = None,
         truncate_dim: int | None = None,
     ) -> None:
-        if threads is not None:
-            threads = check_threads("threads", threads)
-        if isinstance(memory_limit, str):
-            memory_limit = parse_bytes("memory_limit", memory_limit)
-        for name, value in {"max_sessions": max_sessions, "memory_limit": memory_limit}.items():
-            if value is not None:
-                check_positive(name, value)
-        if min_cosine is not None:
-            check_cosine("min_cosine", min_cosine)
-            if precision != AUTO:
-                raise EmbedgeValueError(
-                    f'min_cosine goes with precision="auto", which chooses by it; found {precision!r}'
-                )
-        device_kind, device_index = split_device(device)
+        self._options = options = EmbedderOptions(
+            task=task,
+            precision=precision,
+            device=device,
+            threads=threads,
+            max_sessions=max_sessions,
+            memory_limit=memory_limit,
+            min_cosine=min_cosine,
+            verify=verify,
+            prompts=prompts,
+            default_prompt_name=default_prompt_name,
+            truncate_dim=truncate_dim,
+        )
         load_onnxruntime()  # a missing or wrong one shows here
         self._bundle = Bundle(bundle, verify=verify)
         manifest = self._bundle.manifest
         self._model = manifest.model
+        device_kind, device_index = split_device(device)
         cores = available_cores() if threads is None else threads
         wisdom = {} if device_kind == "cuda" else read_wisdom(self._bundle, cores)
         if precision == AUTO:
@@ -131,29 +123,16 @@ class Embedder:
                 self._bundle,
                 wisdom,
                 device=device_kind,
-                memory_limit=memory_limit,
+                memory_limit=options.memory_bytes,
                 min_cosine=min_cosine,
             )
         self._precision = choose_precision(manifest, precision)
         self._settings = manifest.precisions[self._precision]
         self._task = None if task is None else choose_task(manifest, self._precision, task)
-        self._manifest = replace(
-            manifest, tasks=with_prompts(manifest.tasks, prompts, default_prompt_name, self._task)
-        )
+        tasks = with_prompts(manifest.tasks, options.prompts, default_prompt_name, self._task)
+        self._manifest = replace(manifest, tasks=tasks)
         self._dim = choose_dim(self._model, truncate_dim)
         self._device = choose_device(device, self._precision, self._settings.devices)
-        self._arguments: dict[str, Any] = {
-            "task": task,
-            "precision": self._precision,
-            "device": device,
-            "threads": threads,
-            "max_sessions": max_sessions,
-            "memory_limit": memory_limit,
-            "verify": verify,
-            "prompts": None if prompts is None else dict(prompts),
-            "default_prompt_name": default_prompt_name,
-            "truncate_dim": truncate_dim,
-        }
         measured = wisdom.get(self._precision)
         self._graphs = graphs = Graphs(
             self._bundle,
@@ -162,22 +141,25 @@ class Embedder:
             device_index=device_index,
             threads=cores,
             max_sessions=max_sessions,
-            memory_limit=memory_limit,
+            memory_limit=options.memory_bytes,
             settings=measured.settings if measured else None,
         )
-        self._tokenizer = tokenizer = read_tokenizer(self._bundle)
-        runner = BatchRunner(
+        self._tokenizer = read_tokenizer(self._bundle)
+        self._runner = BatchRunner(
             graphs,
             self._model,
             pad_token_id=manifest.tokenizer.pad_token_id,
             row_multiple=self._settings.row_multiple,
         )
-        self._runner = runner
-        self._texts = TextPipeline(tokenizer, runner, self._model.max_length)
+        self._texts = TextPipeline(self._tokenizer, self._runner, self._model.max_length)
         self._images: ImagePipeline | None = None
         if self._model.image is not None and self._settings.vision is not None:
             self._images = ImagePipeline(
-                graphs, runner, self._model.image, self._model.max_length, self._model.pooling
+                graphs,
+                self._runner,
+                self._model.image,
+                self._model.max_length,
+                self._model.pooling,
             )
 
     # -- what it is -----------------------------------------------------------------------------
@@ -256,7 +238,8 @@ class Embedder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its arguments: another process opens its own sessions, at the same precision."""
-        return functools.partial(type(self), **self._arguments), (self._bundle.root,)
+        chosen = replace(self._options, precision=self._precision, min_cosine=None)
+        return functools.partial(type(self), **vars(chosen)), (self._bundle.root,)
 
     def close(self) -> None:
         """Closes the open graphs that no other thread uses; a later call opens them again."""
@@ -280,33 +263,13 @@ class Embedder:
         self,
         inputs: Inputs,
         *,
-        task: str | None = ...,
-        prompt_name: str | None = ...,
-        prompt: str | None = ...,
-        batch_size: int = ...,
-        max_batch_tokens: int | None = ...,
-        truncate_dim: int | None = ...,
-        normalize_embeddings: bool = ...,
-        show_progress_bar: bool | None = ...,
-        on_truncate: str = ...,
         multi_vector: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
     ) -> Vectors: ...
 
     @overload
     def encode(
-        self,
-        inputs: Inputs,
-        *,
-        task: str | None = ...,
-        prompt_name: str | None = ...,
-        prompt: str | None = ...,
-        batch_size: int = ...,
-        max_batch_tokens: int | None = ...,
-        truncate_dim: int | None = ...,
-        normalize_embeddings: bool = ...,
-        show_progress_bar: bool | None = ...,
-        on_truncate: str = ...,
-        multi_vector: bool,
+        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
     ) -> Vectors | list[Vectors]: ...
 
     @takes_sentences
@@ -317,7 +280,7 @@ class Embedder:
         task: str | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = 32,
         max_batch_tokens: int | None = None,
         truncate_dim: int | None = None,
         normalize_embeddings: bool = False,
@@ -375,7 +338,8 @@ class Embedder:
             multi_vector=multi_vector,
         )
         results = no_results(request, len(items))
-        _fill(results, self._encode(items, request, results), shown=show_progress_bar)
+        vectors = encode_mixed(items, request, results, texts=self._texts, images=self._images)
+        collect(vectors, results, shown=show_progress_bar)
         return results[0] if single else results
 
     @overload
@@ -443,33 +407,13 @@ class Embedder:
         self,
         images: Inputs,
         *,
-        task: str | None = ...,
-        prompt_name: str | None = ...,
-        prompt: str | None = ...,
-        batch_size: int = ...,
-        max_pixels: int | None = ...,
-        min_pixels: int | None = ...,
-        truncate_dim: int | None = ...,
-        normalize_embeddings: bool = ...,
-        show_progress_bar: bool | None = ...,
         multi_vector: Literal[False] = ...,
+        **options: Unpack[ImageOptions],
     ) -> Vectors: ...
 
     @overload
     def encode_image(
-        self,
-        images: Inputs,
-        *,
-        task: str | None = ...,
-        prompt_name: str | None = ...,
-        prompt: str | None = ...,
-        batch_size: int = ...,
-        max_pixels: int | None = ...,
-        min_pixels: int | None = ...,
-        truncate_dim: int | None = ...,
-        normalize_embeddings: bool = ...,
-        show_progress_bar: bool | None = ...,
-        multi_vector: bool,
+        self, images: Inputs, *, multi_vector: bool, **options: Unpack[ImageOptions]
     ) -> Vectors | list[Vectors]: ...
 
     def encode_image(
@@ -479,7 +423,7 @@ class Embedder:
         task: str | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = 32,
         max_pixels: int | None = None,
         min_pixels: int | None = None,
         truncate_dim: int | None = None,
@@ -516,7 +460,7 @@ class Embedder:
             BundleError: if a graph cannot be opened.
             InferenceError: if a graph fails.
         """
-        if self._images is None:
+        if self._images is None or self._model.image is None:
             where = "" if self._model.image is None else f" at precision {self._precision!r}"
             raise EmbedgeValueError(
                 f"{self._bundle.root}: the bundle has no vision tower{where}; it embeds: "
@@ -533,12 +477,12 @@ class Embedder:
             normalize_embeddings=normalize_embeddings,
             multi_vector=multi_vector,
         )
-        pixels = pixel_range(self._images.settings, min_pixels, max_pixels)
+        pixels = pixel_range(self._model.image, min_pixels, max_pixels)
         results = no_results(request, len(items))
         vectors = self._images.encode(
             items, range(len(items)), request, name="images", pixels=pixels
         )
-        _fill(results, vectors, shown=show_progress_bar, unit="image")
+        collect(vectors, results, shown=show_progress_bar, unit="image")
         return results[0] if single else results
 
     @overload
@@ -643,19 +587,6 @@ class Embedder:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _encode(
-        self, items: Sequence[Any], request: Request, results: Results
-    ) -> Generator[tuple[int, Vectors], None, None]:
-        """``(index, vector)`` of each text and image; ``results`` as for :class:`TextPipeline`."""
-        texts = [index for index, item in enumerate(items) if isinstance(item, str)]
-        images = [index for index, item in enumerate(items) if not isinstance(item, str)]
-        # Images first: they end with the task's graph open, which the texts then find.
-        if images and self._images is not None:
-            pictures = [items[index] for index in images]
-            pixels = pixel_range(self._images.settings, None, None)
-            yield from self._images.encode(pictures, images, request, name="inputs", pixels=pixels)
-        yield from self._texts.encode([items[index] for index in texts], texts, request, results)
-
     def _chosen_task(self, task: str | None) -> str:
         return choose_task(self._manifest, self._precision, self._task if task is None else task)
 
@@ -666,38 +597,9 @@ class Embedder:
         prompts = self._manifest.tasks[self._chosen_task(options.get("task"))].prompts
         return {**options, "prompt_name": next((n for n in names if n in prompts), None)}
 
-    def _request(
-        self,
-        *,
-        task: str | None,
-        truncate_dim: int | None,
-        multi_vector: bool = False,
-        **arguments: Any,
-    ) -> Request:
-        if truncate_dim is None and multi_vector is False:
-            truncate_dim = self._dim
-        return make_request(
-            self._manifest,
-            self._precision,
-            task=self._task if task is None else task,
-            truncate_dim=truncate_dim,
-            multi_vector=multi_vector,
-            **arguments,
-        )
-
-
-def _fill(
-    results: Results,
-    vectors: Generator[tuple[int, Vectors], None, None],
-    *,
-    shown: bool | None,
-    unit: str = "text",
-) -> None:
-    """Stores vectors by their index as they come, and counts them."""
-    with (
-        Progress(len(results), shown=bool(shown) and len(results) > 0, unit=unit) as progress,
-        closing(vectors),
-    ):
-        for index, vector in vectors:
-            results[index] = vector
-            progress.advance(1)
+    def _request(self, **options: Any) -> Request:
+        """A call's options, with what this object puts where a call names nothing."""
+        options["task"] = self._task if options["task"] is None else options["task"]
+        if options["truncate_dim"] is None and options.get("multi_vector", False) is False:
+            options["truncate_dim"] = self._dim
+        return Request.look_up(self._manifest, self._precision, CallOptions(**options))

@@ -12,11 +12,15 @@
 
     EmbedgeWarning               something was changed or left out (a UserWarning)
 
+Each carries the names of the caller's arguments that its message mentions, where it mentions some.
+
 ``embedge.export`` adds its own branch below :class:`EmbedgeError`. Every message names the thing,
 what was expected, what was found, and what to do next.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 __all__ = [
     "BundleError",
@@ -32,7 +36,21 @@ __all__ = [
 ]
 
 
-class EmbedgeError(Exception):
+class _NamesArguments(Exception):
+    """A message, and what of it names the caller's arguments.
+
+    Args:
+        message: what the exception says, or what a subclass makes its message of.
+        arguments: such as ``batch_size`` or ``precision="auto"``, each as the message has it; the
+            command puts its options there.
+    """
+
+    def __init__(self, *message: object, arguments: Iterable[str] = ()) -> None:
+        super().__init__(*message)
+        self.arguments = tuple(arguments)
+
+
+class EmbedgeError(_NamesArguments):
     """Base of all errors that embedge raises on purpose."""
 
 
@@ -49,7 +67,7 @@ class TextTooLongError(EmbedgeValueError):
     """
 
     def __init__(self, index: int, max_length: int) -> None:
-        super().__init__(index, max_length)
+        super().__init__(index, max_length, arguments=['on_truncate="ignore"'])
         self.index = index
         self.max_length = max_length
 
@@ -67,10 +85,13 @@ class ImageError(EmbedgeValueError):
         name: the argument it came in.
         index: the image's place in the call.
         reason: what is wrong with it, and what to do.
+        arguments: that the reason names.
     """
 
-    def __init__(self, name: str, index: int, reason: str) -> None:
-        super().__init__(name, index, reason)
+    def __init__(
+        self, name: str, index: int, reason: str, *, arguments: Iterable[str] = ()
+    ) -> None:
+        super().__init__(name, index, reason, arguments=arguments)
         self.name = name
         self.index = index
         self.reason = reason
@@ -99,5 +120,5 @@ class InferenceError(EmbedgeError):
     """A graph failed while running, or gave something that is not a vector."""
 
 
-class EmbedgeWarning(UserWarning):
+class EmbedgeWarning(_NamesArguments, UserWarning):
     """Something was changed, cut or left out; the call went on."""

@@ -19,10 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
-from embedge.runtime.arguments import ON_TRUNCATE, parse_bytes
+from embedge.runtime.arguments import parse_bytes
 from embedge.runtime.cli.text_input import Record, chunked, read_records
 from embedge.runtime.cli.vector_output import open_output, vector_writer
 from embedge.runtime.embedder import Embedder
+from embedge.runtime.encode.request import ON_TRUNCATE
 from embedge.runtime.errors import (
     EmbedgeError,
     EmbedgeValueError,

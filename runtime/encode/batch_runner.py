@@ -60,8 +60,8 @@ class BatchRunner:
             _check_ids(items, table_rows)
         batches = plan_batches(
             [len(sequence) for _, sequence in items],
-            batch_size=request.batch_size,
-            max_batch_tokens=request.max_batch_tokens or graphs.batch_tokens(task),
+            batch_size=request.options.batch_size,
+            max_batch_tokens=request.options.max_batch_tokens or graphs.batch_tokens(task),
             lanes=graphs.lanes(task),
             max_padding=graphs.max_padding(),
         )

@@ -1,95 +1,83 @@
-"""One call's arguments, checked and looked up."""
+"""What a call asks for: its options, checked when they are made, then looked up in a bundle."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedge.runtime.arguments import (
-    ON_TRUNCATE,
-    check_choice,
-    check_flag,
-    check_positive,
-    choose_dim,
-    choose_prompt,
-    choose_task,
-)
+from embedge.runtime.arguments import check_choice, check_flag, check_positive
 from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.encode.lookup import choose_dim, choose_prompt, choose_task
 from embedge.runtime.errors import EmbedgeValueError
 
-__all__ = ["BATCH_SIZE", "Request", "make_request"]
+__all__ = ["ON_TRUNCATE", "CallOptions", "Request"]
 
-BATCH_SIZE = 32
+ON_TRUNCATE = ("ignore", "warn", "error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """The options of ``Embedder.encode``, which states what each means, with their defaults.
+
+    Raises:
+        EmbedgeValueError: for one that cannot be used whatever the bundle is.
+    """
+
+    task: str | None = None
+    prompt_name: str | None = None
+    prompt: str | None = None
+    batch_size: int = 32
+    max_batch_tokens: int | None = None
+    truncate_dim: int | None = None
+    normalize_embeddings: bool = False
+    on_truncate: str = "warn"
+    multi_vector: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("batch_size", self.batch_size)
+        if self.max_batch_tokens is not None:
+            check_positive("max_batch_tokens", self.max_batch_tokens)
+        check_flag("normalize_embeddings", self.normalize_embeddings)
+        check_choice("on_truncate", self.on_truncate, ON_TRUNCATE)
+        if check_flag("multi_vector", self.multi_vector) and self.truncate_dim is not None:
+            raise EmbedgeValueError("truncate_dim is for single vectors, not multi_vector=True")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a call asks for.
+    """A call's options, and what they are in a bundle.
 
     Attributes:
+        options: as they were given.
+        task: whose graph runs.
         prefix: text to put before every text.
-        batch_size: most texts or images of a batch.
-        max_batch_tokens: ``None``: what runs fastest here.
         dim: length of the vectors to give.
-        normalize: L2-normalize even where the source does not.
-        multi_vector: a vector per token.
     """
 
+    options: CallOptions
     task: str
     prefix: str
-    batch_size: int
-    max_batch_tokens: int | None
     dim: int
-    normalize: bool
-    on_truncate: str
-    multi_vector: bool
 
+    @classmethod
+    def look_up(cls, manifest: Manifest, precision: str, options: CallOptions) -> Request:
+        """What a call asks of a bundle at a precision.
 
-def make_request(
-    manifest: Manifest,
-    precision: str,
-    *,
-    task: str | None,
-    prompt_name: str | None = None,
-    prompt: str | None = None,
-    batch_size: int = BATCH_SIZE,
-    max_batch_tokens: int | None = None,
-    truncate_dim: int | None = None,
-    normalize_embeddings: bool = False,
-    on_truncate: str = "warn",
-    multi_vector: bool = False,
-) -> Request:
-    """The request of a call at a precision; arguments as for ``Embedder.encode``.
-
-    Raises:
-        EmbedgeValueError: for an argument that cannot be used, with what can.
-    """
-    model = manifest.model
-    name = choose_task(manifest, precision, task)
-    dim = choose_dim(model, truncate_dim)
-    if check_flag("multi_vector", multi_vector):
-        if model.multi_vector_dim is None:
+        Raises:
+            EmbedgeValueError: for an option that this bundle does not have, with what it has.
+        """
+        model, source = manifest.model, manifest.source.name
+        task = choose_task(manifest, precision, options.task)
+        dim = choose_dim(model, options.truncate_dim)
+        if options.multi_vector:
+            if model.multi_vector_dim is None:
+                raise EmbedgeValueError(
+                    f"multi_vector: {source} has no multi-vector head; leave multi_vector out"
+                )
+            dim = model.multi_vector_dim
+        prefix = choose_prompt(task, manifest.tasks[task], options.prompt_name, options.prompt)
+        if prefix and not model.include_prompt:
             raise EmbedgeValueError(
-                f"multi_vector: {manifest.source.name} has no multi-vector head; leave "
-                "multi_vector out"
+                f"prompt: {source} leaves the tokens of a prompt out of its pooling, which bundles do "
+                "not do; leave the prompt out"
             )
-        if truncate_dim is not None:
-            raise EmbedgeValueError("truncate_dim is for single vectors, not multi_vector=True")
-        dim = model.multi_vector_dim
-    prefix = choose_prompt(name, manifest.tasks[name], prompt_name, prompt)
-    if prefix and not model.include_prompt:
-        raise EmbedgeValueError(
-            f"prompt: {manifest.source.name} leaves the tokens of a prompt out of its pooling, which "
-            "bundles do not do; leave the prompt out"
-        )
-    return Request(
-        task=name,
-        prefix=prefix,
-        batch_size=check_positive("batch_size", batch_size),
-        max_batch_tokens=None
-        if max_batch_tokens is None
-        else check_positive("max_batch_tokens", max_batch_tokens),
-        dim=dim,
-        normalize=check_flag("normalize_embeddings", normalize_embeddings),
-        on_truncate=check_choice("on_truncate", on_truncate, ON_TRUNCATE),
-        multi_vector=multi_vector,
-    )
+        return cls(options=options, task=task, prefix=prefix, dim=dim)

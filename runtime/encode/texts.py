@@ -72,7 +72,7 @@ class TextPipeline:
             for tokens in windows:
                 window = list(zip(indices[start : start + len(tokens)], tokens, strict=True))
                 start += len(tokens)
-                self._report_truncation(window, request.on_truncate)
+                self._report_truncation(window, request.options.on_truncate)
                 for index, text in window:
                     if not len(text):
                         without_tokens.append(index)
@@ -129,10 +129,13 @@ class TextPipeline:
         if on_truncate == "error":
             raise TextTooLongError(first, self._max_length)
         self._warned_of_truncation = True
+        silence, refusal = 'on_truncate="ignore"', 'on_truncate="error"'
         warnings.warn(
-            f"inputs[{first}] is longer than {self._max_length} tokens and was cut; "
-            'on_truncate="ignore" cuts in silence, on_truncate="error" refuses; this is said once',
-            EmbedgeWarning,
+            EmbedgeWarning(
+                f"inputs[{first}] is longer than {self._max_length} tokens and was cut; {silence} cuts "
+                f"in silence, {refusal} refuses; this is said once",
+                arguments=[silence, refusal],
+            ),
             stacklevel=7,
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 from embedge.runtime.bundle.manifest import Model
 from embedge.runtime.encode.request import Request
 from embedge.runtime.errors import BundleError
+from embedge.runtime.host.progress import Progress
 from embedge.runtime.scoring.similarity import normalized
 
-__all__ = ["Results", "Vectors", "finished_vectors", "no_results", "output_name"]
+__all__ = ["Results", "Vectors", "collect", "finished_vectors", "no_results", "output_name"]
 
 Vectors = NDArray[np.float32]
 Results = Vectors | list[Vectors]
@@ -20,7 +22,7 @@ Results = Vectors | list[Vectors]
 
 def output_name(request: Request) -> str:
     """The graph's output that a call reads."""
-    return "token_embeddings" if request.multi_vector else "embedding"
+    return "token_embeddings" if request.options.multi_vector else "embedding"
 
 
 def finished_vectors(
@@ -48,7 +50,7 @@ def finished_vectors(
     Raises:
         BundleError: the output has another shape.
     """
-    multi = request.multi_vector
+    multi = request.options.multi_vector
     expected = (*shape, model.multi_vector_dim) if multi else (shape[0], model.dim)
     if output.shape != expected:
         raise BundleError(
@@ -57,7 +59,7 @@ def finished_vectors(
         )
     cut = request.dim < output.shape[-1]
     vectors = output[: len(lengths), ..., : request.dim]
-    if request.normalize or (cut and model.normalize):
+    if request.options.normalize_embeddings or (cut and model.normalize):
         vectors = normalized(vectors)
     if multi:
         return [of_one[:length].copy() for of_one, length in zip(vectors, lengths, strict=True)]
@@ -66,6 +68,30 @@ def finished_vectors(
 
 def no_results(request: Request, count: int) -> Results:
     """Room for a call's results: zero vectors, or multi-vectors without tokens."""
-    if request.multi_vector:
+    if request.options.multi_vector:
         return [np.zeros((0, request.dim), np.float32)] * count
     return np.zeros((count, request.dim), np.float32)
+
+
+def collect(
+    vectors: Generator[tuple[int, Vectors], None, None],
+    results: Results,
+    *,
+    shown: bool | None,
+    unit: str = "text",
+) -> None:
+    """Stores vectors under their index as they come.
+
+    Args:
+        vectors: ``(index, vector)`` each; closed, whatever happens.
+        results: where to.
+        shown: draws a progress bar.
+        unit: what it counts.
+    """
+    with (
+        Progress(len(results), shown=bool(shown) and len(results) > 0, unit=unit) as progress,
+        closing(vectors),
+    ):
+        for index, vector in vectors:
+            results[index] = vector
+            progress.advance(1)

@@ -69,7 +69,7 @@ class ImagePipeline:
     ) -> None:
         self._graphs = graphs
         self._runner = runner
-        self.settings = settings
+        self._settings = settings
         self._max_length = max_length
         self._pools_mean = pooling == "mean"
         self._processor = ImageProcessor(settings)
@@ -81,7 +81,7 @@ class ImagePipeline:
         request: Request,
         *,
         name: str,
-        pixels: tuple[int, int],
+        pixels: tuple[int, int] | None = None,
     ) -> Generator[tuple[int, Vectors], None, None]:
         """``(index, vector)`` of each image, as batches finish.
 
@@ -92,11 +92,12 @@ class ImagePipeline:
             indices: of the images in the call.
             request: the call.
             name: the argument they came in, for messages.
-            pixels: fewest and most that an image is scaled to.
+            pixels: fewest and most that an image is scaled to; ``None``: the bundle's.
 
         Raises:
             ImageError: for an image that cannot be read, or has too many tokens.
         """
+        pixels = pixels or (self._settings.min_pixels, self._settings.max_pixels)
         read = (
             _Image(index, self._read(image, index, name, pixels))
             for index, image in zip(indices, images, strict=True)
@@ -114,15 +115,17 @@ class ImagePipeline:
         try:
             patches = self._processor(load_image(image, where), *pixels, where)
         except EmbedgeValueError as error:
-            raise ImageError(name, index, str(error).removeprefix(f"{where}: ")) from error
-        tokens = image_tokens(patches.grid, self.settings)
+            reason = str(error).removeprefix(f"{where}: ")
+            raise ImageError(name, index, reason, arguments=error.arguments) from error
+        tokens = image_tokens(patches.grid, self._settings)
         if tokens > self._max_length:
-            height, width = (n * self.settings.patch_size for n in patches.grid)
+            height, width = (n * self._settings.patch_size for n in patches.grid)
             raise ImageError(
                 name,
                 index,
                 f"{width} × {height} pixels are {tokens} tokens, and the model takes "
                 f"{self._max_length}; lower max_pixels",
+                arguments=["max_pixels"],
             )
         return patches
 
@@ -145,15 +148,15 @@ class ImagePipeline:
         self, workers: SessionWorkers, chunk: list[_Image], request: Request
     ) -> list[tuple[int, ImageTokens]]:
         """Tokens and features of a chunk's images, which nothing holds when this returns."""
-        runs = self._runs(chunk, request.batch_size)
+        runs = self._runs(chunk, request.options.batch_size)
         largest = max((len(run) * run[0].patches.patches for run in runs), default=0)
-        pooled_only = self._pools_mean and not request.multi_vector
+        pooled_only = self._pools_mean and not request.options.multi_vector
         seen = []
         with closing(workers.run(runs, self._features, tokens=largest)) as results:
             for run, features in results:
                 for image, of_image in zip(run, features, strict=True):
                     grid = image.patches.grid
-                    layout = image_layout(grid, self.settings, pooled_only=pooled_only)
+                    layout = image_layout(grid, self._settings, pooled_only=pooled_only)
                     seen.append((image.index, ImageTokens(layout, of_image)))
         return seen
 
@@ -172,7 +175,7 @@ class ImagePipeline:
 
     def _features(self, session: GraphSession, run: Sequence[_Image]) -> Vectors:
         """The features of some images, float32 ``[images, features, hidden]``."""
-        settings = self.settings
+        settings = self._settings
         features = session.run(_OUTPUT, vision_inputs([image.patches for image in run], settings))
         count = run[0].patches.patches // settings.merge_size**2
         expected = (len(run), count, settings.hidden_size)

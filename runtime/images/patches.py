@@ -141,11 +141,16 @@ def pixel_range(
     high = settings.max_pixels if max_pixels is None else max_pixels
     for name, value in (("min_pixels", low), ("max_pixels", high)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise EmbedgeValueError(f"{name}: expected a positive whole number, found {value!r}")
+            raise EmbedgeValueError(
+                f"{name}: expected a positive whole number, found {value!r}", arguments=[name]
+            )
     if max_pixels is not None and min_pixels is None:
         low = min(low, high)
     if min_pixels is not None and max_pixels is None:
         high = max(low, high)
     if low > high:
-        raise EmbedgeValueError(f"min_pixels: expected at most max_pixels ({high}), found {low}")
+        raise EmbedgeValueError(
+            f"min_pixels: expected at most max_pixels ({high}), found {low}",
+            arguments=["min_pixels", "max_pixels"],
+        )
     return low, high

@@ -38,7 +38,8 @@ def split_device(device: Any) -> tuple[str, int]:
     found = re.fullmatch(r"(auto|cpu|cuda)|(cuda):([0-9]{1,4})", str(device))
     if found is None:
         raise EmbedgeValueError(
-            f"device is {device!r}; expected one of {', '.join(DEVICES)}, or cuda:N for a GPU's number"
+            f"device is {device!r}; expected one of {', '.join(DEVICES)}, or cuda:N for a GPU's number",
+            arguments=["device"],
         )
     return found[1] or found[2], int(found[3] or 0)
 

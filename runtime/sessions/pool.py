@@ -121,7 +121,8 @@ class GraphPool:
         if self._memory_limit is not None and size > self._memory_limit:
             raise EmbedgeError(
                 f"the graph of {name!r} and its weights take {size} bytes, above memory_limit "
-                f"({self._memory_limit}); raise the limit or choose a smaller precision"
+                f"({self._memory_limit}); raise the limit or choose a smaller precision",
+                arguments=["memory_limit"],
             )
         told: queue.SimpleQueue[None] = queue.SimpleQueue()
         while True:

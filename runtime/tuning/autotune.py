@@ -25,7 +25,7 @@ import numpy as np
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.encode.batch_runner import BatchRunner
-from embedge.runtime.encode.request import make_request
+from embedge.runtime.encode.request import CallOptions, Request
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.tokenizer import read_tokenizer
 from embedge.runtime.sessions.graphs import SMALL_GRAPH_BYTES, Graphs
@@ -187,7 +187,7 @@ class _Host:
         self._bundle = bundle
         self.precision = precision
         self._row_multiple = manifest.precisions[precision].row_multiple
-        self._request = make_request(manifest, precision, task=task)
+        self._request = Request.look_up(manifest, precision, CallOptions(task=task))
         self._make = functools.partial(
             Graphs,
             bundle,

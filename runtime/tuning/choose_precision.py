@@ -74,7 +74,8 @@ def choose_automatically(
     if not fitting:
         advice = f"; {_how_to_record(bundle, devices)}" if _UNRECORDED in "".join(left_out) else ""
         raise EmbedgeValueError(
-            f"{bundle.root}: no precision keeps the limits: {'; '.join(left_out)}{advice}"
+            f"{bundle.root}: no precision keeps the limits: {'; '.join(left_out)}{advice}",
+            arguments=["memory_limit", "min_cosine"],
         )
     on = next(d for d in devices if any(d in manifest.precisions[p].devices for p in fitting))
     fitting = [p for p in fitting if on in manifest.precisions[p].devices]
