@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from embedge.export.options import (
-    METHODS,
-    MODALITIES,
-    POOLINGS,
-    Request,
-    check_keep,
-    check_mapping,
-    check_path,
-    check_precisions,
-    check_tasks,
-)
+from embedge.export.options import ExportOptions
 from embedge.export.pipeline import export
 from embedge.export.progress import Progress
-from embedge.runtime.arguments import parse_bytes
-from embedge.runtime.errors import EmbedgeValueError
 
 
 def export_bundle(
@@ -81,91 +69,6 @@ def export_bundle(
         AdapterError: an adapter is of an unsupported kind or does not fit; lists all that does not.
         ExportError: writing failed, the disk is full for example.
     """
-    request = make_request(
-        source,
-        adapters=adapters,
-        precisions=precisions,
-        out=out,
-        matryoshka_dims=matryoshka_dims,
-        pooling=pooling,
-        calibration=calibration,
-        keep=keep,
-        int4_block_size=int4_block_size,
-        int4_method=int4_method,
-        int8_method=int8_method,
-        budget=budget,
-        overwrite=overwrite,
-        modality=modality,
-    )
-    return export(request, Progress(show=progress))
-
-
-def make_request(
-    source: str | Path,
-    *,
-    adapters: Mapping[str, str | Path | None] | None,
-    precisions: Sequence[str],
-    out: str | Path,
-    matryoshka_dims: Sequence[int] | None,
-    pooling: str | None,
-    calibration: str | Path,
-    keep: Mapping[str, str] | None,
-    int4_block_size: int | None,
-    int4_method: str,
-    int8_method: str | None,
-    budget: int | str | None,
-    overwrite: bool,
-    modality: str,
-) -> Request:
-    """Check the arguments of :func:`export_bundle` that need no file."""
-    adapters = {} if adapters is None else adapters
-    check_mapping("adapters", adapters, "{'task': 'adapter folder'} or {'task': None}")
-    check_tasks(adapters)
-    keep = {} if keep is None else keep
-    check_mapping("keep", keep, "{'pattern of layers': 'fp32'} or 'int8'")
-    if matryoshka_dims is not None and (
-        isinstance(matryoshka_dims, str) or not isinstance(matryoshka_dims, Iterable)
-    ):
-        raise EmbedgeValueError(
-            f"matryoshka_dims: expected a list of integers, found {matryoshka_dims!r}"
-        )
-    if modality not in MODALITIES:
-        raise EmbedgeValueError(f"modality {modality!r}: expected one of {', '.join(MODALITIES)}")
-    check_path("source", source)  # or a hub id, which is kept as it is written
-    precisions = check_precisions(precisions)
-    check_keep(keep, precisions)
-    if pooling is not None and pooling not in POOLINGS:
-        raise EmbedgeValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
-    if int4_block_size not in (None, 16, 32, 64, 128, 256):
-        raise EmbedgeValueError(
-            f"int4_block_size {int4_block_size!r}: expected 16, 32, 64, 128 or 256"
-        )
-    for name, method in (("int4_method", int4_method), ("int8_method", int8_method or "rtn")):
-        if method not in METHODS:
-            raise EmbedgeValueError(f"{name} {method!r}: expected one of {', '.join(METHODS)}")
-    if budget is not None and ("int4" not in precisions or calibration == "none"):
-        raise EmbedgeValueError(
-            f"budget {budget!r}: it chooses between 4 and 8 bits by calibration; add int4 to the precisions "
-            "and leave the calibration texts on"
-        )
-    return Request(
-        source=str(source),
-        adapters={
-            name: None if folder is None else check_path(f"adapters[{name!r}]", folder)
-            for name, folder in adapters.items()
-        },
-        precisions=precisions,
-        out=check_path("out", out),
-        matryoshka_dims=None if matryoshka_dims is None else tuple(matryoshka_dims),
-        pooling=pooling,
-        calibration=calibration
-        if calibration in ("default", "none")
-        else check_path("calibration", calibration),
-        keep=dict(keep),
-        int4_block_size=int4_block_size,
-        int4_method=int4_method,
-        int8_method=int8_method,
-        budget=None if budget is None else parse_bytes("budget", budget),
-        overwrite=overwrite,
-        modality=modality,
-    )
+    arguments = dict(locals())  # all of those above
+    del arguments["progress"]
+    return export(ExportOptions(**arguments), Progress(show=progress))

@@ -1,4 +1,4 @@
-"""One call's export, and what follows from its request and its model."""
+"""One call's export: how each precision is made follows from its options, its model and calibration."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 from embedge.export.graph.scheme import Float16Scheme, Scheme
 from embedge.export.model import Model
-from embedge.export.options import INT4, WIDE_MODEL, Request
+from embedge.export.options import INT4, ExportOptions
 from embedge.export.progress import Progress
 from embedge.export.schemes.int8 import SmoothingConstants
 from embedge.export.schemes.registry import make_scheme
 from embedge.runtime.bundle.manifest import Manifest
+
+_WIDE = 1536  # hidden size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,33 +23,36 @@ class ExportContext:
     """An export after everything was checked and before anything is written.
 
     Attributes:
-        request: what was asked for.
+        options: what was asked for.
         model: what was read.
         old: manifest of the bundle that is added to, or ``None``.
         progress: takes steps and notes.
         constants: those of int8 inputs, filled by the first precision that needs them.
     """
 
-    request: Request
+    options: ExportOptions
     model: Model
     old: Manifest | None
     progress: Progress
     constants: dict[str, SmoothingConstants] = field(default_factory=dict)
 
     @property
+    def wide(self) -> bool:
+        """Whether what costs minutes on a wide model and wins little there is left out."""
+        return self.model.family.hidden_size >= _WIDE
+
+    @property
     def block_size(self) -> int:
         """Input channels that share a scale at int4."""
-        wide = self.model.family.hidden_size >= WIDE_MODEL
-        return self.request.int4_block_size or (128 if wide else 32)
+        return self.options.int4_block_size or (128 if self.wide else 32)
 
     def methods(self, *, calibrated: bool) -> dict[str, str]:
         """How weights are rounded, "gptq" or "rtn", for "int8" and "int4"."""
         if not calibrated:
             return dict.fromkeys(("int8", "int4"), "rtn")
-        family = self.model.family
-        rotated = bool(family.streams()) and family.hidden_size < WIDE_MODEL
-        int8 = self.request.int8_method or ("gptq" if rotated else "rtn")
-        return {"int8": int8, "int4": self.request.int4_method}
+        pays = bool(self.model.family.streams()) and not self.wide
+        int8 = self.options.int8_method or ("gptq" if pays else "rtn")
+        return {"int8": int8, "int4": self.options.int4_method}
 
     def scheme(
         self, precision: str, *, keep: Mapping[str, str] | None = None, calibrated: bool = False
@@ -56,7 +61,7 @@ class ExportContext:
 
         Args:
             precision: its name.
-            keep: precisions by pattern, where they are not the request's.
+            keep: precisions by pattern, where they are not the options'.
             calibrated: whether calibration's constants and methods are used.
         """
         return make_scheme(
@@ -64,30 +69,29 @@ class ExportContext:
             constants=self.constants if calibrated else {},
             int4_block_size=self.block_size,
             methods=self.methods(calibrated=calibrated),
-            keep=self.request.keep if keep is None else keep,
+            keep=self.options.keep if keep is None else keep,
         )
 
-    def tower_form(self, precision: str) -> Scheme:
+    def tower_scheme(self, precision: str) -> Scheme:
         """That of the vision tower: images lose more than texts, so no 4 bits but 8, or float16."""
         if precision == "int4-fp16":
             return Float16Scheme(rotates=True)
         return self.scheme("int8" if precision == "int4" else precision)
 
-    def options(self, precision: str, *, calibrated: bool) -> dict[str, Any]:
+    def stated_options(self, precision: str, *, calibrated: bool) -> dict[str, Any]:
         """What the manifest says about how a precision was made."""
-        request = self.request
-        options: dict[str, Any] = {}
+        stated: dict[str, Any] = {}
         if precision in ("int8", *INT4):
-            kind = request.calibration
-            named = kind.name if isinstance(kind, Path) else kind
-            options["calibration"] = named if calibrated else "none"
-            options["keep"] = dict(request.keep)
+            texts = self.options.calibration
+            named = texts.name if isinstance(texts, Path) else texts
+            stated["calibration"] = named if calibrated else "none"
+            stated["keep"] = dict(self.options.keep)
             method = "int8" if precision == "int8" else "int4"
-            options["method"] = self.methods(calibrated=calibrated)[method]
-            options["rotation"] = bool(self.model.family.streams())
+            stated["method"] = self.methods(calibrated=calibrated)[method]
+            stated["rotation"] = bool(self.model.family.streams())
         if precision in INT4:
-            options["block_size"] = self.block_size
-        return options
+            stated["block_size"] = self.block_size
+        return stated
 
 
 __all__ = ["ExportContext"]

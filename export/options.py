@@ -4,100 +4,109 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from embedge.export.source.sentence_transformers import POOLINGS
+from embedge.runtime.arguments import parse_bytes
 from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
 
+__all__ = ["INT4", "POOLINGS", "PRECISIONS", "ExportOptions", "check_dims", "check_tasks"]
+
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "int4-fp16")
 INT4 = ("int4", "int4-fp16")  # on the CPU, on GPUs
-MODALITIES = ("all", "text")
-WIDE_MODEL = 1536  # hidden size
-METHODS = ("gptq", "rtn")
-POOLINGS = ("mean", "cls", "lasttoken")
-RESERVED = ("base", "shared", "vision")
-RESERVED_END = ".unpacked"
+_MODALITIES = ("all", "text")
+_METHODS = ("gptq", "rtn")
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+_RESERVED = ("base", "shared", "vision")
+_RESERVED_END = ".unpacked"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """See :func:`embedge.export.export_bundle` for the meaning of each."""
+class ExportOptions:
+    """The arguments of :func:`embedge.export.export_bundle`, which says what each means.
+
+    Each may be given as a caller has it: paths as strings, lists, ``None`` for an empty mapping, sizes
+    with units. It is checked and converted when the object is built.
+
+    Raises:
+        EmbedgeValueError: naming the argument and what would have been right.
+    """
 
     source: str
-    adapters: Mapping[str, Path | None]
-    precisions: tuple[str, ...]
     out: Path
-    matryoshka_dims: tuple[int, ...] | None
-    pooling: str | None
-    calibration: Path | str
-    keep: Mapping[str, str]
-    int4_block_size: int | None
-    int4_method: str
-    int8_method: str | None
-    budget: int | None
-    overwrite: bool
+    adapters: Mapping[str, Path | None] = field(default_factory=dict)
+    precisions: tuple[str, ...] = ("int8",)
     modality: str = "all"
+    matryoshka_dims: tuple[int, ...] | None = None
+    pooling: str | None = None
+    calibration: Path | str = "default"
+    keep: Mapping[str, str] = field(default_factory=dict)
+    int4_block_size: int | None = None
+    int4_method: str = "gptq"
+    int8_method: str | None = None
+    budget: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        adapters = _mapping(
+            "adapters", self.adapters, "{'task': 'adapter folder'} or {'task': None}"
+        )
+        check_tasks(adapters)
+        keep = _mapping("keep", self.keep, "{'pattern of layers': 'fp32'} or 'int8'")
+        dims: Any = self.matryoshka_dims
+        if dims is not None and (isinstance(dims, str) or not isinstance(dims, Iterable)):
+            raise _refused("matryoshka_dims", f": expected a list of integers, found {dims!r}")
+        _choice("modality", self.modality, _MODALITIES)
+        _path("source", self.source)  # or a hub id, which is kept as it is written
+        precisions = _precisions(self.precisions)
+        _check_keep(keep, precisions)
+        _choice("pooling", self.pooling, (None, *POOLINGS))
+        if self.int4_block_size not in (None, *_BLOCK_SIZES):
+            sizes = ", ".join(map(str, _BLOCK_SIZES[:-1]))
+            expected = f"expected {sizes} or {_BLOCK_SIZES[-1]}"
+            raise _refused("int4_block_size", f" {self.int4_block_size!r}: {expected}")
+        _choice("int4_method", self.int4_method, _METHODS)
+        _choice("int8_method", self.int8_method, (None, *_METHODS))
+        if self.budget is not None and ("int4" not in precisions or self.calibration == "none"):
+            raise _refused(
+                "budget",
+                f" {self.budget!r}: it chooses between 4 and 8 bits by calibration; add int4 to the "
+                "precisions and leave the calibration texts on",
+            )
+        converted: dict[str, Any] = {
+            "source": str(self.source),
+            "adapters": {
+                name: None if folder is None else _path(f"adapters[{name!r}]", folder)
+                for name, folder in adapters.items()
+            },
+            "precisions": precisions,
+            "out": _path("out", self.out),
+            "matryoshka_dims": None if dims is None else tuple(dims),
+            "keep": dict(keep),
+            "budget": None if self.budget is None else parse_bytes("budget", self.budget),
+        }
+        if self.calibration not in ("default", "none"):
+            converted["calibration"] = _path("calibration", self.calibration)
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
 
 
-def check_mapping(name: str, value: object, expected: str) -> None:
-    """Refuse what is not a mapping.
-
-    Raises:
-        EmbedgeValueError: naming the argument.
-    """
-    if not isinstance(value, Mapping):
-        raise EmbedgeValueError(f"{name}: expected {expected}, found {value!r}")
-
-
-def check_path(name: str, value: object) -> Path:
-    """A path from a string or a path object.
-
-    Raises:
-        EmbedgeValueError: naming the argument.
-    """
-    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise EmbedgeValueError(f"{name}: expected a path, found {value!r}")
-    return Path(path)
-
-
-def check_tasks(adapters: Mapping[str, object]) -> None:
-    """Refuse names that cannot be file names.
+def check_tasks(adapters: Iterable[str]) -> None:
+    """Refuse names of tasks that cannot be file names.
 
     Raises:
         EmbedgeValueError: naming the bad task.
     """
     for name in adapters:
-        if not is_name(name) or name in RESERVED or name.endswith(RESERVED_END):
+        if not is_name(name) or name in _RESERVED or name.endswith(_RESERVED_END):
             raise EmbedgeValueError(
-                f"task {name!r}: expected a name of {A_NAME}, none of {', '.join(RESERVED)} and not ending "
-                f"in {RESERVED_END}; choose another name"
+                f"task {name!r}: expected a name of {A_NAME}, none of {', '.join(_RESERVED)} and not ending "
+                f"in {_RESERVED_END}; choose another name"
             )
-
-
-def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
-    """The precisions without repeats.
-
-    Raises:
-        EmbedgeValueError: an unknown one, or none at all.
-    """
-    if isinstance(precisions, str):
-        precisions = [precisions]
-    if not isinstance(precisions, Iterable):
-        raise EmbedgeValueError(
-            f"precisions: expected a list of some of {', '.join(PRECISIONS)}, found {precisions!r}"
-        )
-    precisions = list(precisions)
-    unknown = [p for p in precisions if p not in PRECISIONS]
-    if unknown or not precisions:
-        raise EmbedgeValueError(
-            f"precisions: expected some of {', '.join(PRECISIONS)}, "
-            f"found {', '.join(map(repr, unknown)) or 'none'}"
-            + ("; an int4 export has it too" if unknown == [UNPACKED_PRECISION] else "")
-        )
-    return tuple(dict.fromkeys(precisions))
 
 
 def check_dims(dims: Sequence[int] | None, dim: int) -> tuple[int, ...] | None:
@@ -117,19 +126,60 @@ def check_dims(dims: Sequence[int] | None, dim: int) -> tuple[int, ...] | None:
     return tuple(sorted({*dims, dim}))
 
 
-def check_keep(keep: Mapping[str, str], precisions: Sequence[str]) -> None:
-    """Refuse precisions that a kept layer cannot have, in any of the graphs.
+def _refused(argument: str, message: str) -> EmbedgeValueError:
+    return EmbedgeValueError(argument + message)
 
-    Raises:
-        EmbedgeValueError: naming the pattern.
-    """
+
+def _choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        expected = ", ".join(choice for choice in choices if choice is not None)
+        raise _refused(name, f" {value!r}: expected one of {expected}")
+
+
+def _mapping(name: str, value: object, expected: str) -> Mapping[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _refused(name, f": expected {expected}, found {value!r}")
+    return value
+
+
+def _path(name: str, value: object) -> Path:
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise _refused(name, f": expected a path, found {value!r}")
+    return Path(path)
+
+
+def _precisions(precisions: object) -> tuple[str, ...]:
+    """The precisions without repeats; one may stand alone."""
+    if isinstance(precisions, str):
+        precisions = [precisions]
+    expected = f": expected {{}} of {', '.join(PRECISIONS)}, found "
+    if not isinstance(precisions, Iterable):
+        raise _refused("precisions", f"{expected.format('a list of some')}{precisions!r}")
+    given = list(precisions)
+    unknown = [p for p in given if p not in PRECISIONS]
+    if unknown or not given:
+        raise _refused(
+            "precisions",
+            expected.format("some")
+            + (", ".join(map(repr, unknown)) or "none")
+            + ("; an int4 export has it too" if unknown == [UNPACKED_PRECISION] else ""),
+        )
+    return tuple(dict.fromkeys(given))
+
+
+def _check_keep(keep: Mapping[Any, Any], precisions: Sequence[str]) -> None:
+    """Refuse precisions that a kept layer cannot have, in any of the graphs."""
     for pattern, precision in keep.items():
         if not isinstance(pattern, str):
-            raise EmbedgeValueError(f"keep: expected patterns of layer names, found {pattern!r}")
+            raise _refused("keep", f": expected patterns of layer names, found {pattern!r}")
         if precision not in ("fp32", "int8"):
-            raise EmbedgeValueError(f"keep {pattern!r}={precision!r}: expected 'fp32' or 'int8'")
+            raise _refused("keep", f" {pattern!r}={precision!r}: expected 'fp32' or 'int8'")
         if precision == "int8" and "int4-fp16" in precisions:
-            raise EmbedgeValueError(
-                f"keep {pattern!r}='int8': int8 products run on the CPU, int4-fp16 graphs on CUDA; keep "
-                "the layers at 'fp32', or export int4-fp16 in a call of its own"
+            raise _refused(
+                "keep",
+                f" {pattern!r}='int8': int8 matmuls run on the CPU, int4-fp16 graphs on CUDA; keep the "
+                "layers at 'fp32', or export int4-fp16 in a call of its own",
             )

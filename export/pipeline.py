@@ -12,9 +12,10 @@ from embedge.export.calibration.texts import packaged_texts, read_texts
 from embedge.export.calibration.tokens import MAX_TOKENS_PER_TEXT, TokenBatch, token_batches
 from embedge.export.context import ExportContext
 from embedge.export.errors import ExportError
-from embedge.export.model import Model, read_model
-from embedge.export.options import INT4, Request, check_dims
+from embedge.export.model import Model
+from embedge.export.options import INT4, ExportOptions, check_dims
 from embedge.export.progress import Progress
+from embedge.export.reading import read_model
 from embedge.export.writing.bundle import (
     additions,
     check_kept,
@@ -39,57 +40,57 @@ from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 
 
-def export(request: Request, progress: Progress) -> Path:
+def export(options: ExportOptions, progress: Progress) -> Path:
     """Run an export; see :func:`embedge.export.export_bundle`."""
     try:
-        with sole_exporter(request.out):
-            _export_alone(request, progress)
+        with sole_exporter(options.out):
+            _export_alone(options, progress)
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         raise ExportError(
-            f"{request.source} could not be exported to {request.out}: {place}{system_reason(error)}; check "
+            f"{options.source} could not be exported to {options.out}: {place}{system_reason(error)}; check "
             "that path and who may read it, and export again"
         ) from error
-    return request.out if request.out.is_dir() else Path(os.path.realpath(request.out))
+    return options.out if options.out.is_dir() else Path(os.path.realpath(options.out))
 
 
-def _export_alone(request: Request, progress: Progress) -> None:
+def _export_alone(options: ExportOptions, progress: Progress) -> None:
     load_onnxruntime()  # a missing or wrong one shows before the work
-    clear_up(request.out)
-    old = read_existing(request.out, request.overwrite)
-    texts = _calibration_texts(request)
-    model = read_model(request)
-    dims = check_dims(request.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
+    clear_up(options.out)
+    old = read_existing(options.out, options.overwrite)
+    texts = _calibration_texts(options)
+    model = read_model(options)
+    dims = check_dims(options.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is None:
-        check_replaceable("out", request.out)
+        check_replaceable("out", options.out)
     else:
-        check_same_source(request.out, model, dims, old)
+        check_same_source(options.out, model, dims, old)
         dims = dims or old.model.matryoshka_dims
-    todo = _missing(request, list(model.adapters), old)
+    todo = _missing(options, list(model.adapters), old)
     if old is not None:
-        check_kept(request.out, todo)
-    job = ExportContext(request=request, model=model, old=old, progress=progress)
+        check_kept(options.out, todo)
+    context = ExportContext(options=options, model=model, old=old, progress=progress)
     place: AbstractContextManager[Path]
     place = (
-        new_bundle(request.out, overwrite=request.overwrite)
+        new_bundle(options.out, overwrite=options.overwrite)
         if old is None
-        else additions(request.out)
+        else additions(options.out)
     )
     with place as folder:
         before = relative_files(folder)
         batches: list[TokenBatch] = []
-        if texts and _uses_calibration(request, todo):
+        if texts and _uses_calibration(options, todo):
             ids = model.tokenizer.encode(
                 _with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length)
             )
             batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
         written: dict[str, Any] = {}
         for precision, tasks in todo.items():
-            written |= write_precision(job, folder, precision, tasks, batches)
+            written |= write_precision(context, folder, precision, tasks, batches)
         if old is None:
             write_new(folder / "tokenizer.json", model.tokenizer.text)
         if old is not None:  # with what `bench --record` has written meanwhile
-            old = read_existing(request.out, overwrite=False) or old
+            old = read_existing(options.out, overwrite=False) or old
         files: dict[str, Any]
         if old is None:
             new = relative_files(folder) - {CARD}
@@ -105,10 +106,10 @@ def _export_alone(request: Request, progress: Progress) -> None:
         replace_file(folder / MANIFEST, dump(manifest.to_dict()))
 
 
-def _calibration_texts(request: Request) -> list[str]:
-    if isinstance(request.calibration, Path):
-        return read_texts(request.calibration)
-    return [] if request.calibration == "none" else packaged_texts()
+def _calibration_texts(options: ExportOptions) -> list[str]:
+    if isinstance(options.calibration, Path):
+        return read_texts(options.calibration)
+    return [] if options.calibration == "none" else packaged_texts()
 
 
 def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
@@ -119,24 +120,26 @@ def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
     return [starts[number % len(starts)] + text for number, text in enumerate(texts)]
 
 
-def _uses_calibration(request: Request, todo: Mapping[str, Sequence[str]]) -> bool:
+def _uses_calibration(options: ExportOptions, todo: Mapping[str, Sequence[str]]) -> bool:
     """Whether a precision's numbers depend on calibration texts."""
     if "int8" in todo or "int4" in todo:
         return True
-    return request.int4_method == "gptq" and any(p in todo for p in INT4)
+    return options.int4_method == "gptq" and any(p in todo for p in INT4)
 
 
-def _missing(request: Request, names: Sequence[str], old: Manifest | None) -> dict[str, list[str]]:
+def _missing(
+    options: ExportOptions, names: Sequence[str], old: Manifest | None
+) -> dict[str, list[str]]:
     """Tasks to write, by precision."""
     todo = {}
-    for precision in request.precisions:
+    for precision in options.precisions:
         there = old.precisions[precision].graphs if old and precision in old.precisions else {}
         tasks = [t for t in names if t not in there]
         if tasks:
             todo[precision] = tasks
     if not todo:
         raise EmbedgeValueError(
-            f"{request.out}: already holds {', '.join(names)} at "
-            f"{', '.join(request.precisions)}; nothing to add. Use --overwrite to export anew"
+            f"{options.out}: already holds {', '.join(names)} at "
+            f"{', '.join(options.precisions)}; nothing to add. Use --overwrite to export anew"
         )
     return todo

@@ -44,6 +44,7 @@ class TaskWeights:
                 self._keys.setdefault(canonical(key), key)
 
     def has(self, name: str) -> bool:
+        self.asked.add(name)  # a graph takes what there is
         return name in self._keys
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -87,10 +88,10 @@ class TaskWeights:
         touched = self._adapter.touched if self._adapter else frozenset()
         return [name for name, key in self._keys.items() if key in touched]
 
-    def unread(self) -> tuple[list[str], list[str]]:
-        """Floating-point tensors that no graph has asked for, ``(changed by the adapter, others)``."""
+    def unread(self, asked: set[str]) -> tuple[list[str], list[str]]:
+        """Floating-point tensors that are not among ``asked``, ``(changed by the adapter, others)``."""
         changed = self._adapter.touched if self._adapter else frozenset()
-        left = [(n, k) for n, k in sorted(self._keys.items()) if n not in self.asked]
+        left = [(n, k) for n, k in sorted(self._keys.items()) if n not in asked]
         return (
             [k for _, k in left if k in changed],
             [n for n, k in left if k not in changed and self._checkpoint.is_float(k)],

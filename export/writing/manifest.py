@@ -47,7 +47,7 @@ def manifest_of(
                 "model_type": model.family.config["model_type"],
                 "license": model.checkpoint.card.license,
                 "sha256": model.checkpoint.sha256(),
-                "graph_sha256": model.graph_sha256(),
+                "graph_sha256": model.graph_sha256,
                 "dense_sha256": model.dense_sha256(),
             },
             "model": model_section(model, matryoshka_dims),

@@ -20,7 +20,7 @@ from embedge.export.graph.builder import Graph, LazyInitializer
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import to_model
 from embedge.export.model import Model
-from embedge.export.options import INT4, WIDE_MODEL
+from embedge.export.options import INT4
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int4_unpacked import unpack_list
 from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
@@ -39,7 +39,7 @@ UNPACKED_GRAPH, UNPACK_LIST = ".unpacked.onnx", ".unpack.json"
 
 
 def write_precision(
-    job: ExportContext,
+    context: ExportContext,
     folder: Path,
     precision: str,
     tasks: Sequence[str],
@@ -48,7 +48,7 @@ def write_precision(
     """Write the graphs of a precision.
 
     Args:
-        job: the export.
+        context: the export.
         folder: the bundle, or what becomes it.
         precision: its name.
         tasks: those to write.
@@ -57,7 +57,7 @@ def write_precision(
     Returns:
         The manifest's entry, and that of int4's second way to run the same files.
     """
-    model, request = job.model, job.request
+    model, options = context.model, context.options
     place = folder / precision
     if place.is_symlink():
         raise EmbedgeValueError(
@@ -66,58 +66,66 @@ def write_precision(
         )
     place.mkdir(exist_ok=True)
     store = TensorStore(place)
-    if job.old is not None and precision in job.old.precisions:
-        for path in job.old.precisions[precision].graphs.values():
+    if context.old is not None and precision in context.old.precisions:
+        for path in context.old.precisions[precision].graphs.values():
             store.adopt(folder / path)
     writes_tower = model.tower is not None and not (place / VISION_GRAPH).exists()
     _check_names_free(place, tasks)
     shared = _fresh_name(place, "shared")
     own = {task: _fresh_name(place, task) for task in tasks}
-    schemes, total = _uncalibrated(job, precision, tasks[0])
+    schemes, total = _uncalibrated(context, precision, tasks[0])
     chosen: list[str] = []
     constants: dict[str, set[str]] = {name: set() for name in schemes}
     if not writes_tower:
-        _check_same_rotation(job, precision)
+        _check_same_rotation(context, precision)
     try:
         for number, task in enumerate(tasks):
-            with job.progress.step(f"{precision}/{task}", total):
+            with context.progress.step(f"{precision}/{task}", total):
                 if number == 0:
-                    schemes, chosen = _calibrated(job, schemes, total, batches, place)
+                    schemes, chosen = _calibrated(context, schemes, total, batches, place)
                 weights = model.weights(model.tasks[task], schemes[precision])
                 g = model.graph(weights, schemes[precision])
                 if batches:
                     _gptq_passes(
-                        job, schemes[precision], g, weights, task, batches, store, shared, own[task]
+                        context,
+                        schemes[precision],
+                        g,
+                        weights,
+                        task,
+                        batches,
+                        store,
+                        shared,
+                        own[task],
                     )
-                _store_recipes(job, g, store, shared, own[task])
+                _store_recipes(context, g, store, shared, own[task])
                 report = _layer_report(g, store)
                 _write_graph(
                     place / f"{task}.onnx",
                     g,
                     store,
                     task,
-                    task_notes(job.model, g, precision, task),
+                    task_notes(context.model, g, precision, task),
                 )
                 write_new(place / f"{task}.layers.json", dump(report))
                 constants[precision] |= set(g.constants)
                 if UNPACKED_PRECISION in schemes:
                     g = model.graph(weights, schemes[UNPACKED_PRECISION])
-                    _write_unpacked(job.model, g, place, store, task, shared, own[task])
+                    _write_unpacked(context.model, g, place, store, task, shared, own[task])
                     constants[UNPACKED_PRECISION] |= set(g.constants)
         if model.tower is not None:
             if writes_tower:
-                _write_tower(job, place, precision, store)
+                _write_tower(context, place, precision, store)
             of_tower = _constant_names(place / VISION_GRAPH)
             constants = {name: own_names | of_tower for name, own_names in constants.items()}
     finally:
         store.close()
-    options = job.options(precision, calibrated=bool(batches))
-    if precision == "int4" and request.budget is not None:
-        options |= {"budget": request.budget, "int8": chosen}
+    stated = context.stated_options(precision, calibrated=bool(batches))
+    if precision == "int4" and options.budget is not None:
+        stated |= {"budget": options.budget, "int8": chosen}
     return {
         name: _entry(scheme, precision, tasks, constants[name])
         | ({} if model.tower is None else {"vision": f"{precision}/{VISION_GRAPH}"})
-        | {"options": options}
+        | {"options": stated}
         for name, scheme in schemes.items()
     }
 
@@ -145,19 +153,21 @@ def _entry(
     }
 
 
-def _uncalibrated(job: ExportContext, precision: str, task: str) -> tuple[dict[str, Scheme], int]:
+def _uncalibrated(
+    context: ExportContext, precision: str, task: str
+) -> tuple[dict[str, Scheme], int]:
     """The schemes before calibration, and the bytes of a task's tensors.
 
     Refuses keep patterns that match nothing.
     """
-    model = job.model
+    model = context.model
     names = (precision, UNPACKED_PRECISION) if precision == "int4" else (precision,)
-    schemes = {name: job.scheme(name) for name in names}
+    schemes = {name: context.scheme(name) for name in names}
     g = model.graph(model.tasks[task], schemes[precision])
     graphs = [g]
     if model.tower is not None:
-        graphs.append(model.tower.graph(model.base, job.tower_form(precision)))
-    unused = unmatched(job.request.keep, graphs)
+        graphs.append(model.tower.graph(model.base, context.tower_scheme(precision)))
+    unused = unmatched(context.options.keep, graphs)
     if unused:
         raise EmbedgeValueError(
             f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "
@@ -169,7 +179,7 @@ def _uncalibrated(job: ExportContext, precision: str, task: str) -> tuple[dict[s
 
 
 def _calibrated(
-    job: ExportContext,
+    context: ExportContext,
     schemes: Mapping[str, Scheme],
     total: int,
     batches: Sequence[TokenBatch],
@@ -178,17 +188,17 @@ def _calibrated(
     """The schemes with their calibrated constants, and the layers that a budget gives 8 bits.
 
     Args:
-        job: the export.
+        context: the export.
         schemes: by precision, without calibration; the first one's weights are stored.
         total: bytes of a task's tensors in it.
         batches: calibration tokens.
         scratch: folder for a layer's weights.
     """
-    model, request, note = job.model, job.request, job.progress.note
+    model, options, note = context.model, context.options, context.progress.note
     precision, scheme = next(iter(schemes.items()))
     base, family = model.weights(model.base, scheme), model.family.text_only()
-    keep, chosen = dict(request.keep), []
-    budget = request.budget if precision == "int4" else None
+    keep, chosen = dict(options.keep), []
+    budget = options.budget if precision == "int4" else None
     if budget is not None:
         check_budget(total, budget)
         if not batches:
@@ -196,10 +206,10 @@ def _calibrated(
                 f"budget {budget:,} bytes: it chooses layers by calibration texts, and none of those "
                 "given has a token; give others (--calibration)"
             )
-    if precision in ("int8", "int4") and not job.constants:  # the same for both
+    if precision in ("int8", "int4") and not context.constants:  # the same for both
         # ranges of channels need fewer tokens than GPTQ, and a wide model's cost minutes
-        seen = batches[::2] if family.hidden_size >= WIDE_MODEL else batches
-        job.constants.update(
+        seen = batches[::2] if context.wide else batches
+        context.constants.update(
             smoothing_constants(
                 family,
                 base,
@@ -211,7 +221,7 @@ def _calibrated(
             )
         )
     if budget is not None:
-        int4 = job.scheme("int4", keep={}, calibrated=True)
+        int4 = context.scheme("int4", keep={}, calibrated=True)
         assert isinstance(int4, Int4Scheme)
         found = candidates(
             model,
@@ -224,33 +234,33 @@ def _calibrated(
         )
         chosen = within_budget(found, total, budget)
         keep |= {glob.escape(label): "int8" for label in chosen}
-    made = {name: job.scheme(name, keep=keep, calibrated=bool(batches)) for name in schemes}
+    made = {name: context.scheme(name, keep=keep, calibrated=bool(batches)) for name in schemes}
     return made, sorted(chosen)
 
 
-def _check_same_rotation(job: ExportContext, precision: str) -> None:
+def _check_same_rotation(context: ExportContext, precision: str) -> None:
     """Features of a tower that is there already must fit the stream of the tasks to come."""
-    old = job.old.precisions.get(precision) if job.old else None
-    if job.model.tower is None or old is None:
+    old = context.old.precisions.get(precision) if context.old else None
+    if context.model.tower is None or old is None:
         return
     if not old.options.get("rotation", False) and precision in ("int8", *INT4):
         raise EmbedgeValueError(
-            f"{job.request.out}: its {precision} vision tower was exported by an earlier version, without "
+            f"{context.options.out}: its {precision} vision tower was exported by an earlier version, without "
             "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
         )
 
 
-def _write_tower(job: ExportContext, place: Path, precision: str, store: TensorStore) -> None:
-    model = job.model
+def _write_tower(context: ExportContext, place: Path, precision: str, store: TensorStore) -> None:
+    model = context.model
     assert model.tower is not None
-    scheme = job.tower_form(precision)
+    scheme = context.tower_scheme(precision)
     g = model.tower.graph(model.weights(model.base, scheme), scheme)
     total = sum(
         spec.nbytes for initializer in g.initializers.values() for spec in initializer.specs
     )
     file = _fresh_name(place, VISION)
-    with job.progress.step(f"{precision}/{VISION}", total):
-        _store_recipes(job, g, store, file, file)
+    with context.progress.step(f"{precision}/{VISION}", total):
+        _store_recipes(context, g, store, file, file)
         _write_graph(place / VISION_GRAPH, g, store, VISION, graph_notes(g, precision, VISION))
 
 
@@ -260,7 +270,7 @@ def _constant_names(graph: Path) -> set[str]:
 
 
 def _gptq_passes(
-    job: ExportContext,
+    context: ExportContext,
     scheme: Scheme,
     g: Graph,
     weights: Weights,
@@ -271,10 +281,10 @@ def _gptq_passes(
     file: str,
 ) -> None:
     """Quantize what this task's adapter changes with its own activations, the rest with the backbone's."""
-    model, family = job.model, job.model.family.text_only()
+    model, family = context.model, context.model.family.text_only()
 
     def report(owner: str, layer: int) -> None:
-        job.progress.note(f"{owner}: GPTQ, layer {layer} of {family.num_layers}")
+        context.progress.note(f"{owner}: GPTQ, layer {layer} of {family.num_layers}")
 
     missing = [r for r in gptq_linears(g, scheme) if not store.has(r.initializer.key)]
     passes = (
@@ -299,7 +309,9 @@ def _gptq_passes(
             del linear  # the next weight is as large
 
 
-def _store_recipes(job: ExportContext, g: Graph, store: TensorStore, shared: str, own: str) -> None:
+def _store_recipes(
+    context: ExportContext, g: Graph, store: TensorStore, shared: str, own: str
+) -> None:
     """Compute and write what is not stored yet, in the graph's order, a few initializers at a time."""
     missing = {r.key: r for r in g.initializers.values() if not store.has(r.key)}
     arrays = in_order(
@@ -310,7 +322,7 @@ def _store_recipes(job: ExportContext, g: Graph, store: TensorStore, shared: str
     for initializer in g.initializers.values():
         if not store.has(initializer.key):
             store.put(initializer, next(arrays), shared if initializer.owner == BASE else own)
-        job.progress.advance(
+        context.progress.advance(
             sum(spec.nbytes for spec in initializer.specs), initializer.specs[0].name
         )
 

@@ -101,7 +101,7 @@ def _other_graph(model: Model, old: Manifest) -> Iterator[str]:
             "expected the hash of its unquantized graph in the manifest, found none: an earlier embedge "
             "wrote it, and whether the source is still the same cannot be told"
         )
-    elif old.source.graph_sha256 != model.graph_sha256():
+    elif old.source.graph_sha256 != model.graph_sha256:
         version = metadata.version("embedge")
         older = old.producer.version != version
         yield (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
+from typing import Any
 
-from embedge.export.api import make_request
+from embedge.export.options import ExportOptions
 from embedge.export.pipeline import export
 from embedge.export.progress import Progress, StepCost
 from embedge.runtime.bundle.folder import Bundle
@@ -13,71 +15,54 @@ from embedge.runtime.host.progress import LogLines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Declare the command's options: those of :class:`ExportOptions`, which has their defaults."""
     parser.description = "Merge each task LoRA into its own graph and quantize it."
+    parser.argument_default = argparse.SUPPRESS
     parser.add_argument("source", help="model folder in the Hugging Face layout, or hub id")
     parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
+        "--adapter", action="append", default=[], metavar="NAME=FOLDER",
         help="task name and its PEFT LoRA adapter; may be repeated (default: those the model brings)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--no-adapter",
-        action="append",
-        default=[],
-        metavar="NAME",
+        "--no-adapter", action="append", default=[], metavar="NAME",
         help="a task of the bare backbone",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--precision",
-        nargs="+",
-        action="extend",
-        metavar="P",
+        "--precision", nargs="+", action="extend", metavar="P", dest="precisions",
         help="fp32, int8, int4 (CPU), fp16, int4-fp16 (CUDA) (default: int8)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--modality",
-        default="all",
-        metavar="M",
-        help="all, or text to leave a vision tower out (default: all)",
+        "--modality", metavar="M", help="all, or text to leave a vision tower out (default: all)"
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the bundle to write")
-    parser.add_argument("--matryoshka", metavar="64,128,…", help="dimensions to truncate to")
+    parser.add_argument(
+        "--matryoshka", metavar="64,128,…", dest="matryoshka_dims", help="dimensions to truncate to"
+    )
     parser.add_argument("--pooling", help="mean, cls or lasttoken, where the model does not say")
     parser.add_argument(
-        "--calibration",
-        default="default",
-        metavar="FILE",
+        "--calibration", metavar="FILE",
         help="calibration texts, one per line or JSONL; 'default' or 'none'",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="PATTERN=PRECISION",
+        "--keep", action="append", metavar="PATTERN=PRECISION",
         help="leave layers of these names at fp32 or int8",
-    )
+    )  # fmt: skip
     parser.add_argument("--int4-block-size", type=int, metavar="N")
     parser.add_argument(
-        "--int4-method",
-        default="gptq",
-        metavar="M",
-        help="gptq, or rtn: faster and less exact (default: gptq)",
+        "--int4-method", metavar="M", help="gptq, or rtn: faster and less exact (default: gptq)"
     )
     parser.add_argument(
-        "--int8-method",
-        metavar="M",
+        "--int8-method", metavar="M",
         help="gptq or rtn (default: gptq for decoders and ModernBERT up to a hidden size of 1536, else rtn)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--budget",
-        metavar="SIZE",
+        "--budget", metavar="SIZE",
         help="at int4: most bytes of a task, e.g. 2.0GB; the most sensitive layers get 8 bits",
-    )
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--quiet", action="store_true", help="do not say how far it is")
+    parser.add_argument(
+        "--quiet", action="store_true", default=False, help="do not say how far it is"
+    )
     parser.epilog = """examples:
   embedge export MODEL --no-adapter plain --out bundle
   embedge export MODEL --adapter code=FOLDER --precision int8 int4 --out bundle
@@ -86,36 +71,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    adapters: dict[str, str | None] = {}
-    for name, folder in [
-        *(_pair("--adapter", a, "NAME=FOLDER") for a in args.adapter),
-        *((n, None) for n in args.no_adapter),
-    ]:
-        if name in adapters:
-            raise EmbedgeValueError(f"task {name!r} is given twice; give each task one adapter")
-        adapters[name] = folder
-    request = make_request(
-        args.source,
-        adapters=adapters,
-        precisions=args.precision or ["int8"],
-        out=args.out,
-        matryoshka_dims=_dims(args.matryoshka),
-        pooling=args.pooling,
-        calibration=args.calibration,
-        keep=dict(_pair("--keep", k, "PATTERN=PRECISION") for k in args.keep),
-        int4_block_size=args.int4_block_size,
-        int4_method=args.int4_method,
-        int8_method=args.int8_method,
-        budget=args.budget,
-        overwrite=args.overwrite,
-        modality=args.modality,
-    )
+    given = vars(args)
+    options: dict[str, Any] = {
+        f.name: given[f.name] for f in fields(ExportOptions) if f.name in given
+    }
+    options["adapters"] = _adapters(args)
+    if "keep" in given:
+        options["keep"] = dict(_pair("--keep", pair, "PATTERN=PRECISION") for pair in args.keep)
+    if "matryoshka_dims" in given:
+        options["matryoshka_dims"] = _dims(args.matryoshka_dims)
     progress = Progress(
         show=False if args.quiet else None,
         finished=_print_cost,
         lines=None if args.quiet else LogLines(),
     )
-    out = export(request, progress)
+    out = export(ExportOptions(**options), progress)
     size = sum(entry.size for entry in Bundle(out, verify="none").manifest.files.values())
     print(f"wrote {out} ({size / 1e6:.1f} MB)")
     return 0
@@ -127,6 +97,18 @@ def _print_cost(cost: StepCost) -> None:
     print(f"{cost.step}: {cost.seconds:.1f} s{memory}", flush=True)
 
 
+def _adapters(args: argparse.Namespace) -> dict[str, str | None]:
+    adapters: dict[str, str | None] = {}
+    for name, folder in [
+        *(_pair("--adapter", pair, "NAME=FOLDER") for pair in args.adapter),
+        *((name, None) for name in args.no_adapter),
+    ]:
+        if name in adapters:
+            raise EmbedgeValueError(f"task {name!r} is given twice; give each task one adapter")
+        adapters[name] = folder
+    return adapters
+
+
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name or not value:
@@ -134,9 +116,7 @@ def _pair(option: str, text: str, form: str) -> tuple[str, str]:
     return name, value
 
 
-def _dims(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
+def _dims(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:

@@ -18,8 +18,8 @@ from embedge.export.calibration.sensitivity import Candidate, _sample, candidate
 from embedge.export.calibration.tokens import token_batches
 from embedge.export.families import family_of
 from embedge.export.graph.builder import LinearGroup
-from embedge.export.model import read_model
-from embedge.export.options import Request
+from embedge.export.options import ExportOptions
+from embedge.export.reading import read_model
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.quant import int4 as int4_module
@@ -86,21 +86,9 @@ def error(bundle: Path, precision: str, exact: Any) -> float:
     return float(1 - cosines(exact, found).mean())
 
 
-def request(source: Path, folder: Path) -> Request:
-    return Request(
-        source=str(source),
-        adapters={"task": None},
-        precisions=("int4",),
-        out=folder / "b",
-        matryoshka_dims=None,
-        pooling=None,
-        calibration="default",
-        keep={},
-        int4_block_size=None,
-        int4_method="gptq",
-        int8_method=None,
-        budget=None,
-        overwrite=False,
+def request(source: Path, folder: Path) -> ExportOptions:
+    return ExportOptions(
+        source=str(source), adapters={"task": None}, precisions=("int4",), out=folder / "b"
     )
 
 

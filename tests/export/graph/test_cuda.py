@@ -319,7 +319,7 @@ def test_a_weight_at_float16s_limit_is_taken(tmp_path: Path) -> None:
 
 
 def test_int8_layers_cannot_be_kept_in_a_graph_for_gpus(tmp_path: Path) -> None:
-    with pytest.raises(EmbedgeValueError, match="int8 products run on the CPU"):
+    with pytest.raises(EmbedgeValueError, match="int8 matmuls run on the CPU"):
         export_bundle(
             tmp_path,
             adapters={"task": None},

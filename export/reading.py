@@ -1,0 +1,207 @@
+"""Reading the model behind an export, and refusing what no graph could be written for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from embedge.export.adapters.adapter import Adapter, BoundAdapter
+from embedge.export.adapters.folder import check_adapter_files, settings_of_all
+from embedge.export.errors import AdapterError, CheckpointError
+from embedge.export.families import Family, family_of
+from embedge.export.families.base import flat_config
+from embedge.export.families.config_keys import check_config
+from embedge.export.families.qwen2_5_vision import Qwen25Vision
+from embedge.export.families.qwen2_5_vl import JinaV4Merged
+from embedge.export.model import Model
+from embedge.export.options import POOLINGS, ExportOptions, check_tasks
+from embedge.export.source.checkpoint import Checkpoint
+from embedge.export.source.image_processor import image_settings
+from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
+from embedge.export.source.tokenizer import read_tokenizer
+from embedge.export.weights.task import TaskWeights
+from embedge.export.weights.tensors import BASE
+from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
+
+
+def read_model(options: ExportOptions) -> Model:
+    """Open the model, bind all adapters, and check that every tensor reaches a vector.
+
+    Raises:
+        CheckpointError: the model cannot be exported.
+        AdapterError: an adapter does not fit, or changes what no vector depends on.
+    """
+    checkpoint = Checkpoint(options.source)
+    names = sorted(checkpoint.names)
+    name = next((n for n in names if JinaV4Merged.serves(checkpoint.config, n)), checkpoint.name)
+    family_class = family_of(checkpoint.config, name)
+    check_config(
+        checkpoint.config,
+        family_class.kind(checkpoint.config),
+        checkpoint.transformer_path / "config.json",
+    )
+    config = flat_config(checkpoint.config)
+    settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
+        checkpoint.path, config, checkpoint.card
+    )
+    folders = _task_folders(options, checkpoint, family_class, name)
+    _check_own_adapter(checkpoint, folders.values())
+    loaded = {t: None if f is None else Adapter.load(f, t) for t, f in folders.items()}
+    settings = settings_of_all(settings, folders, loaded, config)
+    pooling = options.pooling or settings.pooling or family_class.default_pooling
+    if pooling not in POOLINGS:
+        raise EmbedgeValueError(
+            f"{checkpoint.name}: the model does not say how tokens become a vector, and pooling is "
+            f"{pooling!r}; expected one of {', '.join(POOLINGS)}: give pooling= (--pooling)"
+        )
+    if family_class.guess and not (options.pooling or settings.pooling):
+        warnings.warn(
+            f"{checkpoint.name}: no file says how tokens become a vector, nor names prompts; "
+            f"{family_class.default_pooling} pooling without normalization is taken. {family_class.guess}",
+            EmbedgeWarning,
+            stacklevel=3,
+        )
+    if options.pooling and settings.pooling and options.pooling != settings.pooling:
+        warnings.warn(
+            f"{checkpoint.name}: pooling {options.pooling!r} was asked for, its files say "
+            f"{settings.pooling!r}; the request is followed",
+            EmbedgeWarning,
+            stacklevel=3,
+        )
+    family = family_class(checkpoint.config, settings.max_length)
+    _check_dense(checkpoint, settings, family.hidden_size)
+    tokenizer = read_tokenizer(
+        checkpoint.transformer_path,
+        config,
+        overrides=settings.tokenizer_settings,
+        lowercase=settings.lowercase,
+    )
+    tower, image = None, None
+    if family_class.tower is not None and options.modality != "text":
+        tower = family_class.tower(checkpoint.config, family.hidden_size)
+        image = image_settings(checkpoint, tower.image_settings(), tokenizer)
+        family = family.with_images()
+    adapters: dict[str, BoundAdapter | None] = {}
+    tasks: dict[str, TaskWeights] = {}
+    heads = tuple(p for p in family_class.ignored if tower is None or p != "visual.")
+    for task, adapter in loaded.items():
+        bound = None
+        if adapter is not None:
+            published = not options.adapters
+            bound = adapter.bind(
+                checkpoint, family_class.canonical, heads=heads, published=published
+            )
+            check_adapter_files(adapter, checkpoint, settings, tokenizer)
+        adapters[task] = bound
+        tasks[task] = TaskWeights(checkpoint, family_class.canonical, bound, task)
+    base = TaskWeights(checkpoint, family_class.canonical)
+    _check_tensors(family, tower, base)
+    rows = min(w.shape(family.token_table)[0] for w in (base, *tasks.values()))
+    model = Model(
+        checkpoint=checkpoint,
+        family=family,
+        tower=tower,
+        image=image,
+        settings=settings,
+        pooling=pooling,
+        tokenizer=tokenizer.with_table(rows),
+        adapters=adapters,
+        tasks=tasks,
+        base=base,
+    )
+    assert model.plain_graphs  # which asked for every tensor by name
+    for task, weights in {BASE: base, **tasks}.items():
+        if tower is not None:
+            _check_tower_shared(task, weights)
+        _check_all_read(model, task, weights)
+    return model
+
+
+def _task_folders(
+    options: ExportOptions, checkpoint: Checkpoint, family: type[Family], name: str
+) -> dict[str, Path | None]:
+    """The adapter's folder of every task: those asked for, else those the model is published with."""
+    if options.adapters:
+        return dict(options.adapters)
+    own = family.own_tasks(checkpoint.config, name)
+    if not own:
+        raise EmbedgeValueError(
+            f"adapters: expected at least one task, found none, and {checkpoint.name} brings none of "
+            "its own; give {'name': 'adapter folder'}, or {'name': None} for the bare backbone "
+            "(--adapter NAME=FOLDER, --no-adapter NAME)"
+        )
+    check_tasks(own)
+    return {t: None if f is None else checkpoint.path / f for t, f in own.items()}
+
+
+def _check_dense(checkpoint: Checkpoint, settings: SentenceSettings, width: int) -> None:
+    for number, layer in enumerate(settings.dense, 1):
+        if layer.in_features != width:
+            raise CheckpointError(
+                f"{checkpoint.path}: Dense layer {number} has in_features {layer.in_features}, expected "
+                f"{width}, the length of the vector before it; are its folder and modules.json of the same "
+                "model?"
+            )
+        width = layer.out_features
+
+
+def _check_own_adapter(checkpoint: Checkpoint, folders: Iterable[Path | None]) -> None:
+    """Refuse an adapter beside the model, which transformers would load with it, unless it is asked for."""
+    folder = checkpoint.transformer_path
+    if not os.path.lexists(folder / "adapter_config.json"):
+        return
+    if not any(given and given.is_dir() and os.path.samefile(given, folder) for given in folders):
+        raise CheckpointError(
+            f"{folder}: holds a PEFT adapter (adapter_config.json) beside the model, which transformers "
+            f"loads with it, and it was not asked for: name it, --adapter NAME={folder}, or move "
+            "adapter_config.json away where the model's weights stand alone"
+        )
+
+
+def _check_tensors(family: Family, tower: Qwen25Vision | None, base: TaskWeights) -> None:
+    family.check_tensors(base.names())
+    shapes = {name: base.shape(name) for name in base.names()}
+    family.check_shapes({n: s for n, s in shapes.items() if not n.startswith(family.ignored)})
+    if tower is not None:
+        tower.check_shapes({n: s for n, s in shapes.items() if n.startswith("visual.")})
+
+
+def _check_tower_shared(task: str, weights: TaskWeights) -> None:
+    touched = sorted(n for n in weights.changed() if n.startswith("visual."))
+    if touched:
+        raise AdapterError(
+            f"adapter of task {task}: expected to leave the vision tower alone, which all tasks of a "
+            f"bundle share, but it changes {', '.join(touched[:5])}"
+            f"{f' and {len(touched) - 5} more' if len(touched) > 5 else ''}; merge it into the model's "
+            "own weights and export those, or export with modality='text' (--modality text)"
+        )
+
+
+def _is_of(module: str, keys: Sequence[str]) -> bool:
+    return any(f".{module}." in f".{key}" for key in keys)
+
+
+def _check_all_read(model: Model, task: str, weights: TaskWeights) -> None:
+    changed, others = weights.unread(model.base.asked)
+    bound = model.adapters.get(task)
+    if changed and bound is not None:
+        saved = [m for m in bound.adapter.settings.modules_to_save if _is_of(m, changed)]
+        config = f", and {', '.join(saved)} from modules_to_save in adapter_config.json"
+        raise AdapterError(
+            f"adapter of task {task}: expected every adapted tensor to reach the vector, but these "
+            f"do not: {', '.join(changed)}; no vector changes without them: delete the tensors "
+            f"{', '.join(bound.sources(changed))} from {bound.adapter.file.path}"
+            f"{config if saved else ''}, or train without them"
+        )
+    ignored = model.family.ignored
+    if model.tower is not None:
+        ignored = tuple(prefix for prefix in ignored if prefix != "visual.")
+    left = [n for n in others if not n.startswith(ignored) and not n.endswith(".inv_freq")]
+    if left and task == BASE:
+        shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+        raise CheckpointError(
+            f"{model.checkpoint.path}: expected only tensors of a {model.family.config['model_type']} "
+            f"backbone, found {shown}; the architecture differs from what its config.json says"
+        )
