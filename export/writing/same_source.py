@@ -15,7 +15,6 @@ from pathlib import Path
 
 from embedge.export.model import Model
 from embedge.export.writing.manifest import model_section
-from embedge.runtime.bundle.json_object import Table
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.manifest import Model as ManifestModel
 from embedge.runtime.errors import EmbedgeValueError
@@ -60,7 +59,7 @@ def _differences(model: Model, dims: tuple[int, ...] | None, old: Manifest) -> I
     name = model.checkpoint.name
     if old.source.sha256 != model.checkpoint.sha256():
         yield f"is a bundle of {old.source.name} with other weights than {name}"
-    section = Table(model_section(model, dims or old.model.matryoshka_dims), "model")
+    section = model_section(model, dims or old.model.matryoshka_dims)
     before, now = old.model.to_dict(), ManifestModel.parse(section).to_dict()
     same_modalities = before["modalities"] == now["modalities"]
     for key, value in now.items():

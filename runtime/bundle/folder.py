@@ -17,7 +17,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -236,7 +236,7 @@ class Bundle:
         listed, weights = packed
         places = {
             (tensor.location, tensor.offset): self._external_bytes(listed, tensor)
-            for weight in weights
+            for weight in weights.values()
             for tensor, _, _ in weight.tensors
             if not isinstance(tensor, bytes)
         }
@@ -298,8 +298,10 @@ class Bundle:
             else:
                 files.add(self.external_file(graph, tensor.place)[0])
         packed = self.packed_weights(precision, name)
-        listed, weights = packed if packed is not None else (graph, [])
-        expected = dict(item for weight in weights for item in weight.initializers)
+        listed, weights = packed if packed is not None else (graph, {})
+        expected = dict(
+            item for key, weight in weights.items() for item in weight.initializers(key)
+        )
         if made != expected:
             differing = sorted(made.keys() ^ expected.keys()) or sorted(
                 key for key in made if made[key] != expected[key]
@@ -308,7 +310,7 @@ class Bundle:
                 f"{graph}: expects other weights to be unpacked than {listed.name} lists: {differing[0]}; "
                 f"{_AGAIN}"
             )
-        for weight in weights:
+        for weight in weights.values():
             for place, _, _ in weight.tensors:
                 if not isinstance(place, bytes):
                     files.add(self.external_file(listed, place)[0])
@@ -323,7 +325,9 @@ class Bundle:
             precision in INTEGER_PRECISIONS and "cpu" in self.manifest.precisions[precision].devices
         )
 
-    def packed_weights(self, precision: str, name: str) -> tuple[Path, list[PackedWeight]] | None:
+    def packed_weights(
+        self, precision: str, name: str
+    ) -> tuple[Path, Mapping[str, PackedWeight]] | None:
         """The list of weights that are unpacked when a graph opens, and what it says; often ``None``.
 
         Raises:

@@ -1,43 +1,41 @@
-"""``manifest.json``: everything about a bundle that a caller could get wrong.
+"""``manifest.json``: everything about a bundle that a caller could get wrong. Each of its fields is stated here.
 
 Rules:
-    * ``format_version`` is "major.minor". Another major version is refused, a newer minor one
-      warns. 1.1 added images: ``model.image`` and ``vision`` of a precision; 1.2 precisions whose
-      weights are unpacked when a graph opens: ``unpack``; 1.3 ``tokenizer.truncation_side``
-      and ``model.truncate_dim``; 1.4 ``rotation`` in the list of weights to unpack.
+    * ``format_version`` is "major.minor". Another major version is refused, a newer minor one warns. 1.1
+      added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
+      ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
     * ``from_dict`` and ``to_dict`` are inverses for documents of this version without unknown keys.
+
+What annotations say, how they are read and written: :mod:`embedge.runtime.bundle.schema`.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
 
 from embedge.runtime.bundle.contract import FORMAT_VERSION, VISION
-from embedge.runtime.bundle.image_settings import ImageSettings
-from embedge.runtime.bundle.json_object import Table
-from embedge.runtime.bundle.manifest_parts import (
-    ActivationConstant,
-    Adapter,
-    FileEntry,
-    Model,
-    Precision,
-    Producer,
-    Source,
-    Task,
-    TokenizerSettings,
-    check_names,
-    check_path,
+from embedge.runtime.bundle.names import name_problem, path_problem
+from embedge.runtime.bundle.schema import (
+    MOST_BYTES,
+    SPARSE,
+    Place,
+    ReadBy,
+    Record,
+    Since,
+    Within,
+    finite,
 )
-from embedge.runtime.errors import EmbedgeWarning, ManifestError
+from embedge.runtime.errors import EmbedgeWarning
 
 __all__ = [
+    "IMAGE_INPUTS",
     "ActivationConstant",
     "Adapter",
     "FileEntry",
@@ -51,19 +49,294 @@ __all__ = [
     "TokenizerSettings",
 ]
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions")
+_BICUBIC = 3  # Pillow's number
+_RANGES = {"float32": (-3.4e38, 3.4e38), "uint8": (0, 255), "int8": (-128, 127)}
+
+# -- kinds of values ----------------------------------------------------------------------------------
+
+
+def _sha256_problem(text: str) -> str | None:
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return None
+    return f"expected 64 hexadecimal digits, found {text[:80]!r}"
+
+
+def _channel_problem(values: tuple[float, ...]) -> str | None:
+    return None if len(values) == 3 else f"expected 3 numbers, found {len(values)}"
+
+
+BundlePath: TypeAlias = Annotated[str, path_problem]
+TaskName: TypeAlias = Annotated[str, name_problem("task")]
+PrecisionName: TypeAlias = Annotated[str, name_problem("precision")]
+Count: TypeAlias = Annotated[int, Within(1)]
+TokenId: TypeAlias = Annotated[int, Within(0)]
+Dimension: TypeAlias = Annotated[int, Within(1, 1 << 20)]  # models have some thousand
+Pixels: TypeAlias = Annotated[int, Within(1, 1 << 28)]
+Number: TypeAlias = Annotated[int | float, ReadBy(finite)]
+Channels: TypeAlias = Annotated[tuple[float, ...], _channel_problem]
+
+# -- the document's objects ---------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """A parsed ``manifest.json``; see the module's rules and README's format section."""
+class Producer(Record):
+    """What wrote the bundle."""
 
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Record):
+    """The model that was exported.
+
+    Attributes:
+        license: SPDX-like name as the source states it, ``None`` where it states none.
+        sha256: hash of the base weights, ``None`` where it was not recorded.
+        graph_sha256: hash of its unquantized graph without the weights, ``None`` where it was not
+            recorded; an export compares it before it adds to the bundle.
+        dense_sha256: hash of the Dense layers, ``None`` without any.
+    """
+
+    name: str
+    model_type: str
+    license: str | None
+    sha256: str | None
+    graph_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
+    dense_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(Record):
+    """How images become patches, and what tokens stand around them: Qwen2-VL's image processor and prompt.
+
+    Attributes:
+        patch_size: pixels of a patch's side.
+        temporal_patch_size: frames of a patch; a still image is repeated.
+        merge_size: patches of a feature's side.
+        min_pixels: fewest pixels an image is scaled to.
+        max_pixels: most pixels an image is scaled to.
+        image_mean: mean of each channel, of values from 0 to 1.
+        image_std: standard deviation of each channel.
+        rescale_factor: from pixel values to values from 0 to 1.
+        resample: Pillow's number of the resampling filter; bicubic.
+        window_size: pixels of an attention window's side.
+        rotary_dim: rotary angles of a patch, half of them for its row, half for its column.
+        rotary_theta: base of the angles' frequencies.
+        hidden_size: width of an image feature.
+        before_ids: tokens before the features.
+        image_token_id: the token whose places the features take.
+        after_ids: tokens after them.
+        pooled_before: how many of the last ``before_ids`` a mean includes.
+        pooled_after: how many of the first ``after_ids`` a mean includes.
+    """
+
+    patch_size: Annotated[int, Within(1, 1024)]
+    temporal_patch_size: Annotated[int, Within(1, 16)]
+    merge_size: Annotated[int, Within(1, 64)]
+    min_pixels: Pixels
+    max_pixels: Pixels
+    image_mean: Channels
+    image_std: Channels
+    rescale_factor: float
+    resample: Annotated[int, Within(0)]
+    window_size: Count
+    rotary_dim: Annotated[int, Within(2, 4096)]
+    rotary_theta: float
+    hidden_size: Dimension
+    before_ids: tuple[TokenId, ...]
+    image_token_id: TokenId
+    after_ids: tuple[TokenId, ...]
+    pooled_before: Annotated[int, Within(0)]
+    pooled_after: Annotated[int, Within(0)]
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a feature's side; both sides of a scaled image are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """See :class:`Record`."""
+        if self.resample != _BICUBIC:
+            yield "resample", f"expected {_BICUBIC} (bicubic), found {self.resample}"
+        if self.rotary_dim % 2:
+            yield "rotary_dim", f"expected an even number, found {self.rotary_dim}"
+        if self.window_size % self.factor:
+            yield "window_size", f"expected a multiple of {self.factor}"
+        if self.factor**2 > self.max_pixels:
+            yield "max_pixels", f"expected at least {self.factor}², those of a feature"
+        if self.min_pixels > self.max_pixels:
+            yield "min_pixels", f"expected at most max_pixels, {self.max_pixels}"
+        if min(self.image_std) <= 0:
+            yield "image_std", "expected positive numbers"
+        if self.pooled_before > len(self.before_ids):
+            yield "pooled_before", f"expected at most {len(self.before_ids)}"
+        if self.pooled_after > len(self.after_ids):
+            yield "pooled_after", f"expected at most {len(self.after_ids)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Record):
+    """What the graphs compute.
+
+    Attributes:
+        dim: length of a vector.
+        pooling: "mean", "cls" or "lasttoken"; for information, it is in the graph.
+        normalize: the source normalizes, so a truncated vector is normalized again.
+        max_length: most tokens of a text, special tokens included.
+        matryoshka_dims: dimensions that may be asked for; ``None``: any.
+        truncate_dim: dimension that vectors are cut to unless a call names one; ``None``: not cut.
+        multi_vector_dim: length of a token's vector, ``None`` without a multi-vector head.
+        modalities: "text", "image".
+        inputs: names of the task graphs' inputs; with images, all of :data:`IMAGE_INPUTS` too.
+        similarity: how vectors are compared.
+        image: how images become patches and tokens, ``None`` where they are not taken.
+        include_prompt: the tokens of a prompt are pooled; where they are not, calls take no prompt.
+    """
+
+    dim: Dimension
+    pooling: str
+    normalize: bool
+    max_length: Count
+    matryoshka_dims: tuple[Count, ...] | None
+    truncate_dim: Annotated[Count | None, Since("1.3")] = None
+    multi_vector_dim: Dimension | None
+    modalities: tuple[str, ...]
+    inputs: tuple[str, ...]
+    similarity: Literal["cosine", "dot"]
+    image: Annotated[ImageSettings | None, Since("1.1")] = None
+    include_prompt: Annotated[bool, Since("1.4"), SPARSE] = True
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """See :class:`Record`."""
+        if self.truncate_dim is not None and self.truncate_dim > self.dim:
+            yield "truncate_dim", f"{self.truncate_dim} is above model.dim, {self.dim}"
+        for index, dim in enumerate(self.matryoshka_dims or ()):
+            if dim > self.dim:
+                yield f"matryoshka_dims[{index}]", f"{dim} is above model.dim, {self.dim}"
+        needed = {*INPUTS[:2], *(IMAGE_INPUTS if self.image else ())}
+        if not needed <= set(self.inputs) <= needed | set(INPUTS):
+            found = ", ".join(self.inputs) or "none"
+            expected = f"{', '.join(sorted(needed))} and perhaps {INPUTS[2]}"
+            yield "inputs", f"expected {expected}, found {found}"
+        if ("image" in self.modalities) != (self.image is not None):
+            found = "an object" if self.image else "null"
+            yield "image", f"found {found}, where modalities are {list(self.modalities)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings(Record):
+    """The tokenizer file and what it does not say.
+
+    Attributes:
+        append_eos_token_id: an id to end every text with, which the file's own post-processor does
+            not add; ``None`` where there is nothing to add.
+        truncation_side: the end that a text which is too long loses.
+        table_rows: rows of the model's table of tokens, where the tokenizer has tokens beyond it.
+    """
+
+    file: BundlePath
+    pad_token_id: TokenId
+    append_eos_token_id: TokenId | None
+    truncation_side: Annotated[Literal["right", "left"], Since("1.3")] = "right"
+    table_rows: Annotated[Count | None, Since("1.4"), SPARSE] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Record):
+    """The adapter a task was merged from; ``None`` for what was not recorded.
+
+    Attributes:
+        own_prompts: whether the task's prompts come from the adapter's folder, not from the model.
+    """
+
+    name: str | None
+    sha256: str | None
+    base_model: str | None
+    own_prompts: Annotated[bool, Since("1.4"), SPARSE] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Record):
+    """A task's prompts by name, the one used when none is named, and its adapter (``None``: bare)."""
+
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None
+    adapter: Adapter | None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """See :class:`Record`."""
+        if self.default_prompt is not None and self.default_prompt not in self.prompts:
+            known = ", ".join(self.prompts) or "none"
+            yield "default_prompt", f"{self.default_prompt!r} is not in prompts ({known})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationConstant(Record):
+    """A scalar initializer with one value for 8-bit and one for 7-bit activations."""
+
+    dtype: Literal["float32", "uint8", "int8"]
+    full: Number
+    reduced: Number
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """See :class:`Record`."""
+        least, most = _RANGES[self.dtype]
+        for key, value in (("full", self.full), ("reduced", self.reduced)):
+            if not least <= value <= most or (self.dtype != "float32" and value % 1):
+                yield key, f"expected a value of {self.dtype}, found {value:.6g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision(Record):
+    """The graphs of one precision.
+
+    Attributes:
+        graphs: path of the graph by task; a task may be missing.
+        vision: path of the graph of the vision tower, which the tasks share; ``None`` without one.
+        devices: "cpu", "cuda": where its kernels exist.
+        row_multiple: batch × tokens has to be a multiple of this.
+        activation_constants: initializers to replace where u8×s8 products saturate, by name.
+        options: what the export was called with; free.
+        layers: path of the layer table by task.
+        fidelity: figures against the reference, by task; free, empty until ``bench --record``.
+        unpack: path, by task, of the list of weights that are unpacked when its graph opens; see
+            :mod:`embedge.runtime.bundle.packed_weights`. Empty where weights run as they are stored.
+    """
+
+    graphs: Mapping[str, BundlePath]
+    vision: Annotated[BundlePath | None, Since("1.1")] = None
+    devices: tuple[str, ...]
+    row_multiple: Annotated[int, Within(1, 4096)] = 1
+    activation_constants: Mapping[str, ActivationConstant] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, BundlePath] = field(default_factory=dict)
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+    unpack: Annotated[Mapping[str, BundlePath], Since("1.2"), SPARSE] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry(Record):
+    """A file's size in bytes and its SHA-256 in lower-case hexadecimal."""
+
+    size: Annotated[int, Within(0, MOST_BYTES)]
+    sha256: Annotated[str, _sha256_problem]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Record):
+    """A parsed ``manifest.json``."""
+
+    format_version: str = FORMAT_VERSION
     producer: Producer
     source: Source
     model: Model
     tokenizer: TokenizerSettings
-    tasks: Mapping[str, Task]
-    precisions: Mapping[str, Precision]
-    files: Mapping[str, FileEntry]
-    format_version: str = FORMAT_VERSION
+    tasks: Mapping[TaskName, Task]
+    precisions: Mapping[PrecisionName, Precision]
+    files: Mapping[BundlePath, FileEntry]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], file: str = "manifest.json") -> Manifest:
@@ -77,39 +350,8 @@ class Manifest:
             ManifestError: with the path of the first key that cannot be used, or for a
                 ``format_version`` of another major version.
         """
-        document = Table(values, "", file)
-        version = _checked_version(document)
-        files = document.table("files")
-        for name in files.values:
-            check_path(files, None, name)
-        tasks, precisions = document.table("tasks"), document.table("precisions")
-        check_names(tasks, "task")
-        check_names(precisions, "precision")
-        manifest = cls(
-            format_version=version,
-            producer=Producer.parse(document.table("producer")),
-            source=Source.parse(document.table("source")),
-            model=Model.parse(document.table("model")),
-            tokenizer=TokenizerSettings.parse(document.table("tokenizer")),
-            tasks={name: Task.parse(t) for name, t in tasks.tables()},
-            precisions={name: Precision.parse(p) for name, p in precisions.tables()},
-            files={name: FileEntry.parse(f) for name, f in files.tables()},
-        )
-        manifest._check_references(file)
-        return manifest
-
-    def to_dict(self) -> dict[str, Any]:
-        """The manifest as a JSON document, keys in the order of the format's description."""
-        return {
-            "format_version": self.format_version,
-            "producer": self.producer.to_dict(),
-            "source": self.source.to_dict(),
-            "model": self.model.to_dict(),
-            "tokenizer": self.tokenizer.to_dict(),
-            "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
-            "precisions": {name: p.to_dict() for name, p in self.precisions.items()},
-            "files": {name: entry.to_dict() for name, entry in self.files.items()},
-        }
+        _check_version(_Version.parse(values, Place(file)).format_version, Place(file))
+        return cls.parse(values, Place(file))
 
     def folder_bytes(self, precision: str) -> int:
         """Bytes of the files in the folders of a precision's graphs, which another may use too."""
@@ -117,50 +359,48 @@ class Manifest:
         folders = tuple({path.rpartition("/")[0] + "/" for path in graphs})
         return sum(entry.size for name, entry in self.files.items() if name.startswith(folders))
 
-    def _check_references(self, file: str) -> None:
-        """Every task and file that is named exists in the manifest."""
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """See :class:`Record`: every task and file that is named has to exist in the manifest."""
         if not self.tasks or not self.precisions:
             missing = "precisions" if self.tasks else "tasks"
-            raise ManifestError(f"{file}: {missing}: expected at least one, found none")
+            yield missing, "expected at least one, found none"
         named = {"tokenizer.file": self.tokenizer.file}
         for name, precision in self.precisions.items():
             if precision.vision is not None:
                 key = f"precisions.{name}.vision"
                 if self.model.image is None:
-                    raise ManifestError(f"{file}: {key}: expected null, as model.image is")
+                    yield key, "expected null, as model.image is"
                 if VISION in self.tasks:
-                    raise ManifestError(f"{file}: {key}: a task has the name {VISION!r} as well")
+                    yield key, f"a task has the name {VISION!r} as well"
                 named[key] = precision.vision
-            listed = {
-                "graphs": precision.graphs,
-                "layers": precision.layers,
-                "unpack": precision.unpack,
-            }
-            for kind, paths in listed.items():
-                for task, path in paths.items():
+            for kind in ("graphs", "layers", "unpack"):
+                for task, path in getattr(precision, kind).items():
                     key = f"precisions.{name}.{kind}.{task}"
                     if task not in self.tasks:
-                        known = ", ".join(self.tasks)
-                        raise ManifestError(f"{file}: {key}: no such task; tasks: {known}")
+                        yield key, f"no such task; tasks: {', '.join(self.tasks)}"
                     named[key] = path
         for key, path in named.items():
             if path not in self.files:
-                raise ManifestError(f"{file}: {key}: {path!r} is not listed in files")
+                yield key, f"{path!r} is not listed in files"
 
 
-def _checked_version(document: Table) -> str:
-    version = document.string("format_version")
+@dataclass(frozen=True, kw_only=True)
+class _Version(Record):
+    """What is read of a document before anything else."""
+
+    format_version: str
+
+
+def _check_version(version: str, document: Place) -> None:
+    place = document.member("format_version")
     match = re.fullmatch(r"(\d{1,9})\.(\d{1,9})", version)
     if match is None:
-        document.fail("format_version", f'expected "major.minor", found {version!r}')
+        place.fail(f'expected "major.minor", found {version!r}')
     known_major, known_minor = map(int, FORMAT_VERSION.split("."))
     major, minor = map(int, match.groups())
     if major != known_major:
         hint = "upgrade embedge" if major > known_major else "export the bundle again"
-        document.fail(
-            "format_version",
-            f"this embedge reads version {known_major}.x, the bundle is {version}; {hint}",
-        )
+        place.fail(f"this embedge reads version {known_major}.x, the bundle is {version}; {hint}")
     if minor > known_minor:
         warnings.warn(
             f"{document.file}: format_version {version} is newer than {FORMAT_VERSION}, which this "
@@ -168,4 +408,3 @@ def _checked_version(document: Table) -> str:
             EmbedgeWarning,
             stacklevel=2,
         )
-    return version

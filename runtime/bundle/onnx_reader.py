@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from embedge.runtime.bundle.contract import INLINE_BYTES
 from embedge.runtime.bundle.files import open_regular_file
+from embedge.runtime.bundle.schema import MOST_BYTES, Record, Within
 from embedge.runtime.errors import BundleError
 
 __all__ = [
@@ -52,7 +53,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExternalData:
+class ExternalData(Record):
     """Where an initializer's bytes lie: ``location`` is relative to the graph's folder.
 
     Attributes:
@@ -60,8 +61,8 @@ class ExternalData:
     """
 
     location: str
-    offset: int
-    length: int | None
+    offset: Annotated[int, Within(0, MOST_BYTES)]
+    length: Annotated[int, Within(0, MOST_BYTES)] | None
 
 
 @dataclass(frozen=True, kw_only=True)

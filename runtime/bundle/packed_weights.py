@@ -18,59 +18,73 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 
 from embedge.runtime.bundle.graph_check import FLOAT, INT8
-from embedge.runtime.bundle.json_object import MOST_BYTES, Table, read_json_object
+from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.onnx_reader import ExternalData
+from embedge.runtime.bundle.schema import Place, ReadBy, Record, Within
 
 __all__ = ["PackedWeight", "Tensor", "read_packed"]
 
-_MOST_BLOCK_SIZE = 4096
 
-Tensor: TypeAlias = ExternalData | bytes
+def _tensor(value: Any, place: Place) -> ExternalData | bytes:
+    if not isinstance(value, dict) or value.get("base64") is None:
+        return ExternalData.parse(value, place)
+    try:
+        return base64.b64decode(_Inline.parse(value, place).base64, validate=True)
+    except ValueError as error:  # binascii.Error, or a text that is not ASCII
+        place.member("base64").fail(f"{error}; copy or export the bundle again")
+
+
+Tensor: TypeAlias = Annotated[ExternalData | bytes, ReadBy(_tensor)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedWeight:
+class _Inline(Record):
+    base64: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight(Record):
     """One Linear's 4-bit weight, and what becomes of it.
 
     Attributes:
-        name: of the Linear; its initializers are ``NAME.weight`` and ``NAME.scales``.
         out_features: rows.
         in_features: columns.
         block_size: columns that share a scale and a zero point.
-        values: uint8 ``[out, blocks, block_size / 2]``, two to a byte, the earlier one low.
+        packed: uint8 ``[out, blocks, block_size / 2]``, two values to a byte, the earlier one low.
         block_scales: float32 ``[out, blocks]``.
         zero_points: uint8 ``[out, ceil(blocks / 2)]``, likewise two to a byte.
         columns: float32 ``[in]`` by which columns are multiplied, or ``None``.
         rotation: float32 ``[n, n]`` by which each block of ``n`` columns is multiplied then, or ``None``.
         rows: float32 ``[out]`` by which the scales are multiplied, or ``None``.
+        values: what ``packed`` was called when blocks were not rotated.
     """
 
-    name: str
-    out_features: int
-    in_features: int
-    block_size: int
-    values: Tensor
+    out_features: Annotated[int, Within(1)]
+    in_features: Annotated[int, Within(1)]
+    block_size: Annotated[int, Within(2, 4096)]
+    packed: Tensor
     block_scales: Tensor
     zero_points: Tensor
     columns: Tensor | None
     rotation: Tensor | None
     rows: Tensor | None
+    values: Any = None
 
     @property
     def tensors(self) -> Iterator[tuple[Tensor, str, tuple[int, ...]]]:
         """Each stored tensor with its dtype and shape."""
         blocks = -(-self.in_features // self.block_size)
         rows = self.out_features
-        yield self.values, "uint8", (rows, blocks, self.block_size // 2)
+        yield self.packed, "uint8", (rows, blocks, self.block_size // 2)
         yield self.block_scales, "float32", (rows, blocks)
         yield self.zero_points, "uint8", (rows, -(-blocks // 2))
         if self.columns is not None:
@@ -81,67 +95,38 @@ class PackedWeight:
         if self.rows is not None:
             yield self.rows, "float32", (rows,)
 
-    @property
-    def initializers(self) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
-        """Name, ONNX element type and shape of what is made of it."""
-        yield f"{self.name}.weight", (INT8, (self.in_features, self.out_features))
-        yield f"{self.name}.scales", (FLOAT, (self.out_features,))
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """See :class:`Record`."""
+        if self.values is not None:
+            yield "", "an earlier embedge wrote it; export the bundle again"
+        if self.block_size % 2:
+            yield "block_size", f"expected an even number, found {self.block_size}"
+        for tensor, dtype, shape in self.tensors:
+            if tensor is self.rotation and (not shape[0] or self.in_features % shape[0]):
+                yield "rotation", f"{shape[0]} rows do not divide {self.in_features} columns"
+            expected, found = prod(shape) * np.dtype(dtype).itemsize, _nbytes(tensor)
+            if found != expected:
+                yield "", f"a tensor of shape {shape}: expected {expected} bytes, found {found}"
+
+    def initializers(self, name: str) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
+        """Name, ONNX element type and shape of what is made of the weight of a Linear."""
+        yield f"{name}.weight", (INT8, (self.in_features, self.out_features))
+        yield f"{name}.scales", (FLOAT, (self.out_features,))
 
 
-def read_packed(file: Path) -> list[PackedWeight]:
-    """The weights that a list names.
+@dataclass(frozen=True, kw_only=True)
+class _List(Record):
+    weights: Mapping[str, PackedWeight]
+
+
+def read_packed(file: Path) -> Mapping[str, PackedWeight]:
+    """The weights that a list names, by the name of their Linear.
 
     Raises:
         BundleError: if the list cannot be read, or a tensor has not the bytes of its shape.
     """
-    table = Table(read_json_object(file), file=str(file))
-    return [_parse(name, entry) for name, entry in table.table("weights").tables()]
-
-
-def _parse(name: str, entry: Table) -> PackedWeight:
-    if entry.optional_table("values") is not None:  # as it was called when blocks were not rotated
-        entry.fail(None, "an earlier embedge wrote it; export the bundle again")
-    weight = PackedWeight(
-        name=name,
-        out_features=entry.integer("out_features", minimum=1),
-        in_features=entry.integer("in_features", minimum=1),
-        block_size=entry.integer("block_size", minimum=2, maximum=_MOST_BLOCK_SIZE),
-        values=_tensor(entry.table("packed")),
-        block_scales=_tensor(entry.table("block_scales")),
-        zero_points=_tensor(entry.table("zero_points")),
-        columns=_optional_tensor(entry, "columns"),
-        rotation=_optional_tensor(entry, "rotation"),
-        rows=_optional_tensor(entry, "rows"),
-    )
-    if weight.block_size % 2:
-        entry.fail("block_size", f"expected an even number, found {weight.block_size}")
-    for tensor, dtype, shape in weight.tensors:
-        if tensor is weight.rotation and (not shape[0] or weight.in_features % shape[0]):
-            entry.fail("rotation", f"{shape[0]} rows do not divide {weight.in_features} columns")
-        expected, found = prod(shape) * np.dtype(dtype).itemsize, _nbytes(tensor)
-        if found != expected:
-            entry.fail(None, f"a tensor of shape {shape}: expected {expected} bytes, found {found}")
-    return weight
+    return _List.parse(read_json_object(file), Place(str(file))).weights
 
 
 def _nbytes(tensor: Tensor) -> int | None:
     return len(tensor) if isinstance(tensor, bytes) else tensor.length
-
-
-def _optional_tensor(entry: Table, key: str) -> Tensor | None:
-    table = entry.optional_table(key)
-    return None if table is None else _tensor(table)
-
-
-def _tensor(table: Table) -> Tensor:
-    text = table.optional_string("base64")
-    if text is None:
-        return ExternalData(
-            location=table.string("location"),
-            offset=table.integer("offset", minimum=0, maximum=MOST_BYTES),
-            length=table.integer("length", minimum=0, maximum=MOST_BYTES),
-        )
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:  # binascii.Error, or a text that is not ASCII
-        table.fail("base64", f"{error}; copy or export the bundle again")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedge.runtime.bundle.contract import VISION
-from embedge.runtime.bundle.image_settings import ImageSettings
+from embedge.runtime.bundle.manifest import ImageSettings
 from embedge.runtime.encode.batch_runner import BatchRunner
 from embedge.runtime.encode.prefetch import prefetched
 from embedge.runtime.encode.request import Request

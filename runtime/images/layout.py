@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.bundle.image_settings import ImageSettings
+from embedge.runtime.bundle.manifest import ImageSettings
 from embedge.runtime.encode.sequences import ImageLayout
 from embedge.runtime.images.patches import ImagePatches
 

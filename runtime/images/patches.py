@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.bundle.image_settings import ImageSettings
+from embedge.runtime.bundle.manifest import ImageSettings
 from embedge.runtime.errors import EmbedgeValueError
 
 if TYPE_CHECKING:

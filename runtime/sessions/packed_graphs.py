@@ -28,17 +28,20 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.files import FileState, sha256_of, state_of
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.json_object import Table, read_json_object
+from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.lock import sole_holder
 from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.bundle.names import is_path
+from embedge.runtime.bundle.schema import Place, Record
 from embedge.runtime.bundle.writing import (
     make_folder,
     partial_of,
@@ -63,6 +66,25 @@ _RECORD, _GRAPH, _DATA = "prepared.json", "graph.onnx", "graph.bin"
 _LOCK = ".prepare.lock"
 _INLINE_BYTES = "1024"  # small tensors stay in the graph
 _SPACE = 2.5  # of a graph's bytes, while it is written
+
+
+def _file_problem(name: str) -> str | None:
+    return None if is_path(name) else f"{name[:80]!r} is no name of a file beside it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record(Record):
+    """What stands beside a prepared graph.
+
+    Attributes:
+        source: SHA-256 of the bundle's files that it was made from.
+        files: its own.
+        layout: how embedge's kernels read its weights; ``None``: as ONNX Runtime packs them.
+    """
+
+    source: Any = None
+    files: Mapping[Annotated[str, _file_problem], FileEntry] = field(default_factory=dict)
+    layout: Any = None
 
 
 class PreparedGraphs:
@@ -167,12 +189,8 @@ class PreparedGraphs:
                 path.name: FileEntry(size=path.stat().st_size, sha256=sha256_of(path)[0])
                 for path in sorted(partial.iterdir())
             }
-            record = {
-                "source": source,
-                "files": {file: entry.to_dict() for file, entry in files.items()},
-                "layout": layout,
-            }
-            replace_file(partial / _RECORD, json.dumps(record, indent=2) + "\n")
+            record = _Record(source=source, files=files, layout=layout)
+            replace_file(partial / _RECORD, json.dumps(record.to_dict(), indent=2) + "\n")
             sync_files(partial, files)
             put_in_place(partial, folder, replace=True)
         finally:
@@ -207,20 +225,14 @@ class PreparedGraphs:
     def _problem(self, folder: Path, precision: str, name: str, *, full: bool) -> str | None:
         """Why a prepared graph is not used."""
         try:
-            record = Table(read_json_object(folder / _RECORD), file=_RECORD)
-            if record.values.get("source") != self._source(precision, name):
+            record = _Record.parse(read_json_object(folder / _RECORD), Place(_RECORD))
+            if record.source != self._source(precision, name):
                 return "made from other files than the bundle has now"
-            listed = record.table("files")
-            for file in listed.values:
-                if not is_path(file):
-                    return f"{_RECORD} lists {file[:80]!r}, which is no name of its files"
-            files = {file: FileEntry.parse(entry) for file, entry in listed.tables()}
-            if _GRAPH not in files:
-                record.fail("files", f"expected {_GRAPH} among them")
-            layout = record.values.get("layout")
-            if layout != self._layout(precision):
-                return f"weights laid out as {layout}, not {self._layout(precision)}"
-            for file, entry in files.items():
+            if _GRAPH not in record.files:
+                return f"{_RECORD}: files: expected {_GRAPH} among them"
+            if record.layout != self._layout(precision):
+                return f"weights laid out as {record.layout}, not {self._layout(precision)}"
+            for file, entry in record.files.items():
                 problem = self._difference(folder / file, entry, hashed=full or file == _GRAPH)
                 if problem is not None:
                     return f"{file}: {problem}"

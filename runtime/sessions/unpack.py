@@ -14,7 +14,7 @@ Rounding 4-bit blocks again, to 255 levels a row, adds about a hundredth of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -92,7 +92,7 @@ def initializers_of(
     return made
 
 
-def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> Initializers:
+def unpack(weights: Mapping[str, PackedWeight], resolve: Resolve, *, threads: int) -> Initializers:
     """int8 ``[in, out]`` and float32 ``[out]``, by initializer name.
 
     Args:
@@ -105,7 +105,7 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
     """
     result: Initializers = {}
     workers = Workers(threads)
-    for weight in weights:  # one after the other: few rows of each are floats at a time
+    for name, weight in weights.items():  # one after the other: few rows are floats at a time
         matrix = np.empty((weight.in_features, weight.out_features), np.int8)
         scales = np.empty(weight.out_features, np.float32)
         stored = [_read(t, dtype, shape, resolve) for t, dtype, shape in weight.tensors]
@@ -114,7 +114,12 @@ def unpack(weights: list[PackedWeight], resolve: Resolve, *, threads: int) -> In
         work = partial(_unpack_rows, weight, stored, matrix, scales, step)
         for _ in workers.run(work, starts, most=2 * threads):
             pass
-        result |= {f"{weight.name}.weight": matrix, f"{weight.name}.scales": scales}
+        if not np.isfinite(scales).all():
+            raise BundleError(
+                f"weight {name}: its 4-bit blocks hold values that are not finite; copy or export the "
+                "bundle again"
+            )
+        result |= {f"{name}.weight": matrix, f"{name}.scales": scales}
     return result
 
 
@@ -127,7 +132,7 @@ def _unpack_rows(
     start: int,
 ) -> None:
     """Fills the columns of ``matrix`` and the scales that some rows of the weight make."""
-    with np.errstate(all="ignore"):  # what is not finite is refused
+    with np.errstate(all="ignore"):  # what is not finite is refused in the end
         _unpack_quietly(weight, stored, matrix, scales, slice(start, start + step))
 
 
@@ -153,12 +158,7 @@ def _unpack_quietly(
         rotation: NDArray[np.float32] = others.pop(0)
         floats = (floats.reshape(-1, len(rotation)) @ rotation).reshape(floats.shape)
     scale = np.abs(floats).max(axis=1) / np.float32(_QMAX)
-    if not np.isfinite(scale).all():
-        raise BundleError(
-            f"weight {weight.name}: its 4-bit blocks hold values that are not finite; copy or export the "
-            "bundle again"
-        )
-    scale = np.where(scale > 0, scale, np.float32(1))
+    scale[scale == 0] = 1  # what is not finite stays so
     floats /= scale[:, None]
     matrix[:, rows] = np.rint(floats, out=floats).astype(np.int8).T
     scales[rows] = scale if weight.rows is None else scale * others[-1][rows]

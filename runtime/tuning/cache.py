@@ -16,13 +16,14 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.json_object import MOST_BYTES, Table, read_json_object
+from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.bundle.schema import MOST_BYTES, Place, Record, Within
 from embedge.runtime.bundle.writing import replace_file
 from embedge.runtime.errors import BundleError, EmbedgeWarning
 from embedge.runtime.sessions.packed_graphs import machine_name
@@ -41,8 +42,16 @@ _NAME = "wisdom.json"
 _FORMAT_VERSION = 1
 
 
+def _time_problem(value: float) -> str | None:
+    return None if value > 0 else f"expected a time above 0, found {value}"
+
+
+def _threads_problem(count: str) -> str | None:
+    return None if re.fullmatch("[0-9]{1,9}", count) else f"{count!r} is no number of threads"
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(Record):
     """How the batches of a graph run on a processor.
 
     Attributes:
@@ -53,12 +62,12 @@ class RunSettings:
     """
 
     lanes: bool
-    narrow_tokens: int
-    batch_tokens: int
+    narrow_tokens: Annotated[int, Within(0)]
+    batch_tokens: Annotated[int, Within(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TunedPrecision:
+class TunedPrecision(Record):
     """A precision as it was measured, with its fastest settings.
 
     Attributes:
@@ -71,34 +80,33 @@ class TunedPrecision:
 
     task: str
     graph_sha256: str
-    graph_bytes: int
-    milliseconds: Mapping[str, float]
+    graph_bytes: Annotated[int, Within(1, MOST_BYTES)]
+    milliseconds: Mapping[str, Annotated[float, _time_problem]]
     settings: RunSettings
-
-    @classmethod
-    def parse(cls, table: Table) -> TunedPrecision:
-        """Reads the object, see :class:`Table` for what it raises."""
-        times, settings = table.table("milliseconds"), table.table("settings")
-        milliseconds = {shape: float(times.number(shape)) for shape in times.values}
-        for shape, value in milliseconds.items():
-            if value <= 0:
-                times.fail(shape, f"expected a time above 0, found {value}")
-        return cls(
-            task=table.string("task"),
-            graph_sha256=table.string("graph_sha256"),
-            graph_bytes=table.integer("graph_bytes", minimum=1, maximum=MOST_BYTES),
-            milliseconds=milliseconds,
-            settings=RunSettings(
-                lanes=settings.flag("lanes"),
-                narrow_tokens=settings.integer("narrow_tokens", minimum=0),
-                batch_tokens=settings.integer("batch_tokens", minimum=1),
-            ),
-        )
 
     def fits(self, manifest: Manifest, precision: str) -> bool:
         """Whether the bundle's graph still is the one that was measured."""
         graph = manifest.precisions[precision].graphs.get(self.task)
         return graph is not None and manifest.files[graph].sha256 == self.graph_sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head(Record):
+    """What is read of the file before anything else."""
+
+    format_version: Annotated[int, Within(1)]
+    machine: str
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.format_version != _FORMAT_VERSION:
+            yield "format_version", f"expected {_FORMAT_VERSION}, found {self.format_version}"
+        if self.machine != machine_name():
+            yield "machine", f"measured on another, {self.machine}; this is {machine_name()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Document(_Head):
+    threads: Mapping[Annotated[str, _threads_problem], Mapping[str, TunedPrecision]]
 
 
 Wisdom: TypeAlias = Mapping[
@@ -162,15 +170,12 @@ def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
     except (BundleError, OSError):
         everything = {}  # damaged: what is measured now takes its place
     everything[threads] = {**everything.get(threads, {}), **measured}
-    document = {
-        "format_version": _FORMAT_VERSION,
-        "machine": machine_name(),
-        "threads": {
-            str(count): {precision: asdict(found) for precision, found in by_precision.items()}
-            for count, by_precision in sorted(everything.items())
-        },
-    }
-    replace_file(file, json.dumps(document, indent=2) + "\n")
+    document = _Document(
+        format_version=_FORMAT_VERSION,
+        machine=machine_name(),
+        threads={str(count): found for count, found in sorted(everything.items())},
+    )
+    replace_file(file, json.dumps(document.to_dict(), indent=2) + "\n")
     if file.parent == places.inside:
         places.forget_cached(_NAME)
     return file
@@ -194,21 +199,9 @@ def _read(file: Path) -> dict[int, dict[str, TunedPrecision]] | None:
     """
     if not file.exists():
         return None
-    document = Table(read_json_object(file), file=str(file))
-    version = document.integer("format_version", minimum=1)
-    if version != _FORMAT_VERSION:
-        document.fail("format_version", f"expected {_FORMAT_VERSION}, found {version}")
-    machine = document.string("machine")
-    if machine != machine_name():
-        document.fail("machine", f"measured on another, {machine}; this is {machine_name()}")
-    return dict(_by_threads(document.table("threads")))
-
-
-def _by_threads(table: Table) -> Iterator[tuple[int, dict[str, TunedPrecision]]]:
-    for count, by_precision in table.tables():
-        if not re.fullmatch("[0-9]{1,9}", count):
-            table.fail(count, "expected a number of threads")
-        yield int(count), {name: TunedPrecision.parse(one) for name, one in by_precision.tables()}
+    values, place = read_json_object(file), Place(str(file))
+    _Head.parse(values, place)
+    return {int(n): dict(found) for n, found in _Document.parse(values, place).threads.items()}
 
 
 def _warn(message: str) -> None:

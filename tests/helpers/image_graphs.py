@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from embedge.runtime.bundle.image_settings import ImageSettings
+from embedge.runtime.bundle.manifest import ImageSettings
 from embedge.runtime.images.layout import image_layout
 from embedge.runtime.images.load import load_image
 from embedge.runtime.images.patches import ImageProcessor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedge.runtime.bundle.image_settings import ImageSettings
+from embedge.runtime.bundle.manifest import ImageSettings
 
 SETTINGS = ImageSettings(
     patch_size=14,

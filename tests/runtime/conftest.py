@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from embedge.runtime.bundle.contract import FORMAT_VERSION
-from embedge.runtime.bundle.manifest_parts import IMAGE_INPUTS
+from embedge.runtime.bundle.manifest import IMAGE_INPUTS
 from tests.helpers.files_of import file_entries
 from tests.helpers.image_graphs import (
     PATCH_VALUES,

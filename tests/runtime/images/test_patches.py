@@ -11,8 +11,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from embedge.runtime import EmbedgeValueError
-from embedge.runtime.bundle.image_settings import ImageSettings
-from embedge.runtime.bundle.json_object import Table
+from embedge.runtime.bundle.manifest import ImageSettings
+from embedge.runtime.bundle.schema import Place
 from embedge.runtime.errors import ManifestError
 from embedge.runtime.images.patches import ImageProcessor, pixel_range
 from tests.helpers.images import SETTINGS
@@ -102,7 +102,7 @@ def test_twenty_megapixels_take_little_memory() -> None:
 
 
 def test_settings_survive_json() -> None:
-    assert ImageSettings.parse(Table(SETTINGS.to_dict(), "model.image")) == SETTINGS
+    assert ImageSettings.parse(SETTINGS.to_dict()) == SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_settings_survive_json() -> None:
 )
 def test_broken_settings_name_the_key(key: str, value: object) -> None:
     with pytest.raises(ManifestError, match=rf"model\.image\.{key}"):
-        ImageSettings.parse(Table({**SETTINGS.to_dict(), key: value}, "model.image"))
+        ImageSettings.parse({**SETTINGS.to_dict(), key: value}, Place(path="model.image"))
 
 
 def test_other_numbers_than_clips_are_honoured() -> None:

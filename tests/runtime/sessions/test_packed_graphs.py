@@ -218,7 +218,7 @@ def test_a_record_names_files_of_its_folder_alone(bundle: Any, name: Any) -> Non
     record = json.loads(record_file.read_text())
     record["files"][name] = 1
     record_file.write_text(json.dumps(record))
-    with pytest.warns(EmbedgeWarning, match="not used: prepared.json lists .*no name of its files"):
+    with pytest.warns(EmbedgeWarning, match="not used: prepared.json: files: .*no name of a file"):
         assert Embedder(bundle.path).encode("w1").shape == (8,)
 
 

@@ -121,7 +121,7 @@ class TestFile:
             (lambda file: edit(file, lambda d: d.update(machine="m")), "measured on another, m"),
             (
                 lambda file: edit(file, lambda d: d["threads"].update(two={})),
-                "expected a number of threads",
+                "is no number of threads",
             ),
             (
                 lambda file: edit(
