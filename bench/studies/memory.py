@@ -32,8 +32,10 @@ _INTERVAL_SECONDS = 0.02
 _EXPORT = """
 import sys
 from embedge.export import export_bundle
-source, adapter, precision, out = sys.argv[1:]
-export_bundle(source, adapters={"task": adapter}, precisions=[precision], out=out)
+source, adapter, precision, out, texts = sys.argv[1:]
+export_bundle(
+    source, adapters={"task": adapter}, precisions=[precision], out=out, calibration=texts
+)
 """
 
 
@@ -162,14 +164,23 @@ def write_adapter(folder: Path, shape: Shape, seed: int = 1) -> None:
     _write_json(folder / "adapter_config.json", settings)
 
 
-def export_cost(source: Path, adapter: Path, precision: str, out: Path) -> Cost:
+def export_cost(
+    source: Path, adapter: Path, precision: str, out: Path, calibration: str | Path = "default"
+) -> Cost:
     """Export in a child process and watch its memory.
+
+    Args:
+        source: the model's folder.
+        adapter: a LoRA's folder.
+        precision: of the bundle.
+        out: the bundle's folder.
+        calibration: as of ``export_bundle``.
 
     Raises:
         BenchError: the export failed; with the last line it wrote.
     """
     started = time.monotonic()
-    arguments = [str(source), str(adapter), precision, str(out)]
+    arguments = [str(source), str(adapter), precision, str(out), str(calibration)]
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _EXPORT, *arguments],
         stderr=subprocess.PIPE,
