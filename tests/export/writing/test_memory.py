@@ -9,7 +9,7 @@ import pytest
 from embedge.bench.studies.memory import Cost, Shape, export_cost, write_adapter, write_model
 from embedge.export.calibration.texts import packaged_texts
 
-SMALL, LARGE = 36e6, 200e6  # bytes of weights
+SMALL, LARGE = 36e6, 120e6  # bytes of weights
 
 
 def cost_of(nbytes: float, precision: str, folder: Path) -> tuple[int, Cost]:
