@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from qwen_vocabulary import MERGES, added_ids
 
 TASKS = ("retrieval", "text-matching", "code")
 PROJECTOR = "multi_vector_projector"
 TEXT, VISION = "model.language_model.", "model.visual."
 TOKENS = {
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_token_id": 151654,
+    "bos_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "vision_token_id": "<|vision_pad|>",
 }
 
 
@@ -47,11 +49,17 @@ class Size:
     outlier_sizes: tuple[float, float]
     adapter_strength: float
     vocabulary: int = 151936  # rows of the table; the tokenizer has 151,665 tokens
+    merges: int = MERGES  # of the tokenizer
     projector: int = 128
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    def tokens(self) -> dict[str, int]:
+        """Return the ids of special tokens that configurations name."""
+        ids = added_ids(self.merges)
+        return {key: ids[token] for key, token in TOKENS.items()}
 
 
 FULL = Size(
@@ -92,7 +100,8 @@ TINY = Size(
     outlier_sizes=(20.0, 40.0),
     adapter_strength=0.3,
 )
-SIZES = {"full": FULL, "tiny": TINY}
+SHORT = replace(TINY, vocabulary=2304, merges=2000)  # the tiny one with few words, read at once
+SIZES = {"full": FULL, "tiny": TINY, "short": SHORT}
 
 
 def text_config(size: Size) -> dict[str, Any]:
@@ -100,8 +109,8 @@ def text_config(size: Size) -> dict[str, Any]:
     section = list(size.mrope_section)
     return {
         "attention_dropout": 0.0,
-        "bos_token_id": TOKENS["bos_token_id"],
-        "eos_token_id": TOKENS["eos_token_id"],
+        "bos_token_id": size.tokens()["bos_token_id"],
+        "eos_token_id": size.tokens()["eos_token_id"],
         "hidden_act": "silu",
         "hidden_size": size.hidden,
         "initializer_range": 0.02,
@@ -151,7 +160,7 @@ def nested_config(size: Size) -> dict[str, Any]:
     inner |= {"image_token_id": None, "sliding_window": None}
     return {
         **text,
-        **TOKENS,
+        **size.tokens(),
         "text_config": {**text, **inner},
         "transformers_version": "4.52.0",
         "vision_config": vision_config(size),
@@ -192,7 +201,7 @@ def stock_config(size: Size) -> dict[str, Any]:
         del vision[name]
     return {
         **text_config(size),
-        **TOKENS,
+        **size.tokens(),
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "rope_scaling": {"type": "mrope", "mrope_section": list(size.mrope_section)},

