@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from jina_v4_layout import SHORT
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
@@ -240,10 +242,13 @@ def test_tasks_share_the_vision_tower_and_the_token_table(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["precisions"]["fp32"]["vision"] == "fp32/vision.onnx"
     assert [p.name for p in bundle.rglob("vision*.bin")] == ["vision.bin"]
-    table = 151936 * 64 * 4
+    table = SHORT.vocabulary * SHORT.hidden * 4
     sizes = {p.name: p.stat().st_size for p in (bundle / "fp32").glob("*.bin")}
     assert sizes["shared.bin"] >= table
-    assert all(sizes[f"{task}.bin"] < table / 4 for task in TASKS)
+    for task in TASKS:
+        graph = onnx.load(bundle / "fp32" / f"{task}.onnx", load_external_data=False).graph
+        [found] = [t for t in graph.initializer if list(t.dims) == [SHORT.vocabulary, SHORT.hidden]]
+        assert {e.key: e.value for e in found.external_data}["location"] == "shared.bin"
     assert manifest["model"]["matryoshka_dims"] == [16, 32, 64]
 
 
