@@ -331,7 +331,7 @@ def pages_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from random_jina_v4 import write_checkpoint
 
     folder = tmp_path_factory.mktemp("pages")
-    source = write_checkpoint(folder / "model", "short")
+    source = write_checkpoint(folder / "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the adapters name another base
         return export_bundle(source, precisions=["fp32"], calibration="none", out=folder / "bundle")
