@@ -128,7 +128,7 @@ def test_a_prepared_graph_is_opened_in_place_and_gives_the_same_vectors(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("laid out again")
 
-    monkeypatch.setattr("embedge.runtime.bundle.folder.in_panels", refuse)
+    monkeypatch.setattr("embedge.runtime.sessions.unpack.in_panels", refuse)
     with layouts_seen() as seen:
         found = encode(bundle, precision)
     assert set(seen) == {True}
