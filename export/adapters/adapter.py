@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.adapters.binding import plan
+from embedge.export.adapters.binding import bind
 from embedge.export.adapters.config import LoraSettings, read_peft_config
 from embedge.export.adapters.keys import AdapterKeys, sort_keys
-from embedge.export.adapters.merge_rules import MergeRule
+from embedge.export.adapters.merge import MergeRule
 from embedge.export.errors import AdapterError
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.fingerprint import files_sha256
@@ -29,7 +29,6 @@ __all__ = ["Adapter", "BoundAdapter"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_MOST_SHOWN = 4  # problems in a message
 
 
 class Adapter:
@@ -90,11 +89,6 @@ class Adapter:
         is_hub_id = recorded.count("/") == 1 and not recorded.startswith((".", "/", "~"))
         return recorded if is_hub_id else base_name(recorded)
 
-    @property
-    def rank(self) -> int:
-        """The rank where no rank pattern says otherwise."""
-        return self.settings.r
-
     def bind(
         self,
         checkpoint: Checkpoint,
@@ -122,23 +116,15 @@ class Adapter:
         Warns:
             UserWarning: if the adapter names another base model, changes nothing, or trains a head.
         """
-        found = plan(self.file, self.adapter_keys, self.settings, checkpoint, canonical, heads)
-        problems = found.problems
-        expected = self.settings.base_sha256
-        if expected is not None and expected != checkpoint.sha256():
-            problems.insert(
-                0,
-                f"it was trained on base weights with the sha256 {expected}, these have "
-                f"{checkpoint.sha256()}",
-            )
-        if problems:
-            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-            shown, rest = problems[:_MOST_SHOWN], len(problems) - _MOST_SHOWN
-            more = f"; and {rest} more" if rest > 0 else ""
-            raise AdapterError(
-                f"adapter {self.name!r} ({self.folder}) does not fit the model "
-                f"{checkpoint.name!r}, {count}: {'; '.join(shown)}{more}; {found.advice}"
-            )
+        found = bind(
+            self.name,
+            self.file,
+            self.adapter_keys,
+            self.settings,
+            checkpoint,
+            canonical,
+            heads,
+        )
         self._warn(checkpoint, found.rules, found.left_out, published)
         return BoundAdapter(self, checkpoint, found.rules)
 
@@ -209,13 +195,13 @@ class BoundAdapter:
         """Hold the rules of the changed tensors; use :meth:`Adapter.bind`."""
         self.adapter = adapter
         self.checkpoint = checkpoint
-        self._recipes = rules
+        self._rules = rules
         self.touched = frozenset(key for key, rule in rules.items() if rule.changes)
         self.added = frozenset(key for key in rules if not checkpoint.has(key))
 
     def sources(self, keys: Iterable[str]) -> list[str]:
         """Return the adapter's own tensors that change the tensors ``keys``, sorted."""
-        rules = [self._recipes[key] for key in keys]
+        rules = [self._rules[key] for key in keys]
         parts = [(r.replacement, r.a, r.b, r.magnitude, r.shift, r.rows) for r in rules]
         return sorted({part for listed in parts for part in listed if part is not None})
 
@@ -233,7 +219,7 @@ class BoundAdapter:
         Raises:
             CheckpointError: if there is no such tensor.
         """
-        return self._recipes[key].shape if key in self.added else self.checkpoint.shape(key)
+        return self._rules[key].shape if key in self.added else self.checkpoint.shape(key)
 
     def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Return the merged tensor ``key``, or some rows, as a fresh array, by PEFT's rule in float32.
@@ -242,7 +228,7 @@ class BoundAdapter:
             CheckpointError: if there is no such tensor, or the base's holds NaN or infinity.
             AdapterError: if the merged tensor is not finite.
         """
-        rule = self._recipes.get(key)
+        rule = self._rules.get(key)
         if rule is None or not rule.changes:
             return self.checkpoint.read(key, rows)
         keeps_base = rule.replacement is None and self.checkpoint.has(key)

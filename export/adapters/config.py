@@ -1,16 +1,6 @@
-"""adapter_config.json: what of PEFT's LoraConfig is merged, what does not matter, and what is
-refused.
+"""adapter_config.json: the fields of PEFT's LoraConfig that the merge uses, typed and checked.
 
-Every field of LoraConfig in PEFT 0.21 stands in exactly one of three tables:
-
-- fields that the merge uses (:class:`LoraSettings`);
-- ``_HARMLESS``: they steer training or say where layers were put; the keys in the weight file tell
-  that too;
-- ``_REFUSED``: the result is something other than ``base + scale · B · A`` on the base as
-  published.
-
-A field of another version of PEFT that is set to anything is refused as unknown, because an adapter
-that merges wrongly does so in silence: every key is used and every shape fits.
+Which fields refuse an adapter stands in :mod:`embedge.export.adapters.refused_options`.
 """
 
 from __future__ import annotations
@@ -22,105 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedge.export.adapters.merge_advice import merge_advice
+from embedge.export.adapters.refused_options import model_class, refuse_options
 from embedge.export.errors import AdapterError
 from embedge.export.source.json_files import read_json_object
 
 __all__ = ["LoraSettings", "read_peft_config"]
-
-_USED = frozenset(
-    {
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "lora_bias",
-        "bias",
-        "modules_to_save",
-        "trainable_token_indices",
-        "task_type",
-        "auto_mapping",
-        "init_lora_weights",
-        "base_model_name_or_path",
-        "embedge_base_sha256",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    }
-)
-_HARMLESS = frozenset(
-    {
-        "ensure_weight_tying",
-        "eva_config",
-        "fan_in_fan_out",  # PEFT goes by the class of the layer and corrects the flag
-        "inference_mode",
-        "lora_dropout",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "velora_config",  # only the gradients are computed differently
-    }
-)
-_CHANGES_BASE = (
-    "changes the base weights when it is set up, so the published "
-    "base is not what it was trained on"
-)
-# PEFT's own conversion to a plain LoRA resets init_lora_weights but keeps these.
-_LEFT_OVER = " (if it was converted to a plain LoRA since, remove this field)"
-_REFUSED = {
-    "alora_invocation_tokens": "acts only from an invocation on (aLoRA), which is no merged weight",
-    "arrow_config": "chooses between adapters for every token (Arrow), which is no merged weight",
-    "corda_config": f"CorDA {_CHANGES_BASE}{_LEFT_OVER}",
-    "kasa_config": f"KaSA {_CHANGES_BASE}",
-    "layer_replication": "repeats layers of the base, so the model is another one",
-    "loftq_config": f"LoftQ {_CHANGES_BASE}{_LEFT_OVER}",
-    "lora_ga_config": f"LoRA-GA {_CHANGES_BASE}{_LEFT_OVER}",
-    "megatron_config": "is for models built with Megatron",
-    "monteclora_config": "samples the weights at random (MonteCLoRA)",
-    "target_parameters": "puts LoRA on bare parameters, which is not implemented",
-    "use_bdlora": "makes the factors block-diagonal (BD-LoRA), which is not implemented",
-    "use_qalora": "pools the inputs of a quantized base (QA-LoRA), which is not implemented",
-}
-# Values of init_lora_weights that leave the base as it is; MiCA reads it without changing it.
-_ADDITIVE_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-_BASE_CHANGING_INITS = {
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "corda": "CorDA",
-    "loftq": "LoftQ",
-    "lora_ga": "LoRA-GA",
-}
-_MODEL_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
-# What no weight of the base can stand for; everything else PEFT can merge.
-_NO_WEIGHT = frozenset(
-    {"alora_invocation_tokens", "arrow_config", "megatron_config", "monteclora_config"}
-)
-_PROMPTS = frozenset(
-    {
-        "ADAPTION_PROMPT",
-        "CPT",
-        "MULTITASK_PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "PROMPT_TUNING",
-    }
-)
-_CONVERTIBLE = (
-    "save it as a plain LoRA with PEFT (save_pretrained(…, "
-    "path_initial_model_for_weight_conversion=…)), or "
-)
-_NO_WAY = "train a plain LoRA for this task, or export it without an adapter (--no-adapter NAME)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +83,6 @@ class LoraSettings:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
-    bias: str
     modules_to_save: tuple[str, ...]
     base_model: str | None
     base_sha256: str | None
@@ -226,14 +121,7 @@ def read_peft_config(file: Path) -> LoraSettings:
             adapter is of a kind that cannot be merged (named, with the reason).
     """
     config = read_json_object(file, AdapterError)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        unknown = not isinstance(kind, str) or kind in _PROMPTS
-        way_out = _NO_WAY if unknown else _merge_advice(file, config)
-        raise AdapterError(
-            f"{file}: peft_type is {kind!r}; only LORA adapters are supported; {way_out}"
-        )
-    _refuse(file, config)
+    refuse_options(file, config)
     fields = _Fields(file, config)
     settings = LoraSettings(
         r=fields.rank("r", config.get("r", 8)),
@@ -248,12 +136,11 @@ def read_peft_config(file: Path) -> LoraSettings:
         use_rslora=fields.flag("use_rslora"),
         use_dora=fields.flag("use_dora"),
         lora_bias=fields.flag("lora_bias"),
-        bias=str(config.get("bias") or "none"),
         modules_to_save=fields.names("modules_to_save"),
         base_model=fields.text("base_model_name_or_path"),
         base_sha256=fields.text("embedge_base_sha256"),
         trainable_tokens=fields.tokens("trainable_token_indices"),
-        model_class=_model_class(config),
+        model_class=model_class(config),
         targets=Targets(
             modules=fields.modules("target_modules"),
             excluded=fields.modules("exclude_modules"),
@@ -261,54 +148,12 @@ def read_peft_config(file: Path) -> LoraSettings:
             containers=fields.containers("layers_pattern"),
         ),
     )
-    if settings.bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"{file}: bias is {settings.bias!r}, expected none, all or lora_only")
+    bias = config.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        raise AdapterError(f"{file}: bias is {bias!r}, expected none, all or lora_only")
     if settings.use_dora and settings.lora_bias:
         raise AdapterError(f"{file}: use_dora with lora_bias is not supported, by PEFT neither")
     return settings
-
-
-def _model_class(config: Mapping[str, Any]) -> str:
-    """The class of transformers that PEFT was given, ``"AutoModel"`` where it is not recorded."""
-    mapping = config.get("auto_mapping")
-    recorded = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    if isinstance(recorded, str) and re.fullmatch(r"[A-Z][A-Za-z0-9]*", recorded):
-        return recorded
-    return _MODEL_CLASSES.get(str(config.get("task_type")), "AutoModel")
-
-
-def _refuse(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise the one error that lists every setting that cannot be merged."""
-    reasons, way_out = [], _merge_advice(file, config)
-    init = config.get("init_lora_weights", True)
-    if init not in _ADDITIVE_INITS:
-        family = next(
-            (n for key, n in _BASE_CHANGING_INITS.items() if str(init).lower().startswith(key)),
-            None,
-        )
-        reason = (
-            f"{family} {_CHANGES_BASE}"
-            if family
-            else "an unknown initialization, which may change the base"
-        )
-        reasons.append(f"init_lora_weights={init!r}: {reason}")
-        way_out = _CONVERTIBLE + way_out if family else way_out
-    for key in sorted(set(config) - _USED - _HARMLESS):
-        value = config[key]
-        if value is None or value is False or value in ("", [], {}):
-            continue
-        way_out = _NO_WAY if key in _NO_WEIGHT else way_out
-        reasons.append(
-            f"{key}={value!r}: {_REFUSED.get(key, 'a setting that embedge does not know')}"
-        )
-    if reasons:
-        raise AdapterError(f"{file}: cannot be merged exactly: {'; '.join(reasons)}; {way_out}")
-
-
-def _merge_advice(file: Path, config: Mapping[str, Any]) -> str:
-    """What to type, with MODEL for the base's folder."""
-    model = Path("MODEL")
-    return merge_advice(model, model, file.parent, _model_class(config))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 from embedge.export.adapters.adapter import Adapter
 from embedge.export.errors import AdapterError, CheckpointError
 from embedge.export.source.checkpoint import Checkpoint
+from embedge.export.source.config import words
 from embedge.export.source.fingerprint import dense_sha256
 from embedge.export.source.json_files import read_bytes, read_json_object
 from embedge.export.source.modules import MODULES, transformer_folder
@@ -43,27 +44,9 @@ _VOCABULARIES = (
     "vocab.txt",
 )
 # Keys of config.json that no vector depends on, by a part of their name.
-_BOOKKEEPING = (
-    *(
-        "_name",
-        "architectures",
-        "auto_map",
-        "dropout",
-        "dtype",
-        "finetuning",
-        "id2label",
-        "initializer",
-    ),
-    *(
-        "label2id",
-        "num_labels",
-        "output_",
-        "problem_type",
-        "return_dict",
-        "task_specific",
-        "tie_word",
-    ),
-    *("token_id", "transformers_version", "use_cache", "gradient", "vocab_size"),
+_BOOKKEEPING = words(
+    "_name architectures auto_map dropout dtype finetuning gradient id2label initializer label2id num_labels "
+    "output_ problem_type return_dict task_specific tie_word token_id transformers_version use_cache vocab_size"
 )
 
 

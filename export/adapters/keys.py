@@ -21,12 +21,12 @@ many adapters: only the keys of the wanted one are sorted, and all have to cover
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 
-__all__ = ["AdapterKeys", "sort_keys"]
+__all__ = ["PREFIX", "AdapterKeys", "sort_keys"]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # PEFT's own; keys may be given without
 _LORA = re.compile(
     r"(?P<module>.+)\.(?:"
     r"(?P<factor>lora_A|lora_B)(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)"
@@ -52,7 +52,7 @@ class AdapterKeys:
         full: parameter paths that a full tensor may be meant for, the likelier first → keys.
         originals: parameter path → key of a copy of the base's tensor that PEFT does not use.
         problems: one text for every key that is not understood.
-        others: keys of the other adapters in the file.
+        others: keys of the file that are none of these, of other adapters in it for example.
     """
 
     lora: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -61,6 +61,18 @@ class AdapterKeys:
     originals: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     others: frozenset[str] = frozenset()
+
+    def without(self, dropped: Collection[str]) -> AdapterKeys:
+        """Return them with the keys ``dropped`` among the others."""
+        dropped = self.others.union(dropped)
+        return replace(
+            self,
+            others=dropped,
+            lora={m: p for m, p in self.lora.items() if not dropped.issuperset(p.values())},
+            full={t: s for t, s in self.full.items() if not dropped.issuperset(s)},
+            originals={p: k for p, k in self.originals.items() if k not in dropped},
+            tokens={m: k for m, k in self.tokens.items() if k not in dropped},
+        )
 
 
 def sort_keys(keys: Iterable[str], name: str) -> AdapterKeys:
@@ -72,7 +84,7 @@ def sort_keys(keys: Iterable[str], name: str) -> AdapterKeys:
     for key in keys:
         if key in others:
             continue
-        if match := _LORA.fullmatch(key.removeprefix(_PREFIX)):
+        if match := _LORA.fullmatch(key.removeprefix(PREFIX)):
             part = match["factor"] or match["embedding"] or match["magnitude"]
             part += ".bias" if match["parameter"] == "bias" else ""
             parts = sorted_keys.lora.setdefault(match["module"], {})
@@ -95,7 +107,7 @@ def _other_adapters(keys: Iterable[str], name: str) -> tuple[list[str], frozense
     """What is wrong with a file of several adapters, and the keys that are not those of ``name``."""
     by_adapter: dict[str, dict[str, str]] = {}
     for key in keys:
-        match = _LORA.fullmatch(key.removeprefix(_PREFIX))
+        match = _LORA.fullmatch(key.removeprefix(PREFIX))
         if match and match["adapter"]:
             part = f"{match['module']}.{match['factor']}.{match['parameter']}"
             by_adapter.setdefault(match["adapter"], {})[part] = key
@@ -115,7 +127,7 @@ def _other_adapters(keys: Iterable[str], name: str) -> tuple[list[str], frozense
 
 
 def _sort_full_tensor(key: str, sorted_keys: AdapterKeys) -> None:
-    path = key.removeprefix(_PREFIX)
+    path = key.removeprefix(PREFIX)
     if _TRAINING_ONLY.fullmatch(path):
         return
     if match := _TOKENS.fullmatch(path):
@@ -146,7 +158,7 @@ def _sort_full_tensor(key: str, sorted_keys: AdapterKeys) -> None:
     elif path.rpartition(".")[0] in sorted_keys.lora:
         expected = ".base_layer.".join(path.rpartition(".")[::2])
         sorted_keys.problems.append(
-            f"{key}: this module has LoRA, where PEFT reads only {_PREFIX}{expected}"
+            f"{key}: this module has LoRA, where PEFT reads only {PREFIX}{expected}"
         )
         return
     sorted_keys.full.setdefault(targets, []).append(key)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import CheckpointError
+from embedge.export.source.config import words
 from embedge.export.source.json_files import read_json_object
 from embedge.export.source.safetensors_file import SafetensorsFile
 from embedge.export.source.weight_files import pickled
@@ -24,16 +25,8 @@ _ACTIVATIONS = {
     "Sigmoid": "sigmoid",
     "SiLU": "silu",
 }
-_KNOWN_KEYS = frozenset(
-    {
-        "in_features",
-        "out_features",
-        "bias",
-        "activation_function",
-        "module_input_name",
-        "module_output_name",
-        "use_residual",
-    }
+_KNOWN_KEYS = words(
+    "in_features out_features bias activation_function module_input_name module_output_name use_residual"
 )
 
 

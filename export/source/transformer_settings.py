@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export.errors import CheckpointError
+from embedge.export.source.config import words
 from embedge.export.source.json_files import read_optional
 
 __all__ = ["read_transformer_settings", "tokenizer_arguments"]
@@ -18,15 +19,13 @@ _FILES = [
 ]
 _TOKENIZER_ARGUMENTS = ("tokenizer_args", "processor_kwargs")
 _MODEL_ARGUMENTS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
-_KNOWN = frozenset(
-    {"do_lower_case", "max_seq_length", "modality_config", "module_output_name", "transformer_task"}
-    | {"unpad_inputs", "backend", *_TOKENIZER_ARGUMENTS}
-)
+_KNOWN = words(
+    "do_lower_case max_seq_length modality_config module_output_name transformer_task unpad_inputs backend"
+).union(_TOKENIZER_ARGUMENTS)
 # How a model is loaded, not what it computes.
-_LOADING = frozenset(
-    {"add_pooling_layer", "attn_implementation", "cache_dir", "device_map", "dtype"}
-    | {"local_files_only", "low_cpu_mem_usage", "revision", "token", "torch_dtype"}
-    | {"trust_remote_code", "use_safetensors"}
+_LOADING = words(
+    "add_pooling_layer attn_implementation cache_dir device_map dtype local_files_only low_cpu_mem_usage "
+    "revision token torch_dtype trust_remote_code use_safetensors"
 )
 
 

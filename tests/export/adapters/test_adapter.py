@@ -742,9 +742,9 @@ def test_a_folder_of_several_adapters_gives_the_one_of_the_name(tmp_path: Path) 
         model.add_adapter("code", LoraConfig(r=5, target_modules=["query"]))
         model.save_pretrained(tmp_path)
 
-    assert Adapter.load(tmp_path, "code").rank == 5
-    assert Adapter.load(tmp_path, "default").rank == 3
-    assert Adapter.load(tmp_path / "code", "another name").rank == 5
+    assert Adapter.load(tmp_path, "code").settings.r == 5
+    assert Adapter.load(tmp_path, "default").settings.r == 3
+    assert Adapter.load(tmp_path / "code", "another name").settings.r == 5
 
 
 def test_a_folder_without_the_adapter_lists_those_it_has(tmp_path: Path) -> None:

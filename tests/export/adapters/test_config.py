@@ -10,8 +10,9 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from embedge.export.adapters import config as tables
+from embedge.export.adapters import refused_options as tables
 from embedge.export.adapters.adapter import Adapter
+from embedge.export.adapters.config import read_peft_config
 from embedge.export.errors import AdapterError
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -174,7 +175,7 @@ def test_what_is_adapted_is_what_peft_adapts(case: str, tmp_path: Path) -> None:
     config = LoraConfig(**TARGETS[case])
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"peft_type": "LORA", **TARGETS[case]}))
-    settings = tables.read_peft_config(file)
+    settings = read_peft_config(file)
     modules = [
         f"{prefix}encoder.layer.{layer}.attention.self.{name}"
         for prefix in ("", "bert.")
@@ -202,4 +203,4 @@ def test_targets_of_another_type_are_refused(
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"peft_type": "LORA", field: value}))
     with pytest.raises(AdapterError, match=message):
-        tables.read_peft_config(file)
+        read_peft_config(file)
