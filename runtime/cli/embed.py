@@ -17,20 +17,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_type_hints
 
-from embedge.runtime.arguments import parse_bytes
 from embedge.runtime.cli.text_input import Record, chunked, read_records
 from embedge.runtime.cli.vector_output import open_output, vector_writer
 from embedge.runtime.embedder import Embedder
-from embedge.runtime.encode.request import ON_TRUNCATE
-from embedge.runtime.errors import (
-    EmbedgeError,
-    EmbedgeValueError,
-    ImageError,
-    TextTooLongError,
-)
+from embedge.runtime.encode.request import ON_TRUNCATE, CallOptions
+from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.progress import LogLines, Progress
+from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions
 
 __all__ = ["add_arguments", "run"]
 
@@ -91,8 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-name", metavar="NAME", help="a prompt of the task")
     parser.add_argument("--truncate-dim", type=int, metavar="N", help="length of the vectors")
-    parser.add_argument("--normalize", action="store_true", help="L2-normalize in any case")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most texts (32)")
+    parser.add_argument(
+        "--normalize",
+        action="store_true",
+        dest="normalize_embeddings",
+        help="L2-normalize in any case",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=CallOptions.batch_size,
+        metavar="N",
+        help=f"most texts ({CallOptions.batch_size})",
+    )
     parser.add_argument(
         "--max-batch-tokens",
         type=int,
@@ -148,31 +154,8 @@ def run(args: argparse.Namespace) -> int:
     jsonl = args.field is not None or args.input_format == "jsonl"
     field = (args.field or ("image" if args.images else "text")) if jsonl else None
     file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
-    limit = args.memory_limit
-    memory_limit = None if limit is None else parse_bytes("--memory-limit", limit)
-    model = Embedder(
-        args.bundle,
-        precision=args.precision,
-        device=args.device,
-        threads=args.threads,
-        memory_limit=memory_limit,
-        min_cosine=args.min_cosine,
-        verify=args.verify,
-    )
-    options = {
-        "task": args.task,
-        "batch_size": args.batch_size,
-        "truncate_dim": args.truncate_dim,
-        "normalize_embeddings": args.normalize,
-    }
-    if args.images:
-        options |= {"max_pixels": args.max_pixels}
-    else:
-        options |= {
-            "prompt_name": args.prompt_name,
-            "max_batch_tokens": args.max_batch_tokens,
-            "on_truncate": args.on_truncate or "warn",
-        }
+    model = Embedder(args.bundle, **_given(args, EmbedderOptions))
+    options = _given(args, ImageOptions if args.images else EncodeOptions)
     encode = model.encode_image if args.images else model.encode
     dim = encode([], **options).shape[1]  # a wrong call shows before anything is read
     with ExitStack() as stack:
@@ -200,29 +183,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The options that were given, of those that a class lists."""
+    values = {name: getattr(args, name, None) for name in get_type_hints(kind)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[str, Any]) -> Any:
     """Vectors of some records; one that cannot be embedded is a failure, not a wrong call.
 
-    Warnings and errors name lines of the input, not places in the call.
+    Warnings and errors name lines of the input, not indices in the call.
     """
+
+    def in_lines(message: object) -> str:
+        return re.sub(
+            r"(?:inputs|images)\[(\d+)\]",
+            lambda index: f"input line {records[int(index[1])].line}",
+            str(message),
+        )
+
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             vectors = encode([record.text for record in records], **options)
-    except TextTooLongError as error:
-        raise EmbedgeError(
-            f"input line {records[error.index].line}: longer than {error.max_length} tokens; "
-            "shorten it, or pass --on-truncate ignore"
-        ) from error
-    except ImageError as error:
-        raise EmbedgeError(f"input line {records[error.index].line}: {error.reason}") from error
+    except EmbedgeValueError as error:
+        raise EmbedgeError(in_lines(error), arguments=error.arguments) from error
     for warning in said:
-        text = re.sub(
-            r"(?:inputs|images)\[(\d+)\]",
-            lambda place: f"input line {records[int(place[1])].line}",
-            str(warning.message),
-        )
-        warnings.warn(text, warning.category, stacklevel=2)
+        message: Warning | str = in_lines(warning.message)
+        if isinstance(warning.message, EmbedgeWarning):
+            message = EmbedgeWarning(message, arguments=warning.message.arguments)
+        warnings.warn(message, warning.category, stacklevel=2)
     return vectors
 
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.cli.printable import printable
+from embedge.runtime.cli.messages import printable
+from embedge.runtime.cli.table import named_value, table
 from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError
 from embedge.runtime.host.processor import describe_processor
 from embedge.runtime.kernels.library import describe_kernels
 from embedge.runtime.sessions.packed_graphs import PreparedGraphs
 
-__all__ = ["add_arguments", "run", "table"]
+__all__ = ["add_arguments", "run"]
 
-_OF_A_FILE = 120
-_NARROWEST = 8  # columns are not cut further
 _ERROR_KEYS = ("output_error", "sqnr_db")
 
 
@@ -103,7 +98,7 @@ def _summary(bundle: Bundle) -> list[str]:
         facts.append(("images", f"scaled to {pixels}, {model.image.factor}² of them a token"))
     facts.append(("processor", describe_processor()))
     facts.append(("kernels", describe_kernels()))
-    lines = [line for name, value in facts for line in _fact(name, value)]
+    lines = [line for name, value in facts for line in named_value(name, value)]
     rows = [["task", "adapter", "prompts (* default)"]]
     for name, task in manifest.tasks.items():
         adapter = "bare" if task.adapter is None else task.adapter.name or "yes"
@@ -203,12 +198,6 @@ def _document(
     return {**document, "layers": list(layers)} if layers else document
 
 
-def _fact(name: str, value: str) -> list[str]:
-    """A named value, its further lines below its first."""
-    lines = textwrap.wrap(value, max(_width() - 14, 20)) or [""]
-    return [f"{label:14}{line}" for label, line in zip_longest([name], lines, fillvalue="")]
-
-
 def _figures(task: Any) -> list[str]:
     """Texts, mean and lowest cosine, top-10 and quality of a task, at the largest dimension."""
     figures = task if isinstance(task, Mapping) else {}
@@ -244,39 +233,3 @@ def _number(value: Any, form: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return format(value, form)
     return "" if value is None else str(value)
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines with aligned columns that fit the terminal, the first row underlined."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > _width() and max(widths) > _NARROWEST:
-        widths[widths.index(max(widths))] -= 1
-    lines = [line for row in rows[:1] for line in _row(row, widths)]
-    lines.append("  ".join("-" * width for width in widths))
-    return lines + [line for row in rows[1:] for line in _row(row, widths)]
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """A row's lines, several where a cell is wider than its column."""
-    wrapped = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
-    return [
-        "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
-        for parts in zip_longest(*wrapped, fillvalue="")
-    ] or [""]
-
-
-def _wrapped(cell: str, width: int) -> list[str]:
-    """A cell in lines, cut behind a space, dot or comma where that is possible."""
-    lines = [""]
-    for part in re.findall(r"[^ .,_]+[ .,_]*|[ .,_]+", cell):
-        if lines[-1] and len((lines[-1] + part).rstrip()) > width:
-            lines.append("")
-        lines[-1] += part
-        while len(lines[-1].rstrip()) > width:
-            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
-    return [line.rstrip() for line in lines]
-
-
-def _width() -> int:
-    """Columns of the terminal, or of COLUMNS; a file takes what most terminals have."""
-    return shutil.get_terminal_size((_OF_A_FILE, 24)).columns

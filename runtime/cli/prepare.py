@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from embedge.runtime.arguments import check_threads
 from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.cli.inspect import table
+from embedge.runtime.cli.table import table
 from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.processor import saturates_u8s8
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     threads = available_cores()
     if args.threads is not None:
-        threads = check_threads("--threads", args.threads)
+        threads = check_threads("threads", args.threads)
     chosen = list(_chosen(bundle, args.precision, args.task))
     if not args.measure_only:
         _pack(bundle, chosen)

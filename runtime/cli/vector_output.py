@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.files import system_reason
@@ -21,7 +23,6 @@ from embedge.runtime.errors import EmbedgeError
 
 __all__ = ["VectorWriter", "open_output", "vector_writer"]
 
-_NPY_HEADER_BYTES = 128
 _BLOCK_BYTES = 1 << 20
 
 
@@ -189,10 +190,11 @@ class _NpyWriter:
 
 
 def _npy_header(rows: int, dim: int) -> bytes:
-    """Version 1.0 of the .npy format, always of the same length so that it can be rewritten."""
-    start = b"\x93NUMPY\x01\x00" + (_NPY_HEADER_BYTES - 10).to_bytes(2, "little")
-    shape = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}".encode()
-    return start + shape.ljust(_NPY_HEADER_BYTES - 11) + b"\n"
+    """The head of a .npy file; NumPy leaves room in it for any number of rows."""
+    header = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)}
+    npy_format.write_array_header_1_0(header, described)
+    return header.getvalue()
 
 
 @contextmanager

@@ -248,7 +248,11 @@ class TestEmbed:
                 ["--input-format", "jsonl"],
                 "(-1e999 is larger than a float can be",
             ),
-            (b"w1\n" + b"w1 " * 20, ["--on-truncate", "error"], "input line 2: longer than 16 tok"),
+            (
+                b"w1\n" + b"w1 " * 20,
+                ["--on-truncate", "error"],
+                "input line 2 is longer than 16 tok",
+            ),
         ],
         ids=[
             *("UTF-8", "no object", "blank", "no key", "no string"),
