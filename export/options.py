@@ -127,7 +127,7 @@ def check_dims(dims: Sequence[int] | None, dim: int) -> tuple[int, ...] | None:
 
 
 def _refused(argument: str, message: str) -> EmbedgeValueError:
-    return EmbedgeValueError(argument + message)
+    return EmbedgeValueError(argument + message, arguments=[argument])
 
 
 def _choice(name: str, value: object, choices: Sequence[str | None]) -> None:

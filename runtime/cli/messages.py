@@ -36,7 +36,8 @@ def in_options(message: str, arguments: Iterable[str], options: Mapping[str, str
         if name in options:
             option = " ".join([options[name], *([value.strip('"')] if value else [])])
             pattern = rf"""(?<![\w'"/.]){re.escape(argument)}(?![\w'"])"""
-            message = option.join(re.split(pattern, message))
+            only_first = argument.isalpha()  # "keep" may come again as a verb
+            message = option.join(re.split(pattern, message, maxsplit=int(only_first)))
     return message
 
 
