@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedge.export.graph.scheme import Float16Scheme, Scheme
+from embedge.export.graph.scheme import Scheme
 from embedge.export.model import Model
 from embedge.export.options import INT4, ExportOptions
 from embedge.export.progress import Progress
-from embedge.export.schemes.int8 import SmoothingConstants
+from embedge.export.schemes.floats import Float16Scheme
 from embedge.export.schemes.registry import make_scheme
+from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.runtime.bundle.manifest import Manifest
 
 _WIDE = 1536  # hidden size
@@ -34,7 +35,7 @@ class ExportContext:
     model: Model
     old: Manifest | None
     progress: Progress
-    constants: dict[str, SmoothingConstants] = field(default_factory=dict)
+    constants: dict[tuple[str, ...], SmoothingConstants] = field(default_factory=dict)
 
     @property
     def wide(self) -> bool:

@@ -11,9 +11,12 @@ from typing import Any
 from embedge.export.adapters.adapter import BoundAdapter
 from embedge.export.families import Family
 from embedge.export.families.qwen2_5_vision import Qwen25Vision
+from embedge.export.families.task_graph import task_graph
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.scheme import Scheme, digest
-from embedge.export.graph.task_graph import task_graph, to_model
+from embedge.export.graph.initializers import digest
+from embedge.export.graph.onnx_model import to_model
+from embedge.export.graph.scheme import Scheme
+from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.fingerprint import dense_sha256
 from embedge.export.source.sentence_transformers import SentenceSettings
@@ -86,9 +89,9 @@ class Model:
     @cached_property
     def plain_graphs(self) -> list[Graph]:
         """The backbone's unquantized graph, and the vision tower's where there is one."""
-        graphs = [self.graph(self.base, Scheme())]
+        graphs = [self.graph(self.base, Float32Scheme())]
         if self.tower is not None:
-            graphs.append(self.tower.graph(self.base, Scheme()))
+            graphs.append(self.tower.graph(self.base, Float32Scheme()))
         return graphs
 
     @cached_property

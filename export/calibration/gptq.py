@@ -19,11 +19,10 @@ from embedge.export.calibration.layers import InputStatistics, calibrate
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
-from embedge.export.graph.builder import Graph, LazyInitializer, LinearGroup, LinearRef
-from embedge.export.graph.scheme import Rounded, Scheme, reported_db
-from embedge.export.schemes.int4 import Int4Scheme
-from embedge.export.schemes.int8 import Int8Scheme
-from embedge.export.schemes.registry import gptq_scheme
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.initializers import LazyInitializer
+from embedge.export.graph.scheme import Rounded, RoundingScheme, Scheme, reported_db
+from embedge.export.graph.values import LinearGroup, LinearRef
 from embedge.export.weights.tensors import Weights
 from embedge.quant import gptq
 
@@ -43,7 +42,7 @@ class GptqLinear:
 
     group: LinearGroup
     linear: LinearRef
-    scheme: Int8Scheme | Int4Scheme
+    scheme: RoundingScheme
     initializer: LazyInitializer
 
 
@@ -63,11 +62,11 @@ def gptq_linears(g: Graph, scheme: Scheme) -> list[GptqLinear]:
             group=group,
             linear=linear,
             scheme=rounding,
-            initializer=rounding.weight_recipe(g, group, linear),
+            initializer=rounding.weight(g, group, linear),
         )
         for group in g.linear_groups.values()
-        if (rounding := gptq_scheme(scheme, group)) is not None
-        for linear in group.lins
+        if (rounding := scheme.gptq(group)) is not None
+        for linear in group.linears
     ]
 
 
@@ -124,7 +123,7 @@ def _quantize_group(
         raise CheckpointError(
             f"{first.linear.label}: GPTQ is not possible here: {problem}"
         ) from problem
-    matrices = dict(zip(first.group.lins, statistics.matrices, strict=True))
+    matrices = dict(zip(first.group.linears, statistics.matrices, strict=True))
     for item in linears:
         weight = np.array(matrices[item.linear].T, order="C")
         rounded = item.scheme.round(g, item.group, item.linear, weight, hinv)

@@ -19,9 +19,11 @@ from onnx import TensorProto, helper
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.errors import CheckpointError
 from embedge.export.families import Family
-from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, Norm
-from embedge.export.graph.scheme import Scheme
-from embedge.export.graph.task_graph import to_model
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.onnx_model import to_model
+from embedge.export.graph.ops import OpBuilder
+from embedge.export.graph.values import LinearGroup, LinearRef, Norm, Value
+from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.weights.tensors import Weights
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 
@@ -103,14 +105,14 @@ def calibrate(
         statistics = {
             label: InputStatistics(
                 group,
-                weights.shape(f"{group.lins[0].name}.weight")[1],
+                weights.shape(group.linears[0].weight)[1],
                 scratch if wants_hessian(group) else None,
             )
             for label, group in linear_groups.items()
         }
         for label, group in linear_groups.items():
-            for lin in group.lins:
-                matrix = layer.weight(lin)
+            for linear in group.linears:
+                matrix = layer.weight(linear)
                 peak = statistics[label].weight_peak
                 np.maximum(peak, np.abs(matrix).max(axis=1), out=peak)
                 statistics[label].matrices.append(matrix)
@@ -158,10 +160,10 @@ class Layer:
         scratch: Path,
     ) -> None:
         g, context = behind_states(family, weights)
-        if norm is not None:
-            g.norms[HIDDEN] = norm
-        states = family.layer(g, context, index, HIDDEN)
-        self.norm = g.norms.get(states)
+        hidden = Value(HIDDEN)
+        hidden.norm = norm
+        states = family.layer(g, context, index, hidden)
+        self.norm = states.norm
         self.linear_groups = g.linear_groups
         g.output(states, "hidden_out", TensorProto.FLOAT, [])
         for label, group in self.linear_groups.items():
@@ -169,9 +171,9 @@ class Layer:
         self._inputs = family.inputs
         self._session = WeightSession(g, scratch)
 
-    def weight(self, lin: LinearRef) -> FloatArray:
+    def weight(self, linear: LinearRef) -> FloatArray:
         """The transposed weight of a Linear, float32 ``[in, out]``."""
-        return self._session.weights[f"{lin.label}.weight"]
+        return self._session.weights[f"{linear.label}.weight"]
 
     def run(
         self,
@@ -208,23 +210,22 @@ def first_states(
     family.declare_inputs(g)
     context = family.context(g)
     states = family.embed(g, context)
-    norm = g.norms.get(states)
     g.output(states, HIDDEN, TensorProto.FLOAT, [])
     session = WeightSession(g, scratch)
     hidden = []
     for batch in batches:
         feeds = {**batch.feeds(family.inputs), "input_ids": scheme.local_ids(batch.ids)}
         hidden.append(session.run(feeds)[0])
-    return hidden, norm
+    return hidden, states.norm
 
 
-class _TableRows(Scheme):
+class _TableRows(Float32Scheme):
     """Looks tokens up in a table cut to the rows that calibration uses."""
 
     def __init__(self, batches: Sequence[TokenBatch]) -> None:
         self._rows = np.unique(np.concatenate([b.ids.ravel() for b in batches]))
 
-    def embedding(self, g: Graph, name: str, ids: str) -> str:
+    def embedding(self, g: OpBuilder, name: str, ids: str) -> Value:
         shape = (len(self._rows), g.weights.shape(name)[1])
         table = g.computed(name, shape, lambda: self._read(g.weights, name), name)
         return g.op("Gather", table, ids)
@@ -247,7 +248,7 @@ class _TableRows(Scheme):
 
 def behind_states(family: Family, weights: Weights) -> tuple[Graph, dict[str, str]]:
     """A float32 graph whose input ``HIDDEN`` is token states, and the context for its layers."""
-    g = Graph(weights=weights, scheme=Scheme())
+    g = Graph(weights=weights, scheme=Float32Scheme())
     family.declare_inputs(g)
     g.input(HIDDEN, TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
     return g, family.context(g)

@@ -29,10 +29,11 @@ from embedge.export.calibration.layers import (
 )
 from embedge.export.calibration.tokens import TokenBatch, token_batches
 from embedge.export.families import Family
+from embedge.export.families.task_graph import embedding
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.scheme import Scheme
-from embedge.export.graph.task_graph import embedding
+from embedge.export.graph.values import Value
 from embedge.export.model import Model
+from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.int8 import Int8Scheme
 from embedge.export.schemes.mixed import first_match
@@ -83,7 +84,7 @@ def candidates(
         report: takes progress lines.
     """
     family = model.family.text_only()
-    g, int8 = Graph(weights=base, scheme=Scheme()), Int8Scheme({})
+    g, int8 = Graph(weights=base, scheme=Float32Scheme()), Int8Scheme({})
     sample = _sample(family, batches)
     hidden, norm = first_states(family, base, sample, scratch)
     moved: list[list[FloatArray]] = [[] for _ in sample]  # states by batch, then by input
@@ -96,12 +97,12 @@ def candidates(
         for batch, states in zip(sample, moved, strict=True):
             _run_together(layer, batch, states)
         for group in layer.linear_groups.values():
-            names = tuple(lin.label for lin in group.lins)
+            names = group.labels
             if first_match(keep, *names) is not None:
                 continue
             changed = {
-                lin.label: int4.restored(group, np.array(layer.weight(lin).T, order="C"))
-                for lin in group.lins
+                linear.label: int4.restored(group, np.array(layer.weight(linear).T, order="C"))
+                for linear in group.linears
             }
             for batch, before, states in zip(sample, hidden, moved, strict=True):
                 states.append(layer.run(batch, before, changed)[0])
@@ -110,8 +111,8 @@ def candidates(
             eight, four = (
                 sum(
                     spec.nbytes
-                    for lin in group.lins
-                    for spec in scheme.weight_recipe(g, group, lin).specs
+                    for linear in group.linears
+                    for spec in scheme.weight(g, group, linear).specs
                 )
                 for scheme in (int8, int4)
             )
@@ -201,7 +202,7 @@ def _head(
     """From states behind the last layer, by batch, to vectors of length 1, float32 ``[texts, dim]``."""
     family = model.family.text_only()
     g, context = behind_states(family, weights)
-    last = family.final(g, context, HIDDEN)
+    last = family.final(g, context, Value(HIDDEN))
     dense = model.settings.dense
     embedding(g, family, context, last, pooling=model.pooling, dense=dense, normalize=True)
     session = WeightSession(g, scratch)

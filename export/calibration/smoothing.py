@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from embedge.export.calibration.layers import InputStatistics, calibrate
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.families import Family
-from embedge.export.graph.builder import ScaleSink
-from embedge.export.schemes.int8 import SmoothingConstants
+from embedge.export.graph.values import ScaleSink
+from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.tensors import Weights
 from embedge.quant import int8
@@ -31,8 +31,8 @@ def smoothing_constants(
     *,
     scratch: Path,
     report: Callable[[int], None],
-) -> dict[str, SmoothingConstants]:
-    """Shift and smoothing of every Linear input, by its label, from the backbone without an adapter.
+) -> dict[tuple[str, ...], SmoothingConstants]:
+    """Shift and smoothing of every Linear input, by its Linears, from the backbone without an adapter.
 
     They are the same for all tasks, so that what adapters leave alone stays one tensor for all.
 
@@ -43,7 +43,7 @@ def smoothing_constants(
         scratch: folder for a layer's weights.
         report: takes the number of each layer that was run.
     """
-    constants: dict[str, SmoothingConstants] = {}
+    constants: dict[tuple[str, ...], SmoothingConstants] = {}
     if not batches:
         return constants
     rotated = isinstance(base, RotatedWeights)
@@ -56,8 +56,9 @@ def smoothing_constants(
     )
     for index, statistics in passes:
         report(index + 1)
-        for label, value in statistics.items():
-            constants[label] = rotated_constants(value) if rotated else plain_constants(value)
+        for value in statistics.values():
+            of = rotated_constants(value) if rotated else plain_constants(value)
+            constants[value.group.labels] = of
     return constants
 
 
@@ -107,9 +108,9 @@ def plain_constants(statistics: InputStatistics) -> SmoothingConstants:
     """
     group = statistics.group
     low, high = statistics.low, statistics.high
-    if group.norm is not None:
+    if group.value.norm is not None:
         mean = (statistics.total / statistics.rows).astype(np.float32)
-        shift = None if group.norm.rms else mean
+        shift = None if group.value.norm.rms else mean
         centre = np.float32(0) if shift is None else shift
         peak = np.maximum(np.abs(low - centre), np.abs(high - centre))
         return SmoothingConstants(

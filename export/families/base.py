@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 from embedge.export.families.config_keys import DEFAULTS
 from embedge.export.graph.builder import Graph
+from embedge.export.graph.values import Value
 from embedge.export.source.config import ConfigReader
 from embedge.export.weights.rotated import ResidualStream
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 # What transformers' task classes and trl put on a backbone, by first parts of its names; no vector needs it.
 HEADS = ("classifier.", "cls.", "lm_head.", "pooler.", "qa_outputs.", "score.", "v_head.")
-GELU_LOWER_BOUND = -0.17004  # the minimum of x·Φ(x) is -0.169971; margin for float rounding
 
 
 class Family(ConfigReader, ABC):
@@ -76,18 +76,18 @@ class Family(ConfigReader, ABC):
         """Values shared by all layers, from the graph inputs that are already declared."""
 
     @abstractmethod
-    def embed(self, g: Graph, context: dict[str, str]) -> str:
+    def embed(self, g: Graph, context: dict[str, str]) -> Value:
         """Token states before the first layer, float32 ``[batch, tokens, hidden]``."""
 
     @abstractmethod
-    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: Value) -> Value:
         """Token states after layer ``index``."""
 
-    def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
+    def final(self, g: Graph, context: dict[str, str], hidden: Value) -> Value:
         """Token states as the model returns them."""
         return hidden
 
-    def token_embeddings(self, g: Graph, hidden: str) -> str:
+    def token_embeddings(self, g: Graph, hidden: str) -> Value:
         """Vectors of the tokens, float32 ``[batch, tokens, multi_vector_dim]``, where there is a head."""
         raise NotImplementedError
 
@@ -173,10 +173,3 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     own = text if isinstance(text, dict) else {}
     own = {key: value for key, value in own.items() if value is not None and key != "model_type"}
     return {**config, **own}
-
-
-def lower_bound(activation: str) -> float | None:
-    """A value that the activation never falls below, ``None`` where none is useful."""
-    if activation.startswith("gelu"):
-        return GELU_LOWER_BOUND
-    return 0.0 if activation == "relu" else None

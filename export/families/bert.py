@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import CheckpointError
-from embedge.export.families.base import HEADS, Family, lower_bound
+from embedge.export.families.base import HEADS, Family
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
+from embedge.export.graph.builder import Graph
 from embedge.export.graph.long_attention import FLASH_TOKENS, is_flash
+from embedge.export.graph.scheme import Target
+from embedge.export.graph.values import LinearRef, ScaleSink, Value
 from embedge.export.source.config import Shape
 
 
@@ -75,11 +77,11 @@ class Bert(Family):
 
     def context(self, g: Graph) -> dict[str, str]:
         context = {"lengths": self.lengths(g), "tokens": self.tokens(g)}
-        if g.scheme.fused_attention and not g.scheme.cuda and self.max_length > FLASH_TOKENS:
+        if g.scheme.target is Target.CPU and self.max_length > FLASH_TOKENS:
             context["flash"] = is_flash(g, **context)
         return context
 
-    def embed(self, g: Graph, context: dict[str, str]) -> str:
+    def embed(self, g: Graph, context: dict[str, str]) -> Value:
         name, first = self.position_table, self.first_position
         rows = g.computed(
             name,
@@ -98,16 +100,16 @@ class Bert(Family):
         norm = "embeddings.LayerNorm"
         return g.norm(x, f"{norm}.weight", f"{norm}.bias", self.epsilon)
 
-    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: Value) -> Value:
         p = f"encoder.layer.{index}."
         query, key, value = (LinearRef(p + n) for n in (self.query, self.key, self.value))
         q, k, v = g.linears(hidden, [query, key, value])
         # softmax ignores what is the same for all keys, so the key bias is dropped; its rows sum to 1,
         # so the value bias passes attention unchanged and is added behind the output projection.
-        g.drop_bias(key)
+        g.drop_bias(k)
         mixed = attention(
             g,
-            g.add(q, g.bias(query)),
+            g.add(q, g.bias(q)),
             k,
             v,
             heads=self.heads,
@@ -118,7 +120,7 @@ class Bert(Family):
             flash=None if "mask" in context else context.get("flash"),
         )
         out = LinearRef(p + self.attention_out)
-        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value))
+        [y] = g.linears(mixed, [out], sink=ScaleSink(linear=value))
         norm = p + self.attention_norm
         x, _ = g.add_norm(
             y,
@@ -126,15 +128,15 @@ class Bert(Family):
             f"{norm}.weight",
             f"{norm}.bias",
             self.epsilon,
-            linear_bias=g.bias(out, upstream_bias=value),
+            linear_bias=g.bias(y, upstream=v),
         )
         up, down = LinearRef(p + "intermediate.dense"), LinearRef(p + "output.dense")
         [y] = g.linears(x, [up])
-        y = g.activation(y, self.activation, up)
-        [y] = g.linears(y, [down], lower_bound=lower_bound(self.activation))
+        y = g.activation(y, self.activation)
+        [y] = g.linears(y, [down])
         norm = p + "output.LayerNorm"
         x, _ = g.add_norm(
-            y, x, f"{norm}.weight", f"{norm}.bias", self.epsilon, linear_bias=g.bias(down)
+            y, x, f"{norm}.weight", f"{norm}.bias", self.epsilon, linear_bias=g.bias(y)
         )
         return x
 

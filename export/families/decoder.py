@@ -18,14 +18,16 @@ from onnx import TensorProto
 from embedge.export.errors import CheckpointError
 from embedge.export.families.base import HEADS, Family
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
+from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import (
     checked_rope,
     position_ids,
     rotary_inputs,
     rotary_tables,
+    rotate,
 )
-from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.values import LinearRef, ScaleSink, Value
+from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.source.config import Shape, number
 from embedge.export.weights.rotated import ResidualStream
 
@@ -182,17 +184,17 @@ class Decoder(Family):
         cos, sin = rotary_inputs(g, "rotary", tables, detail)
         return {"cos": cos, "sin": sin, "positions": position_ids(g, tokens)}
 
-    def embed(self, g: Graph, context: dict[str, str]) -> str:
+    def embed(self, g: Graph, context: dict[str, str]) -> Value:
         return g.embedding("embed_tokens.weight", "input_ids")
 
-    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: Value) -> Value:
         p = f"layers.{index}."
         x = g.norm(hidden, f"{p}input_layernorm.weight", None, self.epsilon, rms=True)
         query, key, value = (LinearRef(f"{p}self_attn.{n}_proj") for n in "qkv")
         q, k, v = g.linears(x, [query, key, value])
-        q = self._head_norm(g, g.add(q, g.bias(query)), f"{p}self_attn.q_norm.weight", self.heads)
-        k = self._head_norm(g, g.add(k, g.bias(key)), f"{p}self_attn.k_norm.weight", self.kv_heads)
-        v = g.add(v, g.bias(value))
+        q = self._head_norm(g, g.add(q, g.bias(q)), f"{p}self_attn.q_norm.weight", self.heads)
+        k = self._head_norm(g, g.add(k, g.bias(k)), f"{p}self_attn.k_norm.weight", self.kv_heads)
+        v = g.add(v, g.bias(v))
         window = self.windows[index]
         mixed = attention(
             g,
@@ -210,34 +212,32 @@ class Decoder(Family):
         )
         out = LinearRef(f"{p}self_attn.o_proj")
         groups = (self.kv_heads, self.heads // self.kv_heads, self.head_size)
-        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value, groups=groups))
+        [y] = g.linears(mixed, [out], sink=ScaleSink(linear=value, groups=groups))
         norm = f"{p}post_attention_layernorm.weight"
-        x, hidden = g.add_norm(
-            y, hidden, norm, None, self.epsilon, rms=True, linear_bias=g.bias(out)
-        )
+        x, hidden = g.add_norm(y, hidden, norm, None, self.epsilon, rms=True, linear_bias=g.bias(y))
         gate, up, down = (LinearRef(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
         y = g.gated(x, gate, up, self.activation)
-        [y] = g.linears(y, [down], sink=ScaleSink(lin=up, gated=True))
-        return g.add(g.add(y, g.bias(down)), hidden)
+        [y] = g.linears(y, [down])
+        return g.add(g.add(y, g.bias(y)), hidden)
 
-    def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
+    def final(self, g: Graph, context: dict[str, str], hidden: Value) -> Value:
         return g.norm(hidden, "norm.weight", None, self.epsilon, rms=True)
 
-    def token_embeddings(self, g: Graph, hidden: str) -> str:
+    def token_embeddings(self, g: Graph, hidden: str) -> Value:
         """float32 ``[batch, tokens, multi_vector_dim]``, rows of length 1, padding of length 0."""
         head = LinearRef("multi_vector_projector")
-        y = g.op("MatMul", hidden, Scheme().matrix(g, head))
-        bias = Scheme().bias(g, head, None, False)
-        y = g.add(y, bias)
+        y = g.op("MatMul", hidden, Float32Scheme().matrix(g, head))
+        y.linear = head
+        y = g.add(y, g.bias(y))
         norm = g.op("ReduceL2", y, g.const([-1], "int64"), keepdims=1)
         y = g.op("Div", y, g.op("Max", norm, g.const(1e-12)))
         real = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
         return g.op("Mul", y, g.op("Unsqueeze", real, g.const([2], "int64")))
 
-    def _rotate(self, g: Graph, context: dict[str, str], x: str, heads: int) -> str:
-        return g.rotary(x, context["cos"], context["sin"], context.get("positions"), heads)
+    def _rotate(self, g: Graph, context: dict[str, str], x: str, heads: int) -> Value:
+        return rotate(g, x, context["cos"], context["sin"], context.get("positions"), heads)
 
-    def _head_norm(self, g: Graph, x: str, weight: str, heads: int) -> str:
+    def _head_norm(self, g: Graph, x: Value, weight: str, heads: int) -> Value:
         """Qwen3's RMSNorm of each query and key head; other models have no such weights."""
         if self.config["model_type"] != "qwen3":
             return x

@@ -15,7 +15,7 @@ from embedge.export.errors import CheckpointError
 from embedge.export.families.base import HEADS, Family
 from embedge.export.families.decoder import band
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
+from embedge.export.graph.builder import Graph
 from embedge.export.graph.long_attention import (
     FEWEST_BLOCKS,
     FLASH_TOKENS,
@@ -29,7 +29,10 @@ from embedge.export.graph.rotary import (
     position_ids,
     rotary_inputs,
     rotary_tables,
+    rotate,
 )
+from embedge.export.graph.scheme import Target
+from embedge.export.graph.values import LinearRef, ScaleSink, Value
 from embedge.export.source.config import Shape, number
 from embedge.export.weights.rotated import ResidualStream, TableNorm
 
@@ -165,7 +168,7 @@ class ModernBert(Family):
         tokens = self.tokens(g)
         lengths = self.lengths(g)
         context = {"lengths": lengths, "positions": position_ids(g, tokens)}
-        if g.scheme.fused_attention and not g.scheme.cuda and self.max_length > FLASH_TOKENS:
+        if g.scheme.target is Target.CPU and self.max_length > FLASH_TOKENS:
             context["flash"] = is_flash(g, tokens=tokens, lengths=lengths)
         for kind, rope in self.ropes.items():
             theta = number(rope, "rope_theta")
@@ -176,14 +179,14 @@ class ModernBert(Family):
                 g, f"rotary.{kind}", tables, detail
             )
 
-        def mask() -> str:
+        def mask() -> Value:
             seen = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
             padding = g.op("Mul", g.op("Sub", seen, g.const(1.0)), g.const(1e9))
             padding = g.op("Unsqueeze", padding, g.const([1, 2], "int64"))
             near = band(g, tokens, lowest=-self.window, highest=self.window)
             return g.op("Add", near, padding)
 
-        if g.scheme.cuda or not 0 < FEWEST_BLOCKS * self.window < self.max_length:
+        if g.scheme.target is Target.CUDA or not 0 < FEWEST_BLOCKS * self.window < self.max_length:
             context["local.mask"] = mask()
         else:
             window = window_of(
@@ -192,13 +195,13 @@ class ModernBert(Family):
             context |= {"tokens": tokens, "local.long": window.is_long, "local.mask": window.mask}
         return context
 
-    def embed(self, g: Graph, context: dict[str, str]) -> str:
+    def embed(self, g: Graph, context: dict[str, str]) -> Value:
         x = g.embedding("embeddings.tok_embeddings.weight", "input_ids")
         if g.weights.absorbed("embeddings.norm.weight"):
             return x
         return self._norm(g, x, "embeddings.norm")
 
-    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: Value) -> Value:
         p, width = f"layers.{index}.", self.hidden_size
         kind = self._kind(index)
         # the first layer reads the embedding norm directly
@@ -207,11 +210,11 @@ class ModernBert(Family):
             LinearRef(f"{p}attn.Wqkv", i * width, (i + 1) * width) for i in range(3)
         )
         q, k, v = g.linears(x, [query, key, value])
-        q = self._rotate(g, context, kind, g.add(q, g.bias(query)))
-        k = self._rotate(g, context, kind, g.add(k, g.bias(key)))
+        q = self._rotate(g, context, kind, g.add(q, g.bias(q)))
+        k = self._rotate(g, context, kind, g.add(k, g.bias(k)))
         mixed = self._attend(g, context, kind, q, k, v)
         out = LinearRef(f"{p}attn.Wo")
-        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value))
+        [y] = g.linears(mixed, [out], sink=ScaleSink(linear=value))
         norm = f"{p}mlp_norm"
         x, hidden = g.add_norm(
             y,
@@ -219,24 +222,26 @@ class ModernBert(Family):
             f"{norm}.weight",
             f"{norm}.bias" if self.norm_bias else None,
             self.epsilon,
-            linear_bias=g.bias(out, upstream_bias=value),
+            linear_bias=g.bias(y, upstream=v),
         )
         inner = self.intermediate
         up = LinearRef(f"{p}mlp.Wi", 0, inner)
         gate = LinearRef(f"{p}mlp.Wi", inner, 2 * inner)
         y = g.gated(x, up, gate, self.activation)
         down = LinearRef(f"{p}mlp.Wo")
-        [y] = g.linears(y, [down], sink=ScaleSink(lin=gate, gated=True))
-        return g.add(g.add(y, g.bias(down)), hidden)
+        [y] = g.linears(y, [down])
+        return g.add(g.add(y, g.bias(y)), hidden)
 
-    def _attend(self, g: Graph, context: dict[str, str], kind: str, q: str, k: str, v: str) -> str:
+    def _attend(
+        self, g: Graph, context: dict[str, str], kind: str, q: str, k: str, v: str
+    ) -> Value:
         run = partial(
             attention, g, heads=self.heads, kv_heads=self.heads, scale=self.head_size**-0.5
         )
         if kind == "global":
             return run(q, k, v, lengths=context["lengths"], flash=context.get("flash"))
 
-        def attend(q: str, k: str, v: str, mask: str = context["local.mask"]) -> str:
+        def attend(q: str, k: str, v: str, mask: str = context["local.mask"]) -> Value:
             return run(q, k, v, mask=mask)
 
         if "local.long" not in context:
@@ -253,13 +258,13 @@ class ModernBert(Family):
             lambda: attend(q, k, v),
         )
 
-    def final(self, g: Graph, context: dict[str, str], hidden: str) -> str:
+    def final(self, g: Graph, context: dict[str, str], hidden: Value) -> Value:
         return self._norm(g, hidden, "final_norm")
 
-    def _norm(self, g: Graph, x: str, name: str) -> str:
+    def _norm(self, g: Graph, x: str, name: str) -> Value:
         bias = f"{name}.bias" if self.norm_bias else None
         return g.norm(x, f"{name}.weight", bias, self.epsilon)
 
-    def _rotate(self, g: Graph, context: dict[str, str], kind: str, x: str) -> str:
+    def _rotate(self, g: Graph, context: dict[str, str], kind: str, x: str) -> Value:
         cos, sin = context[f"{kind}.cos"], context[f"{kind}.sin"]
-        return g.rotary(x, cos, sin, context["positions"], self.heads)
+        return rotate(g, x, cos, sin, context["positions"], self.heads)

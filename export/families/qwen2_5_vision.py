@@ -17,10 +17,11 @@ import numpy as np
 from onnx import TensorProto
 
 from embedge.export.errors import CheckpointError
-from embedge.export.families.base import GELU_LOWER_BOUND
 from embedge.export.graph.attention import attention
-from embedge.export.graph.builder import Graph, LinearRef, ScaleSink
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.rotary import rotate
 from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.values import LinearRef, ScaleSink, Value
 from embedge.export.source.config import ConfigReader, Shape
 from embedge.export.weights.rotated import ResidualStream
 from embedge.export.weights.tensors import Weights
@@ -139,7 +140,7 @@ class Qwen25Vision(ConfigReader):
 
     # -- pieces -------------------------------------------------------------------------------------
 
-    def _patches(self, g: Graph, row: int) -> str:
+    def _patches(self, g: Graph, row: int) -> Value:
         """Patch embedding: a convolution whose stride is its kernel, so one product, in float32."""
         name = "visual.patch_embed.proj.weight"
         matrix = g.computed(
@@ -150,7 +151,7 @@ class Qwen25Vision(ConfigReader):
         )
         return g.op("MatMul", "pixel_values", matrix)
 
-    def _block(self, g: Graph, context: dict[str, str], index: int, hidden: str) -> str:
+    def _block(self, g: Graph, context: dict[str, str], index: int, hidden: Value) -> Value:
         p = f"visual.blocks.{index}."
         windowed = index not in self.full_blocks
         prefix = "window." if windowed else ""
@@ -163,8 +164,8 @@ class Qwen25Vision(ConfigReader):
         cos, sin = context[f"{prefix}cos"], context[f"{prefix}sin"]
         mixed = attention(
             g,
-            self._rotate(g, g.add(q, g.bias(query)), cos, sin),
-            self._rotate(g, g.add(k, g.bias(key)), cos, sin),
+            self._rotate(g, g.add(q, g.bias(q)), cos, sin),
+            self._rotate(g, g.add(k, g.bias(k)), cos, sin),
             v,
             heads=self.heads,
             kv_heads=self.heads,
@@ -176,7 +177,7 @@ class Qwen25Vision(ConfigReader):
             rows = g.op("Gather", flat, "window_restore")
             mixed = g.op("Reshape", rows, g.op("Shape", hidden))
         out = LinearRef(f"{p}attn.proj")
-        [y] = g.linears(mixed, [out], sink=ScaleSink(lin=value))
+        [y] = g.linears(mixed, [out], sink=ScaleSink(linear=value))
         x, hidden = g.add_norm(
             y,
             hidden,
@@ -184,28 +185,28 @@ class Qwen25Vision(ConfigReader):
             None,
             self.epsilon,
             rms=True,
-            linear_bias=g.bias(out, upstream_bias=value),
+            linear_bias=g.bias(y, upstream=v),
         )
         gate, up, down = (LinearRef(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
         y = g.gated(x, gate, up, self.activation)
-        [y] = g.linears(y, [down], sink=ScaleSink(lin=up, gated=True))
-        return g.add(g.add(y, g.bias(down)), hidden)
+        [y] = g.linears(y, [down])
+        return g.add(g.add(y, g.bias(y)), hidden)
 
-    def _merged(self, g: Graph, hidden: str) -> str:
+    def _merged(self, g: Graph, hidden: Value) -> Value:
         """Groups of ``merge × merge`` patches, which follow each other, to one feature each."""
         x = g.norm(hidden, "visual.merger.ln_q.weight", None, self.epsilon, rms=True)
         group = self.merge**2 * self.width
         x = g.op("Reshape", x, g.const([0, -1, group], "int64"))
         first, second = LinearRef("visual.merger.mlp.0"), LinearRef("visual.merger.mlp.2")
         [y] = g.linears(x, [first], rows="merged")
-        y = g.activation(y, "gelu", first)
-        [y] = g.linears(y, [second], lower_bound=GELU_LOWER_BOUND, rows="merged")
-        return g.add(y, g.bias(second))
+        y = g.activation(y, "gelu")
+        [y] = g.linears(y, [second], rows="merged")
+        return g.add(y, g.bias(y))
 
-    def _by_window(self, g: Graph, x: str, width: int) -> str:
+    def _by_window(self, g: Graph, x: str, width: int) -> Value:
         """``[images, patches, width]`` as ``[windows, window_patches, width]``."""
         rows = g.op("Reshape", x, g.const([-1, width], "int64"))
         return g.op("Gather", rows, "window_index")
 
-    def _rotate(self, g: Graph, x: str, cos: str, sin: str) -> str:
-        return g.rotary(x, cos, sin, None, self.heads)
+    def _rotate(self, g: Graph, x: str, cos: str, sin: str) -> Value:
+        return rotate(g, x, cos, sin, None, self.heads)

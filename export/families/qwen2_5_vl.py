@@ -23,6 +23,7 @@ from embedge.export.families.decoder import Decoder
 from embedge.export.families.qwen2_5_vision import Qwen25Vision
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import position_ids
+from embedge.export.graph.values import Value
 from embedge.export.source.json_files import read_optional
 from embedge.export.source.sentence_transformers import SentenceSettings
 from embedge.export.weights.rotated import ResidualStream
@@ -112,7 +113,7 @@ class Qwen25VL(Decoder):
         angles = g.op("Mul", chosen, g.const(frequencies))
         return {"cos": g.op("Cos", angles), "sin": g.op("Sin", angles)}
 
-    def embed(self, g: Graph, context: dict[str, str]) -> str:
+    def embed(self, g: Graph, context: dict[str, str]) -> Value:
         states = super().embed(g, context)
         if not self.images:
             return states

@@ -7,7 +7,10 @@ from typing import Any
 from onnx import TensorProto
 
 from embedge.export.errors import CheckpointError
-from embedge.export.graph.builder import CONTRIB, Graph
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.ops import CONTRIB
+from embedge.export.graph.scheme import Target
+from embedge.export.graph.values import Value
 
 
 def attention(
@@ -26,7 +29,7 @@ def attention(
     tokens: str | None = None,
     head_size: int = 0,
     flash: str | None = None,
-) -> str:
+) -> Value:
     """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
 
     Where the scheme allows it, causal attention becomes ``GroupQueryAttention`` and attention without
@@ -51,20 +54,23 @@ def attention(
         head_size: channels of a head; ``GroupQueryAttention`` takes multiples of 8.
         flash: bool scalar: where true, no row has padding, and ``MultiHeadAttention`` runs.
     """
-    q, k, v = (g.scheme.attention_operand(g, t) for t in (q, k, v))
+    target = g.scheme.target
+    on_cuda = target is Target.CUDA  # whose kernels are of float16
+    if on_cuda:
+        q, k, v = (g.op("Cast", t, to=TensorProto.FLOAT16) for t in (q, k, v))
     grouped = causal and bool(tokens) and head_size % 8 == 0
-    if g.scheme.cuda and causal and not grouped:
+    if on_cuda and causal and not grouped:
         raise CheckpointError(
             f"config.json: heads have {head_size} channels, and ONNX Runtime's causal attention on GPUs "
             "takes multiples of 8; export for the CPU: precisions int8, int4 or fp32"
         )
-    if g.scheme.fused_attention and grouped and tokens:
+    if target is not Target.ONNX and grouped and tokens:
         y = _causal_attention(g, q, k, v, heads, kv_heads, scale, window, tokens)
-    elif g.scheme.cuda or (g.scheme.fused_attention and not (causal or mask or lengths)):
+    elif on_cuda or (target is Target.CPU and not (causal or mask or lengths)):
         y = _full_attention(g, q, k, v, heads, scale, lengths, mask)
     else:
 
-        def plain() -> str:
+        def plain() -> Value:
             arguments = _without_trailing_blanks(q, k, v, mask or "", "", "", lengths or "")
             return g.op(
                 "Attention",
@@ -76,11 +82,11 @@ def attention(
                 softmax_precision=TensorProto.FLOAT,
             )
 
-        def in_pieces() -> str:
+        def in_pieces() -> Value:
             return _full_attention(g, q, k, v, heads, scale, None, None)
 
         y = g.choose(flash, in_pieces, plain) if flash else plain()
-    return g.scheme.attention_result(g, y)
+    return g.op("Cast", y, to=TensorProto.FLOAT) if on_cuda else y
 
 
 def _full_attention(
@@ -92,17 +98,14 @@ def _full_attention(
     scale: float,
     lengths: str | None,
     mask: str | None,
-) -> str:
+) -> Value:
     """``MultiHeadAttention``, over keys up to ``lengths`` and with ``mask`` where they are given."""
     padding = bias = ""
     if lengths:
-        if f"int32.{lengths}" not in g.shared:
-            g.shared[f"int32.{lengths}"] = g.op("Cast", lengths, to=TensorProto.INT32)
-        padding = g.shared[f"int32.{lengths}"]
+        rows = lengths
+        padding = g.once(f"int32.{rows}", lambda: g.op("Cast", rows, to=TensorProto.INT32))
     if mask:
-        if f"half.{mask}" not in g.shared:
-            g.shared[f"half.{mask}"] = g.scheme.attention_mask(g, mask)
-        bias = g.shared[f"half.{mask}"]
+        bias = g.once(f"half.{mask}", lambda: _half_mask(g, mask))
     return g.op(
         "MultiHeadAttention",
         *_without_trailing_blanks(q, k, v, "", padding, bias),
@@ -110,6 +113,11 @@ def _full_attention(
         num_heads=heads,
         scale=scale,
     )
+
+
+def _half_mask(g: Graph, mask: str) -> Value:
+    # -1e9 would become -inf, and a padded row that sees only padding NaN, which spreads
+    return g.op("Cast", g.op("Max", mask, g.const(-3e4)), to=TensorProto.FLOAT16)
 
 
 def _causal_attention(
@@ -122,15 +130,16 @@ def _causal_attention(
     scale: float,
     window: int | None,
     tokens: str,
-) -> str:
+) -> Value:
     """``GroupQueryAttention`` over a prompt: every row counts as full, padding comes last."""
-    if "causal.total" not in g.shared:
+
+    def full_lengths() -> Value:
         last = g.op("Sub", tokens, g.const(1, "int64"))
-        rows = g.op("Shape", q, start=0, end=1)
-        lengths = g.op("Expand", last, rows)
-        g.shared["causal.lengths"] = g.op("Cast", lengths, to=TensorProto.INT32)
-        g.shared["causal.total"] = g.op("Cast", tokens, to=TensorProto.INT32)
-    lengths, total = g.shared["causal.lengths"], g.shared["causal.total"]
+        lengths = g.op("Expand", last, g.op("Shape", q, start=0, end=1))
+        return g.op("Cast", lengths, to=TensorProto.INT32)
+
+    lengths = g.once("causal.lengths", full_lengths)
+    total = g.once("causal.total", lambda: g.op("Cast", tokens, to=TensorProto.INT32))
     arguments = [q, k, v, "", "", lengths, total]
     limits: dict[str, Any] = {} if window is None else {"local_window_size": window}
     return g.op_n(

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 
-from embedge.export.graph.builder import CONTRIB, names_read
+from embedge.export.graph.ops import CONTRIB, names_read
 
 __all__ = ["DOMAIN", "VERSION", "functions_of", "with_functions"]
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedge.export.graph.builder import Graph
+from embedge.export.graph.values import Value
 from embedge.runtime.bundle.contract import LONG_TOKENS
 
 FLASH_TOKENS = LONG_TOKENS  # from there on the runtime pads no row
@@ -27,7 +28,7 @@ FEWEST_BLOCKS = 8
 LOWEST = -1e9  # added to the scores of tokens that are not seen
 
 
-def is_flash(g: Graph, *, tokens: str, lengths: str) -> str:
+def is_flash(g: Graph, *, tokens: str, lengths: str) -> Value:
     """Whether the batch is long and has no padding, as a bool scalar.
 
     Args:
@@ -62,7 +63,7 @@ class Window:
 
 
 def window_of(
-    g: Graph, *, reach: int, tokens: str, lengths: str, short_mask: Callable[[], str]
+    g: Graph, *, reach: int, tokens: str, lengths: str, short_mask: Callable[[], Value]
 ) -> Window:
     """What the layers of a window share.
 
@@ -78,7 +79,7 @@ def window_of(
     return Window(reach=reach, is_long=is_long, tokens=tokens, mask=mask)
 
 
-def _block_mask(g: Graph, reach: int, tokens: str, lengths: str) -> str:
+def _block_mask(g: Graph, reach: int, tokens: str, lengths: str) -> Value:
     """float32 ``[batch · blocks, 1, reach, 3 · reach]``: 0 where a token of a block is seen."""
     keys = np.arange(3 * reach) - reach  # relative to the block's first token
     distance = keys[None, :] - np.arange(reach)[:, None]
@@ -98,14 +99,14 @@ def _block_mask(g: Graph, reach: int, tokens: str, lengths: str) -> str:
     return g.op("Where", real, g.const(near, np.float32), g.const(LOWEST))
 
 
-def _blocks(g: Graph, reach: int, tokens: str) -> str:
+def _blocks(g: Graph, reach: int, tokens: str) -> Value:
     """int64 scalar: blocks of ``reach`` tokens, the last one filled up."""
     return g.op("Div", g.op("Add", tokens, g.const(reach - 1, "int64")), g.const(reach, "int64"))
 
 
 def in_blocks(
-    g: Graph, q: str, k: str, v: str, window: Window, width: int, attend: Callable[..., str]
-) -> str:
+    g: Graph, q: str, k: str, v: str, window: Window, width: int, attend: Callable[..., Value]
+) -> Value:
     """Attention of every block of queries to three blocks of keys.
 
     Args:
@@ -130,7 +131,7 @@ def in_blocks(
     kv_pads = g.op("Concat", g.const([0, reach, 0, 0], "int64"), sides, none, axis=0)
     end = g.op("Unsqueeze", whole, g.const([0], "int64"))
 
-    def neighbours(x: str) -> str:
+    def neighbours(x: str) -> Value:
         padded = g.op("Pad", x, kv_pads)
         parts = []
         for shift in (0, reach, 2 * reach):

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from embedge.export.errors import CheckpointError
 from embedge.export.graph.builder import Graph
+from embedge.export.graph.ops import CONTRIB
+from embedge.export.graph.scheme import Target
+from embedge.export.graph.values import Value
 from embedge.export.source.config import number, words
 
 Table = NDArray[np.float32]
@@ -144,7 +147,9 @@ def _scaled(frequencies: Table, scaling: Mapping[str, Any]) -> Table:
     )
 
 
-def rotary_inputs(g: Graph, name: str, tables: tuple[Table, Table], detail: str) -> tuple[str, str]:
+def rotary_inputs(
+    g: Graph, name: str, tables: tuple[Table, Table], detail: str
+) -> tuple[Value, Value]:
     """The two tables as initializers."""
     cos, sin = tables
     return (
@@ -153,7 +158,41 @@ def rotary_inputs(g: Graph, name: str, tables: tuple[Table, Table], detail: str)
     )
 
 
-def position_ids(g: Graph, tokens: str) -> str:
+def position_ids(g: Graph, tokens: str) -> Value:
     """int64 ``[batch, tokens]``: 0, 1, 2, … in every row."""
     steps = g.op("Range", g.const(0, "int64"), tokens, g.const(1, "int64"))
     return g.op("Expand", steps, g.op("Shape", "attention_mask"))
+
+
+def rotate(g: Graph, x: str, cos: str, sin: str, positions: str | None, heads: int) -> Value:
+    """Rotary embedding of ``x`` float32 ``[batch, tokens, heads · head_size]``, halves rotated.
+
+    Args:
+        g: the graph.
+        x: queries or keys.
+        cos: float32 ``[positions, head_size / 2]``, or without ``positions`` a row for every token,
+            ``[batch, tokens, head_size / 2]``.
+        sin: as ``cos``.
+        positions: int64 ``[batch, tokens]``, or ``None``.
+        heads: heads of ``x``.
+    """
+    if g.scheme.target is not Target.CUDA:
+        angles = [cos, sin] if positions is None else [cos, sin, positions]
+        return g.op("RotaryEmbedding", x, *angles, num_heads=heads, interleaved=0)
+    if positions is None:
+        tables = cos, sin
+        cos, sin, positions = g.once(f"rows.{cos}", lambda: _table_rows(g, *tables))
+    arguments = [x, positions, cos, sin]
+    return g.op("RotaryEmbedding", *arguments, domain=CONTRIB, num_heads=heads, interleaved=0)
+
+
+def _table_rows(g: Graph, cos: str, sin: str) -> tuple[Value, Value, Value]:
+    """A row for every token as tables, whose rows ONNX Runtime's own operator wants, and positions."""
+    axes = g.op("Shape", cos)
+    row = g.op("Gather", axes, g.const([2], "int64"), axis=0)
+    table = g.op("Concat", g.const([-1], "int64"), row, axis=0)
+    zero, one = g.const(0, "int64"), g.const(1, "int64")
+    tokens = g.op("Shape", cos, start=0, end=2)
+    count = g.op("Mul", *(g.op("Gather", axes, axis_number, axis=0) for axis_number in (zero, one)))
+    steps = g.op("Range", zero, count, one)
+    return g.op("Reshape", cos, table), g.op("Reshape", sin, table), g.op("Reshape", steps, tokens)

@@ -1,38 +1,33 @@
-"""How Linears and embedding tables are stored and run, one class per precision.
+"""How Linears and embedding tables are stored and run: what graphs ask of a precision.
 
-==========  =====================================================================================
-fp32        ``MatMul`` with the transposed weight, ``Gather``
-fp16        the same with float16 weights and products; everything between them stays float32
-int8        smoothed, per-row quantized inputs and ``MatMulIntegerToFloat`` (``_int8_form.py``)
-int4        ``MatMulNBits`` at accuracy level 4 (``_int4_form.py``)
-int4-fp16   ``MatMulNBits`` on float16, for GPUs (``_int4_form.py``)
-==========  =====================================================================================
+The schemes themselves lie in :mod:`embedge.export.schemes`, one file each.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from math import isfinite
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
-from embedge.export.errors import CheckpointError
-from embedge.export.graph.builder import (
-    CUDA_OPSET,
-    OPSET,
-    Graph,
-    LazyInitializer,
-    LinearGroup,
-    LinearRef,
-    TensorSpec,
-)
+from embedge.export.graph.initializers import LazyInitializer
+from embedge.export.graph.ops import OpBuilder
+from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Value
 
-FloatArray = NDArray[np.float32]
-HALF_MAX = float(np.finfo(np.float16).max)  # 65504
+
+class Target(Enum):
+    """What a graph is written for, which decides its operators.
+
+    ``ONNX``: ONNX's own operators, on the CPU. ``CPU``: ONNX Runtime's besides, and embedge's functions.
+    ``CUDA``: operators and types that ONNX Runtime's CUDA provider implements.
+    """
+
+    ONNX = "onnx"
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,240 +47,73 @@ class Rounded:
     lost: FloatArray | None
 
 
-class Scheme:
-    """Float32 storage and arithmetic; the base of the other schemes."""
+class Scheme(ABC):
+    """One precision.
 
-    precision = "fp32"
-    devices: tuple[str, ...] = ("cpu",)
-    row_multiple = 1
-    rotates = False  # whether residual streams are rotated first, where the family allows it
-    fused_attention = False  # whether attention takes ONNX Runtime's own operators
-    functions = False  # whether what embedge's kernels do stands in graphs as functions of its own
-    cuda = False  # whether only operators and types are used that its CUDA provider implements
-    opset = OPSET
-    elem_type: int = TensorProto.FLOAT
+    Attributes:
+        precision: its name.
+        target: what its graphs are written for.
+        row_multiple: batch × tokens is a multiple of it.
+        rotates: whether residual streams are rotated first, where the family allows it.
+    """
 
-    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
-        return self._products(g, group.value, group.lins)
+    precision: str
+    target: Target = Target.CPU
+    row_multiple: int = 1
+    rotates: bool = False
+
+    @abstractmethod
+    def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
+        """Matmuls of an input with the weights of the Linears that share it, without biases.
+
+        A product knows what it left out (:attr:`Value.input_shift`) and by what it was scaled.
+        """
+
+    @abstractmethod
+    def embedding(self, g: OpBuilder, name: str, ids: str) -> Value:
+        """Rows of the table ``name`` for int64 ``ids`` of any shape, float32."""
 
     def scales_rows(self, group: LinearGroup) -> bool:
         """Whether :meth:`linears` takes a value whose rows are still to be scaled as it is."""
         return False
 
-    def _products(self, g: Graph, x: str, lins: Sequence[LinearRef]) -> list[str]:
-        return [g.op("MatMul", x, self.matrix(g, lin), name=lin.label) for lin in lins]
-
-    def bias(
-        self, g: Graph, lin: LinearRef, upstream_bias: LinearRef | None, negated: bool
-    ) -> str | None:
-        chain = [lin] if upstream_bias is None else [lin, upstream_bias]
-        if not any(g.weights.has(bias_name(c)) or c.label in g.input_shift for c in chain):
-            return None
-        scale = g.output_scale.get(lin.label)
-        constants = [g.input_shift.get(c.label) for c in chain]
-        plain = upstream_bias is None and constants[0] is None and scale is None and not negated
-        if plain and lin.start is None:
-            return g.param(bias_name(lin))
-        sources = [weight_name(c) for c in chain]
-        sources += [bias_name(c) for c in chain if g.weights.has(bias_name(c))]
-
-        def compute() -> FloatArray:
-            constant = constants[0]
-            if upstream_bias is not None:
-                inner = full_bias(g, upstream_bias, constants[1])
-                constant = inner if constant is None else constant + inner
-            bias = full_bias(g, lin, constant)
-            if scale is not None:
-                bias = bias * scale
-            return -bias if negated else bias
-
-        return g.computed(
-            f"{lin.label}.bias" + (".negated" if negated else ""),
-            (out_features(g, lin),),
-            compute,
-            *sources,
-            detail="|".join(digest(a) for a in (*constants, scale)),
-        )
-
-    def shifted_norm(self, g: Graph, x: str, bias: str) -> str | None:
+    def shifted_norm(self, g: OpBuilder, x: Value, bias: str) -> Value | None:
         """``x + bias`` for free, where ``x`` is a norm that can be asked for again; else ``None``."""
         return None
 
-    def embedding(self, g: Graph, name: str, ids: str) -> str:
-        return g.op("Gather", g.param(name), ids, name=f"{name}/rows")
-
-    def attention_operand(self, g: Graph, x: str) -> str:
-        return x
-
-    def attention_mask(self, g: Graph, mask: str) -> str:
-        return mask
-
-    def attention_result(self, g: Graph, x: str) -> str:
-        return x
-
-    def matrix(self, g: Graph, lin: LinearRef) -> str:
-        """The transposed weight ``[in, out]`` as an initializer."""
-        rows, columns = out_features(g, lin), in_features(g, lin)
-        spec = TensorSpec(
-            name=f"{lin.label}.weight", elem_type=self.elem_type, shape=(columns, rows)
-        )
-
-        def compute() -> list[NDArray[Any]]:
-            weight = np.ascontiguousarray(read_linear(g, lin).T)
-            half = self.elem_type == TensorProto.FLOAT16
-            return [to_half(weight, weight_name(lin)) if half else weight]
-
-        initializer = LazyInitializer(
-            key=recipe_key(g, lin, self.precision),
-            owner=g.owner(weight_name(lin)),
-            specs=(spec,),
-            compute=compute,
-        )
-        return g.initializer(initializer)[0]
-
-
-class CudaScheme(Scheme):
-    """What the precisions for GPUs share: float16 inside products and attention, float32 elsewhere.
-
-    Norms, the softmax's sums, residuals, rotary positions and pooling stay float32.
-    """
-
-    devices = ("cuda",)
-    fused_attention = True  # GroupQueryAttention has no float32 kernel there
-    cuda = True
-    opset = CUDA_OPSET
-
-    def attention_operand(self, g: Graph, x: str) -> str:
-        return g.op("Cast", x, to=TensorProto.FLOAT16)
-
-    def attention_mask(self, g: Graph, mask: str) -> str:
-        # -1e9 would become -inf, and a padded row that sees only padding NaN, which spreads
-        return g.op("Cast", g.op("Max", mask, g.const(-3e4)), to=TensorProto.FLOAT16)
-
-    def attention_result(self, g: Graph, x: str) -> str:
-        return g.op("Cast", x, to=TensorProto.FLOAT)
-
-
-class Float16Scheme(CudaScheme):
-    """Float16 weights and products for GPUs.
-
-    Args:
-        rotates: whether the residual streams are rotated: of a vision tower whose language tower is.
-    """
-
-    precision = "fp16"
-    elem_type = TensorProto.FLOAT16
-
-    def __init__(self, *, rotates: bool = False) -> None:
-        self.rotates = rotates
-
-    def linears(self, g: Graph, group: LinearGroup) -> list[str]:
-        half = g.op("Cast", group.value, to=TensorProto.FLOAT16)
-        products = self._products(g, half, group.lins)
-        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
-
-    def embedding(self, g: Graph, name: str, ids: str) -> str:
-        return half_rows(g, name, ids)
-
-
-def half_rows(g: Graph, name: str, ids: str) -> str:
-    """Rows of the table ``name`` for int64 ``ids``, stored as float16, looked up as float32."""
-    spec = TensorSpec(name=name, elem_type=TensorProto.FLOAT16, shape=g.weights.shape(name))
-    initializer = LazyInitializer(
-        key=f"{name}@{g.weights.version(name)}|fp16",
-        owner=g.owner(name),
-        specs=(spec,),
-        compute=lambda: [to_half(g.weights.read(name), name)],
-    )
-    return g.op("Cast", g.op("Gather", g.initializer(initializer)[0], ids), to=TensorProto.FLOAT)
-
-
-def to_half(array: FloatArray, name: str) -> NDArray[np.float16]:
-    """The float16 of a tensor.
-
-    Raises:
-        CheckpointError: for an element that float16 has no finite number for.
-    """
-    largest = float(max(array.max(initial=0), -array.min(initial=0)))
-    with np.errstate(over="ignore"):
-        if not np.isfinite(np.float16(largest)):
-            raise CheckpointError(
-                f"{name}: expected magnitudes of at most {HALF_MAX:.0f}, the largest of float16, found "
-                f"{largest:.6g}; export at int8, int4 or fp32 instead"
-            )
-    return array.astype(np.float16)
-
-
-# -- reading Linears --------------------------------------------------------------------------------
-
-
-def weight_name(lin: LinearRef) -> str:
-    """Canonical name of the weight tensor a Linear reads."""
-    return f"{lin.name}.weight"
-
-
-def bias_name(lin: LinearRef) -> str:
-    """Canonical name of a Linear's bias tensor, which need not exist."""
-    return f"{lin.name}.bias"
-
-
-def out_features(g: Graph, lin: LinearRef) -> int:
-    """Output channels of a Linear, or of its selected rows."""
-    if lin.start is not None and lin.stop is not None:
-        return lin.stop - lin.start
-    return g.weights.shape(weight_name(lin))[0]
-
-
-def in_features(g: Graph, lin: LinearRef) -> int:
-    """Input channels of a Linear."""
-    return g.weights.shape(weight_name(lin))[1]
-
-
-def read_linear(g: Graph, lin: LinearRef) -> FloatArray:
-    """A Linear's merged weight, float32 ``[out, in]``."""
-    weight = g.weights.read(weight_name(lin))
-    return weight if lin.start is None else weight[lin.start : lin.stop]
-
-
-def read_bias(g: Graph, lin: LinearRef) -> FloatArray | None:
-    """A Linear's merged bias, float32 ``[out]``, or ``None``."""
-    if not g.weights.has(bias_name(lin)):
+    def gptq(self, group: LinearGroup) -> RoundingScheme | None:
+        """The scheme that rounds the Linears of an input by GPTQ, ``None`` where none does."""
         return None
-    bias = g.weights.read(bias_name(lin))
-    return bias if lin.start is None else bias[lin.start : lin.stop]
 
 
-def full_bias(g: Graph, lin: LinearRef, constant: FloatArray | None) -> FloatArray:
-    """``bias + W·constant``: everything that does not depend on the token.
+class RoundingScheme(Protocol):
+    """A scheme whose weights are rounded to integers."""
 
-    Args:
-        g: the graph whose weights are read.
-        lin: the Linear.
-        constant: float32 ``[in]``, the part of the input that its product left out, or ``None``.
+    def smooth_hessian(self, g: OpBuilder, group: LinearGroup, hessian: FloatArray) -> None:
+        """Turn ``Σ x xᵀ`` of a Linear input into that of what is quantized, in place."""
 
-    Returns:
-        float32 ``[out]``.
-    """
-    bias = read_bias(g, lin)
-    result = np.zeros(out_features(g, lin), np.float64) if bias is None else bias.astype(np.float64)
-    if constant is not None:
-        result = result + read_linear(g, lin).astype(np.float64) @ constant.astype(np.float64)
-    return result.astype(np.float32)
+    def round(
+        self,
+        g: OpBuilder,
+        group: LinearGroup,
+        linear: LinearRef,
+        weight: FloatArray,
+        hinv: FloatArray | None = None,
+    ) -> Rounded:
+        """Quantize one of the Linears that share an input, to nearest or by GPTQ.
+
+        Args:
+            g: the graph that the Linear is in.
+            group: the input.
+            linear: one of the Linears that read it.
+            weight: its merged weight, float32 ``[out, in]``, which may be changed.
+            hinv: what :func:`embedge.quant.gptq.inverse_cholesky` made of the smoothed Hessian.
+        """
+
+    def weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> LazyInitializer:
+        """The initializer of one of the Linears; its ``compute`` rounds to nearest."""
 
 
 def reported_db(value: float) -> float | None:
     """Decibels for the layer report; ``None`` where they are infinite, which JSON has not."""
-    return round(value, 2) if np.isfinite(value) else None
-
-
-def recipe_key(g: Graph, lin: LinearRef, detail: str) -> str:
-    """Identity of a stored Linear: its tensor, the task it belongs to if adapted, and the format."""
-    return f"{lin.label}@{g.weights.version(weight_name(lin))}|{detail}"
-
-
-def digest(*arrays: NDArray[Any] | None) -> str:
-    """A short identity of constants, for initializer keys."""
-    state = hashlib.sha256()
-    for array in arrays:
-        state.update(b"-" if array is None else array.tobytes())
-    return state.hexdigest()[:16]
+    return round(value, 2) if isfinite(value) else None

@@ -9,13 +9,15 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import CONTRIB, Graph, LazyInitializer, TensorSpec
-from embedge.export.graph.scheme import half_rows, to_half
+from embedge.export.graph.initializers import LazyInitializer, TensorSpec
+from embedge.export.graph.ops import CONTRIB, OpBuilder
+from embedge.export.graph.values import Value, owner
+from embedge.export.schemes.floats import half_rows, to_half
 from embedge.export.weights.tensors import BASE
 from embedge.quant import embedding_tables, int4
 
 
-def quantized_rows(g: Graph, name: str, ids: str, bits: int, *, half: bool = False) -> str:
+def quantized_rows(g: OpBuilder, name: str, ids: str, bits: int, *, half: bool = False) -> Value:
     """Rows of the table ``name`` through ``GatherBlockQuantized`` (ONNX Runtime's contrib operator).
 
     Args:
@@ -66,7 +68,7 @@ def quantized_rows(g: Graph, name: str, ids: str, bits: int, *, half: bool = Fal
     key = f"{name}@{g.weights.version(name)}|table-int{bits}-{block_size}{'-fp16' * half}"
     table, scale, zero = g.initializer(
         LazyInitializer(
-            key=key, owner=g.owner(name), specs=specs, compute=compute, describe=describe
+            key=key, owner=owner(g.weights, name), specs=specs, compute=compute, describe=describe
         )
     )
     found = g.op(

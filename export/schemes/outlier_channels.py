@@ -10,34 +10,35 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.graph.builder import Graph, LinearRef
-from embedge.export.graph.scheme import digest, out_features, read_linear, weight_name
+from embedge.export.graph.initializers import digest
+from embedge.export.graph.ops import OpBuilder
+from embedge.export.graph.values import LinearRef, Value
 
 __all__ = ["beside", "outliers"]
 
 
 def outliers(
-    g: Graph,
+    g: OpBuilder,
     x: str,
-    lin: LinearRef,
+    linear: LinearRef,
     channels: NDArray[np.int64],
     *,
     columns: NDArray[np.float32] | None = None,
     rows: NDArray[np.float32] | None = None,
-) -> tuple[str, str]:
+) -> tuple[Value, Value]:
     """Some channels of a Linear's input ``[batch, tokens, n]``, and their weights ``[n, out]``.
 
     Args:
         g: the graph.
         x: the Linear's input.
-        lin: the Linear.
+        linear: the Linear.
         channels: int64, ascending.
         columns: float32 ``[in]`` by which the weight's columns are multiplied first, or ``None``.
         rows: float32 ``[out]`` by which its rows are, or ``None``.
     """
 
     def compute() -> NDArray[np.float32]:
-        matrix = read_linear(g, lin)[:, channels]
+        matrix = linear.read(g.weights)[:, channels]
         if columns is not None:
             matrix = matrix * columns[channels]
         if rows is not None:
@@ -45,16 +46,16 @@ def outliers(
         return np.ascontiguousarray(matrix.T)
 
     matrix = g.computed(
-        f"{lin.label}.outliers",
-        (len(channels), out_features(g, lin)),
+        f"{linear.label}.outliers",
+        (len(channels), linear.out_features(g.weights)),
         compute,
-        weight_name(lin),
+        linear.weight,
         detail=digest(channels, columns, rows),
     )
     return g.op("Gather", x, g.const(channels, "int64"), axis=-1), matrix
 
 
-def beside(g: Graph, y: str, values: str, matrix: str, row_scale: str | None = None) -> str:
+def beside(g: OpBuilder, y: str, values: str, matrix: str, row_scale: str | None = None) -> Value:
     """``y`` and the float32 product of some columns beside it.
 
     Args:

@@ -3,68 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
-from embedge.export.graph.builder import LinearGroup
-from embedge.export.graph.scheme import Float16Scheme, Scheme
+from embedge.export.graph.scheme import Scheme
+from embedge.export.schemes.floats import Float16Scheme, Float32Scheme
 from embedge.export.schemes.int4 import Int4Float16Scheme, Int4Scheme
 from embedge.export.schemes.int4_unpacked import Int4UnpackedScheme
-from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants
-from embedge.export.schemes.mixed import MixedScheme
+from embedge.export.schemes.int8 import Int8Scheme
+from embedge.export.schemes.mixed import MixedScheme, first_match
+from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 
-__all__ = ["gptq_scheme", "make_scheme"]
+Constants = Mapping[tuple[str, ...], SmoothingConstants]
 
 
 def make_scheme(
     precision: str,
     *,
-    constants: Mapping[str, SmoothingConstants],
+    constants: Constants,
     int4_block_size: int,
     methods: Mapping[str, str],
     keep: Mapping[str, str],
 ) -> Scheme:
-    """The scheme of a precision, wrapped where layers are kept at another one.
+    """The scheme of a precision, where layers are kept at others a mixture.
 
     Args:
         precision: its name.
-        constants: those of int8 inputs, by the label of their first Linear.
+        constants: of int8 inputs, by the labels of the Linears that read one; empty without calibration.
         int4_block_size: input channels that share a scale.
         methods: how weights are rounded, "gptq" or "rtn", for "int8" and "int4".
         keep: precisions by pattern.
     """
-    int8 = Int8Scheme(constants, methods["int8"])
-    outliers = {label: c.outliers for label, c in constants.items() if c.outliers is not None}
+    if precision == "fp32":
+        return Float32Scheme()
+    if precision == "fp16":
+        return Float16Scheme()
+    outliers = {labels: of.outliers for labels, of in constants.items() if of.outliers is not None}
     int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers)
-    unpacked = Int4UnpackedScheme(constants, int4)
-    schemes: dict[str, Scheme] = {
-        "fp32": Scheme(),
-        "fp16": Float16Scheme(),
-        "int8": int8,
-        "int4": int4,
-        UNPACKED_PRECISION: unpacked,
-        "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4),
+
+    def make(name: str) -> Scheme:
+        own = _that_hold(constants, name, precision, keep)
+        schemes: dict[str, Scheme] = {
+            "fp32": Float32Scheme(),
+            "int8": Int8Scheme(own, methods["int8"]),
+            "int4": int4,
+            UNPACKED_PRECISION: Int4UnpackedScheme(own, int4),
+            "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4),
+        }
+        return schemes[name]
+
+    made = {name: make(name) for name in {precision, *keep.values()}}
+    if set(made) == {precision}:
+        return made[precision]
+    return MixedScheme(made[precision], {pattern: made[name] for pattern, name in keep.items()})
+
+
+def _that_hold(
+    constants: Constants, wanted: str, precision: str, keep: Mapping[str, str]
+) -> Constants:
+    """The constants of the inputs that a precision of a mixture reads.
+
+    A producer at another precision takes no scale into its weight, so its consumer is left as it is.
+
+    Args:
+        constants: of all inputs.
+        wanted: the precision.
+        precision: that of the mixture.
+        keep: precisions by pattern.
+    """
+
+    def at_wanted(labels: tuple[str, ...]) -> bool:
+        pattern = first_match(keep, *labels)
+        return (precision if pattern is None else keep[pattern]) == wanted
+
+    groups = {label: labels for labels in constants for label in labels}
+    return {
+        labels: of
+        for labels, of in constants.items()
+        if at_wanted(labels) and (of.sink is None or at_wanted(groups[of.sink.linear.label]))
     }
-    scheme = schemes[precision]
-    if not keep or precision in ("fp32", "fp16"):
-        return scheme
-    if set(keep.values()) == {precision}:
-        return scheme
-    mixed = MixedScheme(scheme, {pattern: schemes[p] for pattern, p in keep.items()})
-    for eight in (int8, unpacked):
-        eight.keep_plans(partial(_runs, mixed, eight))
-    return mixed
 
 
-def gptq_scheme(scheme: Scheme, group: LinearGroup) -> Int8Scheme | Int4Scheme | None:
-    """The scheme that rounds the Linears of an input by GPTQ, ``None`` where none does."""
-    if isinstance(scheme, MixedScheme):
-        scheme = scheme.form_of(*(lin.label for lin in group.lins))
-    if isinstance(scheme, (Int8Scheme, Int4Scheme)) and scheme.method == "gptq":
-        return scheme
-    return None
-
-
-def _runs(mixed: MixedScheme, scheme: Scheme, label: str) -> bool:
-    """Whether ``scheme`` is the one of a Linear."""
-    return mixed.form_of(label) is scheme
+__all__ = ["make_scheme"]

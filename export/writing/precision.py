@@ -16,19 +16,20 @@ from embedge.export.calibration.sensitivity import candidates, check_budget, wit
 from embedge.export.calibration.smoothing import smoothing_constants
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.context import ExportContext
-from embedge.export.graph.builder import Graph, LazyInitializer
-from embedge.export.graph.scheme import Scheme
-from embedge.export.graph.task_graph import to_model
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.initializers import LazyInitializer
+from embedge.export.graph.onnx_model import to_model
+from embedge.export.graph.scheme import Scheme, Target
 from embedge.export.model import Model
 from embedge.export.options import INT4
 from embedge.export.schemes.int4 import Int4Scheme
-from embedge.export.schemes.int4_unpacked import unpack_list
 from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
 from embedge.export.schemes.mixed import unmatched
 from embedge.export.weights.tensors import BASE, Weights
 from embedge.export.writing.bundle import dump, write_new
 from embedge.export.writing.graph_metadata import graph_notes, task_notes
 from embedge.export.writing.parallel import in_order
+from embedge.export.writing.unpack_list import unpack_list
 from embedge.export.writing.weight_store import TensorStore
 from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 from embedge.runtime.errors import EmbedgeValueError
@@ -147,7 +148,7 @@ def _entry(
         }
     return {
         **files,
-        "devices": list(scheme.devices),
+        "devices": ["cuda" if scheme.target is Target.CUDA else "cpu"],
         "row_multiple": scheme.row_multiple,
         "activation_constants": used,
     }

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from embedge.export.graph.builder import LazyInitializer, TensorSpec
+from embedge.export.graph.initializers import LazyInitializer, TensorSpec
 from embedge.runtime.bundle.contract import INLINE_BYTES
 from embedge.runtime.errors import BundleError
 

@@ -17,7 +17,7 @@ from embedge.export import export_bundle
 from embedge.export.calibration.sensitivity import Candidate, _sample, candidates, within_budget
 from embedge.export.calibration.tokens import token_batches
 from embedge.export.families import family_of
-from embedge.export.graph.builder import LinearGroup
+from embedge.export.graph.values import LinearGroup
 from embedge.export.options import ExportOptions
 from embedge.export.reading import read_model
 from embedge.export.schemes.int4 import Int4Scheme

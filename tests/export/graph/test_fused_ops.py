@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
-from embedge.export.graph.builder import CONTRIB, IR_VERSION, OPSET
 from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of, with_functions
+from embedge.export.graph.onnx_model import IR_VERSION, OPSET
+from embedge.export.graph.ops import CONTRIB
 from embedge.quant.rotation import block_rotation
 from embedge.runtime.kernels import library
 from tests.helpers.sessions import open_graph, session_options

@@ -19,10 +19,13 @@ from embedge.export import export_bundle
 from embedge.export.calibration.layers import InputStatistics
 from embedge.export.calibration.smoothing import rotated_constants
 from embedge.export.errors import CheckpointError
-from embedge.export.graph.builder import Graph, LinearGroup, LinearRef, ScaleSink
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.onnx_model import to_model
 from embedge.export.graph.scheme import Scheme
-from embedge.export.graph.task_graph import to_model
-from embedge.export.schemes.int8 import Int8Scheme, SmoothingConstants
+from embedge.export.graph.values import LinearGroup, LinearRef, ScaleSink, Value
+from embedge.export.schemes.floats import Float32Scheme
+from embedge.export.schemes.int8 import Int8Scheme
+from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.export.weights.rotated import ResidualStream, RotatedWeights, TableNorm
 from embedge.quant.rotation import Rotation, block_rotation, rotate_blocks
 from embedge.runtime import Embedder
@@ -277,6 +280,14 @@ def gated(loud: float) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArra
     return x, up, down
 
 
+def gated_input(*factors: Value, value: Value | None = None) -> LinearGroup:
+    """What the last Linear of a gated MLP reads."""
+    value = value or Value("product")
+    value.factors = factors[0], factors[1]
+    sink = ScaleSink(linear=LinearRef("up"))
+    return LinearGroup(value=value, linears=(LinearRef("down"),), sink=sink)
+
+
 def product_error(loud: float) -> tuple[float, int]:
     """Median error of the rows of an int8 product, relative to what the other channels make of it.
 
@@ -285,18 +296,16 @@ def product_error(loud: float) -> tuple[float, int]:
     x, up, down = gated(loud)
     stored = Stored()
     stored.tensors = {"up.weight": up, "down.weight": down}
-    lins = (LinearRef("down"),)
-    group = LinearGroup(value="x", lins=lins, sink=ScaleSink(lin=LinearRef("up"), gated=True))
+    group = gated_input(Value("x"), Value("ones"))
     statistics = InputStatistics(group, 64, None)
     statistics.add(x)
     statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
     plan = rotated_constants(statistics)
     assert plan.smooth is not None
-    scheme = Int8Scheme({"down": plan})
+    scheme = Int8Scheme({("down",): plan})
     g = Graph(weights=stored, scheme=scheme)
-    g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64])
-    g.output_scale["up"] = np.float32(1) / plan.smooth
-    (y,) = scheme.linears(g, group)
+    factors = g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64]), g.const(np.ones(64))
+    (y,) = scheme.linears(g, gated_input(*factors, value=g.op("Mul", *factors)))
     g.output(y, "out", TensorProto.FLOAT, [])
     session = open_graph(model_of(g))
     # the producer would have divided by the smoothing
@@ -341,7 +350,7 @@ class Rows:
         g.input("x", TensorProto.FLOAT, ["batch", "tokens", 48])
         gate, up, down = LinearRef("gate"), LinearRef("up"), LinearRef("down")
         y = g.gated("x", gate, up, "silu")
-        (y,) = g.linears(y, [down], sink=ScaleSink(lin=up, gated=True))
+        (y,) = g.linears(y, [down])
         g.output(y, "out", TensorProto.FLOAT, [])
         self.graph = model_of(g)
         session = open_graph(self.graph)
@@ -369,7 +378,7 @@ def test_a_gated_mlp_at_int8_is_close_for_rows_of_any_size(inner: int, bias: boo
     mlp = Rows(inner, bias=bias)
     x = np.random.default_rng(1).normal(size=(60, 48)).astype(np.float32)
     x *= np.float32(10) ** np.linspace(-3, 3, 60, dtype=np.float32)[:, None]
-    assert relative(mlp.run(x, Scheme()), mlp.exact(x)).max() < 1e-5
+    assert relative(mlp.run(x, Float32Scheme()), mlp.exact(x)).max() < 1e-5
     errors = relative(mlp.run(x), mlp.exact(x))
     assert np.median(errors) < 0.02 and errors.max() < 0.05
     sizes = {t.name: tuple(t.dims) for t in mlp.graph.graph.initializer}
@@ -435,14 +444,9 @@ def test_a_hessian_is_that_of_the_rotated_inputs() -> None:
     stored = Stored()
     stored.tensors = {"down.weight": draw.normal(size=(40, 60)).astype(np.float32)}
     assert plan.smooth is not None
-    scheme = Int8Scheme({"down": plan})
+    scheme = Int8Scheme({("down",): plan})
     g = Graph(weights=stored, scheme=scheme)
-    group = LinearGroup(
-        value="x",
-        lins=(LinearRef("down"),),
-        rows="",
-        sink=ScaleSink(lin=LinearRef("up"), gated=True),
-    )
+    group = gated_input(Value("x"), Value("ones"))
     hessian = x.T @ x
     scheme.smooth_hessian(g, group, hessian)
     kept = x / smooth
