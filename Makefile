@@ -1,6 +1,7 @@
 # make demo   the main job on the demo model: export, embed, compare
 # make test   all tests
 # make test-as-avx2  all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
+# make docs   the documentation site, in build/site; warnings are errors, and links have to lead somewhere
 # make check  lint, types and tests, as before a release
 #
 # On Linux, pip's default torch is a CUDA build of several GB. To take the CPU build instead, pass the
@@ -15,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types install clean
+.PHONY: demo test docs check lint types install clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -38,6 +39,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -q tests/test_documents.py -k "links or paths or made or lines"
 
 install: $(STAMP)
 

@@ -104,7 +104,7 @@ def test_the_wheel_carries_types_data_and_licence(wheel_folder: Path) -> None:
 
 
 def test_the_source_distribution_has_tests_and_documents(source_folder: Path) -> None:
-    for name in ("CHANGELOG.md", "docs/reproduce.md", "examples/demo.py", "tests/conftest.py"):
+    for name in ("CHANGELOG.md", "docs/tutorial.md", "examples/demo.py", "tests/conftest.py"):
         assert (source_folder / name).read_bytes() == (ROOT / name).read_bytes()
 
 
