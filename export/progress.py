@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from embedge.runtime.host.memory import process_memory
 from embedge.runtime.host.progress import LogLines
 
 
@@ -97,14 +97,14 @@ def _make_bar(name: str, total_bytes: int) -> Any:
 
 class _Peak:
     def __init__(self) -> None:
-        self.bytes: int | None = _anonymous_bytes()
+        self.bytes = process_memory().get("RssAnon")
 
     @property
     def megabytes(self) -> float | None:
         return None if self.bytes is None else self.bytes / 1e6
 
     def sample(self) -> None:
-        now = _anonymous_bytes()
+        now = process_memory().get("RssAnon")
         if now is not None:
             self.bytes = max(self.bytes or 0, now)
 
@@ -129,13 +129,3 @@ def anonymous_peak(interval_seconds: float = 0.02) -> Iterator[_Peak]:
         if thread:
             thread.join()
         peak.sample()
-
-
-def _anonymous_bytes() -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None

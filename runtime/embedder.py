@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.encode.batch_runner import BatchRunner
+from embedge.runtime.encode.batch_size import settings_by_graph
 from embedge.runtime.encode.lookup import (
     choose_dim,
     choose_precision,
@@ -37,7 +38,9 @@ from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions
 from embedge.runtime.scoring.similarity import similarity, similarity_pairwise
 from embedge.runtime.sessions.device import choose_device, split_device
 from embedge.runtime.sessions.graphs import Graphs
-from embedge.runtime.tuning.cache import read_wisdom
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
+from embedge.runtime.sessions.session import SessionConfig
+from embedge.runtime.tuning.cache import read_tuning
 from embedge.runtime.tuning.choose_precision import AUTO, choose_automatically
 
 if TYPE_CHECKING:
@@ -117,11 +120,11 @@ class Embedder:
         self._model = manifest.model
         device_kind, device_index = split_device(device)
         cores = available_cores() if threads is None else threads
-        wisdom = {} if device_kind == "cuda" else read_wisdom(self._bundle, cores)
+        tuned = {} if device_kind == "cuda" else read_tuning(self._bundle, cores)
         if precision == AUTO:
             precision = choose_automatically(
                 self._bundle,
-                wisdom,
+                tuned,
                 device=device_kind,
                 memory_limit=options.memory_bytes,
                 min_cosine=min_cosine,
@@ -133,16 +136,27 @@ class Embedder:
         self._manifest = replace(manifest, tasks=tasks)
         self._dim = choose_dim(self._model, truncate_dim)
         self._device = choose_device(device, self._precision, self._settings.devices)
-        measured = wisdom.get(self._precision)
+        device_kind, _ = split_device(self._device)
+        config = SessionConfig(
+            device=device_kind,
+            device_index=device_index,
+            threads=cores,
+            arena=options.memory_bytes is None,
+            prepared=PreparedGraphs(self._bundle),
+        )
+        measured = tuned.get(self._precision)
         self._graphs = graphs = Graphs(
             self._bundle,
             self._precision,
-            device=split_device(self._device)[0],
-            device_index=device_index,
-            threads=cores,
+            config,
+            settings=settings_by_graph(
+                self._bundle,
+                self._precision,
+                config,
+                measured=measured.settings if measured else None,
+            ),
             max_sessions=max_sessions,
             memory_limit=options.memory_bytes,
-            settings=measured.settings if measured else None,
         )
         self._tokenizer = read_tokenizer(self._bundle)
         self._runner = BatchRunner(

@@ -11,21 +11,14 @@ import sys
 import time
 from typing import Any
 
+from embedge.runtime.host.memory import process_memory
+
 _KINDS = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file_mapped"}
 
 
 def memory() -> dict[str, int]:
     """Return bytes of this process's memory by kind; empty where /proc does not tell."""
-    found = {}
-    try:
-        with open("/proc/self/status") as lines:
-            for line in lines:
-                key, _, rest = line.partition(":")
-                if key in _KINDS:
-                    found[_KINDS[key]] = int(rest.split()[0]) * 1024
-    except (OSError, ValueError):
-        return {}
-    return found
+    return {_KINDS[key]: count for key, count in process_memory().items() if key in _KINDS}
 
 
 def milliseconds_since(start: float) -> float:

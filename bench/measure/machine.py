@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from embedge.runtime.host.processor import instruction_sets, processor_name
 from embedge.runtime.kernels.library import describe_kernels
 
 __all__ = ["machine", "versions"]
@@ -30,12 +30,11 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         threads: threads each system is given.
         device: what they run on; ``"gpu"`` is there for "cuda".
     """
-    lines = _cpu_info()
-    flags = lines.get("flags", "").split()
+    flags = instruction_sets()
     gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return gpu | {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": lines.get("model name") or platform.processor() or "unknown",
+        "processor": processor_name(),
         "instructions": [flag for flag in _FLAGS if flag in flags],
         "kernels": describe_kernels(),
         "cores": psutil.cpu_count(),
@@ -55,12 +54,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_info() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -113,27 +113,17 @@ def _embedge(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     from embedge.runtime.images.layout import image_layout, vision_inputs
     from embedge.runtime.images.load import load_image
     from embedge.runtime.images.patches import ImageProcessor
-    from embedge.runtime.sessions.session import GraphSession
+    from embedge.runtime.sessions.session import SessionConfig, open_graph
 
     bundle = Bundle(options.bundle)
-    settings, image = bundle.manifest.precisions[precision], bundle.manifest.model.image
+    image = bundle.manifest.model.image
     if image is None:
         raise BenchError(f"{options.bundle}: expected a bundle with a vision tower, found none")
     process = ImageProcessor(image)
 
-    def open_graph(name: str, inputs: Sequence[str]) -> GraphSession:
-        return GraphSession(
-            bundle.graph(precision, name),
-            device="cpu",
-            threads=options.threads,
-            constants=settings.activation_constants,
-            inputs=inputs,
-            integer=bundle.multiplies_integers(precision),
-        )
-
-    example = vision_inputs([process(load_image(options.image, "image"))], image)
-    tower = open_graph("vision", list(example))
-    task = open_graph(options.task, bundle.manifest.model.inputs)
+    config = SessionConfig(threads=options.threads)
+    tower = open_graph(bundle, precision, "vision", config)
+    task = open_graph(bundle, precision, options.task, config)
 
     def language(seen: tuple[Any, Any]) -> Vector:
         patches, features = seen

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.bench.errors import BenchError
+from embedge.runtime.host.memory import process_memory
 
 __all__ = ["Cost", "Shape", "export_cost", "main", "write_adapter", "write_model"]
 
@@ -280,14 +281,7 @@ def _write_json(path: Path, value: object) -> None:
 
 def _anonymous_bytes(pid: int) -> int:
     """RssAnon of a process; 0 once it has ended."""
-    try:
-        with open(f"/proc/{pid}/status") as lines:
-            for line in lines:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+    return process_memory(pid).get("RssAnon", 0)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from embedge.bench.errors import BenchError
+from embedge.runtime.host.memory import process_memory
 
 __all__ = ["main"]
 
@@ -120,10 +121,9 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _memory() -> dict[str, float]:
     """Gigabytes (10⁹) of this process by kind, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) for line in lines if "kB" in line}
-    found = {name: round(values[field] * 1024 / 1e9, 2) for field, name in _FIELDS.items()}
-    return {**found, "resident": round(values["VmRSS"] * 1024 / 1e9, 2)}
+    values = process_memory()
+    found = {name: round(values[field] / 1e9, 2) for field, name in _FIELDS.items()}
+    return {**found, "resident": round(values["VmRSS"] / 1e9, 2)}
 
 
 if __name__ == "__main__":

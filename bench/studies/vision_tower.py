@@ -305,18 +305,11 @@ def _page(width: int, height: int) -> Any:
 
 
 def _embedge(bundle: Bundle, precision: str, patches: ImagePatches, threads: int) -> Run:
-    from embedge.runtime.sessions.session import GraphSession
+    from embedge.runtime.sessions.session import SessionConfig, open_graph
 
     image = bundle.manifest.model.image
     assert image is not None
-    session = GraphSession(
-        bundle.graph(precision, "vision"),
-        device="cpu",
-        threads=threads,
-        constants=bundle.manifest.precisions[precision].activation_constants,
-        inputs=list(vision_inputs([patches], image)),
-        integer=bundle.multiplies_integers(precision),
-    )
+    session = open_graph(bundle, precision, "vision", SessionConfig(threads=threads))
 
     def run() -> Features:
         features: Features = session.run("image_features", vision_inputs([patches], image))[0]

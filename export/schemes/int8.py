@@ -15,9 +15,9 @@ a vector depends neither on its batch nor on its padding.
 * What a gated MLP multiplies has few large values in a row. Each block of up to 16 channels is multiplied
   by an orthogonal matrix, which spreads them, and the rows of the weight by the same one.
 
-The steps ``1/127`` and ``1/235`` and the zero points are initializers of their own. On
-processors whose u8×s8 products saturate in 16 bits the runtime replaces them by those of 7-bit
-activations.
+The steps ``1/127`` and ``1/235`` and the zero points are initializers of their own, which the manifest
+lists with the values of 7-bit activations: enough where u8×s8 matmuls saturate in 16 bits. The runtime
+asks ONNX Runtime for exact matmuls there instead.
 
 A scale per row is a block of :class:`QuantizeLinear` as wide as the row. ``MatMulIntegerToFloat`` takes
 one too, ``[batch, tokens, 1]``, on the CPU (undocumented; a test holds it), but only without its bias

@@ -298,7 +298,8 @@ class Precision(Record):
         vision: path of the graph of the vision tower, which the tasks share; ``None`` without one.
         devices: "cpu", "cuda": where its kernels exist.
         row_multiple: batch × tokens has to be a multiple of this.
-        activation_constants: initializers to replace where u8×s8 products saturate, by name.
+        activation_constants: initializers of 8-bit activations by name, listed where matmuls are of 8-bit
+            integers, with the values of 7 bits; the runtime does not replace them.
         options: what the export was called with; free.
         layers: path of the layer table by task.
         fidelity: figures against the reference, by task; free, empty until ``bench --record``.

@@ -12,9 +12,9 @@ from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.cli.messages import printable
 from embedge.runtime.cli.table import named_value, table
 from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError
-from embedge.runtime.host.processor import describe_processor
+from embedge.runtime.host.saturation import describe_processor
 from embedge.runtime.kernels.library import describe_kernels
-from embedge.runtime.sessions.packed_graphs import PreparedGraphs
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 
 __all__ = ["add_arguments", "run"]
 

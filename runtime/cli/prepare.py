@@ -14,19 +14,12 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.table import table
 from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.cores import available_cores
-from embedge.runtime.host.processor import saturates_u8s8
-from embedge.runtime.sessions.graphs import graph_inputs
-from embedge.runtime.sessions.packed_graphs import PreparedGraphs
-from embedge.runtime.sessions.session import GraphSession
-from embedge.runtime.sessions.unpack import unpacking
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
+from embedge.runtime.sessions.session import SessionConfig, open_graph
+from embedge.runtime.sessions.session_workers import RunSettings
 from embedge.runtime.tuning.autotune import measure_precisions
-from embedge.runtime.tuning.cache import (
-    RunSettings,
-    TunedPrecision,
-    Wisdom,
-    add_wisdom,
-    wisdom_file,
-)
+from embedge.runtime.tuning.cache import TunedPrecision, Tuning, add_tuning, tuning_file
+from embedge.runtime.tuning.pack_graphs import pack_graph
 
 __all__ = ["add_arguments", "run"]
 
@@ -86,12 +79,8 @@ def _pack(bundle: Bundle, graphs: Iterable[tuple[str, str]]) -> None:
     if place != prepared.folder:
         print(f"{bundle.root} cannot be written: into {place}, where this user's programs find it")
     for precision, name in graphs:
-        settings = bundle.manifest.precisions[precision]
-        if settings.activation_constants and saturates_u8s8():
-            print(f"{precision}/{name}: left as it is: this processor needs its 7-bit constants")
-            continue
         before = _seconds_to_open(bundle, precision, name, None)
-        size = prepared.write(precision, name)
+        size = pack_graph(prepared, precision, name)
         after = _seconds_to_open(bundle, precision, name, prepared)
         print(f"{precision}/{name}: {size / 1e6:.0f} MB, opens in {after:.2f} s (was {before:.2f})")
 
@@ -109,10 +98,10 @@ def _measure(bundle: Bundle, graphs: Iterable[tuple[str, str]], threads: int) ->
     _warn_if_busy(bundle, threads)
     measured: dict[str, TunedPrecision] = {}
     for found in measure_precisions(bundle, tasks, threads=threads):
-        add_wisdom(bundle, threads, found)
+        add_tuning(bundle, threads, found)
         measured |= found
     count = "1 thread" if threads == 1 else f"{threads} threads"
-    print(f"measured on {count}, milliseconds by texts x tokens, into {wisdom_file(bundle)}:")
+    print(f"measured on {count}, milliseconds by texts x tokens, into {tuning_file(bundle)}:")
     print("\n".join(_times_table(measured)))
 
 
@@ -128,7 +117,7 @@ def _warn_if_busy(bundle: Bundle, threads: int) -> None:
         )
 
 
-def _times_table(measured: Wisdom) -> list[str]:
+def _times_table(measured: Tuning) -> list[str]:
     shapes = list(dict.fromkeys(s for found in measured.values() for s in found.milliseconds))
     rows = [["precision", *shapes, "MB", "runs"]]
     for precision, found in measured.items():
@@ -143,11 +132,11 @@ def _shown(milliseconds: float) -> str:
 
 
 def _words(settings: RunSettings) -> str:
-    """How batches run, and with lanes what a text alone does."""
+    """How batches run, and where each has one thread what a text alone does."""
     batches = f"batches of {settings.batch_tokens} tokens"
-    if not settings.lanes:
+    if not settings.single_thread:
         return f"{batches} on all threads, one by one"
-    short = settings.narrow_tokens
+    short = settings.single_thread_tokens
     alone = f"of up to {short} tokens on 1 thread" if short else "on all threads"
     return f"{batches} on 1 thread each, at the same time; a text alone {alone}"
 
@@ -176,14 +165,6 @@ def _seconds_to_open(
     bundle: Bundle, precision: str, name: str, prepared: PreparedGraphs | None
 ) -> float:
     begin = time.perf_counter()
-    GraphSession(
-        bundle.graph(precision, name),
-        device="cpu",
-        threads=1,
-        constants=bundle.manifest.precisions[precision].activation_constants,
-        inputs=graph_inputs(bundle.manifest, precision, name),
-        integer=bundle.multiplies_integers(precision),
-        prepared=prepared.find(precision, name) if prepared else None,
-        unpack=unpacking(bundle, precision, name, threads=available_cores()),
-    )
+    config = SessionConfig(threads=available_cores(), prepared=prepared)
+    open_graph(bundle, precision, name, config, threads=1)
     return time.perf_counter() - begin

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.manifest import Model
+from embedge.runtime.encode.batch_size import MAX_PADDING_TOKENS
 from embedge.runtime.encode.batches import pad_batch, plan_batches
 from embedge.runtime.encode.request import Request
 from embedge.runtime.encode.sequences import ImageTokens, TokenSequence
@@ -61,9 +62,9 @@ class BatchRunner:
         batches = plan_batches(
             [len(sequence) for _, sequence in items],
             batch_size=request.options.batch_size,
-            max_batch_tokens=request.options.max_batch_tokens or graphs.batch_tokens(task),
-            lanes=graphs.lanes(task),
-            max_padding=graphs.max_padding(),
+            max_batch_tokens=request.options.max_batch_tokens or graphs.settings(task).batch_tokens,
+            concurrency=graphs.concurrency(task),
+            max_padding=MAX_PADDING_TOKENS[graphs.device],
         )
         largest = len(items[batches[0][0]][1]) * len(batches[0])
 

@@ -1,5 +1,7 @@
 """Which sequences run together, and how they are padded. A sequence is a text or an image.
 
+The limits come from :mod:`embedge.runtime.encode.batch_size`, where the call does not say.
+
 Rules:
     * Longest first, so that a batch that does not fit into memory fails at once.
     * A batch has at most ``batch_size`` sequences and ``max_batch_tokens`` padded tokens (longest ×
@@ -7,8 +9,8 @@ Rules:
     * A batch ends where it would hold more padding than a further run costs. Long sequences get
       none: a graph may take another operator for them where a batch has no padding, one whose
       memory does not grow with the square of the tokens, and that must not depend on the batch.
-    * Where batches run at the same time, there are as many as lanes, or twice as many, …, of about
-      the same size, if there are enough sequences.
+    * Where batches run at the same time, there are as many as run at once, or twice as many, …, of
+      about the same size, if there are enough sequences.
     * Padding is on the right. Batch × tokens is made a multiple of ``row_multiple`` by more tokens,
       or, where those would go past the model's limit, by filling sequences of one token, last.
 """
@@ -36,7 +38,7 @@ def plan_batches(
     *,
     batch_size: int,
     max_batch_tokens: int,
-    lanes: int = 1,
+    concurrency: int = 1,
     max_padding: int | None = None,
 ) -> list[NDArray[np.intp]]:
     """Indices of the sequences of each batch, the largest first; every index once.
@@ -45,14 +47,14 @@ def plan_batches(
         lengths: tokens of each sequence.
         batch_size: most sequences of a batch.
         max_batch_tokens: most padded tokens of a batch of more than one sequence.
-        lanes: batches that run at the same time.
+        concurrency: batches that run at the same time.
         max_padding: most tokens of padding in a batch, ``None``: any number. Of sequences from 512
             tokens on it is 0.
     """
-    if 1 < lanes <= len(lengths):
+    if 1 < concurrency <= len(lengths):
         total = sum(lengths)
         needed = max(-(-total // max_batch_tokens), -(-len(lengths) // batch_size))
-        share = -(-total // _round_up(needed, lanes))
+        share = -(-total // _round_up(needed, concurrency))
         # The longest one may end up on top of the share, or equal ones would leave a rest.
         max_batch_tokens = min(max_batch_tokens, share + max(lengths) - 1)
     # Stable, so that equal lengths keep their order and a run can be repeated exactly.

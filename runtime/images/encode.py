@@ -162,7 +162,7 @@ class ImagePipeline:
 
     def _runs(self, chunk: Sequence[_Image], batch_size: int) -> list[list[_Image]]:
         """Images of one number of patches each, within the budget of a run; largest first."""
-        budget = self._graphs.batch_tokens(VISION)
+        budget = self._graphs.settings(VISION).batch_tokens
         groups: dict[int, list[_Image]] = defaultdict(list)
         for image in chunk:
             groups[image.patches.patches].append(image)

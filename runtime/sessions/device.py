@@ -19,7 +19,7 @@ from typing import Any
 from embedge.runtime.errors import DeviceError, EmbedgeValueError
 from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import command_for_cuda, load_onnxruntime, open_session
-from embedge.runtime.host.processor import probe_model
+from embedge.runtime.host.saturation import probe_model
 
 __all__ = ["DEVICES", "PROVIDERS", "choose_device", "split_device"]
 

@@ -1,4 +1,4 @@
-"""Graphs by name, a bounded number of them open.
+"""The owner of open sessions: graphs by name, a bounded number of them open.
 
 An interrupt (Ctrl-C) can come between any two steps of Python's, so nothing here is counted up and later
 down. A user of a graph is a lock that is held while the call runs: the interpreter leaves a ``with`` on a
@@ -13,25 +13,51 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from embedge.runtime.errors import EmbedgeError
-from embedge.runtime.sessions.session_workers import SessionWorkers
+from embedge.runtime.sessions.session import GraphSession
 
-__all__ = ["GraphPool"]
+__all__ = ["GraphPool", "OpenGraph"]
 
 _LOOK_AGAIN_S = 0.1  # an interrupt may keep the end of a use from being told
 
 
-@dataclass
-class _Entry:
-    """A graph of the pool, what its sessions count, and those who use or used it."""
+class OpenGraph:
+    """A graph of a pool: its sessions, which are opened when they are first needed, and its users.
 
-    lanes: SessionWorkers
-    session_bytes: int
-    has_second: bool = False
-    locks: list[weakref.ref[Any]] = field(default_factory=list)
+    Args:
+        pool: its owner.
+        name: the graph's.
+        session_bytes: what a session counts towards the memory limit.
+
+    Attributes:
+        name: as given.
+        session_bytes: as given.
+        has_second: whether there is room for a second session, which then counts too.
+    """
+
+    def __init__(self, pool: GraphPool, name: str, session_bytes: int) -> None:
+        self.name = name
+        self.session_bytes = session_bytes
+        self.has_second = False
+        self._pool = pool
+        self._sessions: dict[int, GraphSession] = {}  # by threads of a run
+        self._opening = threading.Lock()
+        self._locks: list[weakref.ref[Any]] = []
+
+    def session(self, threads: int) -> GraphSession:
+        """The session whose runs take some threads, or the other one where there is no room for both.
+
+        Raises:
+            BundleError: if the graph cannot be opened.
+        """
+        with self._opening:
+            if threads not in self._sessions:
+                if self._sessions and not self._pool.reserve_second(self):
+                    return next(iter(self._sessions.values()))
+                self._sessions[threads] = self._pool.open_session(self.name, threads)
+            return self._sessions[threads]
 
     @property
     def size_bytes(self) -> int:
@@ -45,10 +71,10 @@ class _Entry:
 
     def add_user(self, lock: Any) -> None:
         """Counts a user for as long as the lock is held."""
-        self.locks = [*self._held(), weakref.ref(lock)]
+        self._locks = [*self._held(), weakref.ref(lock)]
 
     def _held(self) -> list[weakref.ref[Any]]:
-        known = ((reference, reference()) for reference in self.locks)
+        known = ((reference, reference()) for reference in self._locks)
         return [reference for reference, lock in known if lock is not None and lock.locked()]
 
 
@@ -60,8 +86,7 @@ class GraphPool:
     graph, a second one only into room that is free.
 
     Args:
-        make: the graph of a name, without a session yet; its second argument answers whether it
-            may open a second session, and reserves the room.
+        open_session: opens the session of a graph, by name and threads of a run.
         size_bytes: what a session of a graph counts towards the memory limit.
         max_graphs: most graphs at once, ``None``: no limit.
         memory_limit: most bytes at once, ``None``: no limit.
@@ -69,17 +94,17 @@ class GraphPool:
 
     def __init__(
         self,
-        make: Callable[[str, Callable[[], bool]], SessionWorkers],
+        open_session: Callable[[str, int], GraphSession],
         size_bytes: Callable[[str], int],
         *,
         max_graphs: int | None = None,
         memory_limit: int | None = None,
     ) -> None:
-        self._make = make
+        self.open_session = open_session
         self._size_bytes = size_bytes
         self._max_graphs = max_graphs
         self._memory_limit = memory_limit
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # longest unused first
+        self._graphs: OrderedDict[str, OpenGraph] = OrderedDict()  # longest unused first
         self._lock = threading.Lock()
         self._waiting: list[queue.SimpleQueue[None]] = []
 
@@ -87,16 +112,16 @@ class GraphPool:
     def names(self) -> tuple[str, ...]:
         """Names of the open graphs, the longest unused first."""
         with self._lock:
-            return tuple(self._entries)
+            return tuple(self._graphs)
 
     @property
     def bytes(self) -> int:
         """What the open graphs count together."""
         with self._lock:
-            return sum(entry.size_bytes for entry in self._entries.values())
+            return sum(graph.size_bytes for graph in self._graphs.values())
 
     @contextmanager
-    def use(self, name: str) -> Iterator[SessionWorkers]:
+    def use(self, name: str) -> Iterator[OpenGraph]:
         """The graph of a name, which is kept open inside the block.
 
         Raises:
@@ -112,11 +137,17 @@ class GraphPool:
     def close_unused(self) -> None:
         """Closes the graphs that nobody uses."""
         with self._lock:
-            for name in [name for name, entry in self._entries.items() if not entry.users]:
-                del self._entries[name]
+            for name in [name for name, graph in self._graphs.items() if not graph.users]:
+                del self._graphs[name]
         self._tell()
 
-    def _take(self, name: str, user: Any) -> SessionWorkers:
+    def reserve_second(self, graph: OpenGraph) -> bool:
+        """Counts a second session of a graph in use if it fits; nobody else's is closed for it."""
+        with self._lock:
+            graph.has_second = graph.has_second or self._fits(graph.session_bytes)
+            return graph.has_second
+
+    def _take(self, name: str, user: Any) -> OpenGraph:
         size = self._size_bytes(name)
         if self._memory_limit is not None and size > self._memory_limit:
             raise EmbedgeError(
@@ -127,24 +158,23 @@ class GraphPool:
         told: queue.SimpleQueue[None] = queue.SimpleQueue()
         while True:
             with self._lock:
-                lanes = self._take_now(name, size, user)
-                if lanes is not None:
-                    return lanes
+                graph = self._take_now(name, size, user)
+                if graph is not None:
+                    return graph
                 self._waiting.append(told)
             with suppress(queue.Empty):
                 told.get(timeout=_LOOK_AGAIN_S)
 
-    def _take_now(self, name: str, size: int, user: Any) -> SessionWorkers | None:
+    def _take_now(self, name: str, size: int, user: Any) -> OpenGraph | None:
         """The graph, in use by ``user``; ``None`` where others leave no room for it yet."""
-        if name not in self._entries:
+        if name not in self._graphs:
             if not self._make_room(size):
                 return None
-            lanes = self._make(name, lambda: self._grow(name, size))
-            self._entries[name] = _Entry(lanes, size)
-        entry = self._entries[name]
-        entry.add_user(user)
-        self._entries.move_to_end(name)
-        return entry.lanes
+            self._graphs[name] = OpenGraph(self, name, size)
+        graph = self._graphs[name]
+        graph.add_user(user)
+        self._graphs.move_to_end(name)
+        return graph
 
     def _tell(self) -> None:
         """Wakes those who wait for room; whom an interrupt leaves out looks again by itself."""
@@ -153,25 +183,18 @@ class GraphPool:
         for told in waiting:
             told.put(None)
 
-    def _grow(self, name: str, size: int) -> bool:
-        """Counts a second session of a graph in use if it fits; nobody else's is closed for it."""
-        with self._lock:
-            entry = self._entries[name]
-            entry.has_second = entry.has_second or self._fits(size)
-            return entry.has_second
-
     def _make_room(self, size: int) -> bool:
         """Closes unused graphs until one more fits; ``False`` if those in use leave no room."""
         while self._is_full() or not self._fits(size):
-            unused = next((name for name, e in self._entries.items() if not e.users), None)
+            unused = next((name for name, graph in self._graphs.items() if not graph.users), None)
             if unused is None:
                 return False
-            del self._entries[unused]
+            del self._graphs[unused]
         return True
 
     def _is_full(self) -> bool:
-        return self._max_graphs is not None and len(self._entries) >= self._max_graphs
+        return self._max_graphs is not None and len(self._graphs) >= self._max_graphs
 
     def _fits(self, size: int) -> bool:
-        total = size + sum(entry.size_bytes for entry in self._entries.values())
+        total = size + sum(graph.size_bytes for graph in self._graphs.values())
         return self._memory_limit is None or total <= self._memory_limit

@@ -1,113 +1,167 @@
-"""A graph opened by ONNX Runtime."""
+"""Where a session is opened: ONNX Runtime on one graph of a bundle, ready to run.
+
+:func:`open_graph` is the one way. :class:`SessionConfig` says how; the steps are
+    1. the graph as `embedge prepare` stored it, where that fits, else the bundle's own;
+    2. weights that the file does not hold, unpacked from 4 bits (:mod:`embedge.runtime.sessions.unpack`);
+    3. exact integer matmuls (:mod:`embedge.runtime.host.saturation`) and embedge's kernels;
+    4. ``InferenceSession``, by :func:`embedge.runtime.host.onnxruntime.open_session`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.bundle.manifest import ActivationConstant
+from embedge.runtime.bundle.contract import VISION
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.bundle.graph_check import VISION_INPUTS
 from embedge.runtime.errors import BundleError, EmbedgeError, InferenceError
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
-from embedge.runtime.host.processor import keep_products_exact, saturates_u8s8
+from embedge.runtime.host.saturation import keep_matmuls_exact
 from embedge.runtime.kernels.library import own_kernels, use_own_kernels
 from embedge.runtime.sessions.device import PROVIDERS
-from embedge.runtime.sessions.unpack import Initializers
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
+from embedge.runtime.sessions.unpack import Initializers, initializers_of
 
-__all__ = ["GraphSession", "give_initializers"]
+__all__ = ["GraphSession", "SessionConfig", "give_initializers", "new_options", "open_graph"]
 
 
-class GraphSession:
-    """A graph that is ready to run; safe to run from several threads at once.
+@dataclass(frozen=True, kw_only=True)
+class SessionConfig:
+    """How graphs are opened.
 
-    On the processor, if integer products saturate there all the same, ``constants`` are replaced by their
-    reduced values when the session opens.
-
-    Args:
-        file: the graph, its external data beside it.
+    Attributes:
         device: "cpu" or "cuda".
         device_index: number of the GPU.
-        threads: threads of one run.
-        constants: activation constants by initializer name, empty where there are none.
-        inputs: names the graph has to take.
-        integer: whether its products are of integers, for which embedge has kernels.
+        threads: threads of a run; as many unpack weights when a graph opens.
         arena: keep freed activations for the next run; faster, at the size of the largest batch.
-        prepared: the same graph as :class:`PreparedGraphs` stored it, opened in its place; for a
-            processor whose integer products do not saturate.
-        unpack: makes the initializers that the graph's file does not hold; not called for a prepared graph.
-            Given whether the weights have to lie in panels, see :mod:`embedge.runtime.kernels.library`.
-
-    Raises:
-        BundleError: if ONNX Runtime refuses the graph, or it takes other inputs.
-        DeviceError: if the device's provider did not load.
+        prepared: what `embedge prepare` stored, taken in the place of the bundle's graphs where it fits;
+            ``None``: always the bundle's.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        *,
-        device: str,
-        device_index: int = 0,
-        threads: int,
-        constants: Mapping[str, ActivationConstant],
-        inputs: Sequence[str],
-        integer: bool = False,
-        arena: bool = True,
-        prepared: Path | None = None,
-        unpack: Callable[[bool], Initializers] | None = None,
-    ) -> None:
-        onnxruntime = load_onnxruntime()
-        self.file = file = prepared or file
-        self.device = device
-        self.threads = threads
-        options = onnxruntime.SessionOptions()
-        level = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = (
-            level.ORT_ENABLE_ALL if prepared is None else level.ORT_DISABLE_ALL
-        )
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = arena
-        options.log_severity_level = 4  # what it logs at 3 it also raises
-        keep_products_exact(options)
-        # ONNX Runtime reads these where they lie: they live as long as the session.
-        self._replaced = []
-        if constants and device == "cpu" and saturates_u8s8():
-            for name, constant in constants.items():
-                value = np.array(constant.reduced, constant.dtype)
-                self._replaced.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
-                options.add_initializer(name, self._replaced[-1])
-        own = device == "cpu" and integer and own_kernels()
-        unpacked = unpack(own) if unpack is not None and prepared is None else {}
+    threads: int
+    device: str = "cpu"
+    device_index: int = 0
+    arena: bool = True
+    prepared: PreparedGraphs | None = None
+
+
+def open_graph(
+    bundle: Bundle, precision: str, name: str, config: SessionConfig, *, threads: int | None = None
+) -> GraphSession:
+    """A session of the graph of a task, or of ``VISION``.
+
+    Args:
+        bundle: whose graph.
+        precision: one of its precisions.
+        name: of the task, or ``VISION``.
+        config: how it is opened.
+        threads: threads of a run; ``None``: all of the configuration's.
+
+    Raises:
+        BundleError: if ONNX Runtime refuses the graph, it takes other inputs than the manifest says, or
+            its files are not the bundle's any more.
+        EmbedgeError: if the path is no UTF-8.
+    """
+    threads = threads or config.threads
+    if config.prepared is not None and config.device == "cpu":
+        file = config.prepared.find(precision, name)
+        if file is not None:
+            try:
+                return _open(bundle, precision, name, config, threads, file)
+            except BundleError as error:
+                config.prepared.warn(f"{file.parent}: not used: {error}")
+    return _open(bundle, precision, name, config, threads, None)
+
+
+def _open(
+    bundle: Bundle,
+    precision: str,
+    name: str,
+    config: SessionConfig,
+    threads: int,
+    prepared: Path | None,
+) -> GraphSession:
+    with bundle.reading(bundle.graph_files(precision, name)):
+        file = prepared or bundle.graph(precision, name)
+        options = new_options(threads=threads, optimize=prepared is None, arena=config.arena)
+        own = config.device == "cpu" and bundle.multiplies_integers(precision) and own_kernels()
+        unpacked: Initializers = {}
+        if prepared is None and name in bundle.manifest.precisions[precision].unpack:
+            unpacked = initializers_of(bundle, precision, name, threads=config.threads, panels=own)
         if own:
             use_own_kernels(options, panels=bool(unpacked) or prepared is not None)
         held = give_initializers(options, unpacked)
-        providers: list[Any] = [PROVIDERS["cpu"]]
-        if device == "cuda":
-            # TF32 keeps 10 bits of a product's mantissa: fp32 would not be fp32.
-            providers.insert(
-                0, (PROVIDERS["cuda"], {"use_tf32": "0", "device_id": str(device_index)})
-            )
         try:
-            self._session = open_session(str(file), options, providers)
+            session = open_session(str(file), options, _providers(config))
         except EmbedgeError:
             raise
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BundleError(
-                f"{file}: ONNX Runtime {onnxruntime.__version__} cannot open it: "
+                f"{file}: ONNX Runtime {load_onnxruntime().__version__} cannot open it: "
                 f"{_one_line(error)}; `embedge inspect --verify` checks the bundle's files"
             ) from error
         del held, unpacked  # what is not read in place has been copied
-        found = {value.name for value in self._session.get_inputs()}
-        if found != set(inputs):
-            raise BundleError(
-                f"{file}: expected inputs {', '.join(sorted(inputs))}, found "
-                f"{', '.join(sorted(found))}; export the bundle again"
-            )
-        self.outputs = tuple(value.name for value in self._session.get_outputs())
+    is_tower = name == VISION and bundle.manifest.precisions[precision].vision is not None
+    inputs = tuple(VISION_INPUTS) if is_tower else bundle.manifest.model.inputs
+    _check_inputs(file, session, inputs)
+    return GraphSession(file, session, device=config.device, threads=threads)
+
+
+def new_options(*, threads: int, optimize: bool = True, arena: bool = True) -> Any:
+    """ONNX Runtime's ``SessionOptions``, with exact integer matmuls.
+
+    Args:
+        threads: of a run.
+        optimize: rewrite the graph when it opens; ``False`` for one that was rewritten already.
+        arena: as in :class:`SessionConfig`.
+    """
+    onnxruntime = load_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = arena
+    options.log_severity_level = 4  # what it logs at 3 it also raises
+    keep_matmuls_exact(options)
+    return options
+
+
+def give_initializers(options: Any, arrays: Initializers) -> list[Any]:
+    """Lets a session that is opened with ``options`` take arrays as external initializers.
+
+    Returns:
+        What has to live until the session is open.
+    """
+    onnxruntime = load_onnxruntime()
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+    if values:
+        options.add_external_initializers(list(arrays), values)
+    return values
+
+
+class GraphSession:
+    """A graph that is open; safe to run from several threads at once.
+
+    Args:
+        file: what was opened, for messages.
+        session: ONNX Runtime's.
+        device: "cpu" or "cuda".
+        threads: threads of one run.
+    """
+
+    def __init__(self, file: Path, session: Any, *, device: str, threads: int) -> None:
+        self.file = file
+        self.device = device
+        self.threads = threads
+        self._session = session
+        self.outputs = tuple(value.name for value in session.get_outputs())
 
     def run(self, output: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """One output for a batch, as float32.
@@ -157,17 +211,21 @@ class GraphSession:
         return binding.copy_outputs_to_cpu()[0]
 
 
-def give_initializers(options: Any, arrays: Initializers) -> list[Any]:
-    """Let a session that is opened with ``options`` take arrays as external initializers.
+def _providers(config: SessionConfig) -> list[Any]:
+    if config.device == "cpu":
+        return [PROVIDERS["cpu"]]
+    # TF32 keeps 10 bits of a mantissa: fp32 would not be fp32.
+    on_gpu = {"use_tf32": "0", "device_id": str(config.device_index)}
+    return [(PROVIDERS["cuda"], on_gpu), PROVIDERS["cpu"]]
 
-    Returns:
-        What has to live until the session is open.
-    """
-    onnxruntime = load_onnxruntime()
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-    if values:
-        options.add_external_initializers(list(arrays), values)
-    return values
+
+def _check_inputs(file: Path, session: Any, inputs: Sequence[str]) -> None:
+    found = {value.name for value in session.get_inputs()}
+    if found != set(inputs):
+        raise BundleError(
+            f"{file}: expected inputs {', '.join(sorted(inputs))}, found "
+            f"{', '.join(sorted(found))}; export the bundle again"
+        )
 
 
 def _batch(inputs: Mapping[str, NDArray[Any]]) -> str:

@@ -1,59 +1,66 @@
-"""The sessions of one graph, and how the batches of a call are spread over the processor's cores.
+"""How the batches of a call are spread over the processor's cores.
 
 Rules:
-    * The products of a small 8-bit graph scale badly over the threads of a run. Its batches run at
-      the same time instead, each by one thread of a *narrow* session.
-    * A batch that is alone takes the narrow session where it is short, else a *wide* one, all
-      threads on one run.
-    * Both sessions are opened when they are first needed. Where the memory limit leaves no room
-      for the second, the first does its work.
-    * Any other graph has the wide session alone and runs batch by batch.
+    * Where a graph is faster so, its batches run at the same time, one thread each, on a session of
+      single-threaded runs. A batch that is alone takes that session where it is short.
+    * Otherwise batches run one after the other, each on all threads, on a session of its own kind.
+    * Where the memory limit leaves no room for a second session, the first does its work.
+
+Which way is faster is decided elsewhere: :mod:`embedge.runtime.encode.batch_size`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+from embedge.runtime.bundle.schema import Record, Within
 from embedge.runtime.host.workers import Workers
+from embedge.runtime.sessions.pool import OpenGraph
 from embedge.runtime.sessions.session import GraphSession
 
-__all__ = ["SessionWorkers"]
+__all__ = ["RunSettings", "SessionWorkers"]
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Record):
+    """How the batches of a graph run.
+
+    Attributes:
+        batch_tokens: padded tokens, or patches, of a batch, where the call does not say.
+        single_thread: batches run at the same time, one thread each; else one after the other, each with
+            all threads.
+        single_thread_tokens: with ``single_thread``, most padded tokens of a batch that is alone and yet
+            takes one thread.
+    """
+
+    batch_tokens: Annotated[int, Within(1)]
+    single_thread: bool
+    single_thread_tokens: Annotated[int, Within(0)]
+
+
 class SessionWorkers:
-    """A graph that runs batches; safe to use from several threads.
+    """Runs the batches of a call on an open graph; safe to use from several threads.
 
     Args:
-        open_session: opens a session whose runs take a number of threads.
-        may_open_second: whether there is room for a second session; the answer "yes" reserves it.
-        threads: cores to use.
-        workers: threads of the runs that go on at the same time; ``None``: a wide session alone.
-        narrow_tokens: most padded tokens of a run that is alone and yet takes one thread.
+        graph: in use by the call.
+        settings: how its batches run.
+        threads: of the session on which batches run one by one.
+        workers: as many, for batches that run at the same time.
     """
 
     def __init__(
-        self,
-        open_session: Callable[[int], GraphSession],
-        may_open_second: Callable[[], bool],
-        *,
-        threads: int,
-        workers: Workers | None = None,
-        narrow_tokens: int = 0,
+        self, graph: OpenGraph, settings: RunSettings, *, threads: int, workers: Workers
     ) -> None:
-        self._open_session = open_session
-        self._may_open_second = may_open_second
+        self._graph = graph
+        self._settings = settings
         self._threads = threads
         self._workers = workers
-        self._narrow_tokens = narrow_tokens
-        self._sessions: dict[int, GraphSession] = {}  # by threads of a run
-        self._second_granted = False
-        self._opening = threading.Lock()
 
     def run(
         self,
@@ -62,9 +69,9 @@ class SessionWorkers:
         *,
         tokens: int,
     ) -> Generator[tuple[Batch, Result], None, None]:
-        """Batches with their results, in their order as far as there are lanes for them.
+        """Batches with their results, in their order as far as there are threads for them.
 
-        The first error ends it, once the runs that were going on have ended. A lane that
+        The first error ends it, once the runs that were going on have ended. A thread that
         finishes a batch finds the next one waiting; no more than ``2 * threads`` batches are between
         their start and their result's being taken.
 
@@ -73,22 +80,13 @@ class SessionWorkers:
             work: gives the result of a batch; called by several threads at once.
             tokens: padded tokens of the largest batch.
         """
-        workers = self._workers
-        narrow = workers is not None and (len(batches) > 1 or tokens <= self._narrow_tokens)
-        session = self._session(1 if narrow else self._threads)
-        if workers is not None and len(batches) > 1 and session.threads == 1:
-            yield from workers.run(partial(work, session), batches, most=2 * self._threads)
+        settings, several = self._settings, len(batches) > 1
+        single_thread = settings.single_thread and (
+            several or tokens <= settings.single_thread_tokens
+        )
+        session = self._graph.session(1 if single_thread else self._threads)
+        if settings.single_thread and several and session.threads < self._threads:
+            yield from self._workers.run(partial(work, session), batches, most=2 * self._threads)
             return
         for batch in batches:
             yield batch, work(session, batch)
-
-    def _session(self, threads: int) -> GraphSession:
-        """The session whose runs take some threads, or the other one where there is no room."""
-        with self._opening:
-            if threads not in self._sessions:
-                if self._sessions and not self._second_granted:
-                    self._second_granted = self._may_open_second()
-                    if not self._second_granted:
-                        return next(iter(self._sessions.values()))
-                self._sessions[threads] = self._open_session(threads)
-            return self._sessions[threads]

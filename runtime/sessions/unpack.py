@@ -30,22 +30,13 @@ from embedge.runtime.errors import BundleError
 from embedge.runtime.host.workers import Workers
 from embedge.runtime.kernels.library import in_panels
 
-__all__ = ["Initializers", "initializers_of", "unpack", "unpacking"]
+__all__ = ["Initializers", "initializers_of", "unpack"]
 
 _QMAX = 127
 _CHUNK_ELEMENTS = 1 << 17  # 512 KiB of float32 at a time, which a core's cache holds
 
 Initializers: TypeAlias = dict[str, NDArray[Any]]
 Resolve: TypeAlias = Callable[[ExternalData], Path]
-
-
-def unpacking(
-    bundle: Bundle, precision: str, name: str, *, threads: int
-) -> Callable[[bool], Initializers] | None:
-    """:func:`initializers_of` by ``panels``, for a graph whose file does not hold all initializers."""
-    if name not in bundle.manifest.precisions[precision].unpack:
-        return None
-    return lambda panels: initializers_of(bundle, precision, name, threads=threads, panels=panels)
 
 
 def initializers_of(

@@ -13,7 +13,6 @@ default, and a batch that would take longer than all of it is left out.
 
 from __future__ import annotations
 
-import functools
 import gc
 import time
 from collections import deque
@@ -25,11 +24,19 @@ import numpy as np
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.encode.batch_runner import BatchRunner
+from embedge.runtime.encode.batch_size import (
+    SMALL_GRAPH_BYTES,
+    default_settings,
+    has_8_bit_matmuls,
+)
 from embedge.runtime.encode.request import CallOptions, Request
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.tokenizer import read_tokenizer
-from embedge.runtime.sessions.graphs import SMALL_GRAPH_BYTES, Graphs
-from embedge.runtime.tuning.cache import RunSettings, TunedPrecision, Wisdom
+from embedge.runtime.sessions.graphs import Graphs
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
+from embedge.runtime.sessions.session import SessionConfig
+from embedge.runtime.sessions.session_workers import RunSettings
+from embedge.runtime.tuning.cache import TunedPrecision, Tuning
 
 __all__ = ["measure_precisions", "medians_ms"]
 
@@ -41,9 +48,9 @@ _BLOCK_S = 0.02  # a short run is repeated for as long
 _SHORT, _LONG = 16, 128  # tokens of a text that is alone
 _BATCH = 64  # tokens of a text in a batch
 _TOKENS_PER_THREAD = (256, 512, 1024)
-# SessionWorkers may hold the weights twice. The default's own limit comes from one machine; others may gain
+# Two sessions hold the weights twice. The default's own limit comes from one machine; others may gain
 # from somewhat larger graphs.
-_LANES_BYTES = 4 * SMALL_GRAPH_BYTES
+_SINGLE_THREAD_BYTES = 4 * SMALL_GRAPH_BYTES
 _TOGETHER_BYTES = 1_000_000_000  # of graphs that are open at the same time
 _TEXT = "An edge box turns every text into one vector, and looks up the nearest of many others."
 
@@ -54,7 +61,7 @@ Shape = tuple[int, int]  # texts, tokens of each
 
 def measure_precisions(
     bundle: Bundle, tasks: Mapping[str, str], *, threads: int, seconds: float = SECONDS
-) -> Iterator[Wisdom]:
+) -> Iterator[Tuning]:
     """Times of some precisions on this machine's processor, each with its fastest settings.
 
     Those that fit into memory together are timed in turn, so that a moment in which the machine is
@@ -77,7 +84,7 @@ def measure_precisions(
         gc.collect()  # graphs refer to themselves; the next ones need the memory of their sessions
 
 
-def _timed_in_turn(hosts: Sequence[_Host], seconds: float) -> Wisdom:
+def _timed_in_turn(hosts: Sequence[_Host], seconds: float) -> Tuning:
     """What is measured of some precisions, by name."""
     settings = {host: _tuned(host, seconds / 2) for host in hosts}
     times: dict[_Host, dict[str, float]] = {host: {} for host in hosts}
@@ -99,21 +106,21 @@ def _tuned(host: _Host, seconds: float) -> RunSettings:
     default = host.default
     token_ms = 0.0
 
-    def narrow_tokens() -> int:
+    def single_thread_tokens() -> int:
         nonlocal token_ms
-        of_alone = {shape[1]: medians_ms(host.widths(shape), seconds / 4) for shape in alone}
+        of_alone = {shape[1]: medians_ms(host.alone(shape), seconds / 4) for shape in alone}
         longest = max(of_alone)
         token_ms = min(of_alone[longest].values()) / longest
-        return _narrow_tokens(of_alone, host.threads, default.narrow_tokens)
+        return _single_thread_tokens(of_alone, host.threads, default.single_thread_tokens)
 
     def way() -> RunSettings:
         return _fastest(medians_ms(host.ways(batch), seconds / 2), default)
 
-    narrow = _found_twice(narrow_tokens, default.narrow_tokens)
+    tokens = _found_twice(single_thread_tokens, default.single_thread_tokens)
     best = default
     if token_ms * batch[0] * batch[1] < seconds / 2 * 1000:
         best = _found_twice(way, default)
-    return replace(best, narrow_tokens=narrow)
+    return replace(best, single_thread_tokens=tokens)
 
 
 def _found_twice(find: Callable[[], Found], default: Found) -> Found:
@@ -188,21 +195,15 @@ class _Host:
         self.precision = precision
         self._row_multiple = manifest.precisions[precision].row_multiple
         self._request = Request.look_up(manifest, precision, CallOptions(task=task))
-        self._make = functools.partial(
-            Graphs,
-            bundle,
-            precision,
-            device="cpu",
-            threads=threads,
-            max_sessions=None,
-            memory_limit=None,
-        )
-        graphs = self._make()
-        self._open = functools.cache(graphs.open)
-        self.default = graphs.how(task)
-        self._may_have_lanes = self.default.lanes or (
-            bool(manifest.precisions[precision].activation_constants)
-            and bundle.graph_bytes(precision, task) <= _LANES_BYTES
+        config = SessionConfig(threads=threads, prepared=PreparedGraphs(bundle))
+        self.default = default_settings(bundle, precision, task, config)
+        self._graphs = Graphs(bundle, precision, config, settings=lambda _: self.default)
+        self._may_take_one = threads > 1 and (
+            self.default.single_thread
+            or (
+                has_8_bit_matmuls(bundle, precision)
+                and bundle.graph_bytes(precision, task) <= _SINGLE_THREAD_BYTES
+            )
         )
         self._ids = read_tokenizer(bundle)([_TEXT])[0].ids
 
@@ -225,24 +226,32 @@ class _Host:
             settings=settings,
         )
 
-    def widths(self, shape: Shape) -> dict[int, Callable[[], object]]:
+    def alone(self, shape: Shape) -> dict[int, Callable[[], object]]:
         """Runs of one text, by threads of the run; the default's first."""
-        widths = [self.threads]
-        if self._may_have_lanes and self.threads > 1:
-            narrow = self.default.lanes and shape[1] <= self.default.narrow_tokens
-            widths.insert(0 if narrow else 1, 1)
+        default, tokens = self.default, shape[1]
+        threads = [self.threads]
+        if self._may_take_one:
+            takes_one = default.single_thread and tokens <= default.single_thread_tokens
+            threads.insert(0 if takes_one else 1, 1)
         return {
-            width: self.run(shape, replace(self.default, lanes=width == 1, narrow_tokens=shape[1]))
-            for width in widths
+            count: self.run(
+                shape, replace(default, single_thread=count == 1, single_thread_tokens=tokens)
+            )
+            for count in threads
         }
 
     def ways(self, shape: Shape) -> dict[RunSettings, Callable[[], object]]:
         """Runs of many texts, by settings; the default's first."""
         ways = [self.default]
-        for lanes in (True, False) if self._may_have_lanes and self.threads > 1 else (False,):
+        for single_thread in (True, False) if self._may_take_one else (False,):
             for tokens in _TOKENS_PER_THREAD:
-                batch_tokens = tokens * (1 if lanes else max(2, self.threads))
-                ways.append(replace(self.default, lanes=lanes, batch_tokens=batch_tokens))
+                ways.append(
+                    replace(
+                        self.default,
+                        single_thread=single_thread,
+                        batch_tokens=tokens * (1 if single_thread else max(2, self.threads)),
+                    )
+                )
         return {way: self.run(shape, way) for way in dict.fromkeys(ways)}
 
     def run(self, shape: Shape, settings: RunSettings) -> Callable[[], object]:
@@ -250,7 +259,7 @@ class _Host:
         texts, tokens = shape
         ids = np.resize(self._ids, tokens)
         items = list(enumerate([TokenIds(ids, np.zeros_like(ids), False)] * texts))
-        graphs = self._make(settings=settings, open_session=self._open)
+        graphs = self._graphs.with_settings(lambda _: settings)
         runner = BatchRunner(
             graphs,
             self._manifest.model,
@@ -264,7 +273,9 @@ class _Host:
         return run
 
 
-def _narrow_tokens(alone: Mapping[int, Mapping[int, float]], threads: int, default: int) -> int:
+def _single_thread_tokens(
+    alone: Mapping[int, Mapping[int, float]], threads: int, default: int
+) -> int:
     """Most tokens of a text alone that takes one thread.
 
     Args:
@@ -273,9 +284,9 @@ def _narrow_tokens(alone: Mapping[int, Mapping[int, float]], threads: int, defau
         default: where nothing speaks against it.
     """
     ratios = {
-        tokens: by_width[1] / by_width[threads]
-        for tokens, by_width in alone.items()
-        if 1 in by_width and threads in by_width
+        tokens: by_threads[1] / by_threads[threads]
+        for tokens, by_threads in alone.items()
+        if 1 in by_threads and threads in by_threads
     }
     if ratios and ratios[min(ratios)] > MARGIN:
         return 0

@@ -1,6 +1,6 @@
-"""What `embedge prepare` measured on this machine, kept beside the bundle as FFTW keeps its wisdom.
+"""The tuning cache: what `embedge prepare` measured on this machine, kept beside the bundle.
 
-``prepared/MACHINE/wisdom.json``, by threads of a run and by precision: how long some shapes take, and
+``prepared/MACHINE/tuning.json``, by threads of a run and by precision: how long some shapes take, and
 the way of running batches that was fastest. It decides speed alone, never a vector.
 
 Rules:
@@ -26,19 +26,19 @@ from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.schema import MOST_BYTES, Place, Record, Within
 from embedge.runtime.bundle.writing import replace_file
 from embedge.runtime.errors import BundleError, EmbedgeWarning
-from embedge.runtime.sessions.packed_graphs import machine_name
 from embedge.runtime.sessions.places import Places
+from embedge.runtime.sessions.prepared_graphs import machine_name
+from embedge.runtime.sessions.session_workers import RunSettings
 
 __all__ = [
-    "RunSettings",
     "TunedPrecision",
-    "Wisdom",
-    "add_wisdom",
-    "read_wisdom",
-    "wisdom_file",
+    "Tuning",
+    "add_tuning",
+    "read_tuning",
+    "tuning_file",
 ]
 
-_NAME = "wisdom.json"
+_NAME = "tuning.json"
 _FORMAT_VERSION = 1
 
 
@@ -48,22 +48,6 @@ def _time_problem(value: float) -> str | None:
 
 def _threads_problem(count: str) -> str | None:
     return None if re.fullmatch("[0-9]{1,9}", count) else f"{count!r} is no number of threads"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(Record):
-    """How the batches of a graph run on a processor.
-
-    Attributes:
-        lanes: batches run at the same time, one thread each; else one after the other, each with
-            all threads.
-        narrow_tokens: with lanes, most padded tokens of a run that is alone and yet takes one thread.
-        batch_tokens: padded tokens of a batch, where the call does not say.
-    """
-
-    lanes: bool
-    narrow_tokens: Annotated[int, Within(0)]
-    batch_tokens: Annotated[int, Within(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +93,11 @@ class _Document(_Head):
     threads: Mapping[Annotated[str, _threads_problem], Mapping[str, TunedPrecision]]
 
 
-Wisdom: TypeAlias = Mapping[
-    str, TunedPrecision
-]  # by precision; of one machine and one number of threads
+# By precision; of one machine and one number of threads.
+Tuning: TypeAlias = Mapping[str, TunedPrecision]
 
 
-def read_wisdom(bundle: Bundle, threads: int) -> Wisdom:
+def read_tuning(bundle: Bundle, threads: int) -> Tuning:
     """What was measured of a bundle's precisions on this machine; often nothing.
 
     Args:
@@ -122,7 +105,7 @@ def read_wisdom(bundle: Bundle, threads: int) -> Wisdom:
         threads: of a run.
     """
     places = _places(bundle)
-    file, again = wisdom_file(bundle), f"run `{places.command}` again"
+    file, again = tuning_file(bundle), f"run `{places.command}` again"
     try:
         everything = _read(file)
     except (BundleError, OSError) as error:
@@ -147,7 +130,7 @@ def read_wisdom(bundle: Bundle, threads: int) -> Wisdom:
     return {p: found for p, found in here.items() if p not in stale}
 
 
-def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
+def add_tuning(bundle: Bundle, threads: int, measured: Tuning) -> Path:
     """Stores measurements, in place of earlier ones of the same precisions and threads.
 
     Args:
@@ -181,7 +164,7 @@ def add_wisdom(bundle: Bundle, threads: int, measured: Wisdom) -> Path:
     return file
 
 
-def wisdom_file(bundle: Bundle) -> Path:
+def tuning_file(bundle: Bundle) -> Path:
     """Where the measurements of this machine lie, if there are any."""
     files = [place / _NAME for place in _places(bundle).to_read]
     return next((file for file in files if file.exists()), files[-1])

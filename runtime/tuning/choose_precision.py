@@ -24,7 +24,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.sessions.device import cuda_problem
-from embedge.runtime.tuning.cache import Wisdom
+from embedge.runtime.tuning.cache import Tuning
 
 __all__ = ["AUTO", "choose_automatically"]
 
@@ -44,7 +44,7 @@ _logger = logging.getLogger("embedge.runtime")
 
 def choose_automatically(
     bundle: Bundle,
-    wisdom: Wisdom,
+    tuning: Tuning,
     *,
     device: str,
     memory_limit: int | None = None,
@@ -54,7 +54,7 @@ def choose_automatically(
 
     Args:
         bundle: whose precisions.
-        wisdom: what was measured on this machine's processor.
+        tuning: what was measured on this machine's processor.
         device: "auto", "cpu" or "cuda".
         memory_limit: most bytes of one open graph, ``None``: no limit.
         min_cosine: lowest mean cosine to the unquantized model's vectors, of every task, at the full
@@ -79,7 +79,7 @@ def choose_automatically(
         )
     on = next(d for d in devices if any(d in manifest.precisions[p].devices for p in fitting))
     fitting = [p for p in fitting if on in manifest.precisions[p].devices]
-    chosen, why = _fastest(_in_order(fitting, on), wisdom if on == "cpu" else {})
+    chosen, why = _fastest(_in_order(fitting, on), tuning if on == "cpu" else {})
     _logger.info("precision auto: %s on %s, %s", chosen, on, "; ".join([why, *left_out]))
     return chosen
 
@@ -154,14 +154,14 @@ def _in_order(precisions: Sequence[str], device: str) -> list[str]:
     return sorted(precisions, key=lambda p: order.index(p) if p in order else len(order))
 
 
-def _fastest(precisions: Sequence[str], wisdom: Wisdom) -> tuple[str, str]:
+def _fastest(precisions: Sequence[str], tuning: Tuning) -> tuple[str, str]:
     """One of some precisions, given in their order, and why."""
     first = precisions[0]
-    if first not in wisdom:
+    if first not in tuning:
         return first, "by the fixed order, as it was not measured here (`embedge prepare` does)"
-    measured = [precision for precision in precisions if precision in wisdom]
-    common = set.intersection(*(set(wisdom[p].milliseconds) for p in measured))
-    means = {p: _geometric_mean([wisdom[p].milliseconds[s] for s in common]) for p in measured}
+    measured = [precision for precision in precisions if precision in tuning]
+    common = set.intersection(*(set(tuning[p].milliseconds) for p in measured))
+    means = {p: _geometric_mean([tuning[p].milliseconds[s] for s in common]) for p in measured}
     fastest = min(means.values())
     chosen = next(p for p in measured if means[p] <= fastest * MARGIN)
     listed = ", ".join(f"{p} {means[p]:.3g} ms" for p in measured)

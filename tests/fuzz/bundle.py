@@ -108,7 +108,7 @@ def mutation(
     files = sorted(p for p in target.rglob("*") if p.is_file() and p.name != "manifest.json")
     if way == "prepared":
         of_graph = ("prepared", precision, task)
-        near = [p for p in files if "prepared" in p.parts and p.name == "wisdom.json"]
+        near = [p for p in files if "prepared" in p.parts and p.name == "tuning.json"]
         file = rng.choice(near + [p for p in files if all(part in p.parts for part in of_graph)])
     elif way == "manifest":
         file = target / "manifest.json"

@@ -36,7 +36,7 @@ from embedge.runtime import Embedder, EmbedgeError, EmbedgeWarning
 from embedge.runtime.bundle import writing
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main as command
-from embedge.runtime.sessions.packed_graphs import PreparedGraphs
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 from tests.fuzz.child import Outcome, Wrong, run
 
 __all__ = ["JOBS", "Job", "kill"]

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from embedge.runtime.host.processor import ask_for_exact_products, keep_products_exact
+from embedge.runtime.host.saturation import ask_for_exact_matmuls, keep_matmuls_exact
 
 EXACT_MODES = [pytest.param(False, id="as-the-runtime"), pytest.param(True, id="asked-for-exact")]
 
@@ -26,9 +26,9 @@ def session_options(*, always_exact: bool = False, threads: int | None = None) -
     if threads is not None:
         options.intra_op_num_threads = threads
     if always_exact:
-        ask_for_exact_products(options)
+        ask_for_exact_matmuls(options)
     else:
-        keep_products_exact(options)
+        keep_matmuls_exact(options)
     return options
 
 

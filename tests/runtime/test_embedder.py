@@ -21,8 +21,8 @@ from embedge.runtime import (
     TextTooLongError,
 )
 from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.encode import batch_size as batch_size_module
 from embedge.runtime.encode.tokenizer import TextTokenizer
-from embedge.runtime.sessions import graphs as graphs_module
 from embedge.runtime.sessions.session import GraphSession
 from tests.helpers.threads import all_ended, workers
 
@@ -548,9 +548,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     seen: list[tuple[str, int]] = []
     init = GraphSession.__init__
 
-    def recording(self: GraphSession, file: Path, **options: Any) -> None:
+    def recording(self: GraphSession, file: Path, session: Any, **options: Any) -> None:
         seen.append((file.stem, options["threads"]))
-        init(self, file, **options)
+        init(self, file, session, **options)
 
     monkeypatch.setattr(GraphSession, "__init__", recording)
     return seen
@@ -559,7 +559,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 INTEGER = {"activation_constants": {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}}
 
 
-class TestLanes:
+class TestBatchesAtTheSameTime:
     @pytest.fixture
     def integer(self, make_bundle: Any) -> Any:
         """A small graph that lists itself as one with 8-bit products."""
@@ -580,7 +580,7 @@ class TestLanes:
         assert len(shapes) >= 300 / 8
         np.testing.assert_allclose(together, expected, atol=TOLERANCE, rtol=0)
 
-    def test_several_callers_share_the_lanes(self, make_bundle: Any) -> None:
+    def test_several_callers_share_the_threads(self, make_bundle: Any) -> None:
         tiny = make_bundle(tasks=("retrieval", "code"), precisions={"int8": INTEGER})
         model = Embedder(tiny.path, max_sessions=1, threads=2)
         texts = [f"w{i}" for i in range(60)]
@@ -605,7 +605,7 @@ class TestLanes:
             assert not thread.is_alive()
         assert failures == []
 
-    def test_a_graph_that_fails_in_a_lane_is_the_calls_error(
+    def test_a_graph_that_fails_in_a_thread_is_the_calls_error(
         self, integer: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = Embedder(integer.path, threads=2)
@@ -623,11 +623,11 @@ class TestLanes:
                 model.encode(texts, batch_size=10)
         assert model.encode(texts).shape == (30, 8)
 
-    def test_several_texts_and_a_short_one_are_narrow_and_a_long_one_is_wide(
+    def test_several_texts_and_a_short_one_take_one_thread_each_and_a_long_one_all(
         self, integer: Any, opened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """With AMX; elsewhere any text that is alone is wide."""
-        monkeypatch.setattr(graphs_module, "has_amx", lambda: True)
+        """With AMX; elsewhere any text that is alone takes all threads."""
+        monkeypatch.setattr(batch_size_module, "has_amx", lambda: True)
         model = Embedder(integer.path, threads=2)
         assert opened == []
         model.encode(distinct(2, 90))
@@ -636,7 +636,7 @@ class TestLanes:
         model.encode("w1 " * 63)
         model.encode(["w1", "w2"])
         assert opened == [("retrieval", 1), ("retrieval", 2)]
-        monkeypatch.setattr(graphs_module, "has_amx", lambda: False)
+        monkeypatch.setattr(batch_size_module, "has_amx", lambda: False)
         opened.clear()
         model = Embedder(integer.path, threads=2)
         model.encode("w1")
@@ -665,7 +665,7 @@ class TestLanes:
         Embedder(integer.path, threads=2).encode(texts, batch_size=1000)
         assert shapes == [(32, 16)] * 8
         if kind == "large":
-            monkeypatch.setattr("embedge.runtime.sessions.graphs.SMALL_GRAPH_BYTES", 100)
+            monkeypatch.setattr("embedge.runtime.encode.batch_size.SMALL_GRAPH_BYTES", 100)
         shapes.clear()
         opened.clear()
         model = Embedder((integer if kind == "large" else bundle).path, threads=2)

@@ -24,7 +24,7 @@ BANNED = (
 LOADED = """
 import embedge.runtime, embedge.runtime.cli.main, embedge.runtime.cli.embed
 import embedge.runtime.cli.inspect, json, sys
-from embedge.runtime.host.processor import saturates_u8s8
+from embedge.runtime.host.saturation import saturates_u8s8
 saturates_u8s8()
 print(json.dumps(sorted(sys.modules)))
 """

@@ -146,6 +146,7 @@ def test_what_runs_depends_on_the_length(exported: Any, tmp_path: Path) -> None:
 GROWTH = """
 import sys
 import numpy as np, onnxruntime
+from embedge.runtime.host.memory import process_memory
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
@@ -156,12 +157,12 @@ def run(tokens):
     session.run(["embedding"], {value.name: feeds[value.name] for value in session.get_inputs()})
 
 def peak():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+    return process_memory()["VmHWM"]
 
 run(600)
 before = peak()
 run(6000)
-print((peak() - before) / 1024)
+print((peak() - before) / 2**20)
 """
 
 

@@ -17,8 +17,9 @@ from embedge.runtime import Embedder, EmbedgeError, subset_bundle
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
 from embedge.runtime.errors import EmbedgeValueError
-from embedge.runtime.sessions.packed_graphs import PreparedGraphs
-from tests.helpers.models import cosines, linears, make_model, random_texts, save, save_adapter
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
+from embedge.runtime.tuning.pack_graphs import pack_graph
+from tests.helpers.models import linears, make_model, random_texts, save, save_adapter
 
 TEXTS = random_texts(16)
 UNPACKED = "int4-unpacked"
@@ -77,7 +78,7 @@ def test_a_prepared_graph_gives_the_same_vectors_and_unpacks_nothing(
 
 
 def test_a_prepared_graph_of_other_weights_is_not_used(bundle: Path) -> None:
-    PreparedGraphs(Bundle(bundle)).write(UNPACKED, "one")
+    pack_graph(PreparedGraphs(Bundle(bundle)), UNPACKED, "one")
     record = next(bundle.glob(f"prepared/*/{UNPACKED}/one/prepared.json"))
     listed = next(name for name in Bundle(bundle).manifest.files if name.endswith("shared.bin"))
     assert listed in record.read_text()
@@ -103,15 +104,6 @@ def test_cut_weights_are_an_error_that_names_the_file(bundle: Path) -> None:
     model = Embedder(bundle, precision=UNPACKED, verify="none")
     with pytest.raises(EmbedgeError, match=rf"{file.name}: truncated"):
         model.encode(TEXTS, task="one")
-
-
-def test_where_products_saturate_activations_have_seven_bits(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = encode(bundle)
-    monkeypatch.setattr("embedge.runtime.sessions.session.saturates_u8s8", lambda: True)
-    monkeypatch.setattr("embedge.runtime.sessions.graphs.saturates_u8s8", lambda: True)
-    assert 0.995 < cosines(full, encode(bundle)).min() < 1 - 1e-9
 
 
 def test_a_task_that_is_added_shares_the_weights(parts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from embedge.export import export_bundle
 from embedge.runtime import Embedder
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.model_card import model_card
-from embedge.runtime.host.processor import probe_model, saturates_u8s8
+from embedge.runtime.host.saturation import probe_model, saturates_u8s8
 from tests.helpers.jina_v4 import write_checkpoint
 from tests.helpers.models import make_model, save, save_adapter, write_json
 
@@ -30,7 +30,7 @@ TEXTS = ["a b c", "ab" * 60, "", "é and more " * 3, "one two"]
 COMPARED = """
 import json, sys
 from embedge.runtime import Embedder
-from embedge.runtime.host.processor import saturates_u8s8
+from embedge.runtime.host.saturation import saturates_u8s8
 wanted = json.loads(sys.argv[1])
 ours = Embedder(folder, precision=precision)
 for texts in [wanted["texts"], *([text] for text in wanted["texts"])]:
@@ -45,7 +45,7 @@ for texts in [wanted["texts"], *([text] for text in wanted["texts"])]:
             else:
                 assert np.abs(got - expected).max() < 1e-4, (texts, dim, prompt)
 if "saturates" in globals():
-    assert saturates() == saturates_u8s8(asked=False)
+    assert saturates() == saturates_u8s8()
 """
 
 
@@ -143,7 +143,7 @@ def test_the_probe_in_the_card_is_that_of_the_runtime(bundle: Path) -> None:
         return sessions(model, **options)
 
     namespace["ort"] = SimpleNamespace(InferenceSession=opened)
-    assert namespace["saturates"]() == saturates_u8s8(asked=False)
+    assert namespace["saturates"]() == saturates_u8s8()
     assert models == [probe_model()]
 
 

@@ -11,7 +11,7 @@ import pytest
 from embedge.runtime import BundleError, Embedder
 from embedge.runtime.bundle.contract import PREPARED
 from embedge.runtime.bundle.files import open_regular_file, read_regular_file
-from embedge.runtime.sessions.packed_graphs import machine_name
+from embedge.runtime.sessions.prepared_graphs import machine_name
 
 
 def fifo(path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_bundle_refuses_them_by_name(
 
 
 @strange_files
-@pytest.mark.parametrize("name", ["wisdom.json", "fp32/retrieval/prepared.json"])
+@pytest.mark.parametrize("name", ["tuning.json", "fp32/retrieval/prepared.json"])
 def test_of_what_was_prepared_they_are_left_out(
     make: Callable[[Path], None],
     kind: str,

@@ -21,7 +21,7 @@ from embedge.runtime.bundle.onnx_reader import (
 )
 from embedge.runtime.cli.main import main
 from embedge.runtime.host.probe_models import _message
-from embedge.runtime.sessions.session import GraphSession
+from embedge.runtime.sessions.session import SessionConfig, open_graph
 
 EVERY_FILE = [
     "tokenizer.json",
@@ -177,12 +177,16 @@ def test_a_graph_that_is_no_graph_is_a_bundle_error(bundle: Any) -> None:
         Embedder(bundle.path, verify="none").encode("w1")
 
 
-def test_what_onnx_runtime_refuses_is_a_bundle_error(bundle: Any, tmp_path: Path) -> None:
+def test_what_onnx_runtime_refuses_is_a_bundle_error(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph = bundle.path / "fp32/retrieval.onnx"
     shutil.copy(bundle.path / "fp32/retrieval.bin", tmp_path / "outside.bin")
     move_weights(graph, "../../outside.bin")
+    opened = Bundle(bundle.path, verify="none")
+    monkeypatch.setattr(opened, "graph_files", lambda *_: [])  # as if its own checks let it pass
     with pytest.raises(BundleError, match=r"retrieval\.onnx: ONNX Runtime .* cannot open it"):
-        GraphSession(graph, device="cpu", threads=1, constants={}, inputs=["input_ids"])
+        open_graph(opened, "fp32", "retrieval", SessionConfig(threads=1))
 
 
 @pytest.mark.parametrize("text", ["{}", "not JSON"])

@@ -23,7 +23,7 @@ from embedge.runtime import (
 )
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
-from embedge.runtime.sessions.session import GraphSession
+from embedge.runtime.host.onnxruntime import open_session
 
 TEXTS = ["w1 w2 w3", "w4"]
 CHANGED = "changed since the bundle was opened: expected SHA-256 .*; open the bundle again"
@@ -123,11 +123,11 @@ def test_the_same_bundle_again_is_the_same_bundle(two_tasks: Any) -> None:
 def test_a_graph_that_changes_while_it_is_opened_is_not_used(
     two_tasks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_slowly(*arguments: Any, **settings: Any) -> GraphSession:
+    def open_slowly(*arguments: Any) -> Any:
         in_place(two_tasks)
-        return GraphSession(*arguments, **settings)
+        return open_session(*arguments)
 
-    monkeypatch.setattr("embedge.runtime.sessions.graphs.GraphSession", open_slowly)
+    monkeypatch.setattr("embedge.runtime.sessions.session.open_session", open_slowly)
     with pytest.raises(BundleError, match=CHANGED):
         Embedder(two_tasks.path, precision="fp32").encode(TEXTS, task="code")
 

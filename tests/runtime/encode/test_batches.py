@@ -91,29 +91,31 @@ def test_batch_times_tokens_is_a_multiple_within_the_limit(
 @pytest.mark.parametrize(
     ("lengths", "limit", "sizes"),
     [
-        ([8] * 6, 512, [3, 3]),  # one batch would leave a lane idle
+        ([8] * 6, 512, [3, 3]),  # one batch would leave a thread idle
         ([8] * 3, 512, [2, 1]),
         ([8] * 2, 512, [1, 1]),
-        ([8] * 24, 64, [6, 6, 6, 6]),  # three of 8 would leave a lane idle for the third
+        ([8] * 24, 64, [6, 6, 6, 6]),  # three of 8 would leave a thread idle for the third
         ([100, 10], 512, [1, 1]),
         ([90, *[10] * 9], 512, [1, 9]),
         ([8], 512, [1]),
     ],
 )
-def test_there_are_batches_for_every_lane(lengths: list[int], limit: int, sizes: list[int]) -> None:
-    batches = plan_batches(lengths, batch_size=32, max_batch_tokens=limit, lanes=2)
+def test_there_are_batches_for_every_thread(
+    lengths: list[int], limit: int, sizes: list[int]
+) -> None:
+    batches = plan_batches(lengths, batch_size=32, max_batch_tokens=limit, concurrency=2)
     assert [len(batch) for batch in batches] == sizes
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
 
 
-def test_fewer_texts_than_lanes_run_as_one_batch() -> None:
-    assert len(plan_batches([8] * 3, batch_size=32, max_batch_tokens=512, lanes=4)) == 1
+def test_fewer_texts_than_threads_run_as_one_batch() -> None:
+    assert len(plan_batches([8] * 3, batch_size=32, max_batch_tokens=512, concurrency=4)) == 1
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 7])
-def test_lanes_keep_to_both_limits(lanes: int) -> None:
+@pytest.mark.parametrize("concurrency", [1, 2, 7])
+def test_threads_keep_to_both_limits(concurrency: int) -> None:
     lengths = np.random.default_rng(1).integers(1, 40, size=300).tolist()
-    batches = plan_batches(lengths, batch_size=9, max_batch_tokens=100, lanes=lanes)
+    batches = plan_batches(lengths, batch_size=9, max_batch_tokens=100, concurrency=concurrency)
     assert sorted(np.concatenate(batches)) == list(range(300))
     for batch in batches:
         assert len(batch) <= 9

@@ -23,6 +23,7 @@ from embedge.runtime import (
     ImageError,
 )
 from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.host.onnxruntime import open_session
 from embedge.runtime.images import encode as pipeline
 from embedge.runtime.images.patches import ImagePatches
 from embedge.runtime.sessions.session import GraphSession
@@ -214,7 +215,7 @@ class TestRuns:
         runs: list[tuple[str, tuple[int, ...]]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("embedge.runtime.sessions.graphs.CPU_BATCH_TOKENS_PER_THREAD", 20)
+        monkeypatch.setattr("embedge.runtime.encode.batch_size.CPU_BATCH_TOKENS_PER_THREAD", 20)
         model = Embedder(with_images.path, threads=2)
         images = [picture(8, 8, seed) for seed in range(5)] + [picture(28, 24)]
         model.encode_image(images, task="code")
@@ -314,7 +315,7 @@ class TestRuns:
         assert caught.value.index == 2
         assert all_ended(before)
 
-    def test_lanes_give_what_each_image_gives_alone(self, make_bundle: Any) -> None:
+    def test_threads_give_what_each_image_gives_alone(self, make_bundle: Any) -> None:
         constants = {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}
         precisions = {"int8": {"activation_constants": constants}}
         tiny = make_bundle("integer", images=True, precisions=precisions)
@@ -357,10 +358,15 @@ class TestLowMemory:
         opened: list[tuple[str, list[str]]] = []
         init = GraphSession.__init__
 
-        def recording(self: GraphSession, file: Path, **options: Any) -> None:
-            opened.append((file.stem, [session.file.stem for session in alive]))
-            init(self, file, **options)
+        def opening(file: str, *options: Any) -> Any:
+            opened.append((Path(file).stem, [session.file.stem for session in alive]))
+            return open_session(file, *options)
+
+        def recording(self: GraphSession, *arguments: Any, **options: Any) -> None:
+            init(self, *arguments, **options)
             alive.add(self)
+
+        monkeypatch.setattr("embedge.runtime.sessions.session.open_session", opening)
 
         monkeypatch.setattr(GraphSession, "__init__", recording)
         monkeypatch.setattr(pipeline, "_WINDOW_BYTES", 1)

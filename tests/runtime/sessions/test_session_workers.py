@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from embedge.runtime import BundleError, InferenceError
+from embedge.runtime import InferenceError
 from embedge.runtime.host.workers import Workers
+from embedge.runtime.sessions.pool import GraphPool
 from embedge.runtime.sessions.session import GraphSession
-from embedge.runtime.sessions.session_workers import SessionWorkers
+from embedge.runtime.sessions.session_workers import RunSettings, SessionWorkers
 
 THREADS = 3
 
@@ -23,105 +24,72 @@ def workers() -> Workers:
 
 
 class Graph:
-    """Stands for a graph: sessions that are nothing but their number of threads."""
+    """An open graph whose sessions are nothing but their number of threads."""
 
-    def __init__(self, *, room: bool = True) -> None:
+    def __init__(self, **limits: int) -> None:
         self.opened: list[int] = []
-        self.asked = 0
-        self.room = room
-        self.broken = False
+        with GraphPool(self._open, lambda _: 1, **limits).use("graph") as self._graph:
+            pass
 
-    def open(self, threads: int) -> GraphSession:
-        if self.broken:
-            raise BundleError("broken graph")
+    def _open(self, name: str, threads: int) -> GraphSession:
         self.opened.append(threads)
         return cast(GraphSession, SimpleNamespace(threads=threads))
 
-    def may_open_second(self) -> bool:
-        self.asked += 1
-        return self.room
-
-    def lanes(self, workers: Workers | None, narrow_tokens: int = 0) -> SessionWorkers:
-        return SessionWorkers(
-            self.open,
-            self.may_open_second,
-            threads=THREADS,
-            workers=workers,
-            narrow_tokens=narrow_tokens,
+    def workers(
+        self, workers: Workers, *, single_thread: bool = True, tokens: int = 0
+    ) -> SessionWorkers:
+        settings = RunSettings(
+            batch_tokens=1, single_thread=single_thread, single_thread_tokens=tokens
         )
+        return SessionWorkers(self._graph, settings, threads=THREADS, workers=workers)
 
 
-def run(lanes: SessionWorkers, batches: int, *, tokens: int = 100) -> list[tuple[int, int]]:
+def run(workers: SessionWorkers, batches: int, *, tokens: int = 100) -> list[tuple[int, int]]:
     """``(batch, threads of its session)``, by batch."""
-    return sorted(lanes.run(range(batches), lambda session, _: session.threads, tokens=tokens))
+    return sorted(workers.run(range(batches), lambda session, _: session.threads, tokens=tokens))
 
 
-def run_and_take(lanes: SessionWorkers, batches: int, work: Any, take: Any) -> None:
+def run_and_take(workers: SessionWorkers, batches: int, work: Any, take: Any) -> None:
     """Has ``take`` called with every batch and its result, as they finish."""
-    with closing(lanes.run(range(batches), work, tokens=1)) as results:
+    with closing(workers.run(range(batches), work, tokens=1)) as results:
         for batch, result in results:
             take(batch, result)
 
 
 class TestChoice:
-    def test_several_batches_go_through_the_narrow_session(self, workers: Workers) -> None:
+    def test_several_batches_take_one_thread_each(self, workers: Workers) -> None:
         graph = Graph()
-        assert run(graph.lanes(workers), 5) == [(i, 1) for i in range(5)]
+        assert run(graph.workers(workers), 5) == [(i, 1) for i in range(5)]
         assert graph.opened == [1]
 
     @pytest.mark.parametrize(("tokens", "threads"), [(65, THREADS), (64, 1), (1, 1)])
-    def test_a_batch_that_is_alone_is_wide_only_if_it_is_long(
+    def test_a_batch_that_is_alone_takes_all_threads_only_if_it_is_long(
         self, workers: Workers, tokens: int, threads: int
     ) -> None:
         graph = Graph()
-        lanes = graph.lanes(workers, narrow_tokens=64)
-        assert run(lanes, 1, tokens=tokens) == [(0, threads)]
+        assert run(graph.workers(workers, tokens=64), 1, tokens=tokens) == [(0, threads)]
         assert graph.opened == [threads]
 
-    def test_without_narrow_runs_any_batch_that_is_alone_is_wide(self, workers: Workers) -> None:
-        assert run(Graph().lanes(workers), 1, tokens=1) == [(0, THREADS)]
-
-    def test_a_large_graph_has_the_wide_session_alone(self) -> None:
-        graph = Graph()
-        lanes = graph.lanes(None, narrow_tokens=64)
-        assert run(lanes, 2) + run(lanes, 1, tokens=1) == [(0, THREADS), (1, THREADS), (0, THREADS)]
-        assert graph.opened == [THREADS]
-        assert graph.asked == 0
-
-    def test_both_sessions_are_opened_once_when_they_are_first_needed(
+    def test_without_a_limit_for_short_ones_any_batch_that_is_alone_takes_all_threads(
         self, workers: Workers
     ) -> None:
+        assert run(Graph().workers(workers), 1, tokens=1) == [(0, THREADS)]
+
+    def test_batches_that_run_one_by_one_take_all_threads_alone(self, workers: Workers) -> None:
         graph = Graph()
-        lanes = graph.lanes(workers)
-        for batches in (2, 1, 2, 1):
-            run(lanes, batches)
-        assert graph.opened == [1, THREADS]
-        assert graph.asked == 1
+        one = graph.workers(workers, single_thread=False, tokens=64)
+        assert run(one, 2) + run(one, 1, tokens=1) == [(0, THREADS), (1, THREADS), (0, THREADS)]
+        assert graph.opened == [THREADS]
 
     @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
     def test_without_room_the_first_session_does_the_work_of_both(
         self, workers: Workers, first: int, second: int
     ) -> None:
-        graph = Graph(room=False)
-        lanes = graph.lanes(workers)
-        threads = run(lanes, first)[0][1]
-        assert run(lanes, second) == [(i, threads) for i in range(second)]
+        graph = Graph(memory_limit=1)
+        one = graph.workers(workers)
+        threads = run(one, first)[0][1]
+        assert run(one, second) == [(i, threads) for i in range(second)]
         assert graph.opened == [threads]
-        graph.room = True
-        run(lanes, second)
-        assert sorted(graph.opened) == [1, THREADS]
-
-    def test_a_session_that_cannot_be_opened_can_be_tried_again(self, workers: Workers) -> None:
-        graph = Graph()
-        lanes = graph.lanes(workers)
-        run(lanes, 2)
-        graph.broken = True
-        for _ in range(2):
-            with pytest.raises(BundleError, match="broken graph"):
-                run(lanes, 1)
-        graph.broken = False
-        assert run(lanes, 1) == [(0, THREADS)]
-        assert graph.asked == 1  # its room was kept
 
 
 class TestRunningTogether:
@@ -141,8 +109,8 @@ class TestRunningTogether:
                 inside[0] -= 1
             return batch
 
-        lanes = Graph().lanes(workers)
-        done = [result for _, result in lanes.run(range(4 * THREADS), work, tokens=1)]
+        one = Graph().workers(workers)
+        done = [result for _, result in one.run(range(4 * THREADS), work, tokens=1)]
         assert sorted(done) == list(range(4 * THREADS))
         assert most[0] == THREADS
 
@@ -160,7 +128,7 @@ class TestRunningTogether:
             if batch == 5:
                 release.set()
 
-        run_and_take(Graph().lanes(workers), 6, work, take)
+        run_and_take(Graph().workers(workers), 6, work, take)
         assert sorted(done) == list(range(6))
         assert done[-1] == 0
 
@@ -172,14 +140,14 @@ class TestRunningTogether:
             started.append(batch)
 
         def take(batch: int, _: None) -> None:
-            time.sleep(0.01)  # long enough for every lane to run ahead, if it could
+            time.sleep(0.01)  # long enough for every thread to run ahead, if it could
             assert len(started) <= taken[0] + 2 * THREADS
             taken[0] += 1
 
-        run_and_take(Graph().lanes(workers), 12, work, take)
+        run_and_take(Graph().workers(workers), 12, work, take)
         assert taken[0] == 12
 
-    def test_a_lane_takes_its_next_batch_while_the_callers_thread_is_away(
+    def test_a_thread_takes_its_next_batch_while_the_callers_thread_is_away(
         self, workers: Workers
     ) -> None:
         taking = threading.Event()
@@ -194,7 +162,7 @@ class TestRunningTogether:
             taking.set()
             assert fourth_ran.wait(timeout=10)
 
-        run_and_take(Graph().lanes(workers), THREADS + 1, work, take)
+        run_and_take(Graph().workers(workers), THREADS + 1, work, take)
 
     @pytest.mark.parametrize("where", ["work", "done"])
     def test_an_error_ends_the_call_once_nobody_runs_any_more(
@@ -220,22 +188,22 @@ class TestRunningTogether:
             failing.set()
             raise InferenceError(f"batch {batch} failed")
 
-        lanes = Graph().lanes(workers)
+        one = Graph().workers(workers)
         with pytest.raises(InferenceError, match="batch 1 failed"):
-            run_and_take(lanes, 100, work, take)
+            run_and_take(one, 100, work, take)
         assert inside == set()
         assert len(started) <= 2 * THREADS
-        assert run(lanes, 4) == [(i, 1) for i in range(4)]
+        assert run(one, 4) == [(i, 1) for i in range(4)]
 
-    def test_several_threads_share_the_lanes(self, workers: Workers) -> None:
+    def test_several_callers_share_the_threads(self, workers: Workers) -> None:
         graph = Graph()
-        lanes = graph.lanes(workers, narrow_tokens=10)
+        one = graph.workers(workers, tokens=10)
         failures: list[BaseException] = []
 
         def work() -> None:
             try:
                 for batches in (5, 1, 7):
-                    assert [batch for batch, _ in run(lanes, batches)] == list(range(batches))
+                    assert [batch for batch, _ in run(one, batches)] == list(range(batches))
             except BaseException as error:
                 failures.append(error)
 

@@ -17,24 +17,24 @@ from embedge.runtime import Embedder, EmbedgeWarning
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli import prepare as prepare_module
 from embedge.runtime.cli.main import main
-from embedge.runtime.sessions import graphs as graphs_module
-from embedge.runtime.sessions.graphs import CPU_BATCH_TOKENS_PER_THREAD, default_narrow_tokens
-from embedge.runtime.sessions.packed_graphs import machine_name
+from embedge.runtime.encode import batch_size
+from embedge.runtime.encode.batch_size import AMX_SINGLE_THREAD_TOKENS, CPU_BATCH_TOKENS_PER_THREAD
+from embedge.runtime.host.processor import has_amx
+from embedge.runtime.sessions.prepared_graphs import machine_name
 from embedge.runtime.sessions.session import GraphSession
-from embedge.runtime.sessions.session_workers import SessionWorkers
+from embedge.runtime.sessions.session_workers import RunSettings, SessionWorkers
 from embedge.runtime.tuning import autotune as timing
 from embedge.runtime.tuning.cache import (
-    RunSettings,
     TunedPrecision,
-    add_wisdom,
-    read_wisdom,
-    wisdom_file,
+    add_tuning,
+    read_tuning,
+    tuning_file,
 )
 
 INTEGER = {"activation_constants": {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}}
-NARROW_TOKENS = default_narrow_tokens()
-LANES = RunSettings(lanes=True, narrow_tokens=NARROW_TOKENS, batch_tokens=512)
-WIDE = RunSettings(lanes=False, narrow_tokens=NARROW_TOKENS, batch_tokens=1024)
+SHORT = AMX_SINGLE_THREAD_TOKENS if has_amx() else 0
+SINGLE = RunSettings(single_thread=True, single_thread_tokens=SHORT, batch_tokens=512)
+ALL = RunSettings(single_thread=False, single_thread_tokens=SHORT, batch_tokens=1024)
 TEXTS = [f"w{i % 60} w{i // 60} w{(7 * i) % 60} " + "w1 " * (i % 11) for i in range(256)]
 
 
@@ -59,7 +59,7 @@ def measure(
     path: Path, settings: RunSettings, *, threads: int = 2, precision: str = "int8"
 ) -> Path:
     bundle = Bundle(path)
-    return add_wisdom(bundle, threads, {precision: found(bundle, settings, precision)})
+    return add_tuning(bundle, threads, {precision: found(bundle, settings, precision)})
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -85,31 +85,31 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, int], int]]:
 class TestFile:
     def test_it_gives_back_what_was_stored(self, integer: Any) -> None:
         bundle = Bundle(integer.path)
-        file = measure(integer.path, LANES)
-        assert file == integer.path / "prepared" / machine_name() / "wisdom.json"
-        assert read_wisdom(bundle, 2) == {"int8": found(bundle, LANES)}
-        assert [path.name for path in file.parent.iterdir()] == ["wisdom.json"]
+        file = measure(integer.path, SINGLE)
+        assert file == integer.path / "prepared" / machine_name() / "tuning.json"
+        assert read_tuning(bundle, 2) == {"int8": found(bundle, SINGLE)}
+        assert [path.name for path in file.parent.iterdir()] == ["tuning.json"]
 
     def test_nothing_was_measured_and_nothing_is_said(self, integer: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert read_wisdom(Bundle(integer.path), 2) == {}
+            assert read_tuning(Bundle(integer.path), 2) == {}
 
     def test_new_measurements_join_the_old_ones(self, two_tasks: Any) -> None:
         for threads, precision, settings in (
-            (2, "int4", WIDE),
-            (2, "fp32", WIDE),
-            (3, "fp32", WIDE),
-            (2, "int4", LANES),
+            (2, "int4", ALL),
+            (2, "fp32", ALL),
+            (3, "fp32", ALL),
+            (2, "int4", SINGLE),
         ):
             measure(two_tasks.path, settings, threads=threads, precision=precision)
         bundle = Bundle(two_tasks.path)
-        assert {p: m.settings for p, m in read_wisdom(bundle, 2).items()} == {
-            "int4": LANES,
-            "fp32": WIDE,
+        assert {p: m.settings for p, m in read_tuning(bundle, 2).items()} == {
+            "int4": SINGLE,
+            "fp32": ALL,
         }
-        assert list(read_wisdom(bundle, 3)) == ["fp32"]
-        assert read_wisdom(bundle, 1) == {}
+        assert list(read_tuning(bundle, 3)) == ["fp32"]
+        assert read_tuning(bundle, 1) == {}
 
     @pytest.mark.parametrize(
         ("spoil", "reason"),
@@ -140,42 +140,43 @@ class TestFile:
     def test_a_damaged_one_is_left_out_and_replaced(
         self, integer: Any, spoil: Any, reason: str
     ) -> None:
-        file = measure(integer.path, WIDE)
+        file = measure(integer.path, ALL)
         spoil(file)
         with pytest.warns(EmbedgeWarning, match=f"not used: .*{reason}.*run `embedge prepare"):
             model = Embedder(integer.path, threads=2)
         assert model.encode("w1").shape == (8,)
-        measure(integer.path, LANES)
-        assert read_wisdom(Bundle(integer.path), 2)["int8"].settings == LANES
+        measure(integer.path, SINGLE)
+        assert read_tuning(Bundle(integer.path), 2)["int8"].settings == SINGLE
 
     def test_another_machines_is_left_out_with_a_warning(
         self, integer: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        measure(integer.path, WIDE)
+        measure(integer.path, ALL)
         here = machine_name()
         monkeypatch.setattr(
-            "embedge.runtime.sessions.packed_graphs._instructions", lambda: "another processor"
+            "embedge.runtime.sessions.prepared_graphs.processor_identity",
+            lambda: "another processor",
         )
         with pytest.warns(
             EmbedgeWarning, match=f"another machine .*{here}; this is {machine_name()}"
         ):
-            assert read_wisdom(Bundle(integer.path), 2) == {}
+            assert read_tuning(Bundle(integer.path), 2) == {}
 
     def test_that_of_another_graph_is_left_out_with_a_warning(self, integer: Any) -> None:
-        file = measure(integer.path, WIDE)
+        file = measure(integer.path, ALL)
         edit(file, lambda d: d["threads"]["2"]["int8"].update(graph_sha256="0" * 64))
         with pytest.warns(EmbedgeWarning, match="not used for int8: measured with another graph"):
-            assert read_wisdom(Bundle(integer.path), 2) == {}
+            assert read_tuning(Bundle(integer.path), 2) == {}
 
     def test_a_precision_that_the_bundle_no_longer_has_is_no_matter(self, integer: Any) -> None:
-        file = measure(integer.path, WIDE)
+        file = measure(integer.path, ALL)
         edit(file, lambda d: d["threads"]["2"].update(int2=d["threads"]["2"]["int8"]))
-        assert list(read_wisdom(Bundle(integer.path), 2)) == ["int8"]
+        assert list(read_tuning(Bundle(integer.path), 2)) == ["int8"]
 
     def test_a_failed_write_leaves_the_old_one(
         self, integer: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        file = measure(integer.path, WIDE)
+        file = measure(integer.path, ALL)
         before = file.read_bytes()
 
         def full(*_: object) -> None:
@@ -183,7 +184,7 @@ class TestFile:
 
         monkeypatch.setattr("embedge.runtime.bundle.writing.os.replace", full)
         with pytest.raises(OSError, match="No space"):
-            measure(integer.path, LANES)
+            measure(integer.path, SINGLE)
         assert file.read_bytes() == before
         assert list(file.parent.iterdir()) == [file]
 
@@ -193,11 +194,11 @@ class TestRuntime:
         self, integer: Any, runs: list[tuple[tuple[int, int], int]]
     ) -> None:
         texts = [f"w{i % 60} w{i // 60}" for i in range(256)]  # 4 tokens each
-        measure(integer.path, replace(WIDE, batch_tokens=64))
+        measure(integer.path, replace(ALL, batch_tokens=64))
         Embedder(integer.path, threads=2).encode(texts, batch_size=1000)
         assert runs == [((16, 4), 2)] * 16
         runs.clear()
-        measure(integer.path, replace(LANES, narrow_tokens=8, batch_tokens=128))
+        measure(integer.path, replace(SINGLE, single_thread_tokens=8, batch_tokens=128))
         model = Embedder(integer.path, threads=2)
         model.encode(texts, batch_size=1000)
         assert runs == [((32, 4), 1)] * 8
@@ -206,17 +207,17 @@ class TestRuntime:
         model.encode("w1 " * 7)
         assert runs == [((1, 8), 1), ((1, 9), 2)]
 
-    def test_a_graph_without_8_bit_products_may_have_lanes_if_measured_so(
+    def test_a_graph_without_8_bit_matmuls_takes_single_threads_if_measured_so(
         self, bundle: Any, runs: list[tuple[tuple[int, int], int]]
     ) -> None:
-        measure(bundle.path, LANES, precision="fp32")
+        measure(bundle.path, SINGLE, precision="fp32")
         Embedder(bundle.path, threads=2).encode(TEXTS)
         assert {threads for _, threads in runs} == {1}
 
     def test_other_threads_run_by_the_defaults(
         self, integer: Any, runs: list[tuple[tuple[int, int], int]]
     ) -> None:
-        measure(integer.path, replace(WIDE, batch_tokens=64), threads=3)
+        measure(integer.path, replace(ALL, batch_tokens=64), threads=3)
         texts = [f"w{i % 60} w{i // 60}" for i in range(512)]
         Embedder(integer.path, threads=2).encode(texts, batch_size=1000)
         assert runs == [((CPU_BATCH_TOKENS_PER_THREAD // 4, 4), 1)] * 4
@@ -227,25 +228,31 @@ class TestRuntime:
         made = {}
         init = SessionWorkers.__init__
 
-        def recording(self: SessionWorkers, open_session: Any, *args: Any, **options: Any) -> None:
-            made[open_session.args[0]] = options["narrow_tokens"]
-            init(self, open_session, *args, **options)
+        def recording(
+            self: SessionWorkers, graph: Any, settings: RunSettings, **options: Any
+        ) -> None:
+            made[graph.name] = settings.single_thread_tokens
+            init(self, graph, settings, **options)
 
         monkeypatch.setattr(SessionWorkers, "__init__", recording)
-        measure(with_images.path, replace(WIDE, narrow_tokens=5), precision="fp32")
+        measure(with_images.path, replace(ALL, single_thread_tokens=5), precision="fp32")
         Embedder(with_images.path, threads=2).encode_image(
             np.zeros((20, 30, 3), np.uint8), task="retrieval"
         )
-        assert made == {"vision": NARROW_TOKENS, "retrieval": 5}
+        assert made == {"vision": SHORT, "retrieval": 5}
 
-    @pytest.mark.parametrize("lanes", [True, False])
+    @pytest.mark.parametrize("single_thread", [True, False])
     @pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
-    @pytest.mark.parametrize("narrow_tokens", [0, 1000])
+    @pytest.mark.parametrize("single_thread_tokens", [0, 1000])
     def test_vectors_do_not_depend_on_it(
-        self, integer: Any, lanes: bool, batch_tokens: int, narrow_tokens: int
+        self, integer: Any, single_thread: bool, batch_tokens: int, single_thread_tokens: int
     ) -> None:
         expected = Embedder(integer.path, threads=2).encode(TEXTS)
-        settings = RunSettings(lanes=lanes, narrow_tokens=narrow_tokens, batch_tokens=batch_tokens)
+        settings = RunSettings(
+            single_thread=single_thread,
+            single_thread_tokens=single_thread_tokens,
+            batch_tokens=batch_tokens,
+        )
         measure(integer.path, settings)
         model = Embedder(integer.path, threads=2)
         np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-6, rtol=0)
@@ -294,32 +301,32 @@ class TestCommand:
         arguments = ["prepare", str(tiny.path), "--measure-only", "--threads", "2"]
         assert main(arguments) == 0
         bundle = Bundle(tiny.path)
-        wisdom = read_wisdom(bundle, 2)
-        assert list(wisdom) == ["int8", "fp32"]
-        for precision, measured in wisdom.items():
+        tuning = read_tuning(bundle, 2)
+        assert list(tuning) == ["int8", "fp32"]
+        for precision, measured in tuning.items():
             assert list(measured.milliseconds) == ["1x16", "1x128", "32x64"]
             assert measured.graph_bytes == bundle.graph_bytes(precision, "retrieval")
-        assert not wisdom["fp32"].settings.lanes
+        assert not tuning["fp32"].settings.single_thread
         head, columns, line, *rows = capsys.readouterr().out.splitlines()
         assert head.startswith("measured on 2 threads, milliseconds by texts x tokens, into ")
         assert columns.split() == ["precision", "1x16", "1x128", "32x64", "MB", "runs"]
         assert [row.split()[0] for row in rows] == ["int8", "fp32"]
         assert set(line) == {"-", " "}
-        assert list(wisdom_file(bundle).parent.iterdir()) == [wisdom_file(bundle)]
+        assert list(tuning_file(bundle).parent.iterdir()) == [tuning_file(bundle)]
 
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
             (
-                RunSettings(lanes=False, narrow_tokens=0, batch_tokens=1024),
+                RunSettings(single_thread=False, single_thread_tokens=0, batch_tokens=1024),
                 "batches of 1024 tokens on all threads, one by one",
             ),
             (
-                RunSettings(lanes=True, narrow_tokens=0, batch_tokens=512),
+                RunSettings(single_thread=True, single_thread_tokens=0, batch_tokens=512),
                 "batches of 512 tokens on 1 thread each, at the same time; a text alone on all threads",
             ),
             (
-                RunSettings(lanes=True, narrow_tokens=96, batch_tokens=512),
+                RunSettings(single_thread=True, single_thread_tokens=96, batch_tokens=512),
                 "batches of 512 tokens on 1 thread each, at the same time; a text alone of up to 96 tokens "
                 "on 1 thread",
             ),
@@ -349,15 +356,15 @@ class TestCommand:
     def test_it_packs_and_measures_and_removes_both(self, bundle: Any) -> None:
         assert main(["prepare", str(bundle.path)]) == 0
         folder = bundle.path / "prepared" / machine_name()
-        assert sorted(path.name for path in folder.iterdir()) == ["fp32", "wisdom.json"]
+        assert sorted(path.name for path in folder.iterdir()) == ["fp32", "tuning.json"]
         assert main(["inspect", str(bundle.path), "--verify"]) == 0
         assert main(["prepare", str(bundle.path), "--remove"]) == 0
         assert not (bundle.path / "prepared").exists()
 
     def test_a_model_of_short_texts_is_measured_within_its_limit(self, bundle: Any) -> None:
         assert main(["prepare", str(bundle.path), "--measure-only", "--threads", "1"]) == 0
-        wisdom = read_wisdom(Bundle(bundle.path), 1)
-        assert list(wisdom["fp32"].milliseconds) == ["1x16", "32x16"]
+        tuning = read_tuning(Bundle(bundle.path), 1)
+        assert list(tuning["fp32"].milliseconds) == ["1x16", "32x16"]
 
     @pytest.mark.filterwarnings("always")
     @pytest.mark.parametrize("busy", [True, False])
@@ -405,14 +412,14 @@ class TestTiming:
 
     def test_equal_times_leave_the_defaults(self, integer: Any, monkeypatch: Any) -> None:
         found = self.measured(monkeypatch, integer, lambda shape, settings: 1.0)
-        assert found.settings == LANES
+        assert found.settings == SINGLE
         assert found.milliseconds == {"1x16": 1.0, "1x100": 1.0, "32x64": 1.0}
 
     def test_a_little_faster_is_noise(self, integer: Any, monkeypatch: Any) -> None:
         def cost(shape: Any, settings: RunSettings) -> float:
-            return 0.97 if not settings.lanes else 1.0
+            return 0.97 if not settings.single_thread else 1.0
 
-        assert self.measured(monkeypatch, integer, cost).settings == LANES
+        assert self.measured(monkeypatch, integer, cost).settings == SINGLE
 
     def test_what_was_faster_only_once_is_not_taken(self, integer: Any, monkeypatch: Any) -> None:
         """As when another process takes a core for some seconds."""
@@ -421,18 +428,20 @@ class TestTiming:
         def cost(shape: Any, settings: RunSettings) -> float:
             key = shape, settings
             asked[key] = asked.get(key, 0) + 1
-            disturbed = asked[key] == 1 and settings.lanes == LANES.lanes
+            disturbed = asked[key] == 1 and settings.single_thread == SINGLE.single_thread
             return 3.0 if disturbed and shape[0] > 1 else 1.0
 
-        assert self.measured(monkeypatch, integer, cost).settings == LANES
+        assert self.measured(monkeypatch, integer, cost).settings == SINGLE
         assert max(asked.values()) > 1
 
-    def test_wide_batches_where_they_are_faster(self, integer: Any, monkeypatch: Any) -> None:
+    def test_batches_on_all_threads_where_they_are_faster(
+        self, integer: Any, monkeypatch: Any
+    ) -> None:
         def cost(shape: Any, settings: RunSettings) -> float:
-            return (3.0 if settings.lanes else 2.0) + (settings.batch_tokens != 512)
+            return (3.0 if settings.single_thread else 2.0) + (settings.batch_tokens != 512)
 
         found = self.measured(monkeypatch, integer, cost)
-        assert (found.settings.lanes, found.settings.batch_tokens) == (False, 512)
+        assert (found.settings.single_thread, found.settings.batch_tokens) == (False, 512)
         assert found.milliseconds["32x64"] == 2.0
 
     @pytest.mark.parametrize(
@@ -456,22 +465,22 @@ class TestTiming:
         at_100: float,
         expected: int,
     ) -> None:
-        monkeypatch.setattr(graphs_module, "has_amx", lambda: amx)
+        monkeypatch.setattr(batch_size, "has_amx", lambda: amx)
 
         def cost(shape: Any, settings: RunSettings) -> float:
             ratio = {16: at_16, 100: at_100}.get(shape[1], 1.0)
-            narrow = settings.lanes and shape[1] <= settings.narrow_tokens
+            narrow = settings.single_thread and shape[1] <= settings.single_thread_tokens
             return ratio if shape[0] == 1 and narrow else 1.0
 
         found = self.measured(monkeypatch, integer, cost)
-        assert found.settings.narrow_tokens == expected
+        assert found.settings.single_thread_tokens == expected
         assert found.milliseconds["1x16"] == (1.0 if expected == 0 else at_16)
         assert found.milliseconds["1x100"] == (at_100 if expected == 100 else 1.0)
 
     def test_a_batch_that_takes_too_long_is_left_out(self, integer: Any, monkeypatch: Any) -> None:
         found = self.measured(monkeypatch, integer, lambda shape, settings: 60_000.0)
         assert list(found.milliseconds) == ["1x16", "1x100"]
-        assert found.settings == LANES
+        assert found.settings == SINGLE
 
     @pytest.mark.parametrize("together", [True, False])
     def test_precisions_are_timed_in_turn_where_memory_allows(
@@ -530,14 +539,14 @@ def test_what_was_measured_of_a_bundle_that_cannot_be_written_lies_in_the_users_
         graph_sha256=opened.manifest.files[graph].sha256,
         graph_bytes=1,
         milliseconds={"1x16": 1.5},
-        settings=RunSettings(lanes=False, narrow_tokens=0, batch_tokens=64),
+        settings=RunSettings(single_thread=False, single_thread_tokens=0, batch_tokens=64),
     )
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda *_: False)
-        file = add_wisdom(opened, 2, {"fp32": measured})
+        file = add_tuning(opened, 2, {"fp32": measured})
     assert file.is_relative_to(tmp_path / "cache")
-    assert wisdom_file(opened) == file
-    assert read_wisdom(opened, 2) == {"fp32": measured}
-    inside = add_wisdom(opened, 2, {"fp32": measured})
+    assert tuning_file(opened) == file
+    assert read_tuning(opened, 2) == {"fp32": measured}
+    inside = add_tuning(opened, 2, {"fp32": measured})
     assert not file.exists()
-    assert wisdom_file(opened) == inside == bundle.path / "prepared" / file.parent.name / file.name
+    assert tuning_file(opened) == inside == bundle.path / "prepared" / file.parent.name / file.name

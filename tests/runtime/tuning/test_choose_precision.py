@@ -15,11 +15,12 @@ import pytest
 from embedge.runtime import Embedder, EmbedgeValueError
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
+from embedge.runtime.sessions.session_workers import RunSettings
 from embedge.runtime.tuning import choose_precision as auto_module
-from embedge.runtime.tuning.cache import RunSettings, TunedPrecision, add_wisdom
+from embedge.runtime.tuning.cache import TunedPrecision, add_tuning
 
 THREADS = 2
-SETTINGS = RunSettings(lanes=False, narrow_tokens=0, batch_tokens=1024)
+SETTINGS = RunSettings(single_thread=False, single_thread_tokens=0, batch_tokens=1024)
 CPU_PRECISIONS = ("fp32", "int4", "int4-unpacked", "int8")
 
 
@@ -35,7 +36,7 @@ def measure(path: Any, times: Mapping[str, Mapping[str, float]], threads: int = 
     """Stores made-up milliseconds by precision and shape."""
     bundle = Bundle(path)
     manifest = bundle.manifest
-    add_wisdom(
+    add_tuning(
         bundle,
         threads,
         {
@@ -156,7 +157,7 @@ class TestDevice:
     ) -> None:
         monkeypatch.setattr(auto_module, "cuda_problem", lambda: None)
         bundle = Bundle(mixed.path)
-        wisdom = {
+        tuning = {
             p: TunedPrecision(
                 task="retrieval",
                 graph_sha256="",
@@ -166,7 +167,7 @@ class TestDevice:
             )
             for p, ms in (("fp16", 9.0), ("int4", 1.0))
         }
-        assert auto_module.choose_automatically(bundle, wisdom, device="auto") == "fp16"
+        assert auto_module.choose_automatically(bundle, tuning, device="auto") == "fp16"
 
     def test_one_without_a_precision_is_refused(self, several: Any) -> None:
         with pytest.raises(EmbedgeValueError, match="device is 'tpu'; expected one of"):

@@ -16,7 +16,9 @@ import pytest
 from embedge.runtime import Embedder, EmbedgeError, EmbedgeWarning
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
-from embedge.runtime.sessions.packed_graphs import PreparedGraphs, machine_name
+from embedge.runtime.host.onnxruntime import open_session
+from embedge.runtime.sessions.prepared_graphs import PreparedGraphs, machine_name
+from embedge.runtime.tuning.pack_graphs import pack_graph
 
 TEXTS = ["w1 w2 w3", "w4", "", "w5 w6"]
 
@@ -27,23 +29,17 @@ def prepared_folder(path: Path, task: str = "retrieval", precision: str = "fp32"
 
 def test_a_prepared_graph_is_opened_in_place_of_the_bundles(bundle: Any, monkeypatch: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     opened = []
 
-    def open_(file: Path, **settings: Any) -> Any:
-        opened.append(settings["prepared"])
-        return session(file, **settings)
+    def open_(file: str, *options: Any) -> Any:
+        opened.append(file)
+        return open_session(file, *options)
 
-    monkeypatch.setattr("embedge.runtime.sessions.graphs.GraphSession", open_)
+    monkeypatch.setattr("embedge.runtime.sessions.session.open_session", open_)
     found = Embedder(bundle.path).encode(TEXTS)
-    assert opened == [prepared_folder(bundle.path) / "graph.onnx"]
+    assert opened == [str(prepared_folder(bundle.path) / "graph.onnx")]
     np.testing.assert_array_equal(found, expected)
-
-
-def session(*arguments: Any, **settings: Any) -> Any:
-    from embedge.runtime.sessions.session import GraphSession
-
-    return GraphSession(*arguments, **settings)
 
 
 def test_the_command_prepares_every_graph_and_verifies_after(with_images: Any, capsys: Any) -> None:
@@ -93,7 +89,7 @@ def test_remove(bundle: Any, capsys: Any) -> None:
 )
 def test_a_damaged_one_is_left_out_with_a_warning(bundle: Any, spoil: Any, reason: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     spoil(prepared_folder(bundle.path))
     model = Embedder(bundle.path)
     with pytest.warns(EmbedgeWarning, match=f"not used: .*{reason}.*embedge prepare"):
@@ -103,22 +99,22 @@ def test_a_damaged_one_is_left_out_with_a_warning(bundle: Any, spoil: Any, reaso
 
 def test_one_of_other_weights_is_left_out_until_prepared_again(make_bundle: Any) -> None:
     first, second = make_bundle("first"), make_bundle("second", tasks=("code", "retrieval"))
-    PreparedGraphs(Bundle(first.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(first.path)), "fp32", "retrieval")
     shutil.copytree(first.path / "prepared", second.path / "prepared")
     model = Embedder(second.path)
     with pytest.warns(EmbedgeWarning, match="made from other files"):
         found = model.encode("w1", task="retrieval")
     np.testing.assert_allclose(found, second.expected("retrieval", [2, 5, 3]), atol=1e-6)
-    PreparedGraphs(Bundle(second.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(second.path)), "fp32", "retrieval")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Embedder(second.path).encode("w1", task="retrieval")
 
 
 def test_another_machine_does_not_see_it(bundle: Any, monkeypatch: Any) -> None:
-    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     monkeypatch.setattr(
-        "embedge.runtime.sessions.packed_graphs._instructions", lambda: "another processor"
+        "embedge.runtime.sessions.prepared_graphs.processor_identity", lambda: "another processor"
     )
     assert PreparedGraphs(Bundle(bundle.path)).find("fp32", "retrieval") is None
 
@@ -126,27 +122,27 @@ def test_another_machine_does_not_see_it(bundle: Any, monkeypatch: Any) -> None:
 def test_a_full_disk_is_told_before_anything_is_written(bundle: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(EmbedgeError, match="the disk has 10; free some"):
-        PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+        pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     assert not prepared_folder(bundle.path).exists()
     assert list(prepared_folder(bundle.path).parent.iterdir()) == []
 
 
 def test_a_graph_that_cannot_be_prepared_leaves_the_earlier_one(bundle: Any) -> None:
     graphs = PreparedGraphs(Bundle(bundle.path))
-    graphs.write("fp32", "retrieval")
+    pack_graph(graphs, "fp32", "retrieval")
     before = json.loads((prepared_folder(bundle.path) / "prepared.json").read_text())
     weights = bundle.path / "fp32" / "retrieval.bin"
     kept = weights.read_bytes()
     weights.write_bytes(b"")
     with pytest.raises(EmbedgeError, match="changed since the bundle was opened"):
-        graphs.write("fp32", "retrieval")
+        pack_graph(graphs, "fp32", "retrieval")
     weights.write_bytes(kept)
     assert json.loads((prepared_folder(bundle.path) / "prepared.json").read_text()) == before
     assert graphs.find("fp32", "retrieval") is not None
 
 
 def test_packed_weights_are_mapped(tmp_path: Path, bundle: Any) -> None:
-    """Of a wide product, the session's weights are file pages instead of anonymous memory."""
+    """Of a wide matmul, the session's weights are file pages instead of anonymous memory."""
     from onnx import TensorProto, helper, save
 
     width = 3072
@@ -158,10 +154,10 @@ def test_packed_weights_are_mapped(tmp_path: Path, bundle: Any) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin")
-    from embedge.runtime.sessions.packed_graphs import _save_prepacked
+    from embedge.runtime.tuning.pack_graphs import _save
 
     (tmp_path / "packed").mkdir()
-    _save_prepacked(tmp_path / "m.onnx", {}, tmp_path / "packed", panels=False)
+    _save(tmp_path / "m.onnx", {}, tmp_path / "packed", panels=False)
     plain = anonymous_mb(tmp_path / "m.onnx")
     mapped = anonymous_mb(tmp_path / "packed" / "graph.onnx")
     assert plain - mapped > 0.8 * width * width * 4 / 1e6
@@ -172,16 +168,14 @@ def anonymous_mb(file: Path) -> float:
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     code = """
-import re, sys, onnxruntime, numpy as np
-from pathlib import Path
-def anonymous() -> None:
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
-before = anonymous()
+import sys, onnxruntime, numpy as np
+from embedge.runtime.host.memory import process_memory
+before = process_memory()["RssAnon"]
 options = onnxruntime.SessionOptions()
 options.enable_cpu_mem_arena = False
 session = onnxruntime.InferenceSession(sys.argv[1], options)
 session.run(None, {"x": np.ones((1, 3072), np.float32)})
-print(anonymous() - before)
+print((process_memory()["RssAnon"] - before) / 1e6)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
@@ -213,7 +207,7 @@ def test_nothing_is_written_or_deleted_through_a_link(
 
 @pytest.mark.parametrize("name", ["../../../../manifest.json", "/etc/passwd", "a/../b", ""])
 def test_a_record_names_files_of_its_folder_alone(bundle: Any, name: Any) -> None:
-    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     record_file = prepared_folder(bundle.path) / "prepared.json"
     record = json.loads(record_file.read_text())
     record["files"][name] = 1
@@ -235,7 +229,7 @@ def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(
     bundle: Any, capsys: Any, file: Any, verify: Any
 ) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     assert main(["inspect", str(bundle.path), "--verify"]) == 0
     assert "verified: 1 prepared graphs match theirs" in capsys.readouterr().out
     flip_a_bit(prepared_folder(bundle.path) / file)
@@ -252,11 +246,13 @@ def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(
 
 
 def test_a_file_is_hashed_once_until_it_changes(bundle: Any, monkeypatch: Any) -> None:
-    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     graphs = PreparedGraphs(Bundle(bundle.path, verify="full"))
     assert graphs.find("fp32", "retrieval") is not None
     with monkeypatch.context() as patch:
-        patch.setattr("embedge.runtime.sessions.packed_graphs.sha256_of", lambda _: ("another", ()))
+        patch.setattr(
+            "embedge.runtime.sessions.prepared_graphs.sha256_of", lambda _: ("another", ())
+        )
         assert graphs.find("fp32", "retrieval") is not None
     flip_a_bit(prepared_folder(bundle.path) / "graph.bin")
     with pytest.warns(EmbedgeWarning, match="expected SHA-256"):
@@ -265,7 +261,7 @@ def test_a_file_is_hashed_once_until_it_changes(bundle: Any, monkeypatch: Any) -
 
 def test_one_that_onnxruntime_refuses_is_left_out(bundle: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     folder = prepared_folder(bundle.path)
     (folder / "graph.onnx").write_bytes(b"no graph")
     record = json.loads((folder / "prepared.json").read_text())
@@ -325,9 +321,9 @@ class TestInTheUsersCache:
     ) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
-            PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+            pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
         assert len(list(cache.rglob("graph.onnx"))) == 1
-        PreparedGraphs(Bundle(bundle.path)).write("fp32", "retrieval")
+        pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
         assert list(cache.rglob("graph.onnx")) == []
         found = PreparedGraphs(Bundle(bundle.path)).find("fp32", "retrieval")
         assert found == prepared_folder(bundle.path) / "graph.onnx"

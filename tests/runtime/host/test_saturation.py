@@ -1,4 +1,4 @@
-"""Integer products that saturate: detected by a probe, mended by replacing activation constants.
+"""Integer matmuls that saturate: found by a probe, mended by a session option.
 
 The processor without VNNI is emulated: ``QEMU_CPU=Haswell qemu-x86_64 python …`` (Debian's
 qemu-user).
@@ -21,7 +21,9 @@ import onnxruntime
 import pytest
 
 from embedge.runtime import Embedder
-from embedge.runtime.host.processor import probe_model, saturates_u8s8
+from embedge.runtime.host import saturation
+from embedge.runtime.host.processor import instruction_sets
+from embedge.runtime.host.saturation import probe_model, saturates_u8s8
 
 QEMU = shutil.which("qemu-x86_64")
 
@@ -31,37 +33,23 @@ needs_qemu = pytest.mark.skipif(
 )
 
 
-def flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
-
-
 SCRIPT = """
 import json, sys
 import numpy as np
 import embedge.runtime.sessions.session as sessions
 from embedge.runtime import Embedder
 
-probe = sessions.saturates_u8s8()
 texts = [f"w{i}" for i in range(30)]
 vectors = {}
-exact = sessions.keep_products_exact
-for name, saturates, ask in (
-    ("asked", probe, exact),
-    ("full", False, lambda options: None),
-    ("reduced", True, lambda options: None),
-):
-    sessions.saturates_u8s8 = lambda: saturates
-    sessions.keep_products_exact = ask
+exact = sessions.keep_matmuls_exact
+for name, ask in (("asked", exact), ("not asked", lambda options: None)):
+    sessions.keep_matmuls_exact = ask
     model = Embedder(sys.argv[1], verify="none", threads=1)
     vectors[name] = model.encode(texts, batch_size=30).tolist()
     vectors[name + " alone"] = [model.encode(text).tolist() for text in texts]
-from embedge.runtime.host.processor import describe_processor, saturates_u8s8
+from embedge.runtime.host.saturation import describe_processor, saturates_u8s8
 
-answer = {"saturates": [saturates_u8s8(asked=False), probe], "line": describe_processor()}
+answer = {"saturates": saturates_u8s8(), "line": describe_processor()}
 print(json.dumps({**answer, "vectors": vectors}))
 """
 
@@ -90,8 +78,8 @@ def run_python(
 
 def errors(
     package_path: Path, bundle: Path, exact: Any, *launcher: str
-) -> tuple[list[bool], str, dict[str, float]]:
-    """The probes' answers, the line about them, and the relative error of the vectors by constants."""
+) -> tuple[bool, str, dict[str, float]]:
+    """The probe's answer, the line about it, and the relative error of the vectors by how sessions ask."""
     answer = json.loads(run_python(package_path, SCRIPT, str(bundle), launcher=launcher).stdout)
     expected = exact[4:34]  # "w0" is id 4
     return (
@@ -111,7 +99,8 @@ def test_the_probe_is_a_valid_model() -> None:
 
 
 @pytest.mark.skipif(
-    not flags() & {"avx512_vnni", "avx_vnni"}, reason="this processor has no VNNI, or does not tell"
+    not instruction_sets() & {"avx512_vnni", "avx_vnni"},
+    reason="this processor has no VNNI, or does not tell",
 )
 def test_with_vnni_nothing_saturates() -> None:
     assert saturates_u8s8() is False
@@ -127,42 +116,35 @@ def test_the_probe_runs_once_per_process(monkeypatch: pytest.MonkeyPatch) -> Non
     saturates_u8s8()
 
 
-def test_constants_are_replaced_where_products_saturate(
-    int8_bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("saturates", [False, True])
+def test_vectors_have_the_error_of_8_bit_steps(
+    int8_bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, saturates: bool
 ) -> None:
+    """Asked for exact matmuls or not, where they are exact; where they saturate, asked."""
     path, exact = int8_bundle
-    texts = [f"w{i}" for i in range(30)]
-    distance = {}
-    for saturates in (False, True):
-        monkeypatch.setattr(
-            "embedge.runtime.sessions.session.saturates_u8s8", lambda s=saturates: s
-        )
-        vectors = Embedder(path, verify="none").encode(texts)
-        distance[saturates] = np.linalg.norm(vectors - exact[4:34]) / np.linalg.norm(exact[4:34])
-    if not saturates_u8s8():
-        assert distance[False] < 0.004  # 8-bit steps
-    # 7-bit steps: twice as coarse, and no more than that.
-    assert distance[False] < distance[True] < 0.008 or saturates_u8s8()
+    if saturates:  # then there are no kernels of embedge's, which take VNNI
+        monkeypatch.setattr(saturation, "saturates_u8s8", lambda: True)
+        monkeypatch.setattr("embedge.runtime.sessions.session.own_kernels", lambda: False)
+    vectors = Embedder(path, verify="none").encode([f"w{i}" for i in range(30)])
+    assert np.linalg.norm(vectors - exact[4:34]) < 0.004 * np.linalg.norm(exact[4:34])
 
 
 @needs_qemu
-def test_an_emulated_processor_without_vnni_gives_exact_products(
+def test_an_emulated_processor_without_vnni_gives_exact_matmuls(
     int8_bundle: tuple[Path, Any], package_path: Path
 ) -> None:
     path, exact = int8_bundle
     saturates, line, emulated = errors(package_path, path, exact, str(QEMU))
-    assert saturates == [True, False]
-    assert line.endswith("u8×s8 products saturate, so u8×u8 ones are used: exact, slower")
+    assert saturates
+    assert line.endswith("u8×s8 matmuls saturate, so u8×u8 ones are used: exact, slower")
     for how in ("", " alone"):
         assert emulated["asked" + how] < 0.004  # 8-bit steps, see above
-        assert emulated["asked" + how] < 0.7 * emulated["reduced" + how] < 0.7 * 0.008
-        assert emulated["full" + how] > 10 * emulated["reduced" + how]
-    if not saturates_u8s8(asked=False):
+        assert emulated["not asked" + how] > 10 * 0.008
+    if not saturates_u8s8():
         _, line, native = errors(package_path, path, exact)
-        assert line.endswith("8-bit products are exact")
-        assert native["asked"] == native["full"]
-        for constants in ("asked", "reduced"):
-            assert emulated[constants] == pytest.approx(native[constants], rel=0.01)
+        assert line.endswith("8-bit matmuls are exact")
+        assert native["asked"] == native["not asked"]
+        assert emulated["asked"] == pytest.approx(native["asked"], rel=0.01)
 
 
 @needs_qemu

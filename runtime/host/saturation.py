@@ -1,0 +1,96 @@
+"""Does ONNX Runtime multiply uint8 by int8 exactly on this processor?
+
+Without VNNI (or AMX, or Arm's dot products) it takes an instruction that adds pairs of products in 16
+bits: 2 · 255 · 127 does not fit, and vectors are spoiled in silence. Its option
+``session.x64quantprecision`` turns int8 weights into uint8 when a session opens. Those matmuls widen
+first: exact, slower, and the weights are held twice. So sessions ask for it only where matmuls saturate.
+
+What a kernel does is asked of ONNX Runtime itself, by a matmul whose result is known, rather than
+guessed from the processor's name.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+from typing import Any
+
+import numpy as np
+
+from embedge.runtime.host.fork import no_fork
+from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
+from embedge.runtime.host.probe_models import INT32, UINT8, one_node_model
+from embedge.runtime.host.processor import instruction_sets
+
+__all__ = [
+    "ask_for_exact_matmuls",
+    "describe_processor",
+    "keep_matmuls_exact",
+    "probe_model",
+    "saturates_u8s8",
+]
+
+_DEPTH, _COLUMNS = 64, 32
+_LEFT, _RIGHT = 255, 127  # the largest uint8 and int8: a pair gives 64770, above 32767
+_ROWS = (1, 5)  # one row may take a kernel of its own
+_INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "i8mm", "asimddp")
+
+_probing = threading.Lock()
+_known: list[bool] = []
+
+
+def keep_matmuls_exact(options: Any) -> None:
+    """Asks ONNX Runtime, in a session's options, for exact integer matmuls where they saturate."""
+    if saturates_u8s8():
+        ask_for_exact_matmuls(options)
+
+
+def ask_for_exact_matmuls(options: Any) -> None:
+    """Asks for exact integer matmuls on any processor; where they are exact, they stay the same."""
+    options.add_session_config_entry("session.x64quantprecision", "1")
+
+
+def saturates_u8s8() -> bool:
+    """Whether u8×s8 matmuls saturate in a session that does not ask for exact ones.
+
+    Tried once per process.
+    """
+    with no_fork(), _probing:
+        if not _known:
+            _known.append(_probe())
+        return _known[0]
+
+
+def describe_processor() -> str:
+    """What the processor has for 8-bit matmuls, and how they run on it: a line for people."""
+    flags = instruction_sets()
+    found = [name for name in _INSTRUCTIONS if name in flags]
+    name = ", ".join(found) or platform.machine() or "unknown"
+    if saturates_u8s8():
+        return f"{name}; u8×s8 matmuls saturate, so u8×u8 ones are used: exact, slower"
+    return f"{name}; 8-bit matmuls are exact"
+
+
+def probe_model() -> bytes:
+    """ONNX model ``y = MatMulInteger(a, w)`` of uint8 ``a [rows, 64]`` and a constant int8 ``w``."""
+    weight = np.full((_DEPTH, _COLUMNS), _RIGHT, np.int8)
+    return one_node_model(
+        b"MatMulInteger",
+        inputs={b"a": (UINT8, _DEPTH)},
+        weights={b"w": weight},
+        output=(INT32, _COLUMNS),
+    )
+
+
+def _probe() -> bool:
+    options = load_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = open_session(probe_model(), options, ["CPUExecutionProvider"])
+    exact = _DEPTH * _LEFT * _RIGHT
+    for rows in _ROWS:
+        left = np.full((rows, _DEPTH), _LEFT, np.uint8)
+        (result,) = session.run(None, {"a": left})
+        if not (result == exact).all():
+            return True
+    return False
