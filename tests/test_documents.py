@@ -48,7 +48,8 @@ RUN = [
 READ_ALOUD = [
     name
     for name in DOCUMENTS
-    if (name.startswith("docs/") and name not in NOTES) or name in {"README.md", "ARCHITECTURE.md"}
+    if (name.startswith("docs/") and name not in NOTES)
+    or name in {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"}
 ]
 SLOW = {  # several exports each
     "docs/tutorial.md",
