@@ -26,9 +26,8 @@ from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 
-from embedge.runtime.bundle.graph_check import FLOAT, INT8
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.bundle.onnx_reader import ExternalData
+from embedge.runtime.bundle.onnx_model import FLOAT, INT8, ExternalData
 from embedge.runtime.bundle.schema import Place, ReadBy, Record, Within
 
 __all__ = ["PackedWeight", "Tensor", "read_packed"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.onnx_reader import ExternalData, read_product_weights
+from embedge.runtime.bundle.onnx_model import ExternalData
 from embedge.runtime.bundle.packed_weights import PackedWeight, Tensor
 from embedge.runtime.errors import BundleError
 from embedge.runtime.host.workers import Workers
@@ -66,19 +65,14 @@ def initializers_of(
     packed = bundle.packed_weights(precision, name)
     if packed is not None:
         listed, weights = packed
-        made = unpack(weights, lambda d: bundle.external_file(listed, d)[0], threads=threads)
+        made = unpack(weights, partial(bundle.external_file, listed), threads=threads)
     if not panels:
         return made
     graph = bundle.graph(precision, name)
-    for weight, stored in read_product_weights(graph).items():
-        if weight not in made:
-            file, length = bundle.external_file(graph, stored.data)
-            if length < prod(stored.shape):
-                raise BundleError(
-                    f"{file}: {graph.name} reads {weight} of {prod(stored.shape)} bytes, found {length}; "
-                    "copy or export the bundle again"
-                )
-            made[weight] = np.memmap(file, stored.dtype, "r", stored.data.offset, stored.shape)
+    for weight, stored in bundle.matmul_weights(precision, name).items():
+        if weight not in made and stored.place is not None:
+            file, offset = bundle.external_file(graph, stored.place), stored.place.offset
+            made[weight] = np.memmap(file, stored.dtype, "r", offset, stored.shape)
         made[weight] = in_panels(made[weight], scratch)
     return made
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from embedge.export import export_bundle
 from embedge.runtime import Embedder, EmbedgeWarning
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.onnx_reader import read_product_weights
 from embedge.runtime.cli.main import main
 from embedge.runtime.kernels.library import PANELS
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs, machine_name
@@ -139,8 +137,8 @@ def test_a_prepared_graph_is_opened_in_place_and_gives_the_same_vectors(
 @pytest.mark.parametrize(("bundle", "precision"), GRAPHS + INT4, indirect=["bundle"])
 def test_a_prepared_graph_has_its_weights_once(bundle: Path, precision: str) -> None:
     opened = Bundle(bundle)
-    stored = read_product_weights(opened.graph(precision, "task")).values()
-    weights = sum(math.prod(weight.shape) for weight in stored)
+    stored = opened.matmul_weights(precision, "task").values()
+    weights = sum(weight.nbytes for weight in stored)
     pack_graph(PreparedGraphs(opened), precision, "task")
     file = prepared(bundle, precision)
     assert file is not None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedge.runtime.bundle.onnx_reader import ExternalData
+from embedge.runtime.bundle.onnx_model import ExternalData
 from embedge.runtime.bundle.packed_weights import read_packed
 from embedge.runtime.errors import BundleError
 from embedge.runtime.sessions.unpack import unpack
