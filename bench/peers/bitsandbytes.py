@@ -16,7 +16,7 @@ import torch
 
 from embedge.bench.peers.context import PeerContext
 from embedge.bench.peers.hidden_state import HiddenStateSystem
-from embedge.bench.peers.torch import TorchModuleSystem, stored_bytes
+from embedge.bench.peers.torch import runs_of, stored_bytes
 
 __all__ = ["int8", "nf4"]
 
@@ -28,7 +28,8 @@ _NO_KERNEL = (
 def int8(context: PeerContext) -> HiddenStateSystem:
     """Return LLM.int8 with the threshold of 6 that is its default."""
     model = _load(context, load_in_8bit=True)
-    return TorchModuleSystem("bitsandbytes int8", model, context, stored_bytes(model, context))
+    size = stored_bytes(model, context)
+    return HiddenStateSystem("bitsandbytes int8", runs_of(model), context, size)
 
 
 def nf4(context: PeerContext) -> HiddenStateSystem:
@@ -41,7 +42,7 @@ def nf4(context: PeerContext) -> HiddenStateSystem:
     )
     size = stored_bytes(model, context)  # before the first run, which may pack the weights
     caveat = None if find_spec("kernels") else _NO_KERNEL
-    return TorchModuleSystem("bitsandbytes nf4", model, context, size, caveat)
+    return HiddenStateSystem("bitsandbytes nf4", runs_of(model), context, size, caveat)
 
 
 def _load(context: PeerContext, **settings: Any) -> Any:

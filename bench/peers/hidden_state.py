@@ -1,58 +1,62 @@
-"""What peers share: a graph that ends at the hidden states, the bench's tokenizer around it."""
+"""What peers share: a model that ends at the hidden states, the bench's tokenizer around it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embedge.bench.peers.context import PeerContext
 from embedge.bench.systems.pooling import pool
-from embedge.bench.systems.source import Source
-from embedge.bench.systems.tokens import Ids, TextTokens, sorted_batches
+from embedge.bench.systems.tokens import Ids
 
-__all__ = ["HiddenStateSystem", "graph_inputs"]
+__all__ = ["HiddenStateSystem", "Run", "graph_inputs"]
+
+Run = Callable[[Ids, Ids], NDArray[np.float32]]
 
 
 class HiddenStateSystem:
-    """A peer; subclasses give :meth:`forward`, from ids to hidden states.
+    """A peer that is timed up to the hidden states: pooling is not charged to it.
 
-    ``forward`` stops there: a peer is not charged for pooling when shapes are timed.
-
-    Attributes:
+    Args:
+        name: what the report calls it.
+        run: from ids and mask, int64 ``[batch, tokens]``, to float32 ``[batch, tokens, width]``.
+        context: what it was made from.
+        bytes_on_disk: of its graph and weights.
         caveat: what a reader of its figures has to know, ``None`` for nothing.
     """
 
     role = "peer"
     precision: str | None = None
-    caveat: str | None = None
 
     def __init__(
-        self, name: str, source: Source, tokens: TextTokens, bytes_on_disk: int | None
+        self,
+        name: str,
+        run: Run,
+        context: PeerContext,
+        bytes_on_disk: int | None,
+        caveat: str | None = None,
     ) -> None:
         self.name = name
+        self.forward = run
         self.bytes_on_disk = bytes_on_disk
-        self._source = source
-        self._tokens = tokens
-
-    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
-        """Return the hidden states, float32 ``[batch, tokens, width]``."""
-        raise NotImplementedError
+        self.caveat = caveat
+        self._source = context.source
+        self._tokens = context.tokens
 
     def encode(
         self, texts: Sequence[str], batch_size: int = 32, role: str | None = None
     ) -> NDArray[np.float32]:
         """Return float32 ``[n, dim]``, pooled as the source pools."""
         prompt = self._source.prompt(role)
-        rows = self._tokens([prompt + text for text in texts])
-        parts: dict[int, NDArray[np.float32]] = {}
-        for batch in sorted_batches(rows, batch_size):
-            ids, mask = self._tokens.pad([rows[i] for i in batch])
-            hidden = torch.from_numpy(np.array(self.forward(ids, mask)))
-            vectors = pool(hidden, torch.from_numpy(mask), self._source).numpy()
-            parts.update(zip(batch, vectors, strict=True))
-        return np.stack([parts[i] for i in range(len(rows))])
+        return self._tokens.embed([prompt + text for text in texts], batch_size, self._vectors)
+
+    def _vectors(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
+        hidden = torch.from_numpy(np.array(self.forward(ids, mask)))
+        vectors: NDArray[np.float32] = pool(hidden, torch.from_numpy(mask), self._source).numpy()
+        return vectors
 
 
 def graph_inputs(names: Sequence[str], ids: Ids, mask: Ids) -> dict[str, Ids]:

@@ -12,7 +12,6 @@ than Q4_K, by llama.cpp's own rules. Its GELU is the approximation by tanh, also
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,37 +26,14 @@ __all__ = ["f16", "q4_0", "q4_k_m", "q8_0"]
 
 _ROWS = 32  # of the table in the file that runs: what a quantized block needs at least
 _ENCODED = 512  # tokens of an encoder's call, unless a single text has more
-
-
-class _LlamaCppSystem(HiddenStateSystem):
-    def __init__(self, name: str, file: Path, whole: Path, context: PeerContext) -> None:
-        super().__init__(name, context.source, context.tokens, whole.stat().st_size)
-        from embedge.bench.peers.llama_api import LlamaFile
-
-        self._table = read_table(whole)
-        self._causal = context.config.model_type != "bert"
-        repack = runs(file, self._table.shape[1], causal=self._causal)
-        if not repack:
-            self.caveat = (
-                "its weights are not repacked for this processor, as this build of llama.cpp crashes "
-                "with such; if the processor has AMX, install it again with "
-                "CXXFLAGS='-fno-dse -fno-tree-dse' or a newer compiler"
-            )
-        self._model = LlamaFile(file, context.threads, causal=self._causal, repack=repack)
-
-    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
-        hidden = np.zeros((*ids.shape, self._table.shape[1]), dtype=np.float32)
-        step = len(ids) if self._causal else max(1, _ENCODED // ids.shape[1])
-        for start in range(0, len(ids), step):
-            part = slice(start, start + step)
-            real = mask[part].astype(bool)
-            rows = np.ascontiguousarray(self._table[ids[part][real]])
-            hidden[part][real] = self._model.hidden(rows, mask[part].sum(axis=1))
-        return hidden
+_NOT_REPACKED = (
+    "its weights are not repacked for this processor, as this build of llama.cpp crashes with such; if "
+    "the processor has AMX, install it again with CXXFLAGS='-fno-dse -fno-tree-dse' or a newer compiler"
+)
 
 
 def _system(kind: str, context: PeerContext) -> HiddenStateSystem:
-    from embedge.bench.peers.llama_api import quantize
+    from embedge.bench.peers.llama_api import LlamaFile, quantize
 
     paths = []
     for name, rows in (("whole", None), ("body", _ROWS)):
@@ -69,7 +45,23 @@ def _system(kind: str, context: PeerContext) -> HiddenStateSystem:
             quantize(file, kind, made, context.threads)
         paths.append(made)
     whole, body = paths
-    return _LlamaCppSystem(f"llama.cpp {kind}", body, whole, context)
+    table = read_table(whole)
+    causal = context.config.model_type != "bert"
+    repack = runs(body, table.shape[1], causal=causal)
+    model = LlamaFile(body, context.threads, causal=causal, repack=repack)
+
+    def run(ids: Ids, mask: Ids) -> NDArray[np.float32]:
+        hidden = np.zeros((*ids.shape, table.shape[1]), dtype=np.float32)
+        step = len(ids) if causal else max(1, _ENCODED // ids.shape[1])
+        for start in range(0, len(ids), step):
+            part = slice(start, start + step)
+            real = mask[part].astype(bool)
+            rows = np.ascontiguousarray(table[ids[part][real]])
+            hidden[part][real] = model.hidden(rows, mask[part].sum(axis=1))
+        return hidden
+
+    caveat = None if repack else _NOT_REPACKED
+    return HiddenStateSystem(f"llama.cpp {kind}", run, context, whole.stat().st_size, caveat)
 
 
 q8_0 = partial(_system, "Q8_0")

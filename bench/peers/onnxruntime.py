@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from embedge.bench.peers.context import PeerContext
 from embedge.bench.peers.hidden_state import HiddenStateSystem, graph_inputs
-from embedge.bench.systems.source import Source
-from embedge.bench.systems.tokens import Ids, TextTokens
+from embedge.bench.systems.tokens import Ids
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 
 __all__ = ["optimized_int8", "per_channel_int8", "plain_int8"]
@@ -27,26 +26,6 @@ _OPTIMIZER_TYPES = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "electra"), "bert"
 )
 _FLOAT = 1  # onnx.TensorProto.FLOAT; the fused operators have no type inference of their own
-
-
-class _OnnxRuntimeSystem(HiddenStateSystem):
-    def __init__(
-        self, name: str, graph: Path, source: Source, tokens: TextTokens, threads: int
-    ) -> None:
-        super().__init__(name, source, tokens, graph.stat().st_size)
-        options = load_onnxruntime().SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = open_session(str(graph), options, ["CPUExecutionProvider"])
-        self._inputs = {i.name: i.type for i in self._session.get_inputs()}
-
-    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
-        inputs: dict[str, Any] = graph_inputs(list(self._inputs), ids, mask)
-        for name, kind in self._inputs.items():
-            if "int32" in kind:
-                inputs[name] = inputs[name].astype(np.int32)
-        hidden: NDArray[np.float32] = self._session.run(None, inputs)[0]
-        return hidden
 
 
 def plain_int8(context: PeerContext) -> HiddenStateSystem:
@@ -102,7 +81,21 @@ def _fused(context: PeerContext) -> Path:
 
 
 def _system(name: str, graph: Path, context: PeerContext) -> HiddenStateSystem:
-    return _OnnxRuntimeSystem(name, graph, context.source, context.tokens, context.threads)
+    options = load_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = context.threads
+    options.log_severity_level = 3
+    session = open_session(str(graph), options, ["CPUExecutionProvider"])
+    types = {i.name: i.type for i in session.get_inputs()}
+
+    def run(ids: Ids, mask: Ids) -> NDArray[np.float32]:
+        inputs: dict[str, Any] = graph_inputs(list(types), ids, mask)
+        for key, kind in types.items():
+            if "int32" in kind:
+                inputs[key] = inputs[key].astype(np.int32)
+        hidden: NDArray[np.float32] = session.run(None, inputs)[0]
+        return hidden
+
+    return HiddenStateSystem(name, run, context, graph.stat().st_size)
 
 
 def _quantize(graph: Path, out: Path, per_channel: bool = False) -> None:

@@ -34,18 +34,6 @@ __all__ = [
 ]
 
 
-class _OpenVinoSystem(HiddenStateSystem):
-    def __init__(self, name: str, compiled: Any, context: PeerContext, size: int) -> None:
-        super().__init__(name, context.source, context.tokens, size)
-        self._request = compiled.create_infer_request()
-        self._inputs = [port.get_any_name() for port in compiled.inputs]
-
-    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
-        results = self._request.infer(graph_inputs(self._inputs, ids, mask), share_inputs=True)
-        hidden: NDArray[np.float32] = results[0]
-        return hidden
-
-
 def _system(bits: int | None, group: int | None, context: PeerContext) -> HiddenStateSystem:
     """Return a variant, compiled for the CPU.
 
@@ -70,7 +58,15 @@ def _system(bits: int | None, group: int | None, context: PeerContext) -> Hidden
     kind = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     weights = {"f32": "fp32", "f16": "fp16"}.get(kind, kind) if bits is None else f"int{bits}"
     name = f"OpenVINO {weights}" + ("" if group is None else f" dq{group}")
-    return _OpenVinoSystem(name, compiled, context, size)
+    request = compiled.create_infer_request()
+    inputs = [port.get_any_name() for port in compiled.inputs]
+
+    def run(ids: Ids, mask: Ids) -> NDArray[np.float32]:
+        results = request.infer(graph_inputs(inputs, ids, mask), share_inputs=True)
+        hidden: NDArray[np.float32] = results[0]
+        return hidden
+
+    return HiddenStateSystem(name, run, context, size)
 
 
 def _file(core: Any, bits: int | None, context: PeerContext) -> Path:

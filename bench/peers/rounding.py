@@ -15,7 +15,7 @@ import torch
 
 from embedge.bench.peers.context import PeerContext
 from embedge.bench.peers.hidden_state import HiddenStateSystem
-from embedge.bench.peers.torch import TorchModuleSystem
+from embedge.bench.peers.torch import runs_of
 
 __all__ = ["int4_weights", "int8_weights", "rounded_blocks", "rounded_rows"]
 
@@ -24,7 +24,7 @@ _BLOCK = 32
 
 def _rounded(
     name: str, rounding: Callable[[torch.Tensor], torch.Tensor], context: PeerContext
-) -> TorchModuleSystem:
+) -> HiddenStateSystem:
     """Return the merged model with every Linear's weight rounded."""
     model = copy.deepcopy(context.merged.backbone)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def _rounded(
             if isinstance(module, torch.nn.Linear):
                 module.weight.copy_(rounding(module.weight))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return TorchModuleSystem(name, model, context, size)
+    return HiddenStateSystem(name, runs_of(model), context, size)
 
 
 def rounded_rows(weight: torch.Tensor) -> torch.Tensor:

@@ -10,37 +10,22 @@ import torch
 from numpy.typing import NDArray
 
 from embedge.bench.peers.context import PeerContext
-from embedge.bench.peers.hidden_state import HiddenStateSystem
+from embedge.bench.peers.hidden_state import HiddenStateSystem, Run
 from embedge.bench.systems.tokens import Ids
 
-__all__ = ["TorchModuleSystem", "dynamic_int8", "stored_bytes"]
+__all__ = ["dynamic_int8", "runs_of", "stored_bytes"]
 
 
-class TorchModuleSystem(HiddenStateSystem):
-    """A module that takes ids and mask and gives ``last_hidden_state``, in any float type.
+def runs_of(model: Any) -> Run:
+    """Return what runs a module, in any float type, that gives ``last_hidden_state``."""
 
-    Args:
-        name: what the report calls it.
-        model: the module, ready to run.
-        context: what it was made from.
-        size: bytes of its weights in a file.
-        caveat: see :class:`HiddenStateSystem`.
-    """
-
-    def __init__(
-        self, name: str, model: Any, context: PeerContext, size: int, caveat: str | None = None
-    ) -> None:
-        super().__init__(name, context.source, context.tokens, size)
-        self._model = model
-        self.caveat = caveat
-
-    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
+    def run(ids: Ids, mask: Ids) -> NDArray[np.float32]:
         with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
-            )
+            output = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
         hidden: NDArray[np.float32] = output.last_hidden_state.float().numpy()
         return hidden
+
+    return run
 
 
 def stored_bytes(model: Any, context: PeerContext) -> int:
@@ -63,4 +48,5 @@ def dynamic_int8(context: PeerContext) -> HiddenStateSystem:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it is deprecated
         model = quantize(context.merged.backbone, {torch.nn.Linear}, dtype=torch.qint8)
-    return TorchModuleSystem("torch dynamic int8", model, context, stored_bytes(model, context))
+    size = stored_bytes(model, context)
+    return HiddenStateSystem("torch dynamic int8", runs_of(model), context, size)

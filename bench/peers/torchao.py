@@ -18,7 +18,7 @@ import torch
 
 from embedge.bench.peers.context import PeerContext
 from embedge.bench.peers.hidden_state import HiddenStateSystem
-from embedge.bench.peers.torch import TorchModuleSystem, stored_bytes
+from embedge.bench.peers.torch import runs_of, stored_bytes
 
 __all__ = ["int4", "int8_dynamic"]
 
@@ -57,9 +57,9 @@ def _system(name: str, config: Any, context: PeerContext) -> HiddenStateSystem:
     quantize_(model, config)
     size = stored_bytes(model, context)
     compiled = torch.compile(model, dynamic=True)
-    system = TorchModuleSystem(name, compiled, context, size)
+    run = runs_of(compiled)
     ids = np.ones((2, 8), np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its tensors and the compiler's cache
-        system.forward(ids, np.ones_like(ids))
-    return system
+        run(ids, np.ones_like(ids))
+    return HiddenStateSystem(name, run, context, size)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from embedge.bench.systems.backbone import load_backbone, merge
 from embedge.bench.systems.pooling import pool
 from embedge.bench.systems.source import Source, read_source, source_of_task
-from embedge.bench.systems.tokens import Ids, TextTokens, sorted_batches
+from embedge.bench.systems.tokens import Ids, TextTokens
 
 __all__ = ["Reference"]
 
@@ -100,11 +100,4 @@ class Reference:
             prompt: text put before each; ``None`` is the model's default prompt.
         """
         prompt = self.source.prompt() if prompt is None else prompt
-        rows = self.tokens([prompt + text for text in texts])
-        result: NDArray[np.float32] | None = None
-        for batch in sorted_batches(rows, batch_size):
-            vectors = self.forward(*self.tokens.pad([rows[i] for i in batch]))
-            if result is None:
-                result = np.empty((len(rows), vectors.shape[1]), dtype=np.float32)
-            result[batch] = vectors
-        return np.empty((0, 0), dtype=np.float32) if result is None else result
+        return self.tokens.embed([prompt + text for text in texts], batch_size, self.forward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,28 @@ class TextTokens:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         return ids, mask
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        batch_size: int,
+        forward: Callable[[Ids, Ids], NDArray[np.float32]],
+    ) -> NDArray[np.float32]:
+        """Return one vector a text, float32 ``[n, dim]``; batches hold texts of similar length.
+
+        Args:
+            texts: with their prompts.
+            batch_size: most texts of a batch.
+            forward: from ids and mask to float32 ``[batch, dim]``.
+        """
+        rows = self(texts)
+        result: NDArray[np.float32] | None = None
+        for batch in sorted_batches(rows, batch_size):
+            vectors = forward(*self.pad([rows[i] for i in batch]))
+            if result is None:
+                result = np.empty((len(rows), vectors.shape[1]), dtype=np.float32)
+            result[batch] = vectors
+        return np.empty((0, 0), dtype=np.float32) if result is None else result
 
     def exact(self, texts: Sequence[str], batch: int, tokens: int) -> tuple[Ids, Ids]:
         """Return ``batch`` different rows of exactly ``tokens`` real tokens, nothing padded.
