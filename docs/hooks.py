@@ -28,7 +28,6 @@ ROOT_PAGES = (
     "SECURITY.md",
     "examples/README.md",
 )
-COMMANDS = ("export", "embed", "prepare", "subset", "inspect", "bench")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 
@@ -95,12 +94,14 @@ def command_line() -> str:
         "",
         "This page is made from the command's own help by `python docs/hooks.py`.",
     ]
-    for name in COMMANDS:
-        lines += ["", *_command(name)]
+    from embedge.runtime.cli.main import _COMMANDS
+
+    for name, purpose in _COMMANDS.items():
+        lines += ["", *_command(name, purpose)]
     return "\n".join(lines) + "\n"
 
 
-def _command(name: str) -> Iterator[str]:
+def _command(name: str, purpose: str) -> Iterator[str]:
     module = importlib.import_module(f"embedge.runtime.cli.{name}")
     parser = argparse.ArgumentParser(prog=f"embedge {name}", add_help=False)
     module.add_arguments(parser)
@@ -109,12 +110,7 @@ def _command(name: str) -> Iterator[str]:
     places = " ".join(_metavar(action) for action in actions if not action.option_strings)
     yield f"## embedge {name}"
     yield ""
-    yield from _wrapped(
-        _sentence(
-            parser.description
-            or importlib.import_module("embedge.runtime.cli.main")._COMMANDS[name].help
-        )
-    )
+    yield from _wrapped(_sentence(parser.description or purpose))
     yield ""
     yield "```text"
     yield f"embedge {name} [options] {places}"

@@ -11,6 +11,7 @@ Rules for a document's code:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -27,6 +28,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from embedge.runtime.bundle import manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "docs", "examples", "export", "quant", "runtime", "tests")
@@ -193,6 +196,28 @@ def hooks() -> ModuleType:
 def test_pages_that_are_made_are_current(hooks: ModuleType, page: str) -> None:
     made = hooks.MADE[page]()
     assert read(f"docs/{page}") == made, "run python docs/hooks.py"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        manifest.Manifest,
+        manifest.Producer,
+        manifest.Source,
+        manifest.Model,
+        manifest.ImageSettings,
+        manifest.TokenizerSettings,
+        manifest.Task,
+        manifest.Adapter,
+        manifest.Precision,
+        manifest.ActivationConstant,
+        manifest.FileEntry,
+    ],
+)
+def test_the_format_is_shown_with_every_field(record: Any) -> None:
+    page = read("docs/reference/bundle-format.md")
+    names = [field.name for field in dataclasses.fields(record)]
+    assert [name for name in names if f'"{name}"' not in page] == []
 
 
 @pytest.mark.parametrize("name", NOTES)
