@@ -40,7 +40,7 @@ class ExportContext:
     @property
     def wide(self) -> bool:
         """Whether what costs minutes on a wide model and wins little there is left out."""
-        return self.model.family.hidden_size >= _WIDE
+        return self.model.architecture.hidden_size >= _WIDE
 
     @property
     def block_size(self) -> int:
@@ -51,7 +51,7 @@ class ExportContext:
         """How weights are rounded, "gptq" or "rtn", for "int8" and "int4"."""
         if not calibrated:
             return dict.fromkeys(("int8", "int4"), "rtn")
-        pays = bool(self.model.family.streams()) and not self.wide
+        pays = bool(self.model.architecture.streams()) and not self.wide
         int8 = self.options.int8_method or ("gptq" if pays else "rtn")
         return {"int8": int8, "int4": self.options.int4_method}
 
@@ -89,7 +89,7 @@ class ExportContext:
             stated["keep"] = dict(self.options.keep)
             method = "int8" if precision == "int8" else "int4"
             stated["method"] = self.methods(calibrated=calibrated)[method]
-            stated["rotation"] = bool(self.model.family.streams())
+            stated["rotation"] = bool(self.model.architecture.streams())
         if precision in INT4:
             stated["block_size"] = self.block_size
         return stated

@@ -10,12 +10,13 @@ from typing import Any
 
 from embedge.export.adapters.adapter import BoundAdapter
 from embedge.export.families import Family
-from embedge.export.families.qwen2_5_vision import Qwen25Vision
-from embedge.export.families.task_graph import task_graph
+from embedge.export.families.base import Tower
+from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import digest
 from embedge.export.graph.onnx_model import to_model
 from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.task_graph import task_graph
 from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.fingerprint import dense_sha256
@@ -31,7 +32,8 @@ class Model:
     """Everything that is read before anything is written.
 
     Attributes:
-        family: with the inputs for images where there is a tower.
+        family: what config.json says.
+        architecture: the family's, with the inputs for images where there is a tower.
         tower: the vision tower, ``None`` where the export is for texts alone.
         image: what the manifest says about images.
         pooling: how token states become a vector.
@@ -42,7 +44,8 @@ class Model:
 
     checkpoint: Checkpoint
     family: Family
-    tower: Qwen25Vision | None
+    architecture: Architecture
+    tower: Tower | None
     image: dict[str, Any] | None
     settings: SentenceSettings
     pooling: str
@@ -55,7 +58,7 @@ class Model:
     def dim(self) -> int:
         """Length of a vector."""
         dense = self.settings.dense
-        return dense[-1].out_features if dense else self.family.hidden_size
+        return dense[-1].out_features if dense else self.architecture.hidden_size
 
     @property
     def truncate_dim(self) -> int | None:
@@ -70,7 +73,7 @@ class Model:
 
     def weights(self, weights: TaskWeights, scheme: Scheme) -> Weights:
         """A task's tensors, or the backbone's, as a precision wants them: rotated for small integers."""
-        streams = self.family.streams() if scheme.rotates else ()
+        streams = self.architecture.streams() if scheme.rotates else ()
         if streams and self.tower is not None:
             streams += self.tower.streams()
         return RotatedWeights(weights, streams) if streams else weights
@@ -78,7 +81,7 @@ class Model:
     def graph(self, weights: Weights, scheme: Scheme) -> Graph:
         """The graph of a task at a precision, of tensors as :meth:`weights` gives them."""
         return task_graph(
-            self.family,
+            self.architecture,
             weights,
             scheme,
             pooling=self.pooling,

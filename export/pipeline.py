@@ -83,7 +83,9 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
             ids = model.tokenizer.encode(
                 _with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length)
             )
-            batches = token_batches(ids, model.tokenizer.pad_token_id, model.family.hidden_size)
+            batches = token_batches(
+                ids, model.tokenizer.pad_token_id, model.architecture.hidden_size
+            )
         written: dict[str, Any] = {}
         for precision, tasks in todo.items():
             written |= write_precision(context, folder, precision, tasks, batches)

@@ -11,9 +11,8 @@ from embedge.export.adapters.adapter import Adapter, BoundAdapter
 from embedge.export.adapters.folder import check_adapter_files, settings_of_all
 from embedge.export.errors import AdapterError, CheckpointError
 from embedge.export.families import Family, family_of
-from embedge.export.families.base import flat_config
+from embedge.export.families.base import Tower, flat_config
 from embedge.export.families.config_keys import check_config
-from embedge.export.families.qwen2_5_vision import Qwen25Vision
 from embedge.export.families.qwen2_5_vl import JinaV4Merged
 from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
@@ -71,6 +70,7 @@ def read_model(options: ExportOptions) -> Model:
             stacklevel=3,
         )
     family = family_class(checkpoint.config, settings.max_length)
+    architecture = family.architecture
     _check_dense(checkpoint, settings, family.hidden_size)
     tokenizer = read_tokenizer(
         checkpoint.transformer_path,
@@ -82,7 +82,7 @@ def read_model(options: ExportOptions) -> Model:
     if family_class.tower is not None and options.modality != "text":
         tower = family_class.tower(checkpoint.config, family.hidden_size)
         image = image_settings(checkpoint, tower.image_settings(), tokenizer)
-        family = family.with_images()
+        architecture = architecture.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
     heads = tuple(p for p in family_class.ignored if tower is None or p != "visual.")
@@ -98,10 +98,11 @@ def read_model(options: ExportOptions) -> Model:
         tasks[task] = TaskWeights(checkpoint, family_class.canonical, bound, task)
     base = TaskWeights(checkpoint, family_class.canonical)
     _check_tensors(family, tower, base)
-    rows = min(w.shape(family.token_table)[0] for w in (base, *tasks.values()))
+    rows = min(w.shape(architecture.token_table.weight)[0] for w in (base, *tasks.values()))
     model = Model(
         checkpoint=checkpoint,
         family=family,
+        architecture=architecture,
         tower=tower,
         image=image,
         settings=settings,
@@ -160,7 +161,7 @@ def _check_own_adapter(checkpoint: Checkpoint, folders: Iterable[Path | None]) -
         )
 
 
-def _check_tensors(family: Family, tower: Qwen25Vision | None, base: TaskWeights) -> None:
+def _check_tensors(family: Family, tower: Tower | None, base: TaskWeights) -> None:
     family.check_tensors(base.names())
     shapes = {name: base.shape(name) for name in base.names()}
     family.check_shapes({n: s for n, s in shapes.items() if not n.startswith(family.ignored)})

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from embedge.export.calibration.layers import InputStatistics, calibrate
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.errors import CheckpointError
-from embedge.export.families import Family
+from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import Rounded, RoundingScheme, Scheme, reported_db
@@ -71,7 +71,7 @@ def gptq_linears(g: Graph, scheme: Scheme) -> list[GptqLinear]:
 
 
 def quantize(
-    family: Family,
+    architecture: Architecture,
     weights: Weights,
     g: Graph,
     batches: Sequence[TokenBatch],
@@ -83,7 +83,7 @@ def quantize(
     """Round Linears of a graph by GPTQ, layer by layer; one layer's weights are held.
 
     Args:
-        family: the model.
+        architecture: the model.
         weights: the tensors to run: a task's, or the backbone's; the Linears' are the same in both.
         g: the task's graph.
         batches: calibration tokens.
@@ -96,7 +96,7 @@ def quantize(
     """
     wanted = {label: list(of) for label, of in groupby(linears, lambda linear: linear.group.label)}
     passes = calibrate(
-        family,
+        architecture,
         weights,
         batches,
         scratch=scratch,

@@ -18,10 +18,11 @@ from onnx import TensorProto, helper
 
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.errors import CheckpointError
-from embedge.export.families import Family
+from embedge.export.graph.architecture import TOKENS, Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.onnx_model import to_model
 from embedge.export.graph.ops import OpBuilder
+from embedge.export.graph.transformer import TransformerGraph
 from embedge.export.graph.values import LinearGroup, LinearRef, Norm, Value
 from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.weights.tensors import Weights
@@ -78,7 +79,7 @@ class InputStatistics:
 
 
 def calibrate(
-    family: Family,
+    architecture: Architecture,
     weights: Weights,
     batches: Sequence[TokenBatch],
     *,
@@ -89,7 +90,7 @@ def calibrate(
     """Yield each layer's index and the statistics of its Linear inputs, by label.
 
     Args:
-        family: the model.
+        architecture: the model.
         weights: the tensors to run with: the backbone's or a task's.
         batches: calibration tokens.
         scratch: folder for a layer's merged weights, which are mapped from there: pages that the
@@ -98,9 +99,9 @@ def calibrate(
         wants_sample: for which inputs some rows are kept.
     """
     every = max(1, sum(int(batch.mask.sum()) for batch in batches) // _SAMPLE_ROWS)
-    hidden, norm = first_states(family, weights, batches, scratch)
-    for index in range(family.num_layers):
-        layer = Layer(family, weights, index, norm, scratch)
+    hidden, norm = first_states(architecture, weights, batches, scratch)
+    for index in range(len(architecture.layers)):
+        layer = Layer(architecture, weights, index, norm, scratch)
         linear_groups, norm = layer.linear_groups, layer.norm
         statistics = {
             label: InputStatistics(
@@ -144,7 +145,7 @@ class Layer:
         norm: what made its result, where a norm did.
 
     Args:
-        family: the model.
+        architecture: the model.
         weights: the tensors to run with.
         index: of the layer.
         norm: what made the states that it gets, where a norm did.
@@ -153,22 +154,22 @@ class Layer:
 
     def __init__(
         self,
-        family: Family,
+        architecture: Architecture,
         weights: Weights,
         index: int,
         norm: Norm | None,
         scratch: Path,
     ) -> None:
-        g, context = behind_states(family, weights)
-        hidden = Value(HIDDEN)
+        transformer = behind_states(architecture, weights)
+        g, hidden = transformer.g, Value(HIDDEN)
         hidden.norm = norm
-        states = family.layer(g, context, index, hidden)
+        states = transformer.layer(index, hidden)
         self.norm = states.norm
         self.linear_groups = g.linear_groups
         g.output(states, "hidden_out", TensorProto.FLOAT, [])
         for label, group in self.linear_groups.items():
             g.output(group.value, f"group/{label}", TensorProto.FLOAT, [])
-        self._inputs = family.inputs
+        self._inputs = architecture.inputs
         self._session = WeightSession(g, scratch)
 
     def weight(self, linear: LinearRef) -> FloatArray:
@@ -202,19 +203,17 @@ class Layer:
 
 
 def first_states(
-    family: Family, weights: Weights, batches: Sequence[TokenBatch], scratch: Path
+    architecture: Architecture, weights: Weights, batches: Sequence[TokenBatch], scratch: Path
 ) -> tuple[list[FloatArray], Norm | None]:
     """The states before the first layer, float32 ``[batch, tokens, hidden]`` each, and their norm."""
     scheme = _TableRows(batches)
     g = Graph(weights=weights, scheme=scheme)
-    family.declare_inputs(g)
-    context = family.context(g)
-    states = family.embed(g, context)
+    states = TransformerGraph(g, architecture).embed()
     g.output(states, HIDDEN, TensorProto.FLOAT, [])
     session = WeightSession(g, scratch)
     hidden = []
     for batch in batches:
-        feeds = {**batch.feeds(family.inputs), "input_ids": scheme.local_ids(batch.ids)}
+        feeds = {**batch.feeds(architecture.inputs), "input_ids": scheme.local_ids(batch.ids)}
         hidden.append(session.run(feeds)[0])
     return hidden, states.norm
 
@@ -246,12 +245,11 @@ class _TableRows(Float32Scheme):
         return np.searchsorted(self._rows, ids)
 
 
-def behind_states(family: Family, weights: Weights) -> tuple[Graph, dict[str, str]]:
-    """A float32 graph whose input ``HIDDEN`` is token states, and the context for its layers."""
+def behind_states(architecture: Architecture, weights: Weights) -> TransformerGraph:
+    """A float32 graph whose input ``HIDDEN`` is token states."""
     g = Graph(weights=weights, scheme=Float32Scheme())
-    family.declare_inputs(g)
-    g.input(HIDDEN, TensorProto.FLOAT, ["batch", "tokens", family.hidden_size])
-    return g, family.context(g)
+    g.input(HIDDEN, TensorProto.FLOAT, [*TOKENS, architecture.hidden_size])
+    return TransformerGraph(g, architecture)
 
 
 class WeightSession:

@@ -28,9 +28,9 @@ from embedge.export.calibration.layers import (
     first_states,
 )
 from embedge.export.calibration.tokens import TokenBatch, token_batches
-from embedge.export.families import Family
-from embedge.export.families.task_graph import embedding
+from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
+from embedge.export.graph.task_graph import embedding
 from embedge.export.graph.values import Value
 from embedge.export.model import Model
 from embedge.export.schemes.floats import Float32Scheme
@@ -83,16 +83,16 @@ def candidates(
         scratch: folder for a layer's weights.
         report: takes progress lines.
     """
-    family = model.family.text_only()
+    architecture = model.architecture.text_only()
     g, int8 = Graph(weights=base, scheme=Float32Scheme()), Int8Scheme({})
-    sample = _sample(family, batches)
-    hidden, norm = first_states(family, base, sample, scratch)
+    sample = _sample(architecture, batches)
+    hidden, norm = first_states(architecture, base, sample, scratch)
     moved: list[list[FloatArray]] = [[] for _ in sample]  # states by batch, then by input
     labels: list[tuple[str, ...]] = []
     extra: list[int] = []
-    for index in range(family.num_layers):
-        report(f"measuring sensitivity, layer {index + 1} of {family.num_layers}")
-        layer = Layer(family, base, index, norm, scratch)
+    for index in range(len(architecture.layers)):
+        report(f"measuring sensitivity, layer {index + 1} of {len(architecture.layers)}")
+        layer = Layer(architecture, base, index, norm, scratch)
         norm = layer.norm
         for batch, states in zip(sample, moved, strict=True):
             _run_together(layer, batch, states)
@@ -163,7 +163,7 @@ def within_budget(found: Sequence[Candidate], smallest: int, budget: int) -> lis
     return chosen
 
 
-def _sample(family: Family, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+def _sample(architecture: Architecture, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
     """Some of the texts, of all lengths, as many tokens as all inputs' states have room for.
 
     A long text is its start and its last token, which some models pool.
@@ -173,14 +173,14 @@ def _sample(family: Family, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
         for batch in batches
         for ids, mask in zip(batch.ids, batch.mask, strict=True)
     ]
-    inputs = 4 * family.num_layers  # of a layer's Linears: q, k and v; o; gate and up; down
-    tokens = min(_MOST_TOKENS, _STATE_BYTES // (4 * family.hidden_size * inputs))
+    inputs = 4 * len(architecture.layers)  # of a layer's Linears: q, k and v; o; gate and up; down
+    tokens = min(_MOST_TOKENS, _STATE_BYTES // (4 * architecture.hidden_size * inputs))
     longest = max(2, min(_MOST_TEXT_TOKENS, tokens // _FEWEST_TEXTS))
     count = max(1, tokens // longest)
     places = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
     texts = [rows[place].tolist() for place in places]
     texts = [t if len(t) <= longest else [*t[: longest - 1], t[-1]] for t in texts]
-    return token_batches(texts, 0, family.hidden_size)
+    return token_batches(texts, 0, architecture.hidden_size)
 
 
 def _run_together(layer: Layer, batch: TokenBatch, states: list[FloatArray]) -> None:
@@ -200,17 +200,17 @@ def _head(
     model: Model, weights: Weights, sample: Sequence[TokenBatch], scratch: Path
 ) -> Callable[[Sequence[FloatArray]], FloatArray]:
     """From states behind the last layer, by batch, to vectors of length 1, float32 ``[texts, dim]``."""
-    family = model.family.text_only()
-    g, context = behind_states(family, weights)
-    last = family.final(g, context, Value(HIDDEN))
+    architecture = model.architecture.text_only()
+    transformer = behind_states(architecture, weights)
+    last = transformer.final(Value(HIDDEN))
     dense = model.settings.dense
-    embedding(g, family, context, last, pooling=model.pooling, dense=dense, normalize=True)
-    session = WeightSession(g, scratch)
+    embedding(transformer, last, pooling=model.pooling, dense=dense, normalize=True)
+    session = WeightSession(transformer.g, scratch)
 
     def vectors(states: Sequence[FloatArray]) -> FloatArray:
         results = []
         for batch, hidden in zip(sample, states, strict=True):
-            feeds: dict[str, NDArray[Any]] = {**batch.feeds(family.inputs), HIDDEN: hidden}
+            feeds: dict[str, NDArray[Any]] = {**batch.feeds(architecture.inputs), HIDDEN: hidden}
             results.append(session.run(feeds)[0])
         return np.concatenate(results)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from embedge.export.calibration.layers import InputStatistics, calibrate
 from embedge.export.calibration.tokens import TokenBatch
-from embedge.export.families import Family
+from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.values import ScaleSink
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.export.weights.rotated import RotatedWeights
@@ -25,7 +25,7 @@ MOST_OUTLIERS = 16
 
 
 def smoothing_constants(
-    family: Family,
+    architecture: Architecture,
     base: Weights,
     batches: Sequence[TokenBatch],
     *,
@@ -37,7 +37,7 @@ def smoothing_constants(
     They are the same for all tasks, so that what adapters leave alone stays one tensor for all.
 
     Args:
-        family: the model.
+        architecture: the model.
         base: the backbone's tensors.
         batches: calibration tokens; none: no constants.
         scratch: folder for a layer's weights.
@@ -48,7 +48,7 @@ def smoothing_constants(
         return constants
     rotated = isinstance(base, RotatedWeights)
     passes = calibrate(
-        family,
+        architecture,
         base,
         batches,
         scratch=scratch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class TokenBatch:
     ids: NDArray[np.int64]
     mask: NDArray[np.int64]
 
-    def feeds(self, names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    def feeds(self, names: Iterable[str]) -> dict[str, NDArray[np.int64]]:
         """The graph inputs of the given names."""
         values = {"input_ids": self.ids, "attention_mask": self.mask}
         values["token_type_ids"] = np.zeros_like(self.ids)

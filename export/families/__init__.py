@@ -8,7 +8,7 @@ from typing import Any
 from embedge.export.errors import CheckpointError
 from embedge.export.families.base import Family
 from embedge.export.families.bert import Bert, MPNet
-from embedge.export.families.decoder import Decoder
+from embedge.export.families.decoder import Llama, Mistral, Qwen2, Qwen3
 from embedge.export.families.modernbert import ModernBert
 from embedge.export.families.qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
 
@@ -21,7 +21,10 @@ FAMILIES: tuple[type[Family], ...] = (
     Bert,
     MPNet,
     ModernBert,
-    Decoder,
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
 )
 
 

@@ -1,9 +1,8 @@
 """What a model family tells the exporter. A new family is one small file beside this one.
 
-A family reads ``config.json``, refuses what it does not implement, names the checkpoint's tensors
-canonically, and writes its graph in four pieces: :meth:`Family.context` (what all layers share),
-:meth:`Family.embed`, :meth:`Family.layer`, :meth:`Family.final`. Layers are separate because
-calibration runs them one at a time.
+A family reads ``config.json``, refuses what it does not implement, names the checkpoint's tensors canonically, and
+declares its :class:`~embedge.export.graph.architecture.Architecture`, from which the graph is written. It
+declares its keys of config.json in ``config_keys.py``.
 """
 
 from __future__ import annotations
@@ -11,22 +10,41 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from onnx import TensorProto
-
+from embedge.export.errors import CheckpointError
 from embedge.export.families.config_keys import DEFAULTS
+from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.values import Value
-from embedge.export.source.config import ConfigReader
+from embedge.export.graph.scheme import Scheme
+from embedge.export.source.config import ConfigReader, Shape
+from embedge.export.source.sentence_transformers import SentenceSettings
 from embedge.export.weights.rotated import ResidualStream
-
-if TYPE_CHECKING:
-    from embedge.export.families.qwen2_5_vision import Qwen25Vision
-    from embedge.export.source.sentence_transformers import SentenceSettings
+from embedge.export.weights.tensors import Weights
 
 # What transformers' task classes and trl put on a backbone, by first parts of its names; no vector needs it.
 HEADS = ("classifier.", "cls.", "lm_head.", "pooler.", "qa_outputs.", "score.", "v_head.")
+HEAD_ROOTS = tuple(head.rstrip(".") for head in HEADS)
+
+
+class Tower(ConfigReader, ABC):
+    """A model of its own whose features take the places of tokens in a family's states."""
+
+    @abstractmethod
+    def __init__(self, config: Mapping[str, Any], text_width: int) -> None:
+        """Read the model's config.json; ``text_width`` is the width of the states."""
+
+    @abstractmethod
+    def image_settings(self) -> dict[str, Any]:
+        """Its part of the manifest's ``model.image``."""
+
+    @abstractmethod
+    def graph(self, weights: Weights, scheme: Scheme) -> Graph:
+        """Write its graph."""
+
+    @abstractmethod
+    def streams(self) -> tuple[ResidualStream, ...]:
+        """Its own residual streams that may be rotated."""
 
 
 class Family(ConfigReader, ABC):
@@ -36,72 +54,39 @@ class Family(ConfigReader, ABC):
         model_types: values of ``model_type`` the family serves.
         roots: first components of the backbone's own tensor names.
         ignored: canonical prefixes of tensors that do not reach an embedding (poolers, heads).
-        inputs: graph inputs in order.
+        renamed: ends of canonical names that older checkpoints write differently, and what they are now.
         default_pooling: where neither the model nor the caller says.
         guess: what to say where the default is taken, "" for nothing.
-        tower: the vision tower, or ``None``.
-        multi_vector_dim: width of :meth:`token_embeddings`, or ``None``.
-        pool_mask: the input that says which tokens a mean is taken over.
-        token_table: the tensor with a row per token.
+        tower: what makes states of other things than texts, or ``None``.
+        architecture: what the graph is written from.
+
+    Args:
+        config: a config.json.
+        max_length: most tokens of a text.
+
+    Raises:
+        CheckpointError: the configuration asks for what is not supported.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     roots: ClassVar[tuple[str, ...]]
-    ignored: ClassVar[tuple[str, ...]] = ()
+    ignored: ClassVar[tuple[str, ...]] = HEADS
     renamed: ClassVar[Mapping[str, str]] = {}
-    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     default_pooling: ClassVar[str | None] = None
     guess: ClassVar[str] = ""
-    tower: ClassVar[type[Qwen25Vision] | None] = None
-    multi_vector_dim: int | None = None
-    pool_mask: str = "attention_mask"
-    token_table: ClassVar[str] = "embed_tokens.weight"
+    tower: ClassVar[type[Tower] | None] = None
 
     def __init__(self, config: Mapping[str, Any], max_length: int) -> None:
         first = {"model_type": self.model_types[0]}
         self.config = {**first, **DEFAULTS.get(self.kind(config), {}), **flat_config(config)}
         self.max_length = max_length
-        self.hidden_size = self._int("hidden_size")
-        self.num_layers = self._int("num_hidden_layers")
-        self.check()
-
-    # -- to be written by a family ------------------------------------------------------------------
+        self.hidden_size = self.integer("hidden_size")
+        self.num_layers = self.integer("num_hidden_layers")
+        self.architecture = self.declare()
 
     @abstractmethod
-    def check(self) -> None:
+    def declare(self) -> Architecture:
         """Read the configuration; raise :class:`CheckpointError` for what is not supported."""
-
-    @abstractmethod
-    def context(self, g: Graph) -> dict[str, str]:
-        """Values shared by all layers, from the graph inputs that are already declared."""
-
-    @abstractmethod
-    def embed(self, g: Graph, context: dict[str, str]) -> Value:
-        """Token states before the first layer, float32 ``[batch, tokens, hidden]``."""
-
-    @abstractmethod
-    def layer(self, g: Graph, context: dict[str, str], index: int, hidden: Value) -> Value:
-        """Token states after layer ``index``."""
-
-    def final(self, g: Graph, context: dict[str, str], hidden: Value) -> Value:
-        """Token states as the model returns them."""
-        return hidden
-
-    def token_embeddings(self, g: Graph, hidden: str) -> Value:
-        """Vectors of the tokens, float32 ``[batch, tokens, multi_vector_dim]``, where there is a head."""
-        raise NotImplementedError
-
-    def with_images(self) -> Family:
-        """The same model with the inputs for images, where there is a vision tower."""
-        raise NotImplementedError
-
-    def text_only(self) -> Family:
-        """The same model with token ids as its only inputs."""
-        return self
-
-    def streams(self) -> tuple[ResidualStream, ...]:
-        """The residual streams that may be rotated; none where norms follow a block, or have biases."""
-        return ()
 
     # -- what a published model brings ----------------------------------------------------------------
 
@@ -121,19 +106,10 @@ class Family(ConfigReader, ABC):
         kind = config.get("model_type")
         return str(kind) if kind in cls.model_types else cls.model_types[0]
 
-    def check_tensors(self, names: Iterable[str]) -> None:
-        """Refuse tensors that transformers would leave out though this family would use them.
-
-        Args:
-            names: canonical names of the checkpoint's own tensors.
-        """
-
     @classmethod
     def serves(cls, config: Mapping[str, Any], name: str) -> bool:
         """Whether this is the family of a model with this config.json and short name."""
         return config.get("model_type") in cls.model_types
-
-    # -- shared -------------------------------------------------------------------------------------
 
     @classmethod
     def canonical(cls, key: str) -> str:
@@ -152,19 +128,45 @@ class Family(ConfigReader, ABC):
                 key = key[: -len(old)] + new
         return key
 
-    def declare_inputs(self, g: Graph) -> None:
-        """Declare the graph inputs, int64 ``[batch, tokens]`` each."""
-        for name in self.inputs:
-            g.input(name, TensorProto.INT64, ["batch", "tokens"])
+    # -- checks -------------------------------------------------------------------------------------
 
-    def lengths(self, g: Graph) -> str:
-        """int64 ``[batch]``: attended tokens of each row (rows are padded on the right)."""
-        return g.op("ReduceSum", "attention_mask", g.const([1], "int64"), keepdims=0)
+    def shapes(self) -> Mapping[str, Shape]:
+        return self.architecture.shapes()
 
-    def tokens(self, g: Graph) -> str:
-        """int64 scalar: padded tokens of the batch."""
-        shape = g.op("Shape", "attention_mask")
-        return g.op("Gather", shape, g.const(1, "int64"), axis=0)
+    def check_tensors(self, names: Iterable[str]) -> None:
+        """Refuse biases that transformers would leave out though the graph would add them.
+
+        Args:
+            names: canonical names of the checkpoint's own tensors.
+        """
+        linears = self.architecture.linears()
+        unbiased = {f"{linear.name}.bias" for linear in linears if not linear.has_bias}
+        for name in names:
+            if name in unbiased:
+                keys = (f"{key} {self.config.get(key)!r}" for key in ("attention_bias", "mlp_bias"))
+                raise CheckpointError(
+                    f"{name}: expected no such tensor by config.json ({self.config['model_type']}, "
+                    f"{', '.join(keys)}), so that transformers leaves it out; correct config.json, or "
+                    "delete the tensor"
+                )
+
+    def check_length(self, positions: int) -> None:
+        """Refuse texts that are longer than the model's positions."""
+        if self.max_length > positions:
+            raise CheckpointError(
+                f"max length {self.max_length} exceeds the {positions} positions the model has"
+            )
+
+    def slides(self) -> list[bool] | None:
+        """By layer, whether ``layer_types`` has it attend to a window; ``None`` where it is not there."""
+        types, known = self.config.get("layer_types"), ("full_attention", "sliding_attention")
+        if types is None:
+            return None
+        listed = types if isinstance(types, list) else []
+        if len(listed) != self.num_layers or any(kind not in known for kind in listed):
+            expected = f"{self.num_layers} of {', '.join(known)}"
+            raise self.unsupported("layer_types", types, expected)
+        return [kind == known[1] for kind in listed]
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,117 +1,167 @@
-"""Scaled dot-product attention by the operator that is fastest for what is asked."""
+"""Scaled dot-product attention by the operator that is fastest for what is asked.
+
+Where the scheme allows it, causal attention becomes ``GroupQueryAttention`` and attention without
+lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow with the square
+of the tokens. On CUDA these two do everything. Whatever else is asked for is ONNX's ``Attention``, whose
+memory does grow so.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onnx import TensorProto
 
 from embedge.export.errors import CheckpointError
+from embedge.export.graph.architecture import Architecture, Attention, Span
 from embedge.export.graph.builder import Graph
+from embedge.export.graph.long_attention import (
+    FEWEST_BLOCKS,
+    FLASH_TOKENS,
+    Window,
+    band,
+    in_blocks,
+    is_flash,
+    padding_mask,
+    window_of,
+)
 from embedge.export.graph.ops import CONTRIB
+from embedge.export.graph.relative_bias import relative_bias
 from embedge.export.graph.scheme import Target
 from embedge.export.graph.values import Value
 
 
-def attention(
-    g: Graph,
-    q: str,
-    k: str,
-    v: str,
-    *,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    lengths: str | None = None,
-    mask: str | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    tokens: str | None = None,
-    head_size: int = 0,
-    flash: str | None = None,
-) -> Value:
-    """Scaled dot-product attention over ``[batch, tokens, heads · head_size]`` values.
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What tells the layers of one :class:`Span` which keys they see; all are values in the graph.
 
-    Where the scheme allows it, causal attention becomes ``GroupQueryAttention`` and attention without
-    lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow
-    with the square of the tokens. On CUDA these two do everything. Whatever else is asked for is ONNX's
-    ``Attention``, whose memory does grow so.
+    Attributes:
+        tokens: int64 scalar, padded tokens of the batch; needed where attention is causal.
+        lengths: int64 ``[batch]``, keys from there on are padding.
+        mask: float32 ``[batch or 1, heads or 1, tokens, tokens]`` added to the scores.
+        flash: bool scalar: where true, no row has padding, and ``MultiHeadAttention`` runs.
+        window: attention in blocks, where there is a long text; ``mask`` is the same as the window's.
+    """
+
+    tokens: str = ""
+    lengths: str = ""
+    mask: str = ""
+    flash: str = ""
+    window: Window | None = None
+
+
+def seen_by(g: Graph, model: Architecture, span: Span, *, tokens: str, lengths: str) -> Seen:
+    """Write what the layers of a span share.
 
     Args:
         g: the graph.
+        model: the model.
+        span: what a token attends to.
+        tokens: int64 scalar, padded tokens of the batch.
+        lengths: int64 ``[batch]``, tokens from there on are padding.
+    """
+    before, after = span.before, span.after
+    if span.causal:
+        # rows are padded on the right, so that a real token never sees padding
+        mask = "" if before is None else band(g, tokens, before=before, after=0)
+        return Seen(tokens=tokens, mask=mask)
+    if before is None or after is None:
+        if model.relative_bias is not None:
+            bias = relative_bias(g, model.relative_bias.weight, tokens, model.max_length)
+            return Seen(mask=g.op("Add", bias, padding_mask(g)))
+        long = g.scheme.target is Target.CPU and model.max_length > FLASH_TOKENS
+        flash = is_flash(g, tokens=tokens, lengths=lengths) if long else ""
+        return Seen(lengths=lengths, flash=flash)
+
+    def whole_mask() -> Value:
+        padding = padding_mask(g)
+        return g.op("Add", band(g, tokens, before=before, after=after), padding)
+
+    if g.scheme.target is Target.CUDA or not 0 < FEWEST_BLOCKS * before < model.max_length:
+        return Seen(mask=whole_mask())
+    window = window_of(g, reach=before, tokens=tokens, lengths=lengths, short_mask=whole_mask)
+    return Seen(mask=window.mask, window=window)
+
+
+def attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Value:
+    """Attention over ``[batch, tokens, heads · head_size]`` values.
+
+    Args:
+        g: the graph.
+        spec: heads and their sizes; ``GroupQueryAttention`` takes sizes that are multiples of 8.
+        seen: which keys are seen.
         q: queries.
         k: keys, ``kv_heads`` of them.
         v: values, ``kv_heads`` of them.
-        heads: query heads.
-        kv_heads: key and value heads.
-        scale: factor of the scores.
-        lengths: int64 ``[batch]``, keys from there on are padding.
-        mask: float32 ``[batch or 1, heads or 1, tokens, tokens]`` added to the scores.
-        causal: no token sees a later one.
-        window: where ``causal``, the tokens that a token sees, itself and those before; ``mask``
-            says the same to the operators that have no windows.
-        tokens: int64 scalar, padded tokens of the batch; needed where ``causal``.
-        head_size: channels of a head; ``GroupQueryAttention`` takes multiples of 8.
-        flash: bool scalar: where true, no row has padding, and ``MultiHeadAttention`` runs.
+
+    Raises:
+        CheckpointError: no operator of the CUDA provider takes such heads.
     """
-    target = g.scheme.target
+    attend, window = partial(_attend, g, spec, seen), seen.window
+    if window is None:
+        return attend(q, k, v)
+    width = spec.heads * spec.head_size
+    return g.choose(
+        window.is_long,
+        lambda: in_blocks(g, q, k, v, window, width, attend),
+        lambda: attend(q, k, v),
+    )
+
+
+def _attend(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Value:
+    target, causal = g.scheme.target, spec.span.causal
     on_cuda = target is Target.CUDA  # whose kernels are of float16
     if on_cuda:
         q, k, v = (g.op("Cast", t, to=TensorProto.FLOAT16) for t in (q, k, v))
-    grouped = causal and bool(tokens) and head_size % 8 == 0
+    grouped = causal and spec.head_size % 8 == 0
     if on_cuda and causal and not grouped:
         raise CheckpointError(
-            f"config.json: heads have {head_size} channels, and ONNX Runtime's causal attention on GPUs "
-            "takes multiples of 8; export for the CPU: precisions int8, int4 or fp32"
+            f"config.json: heads have {spec.head_size} channels, and ONNX Runtime's causal attention on "
+            "GPUs takes multiples of 8; export for the CPU: precisions int8, int4 or fp32"
         )
-    if target is not Target.ONNX and grouped and tokens:
-        y = _causal_attention(g, q, k, v, heads, kv_heads, scale, window, tokens)
-    elif on_cuda or (target is Target.CPU and not (causal or mask or lengths)):
-        y = _full_attention(g, q, k, v, heads, scale, lengths, mask)
+    if target is not Target.ONNX and grouped:
+        y = _group_query_attention(g, spec, seen.tokens, q, k, v)
+    elif on_cuda or (target is Target.CPU and not (causal or seen.mask or seen.lengths)):
+        y = _multi_head_attention(g, spec, seen, q, k, v)
+    elif seen.flash:
+        whole = Seen()
+        y = g.choose(
+            seen.flash,
+            lambda: _multi_head_attention(g, spec, whole, q, k, v),
+            lambda: _onnx_attention(g, spec, seen, q, k, v),
+        )
     else:
-
-        def plain() -> Value:
-            arguments = _without_trailing_blanks(q, k, v, mask or "", "", "", lengths or "")
-            return g.op(
-                "Attention",
-                *arguments,
-                q_num_heads=heads,
-                kv_num_heads=kv_heads,
-                scale=scale,
-                is_causal=int(causal and not mask),
-                softmax_precision=TensorProto.FLOAT,
-            )
-
-        def in_pieces() -> Value:
-            return _full_attention(g, q, k, v, heads, scale, None, None)
-
-        y = g.choose(flash, in_pieces, plain) if flash else plain()
+        y = _onnx_attention(g, spec, seen, q, k, v)
     return g.op("Cast", y, to=TensorProto.FLOAT) if on_cuda else y
 
 
-def _full_attention(
-    g: Graph,
-    q: str,
-    k: str,
-    v: str,
-    heads: int,
-    scale: float,
-    lengths: str | None,
-    mask: str | None,
-) -> Value:
-    """``MultiHeadAttention``, over keys up to ``lengths`` and with ``mask`` where they are given."""
+def _onnx_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Value:
+    return g.op(
+        "Attention",
+        *_without_trailing_blanks(q, k, v, seen.mask, "", "", seen.lengths),
+        q_num_heads=spec.heads,
+        kv_num_heads=spec.kv_heads,
+        scale=spec.head_size**-0.5,
+        is_causal=int(spec.span.causal and not seen.mask),
+        softmax_precision=TensorProto.FLOAT,
+    )
+
+
+def _multi_head_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Value:
+    lengths, mask = seen.lengths, seen.mask
     padding = bias = ""
     if lengths:
-        rows = lengths
-        padding = g.once(f"int32.{rows}", lambda: g.op("Cast", rows, to=TensorProto.INT32))
+        padding = g.once(f"int32.{lengths}", lambda: g.op("Cast", lengths, to=TensorProto.INT32))
     if mask:
         bias = g.once(f"half.{mask}", lambda: _half_mask(g, mask))
     return g.op(
         "MultiHeadAttention",
         *_without_trailing_blanks(q, k, v, "", padding, bias),
         domain=CONTRIB,
-        num_heads=heads,
-        scale=scale,
+        num_heads=spec.heads,
+        scale=spec.head_size**-0.5,
     )
 
 
@@ -120,36 +170,26 @@ def _half_mask(g: Graph, mask: str) -> Value:
     return g.op("Cast", g.op("Max", mask, g.const(-3e4)), to=TensorProto.FLOAT16)
 
 
-def _causal_attention(
-    g: Graph,
-    q: str,
-    k: str,
-    v: str,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    window: int | None,
-    tokens: str,
-) -> Value:
-    """``GroupQueryAttention`` over a prompt: every row counts as full, padding comes last."""
+def _group_query_attention(g: Graph, spec: Attention, tokens: str, q: str, k: str, v: str) -> Value:
+    """Attention over a prompt: every row counts as full, padding comes last."""
 
-    def full_lengths() -> Value:
+    def whole_rows() -> Value:
         last = g.op("Sub", tokens, g.const(1, "int64"))
         lengths = g.op("Expand", last, g.op("Shape", q, start=0, end=1))
         return g.op("Cast", lengths, to=TensorProto.INT32)
 
-    lengths = g.once("causal.lengths", full_lengths)
+    lengths = g.once("causal.lengths", whole_rows)
     total = g.once("causal.total", lambda: g.op("Cast", tokens, to=TensorProto.INT32))
-    arguments = [q, k, v, "", "", lengths, total]
-    limits: dict[str, Any] = {} if window is None else {"local_window_size": window}
+    before = spec.span.before
+    limits: dict[str, Any] = {} if before is None else {"local_window_size": before + 1}
     return g.op_n(
         "GroupQueryAttention",
         3,
-        *arguments,
+        *(q, k, v, "", "", lengths, total),
         domain=CONTRIB,
-        num_heads=heads,
-        kv_num_heads=kv_heads,
-        scale=scale,
+        num_heads=spec.heads,
+        kv_num_heads=spec.kv_heads,
+        scale=spec.head_size**-0.5,
         **limits,
     )[0]
 

@@ -181,31 +181,6 @@ class Graph(OpBuilder):
         kind = "SimplifiedLayerNormalization" if on_cuda else "RMSNormalization"
         return self.op(kind, x, gamma, axis=-1, epsilon=epsilon)
 
-    def add_norm(
-        self,
-        x: Value,
-        residual: Value,
-        weight: str,
-        bias: str | None,
-        epsilon: float,
-        *,
-        rms: bool = False,
-        linear_bias: str | None = None,
-    ) -> tuple[Value, Value]:
-        """``total = x + residual (+ linear_bias)`` and its norm.
-
-        Returns:
-            ``(normalized, total)``.
-        """
-        if linear_bias is not None:
-            shifted = self.scheme.shifted_norm(self, residual, linear_bias)
-            if shifted is None:
-                x = self.add(x, linear_bias)
-            else:
-                residual = shifted
-        total = self.add(x, residual)
-        return self.norm(total, weight, bias, epsilon, rms=rms), total
-
     def activation(self, product: Value, kind: str) -> Value:
         """An activation by its transformers name, of a product and its bias."""
         if kind == "gelu":

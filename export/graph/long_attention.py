@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.values import Value
@@ -79,6 +80,32 @@ def window_of(
     return Window(reach=reach, is_long=is_long, tokens=tokens, mask=mask)
 
 
+def distances(g: Graph, tokens: str) -> Value:
+    """int64 ``[tokens, tokens]``: position of the key less that of the query."""
+    steps = g.op("Range", g.const(0, "int64"), tokens, g.const(1, "int64"))
+    rows = g.op("Unsqueeze", steps, g.const([1], "int64"))
+    return g.op("Sub", g.op("Unsqueeze", steps, g.const([0], "int64")), rows)
+
+
+def band(g: Graph, tokens: str, *, before: int, after: int) -> Value:
+    """Additive float32 mask ``[1, 1, tokens, tokens]``: 0 for ``before`` keys and ``after`` behind."""
+    distance = distances(g, tokens)
+    seen = g.op(
+        "And",
+        g.op("GreaterOrEqual", distance, g.const(-before, "int64")),
+        g.op("LessOrEqual", distance, g.const(after, "int64")),
+    )
+    mask = g.op("Where", seen, g.const(0.0), g.const(LOWEST))
+    return g.op("Unsqueeze", mask, g.const([0, 1], "int64"))
+
+
+def padding_mask(g: Graph) -> Value:
+    """Additive float32 mask ``[batch, 1, 1, tokens]``: 0 for a text's own tokens."""
+    real = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+    hidden = g.op("Mul", g.op("Sub", real, g.const(1.0)), g.const(-LOWEST))
+    return g.op("Unsqueeze", hidden, g.const([1, 2], "int64"))
+
+
 def _block_mask(g: Graph, reach: int, tokens: str, lengths: str) -> Value:
     """float32 ``[batch · blocks, 1, reach, 3 · reach]``: 0 where a token of a block is seen."""
     keys = np.arange(3 * reach) - reach  # relative to the block's first token
@@ -107,7 +134,7 @@ def _blocks(g: Graph, reach: int, tokens: str) -> Value:
 def in_blocks(
     g: Graph, q: str, k: str, v: str, window: Window, width: int, attend: Callable[..., Value]
 ) -> Value:
-    """Attention of every block of queries to three blocks of keys.
+    """Attention of every block of queries to three blocks of keys, ``[batch, tokens, width]``.
 
     Args:
         g: the graph.
@@ -115,11 +142,8 @@ def in_blocks(
         k: keys, of the same shape.
         v: values, likewise.
         window: see :class:`Window`.
-        width: of them.
-        attend: attention of queries, keys, values and mask.
-
-    Returns:
-        ``[batch, tokens, width]``.
+        width: channels of all heads.
+        attend: attention of queries, keys and values, under the window's mask.
     """
     reach = window.reach
     one = g.const([1], "int64")
@@ -141,7 +165,7 @@ def in_blocks(
         return g.op("Concat", *parts, axis=1)
 
     queries = g.op("Reshape", g.op("Pad", q, q_pads), g.const([-1, reach, width], "int64"))
-    y = attend(queries, neighbours(k), neighbours(v), window.mask)
+    y = attend(queries, neighbours(k), neighbours(v))
     rows = g.op("Shape", q, start=0, end=1)
     shape = g.op("Concat", rows, end, g.const([width], "int64"), axis=0)
     y = g.op("Reshape", y, shape)

@@ -153,11 +153,12 @@ class OpBuilder:
         *sources: str,
         detail: str = "",
         owned_by: str | None = None,
+        key: str | None = None,
     ) -> Value:
-        """A float32 initializer made from other tensors; ``sources`` and ``detail`` identify it."""
+        """A float32 initializer made from other tensors; ``sources`` and ``detail``, or ``key``, identify it."""
         versions = ",".join(f"{s}@{self.weights.version(s)}" for s in sources)
         initializer = LazyInitializer(
-            key=f"{name}|{versions}|{detail}",
+            key=key or f"{name}|{versions}|{detail}",
             owner=owned_by or owner(self.weights, *sources),
             specs=(TensorSpec(name=name, elem_type=TensorProto.FLOAT, shape=shape),),
             compute=lambda: [np.asarray(compute(), np.float32)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,19 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LinearRef:
-    """A Linear by its canonical name, or some of its output rows (fused projections)."""
+    """A Linear by its canonical name, or some of its output rows (fused projections).
+
+    Attributes:
+        name: of its module.
+        start: its first row, ``None`` for all rows.
+        stop: the row after its last.
+        has_bias: whether the architecture has a bias here; a LoRA may bring one all the same.
+    """
 
     name: str
     start: int | None = None
     stop: int | None = None
+    has_bias: bool = True
 
     @property
     def label(self) -> str:
@@ -61,6 +70,13 @@ class LinearRef:
     def key(self, weights: Weights, detail: str) -> str:
         """Identity of the stored weight: its tensor, the task that changes it, and the format."""
         return f"{self.label}@{weights.version(self.weight)}|{detail}"
+
+
+def rows_of(name: str, *sizes: int, has_bias: bool = True) -> list[LinearRef]:
+    """The Linears of a fused tensor, each with so many of its rows, in order."""
+    stops = list(accumulate(sizes))
+    parts = zip([0, *stops], stops, strict=False)
+    return [LinearRef(name, start, stop, has_bias) for start, stop in parts]
 
 
 def owner(weights: Weights, *sources: str) -> str:

@@ -43,7 +43,7 @@ class ConfigReader:
     config: Mapping[str, Any]
 
     def shapes(self) -> Mapping[str, Shape]:
-        """Shapes of the modules' weights, by the end of their names; a bias is as long as the first axis."""
+        """Shapes of the modules' weights by canonical name; a bias is as long as the first axis."""
         return {}
 
     def check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -55,13 +55,12 @@ class ConfigReader:
         Raises:
             CheckpointError: naming the first one.
         """
-        expected = sorted(self.shapes().items(), key=lambda item: len(item[0]), reverse=True)
+        expected = self.shapes()
         sizes: dict[str, int] = {}
         for name, shape in sorted(found.items(), key=lambda item: -len(item[1])):
             module, _, what = name.rpartition(".")
-            ends = (s for end, s in expected if f".{module}".endswith(f".{end}"))
-            known = next(ends, None) if what in ("weight", "bias") else None
-            if known is None:
+            known = expected.get(module)
+            if known is None or what not in ("weight", "bias"):
                 continue
             wanted = [self._axis(axis, sizes) for axis in known[: 1 if what == "bias" else None]]
             fits = len(wanted) == len(shape)
@@ -79,16 +78,18 @@ class ConfigReader:
     def _axis(self, axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
         if not isinstance(axis, str):
             return axis
-        return sizes.get(axis) if self.config.get(axis) is None else self._int(axis)
+        return sizes.get(axis) if self.config.get(axis) is None else self.integer(axis)
 
-    def _divides(self, part: int, whole: int, what: str) -> None:
+    def divides(self, part: int, whole: int, what: str) -> None:
+        """Refuse two settings of which the second is no multiple of the first."""
         if whole % part:
             raise CheckpointError(
                 f"config.json: {what}: expected the second to be a multiple of the first, found "
                 f"{part} and {whole}"
             )
 
-    def _int(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """An integer setting; :class:`CheckpointError` where it is something else, or missing."""
         value = self.config.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             kind = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
@@ -98,16 +99,19 @@ class ConfigReader:
             )
         return value
 
-    def _float(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number setting, likewise."""
         return number(self.config, key, default)
 
-    def _activation(self, key: str, default: str) -> str:
+    def activation(self, key: str, default: str) -> str:
+        """An activation that the graph has, by its transformers name."""
         value = self.config.get(key, default)
         if value not in ACTIVATIONS:
-            raise self._unsupported(key, value, f"one of {', '.join(ACTIVATIONS)}")
+            raise self.unsupported(key, value, f"one of {', '.join(ACTIVATIONS)}")
         return str(value)
 
-    def _unsupported(self, key: str, found: object, expected: str) -> CheckpointError:
+    def unsupported(self, key: str, found: object, expected: str) -> CheckpointError:
+        """What to raise for a setting that the family does not implement."""
         return CheckpointError(
             f"config.json: {key} is {found!r}, which the {self.config.get('model_type')} family here "
             f"does not implement (expected {expected}); this model cannot be exported yet"

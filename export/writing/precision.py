@@ -197,7 +197,7 @@ def _calibrated(
     """
     model, options, note = context.model, context.options, context.progress.note
     precision, scheme = next(iter(schemes.items()))
-    base, family = model.weights(model.base, scheme), model.family.text_only()
+    base, architecture = model.weights(model.base, scheme), model.architecture.text_only()
     keep, chosen = dict(options.keep), []
     budget = options.budget if precision == "int4" else None
     if budget is not None:
@@ -212,12 +212,12 @@ def _calibrated(
         seen = batches[::2] if context.wide else batches
         context.constants.update(
             smoothing_constants(
-                family,
+                architecture,
                 base,
                 seen,
                 scratch=scratch,
                 report=lambda layer: note(
-                    f"calibrating int8 on the backbone, layer {layer} of {family.num_layers}"
+                    f"calibrating int8 on the backbone, layer {layer} of {len(architecture.layers)}"
                 ),
             )
         )
@@ -282,10 +282,10 @@ def _gptq_passes(
     file: str,
 ) -> None:
     """Quantize what this task's adapter changes with its own activations, the rest with the backbone's."""
-    model, family = context.model, context.model.family.text_only()
+    model, architecture = context.model, context.model.architecture.text_only()
 
     def report(owner: str, layer: int) -> None:
-        context.progress.note(f"{owner}: GPTQ, layer {layer} of {family.num_layers}")
+        context.progress.note(f"{owner}: GPTQ, layer {layer} of {len(architecture.layers)}")
 
     missing = [r for r in gptq_linears(g, scheme) if not store.has(r.initializer.key)]
     passes = (
@@ -297,7 +297,7 @@ def _gptq_passes(
         if not linears:
             continue
         made = quantize(
-            family,
+            architecture,
             source,
             g,
             batches,

@@ -111,7 +111,7 @@ def test_a_gain_is_what_the_vectors_lose_when_one_input_has_4_bits(
         scratch=tmp_path,
         report=lambda line: None,
     )
-    assert len(found) == 4 * (model.family.num_layers - 1)  # the second is decided
+    assert len(found) == 4 * (len(model.architecture.layers) - 1)  # the second is decided
     assert not any(".1." in label for candidate in found for label in candidate.labels)
 
     def vectors(changed: Collection[str] = ()) -> NDArray[Any]:
@@ -157,9 +157,9 @@ def test_a_sample_has_texts_of_all_lengths_and_fits(
         "intermediate_size": width,
         "max_position_embeddings": 512,
     }
-    family = family_of({"model_type": "bert"}, "bert")(config, 256)
+    model = family_of({"model_type": "bert"}, "bert")(config, 256).architecture
     texts = [[5] * (size - 1) + [6] for size in range(1, 101)]
-    sample = _sample(family, token_batches(texts, 0, 8))
+    sample = _sample(model, token_batches(texts, 0, 8))
     lengths = np.concatenate([batch.mask.sum(axis=1) for batch in sample])
     assert lengths.min() == 1 and lengths.max() == longest
     assert len(lengths) == count
@@ -172,8 +172,8 @@ def test_a_sample_has_texts_of_all_lengths_and_fits(
 def test_a_sample_of_one_text_is_that_text() -> None:
     config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"intermediate_size": 64, "max_position_embeddings": 512}
-    family = family_of({"model_type": "bert"}, "bert")(config, 256)
-    [batch] = _sample(family, token_batches([[7, 8]], 0, 64))
+    model = family_of({"model_type": "bert"}, "bert")(config, 256).architecture
+    [batch] = _sample(model, token_batches([[7, 8]], 0, 64))
     np.testing.assert_array_equal(batch.ids, [[7, 8]])
 
 

@@ -1,20 +1,21 @@
-"""The whole graph of a task: the family's layers, then pooling, Dense layers and normalization."""
+"""The whole graph of a task: the transformer, then pooling, Dense layers and normalization."""
 
 from __future__ import annotations
 
 from onnx import TensorProto
 
-from embedge.export.families.base import Family
+from embedge.export.graph.architecture import TOKENS, Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.pooling import apply_dense, pool, rotated_back, unit_length
 from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.transformer import TransformerGraph
 from embedge.export.source.dense import DenseLayer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.tensors import Weights
 
 
 def task_graph(
-    family: Family,
+    architecture: Architecture,
     weights: Weights,
     scheme: Scheme,
     *,
@@ -24,10 +25,10 @@ def task_graph(
 ) -> Graph:
     """Write the graph from token ids to ``embedding`` float32 ``[batch, dim]``.
 
-    A family with a head for it also gives ``token_embeddings`` ``[batch, tokens, multi_vector_dim]``.
+    A model with a head for it also gives ``token_embeddings`` ``[batch, tokens, multi_vector_dim]``.
 
     Args:
-        family: the model.
+        architecture: the model.
         weights: the task's tensors.
         scheme: the precision.
         pooling: "mean", "cls" or "lasttoken".
@@ -35,25 +36,23 @@ def task_graph(
         normalize: whether vectors end with length 1.
     """
     g = Graph(weights=weights, scheme=scheme)
-    family.declare_inputs(g)
-    context = family.context(g)
-    hidden = family.embed(g, context)
-    for index in range(family.num_layers):
-        hidden = family.layer(g, context, index, hidden)
-    hidden = family.final(g, context, hidden)
-    embedding(g, family, context, hidden, pooling=pooling, dense=dense, normalize=normalize)
-    if family.multi_vector_dim is not None:
-        rows = family.token_embeddings(g, hidden)
-        axes: list[int | str] = ["batch", "tokens", family.multi_vector_dim]
-        g.output(rows, "token_embeddings", TensorProto.FLOAT, axes)
+    transformer = TransformerGraph(g, architecture)
+    hidden = transformer.embed()
+    for index in range(len(architecture.layers)):
+        hidden = transformer.layer(index, hidden)
+    hidden = transformer.final(hidden)
+    embedding(transformer, hidden, pooling=pooling, dense=dense, normalize=normalize)
+    if architecture.multi_vector_dim is not None:
+        rows = transformer.token_embeddings(hidden)
+        g.output(
+            rows, "token_embeddings", TensorProto.FLOAT, [*TOKENS, architecture.multi_vector_dim]
+        )
     g.prune()
     return g
 
 
 def embedding(
-    g: Graph,
-    family: Family,
-    context: dict[str, str],
+    transformer: TransformerGraph,
     hidden: str,
     *,
     pooling: str,
@@ -61,7 +60,8 @@ def embedding(
     normalize: bool,
 ) -> None:
     """Declare the output ``embedding`` of the model's last states ``hidden``; see :func:`task_graph`."""
-    x = pool(g, hidden, context["lengths"], pooling, family.pool_mask)
+    g, architecture = transformer.g, transformer.model
+    x = pool(g, hidden, transformer.lengths, pooling, architecture.pool_mask)
     if isinstance(g.weights, RotatedWeights) and (norm := g.weights.output) is not None:
         # pooling is linear: a vector instead of every token
         x = rotated_back(g, g.weights, norm, x)
@@ -69,5 +69,5 @@ def embedding(
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:
         x = unit_length(g, x)
-    width = dense[-1].out_features if dense else family.hidden_size
+    width = dense[-1].out_features if dense else architecture.hidden_size
     g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
