@@ -6,14 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from embedge.bench.errors import BenchError
 
-__all__ = ["measure_process"]
+__all__ = ["child_error", "measure_process", "run_child"]
 
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -25,7 +25,7 @@ def measure_process(job: Mapping[str, Any], repeats: int = 3) -> dict[str, Any]:
     machine. Times are medians over the repeats, memory is the last one's.
 
     Args:
-        job: ``system`` (``"embedge"`` or ``"torch"``) and what ``_child.py`` reads for it.
+        job: ``system`` (``"embedge"`` or ``"torch"``) and what ``child.py`` reads for it.
         repeats: child processes, one after the other.
 
     Returns:
@@ -36,24 +36,39 @@ def measure_process(job: Mapping[str, Any], repeats: int = 3) -> dict[str, Any]:
     Raises:
         BenchError: if the child fails, with the last line it wrote.
     """
-    runs = [_child(job) for _ in range(repeats)]
+    runs = [_measured(job) for _ in range(repeats)]
     return {
         key: median(run[key] for run in runs) if isinstance(value, float) else value
         for key, value in runs[-1].items()
     }
 
 
-def _child(job: Mapping[str, Any]) -> dict[str, Any]:
-    # Given as text and not as a module: importing embedge.bench would load torch.
-    command = [sys.executable, "-W", "ignore", "-c", _CHILD.read_text(encoding="utf-8")]
-    done = subprocess.run(
-        [*command, json.dumps({**job, "started": time.monotonic()})],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run_child(arguments: Sequence[str], what: str) -> dict[str, Any]:
+    """Return the JSON object that a child Python prints as its last line.
+
+    Args:
+        arguments: of Python.
+        what: it does, for a message.
+
+    Raises:
+        BenchError: if it fails, with the last line it wrote.
+    """
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise BenchError(f"the child process for {job['system']} failed: {lines[-1]}")
+        raise child_error(what, done.returncode, done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def child_error(what: str, status: int, errors: str) -> BenchError:
+    """Return the error about a child that failed, from its exit status and standard error."""
+    lines = errors.strip().splitlines() or [f"exit status {status}"]
+    return BenchError(f"{what} failed: {lines[-1]}")
+
+
+def _measured(job: Mapping[str, Any]) -> dict[str, Any]:
+    # Given as text and not as a module: importing embedge.bench would load torch.
+    code = _CHILD.read_text(encoding="utf-8")
+    started = json.dumps({**job, "started": time.monotonic()})
+    return run_child(["-c", code, started], f"the child process for {job['system']}")

@@ -24,6 +24,8 @@ from embedge.bench.peers.hidden_state import HiddenStateSystem, graph_inputs
 from embedge.bench.systems.tokens import Ids
 
 __all__ = [
+    "compile_for_cpu",
+    "compress_weights",
     "floating_point",
     "int4",
     "int4_dq32",
@@ -47,14 +49,7 @@ def _system(bits: int | None, group: int | None, context: PeerContext) -> Hidden
     core = openvino.Core()
     file = _file(core, bits, context)
     size = file.stat().st_size + file.with_suffix(".bin").stat().st_size
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": context.threads,
-    }
-    if group is not None:
-        settings["INFERENCE_PRECISION_HINT"] = "f32"
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group
-    compiled = core.compile_model(file, "CPU", settings)
+    compiled = compile_for_cpu(core, file, context.threads, group)
     kind = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     weights = {"f32": "fp32", "f16": "fp16"}.get(kind, kind) if bits is None else f"int{bits}"
     name = f"OpenVINO {weights}" + ("" if group is None else f" dq{group}")
@@ -69,32 +64,63 @@ def _system(bits: int | None, group: int | None, context: PeerContext) -> Hidden
     return HiddenStateSystem(name, run, context, size)
 
 
-def _file(core: Any, bits: int | None, context: PeerContext) -> Path:
-    """Return the model in OpenVINO's format, made on the first call."""
+def compile_for_cpu(core: Any, model: Any, threads: int, group: int | None) -> Any:
+    """Return OpenVINO's compiled model.
+
+    Args:
+        core: OpenVINO's.
+        model: one of its models, or a file of one.
+        threads: of a run.
+        group: activations that share a scale, ``None`` for floats.
+    """
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    if group is not None:
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group
+    return core.compile_model(model, "CPU", settings)
+
+
+def compress_weights(model: Any, bits: int, width: int = 256) -> Any:
+    """Return a model with NNCF's symmetric weights.
+
+    Args:
+        model: OpenVINO's.
+        bits: 8 or 4.
+        width: of the hidden states; a group of 4-bit weights is at most half of it.
+    """
     import nncf
-    import openvino
     from nncf.quantization.advanced_parameters import GroupSizeFallbackMode
 
-    file = context.workdir / f"openvino-{bits}.xml"
-    if file.exists():
-        return file
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    model = core.read_model(context.onnx())
     options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_SYM}
     if bits == 4:
         options = {
             "mode": nncf.CompressWeightsMode.INT4_SYM,
-            # OpenVINO does not compile a weight that is a single group.
-            "group_size": min(128, context.config.hidden_size // 2),
+            "group_size": min(
+                128, width // 2
+            ),  # OpenVINO compiles no weight that is a single group
             "ratio": 1.0,
             "advanced_parameters": nncf.AdvancedCompressionParameters(
                 group_size_fallback_mode=GroupSizeFallbackMode.ADJUST
             ),
         }
-    if bits is not None:
-        with contextlib.redirect_stdout(io.StringIO()):  # NNCF prints tables and bars
-            model = nncf.compress_weights(model, **options)
-    openvino.save_model(model, file, compress_to_fp16=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # NNCF prints tables and bars
+        return nncf.compress_weights(model, **options)
+
+
+def _file(core: Any, bits: int | None, context: PeerContext) -> Path:
+    """Return the model in OpenVINO's format, made on the first call."""
+    import openvino
+
+    file = context.workdir / f"openvino-{bits}.xml"
+    if not file.exists():
+        model = core.read_model(context.onnx())
+        if bits is not None:
+            model = compress_weights(model, bits, context.config.hidden_size)
+        openvino.save_model(model, file, compress_to_fp16=False)
     return file
 
 

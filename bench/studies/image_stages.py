@@ -12,7 +12,6 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.bench.errors import BenchError
+from embedge.bench.measure.process import run_child
+from embedge.bench.studies.qwen_vision import page
+from embedge.quant.fidelity import cosine_rows
 
 __all__ = ["main"]
 
@@ -55,10 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(options, name)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        image = options.image or _noise(Path(folder) / "page.png")
-        systems = [("embedge", p) for p in options.precision] + [
-            ("torch", d) for d in options.torch
-        ]
+        image = options.image or Path(folder) / "page.png"
+        if options.image is None:
+            page(672, 896).save(image)  # 24 x 32 features
+        systems = [("embedge", p) for p in options.precision]
+        systems += [("torch", d) for d in options.torch]
         results = {
             f"{kind} {name}": _in_child(options, image, kind, name) for kind, name in systems
         }
@@ -66,29 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _noise(path: Path) -> Path:
-    """A picture of 672 × 896 pixels: 24 × 32 features, and about as smooth as a page."""
-    from PIL import Image
-
-    small = np.random.default_rng(0).integers(0, 256, (112, 84, 3), np.uint8)
-    Image.fromarray(small).resize((672, 896)).save(path)
-    return path
-
-
 def _in_child(options: argparse.Namespace, image: Path, kind: str, name: str) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        __spec__.name if __spec__ else "embedge.bench.studies.image_stages",
-    ]
+    command = ["-m", "embedge.bench.studies.image_stages"]
     command += [str(options.bundle), str(options.checkpoint), "--task", options.task]
     command += ["--image", str(image), "--threads", str(options.threads)]
     command += ["--runs", str(options.runs), "--child", kind, name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchError(f"{kind} {name} failed: {done.stderr.strip()[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return run_child(command, f"{kind} {name}")
 
 
 def _timed(stages: _Stages, runs: int) -> dict[str, Any]:
@@ -263,8 +249,8 @@ def _show(results: dict[str, dict[str, Any]]) -> None:
         times = result["seconds"]
         line = f"{name:18s}" + "".join(f"{times[stage]:10.3f}" for stage in _STAGES)
         if reference is not None:
-            a, b = np.array(result["vector"]), np.array(reference["vector"])
-            cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+            a, b = np.array([result["vector"]]), np.array([reference["vector"]])
+            cosine = cosine_rows(a, b)[0]
             line += f"{reference['seconds']['total'] / times['total']:9.2f}{cosine:10.5f}"
         print(line)
 

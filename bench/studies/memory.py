@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.bench.errors import BenchError
+from embedge.bench.measure.process import child_error
 from embedge.runtime.host.memory import process_memory
 
 __all__ = ["Cost", "Shape", "export_cost", "main", "write_adapter", "write_model"]
@@ -193,8 +194,7 @@ def export_cost(
         time.sleep(_INTERVAL_SECONDS)
     _, errors = process.communicate()
     if process.returncode:
-        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
-        raise BenchError(f"the export at {precision} failed: {lines[-1]}")
+        raise child_error(f"the export at {precision}", process.returncode, errors)
     return Cost(precision=precision, seconds=time.monotonic() - started, peak=peak)
 
 

@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from embedge.bench.errors import BenchError
-from embedge.runtime.host.memory import process_memory
+from embedge.bench.measure.child import memory
 
 __all__ = ["main"]
 
 _GROUPS = Path("/sys/fs/cgroup")
-_FIELDS = {"RssAnon": "anonymous", "RssFile": "mapped", "VmHWM": "peak"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,9 +120,7 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _memory() -> dict[str, float]:
     """Gigabytes (10⁹) of this process by kind, as Linux counts them."""
-    values = process_memory()
-    found = {name: round(values[field] / 1e9, 2) for field, name in _FIELDS.items()}
-    return {**found, "resident": round(values["VmRSS"] / 1e9, 2)}
+    return {kind: round(count / 1e9, 2) for kind, count in memory().items()}
 
 
 if __name__ == "__main__":

@@ -20,12 +20,7 @@ cosines are shown a second time with the mean feature of the picture taken off b
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import io
-import json
-import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +35,14 @@ from numpy.typing import NDArray
 
 from embedge.bench.errors import BenchArgumentError, BenchError
 from embedge.bench.measure.latency import Times, alternate, ratio
+from embedge.bench.peers.openvino import compile_for_cpu, compress_weights
+from embedge.bench.studies.qwen_vision import FixedGridTower, load_tower, page
+from embedge.quant.fidelity import cosine_rows
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.images.layout import vision_inputs
 from embedge.runtime.images.patches import ImagePatches, ImageProcessor
 
-__all__ = ["SYSTEMS", "Agreement", "FixedGridTower", "agreement", "load_tower", "main"]
+__all__ = ["SYSTEMS", "Agreement", "agreement", "main"]
 
 Features = NDArray[np.float32]
 Run = Callable[[], Features]
@@ -57,7 +55,6 @@ SYSTEMS = (
     "torch bf16, batched windows",
     *(f"OpenVINO {variant}" for variant in OPENVINO),
 )
-_TOWER = re.compile(r"^(?:model\.)?visual\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +78,9 @@ class Agreement:
 
 def agreement(ours: Features, reference: Features) -> Agreement:
     """Return how close features are, both float32 ``[tokens, width]``."""
-    plain = _cosines(ours, reference)
+    plain = cosine_rows(ours, reference)
     centre = reference.mean(0)
-    centred = _cosines(ours - centre, reference - centre)
+    centred = cosine_rows(ours - centre, reference - centre)
     return Agreement(
         mean=float(plain.mean()),
         low=float(np.percentile(plain, 1)),
@@ -91,118 +88,6 @@ def agreement(ours: Features, reference: Features) -> Agreement:
         centred_mean=float(centred.mean()),
         centred_least=float(centred.min()),
     )
-
-
-class FixedGridTower(torch.nn.Module):
-    """Transformers' vision tower for pictures of one size, without control flow that depends on it.
-
-    The same modules and weights; windows, angles and the order of patches are constants, and the
-    windows of a picture are one batch of the attention, the smaller ones padded and masked.
-
-    Args:
-        tower: ``Qwen2_5_VisionTransformerPretrainedModel``.
-        grid: rows and columns of patches.
-    """
-
-    order: torch.Tensor
-    restore: torch.Tensor
-    index: torch.Tensor
-    places: torch.Tensor
-    mask: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __init__(self, tower: Any, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.tower = tower
-        size = torch.tensor([[1, *grid]])
-        group = tower.spatial_merge_unit
-        order, bounds = tower.get_window_index(size)
-        angles = tower.rot_pos_emb(size).reshape(-1, group, tower.blocks[0].attn.head_dim // 2)
-        angles = angles[order].reshape(grid[0] * grid[1], -1)
-        lengths = torch.tensor(bounds).diff()
-        lengths = lengths[lengths > 0]  # transformers repeats a bound where a window is empty
-        width = int(lengths.max())
-        real = torch.arange(width) < lengths[:, None]
-        index = torch.zeros(len(lengths), width, dtype=torch.int64)
-        index[real] = torch.arange(len(angles))
-        mask = torch.where(real, 0.0, -torch.inf)[:, None, None].to(tower.dtype)
-        self.even = bool(real.all())
-        self.shape = (len(lengths), width)
-        self.register_buffer("order", order)
-        self.register_buffer("restore", order.argsort())
-        self.register_buffer("index", index.reshape(-1))
-        self.register_buffer("places", real.reshape(-1).nonzero()[:, 0])
-        self.register_buffer("mask", mask)
-        for name, values in (("cos", angles.cos()), ("sin", angles.sin())):
-            self.register_buffer(name, torch.cat([values, values], -1)[:, None])
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return ``[features, width]`` of patches ``[patches, values]``."""
-        tower = self.tower
-        count, group = len(self.cos), tower.spatial_merge_unit
-        hidden = tower.patch_embed(pixels)
-        hidden = hidden.reshape(count // group, group, -1)[self.order].reshape(count, -1)
-        for number, block in enumerate(tower.blocks):
-            whole = number in tower.fullatt_block_indexes
-            hidden = hidden + self._attention(block.attn, block.norm1(hidden), whole)
-            hidden = hidden + block.mlp(block.norm2(hidden))
-        features: torch.Tensor = tower.merger(hidden)[self.restore]
-        return features
-
-    def _attention(self, attention: Any, states: torch.Tensor, whole: bool) -> torch.Tensor:
-        count, heads = len(self.cos), attention.num_heads
-        q, k, v = attention.qkv(states).reshape(count, 3, heads, -1).unbind(1)
-        q, k = self._turned(q), self._turned(k)
-        shape, mask = ((1, count) if whole else self.shape), None
-        if not whole and not self.even:
-            q, k, v = (part[self.index] for part in (q, k, v))
-            mask = self.mask
-        q, k, v = (part.reshape(*shape, heads, -1).transpose(1, 2) for part in (q, k, v))
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        mixed = mixed.transpose(1, 2).reshape(shape[0] * shape[1], -1)
-        projected: torch.Tensor = attention.proj(mixed if mask is None else mixed[self.places])
-        return projected
-
-    def _turned(self, states: torch.Tensor) -> torch.Tensor:
-        wide = states.float()
-        first, second = wide.chunk(2, -1)
-        turned = wide * self.cos + torch.cat([-second, first], -1) * self.sin
-        return turned.to(states.dtype)
-
-
-def load_tower(checkpoint: Path) -> Any:
-    """Return the vision tower of a checkpoint as transformers' module, in float32.
-
-    Args:
-        checkpoint: a local folder with ``config.json`` and safetensors files, of jina-embeddings-v4
-            or Qwen2.5-VL; only the tower's tensors are read.
-
-    Raises:
-        BenchError: the tower's tensors are not all there.
-    """
-    from safetensors import safe_open
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-
-    settings = json.loads((checkpoint / "config.json").read_text("utf-8"))
-    make: Any = Qwen2_5_VLVisionConfig  # untyped
-    config = make(**settings["vision_config"])
-    build: Any = modeling.Qwen2_5_VisionTransformerPretrainedModel
-    tower = build._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    missing = dict(tower.named_parameters())
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for stored in tensors.keys():
-                if _TOWER.match(stored):
-                    name = _TOWER.sub("", stored)
-                    missing.pop(name).data.copy_(tensors.get_tensor(stored))
-    if missing:
-        raise BenchError(
-            f"{checkpoint}: expected all tensors of a vision tower, found none for "
-            f"{', '.join(sorted(missing)[:5])}"
-        )
-    return tower.eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,7 +134,7 @@ def _compare(options: argparse.Namespace, tower: Any, width: int, height: int) -
     image = bundle.manifest.model.image
     if image is None:
         raise BenchError(f"{options.bundle}: expected a bundle with a vision tower, found none")
-    patches = ImageProcessor(image)(_page(width, height))
+    patches = ImageProcessor(image)(page(width, height))
     runs: dict[str, Run] = {}
     for name, build in _builders(options, bundle, tower, patches):
         try:
@@ -293,15 +178,6 @@ def _builders(
     for variant in OPENVINO:
         if f"OpenVINO {variant}" not in options.without:
             yield f"OpenVINO {variant}", partial(_openvino, models, variant, options.threads)
-
-
-def _page(width: int, height: int) -> Any:
-    """Noise, about as smooth as a page."""
-    from PIL import Image
-
-    small = (max(1, height // 8), max(1, width // 8), 3)
-    picture = np.random.default_rng(0).integers(0, 256, small, np.uint8)
-    return Image.fromarray(picture).resize((width, height))
 
 
 def _embedge(bundle: Bundle, precision: str, patches: ImagePatches, threads: int) -> Run:
@@ -362,27 +238,16 @@ class _OpenVinoModels:
     @cached_property
     def int8(self) -> Any:
         """The same with NNCF's 8-bit weights, symmetric."""
-        import nncf
-
-        logging.getLogger("nncf").setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):  # NNCF prints tables and bars
-            return nncf.compress_weights(self.fp.clone(), mode=nncf.CompressWeightsMode.INT8_SYM)
+        return compress_weights(self.fp.clone(), 8)
 
 
 def _openvino(models: _OpenVinoModels, variant: str, threads: int) -> Run:
     """Return a variant compiled for the CPU."""
     import openvino
 
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-    }
-    group = OPENVINO[variant]
-    if group is not None:
-        settings["INFERENCE_PRECISION_HINT"] = "f32"
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group
     model = models.fp if variant == "fp" else models.int8
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    compiled = compile_for_cpu(openvino.Core(), model, threads, OPENVINO[variant])
+    request = compiled.create_infer_request()
     pixels = models.patches.values
 
     def run() -> Features:
@@ -401,13 +266,6 @@ def _rotated(features: Features) -> Features:
     from embedge.quant.rotation import Rotation
 
     return Rotation(features.shape[1]).rows(features)
-
-
-def _cosines(ours: Features, reference: Features) -> NDArray[np.float64]:
-    a, b = ours.astype(np.float64), reference.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines: NDArray[np.float64] = (a * b).sum(1) / norms
-    return cosines
 
 
 def _show(times: dict[str, Times], closeness: dict[str, Agreement]) -> None:

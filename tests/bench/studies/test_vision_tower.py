@@ -13,6 +13,7 @@ from random_jina_v4 import shallower, write_checkpoint
 
 from embedge.bench.errors import BenchError
 from embedge.bench.studies import vision_tower
+from embedge.bench.studies.qwen_vision import FixedGridTower, load_tower
 from embedge.export import export_bundle
 
 EVEN, UNEVEN = (16, 16), (12, 22)  # rows and columns of patches; windows are 8 × 8
@@ -28,13 +29,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_windows_in_one_batch_compute_what_transformers_does(
     checkpoint: Path, grid: tuple[int, int]
 ) -> None:
-    tower = vision_tower.load_tower(checkpoint)
+    tower = load_tower(checkpoint)
     torch.manual_seed(0)
     pixels = torch.randn(grid[0] * grid[1], 1176)
 
     with torch.inference_mode():
         expected = tower(pixels, torch.tensor([[1, *grid]]))
-        found = vision_tower.FixedGridTower(tower, grid)(pixels)
+        found = FixedGridTower(tower, grid)(pixels)
 
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-4, rtol=1e-4)
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_without_a_whole_tower_is_refused(checkpoint: Path, tmp_pat
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
 
     with pytest.raises(BenchError, match=r"expected all tensors of a vision tower, found none for"):
-        vision_tower.load_tower(tmp_path)
+        load_tower(tmp_path)
 
 
 @pytest.mark.parametrize(
