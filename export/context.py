@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embedge.export.calibration.sensitivity import (
+    Candidate,
+    candidates,
+    check_budget,
+    within_budget,
+)
+from embedge.export.calibration.smoothing import smoothing_constants
+from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.graph.scheme import Scheme
 from embedge.export.model import Model
 from embedge.export.options import INT4, ExportOptions
 from embedge.export.progress import Progress
 from embedge.export.schemes.floats import Float16Scheme
+from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.registry import make_scheme
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
+from embedge.export.weights.tensors import Weights
+from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.errors import EmbedgeValueError
 
 _WIDE = 1536  # hidden size
 
@@ -71,6 +84,75 @@ class ExportContext:
             int4_block_size=self.block_size,
             methods=self.methods(calibrated=calibrated),
             keep=self.options.keep if keep is None else keep,
+        )
+
+    def calibrate(
+        self, precision: str, batches: Sequence[TokenBatch], scratch: Path
+    ) -> tuple[dict[str, Scheme], list[str]]:
+        """The schemes of a precision's graphs as calibration decides them.
+
+        Args:
+            precision: whose weights are stored.
+            batches: calibration tokens; none: data-free constants and methods.
+            scratch: folder for a layer's weights.
+
+        Returns:
+            Schemes by name, the precision's own first, and the layers that a budget gives 8 bits.
+
+        Raises:
+            EmbedgeValueError: 4 bits everywhere are above the budget.
+            CheckpointError: a layer's inputs are not finite.
+        """
+        base = self.model.weights(self.model.base, self.scheme(precision))
+        budget = self.options.budget if precision == "int4" else None
+        smallest = 0 if budget is None else self._smallest(budget, batches)
+        if precision in ("int8", "int4") and not self.constants:  # the same for both
+            architecture = self.model.architecture.text_only()
+            found = smoothing_constants(
+                architecture,
+                base,
+                batches[::2] if self.wide else batches,  # ranges need fewer tokens than GPTQ
+                scratch=scratch,
+                report=self.progress.layers(
+                    "calibrating int8 on the backbone", len(architecture.layers)
+                ),
+            )
+            self.constants.update(found)
+        eight_bit: list[str] = []
+        if budget is not None:
+            gains = self._gains(base, batches, scratch)
+            eight_bit = sorted(within_budget(gains, smallest, budget))
+        keep = {**self.options.keep, **{glob.escape(label): "int8" for label in eight_bit}}
+        names = (precision, UNPACKED_PRECISION) if precision == "int4" else (precision,)
+        schemes = {n: self.scheme(n, keep=keep, calibrated=bool(batches)) for n in names}
+        return schemes, eight_bit
+
+    def _smallest(self, budget: int, batches: Sequence[TokenBatch]) -> int:
+        """Bytes of a task's tensors with 4 bits everywhere; the budget has to allow them."""
+        g = self.model.graph(next(iter(self.model.tasks.values())), self.scheme("int4"))
+        smallest = sum(initializer.nbytes for initializer in g.initializers.values())
+        check_budget(smallest, budget)
+        if not batches:
+            raise EmbedgeValueError(
+                f"budget {budget:,} bytes: it chooses layers by calibration texts, and none of those "
+                "given has a token; give others (--calibration)"
+            )
+        return smallest
+
+    def _gains(
+        self, base: Weights, batches: Sequence[TokenBatch], scratch: Path
+    ) -> list[Candidate]:
+        int4 = self.scheme("int4", keep={}, calibrated=True)
+        assert isinstance(int4, Int4Scheme)
+        report = self.progress.layers("measuring sensitivity", len(self.model.architecture.layers))
+        return candidates(
+            self.model,
+            base,
+            batches,
+            int4=int4,
+            keep=self.options.keep,
+            scratch=scratch,
+            report=report,
         )
 
     def tower_scheme(self, precision: str) -> Scheme:

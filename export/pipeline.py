@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedge.export.calibration.texts import packaged_texts, read_texts
+from embedge.export.calibration.texts import calibration_texts, with_prompts
 from embedge.export.calibration.tokens import MAX_TOKENS_PER_TEXT, TokenBatch, token_batches
 from embedge.export.context import ExportContext
 from embedge.export.errors import ExportError
-from embedge.export.model import Model
 from embedge.export.options import INT4, ExportOptions, check_dims
 from embedge.export.progress import Progress
 from embedge.export.reading import read_model
-from embedge.export.writing.bundle import (
-    additions,
-    check_kept,
-    clear_up,
-    dump,
-    list_files,
-    new_bundle,
-    read_existing,
-    relative_files,
-    write_card,
-    write_new,
-)
+from embedge.export.writing.bundle import additions, clear_up, new_bundle
+from embedge.export.writing.existing import check_kept, read_existing
+from embedge.export.writing.files import dump, list_files, relative_files, write_new
 from embedge.export.writing.lock import sole_exporter
 from embedge.export.writing.manifest import manifest_of
+from embedge.export.writing.model_card import write_card
 from embedge.export.writing.precision import write_precision
 from embedge.export.writing.same_source import check_same_source
-from embedge.runtime.bundle.contract import CARD, MANIFEST
+from embedge.runtime.bundle.contract import MANIFEST
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.writing import check_replaceable, replace_file, sync_files
@@ -58,68 +48,68 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
     load_onnxruntime()  # a missing or wrong one shows before the work
     clear_up(options.out)
     old = read_existing(options.out, options.overwrite)
-    texts = _calibration_texts(options)
+    texts = calibration_texts(options.calibration)
     model = read_model(options)
     dims = check_dims(options.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is None:
         check_replaceable("out", options.out)
     else:
         check_same_source(options.out, model, dims, old)
-        dims = dims or old.model.matryoshka_dims
     todo = _missing(options, list(model.adapters), old)
-    if old is not None:
-        check_kept(options.out, todo)
     context = ExportContext(options=options, model=model, old=old, progress=progress)
-    place: AbstractContextManager[Path]
-    place = (
-        new_bundle(options.out, overwrite=options.overwrite)
-        if old is None
-        else additions(options.out)
-    )
-    with place as folder:
-        before = relative_files(folder)
-        batches: list[TokenBatch] = []
-        if texts and _uses_calibration(options, todo):
-            ids = model.tokenizer.encode(
-                _with_prompts(texts, model), min(MAX_TOKENS_PER_TEXT, model.settings.max_length)
-            )
-            batches = token_batches(
-                ids, model.tokenizer.pad_token_id, model.architecture.hidden_size
-            )
-        written: dict[str, Any] = {}
-        for precision, tasks in todo.items():
-            written |= write_precision(context, folder, precision, tasks, batches)
-        if old is None:
+    if old is None:
+        with new_bundle(options.out, overwrite=options.overwrite) as folder:
+            written = _write_precisions(context, folder, todo, texts)
             write_new(folder / "tokenizer.json", model.tokenizer.text)
-        if old is not None:  # with what `bench --record` has written meanwhile
+            new = relative_files(folder)
+            manifest = manifest_of(
+                model,
+                matryoshka_dims=dims,
+                precisions=written,
+                files=list_files(folder, new),
+                old=None,
+            )
+            _finish(folder, manifest, new)
+    else:
+        check_kept(options.out, todo)
+        with additions(options.out) as folder:
+            before = relative_files(folder)
+            written = _write_precisions(context, folder, todo, texts)
+            # with what `bench --record` has written meanwhile
             old = read_existing(options.out, overwrite=False) or old
-        files: dict[str, Any]
-        if old is None:
-            new = relative_files(folder) - {CARD}
-            files = list_files(folder, new)
-        else:
             new = {n for n in relative_files(folder) - before if n.split("/")[0] in written}
-            files = {**{n: f.to_dict() for n, f in old.files.items()}, **list_files(folder, new)}
-        manifest = manifest_of(
-            model, matryoshka_dims=dims, precisions=written, files=files, old=old
+            manifest = manifest_of(
+                model,
+                matryoshka_dims=dims or old.model.matryoshka_dims,
+                precisions=written,
+                files={n: f.to_dict() for n, f in old.files.items()} | list_files(folder, new),
+                old=old,
+            )
+            _finish(folder, manifest, new)
+
+
+def _write_precisions(
+    context: ExportContext, folder: Path, todo: Mapping[str, Sequence[str]], texts: Sequence[str]
+) -> dict[str, Any]:
+    """Write every precision's graphs; the manifest's entries by precision."""
+    model, batches = context.model, list[TokenBatch]()
+    if texts and _uses_calibration(context.options, todo):
+        ids = model.tokenizer.encode(
+            with_prompts(texts, model.settings),
+            min(MAX_TOKENS_PER_TEXT, model.settings.max_length),
         )
-        write_card(folder, manifest)
-        sync_files(folder, new)
-        replace_file(folder / MANIFEST, dump(manifest.to_dict()))
+        batches = token_batches(ids, model.tokenizer.pad_token_id, model.architecture.hidden_size)
+    written: dict[str, Any] = {}
+    for precision, tasks in todo.items():
+        written |= write_precision(context, folder, precision, tasks, batches)
+    return written
 
 
-def _calibration_texts(options: ExportOptions) -> list[str]:
-    if isinstance(options.calibration, Path):
-        return read_texts(options.calibration)
-    return [] if options.calibration == "none" else packaged_texts()
-
-
-def _with_prompts(texts: Sequence[str], model: Model) -> list[str]:
-    """Every prompt, and none, before its share of the texts: in causal models all tokens see it."""
-    settings = model.settings  # whichever tasks are asked for: all of a bundle share the constants
-    sets = [settings.prompts, *settings.task_prompts.values()]
-    starts = list(dict.fromkeys(["", *(text for prompts in sets for text in prompts.values())]))
-    return [starts[number % len(starts)] + text for number, text in enumerate(texts)]
+def _finish(folder: Path, manifest: Manifest, new: Iterable[str]) -> None:
+    """Write the card, wait for the disk, and then the manifest, with which the new files count."""
+    write_card(folder, manifest)
+    sync_files(folder, new)
+    replace_file(folder / MANIFEST, dump(manifest.to_dict()))
 
 
 def _uses_calibration(options: ExportOptions, todo: Mapping[str, Sequence[str]]) -> bool:

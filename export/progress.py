@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from embedge.runtime.host.memory import process_memory
 from embedge.runtime.host.progress import LogLines
 
@@ -30,7 +32,6 @@ class StepCost:
     peak_mb: float | None
 
 
-@dataclass
 class Progress:
     """A bar per task and precision, and what each cost.
 
@@ -40,59 +41,55 @@ class Progress:
         lines: says how far a step is where no bar is drawn.
     """
 
-    show: bool | None = None
-    finished: Callable[[StepCost], None] | None = None
-    lines: LogLines | None = None
-    _bar: Any = None
-    _step: str = ""
-    _total: int = 0
-    _done: int = 0
+    def __init__(
+        self,
+        show: bool | None = None,
+        finished: Callable[[StepCost], None] | None = None,
+        lines: LogLines | None = None,
+    ) -> None:
+        self._disable = None if show is None else not show
+        self._finished = finished
+        self._lines = lines
+        self._bar: Any = None
+        self._done = 0
 
     @contextmanager
-    def step(self, name: str, total_bytes: int) -> Iterator[None]:
+    def step(self, name: str) -> Iterator[None]:
         """Measure and show one task at one precision."""
-        show = sys.stderr.isatty() if self.show is None else self.show
-        self._bar = _make_bar(name, total_bytes) if show else None
-        self._step, self._total, self._done = name, total_bytes, 0
+        self._done = 0
         started = time.perf_counter()
-        with anonymous_peak() as peak:
-            try:
-                yield
-            finally:
-                if self._bar is not None:
-                    self._bar.close()
-                    self._bar = None
+        bar = tqdm(desc=name, unit="B", unit_scale=True, file=sys.stderr, disable=self._disable)
+        bar.desc = name  # which a bar that is not drawn does not keep
+        with anonymous_peak() as peak, bar as self._bar:
+            yield
         seconds = time.perf_counter() - started
-        if self.finished is not None:
-            self.finished(StepCost(step=name, seconds=seconds, peak_mb=peak.megabytes))
+        if self._finished is not None:
+            self._finished(StepCost(step=name, seconds=seconds, peak_mb=peak.megabytes))
 
-    def note(self, text: str) -> None:
-        """Say what is being done."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(text[-60:])
-        self._say(text)
+    def expect(self, nbytes: int) -> None:
+        """Say how much the step is going to write, once that is known."""
+        self._bar.total = nbytes
+        self._bar.refresh()
+
+    def layers(self, doing: str, count: int) -> Callable[[int], None]:
+        """What takes the number of each layer while something is done to all of them."""
+        return lambda layer: self._note(f"{doing}, layer {layer} of {count}")
 
     def advance(self, nbytes: int, name: str) -> None:
         """Account for a tensor that was written."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(name[-60:], refresh=False)
-            self._bar.update(nbytes)
+        self._bar.set_postfix_str(name[-60:], refresh=False)
+        self._bar.update(nbytes)
         self._done += nbytes
         self._say(name)
 
+    def _note(self, text: str) -> None:
+        self._bar.set_postfix_str(text[-60:])
+        self._say(text)
+
     def _say(self, doing: str) -> None:
-        if self._bar is None and self.lines is not None:
-            self.lines.say(
-                lambda: f"{self._step}: {self._done / max(self._total, 1):.0%} written, now {doing}"
-            )
-
-
-def _make_bar(name: str, total_bytes: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, file=sys.stderr)
+        if self._bar.disable and self._lines is not None:
+            share = self._done / max(self._bar.total or 0, 1)
+            self._lines.say(lambda: f"{self._bar.desc}: {share:.0%} written, now {doing}")
 
 
 class _Peak:

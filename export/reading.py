@@ -16,6 +16,7 @@ from embedge.export.families.config_keys import check_config
 from embedge.export.families.qwen2_5_vl import JinaV4Merged
 from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
+from embedge.export.schemes.mixed import unmatched
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.image_processor import image_settings
 from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
@@ -112,7 +113,12 @@ def read_model(options: ExportOptions) -> Model:
         tasks=tasks,
         base=base,
     )
-    assert model.plain_graphs  # which asked for every tensor by name
+    unused = unmatched(options.keep, model.plain_graphs)  # which ask for every tensor by name
+    if unused:
+        raise EmbedgeValueError(
+            f"keep pattern {', '.join(map(repr, unused))}: expected to match a layer, matched "
+            "none; `embedge inspect BUNDLE --layers` lists the names"
+        )
     for task, weights in {BASE: base, **tasks}.items():
         if tower is not None:
             _check_tower_shared(task, weights)

@@ -70,7 +70,7 @@ def candidates(
     int4: Int4Scheme,
     keep: Mapping[str, str],
     scratch: Path,
-    report: Callable[[str], None],
+    report: Callable[[int], None],
 ) -> list[Candidate]:
     """What 8 bits would gain at every Linear input of the backbone whose precision is still open.
 
@@ -81,7 +81,7 @@ def candidates(
         int4: the 4-bit scheme.
         keep: precisions by pattern that are decided already.
         scratch: folder for a layer's weights.
-        report: takes progress lines.
+        report: takes the number of each layer that is measured.
     """
     architecture = model.architecture.text_only()
     g, int8 = Graph(weights=base, scheme=Float32Scheme()), Int8Scheme({})
@@ -91,7 +91,7 @@ def candidates(
     labels: list[tuple[str, ...]] = []
     extra: list[int] = []
     for index in range(len(architecture.layers)):
-        report(f"measuring sensitivity, layer {index + 1} of {len(architecture.layers)}")
+        report(index + 1)
         layer = Layer(architecture, base, index, norm, scratch)
         norm = layer.norm
         for batch, states in zip(sample, moved, strict=True):

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from embedge.export.source.sentence_transformers import SentenceSettings
 from embedge.runtime.errors import EmbedgeValueError
+
+
+def calibration_texts(source: Path | str) -> list[str]:
+    """The texts of a file, the package's for "default", none for "none"."""
+    if isinstance(source, Path):
+        return read_texts(source)
+    return [] if source == "none" else packaged_texts()
+
+
+def with_prompts(texts: Sequence[str], settings: SentenceSettings) -> list[str]:
+    """Every prompt, and none, before its share of the texts: in causal models all tokens see it.
+
+    Prompts are those of all tasks, whichever are asked for: all of a bundle share the constants.
+    """
+    sets = [settings.prompts, *settings.task_prompts.values()]
+    starts = list(dict.fromkeys(["", *(text for prompts in sets for text in prompts.values())]))
+    return [starts[number % len(starts)] + text for number, text in enumerate(texts)]
 
 
 def packaged_texts() -> list[str]:

@@ -48,6 +48,11 @@ class LazyInitializer:
     describe: Callable[[Sequence[Array]], dict[str, Any]] | None = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
     def elements(self) -> int:
         """Elements of the largest initializer, a measure of what computing takes."""
         return max(int(np.prod(spec.shape, dtype=np.int64)) for spec in self.specs)

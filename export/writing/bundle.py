@@ -3,29 +3,26 @@
 A new bundle is written to ``.NAME.partial`` beside its place and takes its name at the end, in one step
 also where a bundle has it. Additions to a bundle are new files inside it that nothing refers to until its
 ``manifest.json`` is replaced, which is one rename; a journal of what was there before tells them from a
-user's own files. Whoever writes is alone at it (``_lock.py``) and first removes what a killed export left.
+user's own files. Whoever writes is alone at it (``lock.py``) and first removes what a killed export left.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from embedge.export.errors import ExportError
 from embedge.export.options import PRECISIONS
-from embedge.runtime.bundle.contract import CARD, MANIFEST, PREPARED, VISION
+from embedge.export.writing.existing import is_bundle, read_existing
+from embedge.export.writing.files import relative_files
+from embedge.runtime.bundle.contract import CARD, MANIFEST
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file
-from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.bundle.manifest import Manifest
-from embedge.runtime.bundle.model_card import model_card, renewed_card
 from embedge.runtime.bundle.writing import (
     NAME_INSIDE,
     make_folder,
@@ -35,12 +32,9 @@ from embedge.runtime.bundle.writing import (
     replace_file,
     sweep,
 )
-from embedge.runtime.errors import BundleError, EmbedgeValueError
+from embedge.runtime.errors import BundleError
 
 JOURNAL = ".export.partial"
-LOCK = ".export.lock"
-# Of embedge, in no manifest: what `prepare` made, and what a killed process was about to rename.
-_OWN = (f"{PREPARED}/", LOCK, f".{MANIFEST}.", f".{CARD}.")
 _EARLIER = tuple(f".{name}.partial" for name in (JOURNAL, MANIFEST, CARD))  # of earlier versions
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -137,130 +131,6 @@ def write_error(out: Path, error: OSError, left: str = _NOTHING_LEFT) -> ExportE
     return ExportError(
         f"{out}: the bundle could not be written: {place}{reason}; {left}: {advice}, and export again"
     )
-
-
-def dump(value: Any) -> str:
-    """JSON as it is written into bundles."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def write_new(path: Path, content: str | bytes) -> None:
-    """Write a file that is not there yet, nor a link; text as UTF-8."""
-    with open(path, "xb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-
-
-def write_card(folder: Path, manifest: Manifest) -> None:
-    """Write the model card; one that somebody else has written in stays."""
-    file = folder / CARD
-    card: str | None = model_card(manifest)
-    if os.path.lexists(file):
-        try:
-            card = renewed_card(read_regular_file(file, JSON_BYTES).decode(), manifest)
-        except (OSError, UnicodeDecodeError):
-            return
-    if card is not None:
-        replace_file(file, card)
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return {"size": path.stat().st_size, "sha256": state.hexdigest()}
-
-
-def list_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Files of a folder as the manifest lists them."""
-    return {name: file_entry(folder / name) for name in sorted(names)}
-
-
-def relative_files(folder: Path) -> set[str]:
-    """Names of all files in a folder, with ``/``."""
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-
-
-def is_bundle(out: Path) -> bool:
-    """Whether a bundle, or something with a manifest like one, is at ``out``."""
-    return (out / MANIFEST).is_file()
-
-
-def read_existing(out: Path, overwrite: bool) -> Manifest | None:
-    """The manifest of the bundle at ``out``; ``None`` where there is nothing, or it is replaced.
-
-    Raises:
-        EmbedgeValueError: something else is at ``out``.
-    """
-    if not out.exists() and not out.is_symlink():
-        return None
-    if out.is_dir() and not any(out.iterdir()):
-        return None
-    if not is_bundle(out):
-        raise EmbedgeValueError(
-            f"{out}: expected no such path, an empty folder or a bundle, found something else; "
-            "it is left alone, also with --overwrite: choose another --out"
-        )
-    content = _manifest_content(out)
-    if not overwrite:
-        return Manifest.from_dict(content, str(out / MANIFEST))
-    listed = {*content["files"], MANIFEST, CARD}
-    strangers = [n for n in relative_files(out) - listed if not n.startswith(_OWN)]
-    if strangers:
-        raise EmbedgeValueError(
-            f"{out}: expected a bundle's files alone, found {', '.join(sorted(strangers)[:5])} "
-            "beside them, which --overwrite would delete; move them away or choose another --out"
-        )
-    return None
-
-
-def check_kept(out: Path, precisions: Iterable[str]) -> None:
-    """Check the files of a bundle that an addition keeps, and the content of those that it builds on.
-
-    Args:
-        out: the bundle.
-        precisions: those that get further tasks.
-
-    Raises:
-        BundleError: a file is missing or damaged, or a graph reads past what is listed.
-    """
-    bundle = Bundle(out, verify="size")
-    listed = bundle.manifest.files
-    grows = {p: s for p, s in bundle.manifest.precisions.items() if p in set(precisions)}
-    folders = {path.rpartition("/")[0] for s in grows.values() for path in s.graphs.values()}
-    for name in listed:
-        if name.rpartition("/")[0] not in folders:
-            continue
-        found = file_entry(out / name)["sha256"]
-        if found != listed[name].sha256:
-            raise BundleError(
-                f"{out / name}: expected SHA-256 {listed[name].sha256}, found {found}: the file is damaged, "
-                "and new tasks would share it; copy the bundle again, or export it anew with --overwrite"
-            )
-    for precision, settings in grows.items():
-        for name in (*settings.graphs, *([VISION] if settings.vision else [])):
-            bundle.graph_bytes(precision, name)
-
-
-def _manifest_content(out: Path) -> dict[str, Any]:
-    """The JSON of a bundle's manifest.
-
-    Raises:
-        EmbedgeValueError: it is damaged, or of something else than a bundle.
-    """
-    content: dict[str, Any] = {}
-    found = "JSON without them"
-    try:
-        content = read_json_object(out / MANIFEST)
-    except BundleError as error:
-        found = str(error)
-    if not isinstance(content.get("files"), dict):
-        raise EmbedgeValueError(
-            f"{out / MANIFEST}: expected a bundle's manifest with format_version and files, found "
-            f"{found}; it is left alone, also with --overwrite: choose another --out"
-        )
-    return content
 
 
 def _existing(path: Path) -> Path:

@@ -13,7 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from embedge.export.errors import ExportError
-from embedge.export.writing.bundle import LOCK, is_bundle, write_error
+from embedge.export.writing.bundle import write_error
+from embedge.export.writing.existing import LOCK, is_bundle
 from embedge.runtime.bundle.lock import release_lock, take_lock
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -8,6 +8,7 @@ key (equal key, equal bytes: nothing is computed), then by the hash of its bytes
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Stored:
 
 
 class TensorStore:
-    """Appends tensors to the weight files of one precision's folder.
+    """Appends tensors to the weight files of one precision's folder; closes them with its block.
 
     Args:
         folder: the precision's folder, which exists.
@@ -82,7 +83,7 @@ class TensorStore:
             self._by_hash[state.hexdigest()] = stored
 
     def has(self, key: str) -> bool:
-        """Whether a initializer of this key was stored."""
+        """Whether an initializer of this key was stored."""
         return key in self._by_key
 
     def put(
@@ -92,7 +93,7 @@ class TensorStore:
         file: str,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store what a initializer made.
+        """Store what an initializer made.
 
         Args:
             initializer: its key and the initializers it makes.
@@ -112,13 +113,13 @@ class TensorStore:
         if initializer.describe is not None:
             self.reports[initializer.key] = {
                 "shape": list(initializer.specs[0].shape),
-                "bytes": sum(s.nbytes for s in initializer.specs),
+                "bytes": initializer.nbytes,
                 **initializer.describe(arrays),
                 **(facts or {}),
             }
 
     def tensors(self, initializer: LazyInitializer) -> list[TensorProto]:
-        """The stored initializers of a initializer as ONNX tensors."""
+        """The stored initializers of an initializer as ONNX tensors."""
         result = []
         for spec, stored in zip(initializer.specs, self._by_key[initializer.key], strict=True):
             tensor = TensorProto(name=spec.name, data_type=spec.elem_type, dims=spec.shape)
@@ -135,8 +136,19 @@ class TensorStore:
             result.append(tensor)
         return result
 
-    def close(self) -> None:
-        """Close all files."""
+    def free_name(self, stem: str) -> str:
+        """``stem.bin``, or the first of ``stem.2.bin``, … that an earlier export did not write."""
+        number = 1
+        name = f"{stem}.bin"
+        while os.path.lexists(self.folder / name):
+            number += 1
+            name = f"{stem}.{number}.bin"
+        return name
+
+    def __enter__(self) -> TensorStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:  # closes the others also when one fails, on a full disk
             for file in self._open.values():
                 stack.callback(file.close)
@@ -152,7 +164,7 @@ class TensorStore:
         if name in self._closed:
             raise AssertionError(f"{name} belongs to an earlier export and is not appended to")
         if name not in self._open:
-            self._open[name] = open(self.folder / name, "xb")  # noqa: SIM115 - closed in close()
+            self._open[name] = open(self.folder / name, "xb")  # noqa: SIM115 - closed with the store
         file = self._open[name]
         offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
         file.write(bytes(offset - file.tell()))

@@ -218,7 +218,7 @@ def test_gains_of_a_rotated_model_are_those_of_its_vectors(source: Path, tmp_pat
     base = model.weights(model.base, Int4Scheme(32, "rtn", 4))
     assert isinstance(base, RotatedWeights)
     batches = token_batches([[5, 6, 7], [8, 9, 10, 11, 12]], 0, 64)
-    options: dict[str, Any] = {"keep": {}, "scratch": tmp_path, "report": lambda line: None}
+    options: dict[str, Any] = {"keep": {}, "scratch": tmp_path, "report": lambda layer: None}
     nothing = candidates(model, base, batches, int4=Exact(32, "rtn", 4), **options)
     assert max(abs(candidate.gain) for candidate in nothing) < 1e-9
     found = candidates(model, base, batches, int4=Int4Scheme(32, "rtn", 4), **options)

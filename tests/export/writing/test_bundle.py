@@ -27,9 +27,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from embedge.export import CheckpointError, ExportError, export_bundle
+from embedge.export.writing import graph_files
 from embedge.export.writing import precision as writer_module
 from embedge.export.writing import weight_store as store_module
-from embedge.export.writing.bundle import file_entry
+from embedge.export.writing.files import list_files
 from embedge.runtime import Embedder, EmbedgeError
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.cli.main import main
@@ -343,7 +344,7 @@ def test_a_graph_that_reads_past_what_is_listed_is_not_added_to(
         entry.value = str(values.get(entry.key, entry.value))
     (copy / "int8/first.onnx").write_bytes(graph.SerializeToString())
     document = manifest(copy)
-    document["files"]["int8/first.onnx"] = file_entry(copy / "int8/first.onnx")
+    document["files"] |= list_files(copy, ["int8/first.onnx"])
     write_json(copy / "manifest.json", document)
     with pytest.raises(BundleError, match=r"truncated|not list"):
         small(source, copy, adapters={"third": None})
@@ -375,7 +376,7 @@ def test_figures_of_bench_survive_an_addition(source: Path, copy: Path) -> None:
 def test_figures_that_bench_records_during_an_addition_survive_it(
     source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = writer_module._write_graph
+    write = graph_files.write_graph
 
     def record_and_write(*arguments: Any) -> None:
         document = manifest(copy)
@@ -383,7 +384,7 @@ def test_figures_that_bench_records_during_an_addition_survive_it(
         write_json(copy / "manifest.json", document)
         write(*arguments)
 
-    monkeypatch.setattr(writer_module, "_write_graph", record_and_write)
+    monkeypatch.setattr(writer_module, "write_graph", record_and_write)
     small(source, copy, adapters={"third": None})
     assert manifest(copy)["precisions"]["int8"]["fidelity"] == {"first": {"cosine": 0.5}}
     assert "third" in manifest(copy)["tasks"]
@@ -991,7 +992,7 @@ def test_what_the_system_refuses_comes_with_advice_that_helps(
         small(source, tmp_path / "out")
     assert ("space" in str(caught.value)) == (number == errno.ENOSPC)
     monkeypatch.undo()
-    monkeypatch.setattr(writer_module, "_write_graph", refuse)
+    monkeypatch.setattr(writer_module, "write_graph", refuse)
     with pytest.raises(ExportError, match=f"there: {REFUSALS[number]}"):
         small(source, tmp_path / "out")
     assert leftovers(tmp_path / "out") == []
@@ -1019,7 +1020,7 @@ def test_a_failed_addition_says_that_the_bundle_is_as_it_was(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer_module, "_write_graph", refuse)
+    monkeypatch.setattr(writer_module, "write_graph", refuse)
     with pytest.raises(ExportError, match="the bundle that was there is as it was"):
         small(source, copy, adapters={"third": None})
 

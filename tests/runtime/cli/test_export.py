@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from embedge.export.writing import precision
+from embedge.export.writing import graph_files, precision
 from embedge.runtime.cli.main import main
 from embedge.runtime.host.progress import LogLines
 from tests.helpers.models import make_model, save, save_adapter
@@ -59,14 +59,14 @@ def test_a_task_that_is_done_is_told_before_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write = precision._write_graph
+    write = graph_files.write_graph
 
     def fail_at_plain(path: Path, *arguments: Any) -> None:
         if path.stem == "plain":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, *arguments)
 
-    monkeypatch.setattr(precision, "_write_graph", fail_at_plain)
+    monkeypatch.setattr(precision, "write_graph", fail_at_plain)
     tasks = [f"--adapter=code={adapters / 'code'}", "--no-adapter", "plain"]
     assert run(source, *tasks, "--out", tmp_path / "out") == 1
     [line] = capsys.readouterr().out.splitlines()
@@ -178,7 +178,7 @@ def test_a_full_disk_exits_with_1_and_one_line(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(precision, "_write_graph", refuse)
+    monkeypatch.setattr(precision, "write_graph", refuse)
     assert run(source, "--no-adapter", "a", "--out", tmp_path / "out", "--quiet") == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line

@@ -1,0 +1,34 @@
+"""Files of a bundle: how they are written first, and how the manifest lists them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from embedge.runtime.bundle.files import sha256_of
+
+
+def dump(value: Any) -> str:
+    """JSON as it is written into bundles."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_new(path: Path, content: str | bytes) -> None:
+    """Write a file that is not there yet, nor a link; text as UTF-8."""
+    with open(path, "xb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def relative_files(folder: Path) -> set[str]:
+    """Names of all files in a folder, with ``/``."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def list_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of files of a folder, as the manifest lists them."""
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)[0]}
+        for name in sorted(names)
+    }

@@ -1,0 +1,78 @@
+"""Filling a precision's weight files with what a graph needs and no graph before it has stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from embedge.export.calibration.gptq import gptq_linears, quantize
+from embedge.export.calibration.tokens import TokenBatch
+from embedge.export.context import ExportContext
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.initializers import LazyInitializer
+from embedge.export.graph.scheme import Scheme
+from embedge.export.progress import Progress
+from embedge.export.weights.tensors import BASE, Weights
+from embedge.export.writing.parallel import in_order
+from embedge.export.writing.weight_store import TensorStore
+
+
+def store_quantized(
+    context: ExportContext,
+    store: TensorStore,
+    g: Graph,
+    scheme: Scheme,
+    weights: Weights,
+    batches: Sequence[TokenBatch],
+    files: Mapping[str, str],
+) -> None:
+    """Round by GPTQ what a task's adapter changes with its own activations, the rest with the backbone's.
+
+    Args:
+        context: the export.
+        store: takes the tensors.
+        g: the task's graph.
+        scheme: its precision.
+        weights: the task's tensors.
+        batches: calibration tokens, at least one.
+        files: for new tensors, by their owner: the task or "base".
+    """
+    architecture = context.model.architecture.text_only()
+    missing = [i for i in gptq_linears(g, scheme) if not store.has(i.initializer.key)]
+    for owner, file in files.items():
+        linears = [i for i in missing if i.initializer.owner == owner]
+        if not linears:
+            continue
+        layers = quantize(
+            architecture,
+            context.model.weights(context.model.base, scheme) if owner == BASE else weights,
+            g,
+            batches,
+            linears,
+            scratch=store.folder,
+            report=context.progress.layers(f"{owner}: GPTQ", len(architecture.layers)),
+        )
+        for linear in layers:
+            store.put(linear.initializer, linear.arrays, file, linear.facts)
+            del linear  # the next weight is as large
+
+
+def store_computed(
+    progress: Progress,
+    store: TensorStore,
+    initializers: Sequence[LazyInitializer],
+    files: Mapping[str, str],
+) -> None:
+    """Compute what is not stored yet and write it in the given order, a few initializers at a time.
+
+    Args:
+        progress: takes every initializer, stored before or not.
+        store: takes the tensors.
+        initializers: what a graph needs.
+        files: for new tensors, by their owner.
+    """
+    missing = {i.key: i for i in initializers if not store.has(i.key)}
+    arrays = in_order(list(missing.values()), lambda i: i.compute(), cost=lambda i: i.elements)
+    for initializer in initializers:
+        if not store.has(initializer.key):
+            store.put(initializer, next(arrays), files[initializer.owner])
+        progress.advance(initializer.nbytes, initializer.specs[0].name)
