@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers.command import SetStdin
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> SetStdin:
+    """Sets the bytes of standard input."""
+
+    def replace(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    return replace
