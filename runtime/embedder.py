@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.encode.batch_runner import BatchRunner
-from embedge.runtime.encode.batch_size import settings_by_graph
-from embedge.runtime.encode.lookup import (
-    choose_dim,
-    choose_precision,
-    choose_prompt,
-    choose_task,
-    with_prompts,
-)
-from embedge.runtime.encode.request import CallOptions, Request
+from embedge.runtime.encode.lookup import choose_prompt
 from embedge.runtime.encode.sequences import TokenIds
-from embedge.runtime.encode.texts import TextPipeline
-from embedge.runtime.encode.tokenizer import read_tokenizer
 from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
-from embedge.runtime.host.cores import available_cores
-from embedge.runtime.host.onnxruntime import load_onnxruntime
-from embedge.runtime.images.encode import ImagePipeline
 from embedge.runtime.images.mixed import encode_mixed
 from embedge.runtime.images.patches import pixel_range
 from embedge.runtime.inputs import as_images, as_items, as_texts, warn_of_paths
+from embedge.runtime.open_bundle import OpenBundle
 from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions, takes_sentences
 from embedge.runtime.scoring.similarity import similarity, similarity_pairwise
-from embedge.runtime.sessions.device import choose_device, split_device
-from embedge.runtime.sessions.graphs import Graphs
-from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
-from embedge.runtime.sessions.session import SessionConfig
-from embedge.runtime.tuning.cache import read_tuning
-from embedge.runtime.tuning.choose_precision import AUTO, choose_automatically
 
 if TYPE_CHECKING:
     from embedge.runtime.options import Inputs
@@ -49,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Embedder"]
 
 
-class Embedder:
+class Embedder(OpenBundle):
     """Embeds texts and images with a bundle, without torch. Safe to share between threads.
 
     A graph, of a task or of the vision tower, is opened at its first use. ``max_sessions`` and
@@ -101,7 +78,7 @@ class Embedder:
         default_prompt_name: str | None = None,
         truncate_dim: int | None = None,
     ) -> None:
-        self._options = options = EmbedderOptions(
+        options = EmbedderOptions(
             task=task,
             precision=precision,
             device=device,
@@ -114,163 +91,7 @@ class Embedder:
             default_prompt_name=default_prompt_name,
             truncate_dim=truncate_dim,
         )
-        load_onnxruntime()  # a missing or wrong one shows here
-        self._bundle = Bundle(bundle, verify=verify)
-        manifest = self._bundle.manifest
-        self._model = manifest.model
-        device_kind, device_index = split_device(device)
-        cores = available_cores() if threads is None else threads
-        tuned = {} if device_kind == "cuda" else read_tuning(self._bundle, cores)
-        if precision == AUTO:
-            precision = choose_automatically(
-                self._bundle,
-                tuned,
-                device=device_kind,
-                memory_limit=options.memory_bytes,
-                min_cosine=min_cosine,
-            )
-        self._precision = choose_precision(manifest, precision)
-        self._settings = manifest.precisions[self._precision]
-        self._task = None if task is None else choose_task(manifest, self._precision, task)
-        tasks = with_prompts(manifest.tasks, options.prompts, default_prompt_name, self._task)
-        self._manifest = replace(manifest, tasks=tasks)
-        self._dim = choose_dim(self._model, truncate_dim)
-        self._device = choose_device(device, self._precision, self._settings.devices)
-        device_kind, _ = split_device(self._device)
-        config = SessionConfig(
-            device=device_kind,
-            device_index=device_index,
-            threads=cores,
-            arena=options.memory_bytes is None,
-            prepared=PreparedGraphs(self._bundle),
-        )
-        measured = tuned.get(self._precision)
-        self._graphs = graphs = Graphs(
-            self._bundle,
-            self._precision,
-            config,
-            settings=settings_by_graph(
-                self._bundle,
-                self._precision,
-                config,
-                measured=measured.settings if measured else None,
-            ),
-            max_sessions=max_sessions,
-            memory_limit=options.memory_bytes,
-        )
-        self._tokenizer = read_tokenizer(self._bundle)
-        self._runner = BatchRunner(
-            graphs,
-            self._model,
-            pad_token_id=manifest.tokenizer.pad_token_id,
-            row_multiple=self._settings.row_multiple,
-        )
-        self._texts = TextPipeline(self._tokenizer, self._runner, self._model.max_length)
-        self._images: ImagePipeline | None = None
-        if self._model.image is not None and self._settings.vision is not None:
-            self._images = ImagePipeline(
-                graphs,
-                self._runner,
-                self._model.image,
-                self._model.max_length,
-                self._model.pooling,
-            )
-
-    # -- what it is -----------------------------------------------------------------------------
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that have a graph at this precision."""
-        return tuple(self._settings.graphs)
-
-    @property
-    def task(self) -> str | None:
-        """What calls embed for that name no task; ``None``: they have to name one."""
-        return self._task or (self.tasks[0] if len(self.tasks) == 1 else None)
-
-    @property
-    def prompts(self) -> dict[str, str]:
-        """The prompts of :attr:`task` by name, see :meth:`get_prompts`."""
-        return self.get_prompts()
-
-    @property
-    def default_prompt_name(self) -> str | None:
-        """The prompt of :attr:`task` where a call names none; ``None``: no prompt."""
-        return self._manifest.tasks[self._chosen_task(None)].default_prompt
-
-    def get_prompts(self, task: str | None = None) -> dict[str, str]:
-        """The prompts of a task by name.
-
-        Args:
-            task: as for :meth:`encode`.
-        """
-        return dict(self._manifest.tasks[self._chosen_task(task)].prompts)
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector where a call names no ``truncate_dim``."""
-        return self._dim
-
-    def get_embedding_dimension(self) -> int:
-        """Same as :attr:`dim`, under sentence-transformers' name."""
-        return self.dim
-
-    def get_sentence_embedding_dimension(self) -> int:
-        """Same as :attr:`dim`, under sentence-transformers' former name."""
-        return self.dim
-
-    @property
-    def similarity_fn_name(self) -> str:
-        """How :meth:`similarity` compares single vectors: "cosine" or "dot"."""
-        return self._model.similarity
-
-    @property
-    def max_seq_length(self) -> int:
-        """Most tokens of a text, special tokens included."""
-        return self._model.max_length
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """What can be embedded at this precision: "text", or "text" and "image"."""
-        return ("text",) if self._images is None else ("text", "image")
-
-    @property
-    def precision(self) -> str:
-        """Name of the precision in use; with "auto", what it took."""
-        return self._precision
-
-    @property
-    def device(self) -> str:
-        """What runs the graphs: "cpu", "cuda" or "cuda:1"; with "auto", what it took."""
-        return self._device
-
-    def __repr__(self) -> str:
-        return (
-            f"Embedder({str(self._bundle.root)!r}, precision={self._precision!r}, "
-            f"device={self._device!r})"
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as its arguments: another process opens its own sessions, at the same precision."""
-        chosen = replace(self._options, precision=self._precision, min_cosine=None)
-        return functools.partial(type(self), **vars(chosen)), (self._bundle.root,)
-
-    def close(self) -> None:
-        """Closes the open graphs that no other thread uses; a later call opens them again."""
-        self._graphs.close()
-
-    def __enter__(self) -> Embedder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    # -- embedding ------------------------------------------------------------------------------
+        super().__init__(bundle, options)
 
     @overload
     def encode(
@@ -599,21 +420,9 @@ class Embedder:
             vectors[index] = vector
         return vectors
 
-    # -- inside ---------------------------------------------------------------------------------
-
-    def _chosen_task(self, task: str | None) -> str:
-        return choose_task(self._manifest, self._precision, self._task if task is None else task)
-
     def _with_role(self, options: EncodeOptions, names: Sequence[str]) -> EncodeOptions:
         """A call's options with the first of some prompts that its task declares."""
         if options.get("prompt_name") is not None or options.get("prompt") is not None:
             return options
         prompts = self._manifest.tasks[self._chosen_task(options.get("task"))].prompts
         return {**options, "prompt_name": next((n for n in names if n in prompts), None)}
-
-    def _request(self, **options: Any) -> Request:
-        """A call's options, with what this object puts where a call names nothing."""
-        options["task"] = self._task if options["task"] is None else options["task"]
-        if options["truncate_dim"] is None and options.get("multi_vector", False) is False:
-            options["truncate_dim"] = self._dim
-        return Request.look_up(self._manifest, self._precision, CallOptions(**options))

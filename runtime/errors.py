@@ -20,7 +20,10 @@ what was expected, what was found, and what to do next.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 
 __all__ = [
     "BundleError",
@@ -33,6 +36,7 @@ __all__ = [
     "InferenceError",
     "ManifestError",
     "TextTooLongError",
+    "warn",
 ]
 
 
@@ -122,3 +126,12 @@ class InferenceError(EmbedgeError):
 
 class EmbedgeWarning(_NamesArguments, UserWarning):
     """Something was changed, cut or left out; the call went on."""
+
+
+def warn(message: str, *, arguments: Iterable[str] = ()) -> None:
+    """Warns at the line that called embedge, however deep inside it this is."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("embedge."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(EmbedgeWarning(message, arguments=arguments), stacklevel=level)

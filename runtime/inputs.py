@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from io import IOBase
 from typing import Any
 
 import numpy as np
 
-from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
+from embedge.runtime.errors import EmbedgeValueError, warn
 from embedge.runtime.images.load import is_image
 
 __all__ = ["as_images", "as_items", "as_texts", "warn_of_paths"]
@@ -153,11 +152,9 @@ def warn_of_paths(items: Sequence[Any]) -> None:
     index, first = named[0]
     shown = first if len(first) <= 80 else first[:77] + "..."
     others = f", and {len(named) - 1} more" if len(named) > 1 else ""
-    warnings.warn(
+    warn(
         f"inputs[{index}]: {shown!r} names a file or an image, and is embedded as the text it is{others}; "
-        "for the image itself pass it to encode_image, or pathlib.Path(…) here (`embedge embed`: --images)",
-        EmbedgeWarning,
-        stacklevel=4,
+        "for the image itself pass it to encode_image, or pathlib.Path(…) here (`embedge embed`: --images)"
     )
 
 

@@ -15,7 +15,6 @@ What annotations say, how they are read and written: :mod:`embedge.runtime.bundl
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
@@ -32,7 +31,7 @@ from embedge.runtime.bundle.schema import (
     Within,
     finite,
 )
-from embedge.runtime.errors import EmbedgeWarning
+from embedge.runtime.errors import warn
 
 __all__ = [
     "IMAGE_INPUTS",
@@ -403,9 +402,7 @@ def _check_version(version: str, document: Place) -> None:
         hint = "upgrade embedge" if major > known_major else "export the bundle again"
         place.fail(f"this embedge reads version {known_major}.x, the bundle is {version}; {hint}")
     if minor > known_minor:
-        warnings.warn(
+        warn(
             f"{document.file}: format_version {version} is newer than {FORMAT_VERSION}, which this "
-            "embedge knows; what it does not know is ignored",
-            EmbedgeWarning,
-            stacklevel=2,
+            "embedge knows; what it does not know is ignored"
         )

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from embedge.runtime.bundle.writing import (
     recover,
     sync_files,
 )
-from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError, EmbedgeWarning
+from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError, warn
 
 __all__ = ["subset_bundle"]
 
@@ -99,11 +98,9 @@ def subset_bundle(
     except OSError as error:
         raise _refused(target, error, link=link) from error
     if _has_own_text(source):
-        warnings.warn(
+        warn(
             f"{target / CARD}: a new card; that of {source.root}, which somebody changed or an earlier "
-            "embedge wrote, is not in it: add what still holds",
-            EmbedgeWarning,
-            stacklevel=2,
+            "embedge wrote, is not in it: add what still holds"
         )
     return target if target.is_dir() else real
 

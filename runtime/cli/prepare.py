@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 
 from embedge.runtime.arguments import check_threads
 from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.table import table
-from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
+from embedge.runtime.errors import EmbedgeValueError, warn
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 from embedge.runtime.sessions.session import SessionConfig, open_graph
@@ -109,11 +108,9 @@ def _warn_if_busy(bundle: Bundle, threads: int) -> None:
     """Warns where others keep the cores busy: times and what follows from them are then by chance."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load >= (os.cpu_count() or 1) + 1:  # packing alone, just before, loads the cores
-        warnings.warn(
+        warn(
             f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores), and times will be off; "
-            f"run `embedge prepare {bundle.root} --measure-only --threads {threads}` when it is quiet",
-            EmbedgeWarning,
-            stacklevel=2,
+            f"run `embedge prepare {bundle.root} --measure-only --threads {threads}` when it is quiet"
         )
 
 

@@ -9,7 +9,6 @@ tokens run once.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 
@@ -19,7 +18,7 @@ from embedge.runtime.encode.request import Request
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.tokenizer import TextTokenizer
 from embedge.runtime.encode.vectors import Results, Vectors, no_results
-from embedge.runtime.errors import EmbedgeWarning, TextTooLongError
+from embedge.runtime.errors import TextTooLongError, warn
 
 __all__ = ["TextPipeline"]
 
@@ -79,11 +78,9 @@ class TextPipeline:
                         yield index, no_results(request, 1)[0]
                 yield from self._run_once_each(window, first_with, request, results)
         if without_tokens:
-            warnings.warn(
+            warn(
                 f"{len(without_tokens)} of {len(texts)} texts have no tokens and become zero "
-                f"vectors; the first is inputs[{without_tokens[0]}]",
-                EmbedgeWarning,
-                stacklevel=6,
+                f"vectors; the first is inputs[{without_tokens[0]}]"
             )
 
     def _windows(self, texts: Sequence[str], prefix: str) -> Generator[list[TokenIds], None, None]:
@@ -130,13 +127,10 @@ class TextPipeline:
             raise TextTooLongError(first, self._max_length)
         self._warned_of_truncation = True
         silence, refusal = 'on_truncate="ignore"', 'on_truncate="error"'
-        warnings.warn(
-            EmbedgeWarning(
-                f"inputs[{first}] is longer than {self._max_length} tokens and was cut; {silence} cuts "
-                f"in silence, {refusal} refuses; this is said once",
-                arguments=[silence, refusal],
-            ),
-            stacklevel=7,
+        warn(
+            f"inputs[{first}] is longer than {self._max_length} tokens and was cut; {silence} cuts in "
+            f"silence, {refusal} refuses; this is said once",
+            arguments=[silence, refusal],
         )
 
 

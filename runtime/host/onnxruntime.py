@@ -18,13 +18,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from embedge.runtime.bundle.contract import ONNXRUNTIME
-from embedge.runtime.errors import EmbedgeError, EmbedgeImportError, EmbedgeWarning
+from embedge.runtime.errors import EmbedgeError, EmbedgeImportError, warn
 from embedge.runtime.host.fork import no_fork
 
 __all__ = ["command_for_cuda", "load_onnxruntime", "open_session"]
@@ -96,7 +95,7 @@ def _load() -> Any:
         ) from error
     _check_version(version, found, Path(spec.origin).parent)
     if len(found) > 1:
-        warnings.warn(_installed_twice(found, version), EmbedgeWarning, stacklevel=4)
+        warn(_installed_twice(found, version))
     return module
 
 
@@ -112,11 +111,9 @@ def _check_version(version: str, distributions: list[str], folder: Path) -> None
             f"ones give wrong vectors or end the process; run {_replace(names)}"
         )
     if here >= _UNTESTED:
-        warnings.warn(
+        warn(
             f"ONNX Runtime {version} is later than embedge was tested with ({ONNXRUNTIME}); if something is "
-            f"wrong, run {_replace(distributions or [_NAME])}",
-            EmbedgeWarning,
-            stacklevel=5,
+            f"wrong, run {_replace(distributions or [_NAME])}"
         )
 
 

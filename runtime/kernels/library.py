@@ -20,7 +20,6 @@ import importlib.util
 import mmap
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.contract import INLINE_BYTES
-from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
+from embedge.runtime.errors import EmbedgeValueError, warn
 from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 from embedge.runtime.host.processor import has_amx
@@ -106,11 +105,9 @@ def _find() -> tuple[str | None, str]:
         problem = "it computes wrong values"
     except Exception as error:  # ONNX Runtime's errors have no common base
         problem = " ".join(str(error).split())
-    warnings.warn(
+    warn(
         f"{file}: not used: {problem}; ONNX Runtime's own kernels run instead, slower; install embedge "
-        f"again, or set {_SWITCH}={_OFF} to keep it out",
-        EmbedgeWarning,
-        stacklevel=2,
+        f"again, or set {_SWITCH}={_OFF} to keep it out"
     )
     return None, f"{theirs}: {problem} ({file})"
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.bundle.names import is_path
 from embedge.runtime.bundle.schema import Place, Record
-from embedge.runtime.errors import BundleError, EmbedgeWarning
+from embedge.runtime.errors import BundleError, warn
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 from embedge.runtime.host.processor import processor_identity
 from embedge.runtime.kernels.library import OPERATORS, PANELS, own_kernels
@@ -98,7 +97,7 @@ class PreparedGraphs:
 
     def warn(self, problem: str) -> None:
         """Warns of what is wrong with a prepared graph, and says what mends it."""
-        warnings.warn(f"{problem}; {self.again}", EmbedgeWarning, stacklevel=3)
+        warn(f"{problem}; {self.again}")
 
     def problems(self) -> list[str]:
         """What is wrong with the prepared graphs, every byte compared: one message each."""

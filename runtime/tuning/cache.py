@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.schema import MOST_BYTES, Place, Record, Within
 from embedge.runtime.bundle.writing import replace_file
-from embedge.runtime.errors import BundleError, EmbedgeWarning
+from embedge.runtime.errors import BundleError, warn
 from embedge.runtime.sessions.places import Places
 from embedge.runtime.sessions.prepared_graphs import machine_name
 from embedge.runtime.sessions.session_workers import RunSettings
@@ -188,4 +187,4 @@ def _read(file: Path) -> dict[int, dict[str, TunedPrecision]] | None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, EmbedgeWarning, stacklevel=4)
+    warn(message)
