@@ -111,7 +111,7 @@ def search_smoothing(
 
     Rounding to a step ``s`` makes noise of variance ``s²/12``. A row of inputs brings its own into every
     output, ``step² · ‖W'‖²``, and the weights' rows theirs, ``‖x'‖² · Σ step²``; both are known without a
-    product. Rows count alike, each relative to the power of its output. A row's step is its largest
+    matmul. Rows count alike, each relative to the power of its output. A row's step is its largest
     magnitude over 127, once its blocks are rotated.
 
     Args:

@@ -1,1 +1,4 @@
-"""What calibration texts teach: smoothing, GPTQ's Hessians, which layers need more bits."""
+"""What calibration texts teach: smoothing constants, GPTQ's Hessians, which layers need more bits.
+
+What it computes goes back as values; ``writing`` stores them. Its only files are unnamed ones (``scratch.py``).
+"""

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.calibration.layers import InputStatistics, calibrate
+from embedge.export.calibration.layers import calibrate
+from embedge.export.calibration.statistics import InputStatistics
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.errors import CheckpointError
 from embedge.export.graph.architecture import Architecture

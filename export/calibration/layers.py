@@ -7,75 +7,31 @@ exported graph.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
+from embedge.export.calibration.statistics import InputStatistics
 from embedge.export.calibration.tokens import TokenBatch
+from embedge.export.calibration.weight_session import WeightSession
 from embedge.export.errors import CheckpointError
 from embedge.export.graph.architecture import TOKENS, Architecture
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.onnx_model import to_model
 from embedge.export.graph.ops import OpBuilder
 from embedge.export.graph.transformer import TransformerGraph
 from embedge.export.graph.values import LinearGroup, LinearRef, Norm, Value
 from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.weights.tensors import Weights
-from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 
 FloatArray = NDArray[np.float32]
 
 HIDDEN = "hidden"  # the input of token states
-SPILL_BYTES = 4 * 1024 * 1024
-_HESSIAN_ROWS = 1024
 _SAMPLE_ROWS = 1024
 _TABLE_ROWS = 2048
-
-
-class InputStatistics:
-    """What is known of a Linear's input after calibration.
-
-    Attributes:
-        low: float32 ``[in]``, smallest value of every channel.
-        high: float32 ``[in]``, largest value.
-        rows: tokens seen.
-        hessian: float32 ``[in, in]`` ``Σ x xᵀ``, or ``None`` when it was not asked for.
-        group: where in the graph the input is.
-        sample: float32 ``[rows, in]`` parts, some of the rows, where they were asked for.
-        matrices: float32 ``[in, out]`` weights of the Linears that read the input, until the next layer.
-
-    Args:
-        group: see above.
-        width: its channels.
-        scratch: folder for a large Hessian, which is mapped from there; ``None``: it is not wanted.
-    """
-
-    def __init__(self, group: LinearGroup, width: int, scratch: Path | None) -> None:
-        self.group = group
-        self.rows = 0
-        self.low = np.full(width, np.inf, np.float32)
-        self.high = np.full(width, -np.inf, np.float32)
-        self.total = np.zeros(width, np.float64)
-        self.hessian = None if scratch is None else _zeros((width, width), scratch)
-        self.weight_peak = np.zeros(width, np.float32)
-        self.sample: list[FloatArray] = []
-        self.matrices: list[FloatArray] = []
-
-    def add(self, x: FloatArray) -> None:
-        """Account for float32 ``[rows, in]`` of attended tokens."""
-        self.rows += len(x)
-        np.minimum(self.low, x.min(axis=0), out=self.low)
-        np.maximum(self.high, x.max(axis=0), out=self.high)
-        self.total += x.sum(axis=0, dtype=np.float64)
-        if self.hessian is not None:
-            for start in range(0, len(self.hessian), _HESSIAN_ROWS):  # bounds the product's memory
-                rows = slice(start, start + _HESSIAN_ROWS)
-                self.hessian[rows] += x[:, rows].T @ x
 
 
 def calibrate(
@@ -250,65 +206,3 @@ def behind_states(architecture: Architecture, weights: Weights) -> TransformerGr
     g = Graph(weights=weights, scheme=Float32Scheme())
     g.input(HIDDEN, TensorProto.FLOAT, [*TOKENS, architecture.hidden_size])
     return TransformerGraph(g, architecture)
-
-
-class WeightSession:
-    """A graph whose weights are inputs, so that ONNX Runtime keeps no packed copies.
-
-    Attributes:
-        weights: by the name of their input; large ones are mapped from files in ``scratch``.
-
-    Args:
-        g: the graph, which this completes.
-        scratch: folder for large weights.
-    """
-
-    def __init__(self, g: Graph, scratch: Path) -> None:
-        g.prune()
-        self.weights: dict[str, FloatArray] = {}
-        for initializer in g.initializers.values():
-            for spec, array in zip(initializer.specs, initializer.compute(), strict=True):
-                self.weights[spec.name] = _spilled(np.ascontiguousarray(array), scratch)
-                info = helper.make_tensor_value_info(spec.name, spec.elem_type, spec.shape)
-                g.inputs.append(info)
-        for output in g.outputs:
-            output.type.tensor_type.ClearField("shape")
-        options = load_onnxruntime().SessionOptions()
-        options.enable_cpu_mem_arena = False
-        options.log_severity_level = 3
-        model = to_model(g, [], "calibration", {})
-        self._session = open_session(model.SerializeToString(), options, ["CPUExecutionProvider"])
-        self._inputs = {i.name for i in self._session.get_inputs()}
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[FloatArray]:
-        """The outputs for some inputs, of which the graph takes those it has, and its weights.
-
-        Args:
-            feeds: by name; a weight among them replaces the session's own.
-        """
-        given = {**self.weights, **feeds}
-        accepted = {name: value for name, value in given.items() if name in self._inputs}
-        outputs: list[FloatArray] = self._session.run(None, accepted)
-        return outputs
-
-
-def _spilled(array: FloatArray, scratch: Path) -> FloatArray:
-    """A large array as a mapped file that has no name any more; a small one as it is."""
-    if array.nbytes < SPILL_BYTES:
-        return array
-    with tempfile.TemporaryFile(dir=scratch) as file:
-        array.tofile(file)
-        file.flush()
-        return np.memmap(file, array.dtype, "r", shape=array.shape)
-
-
-def _zeros(shape: tuple[int, int], scratch: Path) -> FloatArray:
-    """Zeros, in a mapped file that has no name where they are many."""
-    nbytes = 4 * shape[0] * shape[1]
-    if nbytes < SPILL_BYTES:
-        return np.zeros(shape, np.float32)
-    with tempfile.TemporaryFile(dir=scratch) as file:
-        for start in range(0, nbytes, 1 << 20):  # a full disk is an error here, not a crash later
-            file.write(bytes(min(1 << 20, nbytes - start)))
-        file.flush()
-        return np.memmap(file, np.float32, "r+", shape=shape)

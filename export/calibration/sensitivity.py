@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from embedge.export.calibration.layers import (
     HIDDEN,
     Layer,
-    WeightSession,
     behind_states,
     first_states,
 )
 from embedge.export.calibration.tokens import TokenBatch, token_batches
+from embedge.export.calibration.weight_session import WeightSession
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.task_graph import embedding

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.calibration.layers import InputStatistics, calibrate
+from embedge.export.calibration.layers import calibrate
+from embedge.export.calibration.statistics import InputStatistics
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.values import ScaleSink

@@ -2,7 +2,7 @@
 
 task, precision   what it is
 onnxruntime       least version that computes it right
-session_config    the session option that its 8-bit products need on x86-64 without VNNI
+session_config    the session option that its 8-bit matmuls need on x86-64 without VNNI
 output            what has been done to ``embedding`` already
 tokens            JSON: max_length, pad_token_id, truncation_side; rows are padded on the right
 prompts           JSON: texts by name, and the name of the default one; none: no such key

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
 from embedge.export import export_bundle
-from embedge.export.calibration.layers import InputStatistics
 from embedge.export.calibration.smoothing import rotated_constants
+from embedge.export.calibration.statistics import InputStatistics
 from embedge.export.errors import CheckpointError
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.onnx_model import to_model

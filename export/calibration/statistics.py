@@ -1,0 +1,58 @@
+"""What calibration learns of the inputs of Linears."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.export.calibration.scratch import mapped_zeros
+from embedge.export.graph.values import LinearGroup
+
+FloatArray = NDArray[np.float32]
+
+_HESSIAN_ROWS = 1024
+
+
+class InputStatistics:
+    """What is known of a Linear's input after calibration.
+
+    Attributes:
+        group: where in the graph the input is.
+        low: float32 ``[in]``, smallest value of every channel.
+        high: float32 ``[in]``, largest value.
+        rows: tokens seen.
+        total: float64 ``[in]``, sum of every channel.
+        hessian: float32 ``[in, in]`` ``Σ x xᵀ``, or ``None`` when it was not asked for.
+        sample: float32 ``[rows, in]`` parts, some of the rows, where they were asked for.
+        weight_peak: float32 ``[in]``, largest magnitude of every row of the matrices.
+        matrices: float32 ``[in, out]`` weights of the Linears that read the input, until the next layer.
+
+    Args:
+        group: see above.
+        width: its channels.
+        scratch: folder for a large Hessian, which is mapped from there; ``None``: it is not wanted.
+    """
+
+    def __init__(self, group: LinearGroup, width: int, scratch: Path | None) -> None:
+        self.group = group
+        self.rows = 0
+        self.low = np.full(width, np.inf, np.float32)
+        self.high = np.full(width, -np.inf, np.float32)
+        self.total = np.zeros(width, np.float64)
+        self.hessian = None if scratch is None else mapped_zeros((width, width), scratch)
+        self.weight_peak = np.zeros(width, np.float32)
+        self.sample: list[FloatArray] = []
+        self.matrices: list[FloatArray] = []
+
+    def add(self, x: FloatArray) -> None:
+        """Account for float32 ``[rows, in]`` of attended tokens."""
+        self.rows += len(x)
+        np.minimum(self.low, x.min(axis=0), out=self.low)
+        np.maximum(self.high, x.max(axis=0), out=self.high)
+        self.total += x.sum(axis=0, dtype=np.float64)
+        if self.hessian is not None:
+            for start in range(0, len(self.hessian), _HESSIAN_ROWS):  # bounds the matmul's memory
+                rows = slice(start, start + _HESSIAN_ROWS)
+                self.hessian[rows] += x[:, rows].T @ x
