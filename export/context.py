@@ -18,14 +18,13 @@ from embedge.export.calibration.smoothing import smoothing_constants
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.graph.scheme import Scheme
 from embedge.export.model import Model
-from embedge.export.options import INT4, ExportOptions
+from embedge.export.options import ExportOptions
 from embedge.export.progress import Progress
 from embedge.export.schemes.floats import Float16Scheme
 from embedge.export.schemes.int4 import Int4Scheme
-from embedge.export.schemes.registry import make_scheme
+from embedge.export.schemes.registry import PRECISIONS, make_scheme
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.export.weights.tensors import Weights
-from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.errors import EmbedgeValueError
 
@@ -106,7 +105,7 @@ class ExportContext:
         base = self.model.weights(self.model.base, self.scheme(precision))
         budget = self.options.budget if precision == "int4" else None
         smallest = 0 if budget is None else self._smallest(budget, batches)
-        if precision in ("int8", "int4") and not self.constants:  # the same for both
+        if PRECISIONS[precision].smoothed and not self.constants:  # the same for both
             architecture = self.model.architecture.text_only()
             found = smoothing_constants(
                 architecture,
@@ -123,7 +122,7 @@ class ExportContext:
             gains = self._gains(base, batches, scratch)
             eight_bit = sorted(within_budget(gains, smallest, budget))
         keep = {**self.options.keep, **{glob.escape(label): "int8" for label in eight_bit}}
-        names = (precision, UNPACKED_PRECISION) if precision == "int4" else (precision,)
+        names = (precision, *PRECISIONS[precision].beside)
         schemes = {n: self.scheme(n, keep=keep, calibrated=bool(batches)) for n in names}
         return schemes, eight_bit
 
@@ -157,22 +156,23 @@ class ExportContext:
 
     def tower_scheme(self, precision: str) -> Scheme:
         """That of the vision tower: images lose more than texts, so no 4 bits but 8, or float16."""
-        if precision == "int4-fp16":
-            return Float16Scheme(rotates=True)
-        return self.scheme("int8" if precision == "int4" else precision)
+        tower = PRECISIONS[precision].tower or precision
+        if tower != precision and tower == "fp16":
+            return Float16Scheme(rotates=True)  # as the language tower
+        return self.scheme(tower)
 
     def stated_options(self, precision: str, *, calibrated: bool) -> dict[str, Any]:
         """What the manifest says about how a precision was made."""
         stated: dict[str, Any] = {}
-        if precision in ("int8", *INT4):
+        method = PRECISIONS[precision].method
+        if method is not None:
             texts = self.options.calibration
             named = texts.name if isinstance(texts, Path) else texts
             stated["calibration"] = named if calibrated else "none"
             stated["keep"] = dict(self.options.keep)
-            method = "int8" if precision == "int8" else "int4"
             stated["method"] = self.methods(calibrated=calibrated)[method]
             stated["rotation"] = bool(self.model.architecture.streams())
-        if precision in INT4:
+        if method == "int4":
             stated["block_size"] = self.block_size
         return stated
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embedge.export.schemes.registry import KEPT, PRECISIONS
 from embedge.export.source.sentence_transformers import POOLINGS
 from embedge.runtime.arguments import parse_bytes
-from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
 
-__all__ = ["INT4", "POOLINGS", "PRECISIONS", "ExportOptions", "check_dims", "check_tasks"]
+__all__ = ["POOLINGS", "ExportOptions", "check_dims", "check_tasks"]
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "int4-fp16")
-INT4 = ("int4", "int4-fp16")  # on the CPU, on GPUs
 _MODALITIES = ("all", "text")
 _METHODS = ("gptq", "rtn")
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -165,7 +163,11 @@ def _precisions(precisions: object) -> tuple[str, ...]:
             "precisions",
             expected.format("some")
             + (", ".join(map(repr, unknown)) or "none")
-            + ("; an int4 export has it too" if unknown == [UNPACKED_PRECISION] else ""),
+            + "".join(
+                f"; an {name} export has it too"
+                for name, precision in PRECISIONS.items()
+                if len(unknown) == 1 and unknown[0] in precision.beside
+            ),
         )
     return tuple(dict.fromkeys(given))
 
@@ -175,7 +177,7 @@ def _check_keep(keep: Mapping[Any, Any], precisions: Sequence[str]) -> None:
     for pattern, precision in keep.items():
         if not isinstance(pattern, str):
             raise _refused("keep", f": expected patterns of layer names, found {pattern!r}")
-        if precision not in ("fp32", "int8"):
+        if precision not in KEPT:
             raise _refused("keep", f" {pattern!r}={precision!r}: expected 'fp32' or 'int8'")
         if precision == "int8" and "int4-fp16" in precisions:
             raise _refused(

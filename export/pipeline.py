@@ -11,9 +11,10 @@ from embedge.export.calibration.texts import calibration_texts, with_prompts
 from embedge.export.calibration.tokens import MAX_TOKENS_PER_TEXT, TokenBatch, token_batches
 from embedge.export.context import ExportContext
 from embedge.export.errors import ExportError
-from embedge.export.options import INT4, ExportOptions, check_dims
+from embedge.export.options import ExportOptions, check_dims
 from embedge.export.progress import Progress
 from embedge.export.reading import read_model
+from embedge.export.schemes.registry import PRECISIONS
 from embedge.export.writing.bundle import additions, clear_up, new_bundle
 from embedge.export.writing.existing import check_kept, read_existing
 from embedge.export.writing.files import dump, list_files, relative_files, write_new
@@ -114,9 +115,9 @@ def _finish(folder: Path, manifest: Manifest, new: Iterable[str]) -> None:
 
 def _uses_calibration(options: ExportOptions, todo: Mapping[str, Sequence[str]]) -> bool:
     """Whether a precision's numbers depend on calibration texts."""
-    if "int8" in todo or "int4" in todo:
-        return True
-    return options.int4_method == "gptq" and any(p in todo for p in INT4)
+    wanted = [PRECISIONS[name] for name in todo]
+    rounded = any(precision.method == "int4" for precision in wanted)
+    return any(p.smoothed for p in wanted) or (rounded and options.int4_method == "gptq")
 
 
 def _missing(

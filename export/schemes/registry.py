@@ -1,8 +1,9 @@
-"""From a precision's name to the scheme that writes its graphs."""
+"""Which precisions there are, what an export at one takes, and the scheme that writes its graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from embedge.export.graph.scheme import Scheme
 from embedge.export.schemes.floats import Float16Scheme, Float32Scheme
@@ -14,6 +15,33 @@ from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.runtime.bundle.contract import UNPACKED_PRECISION
 
 Constants = Mapping[tuple[str, ...], SmoothingConstants]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What an export at a precision takes.
+
+    Attributes:
+        method: which method rounds its weights, that of "int8" or that of "int4"; ``None``: they are floats.
+        smoothed: whether it has constants of Linear inputs, which calibration finds.
+        beside: precisions that run the same files in another way; they are written with it.
+        tower: the vision tower's precision where it is another, as images lose more by 4 bits than texts.
+    """
+
+    method: str | None = None
+    smoothed: bool = False
+    beside: tuple[str, ...] = ()
+    tower: str | None = None
+
+
+PRECISIONS = {
+    "fp32": Precision(),
+    "fp16": Precision(),
+    "int8": Precision(method="int8", smoothed=True),
+    "int4": Precision(method="int4", smoothed=True, beside=(UNPACKED_PRECISION,), tower="int8"),
+    "int4-fp16": Precision(method="int4", tower="fp16"),
+}
+KEPT = ("fp32", "int8")  # precisions that some layers of an int8 or int4 export may have
 
 
 def make_scheme(
@@ -83,4 +111,4 @@ def _that_hold(
     }
 
 
-__all__ = ["make_scheme"]
+__all__ = ["KEPT", "PRECISIONS", "make_scheme"]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from embedge.export.errors import ExportError
-from embedge.export.options import PRECISIONS
+from embedge.export.schemes.registry import PRECISIONS
 from embedge.export.writing.existing import is_bundle, read_existing
 from embedge.export.writing.files import relative_files
 from embedge.runtime.bundle.contract import CARD, MANIFEST

@@ -15,8 +15,8 @@ from embedge.export.families.base import Tower
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import Scheme, Target
-from embedge.export.options import INT4
 from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
+from embedge.export.schemes.registry import PRECISIONS
 from embedge.export.weights.tensors import BASE
 from embedge.export.writing.graph_files import (
     GRAPH,
@@ -193,7 +193,7 @@ def _check_same_rotation(context: ExportContext, precision: str) -> None:
     old = context.old.precisions.get(precision) if context.old else None
     if context.model.tower is None or old is None:
         return
-    if not old.options.get("rotation", False) and precision in ("int8", *INT4):
+    if not old.options.get("rotation", False) and PRECISIONS[precision].method:
         raise EmbedgeValueError(
             f"{context.options.out}: its {precision} vision tower was exported by an earlier version, without "
             "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
