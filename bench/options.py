@@ -7,14 +7,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embedge.bench.errors import BenchArgumentError
-from embedge.bench.measure.latency import SHAPES, Shape
 from embedge.runtime.sessions.device import PROVIDERS
 
-__all__ = ["BenchOptions", "Effort"]
+__all__ = ["FULL", "QUICK", "SHAPES", "BenchOptions", "Profile", "Shape"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effort:
+class Shape:
+    """Token batches of one size.
+
+    Attributes:
+        batch: texts a batch.
+        tokens: tokens a text, special tokens included.
+    """
+
+    batch: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """``"32x128"``: batch × tokens."""
+        return f"{self.batch}x{self.tokens}"
+
+    @staticmethod
+    def parse(name: str) -> Shape:
+        """Return the shape of a :attr:`name`.
+
+        Raises:
+            BenchError: it is none.
+        """
+        batch, _, tokens = name.partition("x")
+        if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
+            raise BenchArgumentError(f"--shapes {name}: expected BATCHxTOKENS, such as 8x64")
+        return Shape(batch=int(batch), tokens=int(tokens))
+
+    def rounds(self, rounds: int) -> int:
+        """Return how often to time it: what is short varies more, and costs less."""
+        return rounds * (4 if self.batch == 1 and self.tokens <= 128 else 1)
+
+
+SHAPES = tuple(Shape(batch=b, tokens=t) for b, t in ((1, 16), (1, 128), (32, 32), (32, 128)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
     """How much is measured.
 
     Attributes:
@@ -24,12 +60,16 @@ class Effort:
         singles: texts that are timed one by one, 0 for none.
         invariance: texts of the batch-invariance check, 0 for no check.
         eval_sets: most evaluation files a task.
-        warm_up: untimed rounds before the timed ones.
-        process_repeats: child processes for cold start and memory, each system.
-        peer_variants: the most variants of a peer that is not named with its variant.
-        torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
         latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
             the numbers they hold.
+        warm_up: untimed rounds before the timed ones.
+        process_repeats: child processes for cold start, task switch and memory, each system; 0 for none.
+        peer_variants: the most variants of a peer that is not named with its variant.
+        torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
+        others: measure merged torch and the usual peers where the call names none.
+
+    Raises:
+        BenchArgumentError: no round, or fewer texts than top-10 overlap needs.
     """
 
     texts: int | None
@@ -43,10 +83,16 @@ class Effort:
     process_repeats: int = 3
     peer_variants: int | None = None
     torch_quality: bool = True
+    others: bool = True
+
+    def __post_init__(self) -> None:
+        for option, number, least in (("rounds", self.rounds, 1), ("limit", self.texts, 11)):
+            if number is not None and number < least:
+                raise BenchArgumentError(f"--{option} {number}: expected a number from {least}")
 
 
-FULL = Effort(texts=None, rows=None, rounds=15, singles=100, invariance=96)
-QUICK = Effort(
+FULL = Profile(texts=None, rows=None, rounds=15, singles=100, invariance=96)
+QUICK = Profile(
     texts=64,
     rows=150,
     rounds=3,
@@ -78,9 +124,7 @@ class BenchOptions:
         pooling: where the source's files name none.
         threads: threads of every system, ``None`` for the cores this process has.
         device: what every system runs on, "cpu" or "cuda"; the peers run on the CPU alone.
-        effort: how much; ``FULL`` or ``QUICK``.
-        process: measure cold start, task switch and memory in child processes.
-        latency: measure latency.
+        profile: how much; ``FULL``, ``QUICK``, or one made of them.
         torch_types: in which merged torch is measured beside the bundle, "float32", "bfloat16" and on
             CUDA "float16", or ``("none",)``; ``None``: those that the device multiplies itself.
         shapes: of the token batches that are timed.
@@ -97,9 +141,7 @@ class BenchOptions:
     pooling: str | None = None
     threads: int | None = None
     device: str = "cpu"
-    effort: Effort = FULL
-    process: bool = True
-    latency: bool = True
+    profile: Profile = FULL
     torch_types: Sequence[str] | None = None
     shapes: Sequence[Shape] = SHAPES
 

@@ -13,7 +13,15 @@ import psutil
 import torch
 
 from embedge.bench.errors import BenchArgumentError
-from embedge.bench.measure import texts as data_files
+from embedge.bench.measure.texts import (
+    EvalSet,
+    Text,
+    default_texts,
+    limited,
+    read_eval,
+    read_texts,
+    subset,
+)
 from embedge.bench.options import BenchOptions
 from embedge.bench.peers.registry import chosen_peers
 from embedge.bench.systems.backbone import adapter_folder
@@ -56,8 +64,8 @@ class Plan:
     adapters: dict[str, Path]
     peers: list[str]
     torch_types: tuple[str, ...]
-    texts: list[data_files.Text]
-    evaluations: dict[str, list[data_files.EvalSet]]
+    texts: list[Text]
+    evaluations: dict[str, list[EvalSet]]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -68,7 +76,7 @@ class Plan:
     @property
     def timed_tasks(self) -> list[str]:
         """The tasks whose latency is measured."""
-        return self.tasks[: self.options.effort.latency_tasks] if self.options.latency else []
+        return self.tasks[: self.options.profile.latency_tasks]
 
     @property
     def dims(self) -> list[int]:
@@ -81,8 +89,8 @@ class Plan:
         """How many steps a progress bar has."""
         systems = 1 + len(self.torch_types) + len(self.precisions)
         systems += len(self.peers) + bool(self.peers)
-        processes = (len(self.precisions) + 1) * self.options.process
-        timed = len(self.options.shapes) + bool(self.options.effort.singles)
+        processes = (len(self.precisions) + 1) * bool(self.options.profile.process_repeats)
+        timed = len(self.options.shapes) + bool(self.options.profile.singles)
         return len(self.tasks) * systems + timed * len(self.timed_tasks) + processes
 
 
@@ -110,7 +118,7 @@ def make_plan(options: BenchOptions) -> Plan:
         precisions=_precisions(options, runnable),
         adapters=_adapters(options, bundle, tasks),
         peers=_peers(options, notes),
-        torch_types=choose_torch_types(options.torch_types, device, notes),
+        torch_types=choose_torch_types(_named(options, options.torch_types), device, notes),
         texts=_texts(options, notes),
         evaluations=_evaluations(options, list(declared), tasks, notes),
         notes=notes,
@@ -121,7 +129,7 @@ def make_plan(options: BenchOptions) -> Plan:
             f"latency was measured on {', '.join(plan.timed_tasks)} alone; the graphs of "
             f"{', '.join(untimed)} differ from it only in the numbers they hold"
         )
-    if "float32" in plan.torch_types and not options.effort.torch_quality:
+    if "float32" in plan.torch_types and not options.profile.torch_quality:
         notes.append(
             "fidelity and quality of torch fp32 are the yardstick's own, not measured again merged"
         )
@@ -150,7 +158,13 @@ def _precisions(options: BenchOptions, runnable: Sequence[str]) -> list[str]:
 def _peers(options: BenchOptions, notes: list[str]) -> list[str]:
     if options.device != "cpu":
         return []
-    return chosen_peers(options.peers, notes.append, options.effort.peer_variants)
+    names = _named(options, options.peers)
+    return chosen_peers(names, notes.append, options.profile.peer_variants)
+
+
+def _named(options: BenchOptions, names: Sequence[str] | None) -> Sequence[str] | None:
+    """What to compare with; where the call names nothing and nothing else is wanted, nothing."""
+    return ("none",) if names is None and not options.profile.others else names
 
 
 def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
@@ -186,10 +200,10 @@ def _adapters(options: BenchOptions, bundle: Bundle, tasks: Sequence[str]) -> di
     return {task: adapter_folder(task, options.adapters[task]) for task in adapted}
 
 
-def _texts(options: BenchOptions, notes: list[str]) -> list[data_files.Text]:
+def _texts(options: BenchOptions, notes: list[str]) -> list[Text]:
     file = options.texts
-    texts = data_files.default_texts() if file is None else data_files.read_texts(file)
-    rows = data_files.subset(len(texts), options.effort.texts)
+    texts = default_texts() if file is None else read_texts(file)
+    rows = subset(len(texts), options.profile.texts)
     if len(rows) < len(texts):
         notes.append(f"fidelity on {len(rows)} of {len(texts)} texts, drawn by a seed")
     return [texts[i] for i in rows]
@@ -197,9 +211,9 @@ def _texts(options: BenchOptions, notes: list[str]) -> list[data_files.Text]:
 
 def _evaluations(
     options: BenchOptions, declared: Sequence[str], tasks: Sequence[str], notes: list[str]
-) -> dict[str, list[data_files.EvalSet]]:
-    effort = options.effort
-    result: dict[str, list[data_files.EvalSet]] = {task: [] for task in tasks}
+) -> dict[str, list[EvalSet]]:
+    profile = options.profile
+    result: dict[str, list[EvalSet]] = {task: [] for task in tasks}
     for task, file in options.evaluations:
         if task not in declared:
             raise BenchArgumentError(
@@ -207,13 +221,15 @@ def _evaluations(
             )
         if task not in result:
             continue
-        if effort.eval_sets is not None and len(result[task]) >= effort.eval_sets:
-            notes.append(f"{file.stem} was left out: one labelled set a task")
+        most = profile.eval_sets
+        if most is not None and len(result[task]) >= most:
+            if most:
+                notes.append(f"{file.stem} was left out: one labelled set a task")
             continue
-        whole = data_files.read_eval(file)
-        result[task].append(data_files.limited(whole, effort.rows))
-        if effort.rows is not None and len(whole.first) > effort.rows:
-            note = f"{whole.name}: {effort.rows} of {len(whole.first)} rows, drawn by a seed"
+        whole = read_eval(file)
+        result[task].append(limited(whole, profile.rows))
+        if profile.rows is not None and len(whole.first) > profile.rows:
+            note = f"{whole.name}: {profile.rows} of {len(whole.first)} rows, drawn by a seed"
             if whole.scores is None:
                 note += "; fewer passages to choose from make retrieval look easier"
             notes.append(note)

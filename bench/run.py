@@ -62,7 +62,7 @@ def run_bench(
     with tqdm(total=plan.steps, disable=not show_progress_bar, file=sys.stderr, unit="step") as bar:
         run = _Run(plan, bar, lines)
         rows = [row for task in plan.tasks for row in run.task_rows(task)]
-        process = run.processes() if options.process else {}
+        process = run.processes() if options.profile.process_repeats else {}
     return Report(
         bundle=plan.bundle.root.resolve().name,
         source=plan.manifest.source.to_dict(),
@@ -77,7 +77,7 @@ def run_bench(
             "evaluations": {t: [e.name for e in sets] for t, sets in plan.evaluations.items()},
             "latency_tasks": plan.timed_tasks,
             "shapes": [shape.name for shape in options.shapes],
-            "effort": asdict(options.effort),
+            "effort": asdict(options.profile),
             "seconds": round(time.monotonic() - started, 1),
         },
         notes=tuple(dict.fromkeys(plan.notes)),
@@ -94,7 +94,7 @@ class _Run:
         self._plan = plan
         self._lines = lines
         self._steps = 0
-        self._effort = plan.options.effort
+        self._profile = plan.options.profile
         self._bar = bar
 
     def task_rows(self, task: str) -> Iterator[Row]:
@@ -114,7 +114,7 @@ class _Run:
             figures = {}
             for system in systems:
                 self._step(f"{task}: {system.name}")
-                figures[system.name] = vectors_against(system, data, reference, self._effort)
+                figures[system.name] = vectors_against(system, data, reference, self._profile)
             if task in plan.timed_tasks:
                 texts = [text.text for text in plan.texts]
                 self._note_long_shapes(merged.tokens.max_length)
@@ -123,7 +123,7 @@ class _Run:
                     merged.tokens,
                     texts,
                     plan.options.shapes,
-                    self._effort,
+                    self._profile,
                     lambda name: self._step(f"{task}: {name}"),
                 )
                 figures = {name: values | times[name] for name, values in figures.items()}
@@ -181,7 +181,7 @@ class _Run:
             tasks = [task for task in plan.tasks if task in graphs]
             own = {"bundle": str(plan.bundle.root.resolve()), "precision": precision}
             job = {"system": "embedge", "tasks": tasks, **own, **common}
-            result[f"embedge {precision}"] = measure_process(job, self._effort.process_repeats)
+            result[f"embedge {precision}"] = measure_process(job, self._profile.process_repeats)
         self._step("cold start, torch")
         adapter = plan.adapters.get(plan.tasks[0])
         job = {
@@ -191,7 +191,7 @@ class _Run:
             "pooling": plan.source.pooling,
             **common,
         }
-        result[TORCH_FP32] = measure_process(job, self._effort.process_repeats)
+        result[TORCH_FP32] = measure_process(job, self._profile.process_repeats)
         return result
 
     def _note_long_shapes(self, most: int) -> None:

@@ -11,19 +11,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from embedge.bench.errors import BenchArgumentError
+from embedge.bench.options import Profile
 from embedge.bench.report.report import Report, Row
 
-__all__ = ["BARS", "Check", "check_bars"]
+__all__ = ["TARGETS", "Check", "check_targets", "profile_for"]
+
+# What they need measured, so that asking for a target measures no more.
+_OF_VECTORS, _OF_QUALITY, _OF_LATENCY = {1, 2, 3}, {2}, {4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One promise on one row, or in one place."""
 
-    bar: int
+    target: int
     what: str
     found: str
     wanted: str
@@ -32,23 +36,43 @@ class Check:
     def line(self) -> str:
         """Return a line for the terminal."""
         verdict = "pass" if self.passed else "FAIL"
-        return f"{verdict}  bar {self.bar}  {self.what}: {self.found} (wanted {self.wanted})"
+        return f"{verdict}  target {self.target}  {self.what}: {self.found} (wanted {self.wanted})"
 
 
-def check_bars(report: Report, bars: Sequence[int]) -> list[Check]:
-    """Return the checks of the named bars; a bar that the report cannot answer fails.
+def profile_for(targets: Sequence[int], profile: Profile) -> Profile:
+    """Return what of ``profile`` the named targets need measured.
 
     Raises:
-        BenchError: no such bar.
+        BenchArgumentError: no such target.
     """
-    unknown = [bar for bar in bars if bar not in BARS]
+    _check_known(targets)
+    named = set(targets)
+    profile = replace(profile, process_repeats=0)
+    if not named & _OF_VECTORS:
+        profile = replace(profile, texts=64, invariance=1)
+    if not named & _OF_QUALITY:
+        profile = replace(profile, eval_sets=0)
+    return profile if named & _OF_LATENCY else replace(profile, latency_tasks=0, others=False)
+
+
+def check_targets(report: Report, targets: Sequence[int]) -> list[Check]:
+    """Return the checks of the named targets; a target that the report cannot answer fails.
+
+    Raises:
+        BenchArgumentError: no such target.
+    """
+    _check_known(targets)
+    return [
+        check
+        for number in targets
+        for check in list(TARGETS[number](report)) or [_unmeasured(number)]
+    ]
+
+
+def _check_known(targets: Sequence[int]) -> None:
+    unknown = [target for target in targets if target not in TARGETS]
     if unknown:
-        raise BenchArgumentError(f"--bar {unknown[0]}: known are {', '.join(map(str, BARS))}")
-    checks = []
-    for bar in bars:
-        found = list(BARS[bar](report))
-        checks += found or [_unmeasured(bar)]
-    return checks
+        raise BenchArgumentError(f"--target {unknown[0]}: known are {', '.join(map(str, TARGETS))}")
 
 
 def _exact(report: Report) -> Iterator[Check]:
@@ -68,13 +92,7 @@ def _close(report: Report) -> Iterator[Check]:
             for evaluation, figures in row.quality.items():
                 at = figures["dims"][max(figures["dims"], key=int)]
                 lost = -at["difference"] * 100
-                yield Check(
-                    bar=2,
-                    what=f"{name} on {evaluation}, points lost",
-                    found=f"{lost:.2f}",
-                    wanted=f"at most {points}",
-                    passed=lost <= points,
-                )
+                yield _at_most(2, f"{name} on {evaluation}, points lost", lost, points, digits=2)
 
 
 def _invariant(report: Report) -> Iterator[Check]:
@@ -101,12 +119,8 @@ def _small(report: Report) -> Iterator[Check]:
     for precision, limit in (("int8", 0.55), ("int4", 0.35)):
         if precision in report.sizes and whole:
             share = report.sizes[precision] / whole
-            yield Check(
-                bar=5,
-                what=f"{precision}, all tasks, of one fp32 backbone",
-                found=f"{share:.3f}",
-                wanted=f"at most {limit}",
-                passed=share <= limit,
+            yield _at_most(
+                5, f"{precision}, all tasks, of one fp32 backbone", share, limit, digits=3
             )
 
 
@@ -114,20 +128,29 @@ def _rows(report: Report, precision: str) -> list[Row]:
     return [row for row in report.rows if row.precision == precision]
 
 
-def _at_least(bar: int, what: str, found: float | None, wanted: float) -> Check:
+def _at_least(target: int, what: str, found: float | None, wanted: float) -> Check:
     if found is None:
-        return _unmeasured(bar, what)
+        return _unmeasured(target, what)
     shown = f"{found:.8g}" if isinstance(found, float) else str(found)
     return Check(
-        bar=bar, what=what, found=shown, wanted=f"at least {wanted}", passed=found >= wanted
+        target=target, what=what, found=shown, wanted=f"at least {wanted}", passed=found >= wanted
     )
 
 
-def _unmeasured(bar: int, what: str = "") -> Check:
-    return Check(bar=bar, what=what or "it", found="not measured", wanted="a figure", passed=False)
+def _at_most(target: int, what: str, found: float, wanted: float, digits: int) -> Check:
+    shown = f"{found:.{digits}f}"
+    return Check(
+        target=target, what=what, found=shown, wanted=f"at most {wanted}", passed=found <= wanted
+    )
 
 
-BARS: dict[int, Callable[[Report], Iterator[Check]]] = {
+def _unmeasured(target: int, what: str = "") -> Check:
+    return Check(
+        target=target, what=what or "it", found="not measured", wanted="a figure", passed=False
+    )
+
+
+TARGETS: dict[int, Callable[[Report], Iterator[Check]]] = {
     1: _exact,
     2: _close,
     3: _invariant,

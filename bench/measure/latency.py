@@ -10,54 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.bench.errors import BenchArgumentError
-
-__all__ = ["SHAPES", "Shape", "alternate", "percentiles", "ratio"]
+__all__ = ["Times", "alternate", "percentiles", "ratio"]
 
 Times = NDArray[np.float64]
 Runs = Mapping[str, Callable[[], object]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Token batches of one size.
-
-    Attributes:
-        batch: texts a batch.
-        tokens: tokens a text, special tokens included.
-    """
-
-    batch: int
-    tokens: int
-
-    @property
-    def name(self) -> str:
-        """``"32x128"``: batch × tokens."""
-        return f"{self.batch}x{self.tokens}"
-
-    @staticmethod
-    def parse(name: str) -> Shape:
-        """Return the shape of a :attr:`name`.
-
-        Raises:
-            BenchError: it is none.
-        """
-        batch, _, tokens = name.partition("x")
-        if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
-            raise BenchArgumentError(f"--shapes {name}: expected BATCHxTOKENS, such as 8x64")
-        return Shape(batch=int(batch), tokens=int(tokens))
-
-    def rounds(self, rounds: int) -> int:
-        """Return how often to time it: what is short varies more, and costs less."""
-        return rounds * (4 if self.batch == 1 and self.tokens <= 128 else 1)
-
-
-SHAPES = tuple(Shape(batch=b, tokens=t) for b, t in ((1, 16), (1, 128), (32, 32), (32, 128)))
 
 
 def alternate(

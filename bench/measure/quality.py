@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from embedge.bench.measure.texts import EvalSet
 from embedge.quant.fidelity import cosine_rows, spearman
@@ -108,8 +109,7 @@ def _weighted(weights: Floats, x: Floats, y: Floats) -> Floats:
 
 
 def _centred_ranks(x: Floats) -> Floats:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
+    ranks: Floats = rankdata(x)
     centred: Floats = (ranks - ranks.mean()) / len(ranks)
     return centred
 

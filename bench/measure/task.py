@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.bench.measure.fidelity import batch_invariance, by_kind, fidelity
-from embedge.bench.measure.latency import Shape, Times, alternate, percentiles, ratio
+from embedge.bench.measure.latency import Times, alternate, percentiles, ratio
 from embedge.bench.measure.quality import Quality, compare, quality, truncated
 from embedge.bench.measure.texts import EvalSet, Text
-from embedge.bench.options import Effort
+from embedge.bench.options import Profile, Shape
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.system import System, TorchSystem
 from embedge.bench.systems.tokens import TextTokens
@@ -66,11 +66,11 @@ def reference_vectors(reference: Reference, data: TaskData) -> ReferenceVectors:
 
 
 def vectors_against(
-    system: System, data: TaskData, reference: ReferenceVectors, effort: Effort
+    system: System, data: TaskData, reference: ReferenceVectors, profile: Profile
 ) -> Figures:
     """Return the fields of a row that come from vectors: fidelity, quality, invariance."""
     texts = [text.text for text in data.texts]
-    own = effort.torch_quality or system.name != TORCH_FP32
+    own = profile.torch_quality or system.name != TORCH_FP32
     ours = system.encode(texts) if own else reference.texts
     figures: Figures = {
         "fidelity": fidelity(ours, reference.texts, data.dims),
@@ -90,9 +90,9 @@ def vectors_against(
             "items": len(qualities[evaluation.name, data.dims[0]].items),
             "dims": dims,
         }
-    if system.role != "torch" and effort.invariance:
-        step = max(1, len(texts) // effort.invariance)
-        figures["invariance"] = batch_invariance(system.encode, texts[::step][: effort.invariance])
+    if system.role != "torch" and profile.invariance:
+        step = max(1, len(texts) // profile.invariance)
+        figures["invariance"] = batch_invariance(system.encode, texts[::step][: profile.invariance])
     return figures
 
 
@@ -101,7 +101,7 @@ def latency(
     tokens: TextTokens,
     texts: Sequence[str],
     shapes: Sequence[Shape],
-    effort: Effort,
+    profile: Profile,
     step: Callable[[str], None],
 ) -> dict[str, Figures]:
     """Return ``single`` and ``shapes`` of each system, timed in turn.
@@ -113,7 +113,7 @@ def latency(
         tokens: makes the ids that every system gets.
         texts: where the ids come from, and what is embedded one by one.
         shapes: of the token batches.
-        effort: rounds and texts.
+        profile: rounds and texts.
         step: told the name of what is about to be timed.
     """
     result: dict[str, Figures] = {s.name: {"single": {}, "shapes": {}} for s in systems}
@@ -123,13 +123,13 @@ def latency(
         step(shape.name)
         ids, mask = tokens.exact(texts, shape.batch, shape.tokens)
         runs = {s.name: functools.partial(s.forward, ids, mask) for s in systems}
-        times = alternate(runs, shape.rounds(effort.rounds), warm_up=effort.warm_up)
+        times = alternate(runs, shape.rounds(profile.rounds), warm_up=profile.warm_up)
         for name, values in times.items():
             result[name]["shapes"][shape.name] = _shape_figures(shape, values, times)
-    if not effort.singles:
+    if not profile.singles:
         return result
     step("single texts")
-    chosen = texts[:: max(1, len(texts) // effort.singles)][: effort.singles]
+    chosen = texts[:: max(1, len(texts) // profile.singles)][: profile.singles]
     for name, values in _single_times(systems, chosen).items():
         result[name]["single"] = percentiles(values) | {"texts": len(chosen)}
     return result

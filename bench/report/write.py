@@ -16,7 +16,6 @@ from embedge.bench.report.tables import (
     process_table,
     shape_table,
 )
-from embedge.bench.targets import Check
 from embedge.runtime.bundle.writing import replace_file
 
 __all__ = ["HOW_TO_COMPARE", "HOW_TO_READ", "write_report"]
@@ -38,13 +37,13 @@ Fidelity is to the unquantized model in torch fp32: cosine, rank correlation of 
 pairs of texts, and how many of the ten nearest texts are the same."""
 
 
-def write_report(report: Report, out: Path, checks: Sequence[Check] = ()) -> list[Path]:
+def write_report(report: Report, out: Path, checks: Sequence[str] = ()) -> list[Path]:
     """Write the three files and return their paths.
 
     Args:
         report: the figures.
         out: a folder, made if needed.
-        checks: bars that were checked.
+        checks: a line for each check of a target.
     """
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"report.{ending}" for ending in ("json", "md", "png")]
@@ -54,7 +53,7 @@ def write_report(report: Report, out: Path, checks: Sequence[Check] = ()) -> lis
     return files
 
 
-def markdown(report: Report, checks: Sequence[Check] = ()) -> str:
+def markdown(report: Report, checks: Sequence[str] = ()) -> str:
     """Return the whole report in Markdown."""
     machine = report.machine
     on_gpu = f"{machine['gpu']} beside " if "gpu" in machine else ""
@@ -83,7 +82,7 @@ def markdown(report: Report, checks: Sequence[Check] = ()) -> str:
         ]
     parts += ["## Bytes", _sizes(report)]
     if checks:
-        parts += ["## Bars", "\n".join(f"- {check.line()}" for check in checks)]
+        parts += ["## Targets", "\n".join(f"- {check}" for check in checks)]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]
     return "\n\n".join(parts) + "\n"

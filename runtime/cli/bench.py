@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from embedge.bench.errors import BenchArgumentError
 
@@ -16,28 +16,31 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-# What each bar needs measured, so that `--bar` alone measures no more.
-_NEEDS_LATENCY = {4}
-_NEEDS_QUALITY = {2}
-_NEEDS_VECTORS = {1, 2, 3}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to ``parser``."""
+    """Add the command's arguments to ``parser``, most under the names of :class:`BenchOptions`."""
     parser.description = "Measure a bundle against the unquantized model and other runtimes."
     parser.add_argument("bundle", type=Path, help="the bundle's folder")
     parser.add_argument("--reference", required=True, help="the source model: a folder or a hub id")
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=FOLDER",
+        "--adapter", action="append", default=[], dest="adapters", metavar="NAME=FOLDER",
         help="a task's adapter, or the folder that holds it; once per task",
     )  # fmt: skip
-    parser.add_argument("--task", nargs="+", metavar="NAME", help="tasks (default: all)")
-    parser.add_argument("--precision", nargs="+", metavar="NAME", help="precisions (default: all)")
+    parser.add_argument(
+        "--task", nargs="+", dest="tasks", metavar="NAME", help="tasks (default: all)"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        dest="precisions",
+        metavar="NAME",
+        help="precisions (default: all)",
+    )
     parser.add_argument(
         "--texts", type=Path, metavar="FILE", help="texts for fidelity: .jsonl or a text a line"
     )
     parser.add_argument(
-        "--eval", action="append", default=[], metavar="TASK=FILE.jsonl",
+        "--eval", action="append", default=[], dest="evaluations", metavar="TASK=FILE.jsonl",
         help="rows of query/passage or text1/text2/score; the first file of a task is its main one",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a subset, in three minutes")
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cpu, or cuda: what the bundle and torch run on (default: cpu)",
     )  # fmt: skip
     parser.add_argument(
-        "--bar", nargs="+", type=int, metavar="N",
+        "--target", "--bar", nargs="+", type=int, default=[], dest="targets", metavar="N",
         help="measure what these promises need, check them, exit 1 if one is not kept",
     )  # fmt: skip
     parser.add_argument(
@@ -81,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; return the exit status: 1 if a bar was asked for and missed.
+    """Measure, print, write; return the exit status: 1 if a target was asked for and missed.
 
     Raises:
         EmbedgeError: what was asked for cannot be measured.
@@ -91,25 +94,22 @@ def run(args: argparse.Namespace) -> int:
     from embedge.bench.report.tables import comparison_table, main_table, process_table
     from embedge.bench.report.write import HOW_TO_COMPARE, HOW_TO_READ, write_report
     from embedge.bench.run import run_bench
-    from embedge.bench.targets import check_bars
+    from embedge.bench.targets import check_targets
     from embedge.runtime.host.progress import LogLines
 
-    if args.bar:
-        check_known_bars(args.bar)
     bar = sys.stderr.isatty()
     report = run_bench(options, show_progress_bar=bar, lines=None if bar else LogLines(10))
-    checks = check_bars(report, args.bar or [])
+    checks = check_targets(report, args.targets)
+    lines = [check.line() for check in checks]
     if args.shapes:
         print(HOW_TO_COMPARE, comparison_table(report.rows).text(), sep="\n\n")
     else:
         print(HOW_TO_READ, main_table(report.rows).text(), sep="\n\n")
     if report.process:
         print("\n" + process_table(report).text())
-    for note in report.notes:
-        print(f"note: {note}")
-    for check in checks:
-        print(check.line())
-    files = write_report(report, args.out, checks)
+    for line in (*(f"note: {note}" for note in report.notes), *lines):
+        print(line)
+    files = write_report(report, args.out, lines)
     if args.record:
         record(report, options.bundle)
         print(f"recorded in {options.bundle}")
@@ -119,54 +119,26 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def check_known_bars(bars: list[int]) -> None:
-    """Raise BenchError for a bar that does not exist, before anything is measured."""
-    from embedge.bench.targets import BARS
-
-    unknown = [bar for bar in bars if bar not in BARS]
-    if unknown:
-        raise BenchArgumentError(f"--bar {unknown[0]}: known are {', '.join(map(str, BARS))}")
-
-
 def _options(args: argparse.Namespace) -> BenchOptions:
-    from embedge.bench.measure.latency import Shape
-    from embedge.bench.options import FULL, QUICK, BenchOptions
+    from embedge.bench.options import FULL, QUICK, SHAPES, BenchOptions, Shape
+    from embedge.bench.targets import profile_for
 
-    bars = set(args.bar or ())
-    effort = QUICK if args.quick else FULL
-    if bars and not bars & _NEEDS_VECTORS:
-        effort = replace(effort, texts=64, invariance=1)
-    evaluations = [_pair("--eval", text) for text in args.eval]
-    chosen: dict[str, Any] = {"peers": args.peers, "torch_types": args.torch_types}
+    profile = QUICK if args.quick else FULL
+    if args.targets:
+        profile = profile_for(args.targets, profile)
     if args.shapes:
-        chosen["shapes"] = [Shape.parse(name) for name in args.shapes]
-        chosen["process"] = False
-        effort = replace(effort, singles=0, invariance=0)
-    for option, field, least in (("rounds", "rounds", 1), ("limit", "texts", 11)):
-        number = getattr(args, option)
-        if number is not None and number < least:
-            raise BenchArgumentError(f"--{option} {number}: expected a number from {least}")
-        effort = effort if number is None else replace(effort, **{field: number})
-    if bars:
-        chosen["process"] = False
-        chosen["latency"] = bool(bars & _NEEDS_LATENCY)
-        evaluations = evaluations if bars & _NEEDS_QUALITY else []
-        if not bars & _NEEDS_LATENCY:
-            chosen["peers"] = args.peers or ["none"]
-            chosen["torch_types"] = args.torch_types or ["none"]
+        profile = replace(profile, singles=0, invariance=0, process_repeats=0)
+    numbers = {"rounds": args.rounds, "texts": args.limit}
+    profile = replace(profile, **{k: n for k, n in numbers.items() if n is not None})
+    given = {f.name: getattr(args, f.name) for f in fields(BenchOptions) if hasattr(args, f.name)}
     return BenchOptions(
-        bundle=args.bundle,
-        reference=args.reference,
-        adapters=dict(_pair("--adapter", text) for text in args.adapter),
-        tasks=args.task,
-        precisions=args.precision,
-        texts=args.texts,
-        evaluations=evaluations,
-        pooling=args.pooling,
-        threads=args.threads,
-        device=args.device,
-        effort=effort,
-        **chosen,
+        **given
+        | {
+            "adapters": dict(_pair("--adapter", text) for text in args.adapters),
+            "evaluations": [_pair("--eval", text) for text in args.evaluations],
+            "shapes": [Shape.parse(name) for name in args.shapes] if args.shapes else SHAPES,
+            "profile": profile,
+        }
     )
 
 

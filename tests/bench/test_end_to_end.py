@@ -17,15 +17,14 @@ import torch
 from embedge.bench import BenchOptions, Report, run_bench
 from embedge.bench import plan as plan_module
 from embedge.bench.errors import BenchError
-from embedge.bench.measure.latency import Shape
-from embedge.bench.options import Effort
+from embedge.bench.options import Profile, Shape
 from embedge.bench.systems.system import EmbedgeSystem
 from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
 from embedge.runtime.cli.bench import add_arguments, run
 from embedge.runtime.cli.main import main
 from embedge.runtime.sessions.device import cuda_problem
 
-TINY = Effort(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1, process_repeats=1)
+TINY = Profile(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1, process_repeats=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def measured(bundle: Path, model: Path, adapter: Path, labelled: Path) -> Report
             peers=["none"],
             torch_types=["float32", "bfloat16"],
             threads=1,
-            effort=TINY,
+            profile=TINY,
         )
     )
 
@@ -79,7 +78,7 @@ def test_fp32_graphs_equal_the_reference_at_every_dimension(measured: Report, ta
 
     assert row is not None
     assert list(row.fidelity) == ["32", "16"]
-    assert min(figures["cosine_min"] for figures in row.fidelity.values()) >= 0.999999  # bar 1
+    assert min(figures["cosine_min"] for figures in row.fidelity.values()) >= 0.999999  # target 1
 
 
 def test_whole_vectors_are_compared_whatever_a_call_gives(bundle: Path, tmp_path: Path) -> None:
@@ -102,7 +101,7 @@ def test_each_row_holds_speed_quality_and_bytes(measured: Report) -> None:
     assert row.shapes["1x16"]["rounds"] == 8
     assert row.single["p50_ms"] <= row.single["p95_ms"]
     assert row.quality["held-out"]["items"] == 12
-    assert row.invariance["cosine_min"] >= 0.999999  # bar 3
+    assert row.invariance["cosine_min"] >= 0.999999  # target 3
 
 
 def test_a_process_of_its_own_reports_start_switch_and_memory(measured: Report) -> None:
@@ -120,13 +119,23 @@ def test_the_command_writes_reports_and_records(
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     arguments = [str(bundle), "--reference", str(model), "--adapter", f"search={adapter}"]
-    arguments += ["--precision", "fp32", "--bar", "1", "3", "--threads", "1", "--record", "--json"]
+    arguments += [
+        "--precision",
+        "fp32",
+        "--target",
+        "1",
+        "3",
+        "--threads",
+        "1",
+        "--record",
+        "--json",
+    ]
 
     status = run(parser.parse_args([*arguments, "--out", str(tmp_path / "report")]))
 
     output = capsys.readouterr().out
     assert status == 0
-    assert "pass  bar 1  search min cosine" in output
+    assert "pass  target 1  search min cosine" in output
     assert json.loads(output.splitlines()[-1])["report_version"] == "1.0"
     assert (tmp_path / "report" / "report.md").is_file()
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -251,7 +260,7 @@ def test_a_gpu_is_measured_against_torch_on_it(model: Path, adapter: Path, tmp_p
         bundle=bundle,
         reference=model,
         adapters={"search": adapter},
-        effort=TINY,
+        profile=TINY,
         device="cuda",
         shapes=[Shape(batch=2, tokens=8)],
     )

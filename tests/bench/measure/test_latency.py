@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from embedge.bench.errors import BenchError
-from embedge.bench.measure.latency import Shape, alternate, percentiles, ratio
+from embedge.bench.measure.latency import alternate, percentiles, ratio
+from embedge.bench.options import Shape
 
 
 def test_everybody_runs_once_a_round_in_an_order_that_changes() -> None:

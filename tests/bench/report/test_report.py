@@ -12,7 +12,7 @@ from embedge.bench import Report
 from embedge.bench.errors import BenchError
 from embedge.bench.report.tables import Table, comparison_table, main_table
 from embedge.bench.report.write import markdown, write_report
-from embedge.bench.targets import check_bars
+from embedge.bench.targets import check_targets
 
 
 def test_json_and_back_is_the_same_report(report: Report) -> None:
@@ -84,11 +84,14 @@ def test_a_cosine_near_1_keeps_its_digits(report: Report) -> None:
 
 
 def test_files_for_tools_people_and_eyes_are_written(report: Report, tmp_path: Path) -> None:
-    files = write_report(report, tmp_path / "new" / "folder", check_bars(report, [5]))
+    files = write_report(
+        report, tmp_path / "new" / "folder", [c.line() for c in check_targets(report, [5])]
+    )
 
     assert [file.name for file in files] == ["report.json", "report.md", "report.png"]
     assert Report.from_dict(json.loads(files[0].read_text())) == report
     assert "only a part was measured" in files[1].read_text()
+    assert "- pass  target 5  int8, all tasks" in files[1].read_text()
     assert files[2].read_bytes().startswith(b"\x89PNG")
     assert not list(files[0].parent.glob(".*"))  # no temporary file stays
 
