@@ -2,8 +2,10 @@
 
     from embedge.runtime import Embedder
 
-    model = Embedder("demo-bundle", precision="int8")
-    queries = model.encode(["how do I sort a dict"], task="retrieval", truncate_dim=256)
+    model = Embedder("bundle", precision="int8", task="code")
+    queries = model.encode_query(["how do I sort a dict"])
+    passages = model.encode_document(["sorted(d.items())", "d.keys()"])
+    scores = model.similarity(queries, passages)  # float32 [1, 2]
 
 This package imports neither torch, transformers, onnx nor peft, and nothing of embedge's other
 parts.

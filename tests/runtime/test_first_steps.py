@@ -19,7 +19,8 @@ from PIL import Image
 
 from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.arguments import parse_bytes
-from embedge.runtime.options import EncodeOptions
+from embedge.runtime.encode.request import CallOptions
+from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions
 
 TEXTS = ["w1 w2", "w3"]
 
@@ -159,13 +160,18 @@ class TestNames:
             with pytest.raises(TypeError, match="unexpected keyword argument 'truncat_dim'"):
                 encode(TEXTS, truncat_dim=4)  # type: ignore[call-overload]
 
-    def test_the_handed_on_options_are_those_of_encode(self) -> None:
-        parameters = inspect.signature(Embedder.encode).parameters
-        assert {*EncodeOptions.__annotations__} == {*parameters} - {
-            "self",
-            "inputs",
-            "multi_vector",
-        }
+    def test_options_are_the_same_wherever_they_are_stated(self) -> None:
+        def defaults(function: Any) -> dict[str, Any]:
+            parameters = inspect.signature(function).parameters.values()
+            return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+        encode, of_images = defaults(Embedder.encode), defaults(Embedder.encode_image)
+        assert {*EncodeOptions.__annotations__} == {*encode} - {"multi_vector"}
+        assert {*ImageOptions.__annotations__} == {*of_images} - {"multi_vector"}
+        checked = vars(CallOptions())
+        assert encode == {**checked, "show_progress_bar": None}
+        assert {name: encode.get(name) for name in of_images} == of_images
+        assert {*EmbedderOptions.__annotations__} == {*defaults(Embedder)}
 
     def test_type_checkers_find_misspelt_options(self, package_path: Path, tmp_path: Path) -> None:
         pytest.importorskip("mypy")
