@@ -1,9 +1,9 @@
 """Export an embedding model with task LoRAs as one quantized ONNX graph per task.
 
-from embedge.export import export_bundle
+    from embedge.export import export_bundle
 
-adapters = {"code": "adapters/code"}
-export_bundle("path/to/model", adapters=adapters, precisions=["int8", "int4"], out="bundle")
+    adapters = {"code": "adapters/code"}
+    export_bundle("path/to/model", adapters=adapters, precisions=["int8", "int4"], out="bundle")
 """
 
 from embedge.export.requirements import check_requirements

@@ -18,7 +18,7 @@ LENGTHS = st.lists(st.one_of(st.integers(0, 40), st.integers(500, 530)), max_siz
 LIMITS: dict[str, Any] = {
     "batch_size": st.integers(1, 20),
     "max_batch_tokens": st.integers(1, 2000),
-    "lanes": st.integers(1, 9),
+    "concurrency": st.integers(1, 9),
     "max_padding": st.none() | st.integers(0, 60),
 }
 
