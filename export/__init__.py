@@ -4,6 +4,8 @@
 
     adapters = {"code": "adapters/code"}
     export_bundle("path/to/model", adapters=adapters, precisions=["int8", "int4"], out="bundle")
+
+Importing it needs the packages of the ``export`` extra.
 """
 
 from embedge.export.requirements import check_requirements
