@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from embedge.runtime.bundle.files import sha256_of
+from embedge.runtime.bundle.manifest import FileEntry
 
 
 def dump(value: Any) -> str:
@@ -28,7 +28,4 @@ def relative_files(folder: Path) -> set[str]:
 
 def list_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size in bytes and SHA-256 of files of a folder, as the manifest lists them."""
-    return {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)[0]}
-        for name in sorted(names)
-    }
+    return {name: FileEntry.of(folder / name).to_dict() for name in sorted(names)}

@@ -23,6 +23,7 @@ __all__ = [
     "open_regular_file",
     "read_regular_file",
     "sha256_of",
+    "size_of",
     "state_of",
     "system_reason",
 ]
@@ -102,6 +103,11 @@ def sha256_of(path: str | os.PathLike[str]) -> tuple[str, FileState]:
 def state_of(found: os.stat_result) -> FileState:
     """What changes when a file is written or another takes its name; what else may change, too."""
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def size_of(state: FileState) -> int:
+    """Bytes of a file in a state."""
+    return state[2]
 
 
 def kind_of(mode: int) -> str:

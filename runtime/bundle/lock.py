@@ -1,7 +1,9 @@
 """Locks of files: one process at a time, until it ends, however it ends.
 
 The lock is the operating system's, on a file that says whose it is and goes when its holder is done. The
-file is never opened through a link, and nothing but a lock of embedge's own is written to.
+file is never opened through a link, and nothing but a lock of embedge's own is written to. The package
+filelock does not say who holds a lock, and locks no file that is open already, as new files are here
+(:mod:`embedge.runtime.bundle.writing`): most of this module would stay beside it.
 """
 
 from __future__ import annotations

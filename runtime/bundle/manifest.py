@@ -17,9 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from embedge.runtime.bundle.contract import FORMAT_VERSION, VISION
+from embedge.runtime.bundle.files import sha256_of, size_of
 from embedge.runtime.bundle.names import name_problem, path_problem
 from embedge.runtime.bundle.schema import (
     MOST_BYTES,
@@ -53,8 +55,6 @@ IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions"
 _BICUBIC = 3  # Pillow's number
 _RANGES = {"float32": (-3.4e38, 3.4e38), "uint8": (0, 255), "int8": (-128, 127)}
 
-# -- kinds of values ----------------------------------------------------------------------------------
-
 
 def _sha256_problem(text: str) -> str | None:
     if re.fullmatch("[0-9a-f]{64}", text):
@@ -75,8 +75,6 @@ Dimension: TypeAlias = Annotated[int, Within(1, 1 << 20)]  # models have some th
 Pixels: TypeAlias = Annotated[int, Within(1, 1 << 28)]
 Number: TypeAlias = Annotated[int | float, ReadBy(finite)]
 Channels: TypeAlias = Annotated[tuple[float, ...], _channel_problem]
-
-# -- the document's objects ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +154,7 @@ class ImageSettings(Record):
         """Pixels of a feature's side; both sides of a scaled image are multiples of it."""
         return self.patch_size * self.merge_size
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """See :class:`Record`."""
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.resample != _BICUBIC:
             yield "resample", f"expected {_BICUBIC} (bicubic), found {self.resample}"
         if self.rotary_dim % 2:
@@ -208,8 +205,7 @@ class Model(Record):
     image: Annotated[ImageSettings | None, Since("1.1")] = None
     include_prompt: Annotated[bool, Since("1.4"), SPARSE] = True
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """See :class:`Record`."""
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.truncate_dim is not None and self.truncate_dim > self.dim:
             yield "truncate_dim", f"{self.truncate_dim} is above model.dim, {self.dim}"
         for index, dim in enumerate(self.matryoshka_dims or ()):
@@ -265,8 +261,7 @@ class Task(Record):
     default_prompt: str | None
     adapter: Adapter | None
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """See :class:`Record`."""
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.default_prompt is not None and self.default_prompt not in self.prompts:
             known = ", ".join(self.prompts) or "none"
             yield "default_prompt", f"{self.default_prompt!r} is not in prompts ({known})"
@@ -280,8 +275,7 @@ class ActivationConstant(Record):
     full: Number
     reduced: Number
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """See :class:`Record`."""
+    def _problems(self) -> Iterator[tuple[str, str]]:
         least, most = _RANGES[self.dtype]
         for key, value in (("full", self.full), ("reduced", self.reduced)):
             if not least <= value <= most or (self.dtype != "float32" and value % 1):
@@ -324,6 +318,12 @@ class FileEntry(Record):
     size: Annotated[int, Within(0, MOST_BYTES)]
     sha256: Annotated[str, _sha256_problem]
 
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """That of a file; raises as :func:`embedge.runtime.bundle.files.sha256_of`."""
+        sha256, state = sha256_of(path)
+        return cls(size=size_of(state), sha256=sha256)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Record):
@@ -350,8 +350,9 @@ class Manifest(Record):
             ManifestError: with the path of the first key that cannot be used, or for a
                 ``format_version`` of another major version.
         """
-        _check_version(_Version.parse(values, Place(file)).format_version, Place(file))
-        return cls.parse(values, Place(file))
+        place = Place(file)
+        _check_version(_Version.parse(values, place).format_version, place)
+        return cls.parse(values, place)
 
     def folder_bytes(self, precision: str) -> int:
         """Bytes of the files in the folders of a precision's graphs, which another may use too."""
@@ -359,8 +360,8 @@ class Manifest(Record):
         folders = tuple({path.rpartition("/")[0] + "/" for path in graphs})
         return sum(entry.size for name, entry in self.files.items() if name.startswith(folders))
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """See :class:`Record`: every task and file that is named has to exist in the manifest."""
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        # Every task and file that is named exists in the manifest.
         if not self.tasks or not self.precisions:
             missing = "precisions" if self.tasks else "tasks"
             yield missing, "expected at least one, found none"

@@ -12,7 +12,7 @@ import json
 import re
 
 from embedge.runtime.bundle.manifest import Manifest, Model, Task
-from embedge.runtime.bundle.model_card_elsewhere import elsewhere
+from embedge.runtime.bundle.model_card_other_runtimes import other_runtimes
 
 __all__ = ["BENCH_END", "BENCH_START", "model_card", "renewed_card"]
 
@@ -37,7 +37,7 @@ def model_card(manifest: Manifest) -> str:
         _precisions(manifest),
         _with_embedge(manifest),
         f"{BENCH_START}\n{_UNMEASURED}\n{BENCH_END}",
-        *elsewhere(manifest),
+        *other_runtimes(manifest),
     ]
     text = "\n\n".join(parts) + "\n"
     return f"{text}\n<!-- embedge:card:{_hash(*_around(text))} -->\n"

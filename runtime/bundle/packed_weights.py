@@ -94,8 +94,7 @@ class PackedWeight(Record):
         if self.rows is not None:
             yield self.rows, "float32", (rows,)
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """See :class:`Record`."""
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.values is not None:
             yield "", "an earlier embedge wrote it; export the bundle again"
         if self.block_size % 2:

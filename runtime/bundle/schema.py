@@ -118,11 +118,11 @@ class Record:
                 place.member(name).fail("missing")
             given[name] = _read(hint, value, place.member(name))
         record = cls(**given)
-        for key, problem in record.problems():
+        for key, problem in record._problems():
             (place.member(key) if key else place).fail(problem)
         return record
 
-    def problems(self) -> Iterator[tuple[str, str]]:
+    def _problems(self) -> Iterator[tuple[str, str]]:
         """What is wrong where every member alone is right: a key, which may be empty, and a message."""
         return iter(())
 

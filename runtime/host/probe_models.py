@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FLOAT", "INT32", "UINT8", "one_node_model"]
+from embedge.runtime.bundle.onnx_model import FLOAT, INT8, INT32, INT64, UINT8
 
-FLOAT, UINT8, INT8, INT32, INT64 = 1, 2, 3, 6, 7  # TensorProto.DataType
+__all__ = ["one_node_model"]
+
 _ELEM_TYPES = {"float32": FLOAT, "uint8": UINT8, "int8": INT8, "int32": INT32, "int64": INT64}
 _IR_VERSION, _OPSET = 8, 13
 _A_FLOAT, _AN_INT = 1, 2  # AttributeProto.AttributeType

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from embedge.runtime.bundle.onnx_model import INT32, UINT8
 from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
-from embedge.runtime.host.probe_models import INT32, UINT8, one_node_model
+from embedge.runtime.host.probe_models import one_node_model
 from embedge.runtime.host.processor import instruction_sets
 
 __all__ = [

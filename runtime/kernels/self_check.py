@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime.bundle.onnx_model import FLOAT, UINT8
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
-from embedge.runtime.host.probe_models import FLOAT, UINT8, one_node_model
+from embedge.runtime.host.probe_models import one_node_model
 from embedge.runtime.kernels.library import in_panels, register
 
 __all__ = ["is_right"]

@@ -80,7 +80,7 @@ class _Head(Record):
     format_version: Annotated[int, Within(1)]
     machine: str
 
-    def problems(self) -> Iterator[tuple[str, str]]:
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.format_version != _FORMAT_VERSION:
             yield "format_version", f"expected {_FORMAT_VERSION}, found {self.format_version}"
         if self.machine != machine_name():

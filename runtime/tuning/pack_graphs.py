@@ -14,7 +14,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from embedge.runtime.bundle.files import sha256_of
 from embedge.runtime.bundle.lock import sole_holder
 from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.bundle.writing import (
@@ -99,10 +98,7 @@ def _write(
             )
             _save(bundle.graph(precision, name), given, partial, panels=panels)
             del given
-        files = {
-            path.name: FileEntry(size=path.stat().st_size, sha256=sha256_of(path)[0])
-            for path in sorted(partial.iterdir())
-        }
+        files = {path.name: FileEntry.of(path) for path in sorted(partial.iterdir())}
         record = PreparedRecord(source=source, files=files, layout=layout)
         replace_file(partial / RECORD, json.dumps(record.to_dict(), indent=2) + "\n")
         sync_files(partial, files)

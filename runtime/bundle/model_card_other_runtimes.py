@@ -14,7 +14,7 @@ from embedge.runtime.bundle.contract import (
 )
 from embedge.runtime.bundle.manifest import Manifest, Model, Precision, Task
 
-__all__ = ["elsewhere"]
+__all__ = ["other_runtimes"]
 
 _LEAST = ONNXRUNTIME.removeprefix(">=").partition(",")[0]
 # embedge.runtime.host.processor.probe_model(), compressed by zlib
@@ -24,7 +24,7 @@ _PROBE = (
 )
 
 
-def elsewhere(manifest: Manifest) -> Iterator[str]:
+def other_runtimes(manifest: Manifest) -> Iterator[str]:
     """The parts of the section, none where embedge alone opens the graphs."""
     portable = {n: p for n, p in manifest.precisions.items() if n != UNPACKED_PRECISION}
     if not portable:
