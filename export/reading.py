@@ -99,7 +99,7 @@ def read_model(options: ExportOptions) -> Model:
         tasks[task] = TaskWeights(checkpoint, family_class.canonical, bound, task)
     base = TaskWeights(checkpoint, family_class.canonical)
     _check_tensors(family, tower, base)
-    rows = min(w.shape(architecture.token_table.weight)[0] for w in (base, *tasks.values()))
+    rows = min(w.shape(f"{architecture.token_table}.weight")[0] for w in (base, *tasks.values()))
     model = Model(
         checkpoint=checkpoint,
         family=family,

@@ -139,8 +139,9 @@ class Family(ConfigReader, ABC):
         Args:
             names: canonical names of the checkpoint's own tensors.
         """
-        linears = self.architecture.linears()
-        unbiased = {f"{linear.name}.bias" for linear in linears if not linear.has_bias}
+        parts = self.architecture.sublayers
+        linears = (linear for part in parts for linear in (*part.linears, part.out))
+        unbiased = {linear.bias for linear in linears if not linear.has_bias}
         for name in names:
             if name in unbiased:
                 keys = (f"{key} {self.config.get(key)!r}" for key in ("attention_bias", "mlp_bias"))

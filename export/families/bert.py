@@ -10,15 +10,9 @@ from dataclasses import replace
 from typing import ClassVar
 
 from embedge.export.families.base import HEAD_ROOTS, HEADS, Family
-from embedge.export.graph.architecture import (
-    Architecture,
-    Attention,
-    Layer,
-    Mlp,
-    NormRef,
-    Table,
-)
+from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp
 from embedge.export.graph.values import LinearRef
+from embedge.export.weights.tensors import NormRef
 
 
 class Bert(Family):
@@ -29,25 +23,22 @@ class Bert(Family):
     ignored = (*HEADS, "embeddings.position_ids")
     renamed: ClassVar = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-    query, key, value = "attention.self.query", "attention.self.key", "attention.self.value"
+    qkv: ClassVar = ("attention.self.query", "attention.self.key", "attention.self.value")
     attention_out, attention_norm = "attention.output.dense", "attention.output.LayerNorm"
 
     def declare(self) -> Architecture:
         if self.config.get("position_embedding_type", "absolute") != "absolute":
             kind = self.config["position_embedding_type"]
             raise self.unsupported("position_embedding_type", kind, "'absolute'")
-        positions, first = self.integer("max_position_embeddings"), self.first_position()
-        self.check_length(positions - first)
-        types = self.token_types()
+        first = self.first_position()
+        self.check_length(self.integer("max_position_embeddings") - first)
         return Architecture(
             hidden_size=self.hidden_size,
             max_length=self.max_length,
-            token_table=Table(name="embeddings.word_embeddings"),
-            position_table=Table(name="embeddings.position_embeddings", rows=positions),
+            token_table="embeddings.word_embeddings",
+            position_table="embeddings.position_embeddings",
             first_position=first,
-            type_table=Table(name="embeddings.token_type_embeddings", rows=types)
-            if types
-            else None,
+            type_table="embeddings.token_type_embeddings" if self.has_types() else None,
             embedding_norm=self._norm("embeddings.LayerNorm"),
             layers=tuple(self._layer(f"encoder.layer.{i}.") for i in range(self.num_layers)),
         )
@@ -63,17 +54,15 @@ class Bert(Family):
         )
         return padding + 1
 
-    def token_types(self) -> int:
-        """Rows of the table of token types, 0 without one."""
-        return self.integer("type_vocab_size", 0, minimum=0)
+    def has_types(self) -> bool:
+        """Whether there is a table of token types."""
+        return self.integer("type_vocab_size", 0, minimum=0) > 0
 
     def _layer(self, p: str) -> Layer:
         heads = self.integer("num_attention_heads")
         self.divides(heads, self.hidden_size, "num_attention_heads and hidden_size")
         attention = Attention(
-            query=LinearRef(p + self.query),
-            key=LinearRef(p + self.key),
-            value=LinearRef(p + self.value),
+            linears=[LinearRef(p + name) for name in self.qkv],
             out=LinearRef(p + self.attention_out),
             sum_norm=self._norm(p + self.attention_norm),
             heads=heads,
@@ -81,13 +70,13 @@ class Bert(Family):
             head_size=self.hidden_size // heads,
         )
         mlp = Mlp(
-            up=LinearRef(p + "intermediate.dense"),
-            down=LinearRef(p + "output.dense"),
+            linears=[LinearRef(p + "intermediate.dense")],
+            out=LinearRef(p + "output.dense"),
+            sum_norm=self._norm(p + "output.LayerNorm"),
             inner="intermediate_size",
             activation=self.activation("hidden_act", "gelu"),
-            sum_norm=self._norm(p + "output.LayerNorm"),
         )
-        return Layer(attention=attention, mlp=mlp)
+        return Layer(attention, mlp)
 
     def _norm(self, name: str) -> NormRef:
         return NormRef(name=name, epsilon=self.number("layer_norm_eps", 1e-12), has_bias=True)
@@ -97,16 +86,14 @@ class MPNet(Bert):
     """MPNet: BERT's blocks with a bias by relative position, shared by all layers."""
 
     model_types = ("mpnet",)
-    query, key, value = "attention.attn.q", "attention.attn.k", "attention.attn.v"
+    qkv: ClassVar = ("attention.attn.q", "attention.attn.k", "attention.attn.v")
     attention_out, attention_norm = "attention.attn.o", "attention.LayerNorm"
 
     def declare(self) -> Architecture:
-        buckets = self.integer("relative_attention_num_buckets", 32)
-        table = Table(name="encoder.relative_attention_bias", rows=buckets)
-        return replace(super().declare(), relative_bias=table)
+        return replace(super().declare(), relative_bias="encoder.relative_attention_bias")
 
     def first_position(self) -> int:
         return 2  # transformers' MPNet has it fixed, whatever the padding token
 
-    def token_types(self) -> int:
-        return 0
+    def has_types(self) -> bool:
+        return False

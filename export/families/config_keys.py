@@ -205,6 +205,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "roberta": {"type_vocab_size": 2},
     "xlm-roberta": {"type_vocab_size": 2},
     "camembert": {"type_vocab_size": 2},
+    "mpnet": {"relative_attention_num_buckets": 32},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _QWEN_DEFAULTS,
     "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},

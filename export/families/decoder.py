@@ -13,17 +13,10 @@ from typing import ClassVar
 
 from embedge.export.families.base import HEAD_ROOTS, Family
 from embedge.export.families.ropes import rope_of
-from embedge.export.graph.architecture import (
-    Architecture,
-    Attention,
-    Layer,
-    Mlp,
-    NormRef,
-    Span,
-    Table,
-)
+from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp, Span
 from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef
+from embedge.export.weights.tensors import NormRef
 
 
 class Decoder(Family):
@@ -45,27 +38,26 @@ class Decoder(Family):
     default_theta: ClassVar[float] = 10000.0
 
     def declare(self) -> Architecture:
-        heads = self.integer("num_attention_heads")
+        self.heads = self.integer("num_attention_heads")
         grouped = self.config.get("num_key_value_heads") is not None
-        kv_heads = self.integer("num_key_value_heads") if grouped else heads
-        self.divides(kv_heads, heads, "num_key_value_heads and num_attention_heads")
+        self.kv_heads = self.integer("num_key_value_heads") if grouped else self.heads
+        self.divides(self.kv_heads, self.heads, "num_key_value_heads and num_attention_heads")
         given = self.config.get("head_dim")
-        head_size = self.integer("head_dim") if given else self.hidden_size // heads
-        self.rope = self.read_rope(head_size)
+        self.rope = self.read_rope(
+            self.integer("head_dim") if given else self.hidden_size // self.heads
+        )
         dim = self.multi_vector_dim()
         return Architecture(
             hidden_size=self.hidden_size,
             max_length=self.max_length,
-            token_table=Table(name="embed_tokens"),
+            token_table="embed_tokens",
             layers=tuple(
-                Layer(
-                    attention=self._attention(index, heads, kv_heads, head_size),
-                    mlp=self._mlp(index),
-                )
-                for index in range(self.num_layers)
+                Layer(self._attention(f"layers.{i}.", self._span(i)), self._mlp(f"layers.{i}."))
+                for i in range(self.num_layers)
             ),
             final_norm=self._norm("norm"),
-            token_head=None if dim is None else (LinearRef("multi_vector_projector"), dim),
+            token_head=None if dim is None else LinearRef("multi_vector_projector"),
+            multi_vector_dim=dim,
         )
 
     def read_rope(self, head_size: int) -> Rope:
@@ -96,32 +88,25 @@ class Decoder(Family):
         window = self.integer("sliding_window") if slides else self.max_length
         return Span(before=window - 1 if window < self.max_length else None, after=0)
 
-    def _attention(self, index: int, heads: int, kv_heads: int, head_size: int) -> Attention:
-        p = f"layers.{index}."
-        query, key, value = (self._linear(f"{p}self_attn.{n}_proj", "qkv") for n in "qkv")
+    def _attention(self, p: str, span: Span) -> Attention:
         return Attention(
-            input_norm=self._norm(f"{p}input_layernorm"),
-            query=query,
-            key=key,
-            value=value,
+            linears=[self._linear(f"{p}self_attn.{n}_proj", "qkv") for n in "qkv"],
             out=self._linear(f"{p}self_attn.o_proj", "o"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_size=head_size,
-            span=self._span(index),
+            input_norm=self._norm(f"{p}input_layernorm"),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=self.rope.head_size,
+            span=span,
             rope=self.rope,
             query_norm=self._norm(f"{p}self_attn.q_norm") if self.head_norms else None,
             key_norm=self._norm(f"{p}self_attn.k_norm") if self.head_norms else None,
         )
 
-    def _mlp(self, index: int) -> Mlp:
-        p = f"layers.{index}."
-        gate, up, down = (self._linear(f"{p}mlp.{n}_proj", "mlp") for n in ("gate", "up", "down"))
+    def _mlp(self, p: str) -> Mlp:
         return Mlp(
+            linears=[self._linear(f"{p}mlp.{n}_proj", "mlp") for n in ("gate", "up")],
+            out=self._linear(f"{p}mlp.down_proj", "mlp"),
             input_norm=self._norm(f"{p}post_attention_layernorm"),
-            gate=gate,
-            up=up,
-            down=down,
             inner="intermediate_size",
             activation=self.activation("hidden_act", "silu"),
         )

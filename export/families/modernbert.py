@@ -7,18 +7,11 @@ from __future__ import annotations
 
 from embedge.export.families.base import HEAD_ROOTS, HEADS, Family
 from embedge.export.families.ropes import checked_rope
-from embedge.export.graph.architecture import (
-    Architecture,
-    Attention,
-    Layer,
-    Mlp,
-    NormRef,
-    Span,
-    Table,
-)
+from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp, Span
 from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef, rows_of
 from embedge.export.source.config import number
+from embedge.export.weights.tensors import NormRef
 
 
 class ModernBert(Family):
@@ -43,10 +36,10 @@ class ModernBert(Family):
         return Architecture(
             hidden_size=self.hidden_size,
             max_length=self.max_length,
-            token_table=Table(name="embeddings.tok_embeddings"),
+            token_table="embeddings.tok_embeddings",
             embedding_norm=self._norm("embeddings.norm"),
             layers=tuple(
-                Layer(attention=self._attention(i, spans[kind], ropes[kind]), mlp=self._mlp(i))
+                Layer(self._attention(i, spans[kind], ropes[kind]), self._mlp(i))
                 for i, kind in enumerate(kinds)
             ),
             final_norm=self._norm("final_norm"),
@@ -54,14 +47,11 @@ class ModernBert(Family):
 
     def _attention(self, index: int, span: Span, rope: Rope) -> Attention:
         p, has_bias = f"layers.{index}.", self.config.get("attention_bias") is True
-        query, key, value = rows_of(f"{p}attn.Wqkv", *[self.hidden_size] * 3, has_bias=has_bias)
         return Attention(
+            linears=rows_of(f"{p}attn.Wqkv", *[self.hidden_size] * 3, has_bias=has_bias),
+            out=LinearRef(f"{p}attn.Wo", has_bias=has_bias),
             # the first layer reads the embedding norm directly
             input_norm=self._norm(f"{p}attn_norm") if index else None,
-            query=query,
-            key=key,
-            value=value,
-            out=LinearRef(f"{p}attn.Wo", has_bias=has_bias),
             heads=self.heads,
             kv_heads=self.heads,
             head_size=rope.head_size,
@@ -72,12 +62,10 @@ class ModernBert(Family):
     def _mlp(self, index: int) -> Mlp:
         p, has_bias = f"layers.{index}.", self.config.get("mlp_bias") is True
         inner = self.integer("intermediate_size")
-        gate, up = rows_of(f"{p}mlp.Wi", inner, inner, has_bias=has_bias)
         return Mlp(
+            linears=rows_of(f"{p}mlp.Wi", inner, inner, has_bias=has_bias),
+            out=LinearRef(f"{p}mlp.Wo", has_bias=has_bias),
             input_norm=self._norm(f"{p}mlp_norm"),
-            gate=gate,
-            up=up,
-            down=LinearRef(f"{p}mlp.Wo", has_bias=has_bias),
             inner=inner,
             activation=self.activation("hidden_activation", "gelu"),
         )

@@ -22,19 +22,18 @@ from embedge.export.graph.architecture import (
     Attention,
     Layer,
     Mlp,
-    NormRef,
     layer_shapes,
     residual_stream,
 )
 from embedge.export.graph.attention import Seen
+from embedge.export.graph.block import Regrouped, block, normalized
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import Rope, Rotary
 from embedge.export.graph.scheme import Scheme
-from embedge.export.graph.transformer import Regrouped, block, normalized
 from embedge.export.graph.values import LinearRef, Value, rows_of
 from embedge.export.source.config import Shape
 from embedge.export.weights.rotated import ResidualStream
-from embedge.export.weights.tensors import Weights
+from embedge.export.weights.tensors import NormRef, Weights
 
 OUTPUT = "image_features"
 PATCHES, MERGED = LinearRef("visual.patch_embed.proj"), LinearRef("visual.merger.mlp.0")
@@ -96,28 +95,23 @@ class Qwen25Vision(Tower):
         return self.width // self.heads
 
     def _layer(self, p: str) -> Layer:
-        query, key, value = rows_of(f"{p}attn.qkv", *[self.width] * 3)
         attention = Attention(
-            input_norm=_norm(f"{p}norm1"),
-            query=query,
-            key=key,
-            value=value,
+            linears=rows_of(f"{p}attn.qkv", *[self.width] * 3),
             out=LinearRef(f"{p}attn.proj"),
+            input_norm=_norm(f"{p}norm1"),
             heads=self.heads,
             kv_heads=self.heads,
             head_size=self.head_size,
             rope=Rope(head_size=self.head_size, theta=_ROTARY_THETA, scaling={}),
         )
-        gate, up, down = (LinearRef(f"{p}mlp.{n}_proj") for n in ("gate", "up", "down"))
         mlp = Mlp(
+            linears=[LinearRef(f"{p}mlp.{n}_proj") for n in ("gate", "up")],
+            out=LinearRef(f"{p}mlp.down_proj"),
             input_norm=_norm(f"{p}norm2"),
-            gate=gate,
-            up=up,
-            down=down,
             inner=self.integer("intermediate_size"),
             activation=self.activation("hidden_act", "silu"),
         )
-        return Layer(attention=attention, mlp=mlp)
+        return Layer(attention, mlp)
 
     def image_settings(self) -> dict[str, Any]:
         """The tower's part of the manifest's ``model.image``."""

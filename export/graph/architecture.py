@@ -2,25 +2,25 @@
 
 A layer is two sublayers, attention and an MLP, on a residual stream ``h``::
 
-    x = input_norm(h)      pre-norm models
+    x = input_norm(h)          pre-norm models
     h = h + sublayer(x)
-    h = sum_norm(h)        post-norm models
+    h = sum_norm(h)            post-norm models
 
 Nothing here reads a tensor or writes a node. The shapes that ``config.json`` implies and the residual
 streams that may be rotated follow from the declaration.
 
-What families that are not here yet would declare (all have token table, layers, final or sum norms):
+What families that are not here yet would declare:
 
 =======================  ==========================================================================
 EuroBERT, jina v5 nano   Llama's layers with ``Span()``; v5 small is Qwen3 as it is
 bidirectional decoders   Qwen3's, Llama's or Mistral's layers with ``Span()``
-jina v3                  BERT's layers, fused q/k/v, a :class:`Rope` in place of the position table
-nomic-bert               jina v3's with ``gate``; both layouts of names
+jina v3                  BERT's layers, fused q, k, v, a :class:`Rope` in place of the position table
+nomic-bert               jina v3's with a gate; two layouts of names
 gte, new                 nomic-bert's with up and gate as rows of one tensor; NTK in ``rotary.py``
 DistilBERT               BERT's layers under other names
 granite R2, mmBERT       ModernBERT as it is
 EmbeddingGemma           new: ``output_norm`` of a sublayer (before the addition), ``1 + w`` norms, score
-                         scale, embedding scale. There: spans, head sizes and ropes by layer, q/k norms
+                         scale, embedding scale; spans, ropes, head sizes by layer and q/k norms are there
 EmbeddingGemma 2         new besides: a norm of values, a third sublayer (per-layer input), layer scalar
 jina-bert v2             new: ALiBi, another bias by relative position
 Qwen3-VL                 new: interleaved ``sections``, features that are added to early layers
@@ -32,34 +32,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from onnx import TensorProto
 
 from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef, ScaleSink
 from embedge.export.source.config import Shape
-from embedge.export.weights.rotated import ResidualStream, TableNorm
+from embedge.export.weights.rotated import ResidualStream
+from embedge.export.weights.tensors import NormRef
 
 Input = tuple[int, list[int | str]]  # ONNX element type and axes
 TOKENS: list[int | str] = ["batch", "tokens"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormRef:
-    """LayerNorm, or RMSNorm with ``rms``, by the canonical name of its module."""
-
-    name: str
-    epsilon: float
-    rms: bool = False
-    has_bias: bool = False
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-    @property
-    def bias(self) -> str | None:
-        return f"{self.name}.bias" if self.has_bias else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +65,28 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:
-    """See the module's description."""
+    """What reads and writes the stream, see the module's description.
 
+    Attributes:
+        linears: the Linears that read it, of one fused tensor or of several.
+        out: the Linear that writes it.
+        input_norm: the norm before ``linears``.
+        sum_norm: the norm behind the addition.
+    """
+
+    linears: Sequence[LinearRef]
+    out: LinearRef
     input_norm: NormRef | None = None
     sum_norm: NormRef | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Sublayer):
-    """Multi-head attention, grouped where ``kv_heads`` are fewer than ``heads``.
+    """Multi-head attention; its ``linears`` are those of queries, keys and values.
 
     Attributes:
-        query: the Linear of the queries; it may be rows of a fused tensor, as the next two.
-        key: that of the keys.
-        value: that of the values.
-        out: the Linear behind attention.
         heads: query heads.
-        kv_heads: key and value heads.
+        kv_heads: key and value heads, each shared by as many query heads.
         head_size: channels of a head.
         span: what a token attends to.
         rope: rotary positions of queries and keys.
@@ -105,10 +94,6 @@ class Attention(Sublayer):
         key_norm: RMSNorm of every key head.
     """
 
-    query: LinearRef
-    key: LinearRef
-    value: LinearRef
-    out: LinearRef
     heads: int
     kv_heads: int
     head_size: int
@@ -118,21 +103,11 @@ class Attention(Sublayer):
     key_norm: NormRef | None = None
 
     @property
-    def linears(self) -> tuple[LinearRef, LinearRef, LinearRef]:
-        """Those that read the sublayer's input."""
-        return self.query, self.key, self.value
-
-    @property
-    def output(self) -> LinearRef:
-        """The Linear that writes the stream."""
-        return self.out
-
-    @property
     def sink(self) -> ScaleSink:
         """What takes a scale of the mixed values."""
         repeats = self.heads // self.kv_heads
         groups = (self.kv_heads, repeats, self.head_size) if repeats > 1 else None
-        return ScaleSink(linear=self.value, groups=groups)
+        return ScaleSink(linear=self.linears[2], groups=groups)
 
     @property
     def moves_value_bias(self) -> bool:
@@ -142,73 +117,41 @@ class Attention(Sublayer):
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp(Sublayer):
-    """``down(activation(up(x)))``, or ``down(activation(gate(x)) · up(x))`` with a gate.
+    """``out(activation(up(x)))``, or with ``linears`` gate and up ``out(activation(gate(x)) · up(x))``.
 
     Attributes:
-        up: the Linear to the inner width; it may be rows of a fused tensor, as ``gate``.
-        down: the Linear back.
-        gate: see above.
         inner: the inner width, or the key of config.json that may say it.
         activation: by its transformers name.
     """
 
-    up: LinearRef
-    down: LinearRef
-    gate: LinearRef | None = None
     inner: int | str
     activation: str
 
-    @property
-    def linears(self) -> tuple[LinearRef, ...]:
-        """Those that read the sublayer's input."""
-        return (self.up,) if self.gate is None else (self.gate, self.up)
 
-    @property
-    def output(self) -> LinearRef:
-        """The Linear that writes the stream."""
-        return self.down
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(NamedTuple):
     """A transformer block."""
 
     attention: Attention
     mlp: Mlp
 
-    @property
-    def sublayers(self) -> tuple[Attention, Mlp]:
-        return self.attention, self.mlp
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """An embedding table, by its module, with its rows where config.json says them."""
-
-    name: str
-    rows: int | None = None
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model from token ids to token states.
+    """A model from token ids to token states; tables are named by their modules.
 
     Attributes:
         hidden_size: channels of a token state.
         max_length: most tokens of a text.
         layers: in order.
         token_table: a row per token.
-        position_table: a row per position, added to the token's, or ``None``.
+        position_table: a row per position, added to the token's.
         first_position: row of a text's first token there.
-        type_table: a row per token type, likewise.
-        relative_bias: a table of score biases by relative position and head, T5's buckets.
+        type_table: a row per token type, added too.
+        relative_bias: score biases by T5's buckets of relative positions, a column per head.
         embedding_norm: norm of the sum of tables.
         final_norm: norm after the last layer.
-        token_head: a Linear to vectors of single tokens, and their width.
+        token_head: a Linear to vectors of single tokens.
+        multi_vector_dim: width of those.
         feature_writer: the Linear of a vision tower whose features take the places of tokens.
         images: whether the graph has the inputs for that.
     """
@@ -216,28 +159,28 @@ class Architecture:
     hidden_size: int
     max_length: int
     layers: tuple[Layer, ...]
-    token_table: Table
-    position_table: Table | None = None
+    token_table: str
+    position_table: str | None = None
     first_position: int = 0
-    type_table: Table | None = None
-    relative_bias: Table | None = None
+    type_table: str | None = None
+    relative_bias: str | None = None
     embedding_norm: NormRef | None = None
     final_norm: NormRef | None = None
-    token_head: tuple[LinearRef, int] | None = None
+    token_head: LinearRef | None = None
+    multi_vector_dim: int | None = None
     feature_writer: LinearRef | None = None
     images: bool = False
 
     @property
     def inputs(self) -> dict[str, Input]:
         """The graph's inputs by name, in order; ``ARCHITECTURE.md`` describes those for images."""
-        found: dict[str, Input] = dict.fromkeys(
-            ("input_ids", "attention_mask"), (TensorProto.INT64, TOKENS)
-        )
+        ids: Input = TensorProto.INT64, TOKENS
+        found = {"input_ids": ids, "attention_mask": ids}
         if self.type_table is not None:
-            found["token_type_ids"] = TensorProto.INT64, TOKENS
+            found["token_type_ids"] = ids
         if self.images:
             found["position_ids"] = TensorProto.INT64, [3, *TOKENS]
-            found["pool_mask"] = TensorProto.INT64, TOKENS
+            found["pool_mask"] = ids
             found["image_features"] = TensorProto.FLOAT, ["image_tokens", self.hidden_size]
             found["image_positions"] = TensorProto.INT64, ["image_tokens", 2]
         return found
@@ -248,9 +191,9 @@ class Architecture:
         return "pool_mask" if self.images else "attention_mask"
 
     @property
-    def multi_vector_dim(self) -> int | None:
-        """Width of the vectors of single tokens, ``None`` without a head for them."""
-        return None if self.token_head is None else self.token_head[1]
+    def sublayers(self) -> Iterator[Sublayer]:
+        """Those of all layers, in order."""
+        return (part for layer in self.layers for part in layer)
 
     def with_images(self) -> Architecture:
         """The same model with the inputs for images."""
@@ -260,53 +203,36 @@ class Architecture:
         """The same model with token ids as its only inputs."""
         return replace(self, images=False)
 
-    def linears(self) -> Iterator[LinearRef]:
-        """All Linears of the layers."""
-        for part in (part for layer in self.layers for part in layer.sublayers):
-            yield from (*part.linears, part.output)
-
     def shapes(self) -> dict[str, Shape]:
         """Shapes of the modules' weights by canonical name, as far as config.json says them."""
-        width = self.hidden_size
-        found = layer_shapes(self.layers, width)
-        for table in (self.token_table, self.position_table, self.type_table):
-            if table is not None:
-                found[table.name] = (table.rows, width)
-        for norm in (self.embedding_norm, self.final_norm):
-            if norm is not None:
-                found[norm.name] = (width,)
-        if self.relative_bias is not None:
-            found[self.relative_bias.name] = (
-                self.relative_bias.rows,
-                self.layers[0].attention.heads,
-            )
+        width, norms = self.hidden_size, (self.embedding_norm, self.final_norm)
+        found: dict[str | None, Shape] = {
+            self.token_table: (None, width),
+            self.position_table: ("max_position_embeddings", width),
+            self.type_table: ("type_vocab_size", width),
+            self.relative_bias: ("relative_attention_num_buckets", self.layers[0].attention.heads),
+            **{norm.name: (width,) for norm in norms if norm is not None},
+        }
         if self.token_head is not None:
-            head, dim = self.token_head
-            found[head.name] = (dim, width)
-        return found
+            found[self.token_head.name] = (self.multi_vector_dim, width)
+        named = {name: shape for name, shape in found.items() if name is not None}
+        return {**named, **layer_shapes(self.layers, width)}
 
     def streams(self) -> tuple[ResidualStream, ...]:
         """The residual stream, if it may be rotated: not where norms follow the sum, or have biases."""
-        parts = [part for layer in self.layers for part in layer.sublayers]
-        norms = [norm for norm in (self.embedding_norm, self.final_norm) if norm is not None]
-        norms += [part.input_norm for part in parts if part.input_norm is not None]
-        if self.final_norm is None or any(norm.has_bias for norm in norms):
+        norms = [self.embedding_norm, self.final_norm, *(p.input_norm for p in self.sublayers)]
+        if self.final_norm is None or any(norm is not None and norm.has_bias for norm in norms):
             return ()
         stream = residual_stream(
             self.layers,
             self.hidden_size,
             writers=[] if self.feature_writer is None else [self.feature_writer],
-            readers={} if self.token_head is None else {self.token_head[0]: self.final_norm},
+            readers={} if self.token_head is None else {self.token_head: self.final_norm},
         )
-        table_norm = None
-        if self.embedding_norm is not None:
-            table_norm = TableNorm(
-                weight=self.embedding_norm.weight, epsilon=self.embedding_norm.epsilon
-            )
         stream = replace(
             stream,
-            tables=(self.token_table.weight,),
-            table_norm=table_norm,
+            tables=(f"{self.token_table}.weight",),
+            table_norm=self.embedding_norm,
             output=self.final_norm.weight,
             centred=not self.final_norm.rms,
         )
@@ -318,7 +244,7 @@ def residual_stream(
     width: int,
     *,
     writers: Sequence[LinearRef] = (),
-    readers: Mapping[LinearRef, NormRef] | None = None,
+    readers: Mapping[LinearRef, NormRef],
 ) -> ResidualStream:
     """The stream of some layers.
 
@@ -328,39 +254,26 @@ def residual_stream(
         writers: Linears outside of the layers that write it.
         readers: Linears outside of the layers that read it, and the norm between.
     """
-    written = [linear.name for linear in writers]
-    read = {linear.name: norm.weight for linear, norm in (readers or {}).items()}
-    found: dict[str, str | None] = {**read}
-    for part in (part for layer in layers for part in layer.sublayers):
-        norm = None if part.input_norm is None else part.input_norm.weight
-        found |= {linear.name: norm for linear in part.linears}
-        written.append(part.output.name)
-    return ResidualStream(width=width, writers=written, readers=found)
+    parts = [part for layer in layers for part in layer]
+    between = {linear: part.input_norm for part in parts for linear in part.linears} | dict(readers)
+    return ResidualStream(
+        width=width,
+        writers=[linear.name for linear in (*writers, *(part.out for part in parts))],
+        readers={linear.name: norm.weight if norm else None for linear, norm in between.items()},
+    )
 
 
 def layer_shapes(layers: Iterable[Layer], width: int) -> dict[str, Shape]:
     """Shapes of the modules' weights of some layers on a stream of ``width`` channels."""
     found: dict[str, Shape] = {}
-    for layer in layers:
-        attention, mlp = layer.sublayers
+    for attention, mlp in layers:
         rows, kv_rows = (n * attention.head_size for n in (attention.heads, attention.kv_heads))
-        for linear, size in (
-            (attention.query, rows),
-            (attention.key, kv_rows),
-            (attention.value, kv_rows),
-            *((linear, mlp.inner) for linear in mlp.linears),
-        ):
-            # a fused tensor ends where its last Linear ends
-            before = found.get(linear.name, (0,))[0]
-            whole = size if linear.stop is None else max(linear.stop, int(before or 0))
-            found[linear.name] = (whole, width)
-        found[attention.out.name] = (width, rows)
-        found[mlp.down.name] = (width, mlp.inner)
-        for part in layer.sublayers:
-            for norm in (part.input_norm, part.sum_norm):
-                if norm is not None:
-                    found[norm.name] = (width,)
-        for norm in (attention.query_norm, attention.key_norm):
-            if norm is not None:
-                found[norm.name] = (attention.head_size,)
+        for part, sizes in ((attention, (rows, kv_rows, kv_rows)), (mlp, (mlp.inner, mlp.inner))):
+            by_rows = sorted(zip(part.linears, sizes, strict=False), key=lambda p: p[0].start or 0)
+            found |= {linear.name: (linear.stop or size, width) for linear, size in by_rows}
+            found[part.out.name] = (width, sizes[0])
+            norms = (part.input_norm, part.sum_norm)
+            found |= {norm.name: (width,) for norm in norms if norm is not None}
+        norms = (attention.query_norm, attention.key_norm)
+        found |= {norm.name: (attention.head_size,) for norm in norms if norm is not None}
     return found

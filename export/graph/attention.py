@@ -69,7 +69,7 @@ def seen_by(g: Graph, model: Architecture, span: Span, *, tokens: str, lengths: 
         return Seen(tokens=tokens, mask=mask)
     if before is None or after is None:
         if model.relative_bias is not None:
-            bias = relative_bias(g, model.relative_bias.weight, tokens, model.max_length)
+            bias = relative_bias(g, f"{model.relative_bias}.weight", tokens, model.max_length)
             return Seen(mask=g.op("Add", bias, padding_mask(g)))
         long = g.scheme.target is Target.CPU and model.max_length > FLASH_TOKENS
         flash = is_flash(g, tokens=tokens, lengths=lengths) if long else ""

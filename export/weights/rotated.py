@@ -1,4 +1,4 @@
-"""The tensors of a task with the residual streams rotated, see ``quant/_rotation.py``."""
+"""The tensors of a task with the residual streams rotated, see ``quant/rotation.py``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.export.weights.tensors import BASE, Weights
+from embedge.export.weights.tensors import BASE, NormRef, Weights
 from embedge.quant.rotation import Rotation
 
 FloatArray = NDArray[np.float32]
 _ROWS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableNorm:
-    """LayerNorm of token embeddings, without a bias.
-
-    Attributes:
-        weight: canonical name of its weight.
-        epsilon: added to the variance.
-    """
-
-    weight: str
-    epsilon: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +33,7 @@ class ResidualStream:
 
     width: int
     tables: Sequence[str] = ()
-    table_norm: TableNorm | None = None
+    table_norm: NormRef | None = None
     writers: Sequence[str] = ()
     readers: Mapping[str, str | None] = field(default_factory=dict)
     output: str | None = None
@@ -148,7 +135,7 @@ class RotatedWeights:
 
         return change
 
-    def _normalized(self, norm: TableNorm, rows: FloatArray) -> FloatArray:
+    def _normalized(self, norm: NormRef, rows: FloatArray) -> FloatArray:
         """LayerNorm (arXiv 1607.06450) of float32 ``[rows, width]``."""
         centred = rows - rows.mean(axis=1, keepdims=True, dtype=np.float64)
         variance = np.square(centred).mean(axis=1, keepdims=True)

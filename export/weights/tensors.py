@@ -1,7 +1,8 @@
-"""What a graph reads weights from: the tensors of one task under canonical names."""
+"""The tensors of one task under canonical names, as graphs read them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,3 +24,30 @@ class Weights(Protocol):
     def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]: ...
     def version(self, name: str) -> str: ...
     def absorbed(self, norm: str) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRef:
+    """LayerNorm, or RMSNorm with ``rms``, by the canonical name of its module.
+
+    Attributes:
+        name: of the module.
+        epsilon: added to the variance.
+        rms: whether it is RMSNorm.
+        has_bias: whether it has a bias.
+    """
+
+    name: str
+    epsilon: float
+    rms: bool = False
+    has_bias: bool = False
+
+    @property
+    def weight(self) -> str:
+        """Canonical name of its weight."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str | None:
+        """Canonical name of its bias, ``None`` without one."""
+        return f"{self.name}.bias" if self.has_bias else None

@@ -26,7 +26,8 @@ from embedge.export.graph.values import LinearGroup, LinearRef, ScaleSink, Value
 from embedge.export.schemes.floats import Float32Scheme
 from embedge.export.schemes.int8 import Int8Scheme
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
-from embedge.export.weights.rotated import ResidualStream, RotatedWeights, TableNorm
+from embedge.export.weights.rotated import ResidualStream, RotatedWeights
+from embedge.export.weights.tensors import NormRef
 from embedge.quant.rotation import Rotation, block_rotation, rotate_blocks
 from embedge.runtime import Embedder
 from embedge.runtime.errors import EmbedgeValueError
@@ -87,7 +88,7 @@ class Stored:
         draw = np.random.default_rng(1)
         self.tensors = {
             name: draw.normal(size=shape).astype(np.float32)
-            for name, shape in (("table", (20, 8)), ("w.weight", (8, 6)), ("norm", (8,)))
+            for name, shape in (("table", (20, 8)), ("w.weight", (8, 6)), ("norm.weight", (8,)))
         }
 
     def has(self, name: str) -> bool:
@@ -100,7 +101,7 @@ class Stored:
         return False
 
     def version(self, name: str) -> str:
-        return "task" if name == "norm" else "base"
+        return "task" if name == "norm.weight" else "base"
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         return self.tensors[name][rows or slice(None)].copy()
@@ -116,15 +117,17 @@ def test_rows_of_a_rotated_tensor_are_those_of_the_whole() -> None:
 
 def test_a_table_takes_the_norm_behind_it() -> None:
     stored = Stored()
-    norm = TableNorm(weight="norm", epsilon=1e-5)
+    norm = NormRef(name="norm", epsilon=1e-5)
     stream = ResidualStream(width=8, tables=("table",), table_norm=norm, centred=True)
     weights = RotatedWeights(stored, [stream])
     table = torch.from_numpy(stored.tensors["table"])
-    states = torch.nn.functional.layer_norm(table, (8,), torch.from_numpy(stored.tensors["norm"]))
+    states = torch.nn.functional.layer_norm(
+        table, (8,), torch.from_numpy(stored.tensors["norm.weight"])
+    )
     turned = states.numpy() @ Rotation(8, keeps_mean=True).matrix()
     np.testing.assert_allclose(weights.read("table"), turned, atol=1e-5)
     np.testing.assert_allclose(weights.read("table", slice(3, 9)), turned[3:9], atol=1e-5)
-    assert weights.absorbed("norm") and not weights.absorbed("table")
+    assert weights.absorbed("norm.weight") and not weights.absorbed("table")
     assert weights.version("table") == "task"  # of the norm
 
 
@@ -132,11 +135,11 @@ def test_a_reader_belongs_to_the_task_that_changes_its_norm() -> None:
     stored = Stored()
     stored.tensors["r.weight"] = np.ones((3, 8), np.float32)
     weights = RotatedWeights(
-        stored, [ResidualStream(width=8, readers={"r": "norm"}, output="norm")]
+        stored, [ResidualStream(width=8, readers={"r": "norm.weight"}, output="norm.weight")]
     )
     assert weights.version("r.weight") == "task"
     assert weights.version("table") == "base"
-    np.testing.assert_array_equal(weights.read("norm"), np.ones(8))
+    np.testing.assert_array_equal(weights.read("norm.weight"), np.ones(8))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
