@@ -1,18 +1,17 @@
-"""Alternating timing: every system once a round, so that a busy machine is busy for all of them.
+"""Alternating timing: every system once a round, see :mod:`embedge.runtime.tuning.turns`.
 
 A time by itself says little on a shared machine; the ratio of two systems in the same round says a
-lot. So ratios are made round by round and their median is quoted. The order is drawn anew for each
-round, so that nobody always follows the same neighbour, whose threads may still spin and whose
-weights fill the cache; a short pause before each run lets those threads fall asleep.
+lot. So ratios are made round by round and their median is quoted.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+
+from embedge.runtime.tuning.turns import take_turns
 
 __all__ = ["Times", "alternate", "percentiles", "ratio"]
 
@@ -35,30 +34,19 @@ def alternate(
         runs: what to time, by name.
         rounds: times each is run.
         warm_up: untimed rounds before them.
-        pause_s: seconds of sleep before each turn, as some runtimes' threads spin for a while; a
-            short run (below 50 ms) is then run once untimed, so that all are timed with warm caches
-            and awake threads.
-        block_s: a turn repeats a short run for about as many seconds and takes the mean, as the
-            first runs after another system's are slowed by what that one left; 0: one run.
+        pause_s: seconds of sleep before each turn.
+        block_s: a turn repeats a short run for about as many seconds, see :func:`take_turns`.
         seed: of the orders.
     """
-    names = list(runs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    lasted = dict.fromkeys(names, 0.0)
-    generator = np.random.default_rng(seed)
-    for turn in range(warm_up + rounds):
-        for name in generator.permutation(names).tolist():
-            time.sleep(pause_s)
-            if lasted[name] < 0.05:
-                runs[name]()
-            known = lasted[name] > 0 and turn > 0
-            repeats = max(1, min(25, int(block_s / lasted[name]))) if known else 1
-            start = time.perf_counter()
-            for _ in range(repeats):
-                runs[name]()
-            lasted[name] = (time.perf_counter() - start) / repeats
-            if turn >= warm_up:
-                times[name].append(lasted[name] * 1000)
+    lasted: dict[str, float] = {}
+    turns = take_turns(runs, lasted, pause_s=pause_s, block_s=block_s, asleep_s=0.05, seed=seed)
+    for _ in range(warm_up):
+        next(turns)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        next(turns)
+        for name, values in times.items():
+            values.append(lasted[name] * 1000)
     return {name: np.array(values) for name, values in times.items()}
 
 

@@ -37,6 +37,7 @@ from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 from embedge.runtime.sessions.session import SessionConfig
 from embedge.runtime.sessions.session_workers import RunSettings
 from embedge.runtime.tuning.cache import TunedPrecision, Tuning
+from embedge.runtime.tuning.turns import seconds_of, take_turns
 
 __all__ = ["measure_precisions", "medians_ms"]
 
@@ -144,37 +145,24 @@ def medians_ms(
     """
     begin = time.perf_counter()
     first = next(iter(runs))
-    lasted = {first: _seconds(runs[first])}  # a warm-up, and an estimate for the others
+    lasted = {first: seconds_of(runs[first])}  # a warm-up, and an estimate for the others
     if every and 2 * len(runs) * lasted[first] > seconds:
-        lasted |= {key: _seconds(run) for key, run in runs.items() if key != first}
+        lasted |= {key: seconds_of(run) for key, run in runs.items() if key != first}
         return {key: 1000 * value for key, value in lasted.items()}
     if 2 * len(runs) * lasted[first] > seconds:
         runs = {first: runs[first]}
         if 2 * lasted[first] > seconds:
             return {first: lasted[first] * 1000}
-    lasted |= {key: _seconds(run) for key, run in runs.items() if key != first}
+    lasted |= {key: seconds_of(run) for key, run in runs.items() if key != first}
     times: dict[Key, list[float]] = {key: [] for key in runs}
-    keys = list(runs)
-    generator = np.random.default_rng(0)
-    for turn in range(_ROUNDS):
-        if turn and time.perf_counter() - begin + sum(lasted.values()) > seconds:
+    turns = take_turns(runs, lasted, pause_s=_PAUSE_S, block_s=_BLOCK_S, asleep_s=_BLOCK_S / 2)
+    for number in range(_ROUNDS):
+        if number and time.perf_counter() - begin + sum(lasted.values()) > seconds:
             break
-        for place in generator.permutation(len(keys)):
-            key = keys[place]
-            repeats = max(1, int(_BLOCK_S / lasted[key]))
-            time.sleep(_PAUSE_S)
-            if repeats > 1:
-                runs[key]()  # wakes the threads
-            lasted[key] = _seconds(runs[key], repeats)
-            times[key].append(lasted[key])
+        next(turns)
+        for key, values in times.items():
+            values.append(lasted[key])
     return {key: float(np.median(values)) * 1000 for key, values in times.items()}
-
-
-def _seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - begin) / repeats
 
 
 class _Host:

@@ -24,6 +24,7 @@ from embedge.runtime.sessions.prepared_graphs import machine_name
 from embedge.runtime.sessions.session import GraphSession
 from embedge.runtime.sessions.session_workers import RunSettings, SessionWorkers
 from embedge.runtime.tuning import autotune as timing
+from embedge.runtime.tuning import turns
 from embedge.runtime.tuning.cache import (
     TunedPrecision,
     add_tuning,
@@ -285,7 +286,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(timing, "time", clock)
+    for module in (timing, turns):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
