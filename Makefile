@@ -3,9 +3,11 @@
 # make quick     the tests that take less than half a second each
 # make docs      the documentation site, in build/site; warnings are errors, and links have to lead somewhere
 # make check     lint, types, C, documents and tests, as before a release
+# make sanitize  the kernels' tests with the kernels under AddressSanitizer and UBSan (Linux, gcc, AVX512-VNNI)
 #
 # make test-as-avx2     all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
 # make test-on PYTHON=python3.12    the tests that need no torch, on another Python
+# make native-warnings  compiles the C with every warning an error, and compares its format
 #
 # On Linux, pip's default torch is a CUDA build of several GB. To take the CPU build instead, pass the
 # index that PyTorch's installation page names for it:  make demo TORCH_INDEX=URL
@@ -20,7 +22,7 @@ PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile $(OPTIONS)
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test quick docs check lint types install clean test-on
+.PHONY: demo test quick docs check lint types install clean test-on native-warnings sanitize
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -43,7 +45,29 @@ build/cpuid_mask.so: tests/processors/cpuid_mask.c
 	mkdir -p build
 	$(CC) -O2 -shared -fPIC -o $@ $< -ldl
 
-check: lint types test
+NATIVE := runtime/kernels/native
+NATIVE_FLAGS := -std=gnu11 -ffp-contract=off -fvisibility=hidden -fPIC
+COMPILERS := $(foreach compiler,gcc clang,$(if $(shell command -v $(compiler)),$(compiler)))
+
+native-warnings: $(STAMP)
+	for compiler in $(COMPILERS); do for file in $(NATIVE)/*.c; do \
+	  $$compiler $(NATIVE_FLAGS) -O3 -Wall -Wextra -Werror -c -o /dev/null $$file || exit 1; done; done
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)/*.[ch]
+
+# Python is not built with them, so they are loaded first, and what it never frees is no leak of the kernels'.
+SANITIZED := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+  EMBEDGE_SANITIZED=$(CURDIR)/build/sanitize $(BIN)/python
+
+sanitize: $(STAMP) build/sanitize/_native.so
+	$(SANITIZED) -m tests.helpers.sanitized_kernels
+	$(SANITIZED) -m pytest -q -p tests.helpers.sanitized_kernels tests/runtime/kernels
+
+build/sanitize/_native.so: $(wildcard $(NATIVE)/*)
+	mkdir -p $(@D)
+	gcc $(NATIVE_FLAGS) -O1 -g -shared -fsanitize=address,undefined -fno-omit-frame-pointer -o $@ $(NATIVE)/*.c
+
+check: lint types native-warnings test
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

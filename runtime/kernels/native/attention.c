@@ -1,4 +1,4 @@
-/* Attention of ONNX Runtime sessions on x86-64 processors with AVX512, of embedge's graphs of integer products,
+/* Attention of ONNX Runtime sessions on x86-64 processors with AVX512, of embedge's graphs of integer matmuls,
 
        y[i] = sum over j of softmax over j of (scale * q[i] . k[j]) * v[j],
 
@@ -13,7 +13,7 @@
    see it: those of the same tile, and the text whose odd length it follows.) Rows are multiplied in tiles of 12
    by 32 keys or by 32 values of a head.
 
-   Both products take bfloat16 where the processor multiplies it (AVX512-BF16), else float32; maxima, sums and
+   Both matmuls take bfloat16 where the processor multiplies it (AVX512-BF16), else float32; maxima, sums and
    results are float32. An operand lies in units of 32 bits, one float32 or two bfloat16, so that all but
    attention_typed.h is the same for both. */
 
@@ -74,12 +74,12 @@ struct Attention {
 };
 
 enum {
-  PACKED_KEYS = 128,     /* of a task */
-  ENOUGH_HEADS = 8,      /* for a task each, of short texts */
-  MANY_HEADS = 32,       /* for a task each, of any */
+  PACKED_KEYS = 128, /* of a task */
+  ENOUGH_HEADS = 8,  /* for a task each, of short texts */
+  MANY_HEADS = 32,   /* for a task each, of any */
   SHORT_TEXT = 2 * BLOCK_ROWS,
   HEAD_BYTES = 256 << 10, /* of keys and values that stay in a core's cache */
-  SMALL = 1 << 20,       /* multiplications that are not worth a second thread */
+  SMALL = 1 << 20,        /* multiplications that are not worth a second thread */
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -186,8 +186,7 @@ static void attend(const Attention *a, Scratch *s, int64_t text, int64_t head, i
   for (int64_t key = lowest / BLOCK_KEYS * BLOCK_KEYS; key < highest; key += BLOCK_KEYS)
     for (int64_t first = 0; first < rows; first += TILE_ROWS)
       run_tile(a, s, text, row0, first, (int)least(TILE_ROWS, rows - first), key);
-  for (int64_t i = 0; i < rows; i++)
-    store_row(s->result + i * width, s->running[i].sum, a->size, a->y + at + i * step);
+  for (int64_t i = 0; i < rows; i++) store_row(s->result + i * width, s->running[i].sum, a->size, a->y + at + i * step);
 }
 
 /* ---- Tasks ---- */

@@ -6,7 +6,8 @@ static TARGET void TYPED(pack_row)(const float *x, int64_t width, __m512 scale, 
   for (int64_t i = 0; i < width; i += LANES) {
     const __m512 row = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes_left(width - i), x + i), scale);
 #if PER_UNIT == 2
-    _mm256_mask_storeu_epi32(units + i / 2, (__mmask8)lanes_left((width - i + 1) / 2), (__m256i)_mm512_cvtneps_pbh(row));
+    _mm256_mask_storeu_epi32(units + i / 2, (__mmask8)lanes_left((width - i + 1) / 2),
+                             (__m256i)_mm512_cvtneps_pbh(row));
 #else
     _mm512_mask_storeu_ps(units + i, lanes_left(width - i), row);
 #endif
@@ -140,10 +141,10 @@ static TARGET inline __attribute__((always_inline)) __m512 TYPED(multiplied)(__m
 }
 
 static TARGET inline __attribute__((always_inline)) void TYPED(tile_of)(const uint32_t *a, int64_t a_step,
-                                                                       const uint32_t *b, int64_t b_panel,
-                                                                       int64_t steps, float *c, int64_t c_step,
-                                                                       const float *keep, const int rows,
-                                                                       const int panels) {
+                                                                        const uint32_t *b, int64_t b_panel,
+                                                                        int64_t steps, float *c, int64_t c_step,
+                                                                        const float *keep, const int rows,
+                                                                        const int panels) {
   __m512 sum[TILE_ROWS][TILE_PANELS];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; i++)

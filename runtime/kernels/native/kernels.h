@@ -84,27 +84,28 @@ OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*
 /* Some rows of a slab: those over which one pass goes while the cache holds the slab. */
 typedef struct {
   int64_t row, rows, column; /* column: the slab's first */
-  int64_t next;                    /* the panel, of all, to fetch meanwhile; -1: none */
-  int panels;                      /* of the slab, 16 columns each */
-  __mmask16 last;                  /* columns of the last panel that exist */
+  int64_t next;              /* the panel, of all, to fetch meanwhile; -1: none */
+  int panels;                /* of the slab, 16 columns each */
+  __mmask16 last;            /* columns of the last panel that exist */
 } Strip;
 
-/* A product in tasks: slabs of columns, in the order they lie in memory, by blocks of rows in strips. */
+/* A matmul in tasks: slabs of columns, in the order they lie in memory, by blocks of rows in strips. */
 typedef struct {
-  void (*strip)(const void *product, const Strip *strip);
-  const void *product;
+  void (*strip)(const void *matmul, const Strip *strip);
+  const void *matmul;
   int64_t rows, depth, columns, slab_panels, strip_rows; /* the last two: at most */
   int64_t slabs, slabs_per_task, row_blocks;             /* filled in */
 } Work;
 
 OrtStatus *run_work(const OrtApi *api, const OrtKernelContext *context, Work *work);
 
-/* Whether a product takes less time than waking a second thread. */
+/* Whether a matmul takes less time than waking a second thread. */
 static inline int is_small(const Work *work) { return work->rows * work->depth * work->columns < 1 << 20; }
 
 /* ---- Memory of weights ---- */
 
-/* Weights up to it, in bytes, lie in the graph and are never stored in panels: INLINE_BYTES of _onnx_file.py. */
+/* Weights up to it, in bytes, lie in the graph and are never stored in panels: INLINE_BYTES of
+   runtime/bundle/contract.py. */
 #define SMALL_WEIGHT 4096
 
 void *allocate(size_t bytes); /* at a line's address; freed by free() */
@@ -116,7 +117,7 @@ typedef struct {
   OrtCustomOp op; /* first: ONNX Runtime hands it back to the functions below */
   const char *name;
   int inputs, required, outputs;
-  int types[12]; /* of the inputs, then of the outputs */
+  int types[12];         /* of the inputs, then of the outputs */
   int subtracts, panels; /* see matmul_int8.c */
   int floats;            /* see attention.c */
   int gated;             /* see quantize.c */
@@ -134,6 +135,7 @@ int operator_memory(const OrtCustomOp *op, size_t index);
 int operator_one(const OrtCustomOp *op);
 int operator_any_version(const OrtCustomOp *op);
 
+/* clang-format off */
 #define OPERATOR(create, compute, destroy) \
   { \
     .version = ORT_API_VERSION, .GetName = operator_name, .GetExecutionProviderType = operator_provider, \
@@ -145,6 +147,7 @@ int operator_any_version(const OrtCustomOp *op);
     .GetVariadicOutputHomogeneity = operator_one, .CreateKernelV2 = create, .KernelComputeV2 = compute, \
     .GetStartVersion = operator_one, .GetEndVersion = operator_any_version, \
   }
+/* clang-format on */
 
 /* attention.c */
 OrtStatus *create_attention(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
@@ -152,14 +155,14 @@ OrtStatus *compute_attention(void *kernel, OrtKernelContext *context);
 void destroy_attention(void *kernel);
 
 /* matmul_int8.c */
-OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
-OrtStatus *compute_product(void *kernel, OrtKernelContext *context);
-void destroy_product(void *kernel);
+OrtStatus *create_matmul_int8(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_matmul_int8(void *kernel, OrtKernelContext *context);
+void destroy_matmul_int8(void *kernel);
 
 /* matmul_int4.c */
-OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
-OrtStatus *compute_product4(void *kernel, OrtKernelContext *context);
-void destroy_product4(void *kernel);
+OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_matmul_int4(void *kernel, OrtKernelContext *context);
+void destroy_matmul_int4(void *kernel);
 
 /* quantize.c */
 OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);

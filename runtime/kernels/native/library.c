@@ -56,7 +56,7 @@ OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*
   return NULL;
 }
 
-/* Tasks of a product, up to some 32 threads enough to balance them; several rows and neighbouring slabs in each. */
+/* Tasks of a matmul, up to some 32 threads enough to balance them; several rows and neighbouring slabs in each. */
 enum { TASKS = 64, MIN_TASK_ROWS = 64 };
 
 /* Rows from .. to of a slab, in strips of equal height as far as possible. */
@@ -70,7 +70,7 @@ static void run_strips(const Work *work, int64_t slab, int64_t from, int64_t to)
     const int64_t next = first + work->slab_panels + i;
     strip.rows = (to - strip.row + strips - i - 1) / (strips - i);
     strip.next = from == 0 && i < work->slab_panels && next < panels ? next : -1;
-    work->strip(work->product, &strip);
+    work->strip(work->matmul, &strip);
     strip.row += strip.rows;
   }
 }
@@ -151,25 +151,26 @@ EXPORT int embedge_kernels_run_here(void) {
 
 enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8, I = ONNX_INT32, L = ONNX_INT64 };
 
-#define PRODUCT(in_panels) \
-  {OPERATOR(create_product, compute_product, destroy_product), "MatMulIntegerToFloat", 5, 4, 1, \
-   {U, S, F, F, U, F}, 0, in_panels}
-#define PRODUCT_AND(what, minus, in_panels) \
-  {OPERATOR(create_product, compute_product, destroy_product), what, 6, 5, 1, {U, S, F, F, F, U, F}, minus, in_panels}
-
-static const Operator PRODUCTS[2] = {PRODUCT(0), PRODUCT(1)};
-#define PRODUCT4(in_panels) \
-  {OPERATOR(create_product4, compute_product4, destroy_product4), "MatMulNBits", 6, 3, 1, \
-   {F, U, F, U, I, F, F}, 0, in_panels}
-static const Operator PRODUCTS4[2] = {PRODUCT4(0), PRODUCT4(1)};
-static const Operator PRODUCTS_ADD[2] = {PRODUCT_AND("MatMulIntegerToFloatAdd", 0, 0),
-                                         PRODUCT_AND("MatMulIntegerToFloatAdd", 0, 1)};
-static const Operator PRODUCTS_SUB[2] = {PRODUCT_AND("MatMulIntegerToFloatSub", 1, 0),
-                                         PRODUCT_AND("MatMulIntegerToFloatSub", 1, 1)};
-static const Operator ROWS = {
-    OPERATOR(create_quantizer, compute_rows, destroy_quantizer), "QuantizeRows", 3, 3, 2, {F, F, U, U, F}, 0, 0};
+/* clang-format off */
+#define INT8(in_panels) \
+  {OPERATOR(create_matmul_int8, compute_matmul_int8, destroy_matmul_int8), "MatMulIntegerToFloat", 5, 4, 1, \
+   {U, S, F, F, U, F}, .panels = in_panels}
+#define INT8_AND(what, minus, in_panels) \
+  {OPERATOR(create_matmul_int8, compute_matmul_int8, destroy_matmul_int8), what, 6, 5, 1, \
+   {U, S, F, F, F, U, F}, .subtracts = minus, .panels = in_panels}
+#define INT4(in_panels) \
+  {OPERATOR(create_matmul_int4, compute_matmul_int4, destroy_matmul_int4), "MatMulNBits", 6, 3, 1, \
+   {F, U, F, U, I, F, F}, .panels = in_panels}
+static const Operator MATMUL_INT8[2] = {INT8(0), INT8(1)};
+static const Operator MATMUL_INT8_ADD[2] = {INT8_AND("MatMulIntegerToFloatAdd", 0, 0),
+                                            INT8_AND("MatMulIntegerToFloatAdd", 0, 1)};
+static const Operator MATMUL_INT8_SUB[2] = {INT8_AND("MatMulIntegerToFloatSub", 1, 0),
+                                            INT8_AND("MatMulIntegerToFloatSub", 1, 1)};
+static const Operator MATMUL_INT4[2] = {INT4(0), INT4(1)};
+static const Operator ROWS = {OPERATOR(create_quantizer, compute_rows, destroy_quantizer),
+                              "QuantizeRows", 3, 3, 2, {F, F, U, U, F}, .gated = 0};
 static const Operator ROWS_ABOVE = {OPERATOR(create_quantizer, compute_rows_above, destroy_quantizer),
-                                    "QuantizeRowsAbove", 4, 4, 2, {F, F, F, U, U, F}, 0, 0};
+                                    "QuantizeRowsAbove", 4, 4, 2, {F, F, F, U, U, F}, .gated = 0};
 #define ROTATED(what, gated_, outputs, ...) \
   {OPERATOR(create_quantizer, compute_rotated, destroy_quantizer), what, 6, 6, outputs, \
    {F, F, F, L, F, U, U, F, ##__VA_ARGS__}, .gated = gated_}
@@ -186,6 +187,7 @@ static const Operator ROTATED_ROWS[4] = {
 #define PADDED(floats) ATTENTION_OF("PaddedAttention", 4, floats, L, F)
 #define FULL(floats) ATTENTION_OF("FullAttention", 3, floats, F)
 static const Operator ATTENTION[2][3] = {{CAUSAL(0), PADDED(0), FULL(0)}, {CAUSAL(1), PADDED(1), FULL(1)}};
+/* clang-format on */
 
 /* A domain serves any number of sessions, and has to outlive them: made once, never released. */
 static OrtStatus *add_domain(const OrtApi *api, OrtSessionOptions *options, OrtCustomOpDomain **kept, const char *name,
@@ -223,12 +225,17 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   OrtStatus *status = is_set(api, options, "embedge.weights", "panels", &panels);
   if (status == NULL) status = is_set(api, options, "embedge.attention", "float32", &floats);
   if (status != NULL) return status;
-  const Operator *const products[] = {&PRODUCTS[panels], &PRODUCTS4[panels]};
-  const Operator *const functions[] = {&PRODUCTS_ADD[panels], &PRODUCTS_SUB[panels], &ROWS,
-                                       &ROWS_ABOVE,           &ROTATED_ROWS[0],        &ROTATED_ROWS[1],
-                                       &ROTATED_ROWS[2],        &ROTATED_ROWS[3],      &ATTENTION[floats][0],
-                                       &ATTENTION[floats][1], &ATTENTION[floats][2]};
-  status = add_domain(api, options, &contrib[panels], "com.microsoft", products, 2);
+  const Operator *const matmuls[] = {&MATMUL_INT8[panels], &MATMUL_INT4[panels]};
+  /* clang-format off */
+  const Operator *const functions[] = {
+      &MATMUL_INT8_ADD[panels], &MATMUL_INT8_SUB[panels],
+      &ROWS, &ROWS_ABOVE,
+      &ROTATED_ROWS[0], &ROTATED_ROWS[1], &ROTATED_ROWS[2], &ROTATED_ROWS[3],
+      &ATTENTION[floats][0], &ATTENTION[floats][1], &ATTENTION[floats][2],
+  };
+  /* clang-format on */
+  status = add_domain(api, options, &contrib[panels], "com.microsoft", matmuls, 2);
   if (status != NULL) return status;
-  return add_domain(api, options, &own[2 * panels + floats], "embedge", functions, sizeof functions / sizeof *functions);
+  return add_domain(api, options, &own[2 * panels + floats], "embedge", functions,
+                    sizeof functions / sizeof *functions);
 }

@@ -1,4 +1,4 @@
-/* Products of floats and 4-bit weights: com.microsoft.MatMulNBits at accuracy level 4, for processors with
+/* Matmuls of floats and 4-bit weights: com.microsoft.MatMulNBits at accuracy level 4, for processors with
    AVX512-VNNI.
 
    A row of the left side is quantized to int8 block by block, as ONNX Runtime does at this level, and
@@ -39,7 +39,7 @@ typedef struct {
   float *y;
   int8_t *values;  /* [rows, blocks * block] */
   float *a_scales; /* [rows, blocks, 2]: scale, and scale times the sum of the values */
-} Product;
+} MatMul;
 
 typedef struct {
   const int8_t *a;
@@ -51,8 +51,8 @@ typedef struct {
   float *y;
 } Tile;
 
-static inline __attribute__((always_inline)) AVX512 void run_tile(const Product *p, const Tile *t, const int rows,
-                                                                 const int panels, __mmask16 last) {
+static inline __attribute__((always_inline)) AVX512 void run_tile(const MatMul *p, const Tile *t, const int rows,
+                                                                  const int panels, __mmask16 last) {
   const Kernel *kernel = p->kernel;
   const int64_t width = kernel->blocks * kernel->block, panel = kernel->blocks * kernel->lines * LINE;
   const __m512i low = _mm512_set1_epi8(15);
@@ -103,8 +103,8 @@ static inline __attribute__((always_inline)) AVX512 void run_tile(const Product 
 #pragma GCC unroll 8
       for (int i = 0; i < rows; i++) {
         const float *of_row = t->a_scales + (i * kernel->blocks + block) * 2;
-        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][j]), _mm512_set1_ps(of_row[0]));
-        total[i][j] = _mm512_fmadd_ps(product, scale, total[i][j]);
+        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][j]), _mm512_set1_ps(of_row[0]));
+        total[i][j] = _mm512_fmadd_ps(scaled, scale, total[i][j]);
         total[i][j] = _mm512_fnmadd_ps(_mm512_set1_ps(of_row[1]), zero, total[i][j]);
       }
     }
@@ -119,19 +119,21 @@ static inline __attribute__((always_inline)) AVX512 void run_tile(const Product 
   }
 }
 
-typedef void (*RunTile)(const Product *, const Tile *, __mmask16);
+typedef void (*RunTile)(const MatMul *, const Tile *, __mmask16);
 #define TILE(rows, panels) \
-  static AVX512 void tile_##rows##_##panels(const Product *p, const Tile *t, __mmask16 last) { \
+  static AVX512 void tile_##rows##_##panels(const MatMul *p, const Tile *t, __mmask16 last) { \
     run_tile(p, t, rows, panels, last); \
   }
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2)
+/* clang-format off */
 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
+/* clang-format on */
 #define NAMES(rows) {tile_##rows##_1, tile_##rows##_2}
-static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
-                                               NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
+    static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
+                                                   NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
 
-static void run_strip(const void *product, const Strip *s) {
-  const Product *p = product;
+static void run_strip(const void *matmul, const Strip *s) {
+  const MatMul *p = matmul;
   const Kernel *kernel = p->kernel;
   const int64_t width = kernel->blocks * kernel->block, panel = kernel->blocks * kernel->lines * LINE;
   const uint8_t *b = kernel->panels + s->column / LANES * panel;
@@ -165,12 +167,12 @@ static AVX512 void quantize_block(const float *a, int64_t count, int64_t block, 
 }
 
 static void quantize_task(void *data, size_t row) {
-  const Product *p = data;
+  const MatMul *p = data;
   const Kernel *kernel = p->kernel;
   for (int64_t block = 0; block < kernel->blocks; block++) {
     const int64_t from = block * kernel->block, left = kernel->depth - from;
-    quantize_block(p->a + (int64_t)row * kernel->depth + from, left < kernel->block ? left : kernel->block, kernel->block,
-                   p->values + ((int64_t)row * kernel->blocks + block) * kernel->block,
+    quantize_block(p->a + (int64_t)row * kernel->depth + from, left < kernel->block ? left : kernel->block,
+                   kernel->block, p->values + ((int64_t)row * kernel->blocks + block) * kernel->block,
                    p->a_scales + ((int64_t)row * kernel->blocks + block) * 2);
   }
 }
@@ -205,7 +207,7 @@ static void pack_scales(Kernel *kernel, const float *scales, const uint8_t *zero
 
 /* ---- The operator ---- */
 
-void destroy_product4(void *data) {
+void destroy_matmul_int4(void *data) {
   Kernel *kernel = data;
   if (kernel == NULL) return;
   free(kernel->owned);
@@ -214,7 +216,7 @@ void destroy_product4(void *data) {
   free(kernel);
 }
 
-OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   int64_t depth = 0, columns = 0, bits = 0, block = 0, level = 0;
   OrtStatus *status = api->KernelInfoGetAttribute_int64(info, "K", &depth);
   if (status == NULL) status = api->KernelInfoGetAttribute_int64(info, "N", &columns);
@@ -224,19 +226,19 @@ OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKe
   if (status != NULL) return status;
   if (bits != 4 || level != 4 || block < LANES || block % LANES != 0 || block > INT32_MAX || depth < 1 ||
       depth > INT32_MAX || columns < 1 || columns > INT32_MAX)
-    return invalid(api, "embedge products: expected 4 bits, accuracy level 4 and blocks of 16 or more");
+    return invalid(api, "embedge matmul: expected 4 bits, accuracy level 4 and blocks of 16 or more");
   const int64_t blocks = (depth + block - 1) / block, panels = (columns + LANES - 1) / LANES;
   Tensor b, scales, zero_points;
   if ((status = read_constant(api, info, B, &b)) != NULL) return status;
   if ((status = read_constant(api, info, SCALES, &scales)) != NULL) return status;
   if ((status = read_constant(api, info, ZERO_POINTS, &zero_points)) != NULL) return status;
   if (b.elements != columns * blocks * block / 2 || scales.elements != columns * blocks)
-    return invalid(api, "embedge products: 4-bit weights and scales have to be constants of their sizes");
+    return invalid(api, "embedge matmul: 4-bit weights and scales have to be constants of their sizes");
   if (zero_points.data != NULL && zero_points.elements != columns * ((blocks + 1) / 2))
-    return invalid(api, "embedge products: zero points of another size than 4-bit weights have");
+    return invalid(api, "embedge matmul: zero points of another size than 4-bit weights have");
 
   Kernel *kernel = calloc(1, sizeof *kernel);
-  if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge products: out of memory");
+  if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory");
   kernel->api = api;
   kernel->depth = depth;
   kernel->columns = columns;
@@ -250,8 +252,8 @@ OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKe
   kernel->zeros = allocate(lanes);
   if (!stored) kernel->owned = allocate(size);
   if (kernel->scales == NULL || kernel->zeros == NULL || (!stored && kernel->owned == NULL)) {
-    destroy_product4(kernel);
-    return api->CreateStatus(ORT_FAIL, "embedge products: out of memory for a weight");
+    destroy_matmul_int4(kernel);
+    return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for a weight");
   }
   memset(kernel->scales, 0, lanes * sizeof(float)); /* columns that fill up the last panel */
   memset(kernel->zeros, 0, lanes);
@@ -268,7 +270,7 @@ OrtStatus *create_product4(const OrtCustomOp *op, const OrtApi *api, const OrtKe
   return NULL;
 }
 
-OrtStatus *compute_product4(void *data, OrtKernelContext *context) {
+OrtStatus *compute_matmul_int4(void *data, OrtKernelContext *context) {
   const Kernel *kernel = data;
   const OrtApi *api = kernel->api;
   Tensor a, zero_points, groups, bias;
@@ -278,30 +280,30 @@ OrtStatus *compute_product4(void *data, OrtKernelContext *context) {
   if (status == NULL) status = read_input(api, context, BIAS, &bias);
   if (status != NULL) return status;
   if (zero_points.data != NULL && !kernel->with_zeros)
-    return invalid(api, "embedge products: zero points have to be constant");
+    return invalid(api, "embedge matmul: zero points have to be constant");
   if (groups.data != NULL)
-    return api->CreateStatus(ORT_NOT_IMPLEMENTED, "embedge products: g_idx, the order of columns, is not implemented");
+    return api->CreateStatus(ORT_NOT_IMPLEMENTED, "embedge matmul: g_idx, the order of columns, is not implemented");
   if (bias.data != NULL && bias.elements != kernel->columns)
-    return invalid(api, "embedge products: expected a bias for each column");
+    return invalid(api, "embedge matmul: expected a bias for each column");
   if (a.rank < 1 || a.dims[a.rank - 1] != kernel->depth)
-    return invalid(api, "embedge products: rows and weight differ in depth");
+    return invalid(api, "embedge matmul: rows and weight differ in depth");
   const int64_t rows = a.elements / kernel->depth, columns = kernel->columns;
   void *y = NULL;
   a.dims[a.rank - 1] = columns;
   if ((status = make_output(api, context, 0, a.dims, a.rank, &y)) != NULL) return status;
   if (rows == 0) return NULL;
 
-  Product product = {.kernel = kernel, .a = a.data, .bias = bias.data, .y = y};
-  product.values = allocate((size_t)(rows * kernel->blocks * kernel->block));
-  product.a_scales = allocate((size_t)(rows * kernel->blocks * 2) * sizeof(float));
-  if (product.values == NULL || product.a_scales == NULL) {
-    status = api->CreateStatus(ORT_FAIL, "embedge products: out of memory for the rows");
+  MatMul matmul = {.kernel = kernel, .a = a.data, .bias = bias.data, .y = y};
+  matmul.values = allocate((size_t)(rows * kernel->blocks * kernel->block));
+  matmul.a_scales = allocate((size_t)(rows * kernel->blocks * 2) * sizeof(float));
+  if (matmul.values == NULL || matmul.a_scales == NULL) {
+    status = api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for the rows");
   } else {
-    Work work = {run_strip, &product, rows, kernel->depth, columns, PANELS, ROWS, 0, 0, 0};
-    status = run_tasks(api, context, quantize_task, (size_t)rows, is_small(&work) || rows < 4, &product);
+    Work work = {run_strip, &matmul, rows, kernel->depth, columns, PANELS, ROWS, 0, 0, 0};
+    status = run_tasks(api, context, quantize_task, (size_t)rows, is_small(&work) || rows < 4, &matmul);
     if (status == NULL) status = run_work(api, context, &work);
   }
-  free(product.values);
-  free(product.a_scales);
+  free(matmul.values);
+  free(matmul.a_scales);
   return status;
 }

@@ -1,4 +1,4 @@
-/* 8-bit products of ONNX Runtime sessions on x86-64 processors with AVX512-VNNI.
+/* 8-bit matmuls of ONNX Runtime sessions on x86-64 processors with AVX512-VNNI.
 
    The kernel takes the place of ONNX Runtime's own for com.microsoft.MatMulIntegerToFloat in the sessions
    that it is registered in: the same operator, and the same result to the bit,
@@ -37,8 +37,8 @@ typedef struct {
   int64_t depth, columns; /* of the weight */
   int64_t lines;          /* of a panel: depth / 4, rounded up */
   const int8_t *panels;
-  int8_t *owned;   /* the panels, where they are a copy */
-  int32_t *sums;   /* of each column, [panels * 16] */
+  int8_t *owned; /* the panels, where they are a copy */
+  int32_t *sums; /* of each column, [panels * 16] */
 } Kernel;
 
 typedef struct {
@@ -49,7 +49,7 @@ typedef struct {
   int64_t a_scale_step, added_step;
   int32_t zero_point;
   int one_a_scale, one_b_scale; /* for all rows: multiplied with the columns' first, as ONNX Runtime does */
-} Product;
+} MatMul;
 
 /* ---- Tiles ---- */
 
@@ -64,8 +64,8 @@ typedef struct {
 } Tile;
 
 /* y[rows, columns] of a tile; `last` are the columns of the last panel that exist. */
-static inline __attribute__((always_inline)) AVX512 void run_tile(const Product *p, const Tile *t, const int rows,
-                                                               const int panels, __mmask16 last) {
+static inline __attribute__((always_inline)) AVX512 void run_tile(const MatMul *p, const Tile *t, const int rows,
+                                                                  const int panels, __mmask16 last) {
   const int64_t depth = p->kernel->depth, lines = p->kernel->lines, whole = depth / 4;
   const size_t tail = (size_t)(depth % 4);
   __m512i sum[ROWS][PANELS];
@@ -107,8 +107,8 @@ static inline __attribute__((always_inline)) AVX512 void run_tile(const Product 
   for (int j = 0; j < panels; j++) {
     const __mmask16 mask = j == panels - 1 ? last : (__mmask16)0xffff;
     const __m512i shift = _mm512_mullo_epi32(zero_point, _mm512_loadu_si512(t->sums + j * LANES));
-    const __m512 scale = p->one_b_scale ? _mm512_set1_ps(*t->b_scale)
-                                        : _mm512_maskz_loadu_ps(mask, t->b_scale + j * LANES);
+    const __m512 scale =
+        p->one_b_scale ? _mm512_set1_ps(*t->b_scale) : _mm512_maskz_loadu_ps(mask, t->b_scale + j * LANES);
     const __m512 scales = p->one_a_scale ? _mm512_mul_ps(_mm512_set1_ps(*p->a_scale), scale) : scale;
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
@@ -123,19 +123,21 @@ static inline __attribute__((always_inline)) AVX512 void run_tile(const Product 
   }
 }
 
-typedef void (*RunTile)(const Product *, const Tile *, __mmask16);
+typedef void (*RunTile)(const MatMul *, const Tile *, __mmask16);
 #define TILE(rows, panels) \
-  static AVX512 void tile_##rows##_##panels(const Product *p, const Tile *t, __mmask16 last) { \
+  static AVX512 void tile_##rows##_##panels(const MatMul *p, const Tile *t, __mmask16 last) { \
     run_tile(p, t, rows, panels, last); \
   }
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2) TILE(rows, 3)
+/* clang-format off */
 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
+/* clang-format on */
 #define NAMES(rows) {tile_##rows##_1, tile_##rows##_2, tile_##rows##_3}
-static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
-                                               NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
+    static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
+                                                   NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
 
-static void run_strip(const void *product, const Strip *s) {
-  const Product *p = product;
+static void run_strip(const void *matmul, const Strip *s) {
+  const MatMul *p = matmul;
   const Kernel *kernel = p->kernel;
   const int64_t panel = kernel->lines * LINE;
   const int8_t *b = kernel->panels + s->column / LANES * panel;
@@ -202,7 +204,7 @@ static void add_panels(Kernel *kernel, int64_t panels) {
 
 /* ---- The operator ---- */
 
-void destroy_product(void *data) {
+void destroy_matmul_int8(void *data) {
   Kernel *kernel = data;
   if (kernel == NULL) return;
   free(kernel->owned);
@@ -210,16 +212,16 @@ void destroy_product(void *data) {
   free(kernel);
 }
 
-OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+OrtStatus *create_matmul_int8(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   const Operator *known = (const Operator *)op;
   Tensor b;
   OrtStatus *status = read_constant(api, info, B, &b);
   if (status != NULL) return status;
-  if (b.data == NULL) return invalid(api, "embedge products: the weight is not constant");
-  if (b.rank != 2 || b.elements < 1) return invalid(api, "embedge products: the weight has not two dimensions");
+  if (b.data == NULL) return invalid(api, "embedge matmul: the weight is not constant");
+  if (b.rank != 2 || b.elements < 1) return invalid(api, "embedge matmul: the weight has not two dimensions");
 
   Kernel *kernel = calloc(1, sizeof *kernel);
-  if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge products: out of memory");
+  if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory");
   kernel->api = api;
   kernel->with_added = known->inputs == 6;
   kernel->subtracts = known->subtracts;
@@ -232,8 +234,8 @@ OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKer
   kernel->sums = allocate(sums);
   if (!stored) kernel->owned = allocate(size);
   if (kernel->sums == NULL || (!stored && kernel->owned == NULL)) {
-    destroy_product(kernel);
-    return api->CreateStatus(ORT_FAIL, "embedge products: out of memory for a weight");
+    destroy_matmul_int8(kernel);
+    return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for a weight");
   }
   memset(kernel->sums, 0, sums);
   if (stored) {
@@ -248,7 +250,7 @@ OrtStatus *create_product(const OrtCustomOp *op, const OrtApi *api, const OrtKer
   return NULL;
 }
 
-OrtStatus *compute_product(void *data, OrtKernelContext *context) {
+OrtStatus *compute_matmul_int8(void *data, OrtKernelContext *context) {
   const Kernel *kernel = data;
   const OrtApi *api = kernel->api;
   Tensor a, a_scale, b_scale, added = {0}, zero_point;
@@ -259,24 +261,24 @@ OrtStatus *compute_product(void *data, OrtKernelContext *context) {
   if (status == NULL) status = read_input(api, context, (size_t)(B_SCALE + 1 + kernel->with_added), &zero_point);
   if (status != NULL) return status;
   if (a.rank < 1 || a.dims[a.rank - 1] != kernel->depth)
-    return invalid(api, "embedge products: rows and weight differ in depth");
+    return invalid(api, "embedge matmul: rows and weight differ in depth");
   const int64_t rows = a.elements / kernel->depth, columns = kernel->columns;
   if (a_scale.elements != 1 && a_scale.elements != rows)
-    return invalid(api, "embedge products: expected one scale, or one for each row");
+    return invalid(api, "embedge matmul: expected one scale, or one for each row");
   if (b_scale.elements != 1 && b_scale.elements != columns)
-    return invalid(api, "embedge products: expected one scale, or one for each column");
+    return invalid(api, "embedge matmul: expected one scale, or one for each column");
   if (zero_point.data != NULL && zero_point.elements != 1)
-    return invalid(api, "embedge products: expected one zero point");
+    return invalid(api, "embedge matmul: expected one zero point");
   if (added.data != NULL && (added.rank < 1 || added.dims[added.rank - 1] != columns ||
                              (added.elements != columns && added.elements != rows * columns)))
-    return invalid(api, "embedge products: expected a value to add for each column, or for each of the result");
+    return invalid(api, "embedge matmul: expected a value to add for each column, or for each of the result");
 
   void *y = NULL;
   a.dims[a.rank - 1] = columns;
   if ((status = make_output(api, context, 0, a.dims, a.rank, &y)) != NULL) return status;
   if (rows == 0) return NULL;
 
-  Product product = {
+  MatMul matmul = {
       .kernel = kernel,
       .a = a.data,
       .a_scale = a_scale.data,
@@ -289,6 +291,6 @@ OrtStatus *compute_product(void *data, OrtKernelContext *context) {
       .one_a_scale = a_scale.elements == 1 && a_scale.rank < 2,
       .one_b_scale = b_scale.elements == 1,
   };
-  Work work = {run_strip, &product, rows, kernel->depth, columns, PANELS, ROWS, 0, 0, 0};
+  Work work = {run_strip, &matmul, rows, kernel->depth, columns, PANELS, ROWS, 0, 0, 0};
   return run_work(api, context, &work);
 }

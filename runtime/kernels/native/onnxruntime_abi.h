@@ -43,16 +43,15 @@ typedef struct OrtApi {
   OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *info, const char *name, int64_t *out);
   void *unused_87[3];
   OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *context, size_t index, const OrtValue **out);
-  OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *context, size_t index, const int64_t *dims,
-                                        size_t count, OrtValue **out);
+  OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *context, size_t index, const int64_t *dims, size_t count,
+                                        OrtValue **out);
   void *unused_92[7];
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo *info);
   void *unused_100;
   void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *domain);
   void *unused_102[135];
   OrtStatus *(*HasSessionConfigEntry)(const OrtSessionOptions *options, const char *key, int *out);
-  OrtStatus *(*GetSessionConfigEntry)(const OrtSessionOptions *options, const char *key, char *value,
-                                      size_t *size);
+  OrtStatus *(*GetSessionConfigEntry)(const OrtSessionOptions *options, const char *key, char *value, size_t *size);
   void *unused_239[10];
   OrtStatus *(*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo *info, size_t index, int *is_constant,
                                                   const OrtValue **out);
@@ -99,8 +98,7 @@ struct OrtCustomOp {
   int (*GetVariadicInputHomogeneity)(const OrtCustomOp *op);
   int (*GetVariadicOutputMinArity)(const OrtCustomOp *op);
   int (*GetVariadicOutputHomogeneity)(const OrtCustomOp *op);
-  OrtStatus *(*CreateKernelV2)(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
-                               void **kernel);
+  OrtStatus *(*CreateKernelV2)(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
   OrtStatus *(*KernelComputeV2)(void *kernel, OrtKernelContext *context);
   OrtStatus *(*InferOutputShapeFn)(const OrtCustomOp *op, void *context);
   int (*GetStartVersion)(const OrtCustomOp *op);

@@ -2,7 +2,7 @@
    one pass over memory instead of four to nine. Results equal those of the functions' own nodes to the bit, but
    for SiLU's, of which ONNX Runtime has another approximation.
 
-   A row that holds a NaN gives a scale of NaN, which the products carry on. */
+   A row that holds a NaN gives a scale of NaN, which the matmuls carry on. */
 
 #include <stdlib.h>
 
@@ -19,7 +19,7 @@ typedef struct {
 
 typedef struct {
   const float *x, *y, *rotation; /* y, rotation: of what is multiplied and rotated first */
-  int block, gated;           /* of the rotation; whether x passes SiLU before */
+  int block, gated;              /* of the rotation; whether x passes SiLU before */
   const uint8_t *zero_points;
   const float *floor;
   float step;
@@ -85,8 +85,9 @@ static AVX512 void multiply(const float *x, const float *y, int64_t width, int g
 enum { AT_ONCE = 4 }; /* blocks that are rotated at once, so that no sum waits for the one before */
 
 /* Each block of a row times the rotation [block, block], whose rows are summed in their order. */
-static inline __attribute__((always_inline)) AVX512 void rotate_blocks(const float *x, int64_t blocks, const float *rotation,
-                                                                 const int block, float *to) {
+static inline __attribute__((always_inline)) AVX512 void rotate_blocks(const float *x, int64_t blocks,
+                                                                       const float *rotation, const int block,
+                                                                       float *to) {
   const __mmask16 mask = lanes_left(block);
   for (int64_t b = 0; b < blocks; b += AT_ONCE) {
     const int count = blocks - b < AT_ONCE ? (int)(blocks - b) : AT_ONCE;

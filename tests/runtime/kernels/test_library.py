@@ -193,14 +193,14 @@ def test_no_rows_have_no_products() -> None:
 @needs_kernel
 def test_a_weight_that_is_not_constant_is_refused() -> None:
     model = product_model(np.ones((8, 16), np.int8), np.ones(16, np.float32), constant=False)
-    with pytest.raises(Exception, match="embedge products: the weight is not constant"):
+    with pytest.raises(Exception, match="embedge matmul: the weight is not constant"):
         open_session(model)
 
 
 @needs_kernel
 def test_a_weight_of_three_dimensions_is_refused() -> None:
     model = product_model(np.ones((1, 8, 16), np.int8), np.ones(16, np.float32))
-    with pytest.raises(Exception, match="embedge products: the weight has not two dimensions"):
+    with pytest.raises(Exception, match="embedge matmul: the weight has not two dimensions"):
         open_session(model)
 
 
@@ -217,7 +217,7 @@ def test_inputs_that_do_not_fit_the_weight_are_refused(
     depth: int, rows: int, columns: int, message: str
 ) -> None:
     session = open_session(product_model(np.ones((8, 16), np.int8), np.ones(columns, np.float32)))
-    with pytest.raises(Exception, match=f"embedge products: {message}"):
+    with pytest.raises(Exception, match=f"embedge matmul: {message}"):
         run(session, np.ones((3, depth), np.uint8), np.ones((rows, 1), np.float32))
 
 
@@ -262,7 +262,7 @@ def test_a_session_without_the_kernel_may_lie_beside_one_with_it() -> None:
     weight, w_scale = np.ones((8, 16), np.int8), np.ones(16, np.float32)
     a, a_scale = np.ones((3, 8), np.uint8), np.ones((2, 1), np.float32)
     own, theirs = (open_session(product_model(weight, w_scale), own=own) for own in (True, False))
-    with pytest.raises(Exception, match="embedge products"):
+    with pytest.raises(Exception, match="embedge matmul"):
         run(own, a, a_scale)
     with pytest.raises(Exception, match="broadcast an axis"):
         run(theirs, a, a_scale)
