@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from embedge.runtime.bundle.onnx_model import FLOAT, UINT8
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 from embedge.runtime.host.probe_models import one_node_model
-from embedge.runtime.kernels.library import in_panels, register
+from embedge.runtime.kernels.register import register
+from embedge.runtime.kernels.repack import in_panels
 
 __all__ = ["is_right"]
 
@@ -30,19 +31,19 @@ Array = NDArray[Any]
 
 
 def is_right(library: str) -> bool:
-    """Whether the kernels give the known results, products in both layouts to the bit."""
+    """Whether the kernels give the known results, matmuls in both layouts to the bit."""
     draw = np.random.default_rng(5)
-    products = (
+    matmuls = (
         check(library, draw, *size, panels=panels)
         for size in _SIZES
         for panels in (False, True)
-        for check in (_products_of_8_bits, _products_of_4_bits)
+        for check in (_matmuls_of_8_bits, _matmuls_of_4_bits)
     )
     quantizers = _quantizers(library, draw.permutation(np.arange(-40, 42)))
-    return all(products) and quantizers and _swiglu(library, draw) and _attention(library, draw)
+    return all(matmuls) and quantizers and _swiglu(library, draw) and _attention(library, draw)
 
 
-def _products_of_8_bits(
+def _matmuls_of_8_bits(
     library: str, draw: np.random.Generator, depth: int, columns: int, *, panels: bool
 ) -> bool:
     weight = draw.integers(-127, 128, (depth, columns), np.int8)
@@ -57,13 +58,13 @@ def _products_of_8_bits(
     run = _opened(library, op_type, (UINT8, depth), weights, (FLOAT, columns), panels=panels)
     for rows in _ROWS:
         a = draw.integers(0, 256, (rows, depth), np.uint8)
-        products = (a.astype(np.int64) - 128) @ weight.astype(np.int64)
-        if not np.array_equal(run(a), products * 0.5 + weights[b"other"]):
+        result = (a.astype(np.int64) - 128) @ weight.astype(np.int64)
+        if not np.array_equal(run(a), result * 0.5 + weights[b"other"]):
             return False
     return True
 
 
-def _products_of_4_bits(
+def _matmuls_of_4_bits(
     library: str, draw: np.random.Generator, depth: int, columns: int, *, panels: bool
 ) -> bool:
     """Of rows whose blocks have a largest value of 127, so that they are integers as they are."""

@@ -35,7 +35,9 @@ from embedge.runtime.bundle.schema import Place, Record
 from embedge.runtime.errors import BundleError, warn
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 from embedge.runtime.host.processor import processor_identity
-from embedge.runtime.kernels.library import OPERATORS, PANELS, own_kernels
+from embedge.runtime.kernels.library import own_kernels
+from embedge.runtime.kernels.register import OPERATORS
+from embedge.runtime.kernels.repack import PANELS
 from embedge.runtime.sessions.places import Places
 
 __all__ = ["GRAPH", "RECORD", "PreparedGraphs", "PreparedRecord", "machine_name"]

@@ -27,7 +27,7 @@ from embedge.runtime.bundle.onnx_model import ExternalData
 from embedge.runtime.bundle.packed_weights import PackedWeight, Tensor
 from embedge.runtime.errors import BundleError
 from embedge.runtime.host.workers import Workers
-from embedge.runtime.kernels.library import in_panels
+from embedge.runtime.kernels.repack import in_panels
 
 __all__ = ["Initializers", "initializers_of", "unpack"]
 
@@ -55,7 +55,7 @@ def initializers_of(
         name: of a task, or ``VISION``.
         threads: cores to use.
         panels: as a session whose weights lie in panels takes them
-            (:func:`embedge.runtime.kernels.library.in_panels`), with the weights that are stored.
+            (:func:`embedge.runtime.kernels.repack.in_panels`), with the weights that are stored.
         scratch: a folder for panels, instead of memory.
 
     Raises:

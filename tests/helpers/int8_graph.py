@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 ROWS, DEPTH, COLUMNS = 40, 256, 128
@@ -63,7 +64,10 @@ def write_int8_bundle(tiny: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     graph = helper.make_graph(nodes, "int8", inputs, outputs, tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    (tiny.path / "int8/retrieval.onnx").write_bytes(model.SerializeToString())
+    weights = tiny.path / "int8/retrieval.bin"
+    weights.unlink()  # or what is saved would join it
+    external = {"save_as_external_data": True, "location": weights.name, "size_threshold": 4096}
+    onnx.save(model, tiny.path / "int8/retrieval.onnx", **external)
 
     def change(manifest: dict[str, Any]) -> None:
         manifest["model"].update(dim=COLUMNS, normalize=False)

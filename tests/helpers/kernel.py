@@ -1,4 +1,4 @@
-"""Sessions with and without embedge's kernel for 8-bit products."""
+"""Sessions with and without embedge's kernel for 8-bit matmuls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from embedge.runtime.kernels import library as library_module
 from embedge.runtime.kernels.library import kernel_library
+from embedge.runtime.kernels.register import register
 
 LIBRARY = kernel_library()
 needs_kernel = pytest.mark.skipif(
@@ -39,12 +40,12 @@ def without_kernel() -> Iterator[None]:
 def layouts_seen() -> Iterator[list[bool]]:
     """For each session opened inside with the kernel, whether its weights lie in panels."""
     kernel_library()  # its check opens sessions too
-    register, seen = library_module.register, []
+    seen: list[bool] = []
 
     def note(options: object, library: str, *, panels: bool) -> None:
         seen.append(panels)
         register(options, library, panels=panels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library_module, "register", note)
+        patch.setattr("embedge.runtime.kernels.library.register", note)
         yield seen

@@ -18,5 +18,7 @@ embedge.runtime.kernels.__path__.insert(0, FOLDER)
 if __name__ == "__main__":
     found = kernel_library()
     if found is None or not found.startswith(FOLDER):
-        sys.exit(f"make sanitize: there are no kernels to test on this processor: {describe_kernels()}")
+        sys.exit(
+            f"make sanitize: there are no kernels to test on this processor: {describe_kernels()}"
+        )
     print(f"sanitized: {found}")

@@ -17,11 +17,12 @@ from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of, with_f
 from embedge.export.graph.onnx_model import IR_VERSION, OPSET
 from embedge.export.graph.ops import CONTRIB
 from embedge.quant.rotation import block_rotation
-from embedge.runtime.kernels import library
+from embedge.runtime.kernels.library import kernel_library
+from embedge.runtime.kernels.register import register
 from tests.helpers.sessions import open_graph, session_options
 
 Array = NDArray[Any]
-LIBRARY = library.kernel_library()
+LIBRARY = kernel_library()
 needs_kernels = pytest.mark.skipif(
     LIBRARY is None, reason="no embedge kernels on this processor or installation"
 )
@@ -68,7 +69,7 @@ def results(
     options = session_options(threads=threads)
     if own:
         assert LIBRARY is not None
-        library.register(options, LIBRARY, panels=False)
+        register(options, LIBRARY, panels=False)
     session = open_graph(proto, options)
     return [np.asarray(value) for value in session.run(None, inputs)]
 

@@ -15,7 +15,7 @@ from embedge.export import export_bundle
 from embedge.runtime import Embedder, EmbedgeWarning
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
-from embedge.runtime.kernels.library import PANELS
+from embedge.runtime.kernels.repack import PANELS
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs, machine_name
 from embedge.runtime.tuning.pack_graphs import pack_graph
 from tests.helpers.jina_v4 import write_checkpoint

@@ -1,4 +1,4 @@
-"""embedge's kernel for 8-bit products: the results of ONNX Runtime's, and when it is used."""
+"""embedge's kernel for 8-bit matmuls: the results of ONNX Runtime's, and when it is used."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
-from embedge.runtime.kernels import library as products
+from embedge.runtime.kernels import library as library_module
 from embedge.runtime.kernels import self_check
-from embedge.runtime.kernels.library import (
-    in_panels,
-    kernel_library,
-    own_kernels,
-    use_own_kernels,
-)
+from embedge.runtime.kernels.library import kernel_library, own_kernels, use_own_kernels
+from embedge.runtime.kernels.register import register
+from embedge.runtime.kernels.repack import in_panels
 from tests.helpers.kernel import LIBRARY, asked_anew, layouts_seen, needs_kernel, without_kernel
 from tests.helpers.sessions import open_graph, session_options
 
@@ -80,7 +77,7 @@ def open_session(model: bytes, *, own: bool = True, panels: bool = False, thread
     options = session_options(threads=threads)
     if own:
         assert LIBRARY is not None
-        products.register(options, LIBRARY, panels=panels)
+        register(options, LIBRARY, panels=panels)
     return open_graph(model, options)
 
 
@@ -101,7 +98,7 @@ def exact(a: Array, weight: Array, a_scale: Array, w_scale: Array, zero_point: i
 @needs_kernel
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_products_are_those_of_onnx_runtime_to_the_bit(columns: int, threads: int) -> None:
+def test_matmuls_are_those_of_onnx_runtime_to_the_bit(columns: int, threads: int) -> None:
     draw = np.random.default_rng(columns)
     for depth, zero_point, shape in itertools.product(DEPTHS, ZERO_POINTS, [(1,), (columns,)]):
         model = product_model(weights(draw, depth, columns), scales(draw, *shape), zero_point)
@@ -154,9 +151,7 @@ def test_the_largest_values_do_not_saturate(value: int) -> None:
     ("rows", "depth", "columns"),
     [(300, 1024, 3100), (700, 512, 40), (1, 1024, 6250), (65, 2051, 160)],
 )
-def test_products_of_many_tasks_are_exact(
-    rows: int, depth: int, columns: int, threads: int
-) -> None:
+def test_matmuls_of_many_tasks_are_exact(rows: int, depth: int, columns: int, threads: int) -> None:
     draw = np.random.default_rng(rows)
     weight, w_scale = weights(draw, depth, columns), scales(draw, columns)
     a, a_scale = activations(draw, rows, depth), scales(draw, rows, 1)
@@ -166,7 +161,7 @@ def test_products_of_many_tasks_are_exact(
 
 @needs_kernel
 @pytest.mark.parametrize("shape", PANELLED + LEFT)
-def test_weights_in_panels_give_the_same_products(shape: tuple[int, int]) -> None:
+def test_weights_in_panels_give_the_same_matmuls(shape: tuple[int, int]) -> None:
     draw = np.random.default_rng(shape)
     weight, w_scale = weights(draw, *shape), scales(draw, shape[1])
     rows = open_session(product_model(weight, w_scale))
@@ -179,7 +174,7 @@ def test_weights_in_panels_give_the_same_products(shape: tuple[int, int]) -> Non
 
 
 @needs_kernel
-def test_no_rows_have_no_products() -> None:
+def test_no_rows_have_no_result() -> None:
     session = open_session(product_model(np.ones((130, 50), np.int8), np.ones(50, np.float32)))
     for leading in ((0,), (0, 3), (3, 0)):
         for a_scale in (np.ones(1, np.float32), np.ones((*leading, 1), np.float32)):
@@ -342,7 +337,7 @@ def test_the_environment_turns_it_off() -> None:
 
 def test_with_amx_onnx_runtime_multiplies() -> None:
     with asked_anew() as patch:
-        patch.setattr(products, "has_amx", lambda: True)
+        patch.setattr(library_module, "has_amx", lambda: True)
         assert not own_kernels()
 
 
@@ -359,7 +354,7 @@ class Library:
 def find_library(patch: pytest.MonkeyPatch, file: Path | str | None) -> None:
     """Lets a file be the kernel's, or none, on any processor."""
     patch.delenv("EMBEDGE_KERNELS", raising=False)
-    patch.setattr(products, "has_amx", lambda: False)
+    patch.setattr(library_module, "has_amx", lambda: False)
     find = importlib.util.find_spec
 
     def find_spec(name: str, *arguments: Any) -> Any:
@@ -425,7 +420,7 @@ def test_a_file_that_is_no_library_is_left_out_with_a_warning(tmp_path: Path) ->
 
 
 @needs_kernel
-def test_the_check_finds_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_finds_wrong_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LIBRARY is not None
     assert self_check.is_right(LIBRARY)
     monkeypatch.setattr(self_check, "in_panels", lambda weight: weight)

@@ -1,4 +1,4 @@
-"""embedge's kernel for 4-bit products: the integers of ONNX Runtime's, row by row."""
+"""embedge's kernel for 4-bit matmuls: the integers of ONNX Runtime's, row by row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from embedge.runtime.kernels.library import in_panels, register
+from embedge.runtime.kernels.register import register
+from embedge.runtime.kernels.repack import in_panels
 from tests.helpers.kernel import LIBRARY, needs_kernel
 from tests.helpers.sessions import open_graph, session_options
 
@@ -114,7 +115,7 @@ def exact(values: dict[str, Array], a: Array, block: int) -> Array:
 @needs_kernel
 @pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize(("depth", "columns", "block"), SHAPES)
-def test_products_are_those_of_onnx_runtime_but_for_the_order_of_their_sums(
+def test_matmuls_are_those_of_onnx_runtime_but_for_the_order_of_their_sums(
     depth: int, columns: int, block: int, zero_points: bool
 ) -> None:
     values = operands(depth, columns, block, zero_points=zero_points)
@@ -131,7 +132,7 @@ def test_products_are_those_of_onnx_runtime_but_for_the_order_of_their_sums(
 
 @needs_kernel
 @pytest.mark.parametrize(("depth", "columns", "block"), SHAPES)
-def test_products_are_the_definitions(depth: int, columns: int, block: int) -> None:
+def test_matmuls_are_the_definitions(depth: int, columns: int, block: int) -> None:
     values = operands(depth, columns, block)
     a = rows_of(21, depth)
     found, expected = run(open_session(values, depth, block), a), exact(values, a, block)
@@ -153,7 +154,7 @@ def test_a_row_has_the_same_bits_in_any_batch(depth: int, columns: int, block: i
 
 @needs_kernel
 @pytest.mark.parametrize(("depth", "columns", "block"), PANELLED)
-def test_weights_in_panels_give_the_same_products(depth: int, columns: int, block: int) -> None:
+def test_weights_in_panels_give_the_same_matmuls(depth: int, columns: int, block: int) -> None:
     values = operands(depth, columns, block)
     laid_out = {**values, "w": in_panels(values["w"])}
     assert laid_out["w"] is not values["w"]
