@@ -1,4 +1,7 @@
-"""Model families, chosen by ``config.json``."""
+"""Model families, chosen by ``config.json``: each reads one and declares an architecture.
+
+A new one is a file here, its model types and keys in ``config_keys.py``, and its class in :data:`FAMILIES`.
+"""
 
 from __future__ import annotations
 
