@@ -1,8 +1,7 @@
-"""The report as text: aligned tables for the terminal, the same tables in Markdown."""
+"""The report's tables, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,25 +29,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     labels: int = 2
 
-    def text(self) -> str:
-        """Return the table for a terminal."""
-        lines = [self.header, *self.rows]
-        widths = [max(_width(line[i]) for line in lines) for i in range(len(self.header))]
-        made = [self._line(line, widths) for line in lines]
-        return "\n".join([made[0], "  ".join("─" * w for w in widths), *made[1:]])
-
     def markdown(self) -> str:
         """Return the table in Markdown."""
         rule = ["---"] * self.labels + ["---:"] * (len(self.header) - self.labels)
         lines = [self.header, rule, *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
-        padded = []
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-            space = " " * (width - _width(cell))
-            padded.append(cell + space if i < self.labels else space + cell)
-        return "  ".join(padded).rstrip()
 
 
 def main_table(rows: Sequence[Row]) -> Table:
@@ -226,7 +211,3 @@ def _cosine(value: float | None) -> str:
         if value < 1 - 10**-digits:
             return f"{value:.{digits}f}"
     return f"{value:.7f}"
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

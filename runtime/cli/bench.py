@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedge.bench.errors import BenchArgumentError
+from embedge.runtime.cli.table import table
 
 if TYPE_CHECKING:
     from embedge.bench.options import BenchOptions
@@ -102,11 +103,13 @@ def run(args: argparse.Namespace) -> int:
     checks = check_targets(report, args.targets)
     lines = [check.line() for check in checks]
     if args.shapes:
-        print(HOW_TO_COMPARE, comparison_table(report.rows).text(), sep="\n\n")
+        how_to_read, tables = HOW_TO_COMPARE, [comparison_table(report.rows)]
     else:
-        print(HOW_TO_READ, main_table(report.rows).text(), sep="\n\n")
-    if report.process:
-        print("\n" + process_table(report).text())
+        how_to_read, tables = HOW_TO_READ, [main_table(report.rows)]
+    tables += [process_table(report)] if report.process else []
+    print(how_to_read)
+    for shown in tables:
+        print("", *table([shown.header, *shown.rows], shown.labels), sep="\n")
     for line in (*(f"note: {note}" for note in report.notes), *lines):
         print(line)
     files = write_report(report, args.out, lines)

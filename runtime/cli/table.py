@@ -15,21 +15,35 @@ _NARROWEST = 8  # columns are not cut further
 _NAME = 14
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines with aligned columns that fit the terminal, the first row underlined."""
+def table(rows: Sequence[Sequence[str]], labels: int | None = None) -> list[str]:
+    """Rows as lines with aligned columns, the first row underlined.
+
+    Args:
+        rows: the header and the others.
+        labels: how many columns are text, before those of figures, which stand on the right and are never
+            cut; ``None``: all, and what is wider than the terminal is wrapped.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > _width() and max(widths) > _NARROWEST:
+    while (
+        labels is None
+        and sum(widths) + 2 * (len(widths) - 1) > _width()
+        and max(widths) > _NARROWEST
+    ):
         widths[widths.index(max(widths))] -= 1
-    lines = [line for row in rows[:1] for line in _row(row, widths)]
+    lines = [line for row in rows[:1] for line in _row(row, widths, labels)]
     lines.append("  ".join("-" * width for width in widths))
-    return lines + [line for row in rows[1:] for line in _row(row, widths)]
+    return lines + [line for row in rows[1:] for line in _row(row, widths, labels)]
 
 
-def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+def _row(cells: Sequence[str], widths: Sequence[int], labels: int | None) -> list[str]:
     """A row's lines, several where a cell is wider than its column."""
     wrapped = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    left = len(widths) if labels is None else labels
     return [
-        "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+        "  ".join(
+            part.ljust(width) if column < left else part.rjust(width)
+            for column, (part, width) in enumerate(zip(parts, widths, strict=True))
+        ).rstrip()
         for parts in zip_longest(*wrapped, fillvalue="")
     ] or [""]
 

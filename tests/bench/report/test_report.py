@@ -13,6 +13,7 @@ from embedge.bench.errors import BenchError
 from embedge.bench.report.tables import Table, comparison_table, main_table
 from embedge.bench.report.write import markdown, write_report
 from embedge.bench.targets import check_targets
+from embedge.runtime.cli.table import table as text_table
 
 
 def test_json_and_back_is_the_same_report(report: Report) -> None:
@@ -37,9 +38,9 @@ def test_keys_of_a_newer_minor_version_are_ignored(report: Report) -> None:
 def test_columns_of_a_table_are_aligned() -> None:
     table = Table(("task", "system", "MB"), (("a", "long name", "1.0"), ("b", "x", "100.0")))
 
-    assert table.text().splitlines() == [
+    assert text_table([table.header, *table.rows], table.labels) == [
         "task  system        MB",
-        "────  ─────────  ─────",
+        "----  ---------  -----",
         "a     long name    1.0",
         "b     x          100.0",
     ]
