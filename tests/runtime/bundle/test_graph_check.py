@@ -32,7 +32,7 @@ def refusal(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     def refuse(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("ONNX Runtime got the graph")
 
-    monkeypatch.setattr("embedge.runtime.sessions.graphs.GraphSession", refuse)
+    monkeypatch.setattr("embedge.runtime.sessions.session.open_session", refuse)
     with pytest.raises(BundleError):
         Embedder(bundle.path, verify="none").encode("w1")
     with pytest.raises(BundleError) as caught:
