@@ -86,7 +86,7 @@ class Decoder(Family):
             other = f"{kind!r} for layer {index} by the other settings"
             raise self.unsupported("layer_types", self.config["layer_types"], other)
         window = self.integer("sliding_window") if slides else self.max_length
-        return Span(before=window - 1 if window < self.max_length else None, after=0)
+        return Span(reach=window - 1 if window < self.max_length else None, causal=True)
 
     def _attention(self, p: str, span: Span) -> Attention:
         return Attention(

@@ -31,7 +31,7 @@ class ModernBert(Family):
             raise self.unsupported("sliding_window", self.config["sliding_window"], expected)
         self.check_length(self.integer("max_position_embeddings", 8192))
         ropes = self._ropes(self.hidden_size // self.heads)
-        spans = {"global": Span(), "local": Span(before=reach, after=reach)}
+        spans = {"global": Span(), "local": Span(reach=reach)}
         kinds = ["local" if is_local else "global" for is_local in local]
         return Architecture(
             hidden_size=self.hidden_size,

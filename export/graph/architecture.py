@@ -13,7 +13,8 @@ What families that are not here yet would declare:
 
 =======================  ==========================================================================
 EuroBERT, jina v5 nano   Llama's layers with ``Span()``; v5 small is Qwen3 as it is
-bidirectional decoders   Qwen3's, Llama's or Mistral's layers with ``Span()``
+bidirectional decoders   Qwen3's, Llama's or Mistral's layers with ``Span()``. New: ``MultiHeadAttention``
+                         (CUDA, long texts) has as many key heads as query heads: repeat them there
 jina v3                  BERT's layers, fused q, k, v, a :class:`Rope` in place of the position table
 nomic-bert               jina v3's with a gate; two layouts of names
 gte, new                 nomic-bert's with up and gate as rows of one tensor; NTK in ``rotary.py``
@@ -51,16 +52,12 @@ class Span:
     """The tokens that a token attends to, itself included.
 
     Attributes:
-        before: how many before it, ``None`` for all.
-        after: how many behind it, ``None`` for all; 0 is causal attention.
+        reach: how many on either side, ``None`` for all.
+        causal: whether those behind it are left out.
     """
 
-    before: int | None = None
-    after: int | None = None
-
-    @property
-    def causal(self) -> bool:
-        return self.after == 0
+    reach: int | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

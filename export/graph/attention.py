@@ -62,12 +62,12 @@ def seen_by(g: Graph, model: Architecture, span: Span, *, tokens: str, lengths: 
         tokens: int64 scalar, padded tokens of the batch.
         lengths: int64 ``[batch]``, tokens from there on are padding.
     """
-    before, after = span.before, span.after
+    reach = span.reach
     if span.causal:
         # rows are padded on the right, so that a real token never sees padding
-        mask = "" if before is None else band(g, tokens, before=before, after=0)
+        mask = "" if reach is None else band(g, tokens, before=reach, after=0)
         return Seen(tokens=tokens, mask=mask)
-    if before is None or after is None:
+    if reach is None:
         if model.relative_bias is not None:
             bias = relative_bias(g, f"{model.relative_bias}.weight", tokens, model.max_length)
             return Seen(mask=g.op("Add", bias, padding_mask(g)))
@@ -77,11 +77,11 @@ def seen_by(g: Graph, model: Architecture, span: Span, *, tokens: str, lengths: 
 
     def whole_mask() -> Value:
         padding = padding_mask(g)
-        return g.op("Add", band(g, tokens, before=before, after=after), padding)
+        return g.op("Add", band(g, tokens, before=reach, after=reach), padding)
 
-    if g.scheme.target is Target.CUDA or not 0 < FEWEST_BLOCKS * before < model.max_length:
+    if g.scheme.target is Target.CUDA or not 0 < FEWEST_BLOCKS * reach < model.max_length:
         return Seen(mask=whole_mask())
-    window = window_of(g, reach=before, tokens=tokens, lengths=lengths, short_mask=whole_mask)
+    window = window_of(g, reach=reach, tokens=tokens, lengths=lengths, short_mask=whole_mask)
     return Seen(mask=window.mask, window=window)
 
 
@@ -180,8 +180,8 @@ def _group_query_attention(g: Graph, spec: Attention, tokens: str, q: str, k: st
 
     lengths = g.once("causal.lengths", whole_rows)
     total = g.once("causal.total", lambda: g.op("Cast", tokens, to=TensorProto.INT32))
-    before = spec.span.before
-    limits: dict[str, Any] = {} if before is None else {"local_window_size": before + 1}
+    reach = spec.span.reach
+    limits: dict[str, Any] = {} if reach is None else {"local_window_size": reach + 1}
     return g.op_n(
         "GroupQueryAttention",
         3,

@@ -83,8 +83,8 @@ class Stored:
             q, k = turned(q), turned(k)
         k, v = (np.repeat(t, spec.heads // spec.kv_heads, axis=0) for t in (k, v))
         distance = np.arange(len(x))[None, :] - np.arange(len(x))[:, None]
-        before, after = (np.inf if n is None else n for n in (spec.span.before, spec.span.after))
-        seen = (distance >= -before) & (distance <= after)
+        reach = np.inf if spec.span.reach is None else spec.span.reach
+        seen = (np.abs(distance) <= reach) & ((distance <= 0) | (not spec.span.causal))
         scores = np.where(seen, q @ k.swapaxes(1, 2) * SIZE**-0.5, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)
@@ -166,9 +166,9 @@ MODELS = {
     "bidirectional Qwen3": declared(
         rope=ROPE, kv_heads=2, query_norm=rms("q_norm"), key_norm=rms("k_norm")
     ),
-    "Llama": declared(rope=ROPE, kv_heads=2, span=Span(after=0)),
-    "Mistral": declared(rope=ROPE, kv_heads=1, span=Span(before=2, after=0)),
-    "a window on either side": declared(rope=ROPE, span=Span(before=2, after=2)),
+    "Llama": declared(rope=ROPE, kv_heads=2, span=Span(causal=True)),
+    "Mistral": declared(rope=ROPE, kv_heads=1, span=Span(reach=2, causal=True)),
+    "a window on either side": declared(rope=ROPE, span=Span(reach=2)),
 }
 
 
