@@ -17,7 +17,7 @@ from embedge.runtime.bundle.manifest import Manifest, Model, Precision, Task
 __all__ = ["other_runtimes"]
 
 _LEAST = ONNXRUNTIME.removeprefix(">=").partition(",")[0]
-# embedge.runtime.host.processor.probe_model(), compressed by zlib
+# embedge.runtime.host.saturation.probe_model(), compressed by zlib
 _PROBE = (
     "eNrj4LB6IsAlxcWYyMVYLsRYqcTrm1jiW5rjmVeSmp5aZMUgxFpQlJ+UqtUjwOHAoSDA7MRY7tUgUD8KRsEoGAWjYBSMghEH"
     "osSBLQYhIS4BDiYhHi42IZai/PJiLiYOhySgRCVYgg1FQsGJhYtBgBcA9WcNLQ=="
