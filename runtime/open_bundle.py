@@ -104,6 +104,7 @@ class OpenBundle:
             self._model,
             pad_token_id=manifest.tokenizer.pad_token_id,
             row_multiple=self._settings.row_multiple,
+            token_name=self._tokenizer.token_name,
         )
         self._texts = TextPipeline(self._tokenizer, self._runner, self._model.max_length)
         self._images: ImagePipeline | None = None

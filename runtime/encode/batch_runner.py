@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -29,15 +29,23 @@ class BatchRunner:
         model: what they compute.
         pad_token_id: the id that fills sequences.
         row_multiple: batch × tokens is a multiple of this.
+        token_name: an id's token, for messages.
     """
 
     def __init__(
-        self, graphs: Graphs, model: Model, *, pad_token_id: int, row_multiple: int
+        self,
+        graphs: Graphs,
+        model: Model,
+        *,
+        pad_token_id: int,
+        row_multiple: int,
+        token_name: Callable[[int], str],
     ) -> None:
         self._graphs = graphs
         self._model = model
         self._pad_token_id = pad_token_id
         self._row_multiple = row_multiple
+        self._token_name = token_name
 
     def run(
         self, items: Sequence[tuple[int, TokenSequence]], request: Request
@@ -58,7 +66,7 @@ class BatchRunner:
         graphs, task = self._graphs, request.task
         table_rows = graphs.token_rows(task)
         if table_rows is not None:
-            _check_ids(items, table_rows)
+            self._check_ids(items, table_rows)
         batches = plan_batches(
             [len(sequence) for _, sequence in items],
             batch_size=request.options.batch_size,
@@ -78,6 +86,18 @@ class BatchRunner:
             for batch, vectors in results:
                 for i, vector in zip(batch, vectors, strict=True):
                     yield items[i][0], vector
+
+    def _check_ids(self, items: Sequence[tuple[int, TokenSequence]], table_rows: int) -> None:
+        """Refuses tokens that the model's table lacks: operators give another row for them, or none."""
+        for index, sequence in items:
+            largest = int(sequence.ids.max())
+            if largest >= table_rows:
+                what = "images" if isinstance(sequence, ImageTokens) else "inputs"
+                raise EmbedgeValueError(
+                    f"{what}[{index}] has {self._token_name(largest)}, a token that the tokenizer knows "
+                    f"and the model does not, whose table has {table_rows} rows; leave it out of the "
+                    "text, or export a model whose table was resized"
+                )
 
     def _run(
         self,
@@ -105,20 +125,3 @@ class BatchRunner:
             model=model,
             file=session.file,
         )
-
-
-def _check_ids(items: Sequence[tuple[int, TokenSequence]], table_rows: int) -> None:
-    """Refuses tokens that the model's table lacks: operators give another row for them, or none.
-
-    Raises:
-        EmbedgeValueError: with the index of the text or image.
-    """
-    for index, sequence in items:
-        largest = int(sequence.ids.max())
-        if largest >= table_rows:
-            what = "images" if isinstance(sequence, ImageTokens) else "inputs"
-            raise EmbedgeValueError(
-                f"{what}[{index}] has the token {largest}, and the model's table ends at {table_rows - 1}: "
-                "its tokenizer has tokens that it was not trained on; take that token out of the text, or "
-                "export a model whose table was resized"
-            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from embedge.runtime.bundle.files import TOKENIZER_BYTES, read_regular_file
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import TokenizerSettings
 from embedge.runtime.encode.sequences import TokenIds
-from embedge.runtime.errors import BundleError, EmbedgeValueError
+from embedge.runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -41,7 +41,6 @@ class TextTokenizer:
 
     def __init__(self, file: Path, settings: TokenizerSettings, max_length: int) -> None:
         self._eos = settings.append_eos_token_id
-        self._rows = settings.table_rows
         self._file = file
         limit = max_length - (self._eos is not None)
         self._tokenizer = _load(file, limit, settings.truncation_side)
@@ -51,15 +50,12 @@ class TextTokenizer:
 
         Raises:
             BundleError: if the tokenizer fails on one of them.
-            EmbedgeValueError: if one has a token that the model does not.
         """
         result = []
         for start in range(0, len(texts), _CHUNK_TEXTS):
             chunk = [without_surrogates(text) for text in texts[start : start + _CHUNK_TEXTS]]
             for encoding in self._encode(chunk):
                 ids, types = encoding.ids, encoding.type_ids
-                if self._rows is not None and ids and max(ids) >= self._rows:
-                    self._refuse(ids, self._rows)
                 if self._eos is not None:
                     ids, types = [*ids, self._eos], [*types, types[-1] if types else 0]
                 result.append(
@@ -71,14 +67,6 @@ class TextTokenizer:
                 )
         return result
 
-    def _refuse(self, ids: Sequence[int], rows: int) -> NoReturn:
-        lacking = {number for number in ids if number >= rows}
-        names = ", ".join(repr(self._tokenizer.id_to_token(number)) for number in sorted(lacking))
-        raise EmbedgeValueError(
-            f"texts: one has {names}, a token that the tokenizer knows and the model does not, whose "
-            f"table has {rows} rows; leave it out of the text"
-        )
-
     def count(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text if it were not cut."""
         special = self._tokenizer.num_special_tokens_to_add(False)
@@ -89,6 +77,11 @@ class TextTokenizer:
                 rest = sum(len(part) - special for part in encoding.overflowing)
                 result.append(len(encoding) + rest + (self._eos is not None))
         return result
+
+    def token_name(self, token_id: int) -> str:
+        """A token as messages have it."""
+        name = self._tokenizer.id_to_token(token_id)
+        return f"the id {token_id}" if name is None else repr(name)
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
         try:

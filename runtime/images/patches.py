@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime.arguments import check_positive
 from embedge.runtime.bundle.manifest import ImageSettings
 from embedge.runtime.errors import EmbedgeValueError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImagePatches", "ImageProcessor"]
+__all__ = ["ImagePatches", "ImageProcessor", "pixel_range"]
 
 _LARGEST_RATIO = 200  # transformers refuses longer images
 
@@ -119,9 +120,8 @@ class ImageProcessor:
         side, merge, frames = s.patch_size, s.merge_size, s.temporal_patch_size
         rows, columns = (length // (side * merge) for length in pixels.shape[:2])
         cut = pixels.reshape(rows, merge, side, columns, merge, side, 3)
-        cut = cut.transpose(
-            0, 3, 1, 4, 6, 2, 5
-        )  # group row, group column, in group, channel, pixel
+        # To: the group's row and column, the patch's in its group, channel, the pixel's in its patch.
+        cut = cut.transpose(0, 3, 1, 4, 6, 2, 5)
         patches = np.empty((rows * columns * merge**2, 3, frames, side, side), np.float32)
         flat = np.ascontiguousarray(cut).reshape(-1, 3, side, side)
         for channel in range(3):
@@ -132,22 +132,23 @@ class ImageProcessor:
 def pixel_range(
     settings: ImageSettings, min_pixels: int | None, max_pixels: int | None
 ) -> tuple[int, int]:
-    """The fewest and most pixels of a call.
+    """The fewest and most pixels that a call's images are scaled to.
+
+    Args:
+        settings: of the bundle.
+        min_pixels: fewest, ``None``: the bundle's, or ``max_pixels`` where that is less.
+        max_pixels: most, ``None``: the bundle's, or ``min_pixels`` where that is more.
 
     Raises:
         EmbedgeValueError: one is not a positive number, or they contradict each other.
     """
-    low = settings.min_pixels if min_pixels is None else min_pixels
-    high = settings.max_pixels if max_pixels is None else max_pixels
-    for name, value in (("min_pixels", low), ("max_pixels", high)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise EmbedgeValueError(
-                f"{name}: expected a positive whole number, found {value!r}", arguments=[name]
-            )
-    if max_pixels is not None and min_pixels is None:
-        low = min(low, high)
-    if min_pixels is not None and max_pixels is None:
+    low, high = settings.min_pixels, settings.max_pixels
+    if min_pixels is not None:
+        low = check_positive("min_pixels", min_pixels)
         high = max(low, high)
+    if max_pixels is not None:
+        high = check_positive("max_pixels", max_pixels)
+        low = min(low, high) if min_pixels is None else low
     if low > high:
         raise EmbedgeValueError(
             f"min_pixels: expected at most max_pixels ({high}), found {low}",

@@ -193,7 +193,8 @@ class _Host:
                 and bundle.graph_bytes(precision, task) <= _SINGLE_THREAD_BYTES
             )
         )
-        self._ids = read_tokenizer(bundle)([_TEXT])[0].ids
+        self._tokenizer = read_tokenizer(bundle)
+        self._ids = self._tokenizer([_TEXT])[0].ids
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -253,6 +254,7 @@ class _Host:
             self._manifest.model,
             pad_token_id=self._manifest.tokenizer.pad_token_id,
             row_multiple=self._row_multiple,
+            token_name=self._tokenizer.token_name,
         )
 
         def run() -> None:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from embedge.runtime.bundle.contract import FORMAT_VERSION
 from embedge.runtime.bundle.manifest import IMAGE_INPUTS
+from embedge.runtime.sessions.session import GraphSession
 from tests.helpers.files_of import file_entries
 from tests.helpers.image_graphs import (
     PATCH_VALUES,
@@ -328,3 +329,31 @@ def int8_bundle(make_bundle: MakeBundle) -> tuple[Path, Any]:
     tiny = make_bundle(precisions={"int8": {}}, special_tokens=False)
     exact = write_int8_bundle(tiny)
     return tiny.path, exact
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The ``(batch, tokens)`` of every run."""
+    seen: list[tuple[int, int]] = []
+    run = GraphSession.run
+
+    def recording(self: GraphSession, output: str, inputs: Any) -> Any:
+        seen.append(inputs["input_ids"].shape)
+        return run(self, output, inputs)
+
+    monkeypatch.setattr(GraphSession, "run", recording)
+    return seen
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The ``(graph, threads)`` of every session, in the order of their opening."""
+    seen: list[tuple[str, int]] = []
+    init = GraphSession.__init__
+
+    def recording(self: GraphSession, file: Path, session: Any, **options: Any) -> None:
+        seen.append((file.stem, options["threads"]))
+        init(self, file, session, **options)
+
+    monkeypatch.setattr(GraphSession, "__init__", recording)
+    return seen

@@ -98,7 +98,10 @@ class TestEmbedImages:
             (["--images", "--prompt-name", "query"], "--prompt-name is for texts"),
             (["--images", "--on-truncate", "warn"], "--on-truncate is for texts"),
             (["--images", "--max-batch-tokens", "9"], "--max-batch-tokens is for texts"),
-            (["--images", "--max-pixels", "0"], "error: --max-pixels: expected a positive whole"),
+            (
+                ["--images", "--max-pixels", "0"],
+                "error: --max-pixels is 0; expected a whole number",
+            ),
             (["--max-pixels", "99"], "--max-pixels goes with --images"),
         ],
     )
