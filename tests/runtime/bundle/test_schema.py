@@ -56,7 +56,7 @@ def test_members_with_defaults_may_be_missing_or_null() -> None:
 
 
 def test_sparse_members_are_written_where_they_are_not_the_default() -> None:
-    written = {
+    written: dict[str, Any] = {
         "name": "x",
         "kind": "a",
         "sizes": [],
