@@ -142,7 +142,7 @@ class Embedder(OpenBundle):
                 is cut and, where the source normalizes, normalized again. ``None``: what the source
                 cuts to, most often nothing.
             normalize_embeddings: L2-normalize in any case.
-            show_progress_bar: on standard error, where tqdm is installed; ``None``: no.
+            show_progress_bar: on standard error; ``None``: no.
             on_truncate: "ignore", "warn" (once per Embedder) or "error" when a text is longer than
                 :attr:`max_seq_length` and gets cut.
             multi_vector: give a vector per token instead, from models with such a head.

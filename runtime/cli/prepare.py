@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """
     bundle = Bundle(args.bundle)
     if args.remove:
-        print("removed" if PreparedGraphs(bundle).places.remove() else "nothing was prepared")
+        print("removed" if PreparedGraphs(bundle).folders.remove() else "nothing was prepared")
         return 0
     threads = available_cores()
     if args.threads is not None:
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _pack(bundle: Bundle, graphs: Iterable[tuple[str, str]]) -> None:
     prepared = PreparedGraphs(bundle)
-    place = prepared.places.to_write()
-    if place != prepared.folder:
+    place = prepared.folders.to_write()
+    if place != prepared.folders.inside:
         print(f"{bundle.root} cannot be written: into {place}, where this user's programs find it")
     for precision, name in graphs:
         before = _seconds_to_open(bundle, precision, name, None)

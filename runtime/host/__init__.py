@@ -1,1 +1,4 @@
-"""What a process runs on: cores, processor, ONNX Runtime, threads, a terminal to draw progress on."""
+"""What a process runs on: processor, cores and memory; ONNX Runtime itself, threads, forks, progress.
+
+Knows nothing of bundles. Each read of /proc stands here once.
+"""

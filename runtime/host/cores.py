@@ -1,10 +1,10 @@
 """How many cores this process really has.
 
 The smallest of what each layer allows:
-    * the scheduler's affinity mask, counting two hardware threads of a core once: the products that
-      take the time gain nothing from the second;
-    * the CPU quota of the process's cgroup and of every group above it, versions 1 and 2, rounded
-      down: threads beyond the quota are stopped together with the rest.
+    * The scheduler's affinity mask. Two hardware threads of a core count once: the matmuls that take the
+      time gain nothing from the second.
+    * The CPU quota of the process's cgroup and of every group above it, versions 1 and 2, rounded down.
+      Threads beyond the quota are stopped together with the rest.
 """
 
 from __future__ import annotations

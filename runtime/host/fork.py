@@ -1,12 +1,12 @@
 """What a forked child starts anew, and when none is forked.
 
-A child has none of its parent's threads, but what waits for them. ONNX Runtime's sessions are such things:
-one that the parent opened may wait forever when it runs in the child, and ends the child when it is
-closed there. So the child leaves the parent's alone and opens its own.
+A child has none of its parent's threads, but it has what waits for them. A session that the parent opened
+may wait forever when the child runs it, and ends the child when it is closed there. So the child leaves
+the parent's sessions alone and opens its own.
 
-Nor does it get over a fork in the middle of an opening: ONNX Runtime's and the system loader's locks stay
-locked in the child when another thread held them. So ``os.fork`` waits until the sessions that other
-threads are opening are open: milliseconds of small graphs, seconds of large ones.
+A lock of ONNX Runtime, or of the system's loader, that another thread held at the fork stays locked in the
+child. So ``os.fork`` waits until the sessions that other threads are opening are open: milliseconds for
+small graphs, seconds for large ones.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any
 
 __all__ = ["LogLines", "Progress"]
@@ -36,11 +35,13 @@ class LogLines:
 
 
 class Progress:
-    """Counts what was embedded on standard error; closes with its block.
+    """Counts what was embedded, by tqdm's bar or by lines; closes with its block.
+
+    More than a bar: a command's calls of ``encode`` count together, see :meth:`counts_all`.
 
     Args:
         total: texts or images to come, ``None`` where that is not known.
-        shown: draws a bar where tqdm is installed; ``False`` counts in silence.
+        shown: draws a bar on standard error; ``False`` counts in silence.
         unit: what is counted.
         lines: says how far it is where no bar is drawn.
     """
@@ -54,13 +55,10 @@ class Progress:
         self._count = 0
         self._started = time.monotonic()
         self._also = _counter.get()
-        if not shown:
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return
-        self._bar = tqdm(total=total, unit=unit, desc="embed", dynamic_ncols=True)
+        if shown:
+            from tqdm import tqdm  # here, so that importing embedge stays quick
+
+            self._bar = tqdm(total=total, unit=unit, desc="embed", dynamic_ncols=True)
 
     def advance(self, count: int) -> None:
         """Counts some more."""
@@ -88,11 +86,6 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()

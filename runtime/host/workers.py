@@ -1,8 +1,7 @@
-"""Threads that do what they are given, whatever interrupts whoever gives it.
+"""Threads that go on working when an interrupt (Ctrl-C) hits the thread that gives them work.
 
-An interrupt (Ctrl-C) that comes while a ``ThreadPoolExecutor`` takes a task may leave one of its locks
-taken, and then its threads wait forever. What is given here goes through a queue of the interpreter's own,
-in one step.
+An interrupt while a ``ThreadPoolExecutor`` takes a task may leave one of its locks taken; its threads then wait
+forever. Here a task goes through ``SimpleQueue``, the interpreter's own, in one step.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""embedge's own kernels in C (``native/``), and the checks a process makes before it uses them."""
+"""embedge's own kernels in C (``native/``): found, tried before a process uses them, registered in sessions.
+
+repack <- register <- self_check <- library, which is what other rooms ask.
+"""

@@ -6,7 +6,7 @@ disk, written by `embedge prepare` (:mod:`embedge.runtime.tuning.pack_graphs`). 
 nothing is packed, the pages are shared by all processes and can be dropped under pressure.
 
 Rules:
-    * They lie in ``MACHINE/PRECISION/NAME/`` of a place beside the bundle (:mod:`embedge.runtime.sessions.places`);
+    * They lie in ``MACHINE/PRECISION/NAME/`` of one of two folders (:mod:`embedge.runtime.sessions.prepared_folders`).
       MACHINE names ONNX Runtime's version and the processor's instructions, so another machine does not
       see them.
     * Each carries the hashes of the files that it was made from, and of its own. One that does not fit the
@@ -38,7 +38,7 @@ from embedge.runtime.host.processor import processor_identity
 from embedge.runtime.kernels.library import own_kernels
 from embedge.runtime.kernels.register import OPERATORS
 from embedge.runtime.kernels.repack import PANELS
-from embedge.runtime.sessions.places import Places
+from embedge.runtime.sessions.prepared_folders import PreparedFolders
 
 __all__ = ["GRAPH", "RECORD", "PreparedGraphs", "PreparedRecord", "machine_name"]
 
@@ -72,14 +72,12 @@ class PreparedGraphs:
 
     Attributes:
         bundle: as given.
-        places: where they lie.
-        folder: the place in the bundle's own folder.
+        folders: where they lie.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.places = Places(bundle, machine_name())
-        self.folder = self.places.inside
+        self.folders = PreparedFolders(bundle, machine_name())
         self._whole: dict[Path, tuple[FileState, FileEntry]] = {}
 
     def find(self, precision: str, name: str) -> Path | None:
@@ -88,7 +86,7 @@ class PreparedGraphs:
         Its files are compared as the bundle's were (``verify``), and the graph's SHA-256 in any case.
         """
         problems = []
-        for folder in self._folders(precision, name):
+        for folder in self._recorded(precision, name):
             problem = self._problem(folder, precision, name, full=self.bundle.verify == "full")
             if problem is None:
                 return folder / GRAPH
@@ -117,17 +115,17 @@ class PreparedGraphs:
     @property
     def again(self) -> str:
         """What mends a prepared graph, for messages."""
-        return f"run `{self.places.command}` again"
+        return f"run `{self.folders.command}` again"
 
-    def _folders(self, precision: str, name: str) -> list[Path]:
+    def _recorded(self, precision: str, name: str) -> list[Path]:
         """The folders in which a graph is recorded."""
-        folders = (place / precision / name for place in self.places.to_read)
+        folders = (folder / precision / name for folder in self.folders.to_read)
         return [folder for folder in folders if os.path.lexists(folder / RECORD)]
 
     def _existing(self) -> Iterator[tuple[Path, str, str]]:
         for precision, settings in self.bundle.manifest.precisions.items():
             for name in (*settings.graphs, *([VISION] if settings.vision else [])):
-                for folder in self._folders(precision, name):
+                for folder in self._recorded(precision, name):
                     yield folder, precision, name
 
     def _checked(self) -> Iterator[tuple[Path, str | None]]:

@@ -81,41 +81,41 @@ def measure_precisions(
     sizes = [bundle.graph_bytes(precision, task) for precision, task in tasks.items()]
     together = sum(sizes) <= _TOGETHER_BYTES
     for group in [list(tasks)] if together else [[precision] for precision in tasks]:
-        yield _timed_in_turn([_Host(bundle, p, tasks[p], threads) for p in group], seconds)
+        yield _timed_in_turn([_TimedGraph(bundle, p, tasks[p], threads) for p in group], seconds)
         gc.collect()  # graphs refer to themselves; the next ones need the memory of their sessions
 
 
-def _timed_in_turn(hosts: Sequence[_Host], seconds: float) -> Tuning:
+def _timed_in_turn(graphs: Sequence[_TimedGraph], seconds: float) -> Tuning:
     """What is measured of some precisions, by name."""
-    settings = {host: _tuned(host, seconds / 2) for host in hosts}
-    times: dict[_Host, dict[str, float]] = {host: {} for host in hosts}
+    settings = {graph: _tuned(graph, seconds / 2) for graph in graphs}
+    times: dict[_TimedGraph, dict[str, float]] = {graph: {} for graph in graphs}
     token_ms = 0.0  # the slowest one's, in a text that is alone
-    for texts, tokens in hosts[0].shapes:
+    for texts, tokens in graphs[0].shapes:
         if texts > 1 and token_ms * texts * tokens > seconds / 2 * 1000:
             continue
-        runs = {host: host.run((texts, tokens), settings[host]) for host in hosts}
-        found = medians_ms(runs, seconds / 6 * len(hosts), every=True)
+        runs = {graph: graph.run((texts, tokens), settings[graph]) for graph in graphs}
+        found = medians_ms(runs, seconds / 6 * len(graphs), every=True)
         token_ms = max(found.values()) / (texts * tokens)
-        for host, median in found.items():
-            times[host][f"{texts}x{tokens}"] = round(median, 4)
-    return {host.precision: host.measured(settings[host], times[host]) for host in hosts}
+        for graph, median in found.items():
+            times[graph][f"{texts}x{tokens}"] = round(median, 4)
+    return {graph.precision: graph.measured(settings[graph], times[graph]) for graph in graphs}
 
 
-def _tuned(host: _Host, seconds: float) -> RunSettings:
+def _tuned(graph: _TimedGraph, seconds: float) -> RunSettings:
     """The settings that are fastest; the default's where time does not suffice to tell."""
-    *alone, batch = host.shapes
-    default = host.default
+    *alone, batch = graph.shapes
+    default = graph.default
     token_ms = 0.0
 
     def single_thread_tokens() -> int:
         nonlocal token_ms
-        of_alone = {shape[1]: medians_ms(host.alone(shape), seconds / 4) for shape in alone}
+        of_alone = {shape[1]: medians_ms(graph.alone(shape), seconds / 4) for shape in alone}
         longest = max(of_alone)
         token_ms = min(of_alone[longest].values()) / longest
-        return _single_thread_tokens(of_alone, host.threads, default.single_thread_tokens)
+        return _single_thread_tokens(of_alone, graph.threads, default.single_thread_tokens)
 
     def way() -> RunSettings:
-        return _fastest(medians_ms(host.ways(batch), seconds / 2), default)
+        return _fastest(medians_ms(graph.ways(batch), seconds / 2), default)
 
     tokens = _found_twice(single_thread_tokens, default.single_thread_tokens)
     best = default
@@ -165,7 +165,7 @@ def medians_ms(
     return {key: float(np.median(values)) * 1000 for key, values in times.items()}
 
 
-class _Host:
+class _TimedGraph:
     """A task's graph with every way of running it; the ways share their sessions.
 
     Attributes:

@@ -25,7 +25,7 @@ from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.schema import MOST_BYTES, Place, Record, Within
 from embedge.runtime.bundle.writing import replace_file
 from embedge.runtime.errors import BundleError, warn
-from embedge.runtime.sessions.places import Places
+from embedge.runtime.sessions.prepared_folders import PreparedFolders
 from embedge.runtime.sessions.prepared_graphs import machine_name
 from embedge.runtime.sessions.session_workers import RunSettings
 
@@ -103,15 +103,15 @@ def read_tuning(bundle: Bundle, threads: int) -> Tuning:
         bundle: whose precisions.
         threads: of a run.
     """
-    places = _places(bundle)
-    file, again = tuning_file(bundle), f"run `{places.command}` again"
+    folders = _folders(bundle)
+    file, again = tuning_file(bundle), f"run `{folders.command}` again"
     try:
         everything = _read(file)
     except (BundleError, OSError) as error:
         _warn(f"not used: {error}; {again}")
         return {}
     if everything is None:
-        others = [o for place in places.to_read for o in sorted(place.parent.glob(f"*/{_NAME}"))]
+        others = [o for place in folders.to_read for o in sorted(place.parent.glob(f"*/{_NAME}"))]
         if others:
             _warn(
                 f"{others[0]}: not used: measured on another machine or with another ONNX Runtime "
@@ -145,8 +145,8 @@ def add_tuning(bundle: Bundle, threads: int, measured: Tuning) -> Path:
         EmbedgeError: if neither the bundle nor the user's cache can be written.
         OSError: if it cannot be written.
     """
-    places = _places(bundle)
-    file = places.to_write() / _NAME
+    folders = _folders(bundle)
+    file = folders.to_write() / _NAME
     try:
         everything = _read(file) or {}
     except (BundleError, OSError):
@@ -158,19 +158,19 @@ def add_tuning(bundle: Bundle, threads: int, measured: Tuning) -> Path:
         threads={str(count): found for count, found in sorted(everything.items())},
     )
     replace_file(file, json.dumps(document.to_dict(), indent=2) + "\n")
-    if file.parent == places.inside:
-        places.forget_cached(_NAME)
+    if file.parent == folders.inside:
+        folders.forget_cached(_NAME)
     return file
 
 
 def tuning_file(bundle: Bundle) -> Path:
     """Where the measurements of this machine lie, if there are any."""
-    files = [place / _NAME for place in _places(bundle).to_read]
+    files = [place / _NAME for place in _folders(bundle).to_read]
     return next((file for file in files if file.exists()), files[-1])
 
 
-def _places(bundle: Bundle) -> Places:
-    return Places(bundle, machine_name())
+def _folders(bundle: Bundle) -> PreparedFolders:
+    return PreparedFolders(bundle, machine_name())
 
 
 def _read(file: Path) -> dict[int, dict[str, TunedPrecision]] | None:

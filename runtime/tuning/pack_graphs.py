@@ -56,10 +56,10 @@ def pack_graph(prepared: PreparedGraphs, precision: str, name: str) -> int:
         BundleError: if the folder, or one above it inside the bundle, is a link.
         EmbedgeError: if the disk has no room, nothing can be written, or ONNX Runtime refuses.
     """
-    source, place = prepared.source(precision, name), prepared.places.to_write()
+    source, place = prepared.source(precision, name), prepared.folders.to_write()
     folder = place / precision / name
-    if place == prepared.folder:
-        prepared.places.check_no_links(folder)
+    if place == prepared.folders.inside:
+        prepared.folders.check_no_links(folder)
 
     def busy(holder: str) -> EmbedgeError:
         return EmbedgeError(
@@ -77,8 +77,8 @@ def pack_graph(prepared: PreparedGraphs, precision: str, name: str) -> int:
             f"{folder}: cannot be written: {error.strerror or error}; free some space or make the folder "
             f"writable, and {prepared.again}"
         ) from error
-    if place == prepared.folder:
-        prepared.places.forget_cached(precision, name)
+    if place == prepared.folders.inside:
+        prepared.folders.forget_cached(precision, name)
     return sum(entry.size for entry in files.values())
 
 

@@ -185,7 +185,7 @@ def test_a_graph_whose_weights_are_laid_out_otherwise_is_left_out(
 ) -> None:
     expected = encode(bundle, precision)
     pack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
-    record = PreparedGraphs(Bundle(bundle)).folder / precision / "task" / "prepared.json"
+    record = PreparedGraphs(Bundle(bundle)).folders.inside / precision / "task" / "prepared.json"
     found = json.loads(record.read_text())
     assert found["layout"] == PANELS
     record.write_text(json.dumps({**found, "layout": "panels of 16 x 4"}))

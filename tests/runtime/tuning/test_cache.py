@@ -400,13 +400,13 @@ class TestTiming:
 
     def measured(self, monkeypatch: Any, bundle: Any, cost: Callable[..., float]) -> TunedPrecision:
         """What is found where a run of some rows costs what a function says, in milliseconds."""
-        run = timing._Host.run
+        run = timing._TimedGraph.run
 
-        def fake(host: Any, shape: Any, settings: RunSettings) -> Any:
-            run(host, shape, settings)()  # it does run
+        def fake(graph: Any, shape: Any, settings: RunSettings) -> Any:
+            run(graph, shape, settings)()  # it does run
             return cost(shape, settings)
 
-        monkeypatch.setattr(timing._Host, "run", fake)
+        monkeypatch.setattr(timing._TimedGraph, "run", fake)
         monkeypatch.setattr(timing, "medians_ms", lambda costs, seconds, **_: dict(costs))
         tasks = {"int8": "retrieval"}
         (found,) = timing.measure_precisions(Bundle(bundle.path), tasks, threads=2)

@@ -24,14 +24,14 @@ from embedge.runtime.bundle.contract import PREPARED
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.errors import BundleError, EmbedgeError
 
-__all__ = ["Places"]
+__all__ = ["PreparedFolders"]
 
 _CACHE = "embedge"
 _VARIABLE = "XDG_CACHE_HOME"
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Places:
+class PreparedFolders:
     """The folders of a bundle on a machine.
 
     Args:
