@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.ops import OpBuilder
-from embedge.export.writing.weight_store import TensorStore
+from embedge.export.writing.weight_store import Stored, TensorStore
 
 __all__ = ["unpack_list"]
 
@@ -21,9 +20,9 @@ def unpack_list(g: OpBuilder, store: TensorStore) -> dict[str, Any]:
     """
     weights = {}
     for label, unpacked in g.unpacked.items():
-        values, scales, zeros = _places(store, unpacked.packed)
+        values, scales, zeros = map(_place, store.places(unpacked.packed))
         columns, rotation, rows = (
-            None if initializer is None else _places(store, initializer)[0]
+            None if initializer is None else _place(store.places(initializer)[0])
             for initializer in (unpacked.columns, unpacked.rotation, unpacked.rows)
         )
         weights[label] = {
@@ -40,14 +39,8 @@ def unpack_list(g: OpBuilder, store: TensorStore) -> dict[str, Any]:
     return {"weights": weights}
 
 
-def _places(store: TensorStore, initializer: LazyInitializer) -> list[dict[str, Any]]:
-    """Where each tensor of a stored initializer lies."""
-    result: list[dict[str, Any]] = []
-    for tensor in store.tensors(initializer):
-        entry = {e.key: e.value for e in tensor.external_data}
-        if entry:
-            numbers = {key: int(entry[key]) for key in ("offset", "length")}
-            result.append({"location": entry["location"], **numbers})
-        else:
-            result.append({"base64": base64.b64encode(tensor.raw_data).decode()})
-    return result
+def _place(stored: Stored) -> dict[str, Any]:
+    """Where a tensor lies; a small one itself."""
+    if stored.inline is not None:
+        return {"base64": base64.b64encode(stored.inline).decode()}
+    return {"location": stored.file, "offset": stored.offset, "length": stored.length}

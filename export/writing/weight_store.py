@@ -118,10 +118,14 @@ class TensorStore:
                 **(facts or {}),
             }
 
+    def places(self, initializer: LazyInitializer) -> tuple[Stored, ...]:
+        """Where each tensor of a stored initializer lies."""
+        return self._by_key[initializer.key]
+
     def tensors(self, initializer: LazyInitializer) -> list[TensorProto]:
         """The stored initializers of an initializer as ONNX tensors."""
         result = []
-        for spec, stored in zip(initializer.specs, self._by_key[initializer.key], strict=True):
+        for spec, stored in zip(initializer.specs, self.places(initializer), strict=True):
             tensor = TensorProto(name=spec.name, data_type=spec.elem_type, dims=spec.shape)
             if stored.inline is not None:
                 tensor.raw_data = stored.inline

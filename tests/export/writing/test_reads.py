@@ -10,6 +10,7 @@ import pytest
 
 import embedge.export.model as model_module
 from embedge.export import export_bundle
+from embedge.export.graph.task_graph import task_graph
 from embedge.export.weights.task import TaskWeights
 from tests.helpers.models import make_model, save, save_adapter
 
@@ -27,7 +28,7 @@ def counted(
     """Reads by tensor and precisions by graph, of an export of two tasks at int8 and int4."""
     reads: Counter[str] = Counter()
     graphs: list[str] = []
-    read, write = TaskWeights.read, model_module.task_graph
+    read, write = TaskWeights.read, task_graph
 
     def count_read(self: TaskWeights, name: str, rows: slice | None = None) -> Any:
         reads[name] += 1
