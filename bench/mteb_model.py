@@ -211,9 +211,8 @@ class EmbedgeEncoder:
         Returns:
             float32 ``[n]``.
         """
-        pairs = zip(_as_arrays(embeddings1), _as_arrays(embeddings2), strict=True)
-        scores = [self.embedder.similarity(a[None], b[None])[0, 0] for a, b in pairs]
-        return np.array(scores, np.float32)
+        one, other = _as_arrays(embeddings1), _as_arrays(embeddings2)
+        return self.embedder.similarity_pairwise(one, other)
 
     @property
     def mteb_model_meta(self) -> Any:

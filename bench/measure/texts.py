@@ -62,12 +62,11 @@ def read_texts(file: Path) -> list[Text]:
     Raises:
         BenchError: unreadable, or fewer than twelve texts (top-10 overlap needs more than ten).
     """
-    lines = [line for line in _read(file).splitlines() if line.strip()]
     if file.suffix == ".jsonl":
-        rows = [_row(line, f"{file}:{i}") for i, line in enumerate(lines, 1)]
+        rows = _rows(file)
         texts = [Text(text=str(r["text"]), kind=str(r.get("kind", "text"))) for r in rows]
     else:
-        texts = [Text(text=line) for line in lines]
+        texts = [Text(text=line) for line in _lines(file)]
     unique = list({text.text: text for text in texts}.values())
     if len(unique) < 12:
         raise BenchError(f"{file}: expected at least 12 different texts, found {len(unique)}")
@@ -80,8 +79,7 @@ def read_eval(file: Path) -> EvalSet:
     Raises:
         BenchError: unreadable, or a row lacks a key.
     """
-    lines = [line for line in _read(file).splitlines() if line.strip()]
-    rows = [_row(line, f"{file}:{i}") for i, line in enumerate(lines, 1)]
+    rows = _rows(file)
     if len(rows) < 3:
         raise BenchError(f"{file}: expected at least 3 rows, found {len(rows)}")
     graded = "score" in rows[0]
@@ -117,18 +115,22 @@ def limited(evaluation: EvalSet, limit: int | None) -> EvalSet:
     )
 
 
-def _read(file: Path) -> str:
+def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"{file}: expected a UTF-8 text file: {error}") from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
-def _row(line: str, where: str) -> dict[str, object]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BenchError(f"{where}: expected a JSON object: {error}") from error
-    if not isinstance(row, dict):
-        raise BenchError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
+def _rows(file: Path) -> list[dict[str, object]]:
+    rows = []
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise BenchError(f"{file}:{number}: expected a JSON object: {error}") from error
+        if not isinstance(row, dict):
+            raise BenchError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}")
+        rows.append(row)
+    return rows

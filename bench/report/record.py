@@ -18,9 +18,7 @@ from embedge.bench.report.tables import main_table
 from embedge.runtime.bundle.model_card import BENCH_END, BENCH_START
 from embedge.runtime.bundle.writing import replace_file
 
-__all__ = ["END", "START", "record"]
-
-START, END = BENCH_START, BENCH_END
+__all__ = ["record"]
 
 
 def record(report: Report, bundle: Path) -> None:
@@ -98,14 +96,14 @@ def _card_section(report: Report) -> str:
 
 
 def _with_table(card: str, section: str) -> str:
-    block = f"{START}\n\n{section}\n\n{END}"
-    counts = (card.count(START), card.count(END))
+    block = f"{BENCH_START}\n\n{section}\n\n{BENCH_END}"
+    counts = (card.count(BENCH_START), card.count(BENCH_END))
     if counts == (0, 0):
         return f"{card.rstrip()}\n\n## Measured\n\n{block}\n".lstrip()
-    start, end = card.find(START), card.find(END)
+    start, end = card.find(BENCH_START), card.find(BENCH_END)
     if counts != (1, 1) or end < start:
         raise BenchError(
-            f"README.md of the bundle: expected {START} and {END} once each, in this order, found "
+            f"README.md of the bundle: expected {BENCH_START} and {BENCH_END} once each, in this order, found "
             f"{counts[0]} and {counts[1]}; restore or remove both"
         )
-    return card[:start] + block + card[end + len(END) :]
+    return card[:start] + block + card[end + len(BENCH_END) :]

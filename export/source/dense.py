@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from embedge.export.errors import CheckpointError
 from embedge.export.source.config import words
 from embedge.export.source.json_files import read_json_object
-from embedge.export.source.safetensors_file import SafetensorsFile
-from embedge.export.source.weight_files import pickled
+from embedge.export.source.weight_files import weight_files
 
 __all__ = ["DenseLayer", "read_dense"]
 
@@ -88,21 +87,14 @@ def read_dense(folder: Path) -> DenseLayer:
     shapes: dict[str, tuple[int, ...]] = {"linear.weight": (out_features, in_features)}
     if config.get("bias", True):
         shapes["linear.bias"] = (out_features,)
-    weights = _weights(folder)
-    found = {key: weights.shape(key) for key in weights.keys()}
+    files = weight_files(folder)
+    found = {key: file.shape(key) for key, file in files.items()}
     if found != shapes:
-        raise CheckpointError(f"{weights.path}: expected the tensors {shapes}, found {found}")
+        raise CheckpointError(f"{folder}: expected the tensors {shapes}, found {found}")
     return DenseLayer(
         in_features=in_features,
         out_features=out_features,
-        weight=weights.read("linear.weight"),
-        bias=weights.read("linear.bias") if "linear.bias" in shapes else None,
+        weight=files["linear.weight"].read("linear.weight"),
+        bias=files["linear.bias"].read("linear.bias") if "linear.bias" in shapes else None,
         activation=activation,
     )
-
-
-def _weights(folder: Path) -> SafetensorsFile:
-    file = folder / "model.safetensors"
-    if not file.exists() and (folder / "pytorch_model.bin").exists():
-        raise CheckpointError(pickled(folder))
-    return SafetensorsFile(file, CheckpointError)

@@ -16,14 +16,14 @@ from embedge.export.errors import CheckpointError
 from embedge.export.source.json_files import read_optional
 from embedge.export.source.transformer_settings import tokenizer_arguments
 
-__all__ = ["max_length", "positions"]
+__all__ = ["max_length"]
 
 # Families whose first position is pad_token_id + 1, so that many rows of the table are never used.
 _OFFSET_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
 _NO_LIMIT = 10**9  # tokenizers without a limit say 10**30
 
 
-def positions(config: Mapping[str, Any]) -> int | None:
+def _positions(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens the model's positions reach, ``None`` if config.json sets no limit."""
     count = config.get("max_position_embeddings")
     if not isinstance(count, int) or count <= 0:
@@ -54,7 +54,7 @@ def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str
         (asked, "max_seq_length", transformer.get("max_seq_length")),
         (own, name, tokenizer.get(name)),
     )
-    reach = positions(config)
+    reach = _positions(config)
     for file, key, value in limits:
         if value is None or (isinstance(value, (int, float)) and value > _NO_LIMIT):
             continue

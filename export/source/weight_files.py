@@ -11,7 +11,7 @@ from embedge.export.source.json_files import read_json_object
 from embedge.export.source.modules import inside_folder
 from embedge.export.source.safetensors_file import SafetensorsFile
 
-__all__ = ["pickled", "weight_files"]
+__all__ = ["weight_files"]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -31,13 +31,13 @@ def weight_files(folder: Path) -> dict[str, SafetensorsFile]:
     if os.path.lexists(folder / _INDEX):
         return _shards(folder)
     if any((folder / name).exists() for name in _PICKLES):
-        raise CheckpointError(pickled(folder))
+        raise CheckpointError(_pickled(folder))
     raise CheckpointError(
         f"{folder}: has no weights; expected {_WEIGHTS}, or {_INDEX} and the files it lists"
     )
 
 
-def pickled(folder: Path) -> str:
+def _pickled(folder: Path) -> str:
     """What to say of a folder that has only pickled weights: a command that converts them in place."""
     code = (
         "import glob, sys, torch; from safetensors.torch import save_file; p = sys.argv[1]; t = {}; "

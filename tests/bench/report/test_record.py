@@ -10,7 +10,9 @@ import pytest
 
 from embedge.bench import Report
 from embedge.bench.errors import BenchError
-from embedge.bench.report.record import END, START, record
+from embedge.bench.report.record import record
+from embedge.runtime.bundle.model_card import BENCH_END as END
+from embedge.runtime.bundle.model_card import BENCH_START as START
 
 MANIFEST = {
     "format_version": "1.0",
