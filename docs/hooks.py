@@ -128,7 +128,8 @@ def _command(name: str, purpose: str) -> Iterator[str]:
 
 
 def _entry(action: argparse.Action) -> str:
-    shown = " ".join([*action.option_strings[-1:], _metavar(action)]).strip()
+    names = [name for name in action.option_strings if name.startswith("--")]
+    shown = " ".join([*names[:1], _metavar(action)]).strip()
     help_text = (action.help or "") % {**vars(action), "prog": "embedge"} if action.help else ""
     text = f"**`{shown}`**"
     if help_text:
