@@ -82,7 +82,7 @@ class Rotation:
         return self.rows(np.eye(self.width, dtype=np.float32))
 
 
-LARGEST_BLOCK = 16  # larger ones were no better (bench/LOG.md), and it is what a register holds
+LARGEST_BLOCK = 16  # larger ones were no better (lab note 49), and it is what a register holds
 
 
 def block_rotation(width: int) -> FloatArray:

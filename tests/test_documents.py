@@ -237,6 +237,17 @@ def test_lab_notes_are_numbered_without_gaps() -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def test_code_cites_lab_notes_that_exist() -> None:
+    cited = {
+        (path.relative_to(ROOT).as_posix(), int(number))
+        for folder in ("bench", "export", "quant", "runtime")
+        for path in (ROOT / folder).rglob("*.py")
+        for number in re.findall(r"lab note\s+(\d+)", path.read_text("utf-8"))
+    }
+    assert {path for path, _ in cited} > {"quant/rotation.py", "runtime/encode/batch_size.py"}
+    assert [place for place in sorted(cited) if not 1 <= place[1] <= len(NOTES)] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")

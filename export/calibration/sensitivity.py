@@ -7,7 +7,7 @@ the budget is used up. What 8 bits lose, and what rounding activations does, is 
 depends on the backbone alone, so that tasks share tensors.
 
 How far the rounding moves a Linear's own output says little about the vector: on MiniLM its order agrees
-with what 8 bits win in the exported model at a rank correlation of .28 (bench/LOG.md).
+with what 8 bits win in the exported model at a rank correlation of .28 (lab note 43).
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def rotated_constants(statistics: InputStatistics) -> SmoothingConstants:
 
     Only what a gated MLP multiplies is left with outliers: its channels are smoothed as far as it pays,
     and those that are far above a usual row's largest value in single tokens are set apart. Smoothing a
-    rotated stream, or the mixed values of attention, gained nothing (measured; bench/LOG.md).
+    rotated stream, or the mixed values of attention, gained nothing (measured, lab note 19).
 
     Args:
         statistics: of the input, over the rotated backbone's calibration run.

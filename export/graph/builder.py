@@ -185,7 +185,7 @@ class Graph(OpBuilder):
         """An activation by its transformers name, of a product and its bias."""
         if kind == "gelu":
             # Subtracting the negated bias keeps ONNX Runtime from fusing BiasGelu, whose CPU kernel
-            # takes twice the time of the two (measured; bench/LOG.md).
+            # takes twice the time of the two (measured, lab note 9).
             bias = self.bias(product, negated=True)
             x = product if bias is None else self.op("Sub", product, bias)
             y = self.op("Gelu", x, domain=CONTRIB)

@@ -6,7 +6,7 @@ Graphs of models that take long texts hold two ways and take one as they run (``
   block on the CPU (FlashAttention, Dao et al., arXiv 2205.14135). It takes no mask, so it serves batches
   without padding; the runtime pads no row from there on, so which way a row goes does not depend on its
   batch. From 512 tokens on it is 1.0 to 1.3 times as fast as
-  ``Attention``, below 256 it is slower (bench/LOG.md).
+  ``Attention``, below 256 it is slower (lab note 34).
 * A window: the tokens are cut into blocks as wide as the window reaches, and a block sees itself and its
   two neighbours (Longformer's sliding chunks, Beltagy et al., arXiv 2004.05150), where there are more than
   eight.

@@ -1,7 +1,7 @@
 """The int4 weights run as int8: another graph over the same files, unpacked when it is opened.
 
 It serves batches at int4 on processors whose 4-bit kernels embedge has not: ONNX Runtime's ``MatMulNBits``
-multiplies 4-bit blocks at half the speed of 8-bit rows or less (bench/LOG.md). So the runtime unpacks
+multiplies 4-bit blocks at half the speed of 8-bit rows or less (lab note 31). So the runtime unpacks
 the weights to 8 bits once (:mod:`embedge.runtime.sessions.unpack`). The graph is that of
 :class:`Int8Scheme`, its inputs are smoothed and quantized per row; the weights are those that
 :class:`Int4Scheme` stored, and the graph has their list beside it in place of their bytes.

@@ -17,7 +17,7 @@ fastest. At int4 and fp32 both ways are within 10 %, and a second session would 
 nothing; so are matmuls with thousands of columns.
 
 Past some tokens a batch no longer fits into the cores' caches, and every element-wise pass goes to
-memory (bench/LOG.md).
+memory (lab note 9).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 # 6 layers of 384 columns 23 MB.
 SMALL_GRAPH_BYTES = 100_000_000
 CPU_BATCH_TOKENS_PER_THREAD = 512
-GPU_BATCH_TOKENS = 4096  # more give an H100 no more texts a second, and cost memory (bench/LOG.md)
+GPU_BATCH_TOKENS = 4096  # more give an H100 no more texts a second, and cost memory (lab note 33)
 # Padding of a batch that costs less than a further run: about 20 to 30 tokens. ``None``: any.
 MAX_PADDING_TOKENS = {"cpu": 32, "cuda": None}
 AMX_SINGLE_THREAD_TOKENS = 64  # the crossover lies between 64 and 128

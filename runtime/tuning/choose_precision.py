@@ -5,7 +5,7 @@ Rules:
       tower, has a graph above the memory limit, or recorded figures below the fidelity asked for, or
       none. Where all are, the error says why of each.
     * Without measurements the order is a fixed one, :data:`ORDER`, which is that of speed in batches on
-      the machines of bench/LOG.md.
+      the machines of the lab notes.
     * If `embedge prepare` measured the first of that order on this machine with this number of threads,
       the fastest of those it measured is taken: by the geometric mean over the shapes that all of them
       have. Of precisions within 10 % of the fastest the first of the order is taken, so that noise
@@ -29,7 +29,7 @@ from embedge.runtime.tuning.cache import Tuning
 __all__ = ["AUTO", "choose_automatically"]
 
 AUTO = "auto"
-# On a busy machine ratios of medians of 18 rounds vary by 13 % (bench/LOG.md), of means over shapes less.
+# On a busy machine ratios of medians of 18 rounds vary by 13 % (lab note 27), of means over shapes less.
 MARGIN = 1.1
 # Precisions of other names come last, in the manifest's order.
 ORDER = {
