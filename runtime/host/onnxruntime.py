@@ -6,7 +6,7 @@ Rules:
     * What counts is the package that Python imports, whatever distribution it came with
       (``onnxruntime``, ``onnxruntime-gpu``, ``onnxruntime-openvino``, one built from source).
     * Versions below ``ONNXRUNTIME`` (:mod:`embedge.runtime.bundle.contract`) are refused: 1.23 refuses
-      operator set 24, 1.24 gives wrong vectors, 1.25 to 1.29 end the process where exact integer products
+      operator set 24, 1.24 gives wrong vectors, 1.25 to 1.29 end the process where exact integer matmuls
       are asked for. Later ones than were tested warn.
     * No child is forked while a session opens, see :mod:`embedge.runtime.host.fork`.
 """

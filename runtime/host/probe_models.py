@@ -40,9 +40,13 @@ def one_node_model(
         attributes: integers and floats, by name.
     """
     made = [b"y", *(b"y%d" % number for number in range(1, outputs))]
-    names = [*((1, name) for name in (*inputs, *weights)), *((2, name) for name in made)]
-    numbers = [(5, _attribute(name, value)) for name, value in (attributes or {}).items()]
-    node = _message(*names, (4, op_type), *numbers, (7, domain))
+    node = _message(
+        *((1, name) for name in (*inputs, *weights)),
+        *((2, name) for name in made),
+        (4, op_type),
+        *((5, _attribute(name, value)) for name, value in (attributes or {}).items()),
+        (7, domain),
+    )
     graph = _message(
         (1, node),
         (2, b"probe"),
@@ -50,25 +54,24 @@ def one_node_model(
         *((11, _value_info(name, *of)) for name, of in inputs.items()),
         (12, _value_info(b"y", *output)),
     )
-    opsets = [(8, _message((1, b""), (2, _varint(_OPSET))))]
+    opsets = [(8, _message((1, b""), (2, _OPSET)))]
     if domain:
-        opsets.append((8, _message((1, domain), (2, _varint(1)))))
-    return _message((1, _varint(_IR_VERSION)), (7, graph), *opsets)
+        opsets.append((8, _message((1, domain), (2, 1))))
+    return _message((1, _IR_VERSION), (7, graph), *opsets)
 
 
 def _attribute(name: bytes, value: float) -> bytes:
     """AttributeProto of an integer or a float."""
     if isinstance(value, int):
-        return _message((1, name), (3, _varint(value)), (20, _varint(_AN_INT)))
-    number = _Fixed(struct.pack("<f", value))
-    return _message((1, name), (2, number), (20, _varint(_A_FLOAT)))
+        return _message((1, name), (3, value), (20, _AN_INT))
+    return _message((1, name), (2, value), (20, _A_FLOAT))
 
 
 def _tensor(name: bytes, value: NDArray[Any]) -> bytes:
     """TensorProto with raw data."""
     return _message(
-        *((1, _varint(size)) for size in value.shape),
-        (2, _varint(_ELEM_TYPES[value.dtype.name])),
+        *((1, size) for size in value.shape),
+        (2, _ELEM_TYPES[value.dtype.name]),
         (8, name),
         (9, np.ascontiguousarray(value).tobytes()),
     )
@@ -76,38 +79,29 @@ def _tensor(name: bytes, value: NDArray[Any]) -> bytes:
 
 def _value_info(name: bytes, elem_type: int, *last: int) -> bytes:
     """ValueInfoProto of a tensor ``[rows, …]``."""
-    dimensions = [(1, _message((1, _varint(size)))) for size in last]
-    shape = _message((1, _message((2, b"rows"))), *dimensions)
-    tensor_type = _message((1, _varint(elem_type)), (2, shape))
+    shape = _message((1, _message((2, b"rows"))), *((1, _message((1, size))) for size in last))
+    tensor_type = _message((1, elem_type), (2, shape))
     return _message((1, name), (2, _message((1, tensor_type))))
 
 
-class _Number(bytes):
-    """An encoded varint, to tell it from the bytes of a string or message."""
+def _message(*fields: tuple[int, bytes | float]) -> bytes:
+    """Protobuf fields in order: an integer as a varint, a float as four bytes, bytes with their length."""
+    encoded = bytearray()
+    for number, value in fields:
+        if isinstance(value, int):
+            encoded += _varint(number << 3) + _varint(value)
+        elif isinstance(value, float):
+            encoded += _varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            encoded += _varint(number << 3 | 2) + _varint(len(value)) + value
+    return bytes(encoded)
 
 
-class _Fixed(bytes):
-    """Four bytes of a float, likewise."""
-
-
-def _varint(value: int) -> _Number:
+def _varint(value: int) -> bytes:
     encoded = bytearray()
     value %= 1 << 64  # a negative one as its two's complement
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)
         value >>= 7
     encoded.append(value)
-    return _Number(encoded)
-
-
-def _message(*fields: tuple[int, bytes]) -> bytes:
-    """Protobuf fields in order: a varint, a float, or bytes with their length."""
-    encoded = bytearray()
-    for number, value in fields:
-        if isinstance(value, _Number):
-            encoded += _varint(number << 3) + value
-        elif isinstance(value, _Fixed):
-            encoded += _varint(number << 3 | 5) + value
-        else:
-            encoded += _varint(number << 3 | 2) + _varint(len(value)) + value
     return bytes(encoded)

@@ -471,8 +471,8 @@ class TestTiming:
 
         def cost(shape: Any, settings: RunSettings) -> float:
             ratio = {16: at_16, 100: at_100}.get(shape[1], 1.0)
-            narrow = settings.single_thread and shape[1] <= settings.single_thread_tokens
-            return ratio if shape[0] == 1 and narrow else 1.0
+            single = settings.single_thread and shape[1] <= settings.single_thread_tokens
+            return ratio if shape[0] == 1 and single else 1.0
 
         found = self.measured(monkeypatch, integer, cost)
         assert found.settings.single_thread_tokens == expected
