@@ -67,7 +67,7 @@ build/sanitize/_native.so: $(wildcard $(NATIVE)/*)
 	mkdir -p $(@D)
 	gcc $(NATIVE_FLAGS) -O1 -g -shared -fsanitize=address,undefined -fno-omit-frame-pointer -o $@ $(NATIVE)/*.c
 
-check: lint types native-warnings test
+check: lint types native-warnings docs test
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
