@@ -186,7 +186,7 @@ def _check_function(function: Function) -> None:
     known = FUNCTIONS.get((function.domain, function.name))
     if known is None:
         raise ValueError(f"the function {function.name!r} of {function.domain!r} is not known")
-    if (len(function.inputs), len(function.outputs)) != (*known.inputs, *known.outputs):
+    if (len(function.inputs), len(function.outputs)) != (*known.inputs, known.outputs):
         raise ValueError(f"the function {function.name} has other inputs or outputs")
     if set(function.attributes) != set(known.attributes):
         raise ValueError(f"the function {function.name} has other attributes")
@@ -210,7 +210,7 @@ def _check_nodes(
             raise ValueError(
                 f"the operator {node.op_type[:80]!r} of {node.domain[:80] or 'ONNX'!r} is not known"
             )
-        if len(node.inputs) not in known.inputs or len(node.outputs) not in known.outputs:
+        if len(node.inputs) not in known.inputs or len(node.outputs) != known.outputs:
             raise ValueError(
                 f"{node.op_type} {node.outputs[:1]} has {len(node.inputs)} inputs and "
                 f"{len(node.outputs)} outputs"
@@ -221,8 +221,7 @@ def _check_nodes(
             _check_attribute(
                 attribute, known.attributes[name], f"{name} of {node.op_type}", bool(functions)
             )
-        needed = known.attributes if key in FUNCTIONS else known.needed
-        missing = set(needed) - set(node.attributes)
+        missing = set(known.needed) - set(node.attributes)
         if missing:
             raise ValueError(
                 f"{node.op_type} {node.outputs[:1]} lacks {', '.join(sorted(missing))}"

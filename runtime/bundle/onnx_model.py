@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from embedge.runtime.bundle.names import is_path
-from embedge.runtime.bundle.protobuf import BYTES, FIXED32, MANY, ONE, VARINT, Message, Spec
+from embedge.runtime.bundle.protobuf import Message, spec
 from embedge.runtime.bundle.schema import MOST_BYTES, Record, Within
 
 __all__ = [
@@ -59,43 +59,19 @@ _MOST_RANK, _MOST_NODES = 8, 200_000
 _Item = TypeVar("_Item")
 ValueType: TypeAlias = tuple[int, int]  # element type and rank
 
-_MODEL: Spec = {
-    1: (VARINT, ONE),
-    **dict.fromkeys((2, 3, 4, 6, 7), (BYTES, ONE)),
-    5: (VARINT, ONE),
-    **dict.fromkeys((8, 14, 25), (BYTES, MANY)),
-}
-_GRAPH: Spec = {
-    **dict.fromkeys((2, 10), (BYTES, ONE)),
-    **dict.fromkeys((1, 5, 11, 12), (BYTES, MANY)),
-}
-_NODE: Spec = {
-    **dict.fromkeys((3, 4, 6, 7), (BYTES, ONE)),
-    **dict.fromkeys((1, 2, 5), (BYTES, MANY)),
-}
-_ATTRIBUTE: Spec = {
-    **dict.fromkeys((1, 4, 6, 13, 21), (BYTES, ONE)),
-    2: (FIXED32, ONE),
-    **dict.fromkeys((3, 20), (VARINT, ONE)),
-    8: (VARINT, MANY),
-}
-_TENSOR: Spec = {
-    1: (VARINT, MANY),
-    **dict.fromkeys((2, 14), (VARINT, ONE)),
-    **dict.fromkeys((8, 9, 12), (BYTES, ONE)),
-    13: (BYTES, MANY),
-}
-_FUNCTION: Spec = {
-    **dict.fromkeys((1, 8, 10), (BYTES, ONE)),
-    **dict.fromkeys((4, 5, 6, 7, 9), (BYTES, MANY)),
-}
-_OPSET: Spec = {1: (BYTES, ONE), 2: (VARINT, ONE)}
-_VALUE: Spec = dict.fromkeys((1, 2, 3), (BYTES, ONE))
-_TYPE: Spec = {1: (BYTES, ONE)}
-_TENSOR_TYPE: Spec = {1: (VARINT, ONE), 2: (BYTES, ONE)}
-_SHAPE: Spec = {1: (BYTES, MANY)}
-_DIMENSION: Spec = {1: (VARINT, ONE), 2: (BYTES, ONE)}
-_ENTRY: Spec = dict.fromkeys((1, 2), (BYTES, ONE))
+_MODEL = spec(numbers=(1, 5), data=(2, 3, 4, 6, 7, 8, 14, 25), many=(8, 14, 25))
+_GRAPH = spec(data=(1, 2, 5, 10, 11, 12), many=(1, 5, 11, 12))
+_NODE = spec(data=(1, 2, 3, 4, 5, 6, 7), many=(1, 2, 5))
+_ATTRIBUTE = spec(numbers=(3, 8, 20), floats=(2,), data=(1, 4, 6, 13, 21), many=(8,))
+_TENSOR = spec(numbers=(1, 2, 14), data=(8, 9, 12, 13), many=(1, 13))
+_FUNCTION = spec(data=(1, 4, 5, 6, 7, 8, 9, 10), many=(4, 5, 6, 7, 9))
+_OPSET = spec(numbers=(2,), data=(1,))
+_VALUE = spec(data=(1, 2, 3))
+_TYPE = spec(data=(1,))
+_TENSOR_TYPE = spec(numbers=(1,), data=(2,))
+_SHAPE = spec(data=(1,), many=(1,))
+_DIMENSION = spec(numbers=(1,), data=(2,))
+_ENTRY = spec(data=(1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)

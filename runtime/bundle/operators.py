@@ -7,7 +7,6 @@ in ONNX Runtime instead of being refused (:mod:`embedge.runtime.bundle.graph_che
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from embedge.runtime.bundle.onnx_model import FLOAT, FLOAT16
@@ -28,7 +27,6 @@ __all__ = [
 CONTRIB, EMBEDGE = "com.microsoft", "embedge"
 OPSETS = {"": range(20, 25), CONTRIB: range(1, 2), EMBEDGE: range(1, 2)}  # versions, by domain
 _MOST = (1 << 31) - 1
-_MOST_HEADS, _MOST_RANK = 4096, 8
 
 
 class Whole(NamedTuple):
@@ -66,147 +64,89 @@ class Branch(NamedTuple):
 
 
 Kind: TypeAlias = Whole | Real | Branch
-_AXIS, _HEADS, _FLAG = Whole(-_MOST_RANK, _MOST_RANK), Whole(1, _MOST_HEADS), Whole(0, 1)
+_AXIS, _LAST, _HEADS, _FLAG = Whole(-8, 8), Whole(-1, -1), Whole(1, 4096), Whole(0, 1)
+_SIZE, _BLOCK, _NOTHING = Whole(1, _MOST), Whole(16, 4096), Whole(0, 0)
 _SCALE, _EPSILON = Real(0, 1e6), Real(0, 1)
-_WINDOW = Whole(-1, _MOST)
-_WIDTH = Whole(1, _MOST)
-_BLOCK = Whole(16, 4096)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operator:
-    """How often an operator takes and gives values, and its attributes.
-
-    Attributes:
-        inputs: how many it may have.
-        outputs: how many it may have.
-        attributes: by name.
-        needed: those of the attributes that may not be left out.
-    """
+class Operator(NamedTuple):
+    """How many inputs and outputs an operator may have, its attributes, and those it may not lack."""
 
     inputs: Collection[int]
-    outputs: Collection[int] = (1,)
-    attributes: Mapping[str, Kind] = field(default_factory=dict)
-    needed: Collection[str] = ()
+    outputs: int
+    attributes: Mapping[str, Kind]
+    needed: Collection[str]
 
 
-def _alike(names: str, *inputs: int, **attributes: Kind) -> dict[tuple[str, str], Operator]:
-    return {("", n): Operator(inputs=inputs, attributes=attributes) for n in names.split()}
+def _of(
+    domain: str,
+    names: str,
+    *inputs: int,
+    outputs: int = 1,
+    needed: str = "",
+    common: Mapping[str, Kind] | None = None,
+    **attributes: Kind,
+) -> dict[tuple[str, str], Operator]:
+    """Operators that are alike; embedge's own functions need all of their attributes.
+
+    Args:
+        domain: of all.
+        names: with spaces between.
+        inputs: how many they may have.
+        outputs: how many they have.
+        needed: attributes that may not be left out, with spaces between.
+        common: attributes that others have too.
+        attributes: others.
+    """
+    known = {**(common or {}), **attributes}
+    operator = Operator(inputs, outputs, known, known if domain == EMBEDGE else needed.split())
+    return {(domain, name): operator for name in names.split()}
 
 
-_GATED = {
-    ("embedge", f"QuantizeRotated{gated}{product}"): Operator(
-        inputs=(6,), outputs=(2 + bool(product),), attributes={"width": _WIDTH}
-    )
-    for gated in ("", "SwiGLU")
-    for product in ("", "AndProduct")
-}
+_ATTENTION: dict[str, Kind] = {"num_heads": _HEADS, "scale": _SCALE}
+_GROUPED: dict[str, Kind] = {**_ATTENTION, "kv_num_heads": _HEADS}
+_WINDOWED: dict[str, Kind] = {**_GROUPED, "local_window_size": Whole(-1, _MOST)}
+_ROTARY: dict[str, Kind] = {"interleaved": _NOTHING, "num_heads": _HEADS}
+
 OPERATORS: Mapping[tuple[str, str], Operator] = {
-    **_alike("Abs Cos Identity Relu Sigmoid Sin Tanh", 1),
-    **_alike("Add And Div Equal Expand Greater GreaterOrEqual Less LessOrEqual MatMul Mul Sub", 2),
-    **_alike("Max Pad Reshape Squeeze Unsqueeze", 2),
-    **_alike("Range ScatterND Where", 3),
-    **_alike("Slice", 4),
-    **_alike("Cast", 1, to=Whole(1, FLOAT16)),
-    **_alike("Concat", 1, 2, 3, 4, axis=_AXIS),
-    **_alike("Gather", 2, axis=_AXIS),
-    **_alike("GatherND", 2, batch_dims=Whole(0, 2)),
-    **_alike("ReduceL2 ReduceMax ReduceMin ReduceSum", 2, keepdims=_FLAG),
-    **_alike("Transpose", 1, perm=Whole(0, _MOST_RANK, many=True)),
-    ("", "Attention"): Operator(
-        inputs=range(3, 8),
-        attributes={
-            "is_causal": _FLAG,
-            "q_num_heads": _HEADS,
-            "kv_num_heads": _HEADS,
-            "scale": _SCALE,
-            "softmax_precision": Whole(FLOAT, FLOAT),
-        },
-    ),
-    ("", "Constant"): Operator(
-        inputs=(0,), attributes={"value_ints": Whole(-_MOST, _MOST, many=True)}
-    ),
-    ("", "If"): Operator(
-        inputs=(1,), attributes={"then_branch": Branch(), "else_branch": Branch()}
-    ),
-    ("", "LayerNormalization"): Operator(
-        inputs=(2, 3), attributes={"axis": Whole(-1, -1), "epsilon": _EPSILON}
-    ),
-    **_alike(
-        "RMSNormalization SimplifiedLayerNormalization", 2, axis=Whole(-1, -1), epsilon=_EPSILON
-    ),
-    ("", "QuantizeLinear"): Operator(
-        inputs=(3,),
-        attributes={"axis": _AXIS, "block_size": _WIDTH},
-    ),
-    ("", "RotaryEmbedding"): Operator(
-        inputs=(3, 4), attributes={"interleaved": Whole(0, 0), "num_heads": _HEADS}
-    ),
-    ("", "Shape"): Operator(inputs=(1,), attributes={"start": _AXIS, "end": _AXIS}),
-    (CONTRIB, "FastGelu"): Operator(inputs=(1,)),
-    (CONTRIB, "Gelu"): Operator(inputs=(1,)),
-    (CONTRIB, "QuickGelu"): Operator(inputs=(1,), attributes={"alpha": Real(-100, 100)}),
-    (CONTRIB, "GatherBlockQuantized"): Operator(
-        inputs=(4,),
-        attributes={
-            "bits": Whole(4, 8),
-            "block_size": _BLOCK,
-            "gather_axis": Whole(0, 0),
-            "quantize_axis": Whole(1, 1),
-        },
-        needed=("bits", "block_size", "quantize_axis"),
-    ),
-    (CONTRIB, "GroupQueryAttention"): Operator(
-        inputs=(7,),
-        outputs=(3,),
-        attributes={
-            "num_heads": _HEADS,
-            "kv_num_heads": _HEADS,
-            "local_window_size": _WINDOW,
-            "scale": _SCALE,
-        },
-    ),
-    (CONTRIB, "MatMulIntegerToFloat"): Operator(inputs=(4, 5)),
-    (CONTRIB, "MatMulNBits"): Operator(
-        inputs=(3, 4),
-        attributes={
-            "K": _WIDTH,
-            "N": _WIDTH,
-            "accuracy_level": Whole(0, 4),
-            "bits": Whole(4, 4),
-            "block_size": _BLOCK,
-        },
-        needed=("K", "N", "bits", "block_size"),
-    ),
-    (CONTRIB, "MultiHeadAttention"): Operator(
-        inputs=range(3, 7),
-        attributes={"num_heads": _HEADS, "scale": _SCALE},
-    ),
-    (CONTRIB, "RotaryEmbedding"): Operator(
-        inputs=(4,), attributes={"interleaved": Whole(0, 0), "num_heads": _HEADS}
-    ),
-}
+    **_of("", "Abs Cos Identity Relu Sigmoid Sin Tanh", 1),
+    **_of("", "Add And Div Equal Expand Greater GreaterOrEqual Less LessOrEqual MatMul Mul Sub", 2),
+    **_of("", "Max Pad Reshape Squeeze Unsqueeze", 2),
+    **_of("", "Range ScatterND Where", 3),
+    **_of("", "Slice", 4),
+    **_of("", "Attention", *range(3, 8), is_causal=_FLAG, q_num_heads=_HEADS, kv_num_heads=_HEADS,
+          scale=_SCALE, softmax_precision=Whole(FLOAT, FLOAT)),
+    **_of("", "Cast", 1, to=Whole(1, FLOAT16)),
+    **_of("", "Concat", 1, 2, 3, 4, axis=_AXIS),
+    **_of("", "Constant", 0, value_ints=Whole(-_MOST, _MOST, many=True)),
+    **_of("", "Gather", 2, axis=_AXIS),
+    **_of("", "GatherND", 2, batch_dims=Whole(0, 2)),
+    **_of("", "If", 1, then_branch=Branch(), else_branch=Branch()),
+    **_of("", "LayerNormalization", 2, 3, axis=_LAST, epsilon=_EPSILON),
+    **_of("", "QuantizeLinear", 3, axis=_AXIS, block_size=_SIZE),
+    **_of("", "RMSNormalization SimplifiedLayerNormalization", 2, axis=_LAST, epsilon=_EPSILON),
+    **_of("", "ReduceL2 ReduceMax ReduceMin ReduceSum", 2, keepdims=_FLAG),
+    **_of("", "RotaryEmbedding", 3, 4, common=_ROTARY),
+    **_of("", "Shape", 1, start=_AXIS, end=_AXIS),
+    **_of("", "Transpose", 1, perm=Whole(0, 8, many=True)),
+    **_of(CONTRIB, "FastGelu Gelu", 1),
+    **_of(CONTRIB, "GatherBlockQuantized", 4, needed="bits block_size quantize_axis", bits=Whole(4, 8),
+          block_size=_BLOCK, gather_axis=_NOTHING, quantize_axis=Whole(1, 1)),
+    **_of(CONTRIB, "GroupQueryAttention", 7, outputs=3, common=_WINDOWED),
+    **_of(CONTRIB, "MatMulIntegerToFloat", 4, 5),
+    **_of(CONTRIB, "MatMulNBits", 3, 4, needed="K N bits block_size", K=_SIZE, N=_SIZE,
+          accuracy_level=Whole(0, 4), bits=Whole(4, 4), block_size=_BLOCK),
+    **_of(CONTRIB, "MultiHeadAttention", *range(3, 7), common=_ATTENTION),
+    **_of(CONTRIB, "QuickGelu", 1, alpha=Real(-100, 100)),
+    **_of(CONTRIB, "RotaryEmbedding", 4, common=_ROTARY),
+}  # fmt: skip
 FUNCTIONS: Mapping[tuple[str, str], Operator] = {
-    **_GATED,
-    (EMBEDGE, "QuantizeRows"): Operator(inputs=(3,), outputs=(2,), attributes={"width": _WIDTH}),
-    (EMBEDGE, "QuantizeRowsAbove"): Operator(
-        inputs=(4,), outputs=(2,), attributes={"width": _WIDTH}
-    ),
-    (EMBEDGE, "MatMulIntegerToFloatAdd"): Operator(inputs=(6,)),
-    (EMBEDGE, "MatMulIntegerToFloatSub"): Operator(inputs=(6,)),
-    (EMBEDGE, "CausalAttention"): Operator(
-        inputs=(5,),
-        attributes={
-            "num_heads": _HEADS,
-            "kv_num_heads": _HEADS,
-            "local_window_size": _WINDOW,
-            "scale": _SCALE,
-        },
-    ),
-    (EMBEDGE, "PaddedAttention"): Operator(
-        inputs=(4,), attributes={"num_heads": _HEADS, "kv_num_heads": _HEADS, "scale": _SCALE}
-    ),
-    (EMBEDGE, "FullAttention"): Operator(
-        inputs=(3,), attributes={"num_heads": _HEADS, "scale": _SCALE}
-    ),
-}
+    **_of(EMBEDGE, "QuantizeRows", 3, outputs=2, width=_SIZE),
+    **_of(EMBEDGE, "QuantizeRowsAbove", 4, outputs=2, width=_SIZE),
+    **_of(EMBEDGE, "QuantizeRotated QuantizeRotatedSwiGLU", 6, outputs=2, width=_SIZE),
+    **_of(EMBEDGE, "QuantizeRotatedAndProduct QuantizeRotatedSwiGLUAndProduct", 6, outputs=3, width=_SIZE),
+    **_of(EMBEDGE, "MatMulIntegerToFloatAdd MatMulIntegerToFloatSub", 6),
+    **_of(EMBEDGE, "CausalAttention", 5, common=_WINDOWED),
+    **_of(EMBEDGE, "PaddedAttention", 4, common=_GROUPED),
+    **_of(EMBEDGE, "FullAttention", 3, common=_ATTENTION),
+}  # fmt: skip

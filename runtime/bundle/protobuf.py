@@ -7,15 +7,35 @@ Whatever a specification does not allow is a ``ValueError``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-__all__ = ["BYTES", "FIXED32", "MANY", "ONE", "VARINT", "Message", "Spec"]
+__all__ = ["Message", "Spec", "spec"]
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # encodings
-ONE, MANY = False, True  # values of a field
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # encodings
 
-Spec: TypeAlias = Mapping[int, tuple[int, bool]]  # encoding, and how many values, by field
+Spec: TypeAlias = Mapping[
+    int, tuple[int, bool]
+]  # encoding, and whether there may be many, by field
+
+
+def spec(
+    *,
+    numbers: Sequence[int] = (),
+    floats: Sequence[int] = (),
+    data: Sequence[int] = (),
+    many: Collection[int] = (),
+) -> Spec:
+    """The fields that a message may have.
+
+    Args:
+        numbers: those of whole numbers.
+        floats: those of 32 bits.
+        data: those of strings, bytes and messages.
+        many: those that may be repeated.
+    """
+    kinds = ((_VARINT, numbers), (_FIXED32, floats), (_BYTES, data))
+    return {field: (kind, field in many) for kind, fields in kinds for field in fields}
 
 
 class Message:
@@ -23,27 +43,27 @@ class Message:
 
     Args:
         data: holds it.
-        spec: of its fields.
+        fields: that it may have.
         start: where it begins.
         stop: where it ends; ``None``: with the data.
     """
 
     __slots__ = ("_data", "_found")
 
-    def __init__(self, data: bytes, spec: Spec, start: int = 0, stop: int | None = None) -> None:
+    def __init__(self, data: bytes, fields: Spec, start: int = 0, stop: int | None = None) -> None:
         self._data = data
         self._found: dict[int, list[Any]] = {}  # numbers, and where what has a length lies
         for number, kind, at, end in _fields(data, start, len(data) if stop is None else stop):
-            expected, many = spec.get(number, (None, False))
-            if kind == BYTES and expected == VARINT and many:  # packed
+            expected, many = fields.get(number, (None, False))
+            if kind == _BYTES and expected == _VARINT and many:  # packed
                 self._found.setdefault(number, []).extend(_packed(data, at, end))
                 continue
             if kind != expected or (number in self._found and not many):
                 raise ValueError(f"a message has the unknown field {number}, or has it twice")
             value: Any = (at, end)
-            if kind == VARINT:
+            if kind == _VARINT:
                 value = _signed(_varint(data, at)[0])
-            elif kind == FIXED32:
+            elif kind == _FIXED32:
                 (value,) = struct.unpack_from("<f", data, at)
             self._found.setdefault(number, []).append(value)
 
@@ -75,9 +95,9 @@ class Message:
         start, stop = self._found[field][0]
         return int(stop - start)
 
-    def messages(self, field: int, spec: Spec) -> Iterator[Message]:
+    def messages(self, field: int, fields: Spec) -> Iterator[Message]:
         """All messages of a repeated field."""
-        return (Message(self._data, spec, *span) for span in self._found.get(field, ()))
+        return (Message(self._data, fields, *span) for span in self._found.get(field, ()))
 
 
 def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
@@ -86,14 +106,14 @@ def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int,
     while at < stop:
         tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
         number, kind = tag >> 3, tag & 7
-        if kind == BYTES:
+        if kind == _BYTES:
             length, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
             if at + length > stop:
                 raise ValueError(f"a field at byte {at} is longer than what holds it")
-        elif kind == VARINT:
+        elif kind == _VARINT:
             length = 1 if data[at] < 0x80 else _varint(data, at)[1] - at
-        elif kind in (FIXED64, FIXED32):
-            length = 8 if kind == FIXED64 else 4
+        elif kind in (_FIXED64, _FIXED32):
+            length = 8 if kind == _FIXED64 else 4
         else:
             raise ValueError(f"unknown field type {kind} at byte {at}")
         yield number, kind, at, at + length
