@@ -289,7 +289,7 @@ class Embedder(OpenBundle):
             ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array.
 
         Raises:
-            ImageError: for an image that cannot be used, with its place.
+            ImageError: for an image that cannot be used, with its index.
             EmbedgeValueError: for another argument that cannot be used, or without a vision tower.
             EmbedgeImportError: without Pillow.
             BundleError: if a graph cannot be opened.

@@ -66,7 +66,7 @@ class TextTooLongError(EmbedgeValueError):
     """A text has more tokens than the model takes, and was not to be cut.
 
     Args:
-        index: the text's place in the call.
+        index: the text's, in the call.
         max_length: tokens that the model takes.
     """
 
@@ -87,7 +87,7 @@ class ImageError(EmbedgeValueError):
 
     Args:
         name: the argument it came in.
-        index: the image's place in the call.
+        index: the image's, in the call.
         reason: what is wrong with it, and what to do.
         arguments: that the reason names.
     """

@@ -137,18 +137,7 @@ def run(args: argparse.Namespace) -> int:
         EmbedgeValueError: for a wrong call.
         EmbedgeError: if a line of the input or the bundle cannot be used.
     """
-    if args.field is not None and args.input_format == "lines":
-        raise EmbedgeValueError("--field is for JSONL; leave out --input-format lines")
-    for name in ("prompt_name", "max_batch_tokens", "on_truncate"):
-        if args.images and getattr(args, name) is not None:
-            option = name.replace("_", "-")
-            raise EmbedgeValueError(f"--{option} is for texts; leave it out with --images")
-    if args.max_pixels is not None and not args.images:
-        raise EmbedgeValueError("--max-pixels goes with --images")
-    if "-" not in (args.input, args.output) and _are_one_file(args.input, args.output):
-        raise EmbedgeValueError(
-            f"--output {args.output} is the input, whose texts would be lost; name another file"
-        )
+    _check(args)
     if args.verbose:
         logging.basicConfig(format="embedge: %(message)s", level=logging.INFO)
     jsonl = args.field is not None or args.input_format == "jsonl"
@@ -181,6 +170,22 @@ def run(args: argparse.Namespace) -> int:
             written = thread.submit(writer.write, [record.others for record in records], vectors)
         written.result()
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together."""
+    if args.field is not None and args.input_format == "lines":
+        raise EmbedgeValueError("--field is for JSONL; leave out --input-format lines")
+    for name in ("prompt_name", "max_batch_tokens", "on_truncate"):
+        if args.images and getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise EmbedgeValueError(f"--{option} is for texts; leave it out with --images")
+    if args.max_pixels is not None and not args.images:
+        raise EmbedgeValueError("--max-pixels goes with --images")
+    if "-" not in (args.input, args.output) and _are_one_file(args.input, args.output):
+        raise EmbedgeValueError(
+            f"--output {args.output} is the input, whose texts would be lost; name another file"
+        )
 
 
 def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:

@@ -1,1 +1,4 @@
-"""From texts to vectors: tokens, batches, rows, and what a call asks for."""
+"""From texts to vectors: what a call asks for, its tokens, its batches, its vectors.
+
+Images become the same token sequences in the room of images, and go through the same batches.
+"""
