@@ -10,9 +10,9 @@ from typing import Any
 
 from embedge.export.schemes.registry import KEPT, PRECISIONS
 from embedge.export.source.sentence_transformers import POOLINGS
-from embedge.runtime.arguments import parse_bytes
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.host.memory import parse_bytes
 
 __all__ = ["POOLINGS", "ExportOptions", "check_dims", "check_tasks"]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
-from fractions import Fraction
 from typing import Any
 
 from embedge.runtime.errors import EmbedgeValueError
@@ -17,7 +15,6 @@ __all__ = [
     "check_positive",
     "check_threads",
     "listed",
-    "parse_bytes",
 ]
 
 MAX_THREADS = 1024  # more than machines have; ONNX Runtime ends with std::bad_alloc far above it
@@ -66,19 +63,6 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _refusal(name, value, "True or False")
     return value
-
-
-def parse_bytes(name: str, value: int | str) -> int:
-    """A number of bytes, or one with a unit: ``"2.0GB"``, ``"900 MB"``, ``"1.5 GiB"``."""
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(value).strip())
-    if isinstance(value, bool) or found is None or found[2].upper() not in units:
-        raise EmbedgeValueError(
-            f"{name} {value!r}: expected a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB",
-            arguments=[name],
-        )
-    return int(Fraction(found[1]) * units[found[2].upper()])
 
 
 def listed(names: Iterable[str]) -> str:

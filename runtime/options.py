@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from numpy.typing import NDArray
 
-from embedge.runtime.arguments import check_cosine, check_positive, check_threads, parse_bytes
+from embedge.runtime.arguments import check_cosine, check_positive, check_threads
 from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.host.memory import parse_bytes
 from embedge.runtime.sessions.device import split_device
 from embedge.runtime.tuning.choose_precision import AUTO
 

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
-from embedge.runtime.arguments import parse_bytes
 from embedge.runtime.encode.request import CallOptions
+from embedge.runtime.host.memory import parse_bytes
 from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions
 
 TEXTS = ["w1 w2", "w3"]

@@ -24,9 +24,9 @@ from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.quant import int4 as int4_module
 from embedge.runtime import Embedder
-from embedge.runtime.arguments import parse_bytes
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.host.memory import parse_bytes
 from tests.helpers.models import cosines, load_base, make_model, random_texts, save
 
 TEXTS = random_texts(24)
