@@ -142,7 +142,7 @@ class Qwen25Vision(Tower):
         return (residual_stream(self.layers, self.width, writers=[PATCHES], readers=readers),)
 
     def graph(self, weights: Weights, scheme: Scheme) -> Graph:
-        """Write the graph from patches to ``image_features``, see ``ARCHITECTURE.md`` for its inputs."""
+        """Write the graph from patches to ``image_features``; its inputs: ``docs/reference/bundle-format.md``."""
         g = Graph(weights=weights, scheme=scheme)
         row = self.channels * self.temporal * self.patch**2
         half = self.head_size // 2

@@ -170,7 +170,7 @@ class Architecture:
 
     @property
     def inputs(self) -> dict[str, Input]:
-        """The graph's inputs by name, in order; ``ARCHITECTURE.md`` describes those for images."""
+        """The graph's inputs by name, in order; ``docs/reference/bundle-format.md`` lists them."""
         ids: Input = TensorProto.INT64, TOKENS
         found = {"input_ids": ids, "attention_mask": ids}
         if self.type_table is not None:
@@ -217,21 +217,23 @@ class Architecture:
 
     def streams(self) -> tuple[ResidualStream, ...]:
         """The residual stream, if it may be rotated: not where norms follow the sum, or have biases."""
-        norms = [self.embedding_norm, self.final_norm, *(p.input_norm for p in self.sublayers)]
-        if self.final_norm is None or any(norm is not None and norm.has_bias for norm in norms):
+        parts, final = list(self.sublayers), self.final_norm
+        norms = [self.embedding_norm, final, *(part.input_norm for part in parts)]
+        biased = any(norm is not None and norm.has_bias for norm in norms)
+        if final is None or biased or any(part.sum_norm is not None for part in parts):
             return ()
         stream = residual_stream(
             self.layers,
             self.hidden_size,
             writers=[] if self.feature_writer is None else [self.feature_writer],
-            readers={} if self.token_head is None else {self.token_head: self.final_norm},
+            readers={} if self.token_head is None else {self.token_head: final},
         )
         stream = replace(
             stream,
             tables=(f"{self.token_table}.weight",),
             table_norm=self.embedding_norm,
-            output=self.final_norm.weight,
-            centred=not self.final_norm.rms,
+            output=final.weight,
+            centred=not final.rms,
         )
         return (stream,)
 

@@ -203,6 +203,7 @@ def test_a_stream_is_rotated_where_norms_without_biases_come_before() -> None:
     assert stream.tables == ("tokens.weight",) and stream.output == "last.weight"
     assert stream.readers["1.qkv"] == "1.norm1.weight"
     assert list(stream.writers) == ["0.o", "0.down", "1.o", "1.down"]
-    assert declared(post=True).streams() == ()
+    post = declared(post=True)
+    assert post.streams() == () == replace(post, final_norm=rms("last")).streams()
     biased = NormRef(name="last", epsilon=1e-6, has_bias=True)
     assert replace(declared(), final_norm=biased).streams() == ()
