@@ -1,38 +1,19 @@
-"""A model folder is read tensor by tensor; a damaged or foreign one is a named error."""
+"""Weights are read exactly; what is damaged or missing is named."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from embedge.export.errors import CheckpointError, ExportError
+from embedge.export.errors import CheckpointError
 from embedge.export.source.checkpoint import Checkpoint
-
-TENSORS = {
-    "b.weight": np.arange(12, dtype=np.float32).reshape(3, 4) - 5.5,
-    "a.bias": np.array([1e-3, -2, 3e4], np.float32),
-    "a.empty": np.zeros((0, 4), np.float32),
-    "c.scalar": np.array(2.5, np.float32),
-}
-
-
-def write_model(
-    folder: Path, tensors: dict[str, NDArray[Any]] | None = None, **config: Any
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"} | config))
-    save_file(TENSORS if tensors is None else tensors, folder / "model.safetensors")
-    return folder
+from tests.helpers.weight_files import TENSORS, write_model
 
 
 def write_shards(folder: Path, layout: dict[str, list[str]], **extra: str) -> Path:
@@ -151,6 +132,8 @@ def test_the_transformer_may_lie_in_the_folder_that_modules_json_names(tmp_path:
 
 
 WHOLE = raw_file({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}, bytes(12))
+
+
 DAMAGES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it holds 0 bytes, fewer than the 8 of a header length"),
     "cut in the header": (WHOLE[:30], r"the header should be \d+ bytes, the file has 30"),
@@ -307,210 +290,3 @@ def test_an_index_without_a_map_is_named(index: str, tmp_path: Path) -> None:
         CheckpointError, match=r"index\.json: expected a weight_map from tensor names to file names"
     ):
         Checkpoint(tmp_path)
-
-
-def prepare_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"pickle")
-
-
-def prepare_adapter(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text("{}")
-
-
-UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (
-        lambda f: (f / "model.safetensors").unlink(),
-        "has no weights; expected model.safetensors, or",
-    ),
-    "pickled weights": (
-        prepare_pickle,
-        r"only pickled weights.*trust them: python -c .*save_file",
-    ),
-    "no config": (
-        lambda f: (f / "config.json").unlink(),
-        "has no config.json; expected a model folder",
-    ),
-    "an adapter": (prepare_adapter, "holds a PEFT adapter, not a model; .* --adapter NAME="),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), r"config\.json: is not JSON"),
-    "config of bytes": (
-        lambda f: (f / "config.json").write_bytes(b"\xff"),
-        r"config\.json: is not JSON",
-    ),
-    "config that is a list": (
-        lambda f: (f / "config.json").write_text("[]"),
-        "expected a JSON object, found list",
-    ),
-    "classes that are no list": (
-        lambda f: (f / "config.json").write_text('{"architectures": 16}'),
-        "architectures is 16, expected a list of class names",
-    ),
-    "quantized weights": (
-        lambda f: (f / "config.json").write_text(
-            '{"quantization_config": {"quant_method": "gptq"}}'
-        ),
-        "already quantized .* original float weights",
-    ),
-    "modules that are no list": (
-        lambda f: (f / "modules.json").write_text("{}"),
-        "expected a list of modules",
-    ),
-    "modules that leave the folder": (
-        lambda f: (f / "modules.json").write_text('[{"path": "../other"}]'),
-        "'../other' leaves the model folder",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNUSABLE)
-def test_a_folder_that_cannot_be_used_says_why(case: str, tmp_path: Path) -> None:
-    prepare, expected = UNUSABLE[case]
-    prepare(write_model(tmp_path))
-
-    with pytest.raises(CheckpointError, match=expected) as caught:
-        Checkpoint(tmp_path)
-
-    assert isinstance(caught.value, (ExportError, ValueError))
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_a_source_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="no such folder; name a local model folder, or a hub id"
-    ):
-        Checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="^not-here: no such folder"):
-        Checkpoint("not-here")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="expected a model folder, found a file"):
-        Checkpoint(tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    ("offline", "advice"),
-    [
-        (
-            True,
-            "and the hub's cache does not hold it; nothing is fetched, because HF_HUB_OFFLINE is set: "
-            "unset it, or download the model elsewhere and name its folder",
-        ),
-        (
-            False,
-            "and it could not be fetched from the hub as an id (OSError: no route); check the name and "
-            "the network, or download the model elsewhere and name its folder",
-        ),
-    ],
-)
-def test_a_hub_id_that_cannot_be_fetched_is_one_line_with_one_advice(
-    monkeypatch: pytest.MonkeyPatch, offline: bool, advice: str
-) -> None:
-    import huggingface_hub.constants
-
-    def fail(hub_id: str, **patterns: list[str]) -> str:
-        raise OSError("no route\n\nSet HF_HUB_OFFLINE=0.")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint("some-organization/no-such-model")
-
-    assert str(caught.value) == (f"some-organization/no-such-model: no such folder here, {advice}")
-
-
-def test_a_hub_id_without_the_hubs_client_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-
-    with pytest.raises(CheckpointError, match=r"not installed; run: pip install huggingface_hub"):
-        Checkpoint("organization/name")
-
-
-def test_a_hub_id_is_fetched_without_pickles_and_code(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import huggingface_hub
-
-    write_model(tmp_path / "3b0c")
-    asked = {}
-
-    def snapshot_download(hub_id: str, **patterns: list[str]) -> str:
-        asked[hub_id] = patterns
-        return str(tmp_path / "3b0c")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-
-    assert Checkpoint("organization/some-model").name == "some-model"
-    patterns = asked["organization/some-model"]
-    assert not any(
-        wanted.endswith((".bin", ".py", ".pt", "*")) for wanted in patterns["allow_patterns"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("folder", "card", "named", "expected"),
-    [
-        ("my-model", "", None, "my-model"),
-        ("model", "", "org/the-parent", "the-parent"),
-        ("model", "", "/home/someone/runs/final-3/", "final-3"),
-        (
-            "model",
-            "---\nlicense: mit\n# note\n---\n\n# all-MiniLM-L6-v2\n",
-            "org/the-parent",
-            "all-MiniLM-L6-v2",
-        ),
-        ("model", "# org/tiny-bert\ntext", "org/the-parent", "tiny-bert"),
-        ("model", "# A model for everyone\n# x-1\n", "org/the-parent", "the-parent"),
-        ("model", "# Introduction\n", "org/the-parent", "the-parent"),
-        ("models--org--small-e5/snapshots/0a1b2c", "# e5-large", "org/the-parent", "small-e5"),
-    ],
-)
-def test_the_name_is_short_and_never_a_path(
-    folder: str, card: str, named: str | None, expected: str, tmp_path: Path
-) -> None:
-    write_model(tmp_path / folder, _name_or_path=named)
-    (tmp_path / folder / "README.md").write_text(card)
-
-    assert Checkpoint(tmp_path / folder).name == expected
-
-
-@pytest.mark.parametrize(
-    "plant",
-    [os.mkfifo, Path.mkdir, lambda p: p.symlink_to("nowhere")],
-    ids=["fifo", "folder", "link"],
-)
-def test_a_model_card_that_cannot_be_read_is_not_taken_for_none(
-    plant: Callable[[Path], None], tmp_path: Path
-) -> None:
-    write_model(tmp_path)
-    plant(tmp_path / "README.md")
-    with pytest.raises(CheckpointError, match=r"README\.md: cannot be read: .*or remove it"):
-        Checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("card", "expected"),
-    [
-        ("---\nlanguage: en\nlicense: apache-2.0\n---\n", "apache-2.0"),
-        ("---\nlicense: 'mit' # really\n---\n", "mit"),
-        ("---\nlicense:\n- mit\n- apache-2.0\ntags:\n- x\n---\n", "mit, apache-2.0"),
-        ("---\nlicense: [mit, gpl-3.0]\n---\n", "mit, gpl-3.0"),
-        ("---\nlicense: other\nlicense_name: qwen-research\n---\n", "qwen-research"),
-        ("---\nlicense: other\n---\n", "other"),
-        ("\ufeff---\nlicense: mit\n---\n", "mit"),
-        ("---\nmodel:\n  license: mit\n---\n", None),
-        ("---\nlicense: mit\n", None),
-        ("license: mit\n", None),
-        (None, None),
-    ],
-)
-def test_the_license_is_the_model_cards(
-    card: str | None, expected: str | None, tmp_path: Path
-) -> None:
-    write_model(tmp_path)
-    if card is not None:
-        (tmp_path / "README.md").write_text(card, encoding="utf-8")
-
-    assert Checkpoint(tmp_path).card.license == expected
