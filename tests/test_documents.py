@@ -54,13 +54,6 @@ READ_ALOUD = [
     if (name.startswith("docs/") and name not in NOTES)
     or name in {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"}
 ]
-SLOW = {  # several exports each
-    "docs/tutorial.md",
-    "docs/guides/choosing-a-precision.md",
-    "docs/guides/images.md",
-    "docs/guides/jina-embeddings-v4.md",
-    "docs/guides/sources-and-adapters.md",
-}
 
 LONGEST_LINE = 120
 LONGEST_README = 150
@@ -194,6 +187,7 @@ def hooks() -> ModuleType:
 
 @pytest.mark.parametrize("page", ["reference/command-line.md", "lab-notes/index.md"])
 def test_pages_that_are_made_are_current(hooks: ModuleType, page: str) -> None:
+    pytest.importorskip("matplotlib")  # the bench's options
     made = hooks.MADE[page]()
     assert read(f"docs/{page}") == made, "run python docs/hooks.py"
 
@@ -312,7 +306,9 @@ def test_blocks_that_do_not_run_say_why(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the documents' examples name: MODEL, adapters, bundle, v4, texts, pages."""
+    """A folder with what the documents' examples name: MODEL, adapters, bundle, texts, pages."""
+    for needed in ("peft", "PIL", "torch", "transformers"):
+        pytest.importorskip(needed)
     place = tmp_path_factory.mktemp("workshop")
     make_workshop(place)
     return place
@@ -374,14 +370,8 @@ def has_code(name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name in RUN
-        if has_code(name)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RUN if has_code(name)])
 def test_code_runs(
     name: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
