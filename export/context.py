@@ -8,12 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedge.export.calibration.sensitivity import (
-    Candidate,
-    candidates,
-    check_budget,
-    within_budget,
-)
+from embedge.export.calibration.sensitivity import candidates, check_budget, within_budget
 from embedge.export.calibration.smoothing import smoothing_constants
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.graph.scheme import Scheme
@@ -24,7 +19,6 @@ from embedge.export.schemes.floats import Float16Scheme
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.registry import PRECISIONS, make_scheme
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
-from embedge.export.weights.tensors import Weights
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.errors import EmbedgeValueError
 
@@ -119,7 +113,18 @@ class ExportContext:
             self.constants.update(found)
         eight_bit: list[str] = []
         if budget is not None:
-            gains = self._gains(base, batches, scratch)
+            int4 = self.scheme("int4", keep={}, calibrated=True)
+            assert isinstance(int4, Int4Scheme)
+            layers = len(self.model.architecture.layers)
+            gains = candidates(
+                self.model,
+                base,
+                batches,
+                int4=int4,
+                keep=self.options.keep,
+                scratch=scratch,
+                report=self.progress.layers("measuring sensitivity", layers),
+            )
             eight_bit = sorted(within_budget(gains, smallest, budget))
         keep = {**self.options.keep, **{glob.escape(label): "int8" for label in eight_bit}}
         names = (precision, *PRECISIONS[precision].beside)
@@ -137,22 +142,6 @@ class ExportContext:
                 "given has a token; give others (--calibration)"
             )
         return smallest
-
-    def _gains(
-        self, base: Weights, batches: Sequence[TokenBatch], scratch: Path
-    ) -> list[Candidate]:
-        int4 = self.scheme("int4", keep={}, calibrated=True)
-        assert isinstance(int4, Int4Scheme)
-        report = self.progress.layers("measuring sensitivity", len(self.model.architecture.layers))
-        return candidates(
-            self.model,
-            base,
-            batches,
-            int4=int4,
-            keep=self.options.keep,
-            scratch=scratch,
-            report=report,
-        )
 
     def tower_scheme(self, precision: str) -> Scheme:
         """That of the vision tower: images lose more than texts, so no 4 bits but 8, or float16."""
@@ -175,6 +164,3 @@ class ExportContext:
         if method == "int4":
             stated["block_size"] = self.block_size
         return stated
-
-
-__all__ = ["ExportContext"]

@@ -51,20 +51,20 @@ class Progress:
         self._finished = finished
         self._lines = lines
         self._bar: Any = None
-        self._done = 0
+        self._step, self._done = "", 0
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Measure and show one task at one precision."""
-        self._done = 0
+        self._step, self._done = name, 0
         started = time.perf_counter()
         bar = tqdm(desc=name, unit="B", unit_scale=True, file=sys.stderr, disable=self._disable)
-        bar.desc = name  # which a bar that is not drawn does not keep
-        with anonymous_peak() as peak, bar as self._bar:
+        with AnonymousPeak() as peak, bar as self._bar:
             yield
         seconds = time.perf_counter() - started
         if self._finished is not None:
-            self._finished(StepCost(step=name, seconds=seconds, peak_mb=peak.megabytes))
+            peak_mb = None if peak.bytes is None else peak.bytes / 1e6
+            self._finished(StepCost(step=name, seconds=seconds, peak_mb=peak_mb))
 
     def expect(self, nbytes: int) -> None:
         """Say how much the step is going to write, once that is known."""
@@ -89,40 +89,38 @@ class Progress:
     def _say(self, doing: str) -> None:
         if self._bar.disable and self._lines is not None:
             share = self._done / max(self._bar.total or 0, 1)
-            self._lines.say(lambda: f"{self._bar.desc}: {share:.0%} written, now {doing}")
+            self._lines.say(lambda: f"{self._step}: {share:.0%} written, now {doing}")
 
 
-class _Peak:
-    def __init__(self) -> None:
-        self.bytes = process_memory().get("RssAnon")
+class AnonymousPeak:
+    """Samples the process's anonymous resident memory inside its block; on Linux only.
 
-    @property
-    def megabytes(self) -> float | None:
-        return None if self.bytes is None else self.bytes / 1e6
+    Attributes:
+        bytes: the most there was; ``None`` where the system does not tell.
+    """
 
-    def sample(self) -> None:
+    def __init__(self, interval_seconds: float = 0.02) -> None:
+        self.bytes: int | None = None
+        self._interval = interval_seconds
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> AnonymousPeak:
+        self._sample()
+        if self.bytes is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self.bytes is not None:
+            self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            self._sample()
+
+    def _sample(self) -> None:
         now = process_memory().get("RssAnon")
-        if now is not None:
-            self.bytes = max(self.bytes or 0, now)
-
-
-@contextmanager
-def anonymous_peak(interval_seconds: float = 0.02) -> Iterator[_Peak]:
-    """Sample the process's anonymous resident memory; on Linux only."""
-    peak = _Peak()
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(interval_seconds):
-            peak.sample()
-
-    thread = threading.Thread(target=watch, daemon=True) if peak.bytes is not None else None
-    if thread:
-        thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        if thread:
-            thread.join()
-        peak.sample()
+        self.bytes = self.bytes if now is None else max(self.bytes or 0, now)

@@ -50,26 +50,7 @@ def read_model(options: ExportOptions) -> Model:
     _check_own_adapter(checkpoint, folders.values())
     loaded = {t: None if f is None else Adapter.load(f, t) for t, f in folders.items()}
     settings = settings_of_all(settings, folders, loaded, config)
-    pooling = options.pooling or settings.pooling or family_class.default_pooling
-    if pooling not in POOLINGS:
-        raise EmbedgeValueError(
-            f"{checkpoint.name}: the model does not say how tokens become a vector, and pooling is "
-            f"{pooling!r}; expected one of {', '.join(POOLINGS)}: give pooling= (--pooling)"
-        )
-    if family_class.guess and not (options.pooling or settings.pooling):
-        warnings.warn(
-            f"{checkpoint.name}: no file says how tokens become a vector, nor names prompts; "
-            f"{family_class.default_pooling} pooling without normalization is taken. {family_class.guess}",
-            EmbedgeWarning,
-            stacklevel=3,
-        )
-    if options.pooling and settings.pooling and options.pooling != settings.pooling:
-        warnings.warn(
-            f"{checkpoint.name}: pooling {options.pooling!r} was asked for, its files say "
-            f"{settings.pooling!r}; the request is followed",
-            EmbedgeWarning,
-            stacklevel=3,
-        )
+    pooling = _choose_pooling(options, checkpoint.name, family_class, settings)
     family = family_class(checkpoint.config, settings.max_length)
     architecture = family.architecture
     _check_dense(checkpoint, settings, family.hidden_size)
@@ -124,6 +105,33 @@ def read_model(options: ExportOptions) -> Model:
             _check_tower_shared(task, weights)
         _check_all_read(model, task, weights)
     return model
+
+
+def _choose_pooling(
+    options: ExportOptions, name: str, family: type[Family], settings: SentenceSettings
+) -> str:
+    """How tokens become a vector: as asked for, as the model's files say, or as the family has it."""
+    pooling = options.pooling or settings.pooling or family.default_pooling
+    if pooling not in POOLINGS:
+        raise EmbedgeValueError(
+            f"{name}: the model does not say how tokens become a vector, and pooling is "
+            f"{pooling!r}; expected one of {', '.join(POOLINGS)}: give pooling= (--pooling)"
+        )
+    if family.guess and not (options.pooling or settings.pooling):
+        warnings.warn(
+            f"{name}: no file says how tokens become a vector, nor names prompts; "
+            f"{family.default_pooling} pooling without normalization is taken. {family.guess}",
+            EmbedgeWarning,
+            stacklevel=4,
+        )
+    if options.pooling and settings.pooling and options.pooling != settings.pooling:
+        warnings.warn(
+            f"{name}: pooling {options.pooling!r} was asked for, its files say "
+            f"{settings.pooling!r}; the request is followed",
+            EmbedgeWarning,
+            stacklevel=4,
+        )
+    return pooling
 
 
 def _task_folders(

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from embedge.quant.int8 import decibels
-
-__all__ = ["cosine_rows", "pair_spearman", "sqnr_db", "top_k_overlap"]
+__all__ = ["cosine_rows", "pair_spearman", "top_k_overlap"]
 
 Floats = NDArray[np.floating]
-_ROWS = 128
 
 
 def cosine_rows(a: Floats, b: Floats) -> NDArray[np.float64]:
@@ -72,21 +67,6 @@ def top_k_overlap(a: Floats, b: Floats, k: int = 10) -> float:
         raise ValueError(f"expected two sets of the same size > k={k}, got {len(a)} and {len(b)}")
     near_a, near_b = _neighbours(a, k), _neighbours(b, k)
     return float(np.mean([len(set(x) & set(y)) / k for x, y in zip(near_a, near_b, strict=True)]))
-
-
-def sqnr_db(reference: Floats, approximation: Floats) -> float:
-    """Signal to quantization noise in decibels, ``10·log10(Σ r² / Σ (r − a)²)``; inf when equal."""
-    noise = signal = 0.0
-    for rows in _row_blocks(len(reference)):  # bounds the memory of the float64 copies
-        exact = np.asarray(reference[rows], np.float64)
-        noise += float(np.square(exact - approximation[rows]).sum())
-        signal += float(np.square(exact).sum())
-    return decibels(signal, noise)
-
-
-def _row_blocks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, _ROWS):
-        yield slice(start, start + _ROWS)
 
 
 def _same_shape(a: Floats, b: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

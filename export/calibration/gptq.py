@@ -29,6 +29,9 @@ from embedge.quant import gptq
 
 _ERROR_ROWS = 512
 
+Quantized = tuple[LazyInitializer, Sequence[NDArray[Any]], dict[str, Any]]
+"""What is stored of a Linear, its tensors, and further columns of the layer report."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GptqLinear:
@@ -45,15 +48,6 @@ class GptqLinear:
     linear: LinearRef
     scheme: RoundingScheme
     initializer: LazyInitializer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """A Linear's stored tensors, and further columns of the layer report."""
-
-    initializer: LazyInitializer
-    arrays: Sequence[NDArray[Any]]
-    facts: dict[str, Any]
 
 
 def gptq_linears(g: Graph, scheme: Scheme) -> list[GptqLinear]:
@@ -137,7 +131,8 @@ def _quantize_group(
         }
         arrays = rounded.arrays
         del rounded  # the next weight is as large
-        yield Quantized(initializer=item.initializer, arrays=arrays, facts=facts)
+        yield item.initializer, arrays, facts
+        del arrays
     statistics.hessian = None
 
 

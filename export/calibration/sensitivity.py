@@ -148,12 +148,8 @@ def within_budget(found: Sequence[Candidate], smallest: int, budget: int) -> lis
     Args:
         found: from :func:`candidates`.
         smallest: bytes of a task's tensors with 4 bits everywhere.
-        budget: most bytes of a task's tensors.
-
-    Raises:
-        EmbedgeValueError: the budget is below ``smallest``.
+        budget: most bytes of a task's tensors, see :func:`check_budget`.
     """
-    check_budget(smallest, budget)
     chosen: list[str] = []
     left = budget - smallest
     for candidate in sorted(found, key=lambda c: (-c.gain / max(1, c.extra_bytes), c.labels)):

@@ -1,4 +1,4 @@
-"""The files of one task at one precision beside its weights: graphs, the layer report, the list to unpack."""
+"""The files of one task at one precision beside its weights: graphs and the layer report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.onnx_model import to_model
 from embedge.export.writing.files import dump, write_new
-from embedge.export.writing.unpack_list import unpack_list
 from embedge.export.writing.weight_store import TensorStore
 from embedge.runtime.errors import EmbedgeValueError
 
@@ -59,8 +58,3 @@ def write_layer_report(path: Path, g: Graph, store: TensorStore) -> None:
 
     rows = [row(i) for i in g.initializers.values() if i.key in store.reports]
     write_new(path, dump({"layers": rows}))
-
-
-def write_unpack_list(path: Path, g: Graph, store: TensorStore) -> None:
-    """Write where the 4-bit weights lie that the runtime unpacks for a graph."""
-    write_new(path, dump(unpack_list(g, store)))

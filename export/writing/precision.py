@@ -26,15 +26,13 @@ from embedge.export.writing.graph_files import (
     check_names_free,
     write_graph,
     write_layer_report,
-    write_unpack_list,
 )
 from embedge.export.writing.graph_metadata import graph_notes, task_notes
+from embedge.export.writing.unpack_list import write_unpack_list
 from embedge.export.writing.weight_store import TensorStore
 from embedge.export.writing.weights import store_computed, store_quantized
 from embedge.runtime.bundle.contract import UNPACKED_PRECISION, VISION
 from embedge.runtime.errors import EmbedgeValueError
-
-__all__ = ["write_precision"]
 
 _VISION_GRAPH = f"{VISION}{GRAPH}"
 

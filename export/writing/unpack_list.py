@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 
 from embedge.export.graph.ops import OpBuilder
+from embedge.export.writing.files import dump, write_new
 from embedge.export.writing.weight_store import Stored, TensorStore
 
-__all__ = ["unpack_list"]
 
-
-def unpack_list(g: OpBuilder, store: TensorStore) -> dict[str, Any]:
-    """The list that :func:`embedge.runtime.bundle.packed_weights.read_packed` reads.
+def write_unpack_list(path: Path, g: OpBuilder, store: TensorStore) -> None:
+    """Write what :func:`embedge.runtime.bundle.packed_weights.read_packed` reads.
 
     Args:
+        path: the new file.
         g: a pruned graph of :class:`Int4UnpackedScheme`.
         store: holds the initializers of its weights.
     """
@@ -36,7 +37,7 @@ def unpack_list(g: OpBuilder, store: TensorStore) -> dict[str, Any]:
             "rotation": rotation,
             "rows": rows,
         }
-    return {"weights": weights}
+    write_new(path, dump({"weights": weights}))
 
 
 def _place(stored: Stored) -> dict[str, Any]:

@@ -51,9 +51,9 @@ def store_quantized(
             scratch=store.folder,
             report=context.progress.layers(f"{owner}: GPTQ", len(architecture.layers)),
         )
-        for linear in layers:
-            store.put(linear.initializer, linear.arrays, file, linear.facts)
-            del linear  # the next weight is as large
+        for initializer, arrays, facts in layers:
+            store.put(initializer, arrays, file, facts)
+            del arrays  # the next weight is as large
 
 
 def store_computed(

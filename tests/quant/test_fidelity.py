@@ -79,12 +79,3 @@ def test_top_k_overlap_by_hand() -> None:
 def test_top_k_overlap_needs_more_than_k_rows() -> None:
     with pytest.raises(ValueError, match="k=10"):
         fidelity.top_k_overlap(np.ones((10, 2)), np.ones((10, 2)))
-
-
-def test_sqnr_by_hand() -> None:
-    assert fidelity.sqnr_db(np.array([10.0]), np.array([9.0])) == pytest.approx(20)
-
-
-def test_sqnr_of_equal_and_of_nothing_is_infinite() -> None:
-    assert fidelity.sqnr_db(np.ones(3), np.ones(3)) == float("inf")
-    assert fidelity.sqnr_db(np.zeros(3), np.ones(3)) == float("-inf")

@@ -14,7 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from embedge.export import export_bundle
-from embedge.export.calibration.sensitivity import Candidate, _sample, candidates, within_budget
+from embedge.export.calibration.sensitivity import (
+    Candidate,
+    _sample,
+    candidates,
+    check_budget,
+    within_budget,
+)
 from embedge.export.calibration.tokens import token_batches
 from embedge.export.families import family_of
 from embedge.export.graph.values import LinearGroup
@@ -70,7 +76,7 @@ def test_the_largest_gains_per_byte_that_fit_are_chosen(budget: int, chosen: lis
 
 def test_a_budget_below_four_bits_names_what_is_needed() -> None:
     with pytest.raises(EmbedgeValueError, match="budget 999 bytes: a task at int4 takes 1,000"):
-        within_budget(FOUND, 1000, 999)
+        check_budget(1000, 999)
 
 
 @pytest.fixture(scope="module")
