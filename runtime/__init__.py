@@ -13,6 +13,9 @@ parts.
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import PackageNotFoundError, version
+
 from embedge.runtime.bundle.subset import subset_bundle
 from embedge.runtime.embedder import Embedder
 from embedge.runtime.errors import (
@@ -27,7 +30,6 @@ from embedge.runtime.errors import (
     ManifestError,
     TextTooLongError,
 )
-from embedge.runtime.host.requirements import own_version, without_telemetry
 
 __all__ = [
     "BundleError",
@@ -45,6 +47,11 @@ __all__ = [
     "subset_bundle",
 ]
 
-__version__ = own_version()
+try:
+    __version__ = version("embedge")
+except PackageNotFoundError:  # a folder of sources that was never installed
+    __version__ = "0+unknown"
 
-without_telemetry()  # ONNX Runtime itself is imported when it is first needed
+# ONNX Runtime, which is imported when it is first needed, reports nothing to its makers unless it was told to.
+# From 1.29 on it does so by a thread of its own, for which a forked child waits forever at its end.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

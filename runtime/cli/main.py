@@ -17,11 +17,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
+from embedge.runtime import __version__
 from embedge.runtime.cli.messages import failed, report, show_warning
 from embedge.runtime.cli.streams import any_streams, drop_output, output_fails
 from embedge.runtime.errors import EmbedgeError, EmbedgeImportError
 from embedge.runtime.host.install_advice import install_command
-from embedge.runtime.host.requirements import own_version
 
 __all__ = ["main"]
 
@@ -89,7 +89,7 @@ def _run(arguments: list[str], options: dict[str, str]) -> int:
     if unknown:
         called_parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.version:
-        print(f"embedge {own_version()}")
+        print(f"embedge {__version__}")
         return 0
     if run is None:
         parser.error(f"name a command: {', '.join(_COMMANDS)}")
