@@ -25,9 +25,7 @@ from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file
 from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.writing import (
     NAME_INSIDE,
-    make_folder,
-    partial_of,
-    put_in_place,
+    new_folder,
     recover,
     replace_file,
     sweep,
@@ -57,16 +55,11 @@ def new_bundle(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     left = _LEFT_ALONE if overwrite and is_bundle(out) else _NOTHING_LEFT
     real = Path(os.path.realpath(out))
-    work = partial_of(real)
     try:
-        make_folder(work)
-        try:
+        with new_folder(real, replace=overwrite) as work:
             yield work
             if overwrite:
                 read_existing(out, overwrite)  # nobody's file came meanwhile
-            put_in_place(work, real, replace=overwrite)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise write_error(out, error, left) from error
 

@@ -16,7 +16,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,7 @@ from embedge.runtime.bundle.model_card import model_card, renewed_card
 from embedge.runtime.bundle.writing import (
     NAME_INSIDE,
     check_replaceable,
-    make_folder,
-    partial_of,
-    put_in_place,
+    new_folder,
     recover,
     sync_files,
 )
@@ -84,17 +81,12 @@ def subset_bundle(
     try:
         real = Path(os.path.realpath(target))
         _check_free(source, target, real)
-        work = partial_of(real)
         real.parent.mkdir(parents=True, exist_ok=True)
         with sole_holder(real.parent / f".{real.name}.lock", lambda holder: _busy(target, holder)):
             recover(real)
             _check_free(source, target, real)
-            make_folder(work)
-            try:
+            with new_folder(real, replace=False) as work:
                 _fill(work, source, manifest, document, link=link)
-                put_in_place(work, real, replace=False)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise _refused(target, error, link=link) from error
     if _has_own_text(source):

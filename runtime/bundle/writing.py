@@ -22,8 +22,8 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +35,7 @@ __all__ = [
     "NewFile",
     "check_replaceable",
     "make_folder",
+    "new_folder",
     "partial_of",
     "put_in_place",
     "recover",
@@ -183,6 +184,27 @@ def recover(out: Path) -> None:
     else:
         _dispose(old, work)
     _sync_folder(out.parent)
+
+
+@contextmanager
+def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes its name when the block ends without an error.
+
+    Args:
+        out: its name, which an empty folder may have.
+        replace: whether anything else may have it, and is deleted.
+
+    Raises:
+        EmbedgeError: something that is not embedge's is in the way.
+        OSError: the system refuses; ``out`` is as it was.
+    """
+    work = partial_of(out)
+    make_folder(work)
+    try:
+        yield work
+        put_in_place(work, out, replace=replace)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:

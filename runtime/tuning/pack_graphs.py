@@ -17,9 +17,7 @@ from pathlib import Path
 from embedge.runtime.bundle.lock import sole_holder
 from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.bundle.writing import (
-    make_folder,
-    partial_of,
-    put_in_place,
+    new_folder,
     recover,
     replace_file,
     sweep,
@@ -88,9 +86,7 @@ def _write(
     """Writes a graph's folder, whole and on the disk before it has its name."""
     bundle, layout = prepared.bundle, prepared.layout(precision)
     panels = layout is not None
-    partial = partial_of(folder)
-    make_folder(partial)
-    try:
+    with new_folder(folder, replace=True) as partial:
         _check_space(prepared, precision, name, partial)
         with bundle.reading(source):
             given = initializers_of(
@@ -102,9 +98,6 @@ def _write(
         record = PreparedRecord(source=source, files=files, layout=layout)
         replace_file(partial / RECORD, json.dumps(record.to_dict(), indent=2) + "\n")
         sync_files(partial, files)
-        put_in_place(partial, folder, replace=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return files
 
 
