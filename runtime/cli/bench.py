@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cpu, or cuda: what the bundle and torch run on (default: cpu)",
     )  # fmt: skip
     parser.add_argument(
-        "--bar", "--target", nargs="+", type=int, default=[], dest="targets", metavar="N",
+        "--target", "--bar", nargs="+", type=int, default=[], dest="targets", metavar="N",
         help="measure what these promises need, check them, exit 1 if one is not kept",
     )  # fmt: skip
     parser.add_argument(
