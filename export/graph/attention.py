@@ -3,7 +3,7 @@
 Where the scheme allows it, causal attention becomes ``GroupQueryAttention`` and attention without
 lengths or mask ``MultiHeadAttention``, ONNX Runtime's operators whose memory does not grow with the square
 of the tokens. On CUDA these two do everything. Whatever else is asked for is ONNX's ``Attention``, whose
-memory does grow so.
+memory does grow so. On the CPU they are calls of functions (``fused_ops.py``) but between branches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from embedge.export.graph.long_attention import (
     padding_mask,
     window_of,
 )
-from embedge.export.graph.ops import CONTRIB
+from embedge.export.graph.ops import CONTRIB, DOMAIN
 from embedge.export.graph.relative_bias import relative_bias
 from embedge.export.graph.scheme import Target
 from embedge.export.graph.values import Value
@@ -123,18 +123,29 @@ def _attend(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Va
         )
     if target is not Target.ONNX and grouped:
         y = _group_query_attention(g, spec, seen.tokens, q, k, v)
-    elif on_cuda or (target is Target.CPU and not (causal or seen.mask or seen.lengths)):
+    elif on_cuda:
         y = _multi_head_attention(g, spec, seen, q, k, v)
-    elif seen.flash:
+    elif target is Target.CPU and not (causal or seen.mask):
+        y = _unmasked_attention(g, spec, seen, q, k, v)
+    else:
+        y = _onnx_attention(g, spec, seen, q, k, v)
+    return g.op("Cast", y, to=TensorProto.FLOAT) if on_cuda else y
+
+
+def _unmasked_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Value:
+    """To all tokens, or to those before the padding."""
+    if seen.flash:
         whole = Seen()
-        y = g.choose(
+        return g.choose(
             seen.flash,
             lambda: _multi_head_attention(g, spec, whole, q, k, v),
             lambda: _onnx_attention(g, spec, seen, q, k, v),
         )
-    else:
-        y = _onnx_attention(g, spec, seen, q, k, v)
-    return g.op("Cast", y, to=TensorProto.FLOAT) if on_cuda else y
+    sizes: dict[str, Any] = {"num_heads": spec.heads, "scale": spec.head_size**-0.5}
+    if not seen.lengths:
+        return g.op("FullAttention", q, k, v, domain=DOMAIN, **sizes)
+    sizes["kv_num_heads"] = spec.kv_heads
+    return g.op("PaddedAttention", q, k, v, seen.lengths, domain=DOMAIN, **sizes)
 
 
 def _onnx_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Value:
@@ -181,17 +192,18 @@ def _group_query_attention(g: Graph, spec: Attention, tokens: str, q: str, k: st
     lengths = g.once("causal.lengths", whole_rows)
     total = g.once("causal.total", lambda: g.op("Cast", tokens, to=TensorProto.INT32))
     reach = spec.span.reach
-    limits: dict[str, Any] = {} if reach is None else {"local_window_size": reach + 1}
-    return g.op_n(
-        "GroupQueryAttention",
-        3,
-        *(q, k, v, "", "", lengths, total),
-        domain=CONTRIB,
-        num_heads=spec.heads,
-        kv_num_heads=spec.kv_heads,
-        scale=spec.head_size**-0.5,
-        **limits,
-    )[0]
+    options: dict[str, Any] = {
+        "num_heads": spec.heads,
+        "kv_num_heads": spec.kv_heads,
+        "scale": spec.head_size**-0.5,
+    }
+    if g.scheme.target is Target.CPU:  # the attributes of a function are all given
+        options["local_window_size"] = -1 if reach is None else reach + 1
+        return g.op("CausalAttention", q, k, v, lengths, total, domain=DOMAIN, **options)
+    if reach is not None:
+        options["local_window_size"] = reach + 1
+    arguments = (q, k, v, "", "", lengths, total)
+    return g.op_n("GroupQueryAttention", 3, *arguments, domain=CONTRIB, **options)[0]
 
 
 def _without_trailing_blanks(*arguments: str) -> list[str]:

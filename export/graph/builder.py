@@ -158,10 +158,6 @@ class Graph(OpBuilder):
         self.tables.append(name)
         return self.scheme.embedding(self, name, ids)
 
-    def add(self, a: Value, b: str | None) -> Value:
-        """``a + b``; ``a`` itself where ``b`` is ``None``."""
-        return a if b is None else self.op("Add", a, b)
-
     def norm(
         self, x: str, weight: str, bias: str | None, epsilon: float, *, rms: bool = False
     ) -> Value:
@@ -187,7 +183,7 @@ class Graph(OpBuilder):
             # Subtracting the negated bias keeps ONNX Runtime from fusing BiasGelu, whose CPU kernel
             # takes twice the time of the two (measured, lab note 9).
             bias = self.bias(product, negated=True)
-            x = product if bias is None else self.op("Sub", product, bias)
+            x = product if bias is None else self.subtract(product, bias)
             y = self.op("Gelu", x, domain=CONTRIB)
         else:
             x = self.add(product, self.bias(product))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from onnx import ModelProto, TensorProto, helper
 
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of, with_functions
+from embedge.export.graph.fused_ops import functions_of
 from embedge.export.graph.initializers import TensorSpec
-from embedge.export.graph.ops import CONTRIB
+from embedge.export.graph.ops import CONTRIB, DOMAIN, VERSION
 from embedge.export.graph.scheme import Target
 from embedge.runtime.bundle.contract import UNPACKED
 
@@ -28,10 +28,9 @@ def to_model(
     constants = sorted(g.constants.values(), key=lambda c: c.name)
     unpacked = [_unpacked(spec) for u in g.unpacked.values() for spec in u.specs]
     opset = CUDA_OPSET if g.scheme.target is Target.CUDA else OPSET
-    nodes = with_functions(g.nodes) if g.scheme.target is Target.CPU else g.nodes
-    functions = functions_of(nodes, opset)
+    functions = functions_of(g.nodes, opset)
     graph = helper.make_graph(
-        nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]
+        g.nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]
     )
     domains = {"": opset, CONTRIB: 1, **({DOMAIN: VERSION} if functions else {})}
     model = helper.make_model(

@@ -17,7 +17,9 @@ from embedge.export.graph.initializers import LazyInitializer, TensorSpec, Unpac
 from embedge.export.graph.values import FloatArray, Value, owner
 from embedge.export.weights.tensors import Weights
 
+DOMAIN, VERSION = "embedge", 1  # of embedge's functions, see fused_ops.py
 CONTRIB = "com.microsoft"
+_INTEGER_MATMUL = "MatMulIntegerToFloat"
 
 T = TypeVar("T")
 
@@ -109,6 +111,30 @@ class OpBuilder:
             self._shared[key] = write()
         found: T = self._shared[key]
         return found
+
+    def add(self, a: Value, b: str | None) -> Value:
+        """``a + b``; ``a`` itself where ``b`` is ``None``. An integer matmul takes what is added to it."""
+        return a if b is None else self._combined("Add", a, b)
+
+    def subtract(self, a: Value, b: str) -> Value:
+        """``a - b``, as :meth:`add`."""
+        return self._combined("Sub", a, b)
+
+    def _combined(self, op_type: str, a: Value, b: str) -> Value:
+        if a.node is None or a.node.op_type != _INTEGER_MATMUL:
+            return self.op(op_type, a, b)
+        matmul = self.take_back(a)
+        x, weight, x_scale, scale, zero_point = matmul.input
+        arguments = x, weight, x_scale, scale, b, zero_point
+        y = self.op(f"{_INTEGER_MATMUL}{op_type}", *arguments, domain=DOMAIN)
+        self.nodes[-1].name = matmul.name  # the Linear's
+        return y
+
+    def take_back(self, value: Value) -> NodeProto:
+        """Remove the node of a value that nothing has read, for a function's call to take its place."""
+        place = max(i for i, node in enumerate(self.nodes) if node is value.node)
+        assert not any(value in names_read(node) for node in self.nodes[place + 1 :]), value
+        return self.nodes.pop(place)
 
     def choose(
         self,

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export.graph.initializers import LazyInitializer, TensorSpec, digest
-from embedge.export.graph.ops import CONTRIB, OpBuilder
+from embedge.export.graph.ops import CONTRIB, DOMAIN, OpBuilder
 from embedge.export.graph.scheme import Rounded, RoundingScheme, Scheme, reported_db
 from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Value, owner
 from embedge.export.schemes.embedding_tables import quantized_rows
@@ -84,13 +84,7 @@ class Int8Scheme(Scheme):
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
         constants = self.constants_of(group)
-        x = self._smoothed(g, group, constants)
-        lower_bound = group.value.lower_bound
-        if lower_bound is not None and constants.smooth is not None:
-            lower_bound /= float(constants.smooth.min())
-        values, scale, zero_point = self._quantized(
-            g, self._rotated(g, x, group), group, lower_bound
-        )
+        x, values, scale, zero_point = self._quantized(g, group, constants)
         row_scale = group.value.row_scale
         if row_scale is not None:
             scale = g.op("Mul", scale, row_scale)
@@ -190,41 +184,38 @@ class Int8Scheme(Scheme):
         return x
 
     def _quantized(
-        self, g: OpBuilder, x: Value, group: LinearGroup, lower_bound: float | None
-    ) -> tuple[Value, Value, Value]:
-        """``(uint8 values, float32 scale [batch, tokens, 1], uint8 zero point)``.
+        self, g: OpBuilder, group: LinearGroup, constants: SmoothingConstants
+    ) -> tuple[Value, Value, Value, Value]:
+        """The smoothed input, its uint8 values, their float32 scale ``[batch, tokens, 1]`` and zero point.
 
         A row of zeros has scale 0: its values are whatever rounding NaN gives, times 0.
         """
-        axis = g.const([-1], "int64")
+        x, lower_bound = self._smoothed(g, group, constants), group.value.lower_bound
         suffix = "" if lower_bound is None else "_bounded"
         step = _constant(g, f"embedge.act_step{suffix}")
         zero_point = _constant(g, f"embedge.act_zero_point{suffix}")
-        if lower_bound is None:
-            peak = g.op("ReduceMax", g.op("Abs", x), axis, keepdims=1)
-        else:
-            peak = g.op("ReduceMax", x, axis, keepdims=1)
-            peak = g.op("Max", peak, g.const(-lower_bound * _BOUNDED_RATIO))
-        scale = g.op("Mul", peak, step)
+        rows = x if x.factors is None else x.factors[1]
 
         def zero_points() -> Value:
-            rows = g.op("Concat", g.op("Shape", x, end=-1), g.const([1], "int64"), axis=0)
-            return g.op("Expand", zero_point, rows)
+            shape = g.op("Concat", g.op("Shape", rows, end=-1), g.const([1], "int64"), axis=0)
+            return g.op("Expand", zero_point, shape)
 
         zeros = g.once(f"{zero_point}.{group.rows}", zero_points)
         width = group.linears[0].in_features(g.weights)
-        values = g.op("QuantizeLinear", x, scale, zeros, axis=-1, block_size=width)
-        return values, scale, zero_point
-
-    def _rotated(self, g: OpBuilder, x: Value, group: LinearGroup) -> Value:
-        """The input with its blocks rotated, where :func:`input_rotation` says so."""
         rotation = input_rotation(g, group)
-        if rotation is None:
-            return x
-        blocks = g.op("Reshape", x, g.const([0, 0, -1, len(rotation)], "int64"))
-        return g.op(
-            "Reshape", g.op("MatMul", blocks, g.const(rotation)), g.const([0, 0, -1], "int64")
-        )
+        if rotation is not None:
+            and_product = constants.outliers is not None
+            return *_rotated(
+                g, x, rotation, step, zeros, width, and_product=and_product
+            ), zero_point
+        if lower_bound is None:
+            call = g.op_n("QuantizeRows", 2, x, step, zeros, domain=DOMAIN, width=width)
+        else:
+            if constants.smooth is not None:
+                lower_bound /= float(constants.smooth.min())
+            floor = g.const(-lower_bound * _BOUNDED_RATIO)
+            call = g.op_n("QuantizeRowsAbove", 2, x, floor, step, zeros, domain=DOMAIN, width=width)
+        return x, call[0], call[1], zero_point
 
     # -- rounding -----------------------------------------------------------------------------------
 
@@ -313,6 +304,46 @@ class Int8Scheme(Scheme):
     def _weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> list[Value]:
         """Initializers: the weight and its scales."""
         return g.initializer(self.weight(g, group, linear))
+
+
+def _rotated(
+    g: OpBuilder,
+    product: Value,
+    rotation: FloatArray,
+    step: Value,
+    zeros: Value,
+    width: int,
+    *,
+    and_product: bool,
+) -> tuple[Value, Value, Value]:
+    """The product of a gated MLP, its blocks rotated and quantized: product, values and scale.
+
+    Args:
+        g: the graph.
+        product: the product, whose node becomes part of the call.
+        rotation: of each block, float32 ``[n, n]``.
+        step: factor from a row's peak to its scale.
+        zeros: a zero point for each row.
+        width: of a row.
+        and_product: whether the product is read besides.
+    """
+    assert product.factors is not None
+    gate, up = product.factors
+    g.take_back(product)
+    silu = gate.node is not None and gate.node.op_type == "QuickGelu"
+    outputs = g.op_n(
+        f"QuantizeRotated{'SwiGLU' * silu}{'AndProduct' * and_product}",
+        2 + and_product,
+        g.take_back(gate).input[0] if silu else gate,
+        up,
+        g.const(rotation),
+        g.const([0, 0, -1, len(rotation)], "int64"),
+        step,
+        zeros,
+        domain=DOMAIN,
+        width=width,
+    )
+    return outputs[2] if and_product else product, outputs[0], outputs[1]
 
 
 def _constant(g: OpBuilder, name: str) -> Value:

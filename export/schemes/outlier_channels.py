@@ -55,7 +55,7 @@ def outliers(
     return g.op("Gather", x, g.const(channels, "int64"), axis=-1), matrix
 
 
-def beside(g: OpBuilder, y: str, values: str, matrix: str, row_scale: str | None = None) -> Value:
+def beside(g: OpBuilder, y: Value, values: str, matrix: str, row_scale: str | None = None) -> Value:
     """``y`` and the float32 product of some columns beside it.
 
     Args:
@@ -67,4 +67,4 @@ def beside(g: OpBuilder, y: str, values: str, matrix: str, row_scale: str | None
     """
     if row_scale is not None:
         values = g.op("Mul", values, row_scale)
-    return g.op("Add", y, g.op("MatMul", values, matrix))
+    return g.add(y, g.op("MatMul", values, matrix))

@@ -1,10 +1,11 @@
-"""Functions of int8 graphs: their bodies are what was there before, and the kernels give the same bits.
+"""Functions of graphs: their bodies are chains of ONNX Runtime's nodes, and the kernels give the same bits.
 
 Of attention, whose kernel rounds otherwise, see ``tests/runtime/test_kernels_attention.py``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,19 @@ import pytest
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
-from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of, with_functions
+from embedge.export.graph.architecture import Attention, Span
+from embedge.export.graph.attention import Seen, attention
+from embedge.export.graph.builder import Graph
+from embedge.export.graph.fused_ops import functions_of
 from embedge.export.graph.onnx_model import IR_VERSION, OPSET
-from embedge.export.graph.ops import CONTRIB
+from embedge.export.graph.ops import CONTRIB, DOMAIN, VERSION, OpBuilder
+from embedge.export.graph.values import LinearRef, Value
+from embedge.export.schemes.int8 import Int8Scheme
 from embedge.quant.rotation import block_rotation
 from embedge.runtime.kernels.library import kernel_library
 from embedge.runtime.kernels.register import register
 from tests.helpers.sessions import open_graph, session_options
+from tests.helpers.weights import StoredWeights
 
 Array = NDArray[Any]
 LIBRARY = kernel_library()
@@ -110,6 +117,23 @@ def rotated_nodes(
     return nodes
 
 
+def row_call(width: int, *, above: bool) -> NodeProto:
+    """The function that stands for :func:`row_nodes`."""
+    name, floor = ("QuantizeRowsAbove", "floor ") if above else ("QuantizeRows", "")
+    return node(name, f"x {floor}step zeros", "values scale", DOMAIN, width=width)
+
+
+def rotated_calls(
+    width: int, *, gated: bool = False, product_is_read: bool = False
+) -> list[NodeProto]:
+    """The function that stands for :func:`rotated_nodes`, and what else reads the product."""
+    name = f"QuantizeRotated{'SwiGLU' * gated}{'AndProduct' * product_is_read}"
+    outputs = f"values scale{' product' * product_is_read}"
+    call = node(name, "x y rotation blocks step zeros", outputs, DOMAIN, width=width)
+    reader = node("Gather", "product loud", "outliers", axis=-1)
+    return [call, reader] if product_is_read else [call]
+
+
 def rotated_constants(rows: int, width: int, step: float, zero: int = 128) -> dict[str, Array]:
     rotation = block_rotation(width)
     return {
@@ -140,8 +164,7 @@ STEPS = [(1 / 127, 128), (1 / 63, 64), (1 / 235, 20), (2 / 235, 10)]
 def test_quantized_rows(rows: int, width: int, step: float, zero: int, above: bool) -> None:
     inputs = {"x": floats(1, rows, width)}
     nodes = row_nodes(width, above=above)
-    called = with_functions(nodes)
-    assert [n.op_type for n in called] == ["QuantizeRowsAbove" if above else "QuantizeRows"]
+    called = [row_call(width, above=above)]
     constants = row_constants(rows, step, zero)
     if above:
         inputs["x"] = np.maximum(inputs["x"], -2 * 20 / 235)
@@ -156,12 +179,10 @@ def test_quantized_rows_of_rotated_blocks(
 ) -> None:
     inputs = {"x": floats(1, rows, width), "y": floats(1, rows, width)}
     nodes = rotated_nodes(width, product_is_read=product_is_read)
-    called = with_functions(nodes)
-    suffix, read = ("AndProduct", ["outliers"]) if product_is_read else ("", [])
-    assert called[0].op_type == f"QuantizeRotated{suffix}"
-    assert len(called) == 1 + len(read)
+    called = rotated_calls(width, product_is_read=product_is_read)
     constants = rotated_constants(rows, width, step, zero)
-    agree(nodes, called, inputs, constants, ["values", "scale", *read])
+    outputs = ["values", "scale", *(["outliers"] if product_is_read else [])]
+    agree(nodes, called, inputs, constants, outputs)
 
 
 @pytest.mark.parametrize("product_is_read", [False, True])
@@ -171,10 +192,8 @@ def test_quantized_rows_of_a_swiglu(rows: int, width: int, product_is_read: bool
     inputs = {"x": 10 * floats(1, rows, width), "y": floats(1, rows, width)}
     inputs["x"][..., -1] = -200
     nodes = rotated_nodes(width, gated=True, product_is_read=product_is_read)
-    called = with_functions(nodes)
-    suffix = "AndProduct" if product_is_read else ""
+    called = rotated_calls(width, gated=True, product_is_read=product_is_read)
     outputs = ["values", "scale", *(["outliers"] if product_is_read else [])]
-    assert called[0].op_type == f"QuantizeRotatedSwiGLU{suffix}"
     constants = rotated_constants(rows, width, 1 / 127)
     expected = results(model(nodes, inputs, constants, outputs), inputs, own=False)
     proto = model(called, inputs, constants, outputs)
@@ -190,12 +209,6 @@ def test_quantized_rows_of_a_swiglu(rows: int, width: int, product_is_read: bool
         least = 1e-5 * float(np.abs(inputs["y"]).max())  # ONNX Runtime ends its exponents at 18
         for value, wanted in zip(product, expected[2:], strict=True):
             assert np.allclose(value, wanted, rtol=1e-5, atol=least)
-
-
-def test_another_gate_is_left_before_the_rotation() -> None:
-    nodes = rotated_nodes(64, gated=True)
-    nodes[0].attribute[0].f = 1.702
-    assert [n.op_type for n in with_functions(nodes)] == ["QuickGelu", "QuantizeRotated"]
 
 
 @pytest.mark.parametrize("kind", ["Add", "Sub"])
@@ -214,24 +227,9 @@ def test_a_product_and_what_is_added(kind: str, shape: tuple[int, ...], zero_poi
     }
     product = f"a w a_scale w_scale{' zero' if zero_point else ''}"
     nodes = [node("MatMulIntegerToFloat", product, "p", CONTRIB), node(kind, "p other", "y")]
-    called = with_functions(nodes)
-    assert [n.op_type for n in called] == [f"MatMulIntegerToFloat{kind}"]
+    arguments = f"a w a_scale w_scale other{' zero' if zero_point else ''}"
+    called = [node(f"MatMulIntegerToFloat{kind}", arguments, "y", DOMAIN)]
     agree(nodes, called, inputs, constants, ["y"])
-
-
-def test_of_two_products_the_later_one_takes_the_earlier() -> None:
-    nodes = [
-        node("MatMulIntegerToFloat", "a w a_scale w_scale", "p", CONTRIB),
-        node("MatMulIntegerToFloat", "b v a_scale w_scale", "q", CONTRIB),
-        node("Add", "p q", "y"),
-        node("Add", "y rest", "z"),
-    ]
-    called = with_functions(nodes)
-    assert [n.op_type for n in called] == ["MatMulIntegerToFloat", "MatMulIntegerToFloatAdd", "Add"]
-    inputs = {"a": DRAW.integers(0, 256, (3, 64), np.uint8), "a_scale": floats(3, 1)}
-    inputs |= {"b": DRAW.integers(0, 256, (3, 64), np.uint8), "rest": floats(3, 48)}
-    weights = {n: DRAW.integers(-127, 128, (64, 48), np.int8) for n in "wv"}
-    agree(nodes, called, inputs, {**weights, "w_scale": floats(48)}, ["z"])
 
 
 def agree(
@@ -265,12 +263,12 @@ def test_a_value_that_is_not_finite_makes_its_rows_scale_so_and_no_other(broken:
     x = floats(1, 3, 64)
     x[0, 1, 40] = broken
     constants = row_constants(3, 1 / 127, 128)
-    proto = model(with_functions(row_nodes(64, above=False)), {"x": x}, constants, ["scale"])
+    proto = model([row_call(64, above=False)], {"x": x}, constants, ["scale"])
     [scale] = results(proto, {"x": x}, own=True)
     assert np.isfinite(scale[0, :, 0]).tolist() == [True, False, True]
     inputs = {"x": x, "y": np.ones_like(x)}
     for gated in (False, True):
-        called = with_functions(rotated_nodes(64, gated=gated))
+        called = rotated_calls(64, gated=gated)
         proto = model(called, inputs, rotated_constants(3, 64, 1 / 127), ["scale"])
         [scale] = results(proto, inputs, own=True)
         still = gated and broken == -np.inf  # whose silu is 0, and in the kernel NaN
@@ -278,56 +276,73 @@ def test_a_value_that_is_not_finite_makes_its_rows_scale_so_and_no_other(broken:
             assert np.isfinite(scale[0, :, 0]).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("read", ["size", "highest"])
-@pytest.mark.parametrize("rotated", [False, True])
-def test_a_chain_whose_inside_is_read_elsewhere_stays(read: str, rotated: bool) -> None:
-    nodes = rotated_nodes(64) if rotated else row_nodes(64, above=False)
-    nodes.append(node("Identity", read, "kept"))
-    assert not [n for n in with_functions(nodes) if n.domain == DOMAIN]
+def integer_matmul(g: OpBuilder, name: str) -> Value:
+    """A matmul of uint8 ``a`` with a weight of its own."""
+    weight = g.const(DRAW.integers(-127, 128, (64, 48)), np.int8)
+    arguments = ["a", weight, "a_scale", g.const(floats(48)), g.const(128, np.uint8)]
+    return g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=name)
 
 
-@pytest.mark.parametrize(
-    ("read", "called"),
-    [
-        ("gate", ["QuickGelu", "QuantizeRotated"]),
-        ("product", ["QuantizeRotatedSwiGLUAndProduct"]),
-        ("parts", ["QuickGelu", "Mul", "Reshape", "MatMul", "Reshape", "QuantizeRows"]),
-        ("rows", ["QuickGelu", "Mul", "Reshape", "MatMul", "Reshape", "QuantizeRows"]),
-    ],
-)
-def test_a_rotation_whose_inside_is_read_elsewhere_is_called_without_it(
-    read: str, called: list[str]
-) -> None:
-    nodes = [*rotated_nodes(64, gated=True), node("Identity", read, "kept")]
-    assert [n.op_type for n in with_functions(nodes)] == [*called, "Identity"]
+def built(g: OpBuilder) -> list[str]:
+    """The operators of a graph."""
+    return [n.op_type for n in g.nodes]
 
 
-def test_a_product_that_two_nodes_read_stays() -> None:
-    nodes = [
-        node("MatMulIntegerToFloat", "a w s t", "p", CONTRIB),
-        node("Add", "p other", "y"),
-        node("Mul", "p other", "z"),
-    ]
-    assert with_functions(nodes) == nodes
+def test_an_integer_matmul_takes_what_is_added_to_it_once() -> None:
+    g = OpBuilder(StoredWeights())
+    y = g.add(integer_matmul(g, "p"), "bias")
+    g.add(y, "residual")
+    g.subtract(integer_matmul(g, "q"), "bias")
+    assert built(g) == ["MatMulIntegerToFloatAdd", "Add", "MatMulIntegerToFloatSub"]
+    assert [n.name for n in g.nodes][::2] == ["p", "q"]
 
 
-def test_a_product_that_is_subtracted_stays() -> None:
-    nodes = [node("MatMulIntegerToFloat", "a w s t", "p", CONTRIB), node("Sub", "other p", "y")]
-    assert with_functions(nodes) == nodes
+def test_an_integer_matmul_that_is_multiplied_or_subtracted_stays() -> None:
+    g = OpBuilder(StoredWeights())
+    g.op("Mul", integer_matmul(g, "p"), "other")
+    g.subtract(Value("other"), integer_matmul(g, "q"))
+    assert built(g) == ["MatMulIntegerToFloat", "Mul", "MatMulIntegerToFloat", "Sub"]
 
 
-def test_nodes_of_other_precisions_stay() -> None:
-    nodes = [
-        node("MatMul", "x w", "y"),
-        node("Add", "y b", "z"),
-        node("QuantizeLinear", "z s o", "q"),
-    ]
-    assert with_functions(nodes) == nodes
+def test_of_two_integer_matmuls_the_sum_takes_one() -> None:
+    g = OpBuilder(StoredWeights())
+    p, q = integer_matmul(g, "p"), integer_matmul(g, "q")
+    plain = [*g.nodes, node("Add", f"{p} {q}", "y"), node("Add", "y rest", "z")]
+    z = g.add(g.add(p, q), "rest")
+    assert built(g) == ["MatMulIntegerToFloat", "MatMulIntegerToFloatAdd", "Add"]
+    g.nodes[-1].output[0] = "z"
+    inputs = {"a": DRAW.integers(0, 256, (3, 64), np.uint8), "a_scale": floats(3, 1)}
+    inputs["rest"] = floats(3, 48)
+    constants = {name: numpy_helper.to_array(value) for name, value in g.constants.items()}
+    assert z.node is g.nodes[-1]
+    agree(plain, g.nodes, inputs, constants, ["z"])
+
+
+def test_a_node_that_another_reads_cannot_be_taken_back() -> None:
+    g = OpBuilder(StoredWeights())
+    p = integer_matmul(g, "p")
+    g.op("Mul", p, "other")
+    with pytest.raises(AssertionError):
+        g.add(p, "bias")
+
+
+def test_attention_is_a_function_but_between_branches() -> None:
+    g = Graph(StoredWeights(), Int8Scheme({}))
+    *linears, out = (LinearRef(name) for name in "qkvo")
+    whole = Attention(linears=linears, out=out, heads=2, kv_heads=2, head_size=8)
+    padded, flash = Seen(lengths="lengths"), Seen(lengths="lengths", flash="flash")
+    for seen in (padded, flash, Seen(mask="mask"), Seen()):
+        attention(g, whole, seen, "q", "k", "v")
+    causal = replace(whole, span=Span(after=0))
+    attention(g, causal, Seen(tokens="tokens"), "q", "k", "v")
+    called = [n.op_type for n in g.nodes if n.domain == DOMAIN]
+    assert called == ["PaddedAttention", "FullAttention", "CausalAttention"]
+    assert [t for t in built(g) if t in ("If", "Attention")] == ["If", "Attention"]
 
 
 def test_onnx_inlines_what_is_called() -> None:
     x = floats(1, 3, 64)
-    called = with_functions(row_nodes(64, above=False))
+    called = [row_call(64, above=False)]
     proto = model(called, {"x": x}, row_constants(3, 1 / 127, 128), ["values", "scale"])
     inlined = inliner.inline_local_functions(proto)
     assert {n.domain for n in inlined.graph.node} == {""}
@@ -350,7 +365,7 @@ def test_the_kernels_refuse_what_does_not_fit(
     outputs: list[str], inputs: dict[str, Array], message: str
 ) -> None:
     constants = row_constants(3, 1 / 127, 128)
-    proto = model(with_functions(row_nodes(8, above=False)), inputs, constants, outputs)
+    proto = model([row_call(8, above=False)], inputs, constants, outputs)
     with pytest.raises(Exception, match=message):
         results(proto, inputs, own=True)
 
@@ -369,16 +384,14 @@ def test_a_rotation_that_does_not_fit_is_refused(rotation: Array, rows: int, mes
     inputs = {"x": floats(1, 3, 64), "y": floats(1, 3, 64)}
     constants = rotated_constants(rows, 64, 1 / 127)
     constants["rotation"] = rotation.astype(np.float32)
-    proto = model(with_functions(rotated_nodes(64)), inputs, constants, ["scale"])
+    proto = model(rotated_calls(64), inputs, constants, ["scale"])
     with pytest.raises(Exception, match=message):
         results(proto, inputs, own=True)
 
 
 @needs_kernels
 def test_what_is_added_has_the_size_of_a_row_or_of_the_product() -> None:
-    called = with_functions(
-        [node("MatMulIntegerToFloat", "a w s t", "p", CONTRIB), node("Add", "p other", "y")]
-    )
+    called = [node("MatMulIntegerToFloatAdd", "a w s t other", "y", DOMAIN)]
     constants: dict[str, Array] = {
         "w": np.ones((8, 16), np.int8),
         "s": np.ones(1, np.float32),
@@ -390,7 +403,7 @@ def test_what_is_added_has_the_size_of_a_row_or_of_the_product() -> None:
 
 
 def test_only_what_is_called_is_defined() -> None:
-    called = with_functions(row_nodes(64, above=False))
+    called = [row_call(64, above=False)]
     assert [f.name for f in functions_of(called, OPSET)] == ["QuantizeRows"]
     assert functions_of([node("Abs", "x", "y")], OPSET) == []
     assert TensorProto.UINT8 == 2  # the kernels' element types are ONNX's numbers

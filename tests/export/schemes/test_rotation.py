@@ -7,32 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file, save_file
-from scipy.special import expit
 
 from embedge.export import export_bundle
-from embedge.export.calibration.smoothing import rotated_constants
-from embedge.export.calibration.statistics import InputStatistics
 from embedge.export.errors import CheckpointError
-from embedge.export.graph.builder import Graph
-from embedge.export.graph.onnx_model import to_model
 from embedge.export.graph.scheme import Scheme
-from embedge.export.graph.values import LinearGroup, LinearRef, ScaleSink, Value
-from embedge.export.schemes.floats import Float32Scheme
-from embedge.export.schemes.int8 import Int8Scheme
-from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.export.weights.rotated import ResidualStream, RotatedWeights
 from embedge.export.weights.tensors import NormRef
 from embedge.quant.rotation import Rotation, block_rotation, rotate_blocks
 from embedge.runtime import Embedder
 from embedge.runtime.errors import EmbedgeValueError
 from tests.helpers.models import cosines, linears, make_model, random_texts, save, save_adapter
-from tests.helpers.sessions import open_graph
+from tests.helpers.weights import StoredWeights
 
 TEXTS = random_texts(24)
 MODELS = ("modernbert", "llama", "llama-with-biases", "mistral", "qwen2", "qwen2-sliding", "qwen3")
@@ -81,42 +70,24 @@ def test_rows_and_columns_are_products_with_the_matrix(keeps_mean: bool) -> None
     np.testing.assert_allclose(bias, matrix.T @ values[0, 0], atol=1e-5)
 
 
-class Stored:
+def stored_tensors() -> StoredWeights:
     """A few random tensors."""
-
-    def __init__(self) -> None:
-        draw = np.random.default_rng(1)
-        self.tensors = {
-            name: draw.normal(size=shape).astype(np.float32)
-            for name, shape in (("table", (20, 8)), ("w.weight", (8, 6)), ("norm.weight", (8,)))
-        }
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def absorbed(self, norm: str) -> bool:
-        return False
-
-    def version(self, name: str) -> str:
-        return "task" if name == "norm.weight" else "base"
-
-    def read(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        return self.tensors[name][rows or slice(None)].copy()
+    draw = np.random.default_rng(1)
+    shapes = {"table": (20, 8), "w.weight": (8, 6), "norm.weight": (8,)}
+    tensors = {n: draw.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+    return StoredWeights(tensors, adapted=("norm.weight",))
 
 
 def test_rows_of_a_rotated_tensor_are_those_of_the_whole() -> None:
     stream = ResidualStream(width=8, tables=("table",), writers=("w",))
-    weights = RotatedWeights(Stored(), [stream])
+    weights = RotatedWeights(stored_tensors(), [stream])
     for name in ("table", "w.weight"):
         part = weights.read(name, slice(2, 5))
         np.testing.assert_allclose(part, weights.read(name)[2:5], atol=1e-6)
 
 
 def test_a_table_takes_the_norm_behind_it() -> None:
-    stored = Stored()
+    stored = stored_tensors()
     norm = NormRef(name="norm", epsilon=1e-5)
     stream = ResidualStream(width=8, tables=("table",), table_norm=norm, centred=True)
     weights = RotatedWeights(stored, [stream])
@@ -132,7 +103,7 @@ def test_a_table_takes_the_norm_behind_it() -> None:
 
 
 def test_a_reader_belongs_to_the_task_that_changes_its_norm() -> None:
-    stored = Stored()
+    stored = stored_tensors()
     stored.tensors["r.weight"] = np.ones((3, 8), np.float32)
     weights = RotatedWeights(
         stored, [ResidualStream(width=8, readers={"r": "norm.weight"}, output="norm.weight")]
@@ -204,7 +175,7 @@ def test_norm_biases_that_the_config_does_not_know_are_refused(tmp_path: Path) -
 
 
 def spoil(source: Path) -> None:
-    """Give a decoder what large ones have: loud residual channels, and one gated channel far above all."""
+    """Give a decoder what large ones have: outlier residual channels, and one gated channel far above all."""
     tensors = load_file(source / "model.safetensors")
     table = next(n for n in tensors if n.endswith("embed_tokens.weight"))
     tensors[table][:, [3, 40]] *= 40
@@ -230,7 +201,7 @@ def exported(source: Path, out: Path, **options: Any) -> NDArray[Any]:
 
 @pytest.fixture(scope="module")
 def spoilt_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Loud channels of the stream, and of what MLPs multiply."""
+    """Outlier channels of the stream, and of what MLPs multiply."""
     source = tmp_path_factory.mktemp("spoilt-encoder") / "model"
     wide = {**GENTLE, "hidden_size": 192, "intermediate_size": 288}
     save(make_model("modernbert", **wide), source, pooling="mean")
@@ -245,7 +216,7 @@ def spoilt_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("model", "most"), [("spoilt", 0.5), ("spoilt_encoder", 0.65)])
-def test_rotation_takes_the_error_of_loud_channels_down(
+def test_rotation_takes_the_error_of_outlier_channels_down(
     model: str,
     most: float,
     tmp_path: Path,
@@ -259,167 +230,6 @@ def test_rotation_takes_the_error_of_loud_channels_down(
     monkeypatch.setattr("embedge.export.schemes.int8.Int8Scheme.rotates", False)
     plain = 1 - cosines(exact, exported(source, tmp_path / "b", **options)).mean()
     assert rotated < most * plain
-
-
-def model_of(g: Graph) -> onnx.ModelProto:
-    """A graph with the tensors that its initializers make."""
-    for output in g.outputs:
-        output.type.tensor_type.ClearField("shape")
-    tensors = [
-        numpy_helper.from_array(array, spec.name)
-        for initializer in g.initializers.values()
-        for spec, array in zip(initializer.specs, initializer.compute(), strict=True)
-    ]
-    return to_model(g, tensors, "g", {})
-
-
-def gated(loud: float) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Inputs ``[rows, 64]``, of which every tenth has a loud channel, and weights up and down."""
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=(200, 64)).astype(np.float32)
-    up = np.eye(64, dtype=np.float32)
-    down = draw.normal(size=(32, 64)).astype(np.float32)
-    x[::10, 7] *= loud
-    return x, up, down
-
-
-def gated_input(*factors: Value, value: Value | None = None) -> LinearGroup:
-    """What the last Linear of a gated MLP reads."""
-    value = value or Value("product")
-    value.factors = factors[0], factors[1]
-    sink = ScaleSink(linear=LinearRef("up"))
-    return LinearGroup(value=value, linears=(LinearRef("down"),), sink=sink)
-
-
-def product_error(loud: float) -> tuple[float, int]:
-    """Median error of the rows of an int8 product, relative to what the other channels make of it.
-
-    Also how many channels were set apart.
-    """
-    x, up, down = gated(loud)
-    stored = Stored()
-    stored.tensors = {"up.weight": up, "down.weight": down}
-    group = gated_input(Value("x"), Value("ones"))
-    statistics = InputStatistics(group, 64, None)
-    statistics.add(x)
-    statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
-    plan = rotated_constants(statistics)
-    assert plan.smooth is not None
-    scheme = Int8Scheme({("down",): plan})
-    g = Graph(weights=stored, scheme=scheme)
-    factors = g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64]), g.const(np.ones(64))
-    (y,) = scheme.linears(g, gated_input(*factors, value=g.op("Mul", *factors)))
-    g.output(y, "out", TensorProto.FLOAT, [])
-    session = open_graph(model_of(g))
-    # the producer would have divided by the smoothing
-    (found,) = session.run(None, {"x": (x / plan.smooth)[None]})
-    quiet = x.copy()
-    quiet[:, 7] = 0
-    errors = np.linalg.norm(found[0] - x @ down.T, axis=1)
-    errors /= np.linalg.norm(quiet @ down.T, axis=1)
-    return float(np.median(errors[::10])), 0 if plan.outliers is None else len(plan.outliers)
-
-
-def test_loud_channels_are_set_apart_and_cost_the_others_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    quiet, none = product_error(loud=1)
-    assert none == 0
-    loud, one = product_error(loud=1000)
-    assert one == 1
-    assert loud < 1.5 * quiet
-    monkeypatch.setattr("embedge.export.calibration.smoothing.OUTLIER_RATIO", np.inf)
-    assert product_error(loud=1000)[0] > 3 * loud
-
-
-class Rows:
-    """A gated MLP of random weights, and what int8 makes of it."""
-
-    def __init__(self, inner: int, *, bias: bool = False) -> None:
-        draw = np.random.default_rng(inner)
-        self.tensors = {
-            "gate.weight": draw.normal(size=(inner, 48)).astype(np.float32),
-            "up.weight": draw.normal(size=(inner, 48)).astype(np.float32),
-            "down.weight": draw.normal(size=(40, inner)).astype(np.float32),
-        }
-        if bias:
-            self.tensors["up.bias"] = draw.normal(size=inner).astype(np.float32)
-        self.inner = inner
-
-    def run(self, x: NDArray[np.float32], scheme: Scheme | None = None) -> NDArray[np.float32]:
-        stored = Stored()
-        stored.tensors = self.tensors
-        g = Graph(weights=stored, scheme=scheme or Int8Scheme({}))
-        g.input("x", TensorProto.FLOAT, ["batch", "tokens", 48])
-        gate, up, down = LinearRef("gate"), LinearRef("up"), LinearRef("down")
-        y = g.gated("x", gate, up, "silu")
-        (y,) = g.linears(y, [down])
-        g.output(y, "out", TensorProto.FLOAT, [])
-        self.graph = model_of(g)
-        session = open_graph(self.graph)
-        result: NDArray[np.float32] = session.run(None, {"x": x[None]})[0][0]
-        return result
-
-    def exact(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
-        gate, up, down = (
-            self.tensors[f"{n}.weight"].astype(np.float64) for n in ("gate", "up", "down")
-        )
-        a, b = x @ gate.T, x @ up.T + self.tensors.get("up.bias", np.float64(0))
-        product: NDArray[np.float64] = (a * expit(a) * b) @ down.T
-        return product
-
-
-def relative(found: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Error of each row relative to its length."""
-    error: NDArray[np.float64] = np.linalg.norm(found - exact, axis=1)
-    return error / np.linalg.norm(exact, axis=1)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inner", [64, 60, 61])  # blocks of 16, of 15, and of one channel
-def test_a_gated_mlp_at_int8_is_close_for_rows_of_any_size(inner: int, bias: bool) -> None:
-    mlp = Rows(inner, bias=bias)
-    x = np.random.default_rng(1).normal(size=(60, 48)).astype(np.float32)
-    x *= np.float32(10) ** np.linspace(-3, 3, 60, dtype=np.float32)[:, None]
-    assert relative(mlp.run(x, Float32Scheme()), mlp.exact(x)).max() < 1e-5
-    errors = relative(mlp.run(x), mlp.exact(x))
-    assert np.median(errors) < 0.02 and errors.max() < 0.05
-    sizes = {t.name: tuple(t.dims) for t in mlp.graph.graph.initializer}
-    rotations = [name for name, size in sizes.items() if size == block_rotation(inner).shape]
-    assert len(rotations) == 1
-    assert sizes["down.weight"] == (inner, 40)
-
-
-def test_the_scale_of_a_product_that_is_multiplied_again_waits_for_the_next() -> None:
-    for bias in (False, True):
-        mlp = Rows(64, bias=bias)
-        mlp.run(np.ones((2, 48), np.float32))
-        (up,) = (n for n in mlp.graph.graph.node if n.name == "up")
-        constants = {t.name for t in mlp.graph.graph.initializer}
-        assert (up.input[2] in constants) is not bias  # the scale per row, or 1
-
-
-def test_a_row_of_zeros_gives_zeros_and_a_constant_one_no_error() -> None:
-    mlp = Rows(64)
-    x = np.zeros((3, 48), np.float32)
-    x[1] = 1
-    result = mlp.run(x)
-    assert not result[[0, 2]].any() and np.isfinite(result).all()
-    mlp.tensors["gate.weight"][:] = mlp.tensors["gate.weight"][0]  # every product is the same
-    mlp.tensors["up.weight"][:] = mlp.tensors["up.weight"][0]
-    values = mlp.run(x[1:2])
-    down = np.abs(mlp.tensors["down.weight"])
-    rounding = (down.max(axis=1) / 127 / 2).sum()  # the weights' own
-    assert np.abs(values - mlp.exact(x[1:2])).max() < rounding * np.abs(mlp.exact(x[1:2])).max()
-
-
-def test_rotated_blocks_err_less_than_rows_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gated product has a few large values in a row."""
-    mlp = Rows(512)
-    x = np.random.default_rng(2).normal(size=(400, 48)).astype(np.float32)
-    rotated = relative(mlp.run(x), mlp.exact(x)).mean()
-    monkeypatch.setattr("embedge.export.schemes.int8.input_rotation", lambda g, group: None)
-    assert rotated < 0.85 * relative(mlp.run(x), mlp.exact(x)).mean()
 
 
 @pytest.mark.parametrize(
@@ -436,26 +246,6 @@ def test_a_blocks_rotation_is_orthogonal_and_spreads_a_channel(width: int, size:
     for block in range(0, width, size):
         expected = values[..., block : block + size] @ rotation
         assert np.allclose(found[..., block : block + size], expected, atol=1e-5)
-
-
-def test_a_hessian_is_that_of_the_rotated_inputs() -> None:
-    """What GPTQ is told of an input: smoothed, without its outliers, each block rotated."""
-    draw = np.random.default_rng(6)
-    x = draw.normal(size=(200, 60)).astype(np.float32)
-    smooth = draw.uniform(0.5, 2, 60).astype(np.float32)
-    plan = SmoothingConstants(smooth=smooth, outliers=np.array([3, 59]))
-    stored = Stored()
-    stored.tensors = {"down.weight": draw.normal(size=(40, 60)).astype(np.float32)}
-    assert plan.smooth is not None
-    scheme = Int8Scheme({("down",): plan})
-    g = Graph(weights=stored, scheme=scheme)
-    group = gated_input(Value("x"), Value("ones"))
-    hessian = x.T @ x
-    scheme.smooth_hessian(g, group, hessian)
-    kept = x / smooth
-    kept[:, [3, 59]] = 0
-    seen = rotate_blocks(kept, block_rotation(60))
-    assert np.allclose(hessian, seen.T @ seen, atol=1e-2 * np.abs(hessian).max() * 1e-2)
 
 
 def test_gptq_takes_the_error_of_int8_weights_down(spoilt: Path, tmp_path: Path) -> None:

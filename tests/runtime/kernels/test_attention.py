@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from embedge.export.graph.fused_ops import DOMAIN, VERSION, functions_of
+from embedge.export.graph.fused_ops import functions_of
 from embedge.export.graph.onnx_model import IR_VERSION, OPSET
-from embedge.export.graph.ops import CONTRIB
+from embedge.export.graph.ops import CONTRIB, DOMAIN, VERSION
 from embedge.runtime.kernels.register import register
 from tests.helpers.kernel import LIBRARY, needs_kernel
 from tests.helpers.sessions import open_graph, session_options
