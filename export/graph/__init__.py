@@ -1,1 +1,4 @@
-"""Writing ONNX graphs: the builder, attention, rotary tables, and a task's whole graph."""
+"""Writing ONNX graphs: ``Graph``, over nodes, values and initializers; a transformer from its declaration.
+
+How a precision stores and runs weights is asked of a ``Scheme``; nothing here knows which there are.
+"""

@@ -69,10 +69,10 @@ class Graph(OpBuilder):
         if value.row_scale is not None and not self.scheme.scales_rows(group):
             group = replace(group, value=self.op("Mul", value, value.row_scale))
         self.linear_groups[group.label] = group
-        products = self.scheme.linears(self, group)
-        for product, linear in zip(products, group.linears, strict=True):
-            product.linear = linear
-        return products
+        matmuls = self.scheme.linears(self, group)
+        for matmul, linear in zip(matmuls, group.linears, strict=True):
+            matmul.linear = linear
+        return matmuls
 
     def gated(self, x: str, gate: LinearRef, up: LinearRef, kind: str) -> Value:
         """``activation(gate(x)) · up(x)``, what the last Linear of a gated MLP reads.
@@ -90,27 +90,27 @@ class Graph(OpBuilder):
         return y
 
     def bias(
-        self, product: Value, *, upstream: Value | None = None, negated: bool = False
+        self, matmul: Value, *, upstream: Value | None = None, negated: bool = False
     ) -> Value | None:
-        """What completes a product of :meth:`linears`: the Linear's bias, and what was folded into it.
+        """What completes a matmul of :meth:`linears`: the Linear's bias, and what was folded into it.
 
         Args:
-            product: the product.
-            upstream: a product whose bias reaches the Linear's input unchanged and was left out there (the
+            matmul: what :meth:`linears` gave.
+            upstream: a matmul whose bias reaches the Linear's input unchanged and was left out there (the
                 value projection: rows of softmax sum to 1, so its bias passes attention as it is).
             negated: return minus the bias.
 
         Returns:
             A float32 ``[out]`` initializer, or ``None`` where there is nothing to add.
         """
-        weights, chain = self.weights, [p for p in (product, upstream) if p is not None]
+        weights, chain = self.weights, [p for p in (matmul, upstream) if p is not None]
         linears = [p.linear for p in chain if p.linear is not None]
         if not any(
             weights.has(linear.bias) or p.input_shift is not None
             for p, linear in zip(chain, linears, strict=True)
         ):
             return None
-        linear, scale, shift = linears[0], product.output_scale, product.input_shift
+        linear, scale, shift = linears[0], matmul.output_scale, matmul.input_shift
         plain = upstream is None and shift is None and scale is None and not negated
         if plain and linear.start is None:
             return self.param(linear.bias)
@@ -139,17 +139,17 @@ class Graph(OpBuilder):
 
         Args:
             linear: the Linear.
-            constant: float32 ``[in]``, the part of the input that its product left out, or ``None``.
+            constant: float32 ``[in]``, the part of the input that its matmul left out, or ``None``.
         """
         bias = linear.read_bias(self.weights).astype("float64")
         if constant is not None:
             bias = bias + linear.read(self.weights).astype("float64") @ constant.astype("float64")
         return bias.astype("float32")
 
-    def drop_bias(self, product: Value) -> None:
+    def drop_bias(self, matmul: Value) -> None:
         """State that a Linear's bias changes nothing here, so that it does not count as overlooked."""
-        if product.linear is not None and self.weights.has(product.linear.bias):
-            self.weights.version(product.linear.bias)
+        if matmul.linear is not None and self.weights.has(matmul.linear.bias):
+            self.weights.version(matmul.linear.bias)
 
     # -- what else families compute with --------------------------------------------------------
 
@@ -177,16 +177,16 @@ class Graph(OpBuilder):
         kind = "SimplifiedLayerNormalization" if on_cuda else "RMSNormalization"
         return self.op(kind, x, gamma, axis=-1, epsilon=epsilon)
 
-    def activation(self, product: Value, kind: str) -> Value:
-        """An activation by its transformers name, of a product and its bias."""
+    def activation(self, matmul: Value, kind: str) -> Value:
+        """An activation by its transformers name, of a matmul and its bias."""
         if kind == "gelu":
             # Subtracting the negated bias keeps ONNX Runtime from fusing BiasGelu, whose CPU kernel
             # takes twice the time of the two (measured, lab note 9).
-            bias = self.bias(product, negated=True)
-            x = product if bias is None else self.subtract(product, bias)
+            bias = self.bias(matmul, negated=True)
+            x = matmul if bias is None else self.subtract(matmul, bias)
             y = self.op("Gelu", x, domain=CONTRIB)
         else:
-            x = self.add(product, self.bias(product))
+            x = self.add(matmul, self.bias(matmul))
             if kind in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
                 y = self.op("FastGelu", x, domain=CONTRIB)
             elif kind in ("silu", "swish"):

@@ -66,7 +66,7 @@ class Scheme(ABC):
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
         """Matmuls of an input with the weights of the Linears that share it, without biases.
 
-        A product knows what it left out (:attr:`Value.input_shift`) and by what it was scaled.
+        A matmul knows what it left out (:attr:`Value.input_shift`) and by what it was scaled.
         """
 
     @abstractmethod

@@ -145,7 +145,7 @@ class LinearGroup:
         linears: the Linears that read it.
         sink: what a per-channel scale of it may be folded into.
         rows: names the order of its rows, where a graph has several.
-        multiplied: the Linear whose product nothing reads but a multiplication, or ``None``.
+        multiplied: the Linear whose matmul nothing reads but a multiplication, or ``None``.
     """
 
     value: Value

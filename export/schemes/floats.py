@@ -72,8 +72,8 @@ class Float16Scheme(Float32Scheme):
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
         half = g.op("Cast", group.value, to=TensorProto.FLOAT16)
-        products = self._matmuls(g, half, group.linears)
-        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
+        halves = self._matmuls(g, half, group.linears)
+        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in halves]
 
     def embedding(self, g: OpBuilder, name: str, ids: str) -> Value:
         return half_rows(g, name, ids)

@@ -55,19 +55,19 @@ class Int4Scheme(Scheme):
         self.row_multiple = 1 if block_size <= 32 else 2
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
-        products = [
-            self._product(g, group.value, group, linear, accuracy_level=4)
+        results = [
+            self._matmul(g, group.value, group, linear, accuracy_level=4)
             for linear in group.linears
         ]
         channels = self._outliers.get(group.labels)
         if channels is None:
-            return products
+            return results
         return [
             beside(g, y, *outliers(g, group.value, linear, channels))
-            for y, linear in zip(products, group.linears, strict=True)
+            for y, linear in zip(results, group.linears, strict=True)
         ]
 
-    def _product(
+    def _matmul(
         self, g: OpBuilder, x: str, group: LinearGroup, linear: LinearRef, **options: int
     ) -> Value:
         return g.op(
@@ -192,8 +192,8 @@ class Int4Float16Scheme(Int4Scheme):
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
         half = g.op("Cast", group.value, to=TensorProto.FLOAT16)
-        products = [self._product(g, half, group, linear) for linear in group.linears]
-        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in products]
+        results = [self._matmul(g, half, group, linear) for linear in group.linears]
+        return [g.op("Cast", y, to=TensorProto.FLOAT) for y in results]
 
     def embedding(self, g: OpBuilder, name: str, ids: str) -> Value:
         return quantized_rows(g, name, ids, self._table_bits, half=True)

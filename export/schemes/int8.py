@@ -2,7 +2,7 @@
 
 A row ``x`` of a Linear's input (one token) becomes ``x' = (x - shift) / smooth`` with constants
 calibrated per channel, then ``q = round(x' / s)`` with ``s = max|x'| / 127`` for that row alone; the
-product is ``s · scale_w · (q @ W_q)`` and ``W·shift`` joins the bias. Nothing depends on other rows, so
+matmul gives ``s · scale_w · (q @ W_q)`` and ``W·shift`` joins the bias. Nothing depends on other rows, so
 a vector depends neither on its batch nor on its padding.
 
 * After a norm, shift and smooth are a second norm on the same sum with other parameters, for free
@@ -21,7 +21,7 @@ asks ONNX Runtime for exact matmuls there instead.
 
 A scale per row is a block of :class:`QuantizeLinear` as wide as the row. ``MatMulIntegerToFloat`` takes
 one too, ``[batch, tokens, 1]``, on the CPU (undocumented; a test holds it), but only without its bias
-input, and its own kernel multiplies by it in one thread after the product. So where the product is
+input, and its own kernel multiplies by it in one thread after the matmul. So where its result is
 multiplied again anyway (``up`` of a gated MLP) its scale waits in :attr:`Value.row_scale` for the next one.
 """
 
@@ -35,23 +35,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export.graph.initializers import LazyInitializer, TensorSpec, digest
-from embedge.export.graph.ops import CONTRIB, DOMAIN, OpBuilder
+from embedge.export.graph.ops import CONTRIB, OpBuilder
 from embedge.export.graph.scheme import Rounded, RoundingScheme, Scheme, reported_db
 from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Value, owner
 from embedge.export.schemes.embedding_tables import quantized_rows
+from embedge.export.schemes.int8_inputs import int8_input
 from embedge.export.schemes.outlier_channels import beside, outliers
 from embedge.export.schemes.smoothing_constants import SmoothingConstants, producer_channels
 from embedge.export.weights.tensors import BASE
 from embedge.quant import gptq, int8
 from embedge.quant.rotation import block_rotation, rotate_blocks
 
-ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
-    "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
-    "embedge.act_zero_point": {"dtype": "uint8", "full": 128, "reduced": 64},
-    "embedge.act_step_bounded": {"dtype": "float32", "full": 1 / 235, "reduced": 2 / 235},
-    "embedge.act_zero_point_bounded": {"dtype": "uint8", "full": 20, "reduced": 10},
-}
-_BOUNDED_RATIO = 235 / 20  # levels above zero per level below, at either width
 _NONE = SmoothingConstants()
 
 
@@ -84,11 +78,11 @@ class Int8Scheme(Scheme):
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
         constants = self.constants_of(group)
-        x, values, scale, zero_point = self._quantized(g, group, constants)
+        x, values, scale, zero_point = int8_input(g, group, constants, input_rotation(g, group))
         row_scale = group.value.row_scale
         if row_scale is not None:
             scale = g.op("Mul", scale, row_scale)
-        products = []
+        results = []
         for linear in group.linears:
             weight, weight_scale = self._weight(g, group, linear)
             waits = linear == group.multiplied and not g.weights.has(linear.bias)
@@ -104,8 +98,8 @@ class Int8Scheme(Scheme):
                 y = beside(g, y, *columns, row_scale)
             y.row_scale = scale if waits else None
             y.input_shift, y.output_scale = constants.shift, output_scale
-            products.append(y)
-        return products
+            results.append(y)
+        return results
 
     def scales_rows(self, group: LinearGroup) -> bool:
         return group.gated
@@ -139,83 +133,6 @@ class Int8Scheme(Scheme):
     def constants_of(self, group: LinearGroup) -> SmoothingConstants:
         """The constants of an input."""
         return self._constants.get(group.labels, _NONE)
-
-    # -- pieces -------------------------------------------------------------------------------------
-
-    def _smoothed(self, g: OpBuilder, group: LinearGroup, constants: SmoothingConstants) -> Value:
-        """``(x - shift) / smooth``, by the cheapest way there is."""
-        x = group.value
-        if constants.smooth is None and constants.shift is None:
-            return x
-        smooth = np.float32(1) if constants.smooth is None else constants.smooth
-        shift = np.float32(0) if constants.shift is None else constants.shift
-        norm = x.norm
-        if norm is not None:
-            weight, bias = norm.weight, norm.bias
-            size = g.weights.shape(weight)
-            gamma = g.computed(
-                f"{group.label}.smoothed.weight",
-                size,
-                lambda: g.weights.read(weight) / smooth,
-                weight,
-                detail=constants.digest,
-            )
-            if norm.rms:
-                return g.op("RMSNormalization", norm.source, gamma, axis=-1, epsilon=norm.epsilon)
-
-            def beta() -> FloatArray:
-                own = g.weights.read(bias) if bias else np.zeros(size, np.float32)
-                return ((own - shift) / smooth).astype(np.float32)
-
-            offset = g.computed(
-                f"{group.label}.smoothed.bias",
-                size,
-                beta,
-                *([bias] if bias else []),
-                detail=constants.digest,
-            )
-            return g.op(
-                "LayerNormalization", norm.source, gamma, offset, axis=-1, epsilon=norm.epsilon
-            )
-        if constants.shift is not None:
-            x = g.op("Sub", x, g.const(constants.shift))
-        if constants.smooth is not None and constants.sink is None:
-            x = g.op("Mul", x, g.const(1.0 / constants.smooth))
-        return x
-
-    def _quantized(
-        self, g: OpBuilder, group: LinearGroup, constants: SmoothingConstants
-    ) -> tuple[Value, Value, Value, Value]:
-        """The smoothed input, its uint8 values, their float32 scale ``[batch, tokens, 1]`` and zero point.
-
-        A row of zeros has scale 0: its values are whatever rounding NaN gives, times 0.
-        """
-        x, lower_bound = self._smoothed(g, group, constants), group.value.lower_bound
-        suffix = "" if lower_bound is None else "_bounded"
-        step = _constant(g, f"embedge.act_step{suffix}")
-        zero_point = _constant(g, f"embedge.act_zero_point{suffix}")
-        rows = x if x.factors is None else x.factors[1]
-
-        def zero_points() -> Value:
-            shape = g.op("Concat", g.op("Shape", rows, end=-1), g.const([1], "int64"), axis=0)
-            return g.op("Expand", zero_point, shape)
-
-        zeros = g.once(f"{zero_point}.{group.rows}", zero_points)
-        width = group.linears[0].in_features(g.weights)
-        rotation = input_rotation(g, group)
-        if rotation is not None:
-            and_product = constants.outliers is not None
-            return *_rotated(
-                g, x, rotation, step, zeros, width, and_product=and_product
-            ), zero_point
-        if lower_bound is None:
-            call = g.op_n("QuantizeRows", 2, x, step, zeros, domain=DOMAIN, width=width)
-        else:
-            if constants.smooth is not None:
-                lower_bound /= float(constants.smooth.min())
-            floor = g.const(-lower_bound * _BOUNDED_RATIO)
-            call = g.op_n("QuantizeRowsAbove", 2, x, floor, step, zeros, domain=DOMAIN, width=width)
-        return x, call[0], call[1], zero_point
 
     # -- rounding -----------------------------------------------------------------------------------
 
@@ -306,51 +223,6 @@ class Int8Scheme(Scheme):
         return g.initializer(self.weight(g, group, linear))
 
 
-def _rotated(
-    g: OpBuilder,
-    product: Value,
-    rotation: FloatArray,
-    step: Value,
-    zeros: Value,
-    width: int,
-    *,
-    and_product: bool,
-) -> tuple[Value, Value, Value]:
-    """The product of a gated MLP, its blocks rotated and quantized: product, values and scale.
-
-    Args:
-        g: the graph.
-        product: the product, whose node becomes part of the call.
-        rotation: of each block, float32 ``[n, n]``.
-        step: factor from a row's peak to its scale.
-        zeros: a zero point for each row.
-        width: of a row.
-        and_product: whether the product is read besides.
-    """
-    assert product.factors is not None
-    gate, up = product.factors
-    g.take_back(product)
-    silu = gate.node is not None and gate.node.op_type == "QuickGelu"
-    outputs = g.op_n(
-        f"QuantizeRotated{'SwiGLU' * silu}{'AndProduct' * and_product}",
-        2 + and_product,
-        g.take_back(gate).input[0] if silu else gate,
-        up,
-        g.const(rotation),
-        g.const([0, 0, -1, len(rotation)], "int64"),
-        step,
-        zeros,
-        domain=DOMAIN,
-        width=width,
-    )
-    return outputs[2] if and_product else product, outputs[0], outputs[1]
-
-
-def _constant(g: OpBuilder, name: str) -> Value:
-    constant = ACTIVATION_CONSTANTS[name]
-    return g.const(constant["full"], constant["dtype"], name=name)
-
-
 def input_rotation(g: OpBuilder, group: LinearGroup) -> FloatArray | None:
     """What the blocks of an input are multiplied by, float32 ``[n, n]``; ``None``: nothing."""
     return block_rotation(group.linears[0].in_features(g.weights)) if group.gated else None
@@ -366,4 +238,4 @@ def weight_specs(g: OpBuilder, linear: LinearRef) -> tuple[TensorSpec, ...]:
     )
 
 
-__all__ = ["ACTIVATION_CONSTANTS", "Int8Scheme", "input_rotation", "weight_specs"]
+__all__ = ["Int8Scheme", "input_rotation", "weight_specs"]

@@ -56,11 +56,11 @@ def outliers(
 
 
 def beside(g: OpBuilder, y: Value, values: str, matrix: str, row_scale: str | None = None) -> Value:
-    """``y`` and the float32 product of some columns beside it.
+    """``y`` and the float32 matmul of some columns beside it.
 
     Args:
         g: the graph.
-        y: a product ``[batch, tokens, out]``.
+        y: a matmul ``[batch, tokens, out]``.
         values: of the columns, ``[batch, tokens, n]``.
         matrix: their weights ``[n, out]``.
         row_scale: float32 ``[batch, tokens, 1]`` by which the values are multiplied, or ``None``.

@@ -15,7 +15,7 @@ from embedge.export.families.base import Tower
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import Scheme, Target
-from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
+from embedge.export.schemes.int8_inputs import ACTIVATION_CONSTANTS
 from embedge.export.schemes.registry import PRECISIONS
 from embedge.export.weights.tensors import BASE
 from embedge.export.writing.graph_files import (

@@ -5,7 +5,6 @@ Of attention, whose kernel rounds otherwise, see ``tests/runtime/test_kernels_at
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 
-from embedge.export.graph.architecture import Attention, Span
-from embedge.export.graph.attention import Seen, attention
-from embedge.export.graph.builder import Graph
 from embedge.export.graph.fused_ops import functions_of
 from embedge.export.graph.onnx_model import IR_VERSION, OPSET
-from embedge.export.graph.ops import CONTRIB, DOMAIN, VERSION, OpBuilder
-from embedge.export.graph.values import LinearRef, Value
-from embedge.export.schemes.int8 import Int8Scheme
+from embedge.export.graph.ops import CONTRIB, DOMAIN, VERSION
 from embedge.quant.rotation import block_rotation
 from embedge.runtime.kernels.library import kernel_library
 from embedge.runtime.kernels.register import register
 from tests.helpers.sessions import open_graph, session_options
-from tests.helpers.weights import StoredWeights
 
 Array = NDArray[Any]
 LIBRARY = kernel_library()
@@ -113,7 +106,7 @@ def rotated_nodes(
         node("QuantizeLinear", "rows scale zeros", "values", axis=-1, block_size=width),
     ]
     if product_is_read:
-        nodes.append(node("Gather", "product loud", "outliers", axis=-1))
+        nodes.append(node("Gather", "product chosen", "outliers", axis=-1))
     return nodes
 
 
@@ -130,7 +123,7 @@ def rotated_calls(
     name = f"QuantizeRotated{'SwiGLU' * gated}{'AndProduct' * product_is_read}"
     outputs = f"values scale{' product' * product_is_read}"
     call = node(name, "x y rotation blocks step zeros", outputs, DOMAIN, width=width)
-    reader = node("Gather", "product loud", "outliers", axis=-1)
+    reader = node("Gather", "product chosen", "outliers", axis=-1)
     return [call, reader] if product_is_read else [call]
 
 
@@ -141,7 +134,7 @@ def rotated_constants(rows: int, width: int, step: float, zero: int = 128) -> di
         "blocks": np.array([0, 0, -1, len(rotation)]),
         "whole": np.array([0, 0, -1]),
         "rotation": rotation,
-        "loud": np.array([1, width - 1]),
+        "chosen": np.array([1, width - 1]),
     }
 
 
@@ -232,6 +225,21 @@ def test_a_product_and_what_is_added(kind: str, shape: tuple[int, ...], zero_poi
     agree(nodes, called, inputs, constants, ["y"])
 
 
+def test_of_two_products_one_takes_the_other() -> None:
+    nodes = [
+        node("MatMulIntegerToFloat", "a w a_scale w_scale", "p", CONTRIB),
+        node("MatMulIntegerToFloat", "b v a_scale w_scale", "q", CONTRIB),
+        node("Add", "p q", "y"),
+        node("Add", "y rest", "z"),
+    ]
+    both = node("MatMulIntegerToFloatAdd", "b v a_scale w_scale p", "y", DOMAIN)
+    inputs = {"a": DRAW.integers(0, 256, (3, 64), np.uint8), "a_scale": floats(3, 1)}
+    inputs |= {"b": DRAW.integers(0, 256, (3, 64), np.uint8), "rest": floats(3, 48)}
+    weights = {n: DRAW.integers(-127, 128, (64, 48), np.int8) for n in "wv"}
+    called = [nodes[0], both, nodes[3]]
+    agree(nodes, called, inputs, {**weights, "w_scale": floats(48)}, ["z"])
+
+
 def agree(
     nodes: list[NodeProto],
     called: list[NodeProto],
@@ -274,70 +282,6 @@ def test_a_value_that_is_not_finite_makes_its_rows_scale_so_and_no_other(broken:
         still = gated and broken == -np.inf  # whose silu is 0, and in the kernel NaN
         if not still:
             assert np.isfinite(scale[0, :, 0]).tolist() == [True, False, True]
-
-
-def integer_matmul(g: OpBuilder, name: str) -> Value:
-    """A matmul of uint8 ``a`` with a weight of its own."""
-    weight = g.const(DRAW.integers(-127, 128, (64, 48)), np.int8)
-    arguments = ["a", weight, "a_scale", g.const(floats(48)), g.const(128, np.uint8)]
-    return g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=name)
-
-
-def built(g: OpBuilder) -> list[str]:
-    """The operators of a graph."""
-    return [n.op_type for n in g.nodes]
-
-
-def test_an_integer_matmul_takes_what_is_added_to_it_once() -> None:
-    g = OpBuilder(StoredWeights())
-    y = g.add(integer_matmul(g, "p"), "bias")
-    g.add(y, "residual")
-    g.subtract(integer_matmul(g, "q"), "bias")
-    assert built(g) == ["MatMulIntegerToFloatAdd", "Add", "MatMulIntegerToFloatSub"]
-    assert [n.name for n in g.nodes][::2] == ["p", "q"]
-
-
-def test_an_integer_matmul_that_is_multiplied_or_subtracted_stays() -> None:
-    g = OpBuilder(StoredWeights())
-    g.op("Mul", integer_matmul(g, "p"), "other")
-    g.subtract(Value("other"), integer_matmul(g, "q"))
-    assert built(g) == ["MatMulIntegerToFloat", "Mul", "MatMulIntegerToFloat", "Sub"]
-
-
-def test_of_two_integer_matmuls_the_sum_takes_one() -> None:
-    g = OpBuilder(StoredWeights())
-    p, q = integer_matmul(g, "p"), integer_matmul(g, "q")
-    plain = [*g.nodes, node("Add", f"{p} {q}", "y"), node("Add", "y rest", "z")]
-    z = g.add(g.add(p, q), "rest")
-    assert built(g) == ["MatMulIntegerToFloat", "MatMulIntegerToFloatAdd", "Add"]
-    g.nodes[-1].output[0] = "z"
-    inputs = {"a": DRAW.integers(0, 256, (3, 64), np.uint8), "a_scale": floats(3, 1)}
-    inputs["rest"] = floats(3, 48)
-    constants = {name: numpy_helper.to_array(value) for name, value in g.constants.items()}
-    assert z.node is g.nodes[-1]
-    agree(plain, g.nodes, inputs, constants, ["z"])
-
-
-def test_a_node_that_another_reads_cannot_be_taken_back() -> None:
-    g = OpBuilder(StoredWeights())
-    p = integer_matmul(g, "p")
-    g.op("Mul", p, "other")
-    with pytest.raises(AssertionError):
-        g.add(p, "bias")
-
-
-def test_attention_is_a_function_but_between_branches() -> None:
-    g = Graph(StoredWeights(), Int8Scheme({}))
-    *linears, out = (LinearRef(name) for name in "qkvo")
-    whole = Attention(linears=linears, out=out, heads=2, kv_heads=2, head_size=8)
-    padded, flash = Seen(lengths="lengths"), Seen(lengths="lengths", flash="flash")
-    for seen in (padded, flash, Seen(mask="mask"), Seen()):
-        attention(g, whole, seen, "q", "k", "v")
-    causal = replace(whole, span=Span(after=0))
-    attention(g, causal, Seen(tokens="tokens"), "q", "k", "v")
-    called = [n.op_type for n in g.nodes if n.domain == DOMAIN]
-    assert called == ["PaddedAttention", "FullAttention", "CausalAttention"]
-    assert [t for t in built(g) if t in ("If", "Attention")] == ["If", "Attention"]
 
 
 def test_onnx_inlines_what_is_called() -> None:

@@ -36,13 +36,13 @@ def model_of(g: Graph) -> onnx.ModelProto:
     return to_model(g, tensors, "g", {})
 
 
-def gated(loud: float) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Inputs ``[rows, 64]``, of which every tenth has a loud channel, and weights up and down."""
+def gated(factor: float) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Inputs ``[rows, 64]``, of which every tenth has an outlier channel, and weights up and down."""
     draw = np.random.default_rng(0)
     x = draw.normal(size=(200, 64)).astype(np.float32)
     up = np.eye(64, dtype=np.float32)
     down = draw.normal(size=(32, 64)).astype(np.float32)
-    x[::10, 7] *= loud
+    x[::10, 7] *= factor
     return x, up, down
 
 
@@ -54,44 +54,46 @@ def gated_input(*factors: Value, value: Value | None = None) -> LinearGroup:
     return LinearGroup(value=value, linears=(LinearRef("down"),), sink=sink)
 
 
-def product_error(loud: float) -> tuple[float, int]:
+def matmul_error(factor: float) -> tuple[float, int]:
     """Median error of the rows of an int8 product, relative to what the other channels make of it.
 
     Also how many channels were set apart.
     """
-    x, up, down = gated(loud)
+    x, up, down = gated(factor)
     stored = StoredWeights({"up.weight": up, "down.weight": down})
     group = gated_input(Value("x"), Value("ones"))
     statistics = InputStatistics(group, 64, None)
     statistics.add(x)
     statistics.sample, statistics.matrices = [x.copy()], [down.T.copy()]
-    plan = rotated_constants(statistics)
-    assert plan.smooth is not None
-    scheme = Int8Scheme({("down",): plan})
+    constants = rotated_constants(statistics)
+    assert constants.smooth is not None
+    scheme = Int8Scheme({("down",): constants})
     g = Graph(weights=stored, scheme=scheme)
     factors = g.const(np.ones(64)), g.input("x", TensorProto.FLOAT, ["batch", "tokens", 64])
     (y,) = scheme.linears(g, gated_input(*factors, value=g.op("Mul", *factors)))
     g.output(y, "out", TensorProto.FLOAT, [])
     session = open_graph(model_of(g))
     # the producer would have divided by the smoothing
-    (found,) = session.run(None, {"x": (x / plan.smooth)[None]})
+    (found,) = session.run(None, {"x": (x / constants.smooth)[None]})
     quiet = x.copy()
     quiet[:, 7] = 0
     errors = np.linalg.norm(found[0] - x @ down.T, axis=1)
     errors /= np.linalg.norm(quiet @ down.T, axis=1)
-    return float(np.median(errors[::10])), 0 if plan.outliers is None else len(plan.outliers)
+    return float(np.median(errors[::10])), 0 if constants.outliers is None else len(
+        constants.outliers
+    )
 
 
-def test_loud_channels_are_set_apart_and_cost_the_others_nothing(
+def test_outlier_channels_are_set_apart_and_cost_the_others_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    quiet, none = product_error(loud=1)
+    quiet, none = matmul_error(factor=1)
     assert none == 0
-    loud, one = product_error(loud=1000)
+    outlying, one = matmul_error(factor=1000)
     assert one == 1
-    assert loud < 1.5 * quiet
+    assert outlying < 1.5 * quiet
     monkeypatch.setattr("embedge.export.calibration.smoothing.OUTLIER_RATIO", np.inf)
-    assert product_error(loud=1000)[0] > 3 * loud
+    assert matmul_error(factor=1000)[0] > 3 * outlying
 
 
 class Rows:
@@ -187,10 +189,10 @@ def test_a_hessian_is_that_of_the_rotated_inputs() -> None:
     draw = np.random.default_rng(6)
     x = draw.normal(size=(200, 60)).astype(np.float32)
     smooth = draw.uniform(0.5, 2, 60).astype(np.float32)
-    plan = SmoothingConstants(smooth=smooth, outliers=np.array([3, 59]))
+    constants = SmoothingConstants(smooth=smooth, outliers=np.array([3, 59]))
     stored = StoredWeights({"down.weight": draw.normal(size=(40, 60)).astype(np.float32)})
-    assert plan.smooth is not None
-    scheme = Int8Scheme({("down",): plan})
+    assert constants.smooth is not None
+    scheme = Int8Scheme({("down",): constants})
     g = Graph(weights=stored, scheme=scheme)
     group = gated_input(Value("x"), Value("ones"))
     hessian = x.T @ x

@@ -16,7 +16,7 @@ from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from embedge.export import export_bundle
-from embedge.export.schemes.int8 import ACTIVATION_CONSTANTS
+from embedge.export.schemes.int8_inputs import ACTIVATION_CONSTANTS
 from embedge.runtime import Embedder
 from embedge.runtime.errors import EmbedgeValueError
 from tests.helpers.models import (
