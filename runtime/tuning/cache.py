@@ -29,13 +29,7 @@ from embedge.runtime.sessions.prepared_folders import PreparedFolders
 from embedge.runtime.sessions.prepared_graphs import machine_name
 from embedge.runtime.sessions.session_workers import RunSettings
 
-__all__ = [
-    "TunedPrecision",
-    "Tuning",
-    "add_tuning",
-    "read_tuning",
-    "tuning_file",
-]
+__all__ = ["TunedPrecision", "Tuning", "add_tuning", "read_tuning", "tuning_file"]
 
 _NAME = "tuning.json"
 _FORMAT_VERSION = 1
@@ -108,12 +102,12 @@ def read_tuning(bundle: Bundle, threads: int) -> Tuning:
     try:
         everything = _read(file)
     except (BundleError, OSError) as error:
-        _warn(f"not used: {error}; {again}")
+        warn(f"not used: {error}; {again}")
         return {}
     if everything is None:
-        others = [o for place in folders.to_read for o in sorted(place.parent.glob(f"*/{_NAME}"))]
+        others = [o for folder in folders.to_read for o in sorted(folder.parent.glob(f"*/{_NAME}"))]
         if others:
-            _warn(
+            warn(
                 f"{others[0]}: not used: measured on another machine or with another ONNX Runtime "
                 f"({others[0].parent.name}; this is {machine_name()}); {again} here"
             )
@@ -122,7 +116,7 @@ def read_tuning(bundle: Bundle, threads: int) -> Tuning:
     here = {p: found for p, found in everything.get(threads, {}).items() if p in known}
     stale = [p for p, found in here.items() if not found.fits(bundle.manifest, p)]
     if stale:
-        _warn(
+        warn(
             f"{file}: not used for {', '.join(stale)}: measured with another graph than the bundle "
             f"has now; {again}"
         )
@@ -165,7 +159,7 @@ def add_tuning(bundle: Bundle, threads: int, measured: Tuning) -> Path:
 
 def tuning_file(bundle: Bundle) -> Path:
     """Where the measurements of this machine lie, if there are any."""
-    files = [place / _NAME for place in _folders(bundle).to_read]
+    files = [folder / _NAME for folder in _folders(bundle).to_read]
     return next((file for file in files if file.exists()), files[-1])
 
 
@@ -184,7 +178,3 @@ def _read(file: Path) -> dict[int, dict[str, TunedPrecision]] | None:
     values, place = read_json_object(file), Place(str(file))
     _Head.parse(values, place)
     return {int(n): dict(found) for n, found in _Document.parse(values, place).threads.items()}
-
-
-def _warn(message: str) -> None:
-    warn(message)
