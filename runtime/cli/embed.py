@@ -41,89 +41,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Turn lines or JSONL into vectors, one a line. JSONL has them under the key embedding, after the "
         "input's own keys except the text's; an input key embedding is replaced."
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
-    parser.add_argument("--task", help="may be left out where the bundle has exactly one")
-    parser.add_argument(
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="the bundle's folder")
+    add("--task", help="may be left out where the bundle has exactly one")
+    add(
         "--precision",
         help="may be left out where the bundle has exactly one; auto: the fastest here under the limits",
     )
-    parser.add_argument(
-        "--memory-limit",
-        metavar="SIZE",
+    add(
+        "--memory-limit", metavar="SIZE",
         help="most bytes of open graphs, e.g. 2.0GB; with --precision auto, of the one to choose",
-    )
-    parser.add_argument(
-        "--min-cosine",
-        type=float,
-        metavar="X",
+    )  # fmt: skip
+    add(
+        "--min-cosine", type=float, metavar="X",
         help="with --precision auto: lowest mean cosine to the unquantized model, as `bench --record` "
         "stored it, e.g. 0.999",
-    )
-    parser.add_argument(
-        "--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)"
-    )
-    parser.add_argument(
-        "--output", default="-", metavar="FILE", help="- is standard output (default)"
-    )
-    parser.add_argument(
-        "--input-format",
-        choices=("lines", "jsonl"),
+    )  # fmt: skip
+    add("--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)")
+    add("--output", default="-", metavar="FILE", help="- is standard output (default)")
+    add(
+        "--input-format", choices=("lines", "jsonl"),
         help="a text per line (default), or a JSON object per line (default with --field)",
-    )
-    parser.add_argument(
-        "--field", help='key of the text in an object (default "text", with --images "image")'
-    )
-    parser.add_argument(
-        "--images", action="store_true", help="the lines are paths of images, not texts"
-    )
-    parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="with --images: scale larger ones down to this"
-    )
-    parser.add_argument(
-        "--format",
-        choices=("jsonl", "npy"),
+    )  # fmt: skip
+    add("--field", help='key of the text in an object (default "text", with --images "image")')
+    add("--images", action="store_true", help="the lines are paths of images, not texts")
+    add("--max-pixels", type=int, metavar="N", help="with --images: scale larger ones down to this")
+    add(
+        "--format", choices=("jsonl", "npy"),
         help="default: npy where the output's name ends in .npy, else jsonl",
-    )
-    parser.add_argument("--prompt-name", metavar="NAME", help="a prompt of the task")
-    parser.add_argument("--truncate-dim", type=int, metavar="N", help="length of the vectors")
-    parser.add_argument(
-        "--normalize",
-        action="store_true",
-        dest="normalize_embeddings",
+    )  # fmt: skip
+    add("--prompt-name", metavar="NAME", help="a prompt of the task")
+    add("--truncate-dim", type=int, metavar="N", help="length of the vectors")
+    add(
+        "--normalize", action="store_true", dest="normalize_embeddings",
         help="L2-normalize in any case",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=CallOptions.batch_size,
-        metavar="N",
-        help=f"most texts ({CallOptions.batch_size})",
-    )
-    parser.add_argument(
-        "--max-batch-tokens",
-        type=int,
-        metavar="N",
+    )  # fmt: skip
+    most = CallOptions.batch_size
+    add("--batch-size", type=int, default=most, metavar="N", help=f"most texts ({most})")
+    add(
+        "--max-batch-tokens", type=int, metavar="N",
         help="most padded tokens of a batch (default: what runs fastest here)",
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
+    )  # fmt: skip
+    add(
+        "--device", default="auto", metavar="NAME",
         help="cpu, cuda, cuda:N for a GPU's number, or auto (default)",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="default: the cores this process really has"
-    )
-    parser.add_argument(
-        "--on-truncate",
-        choices=ON_TRUNCATE,
+    )  # fmt: skip
+    add("--threads", type=int, metavar="N", help="default: the cores this process really has")
+    add(
+        "--on-truncate", choices=ON_TRUNCATE,
         help="when a text is longer than the model takes (warn)",
-    )
-    parser.add_argument("--verify", choices=("none", "size", "full"), default="size")
-    parser.add_argument(
-        "--verbose", action="store_true", help="say which device and precision were taken"
-    )
-    parser.add_argument("--quiet", action="store_true", help="do not say how far it is")
+    )  # fmt: skip
+    add("--verify", choices=("none", "size", "full"), default="size")
+    add("--verbose", action="store_true", help="say which device and precision were taken")
+    add("--quiet", action="store_true", help="do not say how far it is")
     parser.epilog = """examples:
   embedge embed bundle --task code < lines.txt > vectors.jsonl
   embedge embed bundle --input in.jsonl --field text --output vectors.npy
