@@ -1,0 +1,200 @@
+"""Code in documents runs.
+
+Rules:
+    * Every block of ``python``, ``sh`` and ``console`` in the README, the tutorial, the guides, the reference and the
+      explanations runs. Blocks of one document run in order, in one folder, and share Python's names.
+    * ``<!-- not run: REASON -->`` above a block leaves it out.
+    * ``<!-- output -->`` above a block of ``text`` compares it with what the block before it printed;
+      ``…`` stands for anything within a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.documents import DOCUMENTS, ROOT, Block, blocks, read
+
+RUN = [
+    name
+    for name in DOCUMENTS
+    if name in {"README.md", "docs/index.md", "docs/tutorial.md"}
+    or name.startswith(("docs/guides/", "docs/reference/", "docs/explanation/"))
+]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_blocks_that_do_not_run_say_why(name: str) -> None:
+    for block in blocks(name):
+        if block.mark.startswith("not run"):
+            assert re.fullmatch(r"not run: \w[^>]{10,}", block.mark), f"{name}:{block.line}"
+        if name in RUN:
+            known = {"python", "sh", "console", "text", "c", "json"}
+            assert block.language in known, f"{name}:{block.line}: {block.language!r}"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the documents' examples name: MODEL, adapters, bundle, v4, texts, pages."""
+    for needed in ("peft", "PIL", "torch", "transformers"):
+        pytest.importorskip(needed)
+    place = tmp_path_factory.mktemp("workshop")
+    make_workshop(place)
+    return place
+
+
+def make_workshop(place: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from embedge.export import export_bundle
+    from tests.helpers.jina_v4 import write_checkpoint
+    from tests.helpers.models import linears, make_model, save, save_adapter
+
+    shape = {"hidden_size": 384, "num_attention_heads": 12, "num_hidden_layers": 1}
+    save(make_model("bert", gain=0.8, **shape), place / "MODEL", max_length=48)
+    (place / "MODEL" / "README.md").write_text("# tiny-bert\n")
+    for task in ("code", "retrieval"):
+        folder = save_adapter(place / "MODEL", place / "adapters" / task, target=linears("bert"))
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        config["base_model_name_or_path"] = "organization/tiny-bert"
+        (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    export_bundle(
+        place / "MODEL",
+        adapters={task: place / "adapters" / task for task in ("code", "retrieval")},
+        precisions=["int8", "int4"],
+        int4_method="rtn",
+        calibration="none",
+        out=place / "bundle",
+    )
+    pretend_that_it_was_measured(place / "bundle" / "manifest.json")
+    published = write_checkpoint(place / "jinaai" / "jina-embeddings-v4")
+    export_bundle(published, out=place / "v4", calibration="none")
+    for page in (1, 2):
+        pixels = np.random.default_rng(page).integers(0, 255, (96, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(place / f"page-{page}.png")
+    lines = ["how do I sort a dict", "def f(d): return dict(sorted(d.items()))"]
+    (place / "lines.txt").write_text("\n".join(lines) + "\n")
+    (place / "texts.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
+    (place / "bin").mkdir()
+    command = place / "bin" / "embedge"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m embedge "$@"\n')
+    command.chmod(0o755)
+    (place / "examples").symlink_to(ROOT / "examples")
+
+
+def pretend_that_it_was_measured(manifest: Path) -> None:
+    """What ``embedge bench --record`` would have stored of each precision's vectors."""
+    document = json.loads(manifest.read_text("utf-8"))
+    for precision in document["precisions"].values():
+        precision["fidelity"] = {
+            task: {"dims": {"384": {"cosine_mean": 0.99}}} for task in precision["graphs"]
+        }
+    manifest.write_text(json.dumps(document), "utf-8")
+
+
+def has_code(name: str) -> bool:
+    return any(
+        block.language in {"python", "sh", "console"} and not block.mark.startswith("not run")
+        for block in blocks(name)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RUN if has_code(name)])
+def test_code_runs(
+    name: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "here"
+    shutil.copytree(workshop, place, symlinks=True)
+    if "--out v4 " in read(name):
+        shutil.rmtree(place / "v4")  # it makes its own
+    monkeypatch.chdir(place)
+    environment = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+    run_blocks(blocks(name), f"{name}:", environment)
+
+
+def run_blocks(found: list[Block], where: str, environment: dict[str, str]) -> None:
+    """Runs the blocks of one document, and compares their outputs."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    printed = ""
+    for block in found:
+        if block.mark == "output":
+            assert matches(block.body, printed), (
+                f"{where}{block.line} says\n{block.body}\nand this was printed:\n{printed}"
+            )
+        elif block.mark.startswith("not run"):
+            printed = ""
+        elif block.language == "python":
+            # lines are those of the document
+            code = compile("\n" * (block.line - 1) + block.body, where.rstrip(":"), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(code, names)
+            printed = output.getvalue()
+        elif block.language == "sh":
+            printed = run_shell(block.body, f"{where}{block.line}", environment)
+        elif block.language == "console":
+            for command, expected in console(block.body):
+                printed = run_shell(command, f"{where}{block.line}", environment)
+                assert matches(expected, printed), f"{where}{block.line}: {command}\n{printed}"
+
+
+def run_shell(code: str, where: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{where}: {code}\n{done.stderr}"
+    return done.stdout
+
+
+def console(body: str) -> Iterator[tuple[str, str]]:
+    """Commands after ``$``, each with the output below it."""
+    for part in re.split(r"^\$ ", body, flags=re.M)[1:]:
+        command, _, output = part.partition("\n")
+        yield command, output
+
+
+def matches(expected: str, printed: str) -> bool:
+    """Whether the lines are the same, where ``…`` stands for anything within one."""
+    pattern = ".*".join(re.escape(part) for part in expected.strip().split("…"))
+    lines = "\n".join(line.rstrip() for line in printed.strip().splitlines())
+    return re.fullmatch(pattern, lines) is not None
+
+
+class TestTheTestsThemselves:
+    def test_wrong_code_and_wrong_output_are_seen(self) -> None:
+        def block(language: str, body: str, mark: str = "") -> Block:
+            return Block(language, mark, body, 1)
+
+        here = dict(os.environ)
+        run_blocks([block("python", "print(1)"), block("text", "1\n", "output")], "x:", here)
+        run_blocks([block("python", "raise", "not run: it would fail")], "x:", here)
+        run_blocks([block("console", "$ echo a b\na …\n")], "x:", here)
+        with pytest.raises(AssertionError, match=r"x:1 says\s+2\s+and this was printed:\s+1"):
+            run_blocks([block("python", "print(1)"), block("text", "2\n", "output")], "x:", here)
+        with pytest.raises(NameError):
+            run_blocks([block("python", "no_such_name")], "x:", here)
+        with pytest.raises(AssertionError, match="x:1"):
+            run_blocks([block("sh", "true\nfalse\ntrue\n")], "x:", here)
+        with pytest.raises(AssertionError, match="echo a"):
+            run_blocks([block("console", "$ echo a\nb\n")], "x:", here)
+
+    def test_anything_is_within_a_line(self) -> None:
+        assert matches("a…c\nd", "abc  \nd\n")
+        assert not matches("a…d", "ab\ncd")
+        assert list(console("$ a\nb\n$ c\n")) == [("a", "b\n"), ("c", "")]
