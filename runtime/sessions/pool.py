@@ -41,7 +41,7 @@ class OpenGraph:
         self.name = name
         self.session_bytes = session_bytes
         self.has_second = False
-        self._pool = pool
+        self._pool: GraphPool = weakref.proxy(pool)  # or sessions would outlive what is deleted
         self._sessions: dict[int, GraphSession] = {}  # by threads of a run
         self._opening = threading.Lock()
         self._locks: list[weakref.ref[Any]] = []

@@ -13,7 +13,6 @@ default, and a batch that would take longer than all of it is left out.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -82,7 +81,6 @@ def measure_precisions(
     together = sum(sizes) <= _TOGETHER_BYTES
     for group in [list(tasks)] if together else [[precision] for precision in tasks]:
         yield _timed_in_turn([_TimedGraph(bundle, p, tasks[p], threads) for p in group], seconds)
-        gc.collect()  # graphs refer to themselves; the next ones need the memory of their sessions
 
 
 def _timed_in_turn(graphs: Sequence[_TimedGraph], seconds: float) -> Tuning:
@@ -184,8 +182,8 @@ class _TimedGraph:
         self._row_multiple = manifest.precisions[precision].row_multiple
         self._request = Request.look_up(manifest, precision, CallOptions(task=task))
         config = SessionConfig(threads=threads, prepared=PreparedGraphs(bundle))
-        self.default = default_settings(bundle, precision, task, config)
-        self._graphs = Graphs(bundle, precision, config, settings=lambda _: self.default)
+        self.default = default = default_settings(bundle, precision, task, config)
+        self._graphs = Graphs(bundle, precision, config, settings=lambda _: default)
         self._may_take_one = threads > 1 and (
             self.default.single_thread
             or (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -166,6 +168,27 @@ class TestBatchesAtTheSameTime:
 
 
 class TestSessions:
+    def test_an_embedder_that_is_deleted_closes_its_sessions_at_once(
+        self, bundle: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alive: weakref.WeakSet[GraphSession] = weakref.WeakSet()
+        init = GraphSession.__init__
+
+        def recording(self: GraphSession, *arguments: Any, **options: Any) -> None:
+            init(self, *arguments, **options)
+            alive.add(self)
+
+        monkeypatch.setattr(GraphSession, "__init__", recording)
+        model = Embedder(bundle.path)
+        model.encode("w1")
+        assert len(alive) == 1
+        gc.disable()  # nothing waits for it
+        try:
+            del model
+            assert not alive
+        finally:
+            gc.enable()
+
     def test_two_threads_share_an_embedder_that_keeps_one_session(self, two_tasks: Any) -> None:
         model = Embedder(two_tasks.path, precision="fp32", max_sessions=1, threads=1)
         texts = [f"w{i}" for i in range(40)]

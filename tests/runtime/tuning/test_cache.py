@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -507,6 +509,30 @@ class TestTiming:
         )
         assert all(set(one.milliseconds) == {"1x16", "32x16"} for g in found for one in g.values())
         assert {p: one.task for group in found for p, one in group.items()} == tasks
+
+    @pytest.mark.usefixtures("quick")
+    def test_graphs_that_come_one_by_one_are_closed_before_the_next_ones_open(
+        self, two_tasks: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alive: weakref.WeakSet[GraphSession] = weakref.WeakSet()
+        together: list[set[str]] = []
+        init = GraphSession.__init__
+
+        def recording(self: GraphSession, *arguments: Any, **options: Any) -> None:
+            init(self, *arguments, **options)
+            alive.add(self)
+            together.append({session.file.parent.name for session in alive})
+
+        monkeypatch.setattr(GraphSession, "__init__", recording)
+        monkeypatch.setattr(timing, "_TOGETHER_BYTES", 100)
+        gc.disable()  # nothing may wait for it
+        try:
+            tasks = {"fp32": "code", "int4": "retrieval"}
+            list(timing.measure_precisions(Bundle(two_tasks.path), tasks, threads=2))
+        finally:
+            gc.enable()
+        assert together == [{"fp32"}, {"int4"}]
+        assert not alive
 
     def test_time_that_is_short_leaves_the_first_run_alone(self, clock: Clock) -> None:
         calls: list[str] = []
