@@ -67,7 +67,7 @@ def read_model(options: ExportOptions) -> Model:
         architecture = architecture.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
-    heads = tuple(p for p in family_class.ignored if tower is None or p != "visual.")
+    heads = _ignored(family_class, tower)
     for task, adapter in loaded.items():
         bound = None
         if adapter is not None:
@@ -102,7 +102,7 @@ def read_model(options: ExportOptions) -> Model:
         )
     for task, weights in {BASE: base, **tasks}.items():
         if tower is not None:
-            _check_tower_shared(task, weights)
+            _check_tower_shared(tower, task, weights)
         _check_all_read(model, task, weights)
     return model
 
@@ -175,16 +175,21 @@ def _check_own_adapter(checkpoint: Checkpoint, folders: Iterable[Path | None]) -
         )
 
 
+def _ignored(family: type[Family], tower: Tower | None) -> tuple[str, ...]:
+    """Prefixes of tensors that reach no vector; those of a tower that is not exported are among them."""
+    return tuple(p for p in family.ignored if tower is None or p != tower.prefix)
+
+
 def _check_tensors(family: Family, tower: Tower | None, base: TaskWeights) -> None:
     family.check_tensors(base.names())
     shapes = {name: base.shape(name) for name in base.names()}
     family.check_shapes({n: s for n, s in shapes.items() if not n.startswith(family.ignored)})
     if tower is not None:
-        tower.check_shapes({n: s for n, s in shapes.items() if n.startswith("visual.")})
+        tower.check_shapes({n: s for n, s in shapes.items() if n.startswith(tower.prefix)})
 
 
-def _check_tower_shared(task: str, weights: TaskWeights) -> None:
-    touched = sorted(n for n in weights.changed() if n.startswith("visual."))
+def _check_tower_shared(tower: Tower, task: str, weights: TaskWeights) -> None:
+    touched = sorted(n for n in weights.changed() if n.startswith(tower.prefix))
     if touched:
         raise AdapterError(
             f"adapter of task {task}: expected to leave the vision tower alone, which all tasks of a "
@@ -210,9 +215,7 @@ def _check_all_read(model: Model, task: str, weights: TaskWeights) -> None:
             f"{', '.join(bound.sources(changed))} from {bound.adapter.file.path}"
             f"{config if saved else ''}, or train without them"
         )
-    ignored = model.family.ignored
-    if model.tower is not None:
-        ignored = tuple(prefix for prefix in ignored if prefix != "visual.")
+    ignored = _ignored(type(model.family), model.tower)
     left = [n for n in others if not n.startswith(ignored) and not n.endswith(".inv_freq")]
     if left and task == BASE:
         shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")

@@ -28,7 +28,13 @@ HEAD_ROOTS = tuple(head.rstrip(".") for head in HEADS)
 
 
 class Tower(ConfigReader, ABC):
-    """A model of its own whose features take the places of tokens in a family's states."""
+    """A model of its own whose features take the places of tokens in a family's states.
+
+    Attributes:
+        prefix: with which the canonical names of its tensors begin.
+    """
+
+    prefix: ClassVar[str]
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any], text_width: int) -> None:

@@ -61,6 +61,8 @@ class Qwen25Vision(Tower):
         CheckpointError: the configuration is not one this tower implements.
     """
 
+    prefix = "visual."
+
     def __init__(self, config: Mapping[str, Any], text_width: int) -> None:
         vision = config.get("vision_config")
         if not isinstance(vision, dict):

@@ -32,7 +32,7 @@ class Qwen25VL(Qwen2):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_5_vl_text")
     roots = (*Qwen2.roots, "visual")
-    ignored = (*Qwen2.ignored, "visual.")
+    ignored = (*Qwen2.ignored, Qwen25Vision.prefix)
     default_pooling = "mean"
     guess = (
         "If it is one task of jina-embeddings-v4, merged, name its folder as it is published: "
