@@ -28,7 +28,8 @@ class Graph:
 
     def __init__(self, **limits: int) -> None:
         self.opened: list[int] = []
-        with GraphPool(self._open, lambda _: 1, **limits).use("graph") as self._graph:
+        self._pool = GraphPool(self._open, lambda _: 1, **limits)
+        with self._pool.use("graph") as self._graph:
             pass
 
     def _open(self, name: str, threads: int) -> GraphSession:
