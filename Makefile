@@ -49,6 +49,7 @@ NATIVE := runtime/kernels/native
 NATIVE_FLAGS := -std=gnu11 -ffp-contract=off -fvisibility=hidden -fPIC
 COMPILERS := $(foreach compiler,gcc clang,$(if $(shell command -v $(compiler)),$(compiler)))
 
+ifeq ($(shell uname -s)-$(shell uname -m),Linux-x86_64)
 native-warnings: $(STAMP)
 	for compiler in $(COMPILERS); do for file in $(NATIVE)/*.c; do \
 	  $$compiler $(NATIVE_FLAGS) -O3 -Wall -Wextra -Werror -c -o /dev/null $$file || exit 1; done; done
@@ -63,9 +64,13 @@ sanitize: $(STAMP) build/sanitize/_native.so
 	$(SANITIZED) -m tests.helpers.sanitized_kernels
 	$(SANITIZED) -m pytest -q -p tests.helpers.sanitized_kernels tests/runtime/kernels
 
-build/sanitize/_native.so: $(wildcard $(NATIVE)/*)
+build/sanitize/_native.so: $(wildcard $(NATIVE)/*.[ch])
 	mkdir -p $(@D)
 	gcc $(NATIVE_FLAGS) -O1 -g -shared -fsanitize=address,undefined -fno-omit-frame-pointer -o $@ $(NATIVE)/*.c
+else
+native-warnings sanitize:
+	@echo "$@: the kernels are for Linux on x86-64, there is nothing to compile here"
+endif
 
 check: lint types native-warnings docs test
 
@@ -83,7 +88,7 @@ docs: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml $(wildcard runtime/kernels/native/*)
+$(STAMP): pyproject.toml $(wildcard runtime/kernels/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"

@@ -6,12 +6,12 @@
    max(0, i - window + 1) .. i in the function CausalAttention, those before the text's padding in
    PaddedAttention, and all in FullAttention.
 
-   Keys and values are read block by block with a running maximum and sum (Milakov and Gimelshein 2018,
-   "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention"), so that no memory grows
-   with the square of the tokens. Blocks are counted from the first token: a row's result depends on no
-   token that it does not see, and on no other text. (But what is not finite in a value reaches rows that do not
-   see it: those of the same tile, and the text whose odd length it follows.) Rows are multiplied in tiles of 12
-   by 32 keys or by 32 values of a head.
+   Keys and values are read block by block with a running maximum and sum, so that no memory grows with the square
+   of the tokens (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
+   "FlashAttention"). Blocks are counted from the first token: a row's result depends on no token that it does
+   not see, and on no other text. What is not finite in a value is the exception. It reaches rows that do not see
+   it: those of the same tile, and the text whose odd length it follows. Rows are multiplied in tiles of 12 by 32
+   keys or by 32 values of a head.
 
    Both matmuls take bfloat16 where the processor multiplies it (AVX512-BF16), else float32; maxima, sums and
    results are float32. An operand lies in units of 32 bits, one float32 or two bfloat16, so that all but

@@ -8,9 +8,9 @@
    with the inner sum in integers. ONNX Runtime adds the blocks in another order, so the last bits of a float
    differ. Here a row's result does not depend on the rows beside it.
 
-   Weights are multiplied as they are unpacked, each line for all rows of a strip, so what is read from memory are
-   4 bits. They lie in panels of 16 columns, [columns / 16, depth / 8, 16, 4] bytes: of 8 values along the
-   depth the first four are the low halves of 4 bytes, the others the high ones. Stored panels: see matmul_int8.c. */
+   A line of weights is unpacked once for all rows of a strip, and multiplied at once: what is read from memory are
+   4 bits. Weights lie in panels of 16 columns, [columns / 16, depth / 8, 16, 4] bytes. Of 8 values along the depth
+   the first four are the low halves of 4 bytes, the others the high ones. README.md has a drawing. */
 
 #include <stdlib.h>
 #include <string.h>

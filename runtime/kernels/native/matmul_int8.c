@@ -17,10 +17,10 @@
    * The scales are applied as the accumulators are stored; ONNX Runtime takes a pass of its own for the
      rows' ones, with one thread.
 
-   Weights lie in panels of 16 columns, int8 [columns / 16, depth / 4, 16, 4], whose lines of 64 bytes are
-   what one vpdpbusd multiplies. Where the session option "embedge.weights" is "panels", weights above 4096
-   bytes that fill their panels are stored like that already, under their shape [depth, columns]; else the
-   kernel makes a copy when the session opens. */
+   Weights lie in panels of 16 columns, int8 [columns / 16, depth / 4, 16, 4]; one vpdpbusd multiplies a line of
+   64 bytes. README.md has a drawing. The kernel makes this copy when the session opens. It need not where the
+   session option "embedge.weights" is "panels": weights above 4096 bytes that fill their panels then lie like
+   that already, under their shape [depth, columns]. */
 
 #include <stdlib.h>
 #include <string.h>

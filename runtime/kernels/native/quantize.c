@@ -1,6 +1,6 @@
-/* Rows of floats as unsigned 8-bit integers: the functions that embedge's int8 graphs define for it, each in
-   one pass over memory instead of four to nine. Results equal those of the functions' own nodes to the bit, but
-   for SiLU's, of which ONNX Runtime has another approximation.
+/* Rows of floats as unsigned 8-bit integers: functions of embedge's int8 graphs, each in one pass over memory
+   instead of four to nine. Results equal those of the functions' own nodes to the bit. SiLU's do not: ONNX Runtime
+   has another approximation of it.
 
    A row that holds a NaN gives a scale of NaN, which the matmuls carry on. */
 
