@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
-from collections.abc import Callable
 from contextlib import closing
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,8 +17,12 @@ from embedge.runtime.sessions import session_workers
 from embedge.runtime.sessions.pool import GraphPool, OpenGraph
 from embedge.runtime.sessions.session import GraphSession
 from embedge.runtime.sessions.session_workers import RunSettings, SessionWorkers
+from tests.helpers.interrupts import Interrupts, in_time, swallowed
 
 SIZE = 10
+FILES = tuple(
+    module.__file__ for module in (pool_module, session_workers, prefetch, workers_module)
+)
 
 
 class Opener:
@@ -175,57 +177,13 @@ def test_threads_that_want_the_same_graph_open_it_once() -> None:
     assert opener.names == ["a"]
 
 
-# An interrupt of a generator that is being closed goes nowhere, in Python as here.
-swallowed = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-class Interrupts:
-    """Interrupts the calling thread at the n-th of the moments at which Python looks for signals.
-
-    Those are the starts of functions and the ends of calls; ``hit`` says whether there were as many.
-    """
-
-    FILES = tuple(
-        module.__file__ for module in (pool_module, session_workers, prefetch, workers_module)
-    )
-
-    def __init__(self, moment: int) -> None:
-        self._left = moment
-        self.hit = False
-
-    def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        if event == "c_call" or frame.f_code.co_filename not in self.FILES:
-            return
-        self._left -= 1
-        if self._left < 0 and not self.hit:
-            self.hit = True
-            raise KeyboardInterrupt
-
-    def during(self, work: Callable[[], object]) -> None:
-        sys.setprofile(self)
-        try:
-            work()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.setprofile(None)
-
-
-def in_time(work: Callable[[], object]) -> None:
-    """Does something in another thread, which must not wait for ever."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(timeout=20)
-    assert not thread.is_alive()
-
-
 @swallowed
 @pytest.mark.parametrize("limits", [{"max_graphs": 1}, {"memory_limit": SIZE}], ids=str)
 def test_an_interrupt_at_any_moment_leaves_no_graph_in_use(limits: dict[str, int]) -> None:
     for moment in itertools.count():
         pool, _ = make_pool(**limits)
         use(pool, "a")
-        interrupts = Interrupts(moment)
+        interrupts = Interrupts(moment, FILES)
         interrupts.during(lambda pool=pool: use(pool, "b", "a"))  # type: ignore[misc]
         assert all(graph.users == 0 for graph in pool._graphs.values())
         in_time(lambda pool=pool: use(pool, "a", "b"))  # type: ignore[misc]
@@ -247,7 +205,7 @@ def test_an_interrupt_of_batches_that_run_together_leaves_the_threads_working() 
 
     for moment in itertools.count():
         (pool, _), found = make_pool(max_graphs=1), list[int]()
-        interrupts = Interrupts(moment)
+        interrupts = Interrupts(moment, FILES)
         interrupts.during(lambda pool=pool: run(pool, []))  # type: ignore[misc]
         in_time(lambda pool=pool, found=found: run(pool, found))  # type: ignore[misc]
         assert sorted(found) == list(range(7))
@@ -260,7 +218,7 @@ def test_an_interrupt_of_batches_that_run_together_leaves_the_threads_working() 
 def test_an_interrupt_ends_what_is_prefetched() -> None:
     for moment in itertools.count():
         source = iter(range(4))
-        interrupts = Interrupts(moment)
+        interrupts = Interrupts(moment, FILES)
 
         def take(source: Any = source) -> None:
             with closing(prefetched(source)) as items:
