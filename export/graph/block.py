@@ -78,13 +78,13 @@ def _attention(
     if regrouped is not None:
         x, order = regrouped.apart(g, x, width), regrouped.name
     q, k, v = g.linears(_input(g, spec, x), spec.linears, rows=order)
-    pair: Iterable[Value] = _queries_and_keys(g, spec, q, k)
+    pair: Iterable[Value] = _queries_and_keys(g, spec, q, k)  # each is written as it is taken
     if not spec.moves_value_bias:
-        pair = list(pair)  # both before the values, as in earlier versions: see TransformerGraph
+        pair = list(pair)  # both before the values, as earlier versions did: see TransformerGraph
         v = g.add(v, g.bias(v))
     if rotary is not None:
-        heads = iter((spec.heads, spec.kv_heads))
-        pair = (rotate(g, x, rotary, next(heads)) for x in pair)
+        heads = (spec.heads, spec.kv_heads)
+        pair = (rotate(g, x, rotary, count) for x, count in zip(pair, heads, strict=True))
     q, k = pair
     mixed = attention(g, spec, seen, q, k, v)
     if regrouped is not None:
