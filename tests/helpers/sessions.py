@@ -1,6 +1,6 @@
 """One way for tests to open a graph with ONNX Runtime alone.
 
-Integer products are exact as the runtime has them: where the processor's saturate, sessions are asked
+Integer matmuls are exact as the runtime has them: where the processor's saturate, sessions are asked
 for exact ones. What checks an operator checks it with ``EXACT_MODES``: as the runtime asks here, and
 asked in any case, as on a processor without VNNI.
 """
@@ -20,7 +20,7 @@ EXACT_MODES = [pytest.param(False, id="as-the-runtime"), pytest.param(True, id="
 
 
 def session_options(*, always_exact: bool = False, threads: int | None = None) -> Any:
-    """Options of a session whose integer products are exact on any processor."""
+    """Options of a session whose integer matmuls are exact on any processor."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if threads is not None:

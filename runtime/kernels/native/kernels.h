@@ -62,8 +62,8 @@ static AVX512 inline float peak_of(const float *x, int64_t width) {
   return found.value;
 }
 
-/* 2^x to some 2^-23 of it; a NaN stays one, and both infinities become one. Its power is split into a whole number and a part of
-   [-1/2, 1/2], of which Taylor's polynomial is taken. */
+/* 2^x, to some 2^-23 of it; NaN for a NaN and for both infinities. The power is split into a whole number and a part
+   of [-1/2, 1/2], of which Taylor's polynomial is taken. */
 static AVX512 inline __m512 power_of_2(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 part = _mm512_sub_ps(x, whole);

@@ -3,7 +3,8 @@
 
    A row of the left side is quantized to int8 block by block, as ONNX Runtime does at this level, and
 
-       y[m, n] = sum over blocks (sum over k of a[m, k] * (b[n, k] - zero[n, block])) * a_scale[m, block] * scale[n, block]
+       y[m, n] = sum over blocks of (sum over k of a[m, k] * (b[n, k] - zero[n, block]))
+                                    * a_scale[m, block] * scale[n, block]
 
    with the inner sum in integers. ONNX Runtime adds the blocks in another order, so the last bits of a float
    differ. Here a row's result does not depend on the rows beside it.
