@@ -30,6 +30,11 @@ class OpBuilder:
 
     Attributes:
         weights: where parameters are read from.
+        nodes: in the order in which they run; those of branches lie in their ``If``.
+        inputs: declared by :meth:`input`.
+        outputs: declared by :meth:`output`.
+        initializers: tensors made when they are written, by the name of the first that is made together.
+        constants: small tensors that are there already, by name.
         unpacked: by Linear, weights that the runtime makes from stored 4-bit ones.
     """
 

@@ -64,7 +64,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
-        """Matmuls of an input with the weights of the Linears that share it, without biases.
+        """Matmuls of an input with the weights of the Linears that share it, in their order, without biases.
 
         A matmul knows what it left out (:attr:`Value.input_shift`) and by what it was scaled.
         """

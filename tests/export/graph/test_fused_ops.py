@@ -1,6 +1,6 @@
 """Functions of graphs: their bodies are chains of ONNX Runtime's nodes, and the kernels give the same bits.
 
-Of attention, whose kernel rounds otherwise, see ``tests/runtime/test_kernels_attention.py``.
+Of attention, whose kernel rounds otherwise, see ``tests/runtime/kernels/test_attention.py``.
 """
 
 from __future__ import annotations
