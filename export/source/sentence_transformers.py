@@ -53,8 +53,8 @@ class SentenceSettings:
 
     Attributes:
         pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``; ``None`` where the model does not say.
-        include_prompt: whether the tokens of a prompt are pooled like all others; false only where no
-            prompt is declared, and calls may give none.
+        include_prompt: whether the tokens of a prompt are pooled like all others, which INSTRUCTOR's
+            models do not; false only where no prompt is declared, and calls may give none.
         normalize: whether vectors are scaled to length 1 at the end.
         dense: layers between pooling and normalization, in order.
         prompts: prompt name to text; a text may be empty.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from embedge.export.errors import CheckpointError
+from embedge.export.source.json_files import read_optional
 from embedge.export.source.tokenizer_classes import GENERIC
 from embedge.export.source.tokenizer_settings import CONFIG, TokenizerSettings
 
@@ -195,9 +196,10 @@ class TokenizerBuilder:
         decoder = self.settings.get("added_tokens_decoder")
         if decoder is None:
             special = {token.content for token in self.special.values()}
+            early = read_optional(self.settings.folder / "added_tokens.json")
             decoder = {
                 i: {"content": text, "normalized": text not in special}
-                for text, i in self.settings.early_tokens().items()
+                for text, i in early.items()
                 if i not in there
             }
         try:

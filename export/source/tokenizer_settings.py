@@ -47,9 +47,9 @@ class TokenizerSettings:
     ) -> None:
         self.folder = folder
         self.overrides = overrides
-        self.values = self._optional(CONFIG)
+        self.values = read_optional(folder / CONFIG)
         if "added_tokens_decoder" not in self.values:
-            early = self._optional("special_tokens_map.json")
+            early = read_optional(folder / "special_tokens_map.json")
             joined = [*(self.get(_MORE) or []), *(early.get(_MORE) or [])]
             self.values |= early | ({_MORE: joined} if joined else {})
         self.values |= overrides
@@ -89,13 +89,6 @@ class TokenizerSettings:
         if "added_tokens_decoder" in self.values:
             listed = getattr(self.values["added_tokens_decoder"], "values", list)()
         return {t["content"]: t for t in listed if isinstance(t, dict) and "content" in t}
-
-    def early_tokens(self) -> dict[str, Any]:
-        """Ids by text in the file that early versions wrote for added tokens."""
-        return self._optional("added_tokens.json")
-
-    def _optional(self, name: str) -> dict[str, Any]:
-        return read_optional(self.folder / name)
 
     def _further(self) -> list[Any]:
         """Special tokens without a name of their own."""
