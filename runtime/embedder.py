@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.encode.lookup import choose_prompt
-from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.images.mixed import encode_mixed
@@ -400,25 +399,6 @@ class Embedder(OpenBundle):
             EmbedgeValueError: if the two differ in kind, number or dimension.
         """
         return similarity_pairwise(a, b, self._model.similarity)
-
-    def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
-        """Vectors of texts that are token ids already, not cut: what the graph gives for them.
-
-        For measurements of the graphs by themselves.
-
-        Args:
-            ids: int64 ``[tokens]`` each, special tokens included.
-            task: as for :meth:`encode`.
-
-        Returns:
-            float32 ``[texts, width]``.
-        """
-        request = self._request(task=task, truncate_dim=self._model.dim)
-        vectors = np.zeros((len(ids), request.dim), np.float32)
-        texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
-        for index, vector in self._runner.run(list(enumerate(texts)), request):
-            vectors[index] = vector
-        return vectors
 
     def _with_role(self, options: EncodeOptions, names: Sequence[str]) -> EncodeOptions:
         """A call's options with the first of some prompts that its task declares."""

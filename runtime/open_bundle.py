@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.encode.batch_runner import BatchRunner
@@ -18,8 +22,10 @@ from embedge.runtime.encode.lookup import (
     with_prompts,
 )
 from embedge.runtime.encode.request import CallOptions, Request
+from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.texts import TextPipeline
 from embedge.runtime.encode.tokenizer import read_tokenizer
+from embedge.runtime.encode.vectors import Vectors
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 from embedge.runtime.images.encode import ImagePipeline
@@ -141,7 +147,7 @@ class OpenBundle:
         """The prompts of a task by name.
 
         Args:
-            task: as for :meth:`encode`.
+            task: as for ``Embedder.encode``.
         """
         return dict(self._manifest.tasks[self._chosen_task(task)].prompts)
 
@@ -160,7 +166,7 @@ class OpenBundle:
 
     @property
     def similarity_fn_name(self) -> str:
-        """How :meth:`similarity` compares single vectors: "cosine" or "dot"."""
+        """How ``Embedder.similarity`` compares single vectors: "cosine" or "dot"."""
         return self._model.similarity
 
     @property
@@ -208,6 +214,25 @@ class OpenBundle:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
+        """Vectors of texts that are token ids already, not cut: what the graph gives for them.
+
+        For measurements of the graphs by themselves.
+
+        Args:
+            ids: int64 ``[tokens]`` each, special tokens included.
+            task: as for ``Embedder.encode``.
+
+        Returns:
+            float32 ``[texts, width]``.
+        """
+        request = self._request(task=task, truncate_dim=self._model.dim)
+        vectors = np.zeros((len(ids), request.dim), np.float32)
+        texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
+        for index, vector in self._runner.run(list(enumerate(texts)), request):
+            vectors[index] = vector
+        return vectors
 
     def _chosen_task(self, task: str | None) -> str:
         return choose_task(self._manifest, self._precision, self._task if task is None else task)
