@@ -6,7 +6,8 @@ import json
 import random
 import re
 import warnings
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from embedge.runtime import ManifestError
 from embedge.runtime.bundle.contract import FORMAT_VERSION
 from embedge.runtime.bundle.json_object import parse_json
 from embedge.runtime.bundle.manifest import Manifest
-from embedge.runtime.bundle.schema import Since, _default, _members
+from embedge.runtime.bundle.schema import Since
 from tests.fuzz.mutate import mutate_json
 from tests.helpers.images import SETTINGS
 from tests.runtime.bundle.test_manifest import with_images
@@ -194,13 +195,14 @@ def test_documents_of_earlier_versions_lack_what_came_later_and_are_read() -> No
         parts.append((precision, type(Manifest.from_dict(document).precisions["int8"])))
         dropped = {}
         for values, cls in parts:
-            for field, hint in _members(cls):
-                newer = [
-                    r.version for r in getattr(hint, "__metadata__", ()) if isinstance(r, Since)
-                ]
-                if newer and newer[0] > version:
+            for field in fields(cls):
+                rules = getattr(
+                    get_type_hints(cls, include_extras=True)[field.name], "__metadata__", ()
+                )
+                if any(isinstance(rule, Since) and rule.version > version for rule in rules):
                     values.pop(field.name, None)
-                    dropped[cls, field.name] = _default(field)
+                    made = field.default_factory
+                    dropped[cls, field.name] = field.default if made is MISSING else made()
         if version < "1.1":  # whose models have no images
             document["model"]["modalities"] = ["text"]
             document["model"]["inputs"] = ["input_ids", "attention_mask"]
