@@ -173,8 +173,8 @@ def _sample(architecture: Architecture, batches: Sequence[TokenBatch]) -> list[T
     tokens = min(_MOST_TOKENS, _STATE_BYTES // (4 * architecture.hidden_size * inputs))
     longest = max(2, min(_MOST_TEXT_TOKENS, tokens // _FEWEST_TEXTS))
     count = max(1, tokens // longest)
-    places = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
-    texts = [rows[place].tolist() for place in places]
+    indices = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
+    texts = [rows[index].tolist() for index in indices]
     texts = [t if len(t) <= longest else [*t[: longest - 1], t[-1]] for t in texts]
     return token_batches(texts, 0, architecture.hidden_size)
 
