@@ -17,8 +17,8 @@ from embedge.runtime.encode.batch_runner import BatchRunner
 from embedge.runtime.encode.batch_size import settings_by_graph
 from embedge.runtime.encode.lookup import (
     choose_dim,
-    choose_precision,
     choose_task,
+    find_precision,
     with_prompts,
 )
 from embedge.runtime.encode.request import CallOptions, Request
@@ -71,7 +71,7 @@ class OpenBundle:
                 memory_limit=options.memory_bytes,
                 min_cosine=options.min_cosine,
             )
-        self._precision = choose_precision(manifest, precision)
+        self._precision = find_precision(manifest, precision)
         self._settings = manifest.precisions[self._precision]
         self._task = options.task
         if options.task is not None:

@@ -1,7 +1,7 @@
 """Running calibration texts through the unquantized model, one layer at a time.
 
 Only one layer's weights (mapped from a file) and the states of the calibration tokens are held. A layer
-runs in ONNX Runtime as a graph whose weights are inputs, written by the same family code as the
+runs in ONNX Runtime as a graph whose weights are inputs, written by the same code as the
 exported graph.
 """
 

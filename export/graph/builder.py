@@ -1,7 +1,7 @@
-"""What families write a graph with.
+"""What a graph is written with.
 
-The graph of a task is written by the model's family against :class:`Graph`. Families say what is computed;
-how a Linear or an embedding table is stored and run is the precision's business (:class:`Scheme`).
+A family declares its layers (``architecture.py``), and ``transformer.py`` writes them with :class:`Graph`.
+How a Linear or an embedding table is stored and run is the precision's business (:class:`Scheme`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,12 @@ The steps ``1/127`` and ``1/235`` and the zero points are initializers of their 
 lists with the values of 7-bit activations: enough where u8×s8 matmuls saturate in 16 bits. The runtime
 asks ONNX Runtime for exact matmuls there instead.
 
-A scale per row is a block of :class:`QuantizeLinear` as wide as the row. ``MatMulIntegerToFloat`` takes
+Operators of such a Linear, in order (functions and their bodies: ``graph/fused_ops.py``):
+    ``QuantizeRows``, ``QuantizeRowsAbove`` (never below a bound) or ``QuantizeRotated…``       ``int8_inputs.py``
+    ``MatMulIntegerToFloat``, ``MatMulIntegerToFloatAdd`` or ``…Sub``                           here
+    ``MatMul`` in float32 of outlier channels, added                                            ``outlier_channels.py``
+
+A scale per row is a block of ``QuantizeLinear`` as wide as the row. ``MatMulIntegerToFloat`` takes
 one too, ``[batch, tokens, 1]``, on the CPU (undocumented; a test holds it), but only without its bias
 input, and its own kernel multiplies by it in one thread after the matmul. So where its result is
 multiplied again anyway (``up`` of a gated MLP) its scale waits in :attr:`Value.row_scale` for the next one.

@@ -1,4 +1,4 @@
-"""What calibration found for the inputs of int8 Linears."""
+"""What calibration found for the inputs of int8 Linears; α is set in ``calibration/smoothing.py``."""
 
 from __future__ import annotations
 

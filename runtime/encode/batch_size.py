@@ -1,9 +1,10 @@
 """What decides the batch size, and whether batches run at the same time or one by one.
 
 In this order:
-    1. ``batch_size`` and ``max_batch_tokens`` of a call (:mod:`embedge.runtime.encode.batches`);
+    1. ``batch_size`` (32 rows unless a call says otherwise) and ``max_batch_tokens`` of a call
+       (:mod:`embedge.runtime.encode.batches`);
     2. what `embedge prepare` measured of the precision on this machine (:mod:`embedge.runtime.tuning.cache`);
-    3. the defaults below.
+    3. the tokens and threads below.
 
 None of them changes a vector.
 

@@ -9,10 +9,10 @@ from embedge.runtime.arguments import check_positive, listed
 from embedge.runtime.bundle.manifest import Manifest, Model, Task
 from embedge.runtime.errors import EmbedgeValueError
 
-__all__ = ["choose_dim", "choose_precision", "choose_prompt", "choose_task", "with_prompts"]
+__all__ = ["choose_dim", "choose_prompt", "choose_task", "find_precision", "with_prompts"]
 
 
-def choose_precision(manifest: Manifest, precision: str | None) -> str:
+def find_precision(manifest: Manifest, precision: str | None) -> str:
     """The precision named, or the bundle's only one; unpacked ones are asked for by name."""
     known = manifest.precisions
     if precision is None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: found and checked once per process, and the one place where its sessions are opened.
+"""ONNX Runtime: found and checked once per process; :func:`open_session` is the one call of ``InferenceSession``.
 
 Rules:
     * It is imported when it is first needed, so that `embedge --version` and ``import embedge.runtime``

@@ -11,13 +11,16 @@ guessed from the processor's name.
 
 from __future__ import annotations
 
+import functools
 import platform
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from embedge.runtime.bundle.onnx_model import INT32, UINT8
+from embedge.runtime.errors import InferenceError
 from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 from embedge.runtime.host.probe_models import one_node_model
@@ -28,6 +31,7 @@ __all__ = [
     "describe_processor",
     "keep_matmuls_exact",
     "probe_model",
+    "require_exact_matmuls",
     "saturates_u8s8",
 ]
 
@@ -62,6 +66,22 @@ def saturates_u8s8() -> bool:
         return _known[0]
 
 
+def require_exact_matmuls() -> None:
+    """Refuse a host where 8-bit matmuls saturate even in a session that asks for exact ones.
+
+    Tried once per process, and only where they saturate unasked. No such host is known.
+
+    Raises:
+        InferenceError: vectors of 8-bit matmuls would be wrong.
+    """
+    if saturates_u8s8() and _saturates_when_asked():
+        raise InferenceError(
+            f"8-bit matmuls saturate on this processor ({platform.machine()}), also where ONNX Runtime "
+            f"{load_onnxruntime().__version__} is asked for exact ones; take precision='fp32', or another "
+            "version of ONNX Runtime"
+        )
+
+
 def describe_processor() -> str:
     """What the processor has for 8-bit matmuls, and how they run on it: a line for people."""
     flags = instruction_sets()
@@ -83,8 +103,15 @@ def probe_model() -> bytes:
     )
 
 
-def _probe() -> bool:
+@functools.cache
+def _saturates_when_asked() -> bool:
+    with no_fork():
+        return _probe(ask_for_exact_matmuls)
+
+
+def _probe(configure: Callable[[Any], None] = lambda options: None) -> bool:
     options = load_onnxruntime().SessionOptions()
+    configure(options)
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     session = open_session(probe_model(), options, ["CPUExecutionProvider"])

@@ -6,6 +6,9 @@ The library of ``runtime/kernels/native`` takes the place of ONNX Runtime's kern
     * At 4 bits the same integers are multiplied; the blocks' sums are added in another order.
     * Attention and ``silu`` round otherwise.
 
+The precisions that use it, on the CPU, are int8, int4 and int4-unpacked: ``INTEGER_PRECISIONS`` of
+:mod:`embedge.runtime.bundle.contract`. The others run on ONNX Runtime's kernels.
+
 It is compiled when embedge is installed and a C compiler is at hand. Without it, on other processors and under
 ``EMBEDGE_KERNELS=onnxruntime``, sessions are ONNX Runtime's alone, which inlines the functions.
 """

@@ -1,4 +1,4 @@
-"""Where a session is opened: ONNX Runtime on one graph of a bundle, ready to run.
+"""Where a session of a bundle's graph is opened: the graph in ONNX Runtime, ready to run.
 
 :func:`open_graph` is the one way. :class:`SessionConfig` says how; the steps are
     1. the graph as `embedge prepare` stored it, where that fits, else the bundle's own;
@@ -22,7 +22,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.graph_check import VISION_INPUTS
 from embedge.runtime.errors import BundleError, EmbedgeError, InferenceError
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
-from embedge.runtime.host.saturation import keep_matmuls_exact
+from embedge.runtime.host.saturation import keep_matmuls_exact, require_exact_matmuls
 from embedge.runtime.kernels.library import own_kernels, use_own_kernels
 from embedge.runtime.sessions.device import PROVIDERS
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
@@ -91,6 +91,8 @@ def _open(
         file = prepared or bundle.graph(precision, name)
         options = new_options(threads=threads, optimize=prepared is None, arena=config.arena)
         own = config.device == "cpu" and bundle.multiplies_integers(precision) and own_kernels()
+        if config.device == "cpu" and bundle.manifest.precisions[precision].activation_constants:
+            require_exact_matmuls()
         unpacked: Initializers = {}
         if prepared is None and name in bundle.manifest.precisions[precision].unpack:
             unpacked = initializers_of(bundle, precision, name, threads=config.threads, panels=own)

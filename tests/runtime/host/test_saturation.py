@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from embedge.runtime import Embedder
+from embedge.runtime import Embedder, InferenceError
 from embedge.runtime.host import saturation
 from embedge.runtime.host.processor import instruction_sets
 from embedge.runtime.host.saturation import probe_model, saturates_u8s8
@@ -37,7 +37,7 @@ SCRIPT = """
 import json, sys
 import numpy as np
 import embedge.runtime.sessions.session as sessions
-from embedge.runtime import Embedder
+from embedge.runtime import Embedder, InferenceError
 
 texts = [f"w{i}" for i in range(30)]
 vectors = {}
@@ -116,6 +116,27 @@ def test_the_probe_runs_once_per_process(monkeypatch: pytest.MonkeyPatch) -> Non
     saturates_u8s8()
 
 
+def test_a_host_that_saturates_whatever_it_is_asked_is_refused_for_8_bits_alone(
+    int8_bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, bundle: Any
+) -> None:
+    asked: list[Any] = []
+
+    def probe(configure: Any = None) -> bool:
+        asked.append(configure)
+        return True
+
+    monkeypatch.setattr(saturation, "_known", [])
+    monkeypatch.setattr(saturation, "_probe", probe)
+    saturation._saturates_when_asked.cache_clear()
+    try:
+        with pytest.raises(InferenceError, match="8-bit matmuls saturate .* take precision='fp32'"):
+            Embedder(int8_bundle[0], verify="none").encode("w1")
+        assert asked == [None, saturation.ask_for_exact_matmuls]
+        assert Embedder(bundle.path).encode("w1").shape == (8,)
+    finally:
+        saturation._saturates_when_asked.cache_clear()
+
+
 @pytest.mark.parametrize("saturates", [False, True])
 def test_vectors_have_the_error_of_8_bit_steps(
     int8_bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, saturates: bool
@@ -161,7 +182,7 @@ print(library.own_kernels())
 
 EXPORTED = """
 import json, sys
-from embedge.runtime import Embedder
+from embedge.runtime import Embedder, InferenceError
 
 vectors = {}
 for bundle, precision in [pair.split("=") for pair in sys.argv[1:]]:
