@@ -117,7 +117,7 @@ def test_the_probe_runs_once_per_process(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_host_that_saturates_whatever_it_is_asked_is_refused_for_8_bits_alone(
-    int8_bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, bundle: Any
+    int8_bundle: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, two_tasks: Any
 ) -> None:
     asked: list[Any] = []
 
@@ -132,7 +132,8 @@ def test_a_host_that_saturates_whatever_it_is_asked_is_refused_for_8_bits_alone(
         with pytest.raises(InferenceError, match="8-bit matmuls saturate .* take precision='fp32'"):
             Embedder(int8_bundle[0], verify="none").encode("w1")
         assert asked == [None, saturation.ask_for_exact_matmuls]
-        assert Embedder(bundle.path).encode("w1").shape == (8,)
+        plain = Embedder(two_tasks.path, precision="fp32", task="code")
+        assert plain.encode("w1").shape == (8,)
     finally:
         saturation._saturates_when_asked.cache_clear()
 
