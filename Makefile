@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 TORCH := torch>=2.9,<2.14
 TORCH_INDEX ?=
 OPTIONS ?=
-PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile $(OPTIONS)
+PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(OPTIONS)
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 

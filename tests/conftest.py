@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,26 @@ ROOT = Path(__file__).resolve().parents[1]
 def package_path() -> Path:
     """A folder for PYTHONPATH where ``embedge`` is found without the editable install."""
     return ROOT / "src"
+
+
+_ONE_CORE = re.compile(r"tests/(bench|export/(?!writing))")  # writing computes on all cores
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_core_per_worker(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keeps one worker's threads off the other's core: ONNX Runtime's wait by spinning."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if (
+        not worker
+        or not hasattr(os, "sched_setaffinity")
+        or not _ONE_CORE.search(request.path.as_posix())
+    ):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[int(worker.removeprefix("gw")) % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 _LIGHT = "EMBEDGE_LIGHT_TESTS" in os.environ  # `make test-on`, where torch is not installed
@@ -34,3 +55,11 @@ def pytest_make_collect_report(
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[1]}")
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first, so that workers end together."""
+    slow: Counter[Path] = Counter()
+    for item in items:
+        slow[item.path] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: -slow[item.path])

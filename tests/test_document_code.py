@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def pretend_that_it_was_measured(manifest: Path) -> None:
     manifest.write_text(json.dumps(document), "utf-8")
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path fits on the line that names it, as pytest's may not."""
+    with tempfile.TemporaryDirectory(prefix="doc") as folder:
+        yield Path(folder)
+
+
 def has_code(name: str) -> bool:
     return any(
         block.language in {"python", "sh", "console"} and not block.mark.startswith("not run")
@@ -114,9 +122,9 @@ def has_code(name: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUN if has_code(name)])
 def test_code_runs(
-    name: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, short_folder: Path
 ) -> None:
-    place = tmp_path / "here"
+    place = short_folder / "here"
     shutil.copytree(workshop, place, symlinks=True)
     if "--out v4 " in read(name):
         shutil.rmtree(place / "v4")  # it makes its own

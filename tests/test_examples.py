@@ -52,6 +52,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sources")
 def test_examples_of_docstrings_run() -> None:
     examples = {name: source for name, text in documented() if (source := code(text).strip())}

@@ -36,6 +36,7 @@ def printed(package_path: Path, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_public_name_of_the_parts_is_there_and_the_same(package_path: Path) -> None:
     code = """
 import embedge, embedge.export, embedge.runtime, json
@@ -49,6 +50,7 @@ print(json.dumps(sorted(embedge.__all__)))
     assert json.loads(printed(package_path, code)) == sorted(names)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_nothing_and_an_embedder_no_exporter(package_path: Path) -> None:
     code = """
 import sys
@@ -76,6 +78,7 @@ except ImportError as error:
     assert "cannot import name 'Embeder' from 'embedge'" in printed(package_path, code)
 
 
+@pytest.mark.slow
 def test_export_bundle_without_its_packages_says_what_to_install(package_path: Path) -> None:
     code = """
 import importlib.util
@@ -103,6 +106,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_without_numpy_the_command_knows_its_version_and_says_what_is_missing(
     package_path: Path,
 ) -> None:
@@ -117,6 +121,7 @@ def test_without_numpy_the_command_knows_its_version_and_says_what_is_missing(
     )
 
 
+@pytest.mark.slow
 def test_it_is_a_program(package_path: Path) -> None:
     assert python(package_path, "-m", "embedge", "--help").stdout.startswith("usage: embedge [-h]")
     done = python(package_path, "-m", "embedge", "--version")
@@ -140,6 +145,7 @@ sys.exit(main())
     assert done.stderr == "embedge: error: interrupted\n"
 
 
+@pytest.mark.slow
 def test_type_checkers_know_the_names(package_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     script = tmp_path / "script.py"

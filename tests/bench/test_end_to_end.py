@@ -24,6 +24,8 @@ from embedge.runtime.cli.bench import add_arguments, run
 from embedge.runtime.cli.main import main
 from embedge.runtime.sessions.device import cuda_problem
 
+pytestmark = pytest.mark.slow
+
 TINY = Profile(texts=24, rows=12, rounds=2, singles=3, invariance=6, warm_up=1, process_repeats=1)
 
 

@@ -21,12 +21,14 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = embedge.bench.nothing
 
 
+@pytest.mark.slow
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, embedge.runtime.cli.bench; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named_with_the_command_that_brings_it() -> None:
     code = (
         "import importlib.metadata as m, importlib.util as u; real, version = u.find_spec, m.version\n"

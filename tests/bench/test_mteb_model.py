@@ -19,6 +19,8 @@ from embedge.bench.mteb_model import EmbedgeEncoder, bundle_task, main
 from embedge.export import export_bundle
 from embedge.runtime import Embedder
 
+pytestmark = pytest.mark.slow
+
 ALL = ("retrieval", "text-matching", "code")
 
 

@@ -6,11 +6,14 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from embedge.runtime import EmbedgeError
 from tests.fuzz.child import Outcome, Wrong, run
 from tests.fuzz.source import make_sources, mutation
 
 
+@pytest.mark.slow
 def test_exports_of_damaged_sources_end_in_vectors_or_refusals(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
 
@@ -20,6 +23,7 @@ def test_exports_of_damaged_sources_end_in_vectors_or_refusals(tmp_path: Path) -
     assert {outcome.kind for _, outcome in outcomes} == {"right", "refused"}
 
 
+@pytest.mark.slow
 def test_every_way_to_end_is_told(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()

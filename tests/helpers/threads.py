@@ -24,6 +24,15 @@ def all_ended(before: set[int]) -> bool:
     return not workers() - before
 
 
+def none_added(before: set[int]) -> bool:
+    """Whether there are soon no more workers than before; an interrupt may have replaced some."""
+    gc.collect()
+    end = time.monotonic() + 10
+    while len(workers()) > len(before) and time.monotonic() < end:
+        time.sleep(0.001)
+    return len(workers()) <= len(before)
+
+
 def _is_worker(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code is workers_module._work.__code__:

@@ -173,6 +173,7 @@ class TestNames:
         assert {name: encode.get(name) for name in of_images} == of_images
         assert {*EmbedderOptions.__annotations__} == {*defaults(Embedder)}
 
+    @pytest.mark.slow
     def test_type_checkers_find_misspelt_options(self, package_path: Path, tmp_path: Path) -> None:
         pytest.importorskip("mypy")
         script = tmp_path / "script.py"
@@ -229,6 +230,7 @@ class TestTables:
     def model(self, bundle: Any) -> Embedder:
         return Embedder(bundle.path)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow", "datasets"])
     def test_a_table_is_refused_and_the_advice_works(self, model: Embedder, library: str) -> None:
         module = pytest.importorskip(library)

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import embedge.runtime
 
 BANNED = (
@@ -49,6 +51,7 @@ def child(script: str) -> str:
     ).stdout
 
 
+@pytest.mark.slow
 def test_none_of_the_heavy_packages_and_no_other_part_of_embedge_is_loaded() -> None:
     loaded = json.loads(child(LOADED))
     assert "embedge.runtime" in loaded
@@ -57,6 +60,7 @@ def test_none_of_the_heavy_packages_and_no_other_part_of_embedge_is_loaded() -> 
     assert parts == {"runtime"}
 
 
+@pytest.mark.slow
 def test_the_import_alone_loads_numpy_and_the_standard_library() -> None:
     """ONNX Runtime, tokenizers and tqdm come with the first use, so the import is quick."""
     loaded = {name.split(".")[0] for name in json.loads(child(FIRST))}

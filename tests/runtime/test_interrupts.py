@@ -16,7 +16,7 @@ from embedge.runtime.images import mixed
 from embedge.runtime.sessions import pool, session_workers
 from tests.helpers.interrupts import Interrupts, in_time, swallowed
 from tests.helpers.pictures import picture
-from tests.helpers.threads import all_ended, workers
+from tests.helpers.threads import none_added, workers
 
 MODULES = (batch_runner, images_module, mixed, pool, prefetch, session_workers, texts, vectors)
 FILES = tuple(module.__file__ for module in MODULES)
@@ -35,10 +35,11 @@ def interrupt(model: Embedder, call: Callable[[], Any]) -> None:
         if not interrupts.hit:
             break
     assert moment > 20 * STEP
-    assert all_ended(before)
+    assert none_added(before)
     in_time(lambda: np.testing.assert_allclose(call(), expected, atol=1e-6, rtol=0))
 
 
+@pytest.mark.slow
 @swallowed
 @pytest.mark.parametrize("precision", [{"fp32": {}}, {"int8": INTEGER}], ids=["fp32", "int8"])
 def test_of_texts_in_windows(
@@ -50,6 +51,7 @@ def test_of_texts_in_windows(
     interrupt(model, lambda: model.encode(inputs, batch_size=2))
 
 
+@pytest.mark.slow
 @swallowed
 def test_of_images_and_texts(with_images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images_module, "_CHUNK_BYTES", 1)

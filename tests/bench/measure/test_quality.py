@@ -69,6 +69,7 @@ def test_the_interval_of_a_constant_difference_is_that_difference() -> None:
     np.testing.assert_allclose([found.difference, found.low, found.high], 0.02, atol=EXACT)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_mean_is_as_wide_as_theory_says() -> None:
     difference = np.random.default_rng(1).normal(0.01, 0.1, 1000)
     evaluation = EvalSet(name="x", first=("",) * 1000, second=("",) * 1000)
@@ -92,6 +93,7 @@ def test_a_system_compared_with_itself_differs_by_nothing() -> None:
     assert (found.difference, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_interval_of_two_correlations_holds_the_difference_scipy_bootstraps() -> None:
     stats = pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(3)

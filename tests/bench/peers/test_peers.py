@@ -20,6 +20,8 @@ from embedge.bench.peers.hidden_state import HiddenStateSystem, graph_inputs
 from embedge.bench.peers.rounding import rounded_blocks, rounded_rows
 from tests.helpers.decoders import write_decoder
 
+pytestmark = pytest.mark.slow
+
 ABSENT = peers.Peer(variants={}, requires=("no_such_module.inside",), install="nothing")
 CAVEATS = ("not repacked", "downloads from the hub")
 TEXTS = ["a", "hello world", "the quick brown fox jumps over"]

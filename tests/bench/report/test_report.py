@@ -84,6 +84,7 @@ def test_a_cosine_near_1_keeps_its_digits(report: Report) -> None:
     assert main_table([row]).rows[0][7:9] == ("0.9999995", "1.0000000")
 
 
+@pytest.mark.slow
 def test_files_for_tools_people_and_eyes_are_written(report: Report, tmp_path: Path) -> None:
     files = write_report(
         report, tmp_path / "new" / "folder", [c.line() for c in check_targets(report, [5])]

@@ -34,6 +34,7 @@ def test_more_texts_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         bulk.short_texts(100)
 
 
+@pytest.mark.slow
 def test_shares_are_shares_and_the_runtime_is_left_as_it_was(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ from embedge.bench.studies import vision_tower
 from embedge.bench.studies.qwen_vision import FixedGridTower, load_tower
 from embedge.export import export_bundle
 
+pytestmark = pytest.mark.slow
+
 EVEN, UNEVEN = (16, 16), (12, 22)  # rows and columns of patches; windows are 8 × 8
 
 

@@ -43,6 +43,7 @@ def by_hand(model: Path, adapter: Path | None, text: str, pooling: str) -> np.nd
     return (vector / vector.norm()).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_vectors_in_a_padded_batch_equal_those_made_by_hand(
     pooling: str, make_model: Callable[[str], Path]
@@ -55,6 +56,7 @@ def test_vectors_in_a_padded_batch_equal_those_made_by_hand(
     np.testing.assert_allclose(found, expected, atol=SAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 def test_the_adapter_is_added_with_alpha_over_rank(
     merged: bool, model: Path, adapter: Path
@@ -66,6 +68,7 @@ def test_the_adapter_is_added_with_alpha_over_rank(
     assert np.abs(found - Reference(model).encode(TEXTS)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_modules_beside_an_adapter_are_its_own(
     make_model: Callable[[str], Path], adapter: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +122,7 @@ def test_bfloat16_is_near_and_not_equal(model: Path) -> None:
     assert (cosines < 1 - 1e-7).any()
 
 
+@pytest.mark.slow
 def test_adapter_keys_of_a_model_with_a_head_are_placed(
     model: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +143,7 @@ class WithHead(torch.nn.Module):
         self.model, self.multi_vector_projector = model, torch.nn.Linear(32, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 def test_an_adapter_that_reaches_the_multi_vector_head_is_placed(
     merged: bool, model: Path, tmp_path: Path

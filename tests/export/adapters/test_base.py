@@ -80,6 +80,7 @@ NO_NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", NO_NAMES)
 def test_a_base_name_that_says_nothing_is_a_warning(recorded: str | None, tmp_path: Path) -> None:
     save_adapter(tmp_path)

@@ -168,6 +168,7 @@ def test_whatever_does_not_fit_is_an_error_that_names_it(misfit: str, tmp_path: 
     assert "1 problem:" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

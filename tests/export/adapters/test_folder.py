@@ -77,6 +77,7 @@ def exported(source: Path, adapters: dict[str, Path | None], out: Path, **option
     return Embedder(out, precision="fp32", threads=1)
 
 
+@pytest.mark.slow
 def test_modules_and_prompts_of_an_adapters_folder_are_its_tasks(
     source: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_modules_and_prompts_of_an_adapters_folder_are_its_tasks(
         assert cosines(found, vectors(model, **options)).min() >= BOUND
 
 
+@pytest.mark.slow
 def test_an_adapter_with_a_name_has_them_in_the_folder_above(source: Path, tmp_path: Path) -> None:
     model = trained(source, tmp_path / "own")
     (tmp_path / "own" / "code").mkdir()
@@ -103,6 +105,7 @@ def test_an_adapter_with_a_name_has_them_in_the_folder_above(source: Path, tmp_p
     assert cosines(ours.encode(TEXTS, on_truncate="ignore"), vectors(model)).min() >= BOUND
 
 
+@pytest.mark.slow
 def test_tasks_may_differ_in_prompts(source: Path, tmp_path: Path) -> None:
     """The rest is the model's: mean pooling, no Dense layer."""
     trained(
@@ -134,6 +137,7 @@ def test_tasks_may_differ_in_prompts(source: Path, tmp_path: Path) -> None:
     assert np.allclose(model.encode(TEXTS, task="own", on_truncate="ignore"), named)
 
 
+@pytest.mark.slow
 def test_a_task_of_other_prompts_can_be_added_to(source: Path, tmp_path: Path) -> None:
     trained(source, tmp_path / "own", pooling="mean", dense=None, prompts={"code": "code: "})
     write_json(tmp_path / "own" / "sentence_bert_config.json", {"max_seq_length": 64})
@@ -214,6 +218,7 @@ def test_another_tokenizer_is_refused_by_name(kind: str, source: Path, tmp_path:
         exported(source, {"task": adapter}, tmp_path / "bundle")
 
 
+@pytest.mark.slow
 def test_the_models_own_tokenizer_may_lie_there_however_it_is_written(
     source: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +233,7 @@ def test_the_models_own_tokenizer_may_lie_there_however_it_is_written(
     exported(source, {"task": adapter}, tmp_path / "bundle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -266,6 +272,7 @@ def test_settings_without_modules_are_refused(source: Path, tmp_path: Path) -> N
         exported(source, {"task": adapter}, tmp_path / "bundle")
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_the_models_weights_is_refused_unless_it_is_asked_for(
     source: Path, tmp_path: Path
 ) -> None:

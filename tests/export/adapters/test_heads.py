@@ -154,6 +154,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors_are_those_of_pefts_backbone(
     kind: str, sources: dict[str, Path], tmp_path: Path
@@ -170,6 +171,7 @@ def test_vectors_are_those_of_pefts_backbone(
     assert all(f"left out what no vector depends on: {left_out}" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_an_untrained_head_is_left_out_without_a_word(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -238,6 +240,7 @@ def test_trained_rows_that_do_not_fit_are_named(
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_resized_vocabulary_is_refused_with_a_command_that_merges_it(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:

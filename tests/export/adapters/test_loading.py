@@ -67,6 +67,7 @@ def test_a_broken_config_is_named(content: str, tmp_path: Path) -> None:
         Adapter.load(tmp_path, "code")
 
 
+@pytest.mark.slow
 def test_truncated_and_missing_weights_are_named(tmp_path: Path) -> None:
     save_adapter(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"

@@ -35,6 +35,8 @@ from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.host.memory import parse_bytes
 from tests.helpers.models import cosines, load_base, make_model, random_texts, save
 
+pytestmark = pytest.mark.slow
+
 TEXTS = random_texts(24)
 
 

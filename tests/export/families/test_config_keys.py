@@ -211,6 +211,7 @@ def test_no_key_has_two_meanings() -> None:
         assert not table.used & set(table.fixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_key_changes_the_vector_as_in_transformers_or_is_refused(
     kind: str, sources: dict[str, Path], tmp_path: Path
@@ -225,6 +226,7 @@ def test_a_key_changes_the_vector_as_in_transformers_or_is_refused(
     assert len([v for v in outcomes.values() if v == "same"]) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_key_has_the_default_of_transformers(
     kind: str, sources: dict[str, Path], tmp_path: Path
@@ -236,6 +238,7 @@ def test_a_missing_key_has_the_default_of_transformers(
     assert {k: v for k, v in outcomes.items() if v not in ("same", "refused", "theirs fails")} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bookkeeping_of_all_sorts_locks_nobody_out(
     kind: str, sources: dict[str, Path], tmp_path: Path
@@ -271,6 +274,7 @@ def test_bookkeeping_of_all_sorts_locks_nobody_out(
         assert assert_same_or_refused(source, tmp_path / "out") != "refused"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", FOREIGN)
 def test_a_key_whose_name_is_about_the_vector_is_refused_by_name(
@@ -307,6 +311,7 @@ def test_code_of_the_models_own_is_refused_by_name(
         export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -346,6 +351,7 @@ def test_tensors_that_transformers_would_leave_out_are_refused_by_name(
         export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
 def test_a_text_config_that_the_class_does_not_read_is_refused(
     kind: str, sources: dict[str, Path], tmp_path: Path
@@ -356,6 +362,7 @@ def test_a_text_config_that_the_class_does_not_read_is_refused(
     assert outcome(sources[kind], tmp_path, text_config=None) == "same"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["bert", "mpnet", "modernbert-with-biases", "llama-with-biases", "qwen2", "qwen3"]
 )

@@ -64,6 +64,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_random_lora_on_all_linears_matches_peft(
     name: str, sources: dict[str, Path], tmp_path: Path
@@ -72,6 +73,7 @@ def test_a_random_lora_on_all_linears_matches_peft(
     assert_parity(sources[name], adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_the_bare_backbone_matches_transformers(
     name: str, sources: dict[str, Path], tmp_path: Path
@@ -91,6 +93,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "what"), SAVED)
 def test_modules_to_save_take_the_place_of_the_base_modules(
     name: str, what: str, sources: dict[str, Path], tmp_path: Path
@@ -104,12 +107,14 @@ def test_modules_to_save_take_the_place_of_the_base_modules(
     assert_parity(sources[name], adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_dora_matches_peft(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(sources[name], tmp_path / "adapter", target=linears(name), use_dora=True)
     assert_parity(sources[name], adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_rank_and_alpha_patterns_match_peft(
     name: str, sources: dict[str, Path], tmp_path: Path
@@ -126,6 +131,7 @@ def test_rank_and_alpha_patterns_match_peft(
     assert_parity(sources[name], adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_adapted_word_embedding_matches_peft(sources: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(
         sources["bert"], tmp_path / "adapter", target=["word_embeddings", "query"]
@@ -133,6 +139,7 @@ def test_an_adapted_word_embedding_matches_peft(sources: dict[str, Path], tmp_pa
     assert_parity(sources["bert"], adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_trained_biases_match_peft(sources: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(
         sources["bert"], tmp_path / "adapter", target=linears("bert"), bias="all"
@@ -140,6 +147,7 @@ def test_trained_biases_match_peft(sources: dict[str, Path], tmp_path: Path) -> 
     assert_parity(sources["bert"], adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_bias_that_only_lora_has_matches_peft(sources: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(
         sources["llama"], tmp_path / "adapter", target=["o_proj"], lora_bias=True
@@ -147,6 +155,7 @@ def test_a_bias_that_only_lora_has_matches_peft(sources: dict[str, Path], tmp_pa
     assert_parity(sources["llama"], adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("name", ["bert", "mistral"])
 def test_every_pooling_is_the_one_by_hand(name: str, pooling: str, tmp_path: Path) -> None:
@@ -154,6 +163,7 @@ def test_every_pooling_is_the_one_by_hand(name: str, pooling: str, tmp_path: Pat
     assert_parity(source, None, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("activation", ["Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU"])
 def test_dense_layers_follow_pooling(activation: str, normalize: bool, tmp_path: Path) -> None:
@@ -163,12 +173,14 @@ def test_dense_layers_follow_pooling(activation: str, normalize: bool, tmp_path:
     assert_parity(source, None, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"])
 def test_every_activation_is_that_of_transformers(activation: str, tmp_path: Path) -> None:
     model = make_model("bert", num_hidden_layers=1, hidden_act=activation)
     assert_parity(save(model, tmp_path / "source"), None, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_token_types_of_the_tokenizer_reach_the_model(tmp_path: Path) -> None:
     source = save(make_model("bert"), tmp_path / "source")
     tokenizer = make_tokenizer()
@@ -193,6 +205,7 @@ def test_token_types_of_the_tokenizer_reach_the_model(tmp_path: Path) -> None:
     assert cosines(ours, np.stack(theirs)).min() >= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pad"), [(n, p) for n in ("roberta", "mpnet") for p in (0, 1)])
 def test_positions_count_from_where_transformers_counts(
     name: str, pad: int, tmp_path: Path
@@ -201,6 +214,7 @@ def test_positions_count_from_where_transformers_counts(
     assert_parity(source, None, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_text_beyond_the_limit_is_cut_like_the_reference(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -210,6 +224,7 @@ def test_a_text_beyond_the_limit_is_cut_like_the_reference(
     assert cosines(ours, Reference(sources["bert"]).encode([text])).min() >= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_a_decoder_with_a_language_head_is_read_without_it(prefix: str, tmp_path: Path) -> None:
     extra = {"lm_head.weight": torch.randn(96, 32)} if prefix else {}
@@ -217,6 +232,7 @@ def test_a_decoder_with_a_language_head_is_read_without_it(prefix: str, tmp_path
     assert_parity(source, None, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -245,6 +261,7 @@ def test_a_config_that_does_not_fit_the_weights_or_its_types_is_refused(
         export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "mpnet"])
 def test_a_padding_token_in_a_text_has_a_position_as_any_other(
     name: str, sources: dict[str, Path], tmp_path: Path
@@ -281,6 +298,7 @@ def test_yarn_matches_transformers(name: str, rope: dict[str, Any], tmp_path: Pa
     assert cosines(found, Reference(source).encode(TEXTS)).min() >= 0.999999
 
 
+@pytest.mark.slow
 def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
     source = save(make_model("llama", rope_theta=500.0), tmp_path / "source", pooling="mean")
     config = json.loads((source / "config.json").read_text())
@@ -292,6 +310,7 @@ def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None
     assert np.array_equal(exported(source, None, tmp_path / "after").encode(TEXTS), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "setting", "value"),
     [
@@ -320,6 +339,7 @@ def test_what_a_family_does_not_implement_is_refused_by_name(
         export_bundle(source, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [4, 12])
 def test_heads_of_any_even_size_run_at_every_precision(head: int, tmp_path: Path) -> None:
     source = save(make_model("qwen3", head_dim=head), tmp_path / "source", pooling="lasttoken")
@@ -332,6 +352,7 @@ def test_heads_of_any_even_size_run_at_every_precision(head: int, tmp_path: Path
         assert cosines(found, expected).mean() >= bound
 
 
+@pytest.mark.slow
 def test_modernbert_as_transformers_5_saves_it(sources: dict[str, Path], tmp_path: Path) -> None:
     before = exported(sources["modernbert"], None, tmp_path / "before").encode(TEXTS)
     source = save(make_model("modernbert"), tmp_path / "source")
@@ -361,6 +382,7 @@ def test_layer_types_of_other_types_are_refused(name: str, types: Any, tmp_path:
         exported(source, None, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_token_that_the_table_lacks_is_warned_of_and_named(tmp_path: Path) -> None:
     source = save(make_model("bert"), tmp_path / "source")
     tokenizer = make_tokenizer()
@@ -374,6 +396,7 @@ def test_a_token_that_the_table_lacks_is_warned_of_and_named(tmp_path: Path) -> 
         model.encode(["a [one] b"])
 
 
+@pytest.mark.slow
 def test_prompts_that_pooling_leaves_out_are_refused_at_the_call(tmp_path: Path) -> None:
     source = save(make_model("bert"), tmp_path / "source")
     write_json(source / "1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False})
@@ -383,6 +406,7 @@ def test_prompts_that_pooling_leaves_out_are_refused_at_the_call(tmp_path: Path)
         model.encode(TEXTS, prompt="find: ")
 
 
+@pytest.mark.slow
 def test_the_advised_conversion_of_pickled_weights_keeps_everything(tmp_path: Path) -> None:
     model = make_model("bert")
     source = save(model, tmp_path / "a source", pooling="cls")

@@ -23,7 +23,7 @@ from tests.helpers.jina_v4 import TASKS, Reference, adapter_folder, write_checkp
 Floats = NDArray[np.float32]
 
 # checkpoints lie under other names here than the adapters' base
-pytestmark = pytest.mark.filterwarnings("ignore:adapter .* was trained on")
+pytestmark = [pytest.mark.filterwarnings("ignore:adapter .* was trained on"), pytest.mark.slow]
 
 TEXTS = [
     "How do I sort a dictionary by its values?",
@@ -76,8 +76,6 @@ def reference(request: pytest.FixtureRequest, checkpoint: Path) -> Reference:
 
 
 # -- parity -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prompt", ["query", "passage"])
 def test_texts_equal_the_reference(model: Embedder, reference: Reference, prompt: str) -> None:
     prefix = "Passage: " if prompt == "passage" and reference.task != "text-matching" else "Query: "
@@ -139,8 +137,6 @@ def test_more_pixels_are_more_tokens_and_still_the_reference(
 
 
 # -- every adapter tensor counts ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_leaving_out_one_kind_of_adapter_breaks_parity(
     model: Embedder, checkpoint: Path, kind: str
@@ -171,8 +167,6 @@ def test_tasks_differ(model: Embedder) -> None:
 
 
 # -- layouts ------------------------------------------------------------------------------------------
-
-
 def test_the_new_key_prefix_gives_the_same_vectors(model: Embedder, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "new", layout="new")
     out = export_bundle(source, precisions=["fp32"], out=tmp_path / "bundle", calibration="none")

@@ -26,6 +26,8 @@ from tokenizers import Tokenizer
 from tests.helpers.jina_v4 import IMAGE_PROMPT, TASKS, Reference, adapter_folder
 from tests.helpers.models import cosines
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "A cat sat on the mat.",
     "def f(x):\n    return x + 1",

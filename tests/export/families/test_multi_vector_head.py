@@ -100,6 +100,7 @@ def export(source: Path, adapter: Path | None, out: Path, precision: str = "fp32
     return Embedder(out, precision=precision, threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "bare"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_both_outputs_match_transformers_with_peft(
@@ -117,6 +118,7 @@ def test_both_outputs_match_transformers_with_peft(
     assert np.abs(np.linalg.norm(np.concatenate(rows), axis=1) - 1).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_padding_has_vectors_of_length_0(tmp_path: Path) -> None:
     source = make_source("llama", tmp_path / "source")
     export(source, make_adapter(source, tmp_path / "adapter"), tmp_path / "out")
@@ -130,6 +132,7 @@ def test_padding_has_vectors_of_length_0(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(rows, axis=2), mask, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.98), ("int4", 0.8)])
 def test_quantized_graphs_have_the_head_too(precision: str, bound: float, tmp_path: Path) -> None:
     source = make_source("llama", tmp_path / "source")

@@ -119,6 +119,7 @@ def batch() -> dict[str, NDArray[Any]]:
 # -- kernels ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", [*MODELS, "multi-vector head", "jina-v4"])
 def test_every_node_has_a_cuda_kernel(name: str, precision: str, export: Export) -> None:
@@ -128,6 +129,7 @@ def test_every_node_has_a_cuda_kernel(name: str, precision: str, export: Export)
         assert list(Problems(graph, KERNELS)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_and_attention_are_float16(precision: str, export: Export) -> None:
     """What makes a GPU fast: nothing of a layer's products is left in float32."""
@@ -144,6 +146,7 @@ def test_products_and_attention_are_float16(precision: str, export: Export) -> N
         assert {problems.types[n.output[0]] for n in heavy} == {"float16"}
 
 
+@pytest.mark.slow
 def test_graphs_for_the_cpu_would_not_do(export: Export) -> None:
     """The check finds what was wrong with them: float32 attention, and versions without a kernel."""
     graph, _ = graphs(export("qwen2"), "int4")  # and the unpacked one
@@ -228,6 +231,7 @@ def test_the_table_is_read_from_the_published_page() -> None:
 # -- vectors, on the CPU --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_vectors_stay_close_to_fp32(name: str, precision: str, export: Export) -> None:
@@ -236,6 +240,7 @@ def test_vectors_stay_close_to_fp32(name: str, precision: str, export: Export) -
     assert cosines(exact, run(bundle / precision / "task.onnx", feeds)).min() > LOWEST[precision]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "modernbert", "qwen2-sliding", "qwen3", "bert of 96"])
 def test_int4_on_gpus_has_the_weights_of_int4(name: str, export: Export) -> None:
     bundle, feeds = export(name), batch()
@@ -244,6 +249,7 @@ def test_int4_on_gpus_has_the_weights_of_int4(name: str, export: Export) -> None
     assert cosines(cpu, gpu).min() > (0.999 if name == "bert of 96" else 0.9998)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_images_and_multi_vectors_stay_close_to_fp32(precision: str, export: Export) -> None:
     bundle = on_the_cpu(export("jina-v4"))

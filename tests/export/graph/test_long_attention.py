@@ -59,6 +59,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_texts_of_any_length_match_transformers(name: str, precision: str, exported: Any) -> None:
@@ -74,6 +75,7 @@ def test_texts_of_any_length_match_transformers(name: str, precision: str, expor
     assert cosines(together, alone).min() > 0.999999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("block_size", [None, 64])
 def test_quantized_products_leave_vectors_independent_of_their_batch(
@@ -99,6 +101,7 @@ def test_quantized_products_leave_vectors_independent_of_their_batch(
         assert cosines(together, alone).min() > 0.999999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_both_ways_of_attention_give_the_same(name: str, exported: Any) -> None:
     """A long row without padding, and the same row beside a longer one, in both places."""
@@ -131,6 +134,7 @@ def operators(bundle: Path, tokens: int, folder: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_what_runs_depends_on_the_length(exported: Any, tmp_path: Path) -> None:
     _, bundle = exported("modernbert")  # of four layers two look at everything
     short, middle, long = (operators(bundle, n, tmp_path) for n in (8 * REACH, 200, FLASH_TOKENS))
@@ -166,6 +170,7 @@ print((peak() - before) / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_grows_with_the_tokens(name: str, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 from embedge.runtime.tuning.pack_graphs import pack_graph
 from tests.helpers.models import linears, make_model, random_texts, save, save_adapter
 
+pytestmark = pytest.mark.slow
+
 TEXTS = random_texts(16)
 UNPACKED = "int4-unpacked"
 

@@ -22,7 +22,7 @@ from tests.helpers.jina_v4 import write_checkpoint
 from tests.helpers.kernel import layouts_seen, needs_kernel, without_kernel
 from tests.helpers.models import cosines, make_model, random_texts, save
 
-pytestmark = needs_kernel
+pytestmark = [needs_kernel, pytest.mark.slow]
 
 Vectors = NDArray[np.float32]
 

@@ -30,6 +30,8 @@ from tests.helpers.models import (
 )
 from tests.helpers.sessions import open_graph, session_options
 
+pytestmark = pytest.mark.slow
+
 TEXTS = random_texts(24)
 MODELS = ("bert", "mpnet", "modernbert", "modernbert-with-biases", "qwen2", "qwen3")
 # Gentle gains: attention of a few sharp peaks would turn any rounding into another vector.
@@ -107,8 +109,6 @@ def feeds(session: ort.InferenceSession, ids: NDArray[Any], mask: NDArray[Any]) 
 
 
 # -- closeness ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("precision", QUANTIZED)
 @pytest.mark.parametrize("name", MODELS)
 def test_vectors_stay_close_to_fp32(name: str, precision: str, export: Export) -> None:
@@ -466,8 +466,6 @@ def test_seven_bit_activations_give_close_vectors(name: str, export: Export) -> 
 
 
 # -- exactness of what int8 moves around ----------------------------------------------------------------
-
-
 def test_int8_loses_no_bias_to_the_shift_of_its_inputs(tmp_path: Path) -> None:
     """Large biases: a dropped, doubled or unscaled one would move every vector."""
     model = make_model("bert", **WIDE)

@@ -23,6 +23,8 @@ from embedge.runtime.errors import EmbedgeValueError
 from tests.helpers.models import cosines, linears, make_model, random_texts, save, save_adapter
 from tests.helpers.weights import StoredWeights
 
+pytestmark = pytest.mark.slow
+
 TEXTS = random_texts(24)
 MODELS = ("modernbert", "llama", "llama-with-biases", "mistral", "qwen2", "qwen2-sliding", "qwen3")
 GENTLE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 136, "gain": 0.6}

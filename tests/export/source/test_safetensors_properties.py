@@ -69,6 +69,7 @@ def same(found: SafetensorsFile, expected: Mapping[str, NDArray[Any]]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @few
 @given(
     tensors(),
@@ -84,6 +85,7 @@ def test_files_are_read_as_the_library_wrote_them(
     assert same(SafetensorsFile(file, CheckpointError), arrays)
 
 
+@pytest.mark.slow
 @few
 @given(tensors(), st.integers(0, 1 << 32), st.sampled_from(["json", "bits", "offsets"]))
 def test_a_changed_file_is_refused_by_name_or_one_that_the_library_reads_alike(

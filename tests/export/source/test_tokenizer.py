@@ -91,6 +91,7 @@ PARTS: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(VERSION > 4, reason="classes of transformers 5 build other tokenizers")
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", ["PreTrained", *CLASSES])

@@ -33,6 +33,7 @@ from tests.helpers.models import (
 RENEWED = ("manifest.json", "README.md")  # the card follows the manifest
 
 
+@pytest.mark.slow
 def test_a_task_is_added_without_touching_or_repeating_what_is_there(
     source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_task_is_added_without_touching_or_repeating_what_is_there(
     Embedder(out, precision="int8", verify="full")
 
 
+@pytest.mark.slow
 def test_added_tasks_give_the_vectors_of_one_export(
     source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +69,7 @@ def test_added_tasks_give_the_vectors_of_one_export(
         assert np.array_equal(apart, Embedder(at_once, precision="int8").encode(texts, task=task))
 
 
+@pytest.mark.slow
 def test_a_precision_is_added_without_touching_what_is_there(
     source: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -80,6 +83,7 @@ def test_a_precision_is_added_without_touching_what_is_there(
     Embedder(out, precision="fp32", verify="full")
 
 
+@pytest.mark.slow
 def test_the_same_dimensions_can_be_given_again(
     source: Path, adapters: dict[str, Path], copy: Path
 ) -> None:
@@ -145,6 +149,7 @@ def test_a_graph_that_reads_past_what_is_listed_is_not_added_to(
         small(source, copy, adapters={"third": None})
 
 
+@pytest.mark.slow
 def test_tasks_of_other_options_keep_what_older_graphs_need(source: Path, tmp_path: Path) -> None:
     out = small(
         source, tmp_path / "out", precisions=["int4"], int4_block_size=64, keep={"*.value": "int8"}

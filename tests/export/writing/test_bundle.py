@@ -22,6 +22,7 @@ from tests.helpers.exports import (
 from tests.helpers.sessions import open_graph
 
 
+@pytest.mark.slow
 def test_a_bundle_holds_these_files_and_no_others(bundle: Path) -> None:
     expected = {"manifest.json", "README.md", "tokenizer.json"}
     for precision in PRECISIONS:
@@ -40,6 +41,7 @@ def test_the_manifest_is_valid_and_names_every_file_with_its_hash(bundle: Path) 
     assert all((bundle / n).stat().st_size == e.size for n, e in parsed.files.items())
 
 
+@pytest.mark.slow
 def test_the_full_check_passes(bundle: Path) -> None:
     Embedder(bundle, precision="int8", verify="full")
 
@@ -110,6 +112,7 @@ export_bundle(source, adapters=adapters, precisions=precisions, out=out, matryos
 """
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(
     source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
 ) -> None:

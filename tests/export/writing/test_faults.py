@@ -71,6 +71,7 @@ def test_a_full_disk_is_one_readable_error_and_leaves_nothing(
     assert leftovers(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_an_older_bundle_as_it_was(
     source: Path, adapters: dict[str, Path], tmp_path: Path, full_disk: Callable[[int], None]
 ) -> None:
@@ -115,6 +116,7 @@ def killed_export(source: Path, task: str, out: Path, watched: Path) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_under_the_name_and_a_second_run_succeeds(
     source: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_a_killed_export_leaves_nothing_under_the_name_and_a_second_run_succeeds
     Embedder(out, precision="int8", verify="full")
 
 
+@pytest.mark.slow
 def test_a_killed_addition_leaves_the_bundle_usable_and_a_second_run_succeeds(
     source: Path, copy: Path
 ) -> None:
@@ -141,6 +144,7 @@ def test_a_killed_addition_leaves_the_bundle_usable_and_a_second_run_succeeds(
     }
 
 
+@pytest.mark.slow
 def test_a_killed_int4_addition_leaves_no_file_that_stops_the_next(
     source: Path, copy: Path
 ) -> None:
@@ -176,6 +180,7 @@ def without_fp32(bundle: Path) -> None:
     write_json(bundle / "manifest.json", document)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_second_export_to_the_same_new_folder_is_refused_and_harms_nothing(
     overwrite: bool, source: Path, tmp_path: Path
@@ -190,6 +195,7 @@ def test_a_second_export_to_the_same_new_folder_is_refused_and_harms_nothing(
     Embedder(out, precision="fp32", verify="full").encode("ab")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_second_addition_at_the_same_time_is_refused_and_both_can_follow_each_other(
     overwrite: bool, source: Path, copy: Path
@@ -241,6 +247,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", REFUSALS)
 def test_what_the_system_refuses_comes_with_advice_that_helps(
     number: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -259,6 +266,7 @@ def test_what_the_system_refuses_comes_with_advice_that_helps(
     assert leftovers(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_a_bundle_whose_parent_cannot_be_written_gains_a_task_all_the_same(
     source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +283,7 @@ def test_a_bundle_whose_parent_cannot_be_written_gains_a_task_all_the_same(
     assert ".export.lock" not in contents(copy)
 
 
+@pytest.mark.slow
 def test_a_failed_addition_says_that_the_bundle_is_as_it_was(
     source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +295,7 @@ def test_a_failed_addition_says_that_the_bundle_is_as_it_was(
         small(source, copy, adapters={"third": None})
 
 
+@pytest.mark.slow
 def test_the_working_folder_is_not_replaced(
     source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_kills_leave_a_bundle_or_none_and_nothing_stray() -> None:
     """Three moments of each job: an export, two ways of overwriting, an addition, ``prepare``."""

@@ -23,6 +23,7 @@ def cost_of(nbytes: float, precision: str, folder: Path) -> tuple[int, Cost]:
     return total, cost
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("precision", ["int8"])
 def test_a_model_of_many_layers_needs_little_more_than_one_of_few(

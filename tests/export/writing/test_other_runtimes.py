@@ -99,6 +99,7 @@ def bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["plain", "adapted"])
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_the_cards_python_gives_embedges_vectors_to_the_bit(
@@ -107,6 +108,7 @@ def test_the_cards_python_gives_embedges_vectors_to_the_bit(
     compare(bundle, precision, task, prompts=[None, "", *PROMPTS.values()])
 
 
+@pytest.mark.slow
 def test_the_cards_python_takes_texts_of_a_bundle_with_images(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "v4")
     out = export_bundle(
@@ -116,6 +118,7 @@ def test_the_cards_python_takes_texts_of_a_bundle_with_images(tmp_path: Path) ->
         compare(out, precision, "retrieval", dims=[None, 16], texts=["a b c", "def f(x): x"])
 
 
+@pytest.mark.slow
 def test_a_decoder_without_normalization_and_with_a_default_dimension(tmp_path: Path) -> None:
     source = save(
         make_model("qwen2"), tmp_path / "tiny", pooling="lasttoken", normalize=False, max_length=40
@@ -131,6 +134,7 @@ def test_a_decoder_without_normalization_and_with_a_default_dimension(tmp_path: 
     compare(out, "int8", "task", texts=TEXTS[:2])
 
 
+@pytest.mark.slow
 def test_the_probe_in_the_card_is_that_of_the_runtime(bundle: Path) -> None:
     code = initializer(bundle, "int8", "plain")
     namespace: dict[str, Any] = {}
@@ -147,6 +151,7 @@ def test_the_probe_in_the_card_is_that_of_the_runtime(bundle: Path) -> None:
     assert models == [probe_model()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="no Node.js")
 def test_the_cards_javascript_is_well_formed(bundle: Path, tmp_path: Path) -> None:
     card = (bundle / "README.md").read_text("utf-8")
@@ -178,6 +183,7 @@ def notes(bundle: Path, graph: str) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_a_graph_says_how_it_is_run(precision: str, bundle: Path) -> None:
     found = notes(bundle, f"{precision}/adapted.onnx")
@@ -219,6 +225,7 @@ def test_the_front_matter_is_in_the_hubs_terms(bundle: Path) -> None:
     assert {"onnx", "lora", "sentence-similarity"} <= set(found["tags"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("declared", "expected"),
     [
@@ -246,6 +253,7 @@ def test_the_base_model_is_named_where_an_adapter_names_it(bundle: Path) -> None
         assert yaml.safe_load(text).get("base_model") == expected
 
 
+@pytest.mark.slow
 def test_a_card_is_written_anew_when_a_task_is_added_and_keeps_its_measurements(
     source: Path, bundle: Path, tmp_path: Path
 ) -> None:

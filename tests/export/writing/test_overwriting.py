@@ -24,6 +24,7 @@ from tests.helpers.models import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shared.2.bin", "third.onnx", "third.bin"])
 def test_additions_do_not_write_through_links(name: str, source: Path, copy: Path) -> None:
     victim = copy.parent / "victim"
@@ -33,6 +34,7 @@ def test_additions_do_not_write_through_links(name: str, source: Path, copy: Pat
     assert not victim.exists()
 
 
+@pytest.mark.slow
 def test_a_precisions_folder_behind_a_link_is_not_added_to(source: Path, copy: Path) -> None:
     (copy / "int8").rename(copy.parent / "elsewhere")
     (copy / "int8").symlink_to(copy.parent / "elsewhere")
@@ -42,6 +44,7 @@ def test_a_precisions_folder_behind_a_link_is_not_added_to(source: Path, copy: P
     assert contents(copy.parent / "elsewhere") == before
 
 
+@pytest.mark.slow
 def test_everything_listed_is_on_the_disk_before_the_manifest_is(
     source: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +79,7 @@ def test_a_failed_overwrite_leaves_the_old_bundle(source: Path, copy: Path) -> N
     assert contents(copy) == before
 
 
+@pytest.mark.slow
 def test_overwriting_deletes_what_embedge_itself_put_beside_the_bundles_files(
     source: Path, copy: Path
 ) -> None:
@@ -95,6 +99,7 @@ def test_overwriting_refuses_to_delete_a_foreign_file(name: str, source: Path, c
     assert (copy / name).read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["notes.txt", "int8/mine.bin", "int8/third.bin", "int8/a.onnx"])
 def test_adding_leaves_a_foreign_file_and_does_not_list_it(
     name: str, source: Path, copy: Path

@@ -51,11 +51,13 @@ def counted(
     return reads, graphs
 
 
+@pytest.mark.slow
 def test_each_graph_is_written_once(counted: tuple[Counter[str], list[str]]) -> None:
     """fp32: for all checks and the source's hash; int4's weights are read by two graphs a task."""
     assert counted[1] == ["fp32", "int8", "int8", *["int4", "int4-unpacked"] * 2]
 
 
+@pytest.mark.slow
 def test_a_weight_is_rounded_as_it_was_read_to_run(
     counted: tuple[Counter[str], list[str]],
 ) -> None:

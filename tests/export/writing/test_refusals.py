@@ -42,6 +42,7 @@ def edit_config(source: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_long_texts_are_cut_on_the_side_that_the_tokenizer_says(
     source: Path, copy: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_long_texts_are_cut_on_the_side_that_the_tokenizer_says(
         small(other, copy, adapters={"third": None}, matryoshka_dims=[16, 32])
 
 
+@pytest.mark.slow
 def test_vectors_are_cut_to_the_dimension_that_the_source_cuts_to(
     source: Path, copy: Path, tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_folder_of_other_things_is_refused(
     assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_a_broken_manifest_is_an_error_that_names_it(source: Path, copy: Path) -> None:
     (copy / "manifest.json").write_text("{")
     with pytest.raises(EmbedgeError, match=r"manifest\.json"):
@@ -112,6 +115,7 @@ def test_an_empty_folder_is_used(source: Path, tmp_path: Path) -> None:
     assert "manifest.json" in contents(small(source, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_nothing_to_add_is_an_error(source: Path, adapters: dict[str, Path], copy: Path) -> None:
     with pytest.raises(EmbedgeValueError, match="already holds first at int8"):
         small(source, copy, adapters={"first": adapters["first"]})
@@ -222,6 +226,7 @@ def test_fewer_layers_than_the_configuration_says_are_refused(source: Path, tmp_
 POOLER = {"pooler.dense.weight": torch.randn(32, 32), "pooler.dense.bias": torch.randn(32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -244,6 +249,7 @@ def test_what_an_adapter_changes_in_a_pooler_is_left_out(
     assert cosines(Embedder(out).encode(texts), expected).min() >= 0.999999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_an_untrained_dora_on_a_pooler_is_left_out_without_a_word(
     dtype: torch.dtype, tmp_path: Path
@@ -282,6 +288,7 @@ def save_pooler_adapter(source: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "key", ["encoder.layer.1.output.dense.weight", "encoder.layer.0.output.LayerNorm.bias"]
@@ -298,6 +305,7 @@ def test_nan_in_a_weight_is_named_and_nothing_is_left(
     assert leftovers(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_activations_that_overflow_are_refused_by_layer(source: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(source, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")

@@ -132,6 +132,7 @@ CHANGES: dict[str, tuple[str, Change, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_source_that_gives_other_vectors_by_now_is_refused_by_what_differs(
     what: str, sources: Callable[[str], tuple[Path, Path]], tmp_path: Path
@@ -158,6 +159,7 @@ def test_all_that_differs_is_named_at_once(
         add(source, bundle, precision="int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "llama", "modernbert"])
 def test_a_source_saved_again_is_the_same(
     name: str, sources: Callable[[str], tuple[Path, Path]], tmp_path: Path
@@ -173,6 +175,7 @@ def test_a_source_saved_again_is_the_same(
         Embedder(out, precision=precision, verify="full").encode("ab")
 
 
+@pytest.mark.slow
 def test_the_same_positions_said_in_another_way_are_the_same(
     sources: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

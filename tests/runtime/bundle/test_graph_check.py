@@ -264,6 +264,7 @@ CHANGES: list[tuple[str, Change, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES]
 )

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -144,6 +145,7 @@ def entries() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+@pytest.mark.slow
 @few
 @given(documents())
 def test_a_manifest_is_written_as_it_was_read(document: dict[str, Any]) -> None:
@@ -151,6 +153,7 @@ def test_a_manifest_is_written_as_it_was_read(document: dict[str, Any]) -> None:
     assert json.dumps(written) == json.dumps(document)
 
 
+@pytest.mark.slow
 @few
 @given(documents(), st.integers(0, 1 << 32), st.integers(1, 3))
 def test_a_changed_manifest_is_read_or_refused_with_the_path_of_a_key(
@@ -183,6 +186,7 @@ def parsed(document: Any) -> tuple[str, Manifest | None]:
             return str(error), None
 
 
+@pytest.mark.slow
 def test_documents_of_earlier_versions_lack_what_came_later_and_are_read() -> None:
     """Every member with a version has a default, and takes it where an older document lacks the key."""
     for version in ("1.0", "1.1", "1.2", "1.3"):

@@ -170,6 +170,7 @@ def test_a_relative_path_is_found_again_from_another_folder(
     np.testing.assert_array_equal(pickle.loads(pickled).encode(TEXTS, task="code"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", ["none", "size", "full"])
 def test_the_hub_cache_is_opened(bundle: Any, tmp_path: Path, verify: str) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)

@@ -171,6 +171,7 @@ def test_a_weight_that_is_not_as_expected_is_a_bundle_error(
         checked(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["task", "matmuls"])
 def test_a_graph_file_cut_anywhere_fails_with_a_bundle_error_or_not_at_all(
     of: str, bundle: Any, tmp_path: Path

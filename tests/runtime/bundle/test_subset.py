@@ -33,6 +33,7 @@ def beside(folder: Path) -> set[str]:
     return {path.name for path in folder.parent.iterdir()}
 
 
+@pytest.mark.slow
 def test_it_holds_what_was_chosen_and_gives_the_same_vectors(
     two_tasks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def test_it_holds_what_was_chosen_and_gives_the_same_vectors(
     assert main(["inspect", str(out), "--verify"]) == 0
 
 
+@pytest.mark.slow
 def test_without_a_choice_it_is_a_copy_without_what_was_prepared(
     with_images: Any, tmp_path: Path
 ) -> None:
@@ -87,6 +89,7 @@ def test_without_a_choice_it_is_a_copy_without_what_was_prepared(
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_links_of_the_hubs_cache_become_files(two_tasks: Any, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--me--bundle" / "snapshots" / "abc"
     blobs = tmp_path / "models--me--bundle" / "blobs"
@@ -171,6 +174,7 @@ def test_what_cannot_be_written_leaves_nothing(
     assert beside(tmp_path / "part") == before
 
 
+@pytest.mark.slow
 def test_a_card_with_words_of_somebodys_own_is_told_of(two_tasks: Any, tmp_path: Path) -> None:
     card = two_tasks.path / "README.md"
     card.write_text(model_card(Bundle(two_tasks.path).manifest))

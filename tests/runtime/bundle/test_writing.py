@@ -86,6 +86,7 @@ os.kill(os.getpid(), 9)
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_wrote_goes_with_the_next_and_what_a_live_one_writes_stays(
     tmp_path: Path,
 ) -> None:

@@ -108,6 +108,7 @@ class TestEmbed:
         assert set(tmp_path.iterdir()) == before
         assert not [t for t in threading.enumerate() if t.name.startswith("embedge-write")]
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
     @pytest.mark.parametrize(
         ("arguments", "named"),
@@ -131,6 +132,7 @@ class TestEmbed:
         )
         assert done.returncode == 1
 
+    @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="sizes of files are limited by resource")
     @pytest.mark.parametrize("most", [100, 20_000])
     @pytest.mark.parametrize("piped", [True, False])
@@ -354,6 +356,7 @@ class TestEmbed:
             "cuts in silence, --on-truncate error refuses; this is said once"
         )
 
+    @pytest.mark.slow
     def test_a_reader_that_stops_early_is_no_traceback(self, bundle: Any) -> None:
         """The real program, in a process of its own, into a pipe that closes."""
         process = subprocess.Popen(
@@ -371,6 +374,7 @@ class TestEmbed:
 
 
 class TestProgress:
+    @pytest.mark.slow
     def test_a_log_gets_a_line_now_and_then(
         self,
         bundle: Any,

@@ -27,6 +27,7 @@ class TestEmbedImages:
             Image.fromarray(pixels).save(paths[-1])
         return paths
 
+    @pytest.mark.slow
     def test_lines_are_paths(
         self, with_images: Any, paths: list[Path], stdin: SetStdin, capsys: Capture
     ) -> None:
@@ -49,6 +50,7 @@ class TestEmbedImages:
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [list(row) for row in rows] == [["id", "embedding"]] * 3
 
+    @pytest.mark.slow
     def test_npy_has_every_row_whatever_the_chunks(
         self,
         with_images: Any,

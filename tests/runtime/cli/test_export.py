@@ -39,6 +39,7 @@ def manifest(out: Path) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_a_success_prints_the_cost_of_every_task_and_the_size(
     source: Path, adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_task_that_is_done_is_told_before_the_next_one(
     assert line.startswith("int8/code: ")
 
 
+@pytest.mark.slow
 def test_a_log_gets_a_line_now_and_then(
     source: Path,
     tmp_path: Path,
@@ -90,6 +92,7 @@ def test_a_log_gets_a_line_now_and_then(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_size_is_that_of_the_bundle_without_what_prepare_made(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

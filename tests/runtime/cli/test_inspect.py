@@ -51,6 +51,7 @@ class TestInspect:
         ):
             assert fact in out
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("width", [60, 80, 200])
     def test_it_fits_the_terminal(
         self,

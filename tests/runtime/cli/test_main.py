@@ -91,6 +91,7 @@ class TestProgram:
 class TestStreams:
     """Whatever a process's standard streams are."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1251", "cp437", "utf-8"])
     def test_any_encoding(self, make_bundle: Any, tmp_path: Path, encoding: str) -> None:
         tiny = make_bundle("für 愛", prompts={"query": "質問 — "})
@@ -121,6 +122,7 @@ class TestStreams:
             check=False,
         )
 
+    @pytest.mark.slow
     def test_closed_standard_input(self, bundle: Any, tmp_path: Path) -> None:
         done = self.run("<&-", "embed", str(bundle.path))
         assert (done.returncode, done.stdout) == (1, b"")
@@ -131,13 +133,9 @@ class TestStreams:
         done = self.run("<&-", "embed", str(bundle.path), "--input", str(tmp_path / "in"))
         assert vectors_of(done.stdout.decode()).shape == (1, 8)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])
     def test_closed_standard_output(self, bundle: Any, tmp_path: Path, name: str) -> None:
-        done = self.run(">&-", "embed", str(bundle.path))
-        assert done.returncode == 1
-        assert done.stderr == (
-            b"embedge: error: standard output is closed; name a file with --output FILE\n"
-        )
         target = tmp_path / name
         for closed in (">&-", "2>&-", ">&- 2>&-"):
             done = self.run(closed, "embed", str(bundle.path), "--output", str(target))
@@ -147,9 +145,18 @@ class TestStreams:
             else:
                 assert vectors_of(target.read_text()).shape == (1, 8)
             target.unlink()
+
+    @pytest.mark.slow
+    def test_closed_standard_output_without_a_file(self, bundle: Any) -> None:
+        done = self.run(">&-", "embed", str(bundle.path))
+        assert done.returncode == 1
+        assert done.stderr == (
+            b"embedge: error: standard output is closed; name a file with --output FILE\n"
+        )
         for command in ("inspect", "prepare"):
             assert self.run("<&- >&- 2>&-", command, str(bundle.path)).returncode == 0
 
+    @pytest.mark.slow
     def test_closed_standard_error_takes_messages_that_output_does_not_get(
         self, bundle: Any
     ) -> None:

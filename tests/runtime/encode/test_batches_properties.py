@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def plan(lengths: list[int], limits: dict[str, Any]) -> list[list[int]]:
     return [batch.tolist() for batch in plan_batches(lengths, **limits)]
 
 
+@pytest.mark.slow
 @checked
 @given(lengths=LENGTHS, limits=st.fixed_dictionaries(LIMITS))
 def test_every_index_is_in_one_batch(lengths: list[int], limits: dict[str, Any]) -> None:
@@ -35,6 +37,7 @@ def test_every_index_is_in_one_batch(lengths: list[int], limits: dict[str, Any])
     assert all(batches)
 
 
+@pytest.mark.slow
 @checked
 @given(lengths=LENGTHS, limits=st.fixed_dictionaries(LIMITS))
 def test_batches_keep_every_limit_or_are_one_sequence(
@@ -49,6 +52,7 @@ def test_batches_keep_every_limit_or_are_one_sequence(
             assert padding <= (0 if max(sizes) >= LONG_TOKENS else limits["max_padding"])
 
 
+@pytest.mark.slow
 @checked
 @given(lengths=LENGTHS, limits=st.fixed_dictionaries(LIMITS))
 def test_the_longest_come_first_and_equals_keep_their_order(
@@ -58,6 +62,7 @@ def test_the_longest_come_first_and_equals_keep_their_order(
     assert order == sorted(order, key=lambda index: (-max(1, lengths[index]), index))
 
 
+@pytest.mark.slow
 @checked
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(510, 520)), min_size=1, max_size=12),

@@ -43,11 +43,13 @@ class Source:
             assert self.changed.wait_for(lambda: len(self.made) >= count, timeout=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_items_come_in_their_order(count: int) -> None:
     assert list(prefetched(Source(count).items)) == list(range(count))
 
 
+@pytest.mark.slow
 def test_the_next_item_is_made_while_one_is_in_use_and_no_other() -> None:
     source = Source(5)
     with closing(prefetched(source.items)) as items:
@@ -59,6 +61,7 @@ def test_the_next_item_is_made_while_one_is_in_use_and_no_other() -> None:
     assert len(others) == 1
 
 
+@pytest.mark.slow
 def test_an_error_comes_in_the_place_of_its_item() -> None:
     source = Source(5, fails_at=3)
     found: list[int] = []
@@ -67,6 +70,7 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
     assert found == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_loop_leaves_no_thread() -> None:
     source = Source(1000)
 
@@ -81,6 +85,7 @@ def test_an_error_of_the_loop_leaves_no_thread() -> None:
     assert len(source.made) <= 4
 
 
+@pytest.mark.slow
 def test_an_item_in_use_is_held_by_its_user_alone() -> None:
     class Item:
         pass

@@ -64,6 +64,7 @@ class TestResult:
         model = Embedder(bundle.path)
         np.testing.assert_array_equal(model.encode(kind(["w1", "w2"])), model.encode(["w1", "w2"]))
 
+    @pytest.mark.slow
     def test_a_vector_does_not_depend_on_its_batch_or_place(self, two_tasks: Any) -> None:
         generator = np.random.default_rng(0)
         texts = [
@@ -172,6 +173,7 @@ class TestResult:
         assert read == [2, 8, 20, 15]
         assert windows == [4]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("place", [1, 3, 44])
     def test_a_text_of_any_window_is_named_by_its_place(
         self, bundle: Any, monkeypatch: pytest.MonkeyPatch, place: int
@@ -188,6 +190,7 @@ class TestResult:
         with pytest.warns(EmbedgeWarning, match=message):
             model.encode(texts)
 
+    @pytest.mark.slow
     def test_a_graph_that_fails_leaves_no_thread(
         self, bundle: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -241,6 +244,7 @@ class TestTexts:
         model.encode("w1 " * 40, on_truncate="ignore")
         assert shapes[-1] == (1, 16)
 
+    @pytest.mark.slow
     def test_100_000_characters_are_cut_at_the_limit_with_one_warning(self, bundle: Any) -> None:
         model = Embedder(bundle.path)
         long = ("w1 " * 40_000)[:100_000]

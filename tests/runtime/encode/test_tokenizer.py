@@ -38,6 +38,7 @@ def load(file: Path, content: Any) -> TextTokenizer:
     return TextTokenizer(file, settings, 16)
 
 
+@pytest.mark.slow
 def test_a_panic_of_the_tokenizer_is_a_bundle_error(bundle: Any, tmp_path: Path) -> None:
     content = json.loads((bundle.path / "tokenizer.json").read_text())
     del content["post_processor"]["special_tokens"]["[CLS]"]

@@ -52,6 +52,7 @@ def run(*arguments: str, **variables: str) -> str:
     ).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["one", "batch"])
 @pytest.mark.parametrize("before", ["one", "batch"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -62,6 +63,7 @@ def test_a_child_embeds_and_ends_whatever_its_parent_did(
     assert run(str(bundle.path), precision, before, after) == "embedded\n"
 
 
+@pytest.mark.slow
 def test_a_child_embeds_though_tokenizers_was_told_to_use_threads(bundle: Any) -> None:
     arguments = (str(bundle.path), "fp32", "batch", "batch")
     assert run(*arguments, TOKENIZERS_PARALLELISM="true") == "embedded\n"
@@ -75,6 +77,7 @@ def forked(work: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_no_child_is_forked_while_another_thread_opens_a_session() -> None:
     opening, opened = threading.Event(), threading.Event()
 
@@ -91,6 +94,7 @@ def test_no_child_is_forked_while_another_thread_opens_a_session() -> None:
     thread.join()
 
 
+@pytest.mark.slow
 def test_a_thread_may_fork_while_it_opens_and_both_go_on() -> None:
     def again() -> None:
         with no_fork():

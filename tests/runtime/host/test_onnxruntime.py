@@ -97,6 +97,7 @@ def embed(site: Path, bundle: Any, **how: Any) -> list[str]:
     return [line for line in done.stdout.splitlines() if line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["1.23.2", "1.24.4", "1.25.0", "1.29.1+cu12", "0.9.0.dev1"])
 def test_an_early_version_is_refused_before_it_is_used(
     install: Install, bundle: Any, version: str
@@ -107,6 +108,7 @@ def test_an_early_version_is_refused_before_it_is_used(
     assert line.endswith(f'run `pip install "onnxruntime{ONNXRUNTIME}"`')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("installed", "command"),
     [
@@ -131,6 +133,7 @@ def test_the_command_is_for_what_is_installed(
     assert line.endswith(f"run {command}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "installed",
     [
@@ -149,6 +152,7 @@ def test_any_distribution_of_it_will_do(
     assert embed(install(*installed), bundle) == ["embedded (8,)"]
 
 
+@pytest.mark.slow
 def test_two_distributions_warn_once_and_say_whose_files_are_there(
     install: Install, bundle: Any
 ) -> None:
@@ -163,6 +167,7 @@ def test_two_distributions_warn_once_and_say_whose_files_are_there(
         assert f'{uninstall}`pip install "{name}{ONNXRUNTIME}"`' in warned
 
 
+@pytest.mark.slow
 def test_a_later_version_than_was_tested_warns(install: Install, bundle: Any) -> None:
     site = install("onnxruntime", files=False)
     (site / "onnxruntime").mkdir()
@@ -177,6 +182,7 @@ def test_a_later_version_than_was_tested_warns(install: Install, bundle: Any) ->
     assert f'`pip install "onnxruntime{ONNXRUNTIME}"`' in warned
 
 
+@pytest.mark.slow
 def test_without_it_the_version_is_printed_and_a_bundle_says_what_to_install(
     install: Install, bundle: Any
 ) -> None:
@@ -194,6 +200,7 @@ def test_without_it_the_version_is_printed_and_a_bundle_says_what_to_install(
     )
 
 
+@pytest.mark.slow
 def test_files_that_another_distribution_took_along_are_installed_again(
     install: Install, bundle: Any
 ) -> None:

@@ -151,6 +151,7 @@ def test_vectors_have_the_error_of_8_bit_steps(
     assert np.linalg.norm(vectors - exact[4:34]) < 0.004 * np.linalg.norm(exact[4:34])
 
 
+@pytest.mark.slow
 @needs_qemu
 def test_an_emulated_processor_without_vnni_gives_exact_matmuls(
     int8_bundle: tuple[Path, Any], package_path: Path
@@ -169,6 +170,7 @@ def test_an_emulated_processor_without_vnni_gives_exact_matmuls(
         assert emulated["asked"] == pytest.approx(native["asked"], rel=0.01)
 
 
+@pytest.mark.slow
 @needs_qemu
 def test_an_emulated_processor_without_avx512_does_without_the_kernel(package_path: Path) -> None:
     code = """
@@ -195,6 +197,7 @@ print(json.dumps(vectors))
 """
 
 
+@pytest.mark.slow
 @needs_qemu
 def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(
     tmp_path: Path, package_path: Path

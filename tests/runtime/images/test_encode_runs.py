@@ -135,6 +135,7 @@ class TestRuns:
         assert looked == [5]
         assert np.abs(vectors).max(axis=1).min() > 0
 
+    @pytest.mark.slow
     def test_a_bad_image_of_a_later_chunk_is_named_and_leaves_no_thread(
         self, model: Embedder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -157,6 +158,7 @@ class TestRuns:
             expected, _ = tiny.of_image("retrieval", image)
             np.testing.assert_allclose(vector, expected, atol=TOLERANCE, rtol=0)
 
+    @pytest.mark.slow
     def test_two_threads_share_both_graphs_under_a_limit_for_one(self, with_images: Any) -> None:
         model = Embedder(with_images.path, max_sessions=1)
         images = pictures()
@@ -181,6 +183,7 @@ class TestRuns:
 
 
 class TestLowMemory:
+    @pytest.mark.slow
     def test_the_vision_tower_is_closed_before_the_tasks_graph_opens(
         self, with_images: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -85,6 +85,7 @@ def test_windows_and_angles(
     assert {inputs[n].dtype for n in inputs if n.startswith("window")} == {np.dtype(np.int64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_row_of_an_image(language: Qwen2_5_VLModel, grid: tuple[int, int]) -> None:
     row = image_layout(grid, SETTINGS)

@@ -107,6 +107,7 @@ def test_an_animation_is_its_first_frame(kind: str) -> None:
     assert (array(opened) == 0).all()  # a PIL image is the frame its owner chose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (5000, 4000)])
 def test_extreme_sizes_load(size: tuple[int, int]) -> None:
     data = encoded(Image.new("RGB", size, "red"), "PNG")
@@ -165,6 +166,7 @@ def test_strings_are_texts_and_the_rest_images() -> None:
     assert not is_image(3)
 
 
+@pytest.mark.slow
 def test_the_runtime_does_not_import_pillow_by_itself() -> None:
     code = "import sys, embedge.runtime; sys.exit('PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

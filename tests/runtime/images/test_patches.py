@@ -37,6 +37,7 @@ def picture(rng: np.random.Generator, number: int) -> Image.Image:
     return noise.convert("L").convert(mode) if mode == "LA" else noise.convert(mode)
 
 
+@pytest.mark.slow
 def test_200_random_sizes_and_modes_equal_the_slow_processor() -> None:
     rng = np.random.default_rng(0)
     largest, done = 0.0, 0
@@ -57,6 +58,7 @@ def test_200_random_sizes_and_modes_equal_the_slow_processor() -> None:
     assert largest <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_default_is_at_most_768_features() -> None:
     image = Image.new("RGB", (4000, 3000))
     patches = PROCESSOR(image)
@@ -92,6 +94,7 @@ def test_one_limit_moves_the_other_where_they_would_cross() -> None:
     assert pixel_range(SETTINGS, None, None) == (3136, 602112)
 
 
+@pytest.mark.slow
 def test_twenty_megapixels_take_little_memory() -> None:
     image = Image.new("RGB", (5000, 4000), "red")
     tracemalloc.start()

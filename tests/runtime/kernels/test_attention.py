@@ -115,6 +115,7 @@ def error(found: Array, expected: Array) -> float:
     return float(np.sqrt(np.square(found - expected).sum() / np.square(expected).sum()))
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_attention_is_the_definitions(tokens: int) -> None:
@@ -286,6 +287,7 @@ def run_encoder(session: Any, operands: list[Array], lengths: Array) -> Array:
     return np.asarray(session.run(["y"], {name: given[name] for name in names})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_an_encoders_attention_is_the_definitions(tokens: int) -> None:
     """Without the kernels, ONNX Runtime's operator, which the function stands for."""

@@ -95,6 +95,7 @@ def exact(a: Array, weight: Array, a_scale: Array, w_scale: Array, zero_point: i
 # -- results ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -325,6 +326,7 @@ def test_the_kernel_is_asked_for_in_the_layout_of_the_weights() -> None:
         assert options.get_session_config_entry("embedge.weights") == layout
 
 
+@pytest.mark.slow
 def test_the_environment_turns_it_off() -> None:
     with without_kernel():
         assert kernel_library() is None
@@ -419,6 +421,7 @@ def test_a_file_that_is_no_library_is_left_out_with_a_warning(tmp_path: Path) ->
             assert kernel_library() is None
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_the_check_finds_wrong_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LIBRARY is not None
@@ -427,6 +430,7 @@ def test_the_check_finds_wrong_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not self_check.is_right(LIBRARY)
 
 
+@pytest.mark.slow
 def test_the_switch_takes_two_values() -> None:
     with asked_anew() as patch:
         patch.setenv("EMBEDGE_KERNELS", "off")
@@ -449,6 +453,7 @@ def test_panels_may_lie_on_a_disk_and_leave_nothing(shape: tuple[int, ...], tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_an_int8_bundle_has_the_same_vectors_with_and_without_it(
     int8_bundle: tuple[Path, Any],

@@ -65,6 +65,7 @@ def test_late_interaction_sums_each_query_tokens_best_match(
     np.testing.assert_allclose(scores, by_hand(queries, documents), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_query_against_long_and_short_documents() -> None:
     query, documents = multi_vectors([32], 128), multi_vectors([768, 2, 1500, 767, 1] * 3, 128)
     np.testing.assert_allclose(max_sim(query, documents), by_hand(query, documents), rtol=1e-4)

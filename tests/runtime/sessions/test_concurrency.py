@@ -30,6 +30,7 @@ class TestBatchesAtTheSameTime:
         """A small graph that lists itself as one with 8-bit products."""
         return make_bundle("integer", precisions={"int8": INTEGER}, model={"max_length": 100})
 
+    @pytest.mark.slow
     def test_batches_that_run_together_give_what_each_text_gives_alone(
         self, integer: Any, shapes: list[tuple[int, int]]
     ) -> None:
@@ -45,6 +46,7 @@ class TestBatchesAtTheSameTime:
         assert len(shapes) >= 300 / 8
         np.testing.assert_allclose(together, expected, atol=TOLERANCE, rtol=0)
 
+    @pytest.mark.slow
     def test_several_callers_share_the_threads(self, make_bundle: Any) -> None:
         tiny = make_bundle(tasks=("retrieval", "code"), precisions={"int8": INTEGER})
         model = Embedder(tiny.path, max_sessions=1, threads=2)
@@ -189,6 +191,7 @@ class TestSessions:
         finally:
             gc.enable()
 
+    @pytest.mark.slow
     def test_two_threads_share_an_embedder_that_keeps_one_session(self, two_tasks: Any) -> None:
         model = Embedder(two_tasks.path, precision="fp32", max_sessions=1, threads=1)
         texts = [f"w{i}" for i in range(40)]

@@ -27,6 +27,7 @@ def prepared_folder(path: Path, task: str = "retrieval", precision: str = "fp32"
     return path / "prepared" / machine_name() / precision / task
 
 
+@pytest.mark.slow
 def test_a_prepared_graph_is_opened_in_place_of_the_bundles(bundle: Any, monkeypatch: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
     pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
@@ -42,6 +43,7 @@ def test_a_prepared_graph_is_opened_in_place_of_the_bundles(bundle: Any, monkeyp
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_command_prepares_every_graph_and_verifies_after(with_images: Any, capsys: Any) -> None:
     image = np.zeros((20, 30, 3), np.uint8)
     expected = Embedder(with_images.path).encode(["w1", image], task="code")
@@ -97,6 +99,7 @@ def test_a_damaged_one_is_left_out_with_a_warning(bundle: Any, spoil: Any, reaso
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_one_of_other_weights_is_left_out_until_prepared_again(make_bundle: Any) -> None:
     first, second = make_bundle("first"), make_bundle("second", tasks=("code", "retrieval"))
     pack_graph(PreparedGraphs(Bundle(first.path)), "fp32", "retrieval")
@@ -141,6 +144,7 @@ def test_a_graph_that_cannot_be_prepared_leaves_the_earlier_one(bundle: Any) -> 
     assert graphs.find("fp32", "retrieval") is not None
 
 
+@pytest.mark.slow
 def test_packed_weights_are_mapped(tmp_path: Path, bundle: Any) -> None:
     """Of a wide matmul, the session's weights are file pages instead of anonymous memory."""
     from onnx import TensorProto, helper, save
@@ -183,6 +187,7 @@ print((process_memory()["RssAnon"] - before) / 1e6)
     return float(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", range(4), ids=["prepared", "machine", "precision", "task"])
 @pytest.mark.parametrize("option", ["--pack-only", "--remove", "--measure-only"])
 def test_nothing_is_written_or_deleted_through_a_link(
@@ -222,6 +227,7 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "verify"), [("graph.bin", "full"), ("graph.onnx", "full"), ("graph.onnx", "size")]
 )
@@ -293,6 +299,7 @@ class TestInTheUsersCache:
         monkeypatch.setattr(Path, "mkdir", refuse)
         return bundle.path
 
+    @pytest.mark.slow
     def test_a_bundle_that_cannot_be_written_is_prepared_there_and_found(
         self,
         cache: Any,

@@ -133,6 +133,7 @@ class TestRunningTogether:
         assert sorted(done) == list(range(6))
         assert done[-1] == 0
 
+    @pytest.mark.slow
     def test_no_more_than_two_batches_a_thread_are_under_way(self, workers: Workers) -> None:
         started: list[int] = []
         taken = [0]

@@ -295,6 +295,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.usefixtures("quick")
 class TestCommand:
+    @pytest.mark.slow
     def test_it_measures_every_precision_of_the_cpu(
         self, make_bundle: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -282,6 +282,7 @@ def test_another_process_takes_the_same_precision(several: Any) -> None:
     assert chosen(several.path) == "int4"
 
 
+@pytest.mark.slow
 def test_several_threads_share_one(several: Any) -> None:
     limits: dict[str, Any] = {"memory_limit": 1_000_000, "device": "cpu"}
     model = Embedder(several.path, precision="auto", threads=THREADS, **limits)
