@@ -67,7 +67,7 @@ def read_model(options: ExportOptions) -> Model:
         architecture = architecture.with_images()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
-    heads = _ignored(family_class, tower)
+    heads, adjustments = _ignored(family_class, tower), architecture.adjustments()
     for task, adapter in loaded.items():
         bound = None
         if adapter is not None:
@@ -77,8 +77,8 @@ def read_model(options: ExportOptions) -> Model:
             )
             check_adapter_files(adapter, checkpoint, settings, tokenizer)
         adapters[task] = bound
-        tasks[task] = TaskWeights(checkpoint, family_class.canonical, bound, task)
-    base = TaskWeights(checkpoint, family_class.canonical)
+        tasks[task] = TaskWeights(checkpoint, family_class.canonical, bound, task, adjustments)
+    base = TaskWeights(checkpoint, family_class.canonical, adjustments=adjustments)
     _check_tensors(family, tower, base)
     rows = min(w.shape(f"{architecture.token_table}.weight")[0] for w in (base, *tasks.values()))
     model = Model(

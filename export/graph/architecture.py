@@ -3,7 +3,7 @@
 A layer is two sublayers, attention and an MLP, on a residual stream ``h``::
 
     x = input_norm(h)          pre-norm models
-    h = h + sublayer(x)
+    h = h + output_norm(sublayer(x))
     h = sum_norm(h)            post-norm models
 
 Nothing here reads a tensor or writes a node. The shapes that ``config.json`` implies and the residual
@@ -13,15 +13,13 @@ What families that are not here yet would declare:
 
 =======================  ==========================================================================
 EuroBERT, jina v5 nano   Llama's layers with ``Span()``; v5 small is Qwen3 as it is
-bidirectional decoders   Qwen3's, Llama's or Mistral's layers with ``Span()``. New: ``MultiHeadAttention``
-                         (CUDA, long texts) has as many key heads as query heads: repeat them there
+bidirectional decoders   Qwen3's, Llama's or Mistral's layers with ``Span()``
 jina v3                  BERT's layers, fused q, k, v, a :class:`Rope` in place of the position table
 nomic-bert               jina v3's with a gate; two layouts of names
 gte, new                 nomic-bert's with up and gate as rows of one tensor; NTK in ``rotary.py``
 DistilBERT               BERT's layers under other names
 granite R2, mmBERT       ModernBERT as it is
-EmbeddingGemma           new: ``output_norm`` of a sublayer (before the addition), ``1 + w`` norms, score
-                         scale, embedding scale; spans, ropes, head sizes by layer and q/k norms are there
+EmbeddingGemma           ``output_norm``, ``norm_offset``, ``embedding_scale``, ``scale`` of attention
 EmbeddingGemma 2         new besides: a norm of values, a third sublayer (per-layer input), layer scalar
 jina-bert v2             new: ALiBi, another bias by relative position
 Qwen3-VL                 new: interleaved ``sections``, features that are added to early layers
@@ -41,7 +39,7 @@ from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef, ScaleSink
 from embedge.export.source.config import Shape
 from embedge.export.weights.rotated import ResidualStream
-from embedge.export.weights.tensors import NormRef
+from embedge.export.weights.tensors import Adjustment, NormRef
 
 Input = tuple[int, list[int | str]]  # ONNX element type and axes
 TOKENS: list[int | str] = ["batch", "tokens"]
@@ -68,12 +66,14 @@ class Sublayer:
         linears: the Linears that read it, of one fused tensor or of several.
         out: the Linear that writes it.
         input_norm: the norm before ``linears``.
+        output_norm: the norm of what ``out`` gives, before the addition.
         sum_norm: the norm behind the addition.
     """
 
     linears: Sequence[LinearRef]
     out: LinearRef
     input_norm: NormRef | None = None
+    output_norm: NormRef | None = None
     sum_norm: NormRef | None = None
 
 
@@ -89,6 +89,7 @@ class Attention(Sublayer):
         rope: rotary positions of queries and keys.
         query_norm: RMSNorm of every query head.
         key_norm: RMSNorm of every key head.
+        scale: of the scores, ``None`` for 1 / √head_size.
     """
 
     heads: int
@@ -98,6 +99,12 @@ class Attention(Sublayer):
     rope: Rope | None = None
     query_norm: NormRef | None = None
     key_norm: NormRef | None = None
+    scale: float | None = None
+
+    @property
+    def score_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return self.head_size**-0.5 if self.scale is None else self.scale
 
     @property
     def sink(self) -> ScaleSink:
@@ -151,6 +158,8 @@ class Architecture:
         multi_vector_dim: width of those.
         feature_writer: the Linear of a vision tower whose features take the places of tokens.
         images: whether the graph has the inputs for that.
+        norm_offset: added to the weights of all RMSNorms: 1 where checkpoints hold them less 1.
+        embedding_scale: what the rows of the token table are multiplied by.
     """
 
     hidden_size: int
@@ -167,6 +176,8 @@ class Architecture:
     multi_vector_dim: int | None = None
     feature_writer: LinearRef | None = None
     images: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
 
     @property
     def inputs(self) -> dict[str, Input]:
@@ -192,6 +203,26 @@ class Architecture:
         """Those of all layers, in order."""
         return (part for layer in self.layers for part in layer)
 
+    @property
+    def norms(self) -> Iterator[NormRef]:
+        """All norms of the model."""
+        for part in self.sublayers:
+            found = [part.input_norm, part.output_norm, part.sum_norm]
+            if isinstance(part, Attention):
+                found += [part.query_norm, part.key_norm]
+            yield from (norm for norm in found if norm is not None)
+        yield from (n for n in (self.embedding_norm, self.final_norm) if n is not None)
+
+    def adjustments(self) -> dict[str, Adjustment]:
+        """Tensors that count as another multiple of what a checkpoint holds, plus a number."""
+        found = {}
+        if self.embedding_scale != 1.0:
+            found[f"{self.token_table}.weight"] = Adjustment(scale=self.embedding_scale)
+        if self.norm_offset:
+            offset = Adjustment(offset=self.norm_offset)
+            found |= {norm.weight: offset for norm in self.norms if norm.rms}
+        return found
+
     def with_images(self) -> Architecture:
         """The same model with the inputs for images."""
         return replace(self, images=True)
@@ -216,11 +247,12 @@ class Architecture:
         return {**named, **layer_shapes(self.layers, width)}
 
     def streams(self) -> tuple[ResidualStream, ...]:
-        """The residual stream, if it may be rotated: not where norms follow the sum, or have biases."""
+        """The residual stream, if it may be rotated: not where norms stand elsewhere than before, or have biases."""
         parts, final = list(self.sublayers), self.final_norm
         norms = [self.embedding_norm, final, *(part.input_norm for part in parts)]
         biased = any(norm is not None and norm.has_bias for norm in norms)
-        if final is None or biased or any(part.sum_norm is not None for part in parts):
+        mixed = any(part.sum_norm is not None or part.output_norm is not None for part in parts)
+        if final is None or biased or mixed:
             return ()
         stream = residual_stream(
             self.layers,
@@ -271,7 +303,7 @@ def layer_shapes(layers: Iterable[Layer], width: int) -> dict[str, Shape]:
             by_rows = sorted(zip(part.linears, sizes, strict=False), key=lambda p: p[0].start or 0)
             found |= {linear.name: (linear.stop or size, width) for linear, size in by_rows}
             found[part.out.name] = (width, sizes[0])
-            norms = (part.input_norm, part.sum_norm)
+            norms = (part.input_norm, part.output_norm, part.sum_norm)
             found |= {norm.name: (width,) for norm in norms if norm is not None}
         norms = (attention.query_norm, attention.key_norm)
         found |= {norm.name: (attention.head_size,) for norm in norms if norm is not None}

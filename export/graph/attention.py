@@ -102,10 +102,10 @@ def attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> 
     attend, window = partial(_attend, g, spec, seen), seen.window
     if window is None:
         return attend(q, k, v)
-    width = spec.heads * spec.head_size
+    widths = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     return g.choose(
         window.is_long,
-        lambda: in_blocks(g, q, k, v, window, width, attend),
+        lambda: in_blocks(g, q, k, v, window, widths, attend),
         lambda: attend(q, k, v),
     )
 
@@ -141,8 +141,9 @@ def _unmasked_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v
             lambda: _multi_head_attention(g, spec, whole, q, k, v),
             lambda: _onnx_attention(g, spec, seen, q, k, v),
         )
-    sizes: dict[str, Any] = {"num_heads": spec.heads, "scale": spec.head_size**-0.5}
+    sizes: dict[str, Any] = {"num_heads": spec.heads, "scale": spec.score_scale}
     if not seen.lengths:
+        k, v = (_head_for_each_query(g, spec, x) for x in (k, v))
         return g.op("FullAttention", q, k, v, domain=DOMAIN, **sizes)
     sizes["kv_num_heads"] = spec.kv_heads
     return g.op("PaddedAttention", q, k, v, seen.lengths, domain=DOMAIN, **sizes)
@@ -154,13 +155,14 @@ def _onnx_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: st
         *_without_trailing_blanks(q, k, v, seen.mask, "", "", seen.lengths),
         q_num_heads=spec.heads,
         kv_num_heads=spec.kv_heads,
-        scale=spec.head_size**-0.5,
+        scale=spec.score_scale,
         is_causal=int(spec.span.causal and not seen.mask),
         softmax_precision=TensorProto.FLOAT,
     )
 
 
 def _multi_head_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str, v: str) -> Value:
+    k, v = (_head_for_each_query(g, spec, x) for x in (k, v))
     lengths, mask = seen.lengths, seen.mask
     padding = bias = ""
     if lengths:
@@ -172,8 +174,18 @@ def _multi_head_attention(g: Graph, spec: Attention, seen: Seen, q: str, k: str,
         *_without_trailing_blanks(q, k, v, "", padding, bias),
         domain=CONTRIB,
         num_heads=spec.heads,
-        scale=spec.head_size**-0.5,
+        scale=spec.score_scale,
     )
+
+
+def _head_for_each_query(g: Graph, spec: Attention, x: str) -> str:
+    """Keys or values whose heads are repeated for the query heads that share them, where they do."""
+    repeats = spec.heads // spec.kv_heads
+    if repeats == 1:
+        return x
+    x = g.op("Reshape", x, g.const([0, 0, spec.kv_heads, 1, spec.head_size], "int64"))
+    x = g.op("Expand", x, g.const([1, 1, 1, repeats, 1], "int64"))
+    return g.op("Reshape", x, g.const([0, 0, spec.heads * spec.head_size], "int64"))
 
 
 def _half_mask(g: Graph, mask: str) -> Value:
@@ -195,7 +207,7 @@ def _group_query_attention(g: Graph, spec: Attention, tokens: str, q: str, k: st
     options: dict[str, Any] = {
         "num_heads": spec.heads,
         "kv_num_heads": spec.kv_heads,
-        "scale": spec.head_size**-0.5,
+        "scale": spec.score_scale,
     }
     if g.scheme.target is Target.CPU:  # the attributes of a function are all given
         options["local_window_size"] = -1 if reach is None else reach + 1

@@ -129,6 +129,8 @@ def _input(g: Graph, part: Sublayer, x: Value) -> Value:
 
 def _added(g: Graph, part: Sublayer, hidden: Value, y: Value, bias: Value | None) -> Value:
     """The stream after a sublayer."""
+    if part.output_norm is not None:
+        y, bias = normalized(g, y if bias is None else g.add(y, bias), part.output_norm), None
     if bias is not None:
         shifted = g.scheme.shifted_norm(g, hidden, bias)
         if shifted is None:

@@ -132,20 +132,26 @@ def _blocks(g: Graph, reach: int, tokens: str) -> Value:
 
 
 def in_blocks(
-    g: Graph, q: str, k: str, v: str, window: Window, width: int, attend: Callable[..., Value]
+    g: Graph,
+    q: str,
+    k: str,
+    v: str,
+    window: Window,
+    widths: tuple[int, int],
+    attend: Callable[..., Value],
 ) -> Value:
-    """Attention of every block of queries to three blocks of keys, ``[batch, tokens, width]``.
+    """Attention of every block of queries to three blocks of keys, of the queries' shape.
 
     Args:
         g: the graph.
         q: queries, ``[batch, tokens, width]``.
-        k: keys, of the same shape.
+        k: keys, likewise.
         v: values, likewise.
         window: see :class:`Window`.
-        width: channels of all heads.
+        widths: channels of all query heads, and of all key heads.
         attend: attention of queries, keys and values, under the window's mask.
     """
-    reach = window.reach
+    reach, (width, kv_width) = window.reach, widths
     one = g.const([1], "int64")
     whole = g.op("Mul", _blocks(g, reach, window.tokens), g.const(reach, "int64"))
     fill = g.op("Unsqueeze", g.op("Sub", whole, window.tokens), g.const([0], "int64"))
@@ -161,7 +167,7 @@ def in_blocks(
         for shift in (0, reach, 2 * reach):
             start = g.const([shift], "int64")
             part = g.op("Slice", padded, start, g.op("Add", start, end), one)
-            parts.append(g.op("Reshape", part, g.const([-1, reach, width], "int64")))
+            parts.append(g.op("Reshape", part, g.const([-1, reach, kv_width], "int64")))
         return g.op("Concat", *parts, axis=1)
 
     queries = g.op("Reshape", g.op("Pad", q, q_pads), g.const([-1, reach, width], "int64"))

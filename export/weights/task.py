@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from embedge.export.adapters.adapter import BoundAdapter
 from embedge.export.errors import CheckpointError
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.safetensors_file import first_not_finite
-from embedge.export.weights.tensors import BASE
+from embedge.export.weights.tensors import BASE, Adjustment
 
 
 class TaskWeights:
@@ -22,6 +22,7 @@ class TaskWeights:
         canonical: gives a key's canonical name.
         adapter: the bound adapter, or ``None`` for the bare backbone.
         task: name of the task; the version of what its adapter changes.
+        adjustments: by canonical name, what tensors stand for that are not meant as they are stored.
 
     Raises:
         CheckpointError: two tensors of the checkpoint have one canonical name.
@@ -33,10 +34,12 @@ class TaskWeights:
         canonical: Callable[[str], str],
         adapter: BoundAdapter | None = None,
         task: str = BASE,
+        adjustments: Mapping[str, Adjustment] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._adapter = adapter
         self._task = task
+        self._adjustments = adjustments or {}
         self.asked: set[str] = set()
         self._keys = canonical_keys(checkpoint.keys(), canonical)
         if adapter is not None:
@@ -66,7 +69,8 @@ class TaskWeights:
                 f"{key}{self._where()}: expected finite numbers, found {count} NaN or infinite of "
                 f"{value.size}; nothing was written. Restore the tensor from its source"
             )
-        return value
+        adjustment = self._adjustments.get(name)
+        return value if adjustment is None else adjustment.of(value)
 
     def version(self, name: str) -> str:
         """``"base"`` for a tensor the adapter leaves alone, else the task's name."""

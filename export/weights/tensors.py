@@ -27,6 +27,27 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adjustment:
+    """``stored · scale + offset``, in float32: what a stored tensor stands for.
+
+    Attributes:
+        scale: a factor.
+        offset: a number.
+    """
+
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def of(self, stored: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What some elements stand for; changed in place."""
+        if self.scale != 1.0:
+            stored *= np.float32(self.scale)
+        if self.offset:
+            stored += np.float32(self.offset)
+        return stored
+
+
+@dataclass(frozen=True, kw_only=True)
 class NormRef:
     """LayerNorm, or RMSNorm with ``rms``, by the canonical name of its module.
 
