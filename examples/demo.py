@@ -90,7 +90,8 @@ def compare_sentences() -> None:
 
 def bench() -> int:
     """Compare every graph with the unquantized model, quickly."""
-    arguments = ["bench", str(BUNDLE), "--reference", str(SOURCE), "--quick"]
+    arguments = ["bench", str(BUNDLE), "--reference", str(SOURCE), "--quick", "--precision"]
+    arguments += PRECISIONS
     for task in TASKS:
         arguments += ["--adapter", f"{task}={HERE / 'adapters' / task}"]
         arguments += ["--eval", f"{task}={HERE / 'eval' / f'{task}.jsonl'}"]
