@@ -1,6 +1,6 @@
 """What the documentation site needs beside its pages; as a program it writes the pages that are made from the code.
 
-    python docs/hooks.py     # writes docs/reference/command-line.md and docs/lab-notes/index.md anew
+    python docs/hooks.py     # writes the pages of MADE anew
 
 Rules:
     * Documents of the repository's root are pages below ``project/``.
@@ -113,7 +113,7 @@ def _command(name: str, purpose: str) -> Iterator[str]:
     yield from _wrapped(_sentence(parser.description or purpose))
     yield ""
     yield "```text"
-    yield f"embedge {name} [options] {places}"
+    yield f"embedge {name} [options] {places}".rstrip()
     yield "```"
     yield ""
     for action in [a for a in actions if not a.option_strings] + named:
@@ -203,7 +203,35 @@ def lab_notes() -> str:
     return "\n".join(lines) + "\n"
 
 
-MADE = {"reference/command-line.md": command_line, "lab-notes/index.md": lab_notes}
+def supported_models() -> str:
+    """The page of the architectures that can be exported."""
+    from embedge.export.families.supported import supported
+
+    lines = [
+        "# Supported models",
+        "",
+        "`embedge families` prints this list, `embedge families --json` for programs. The name of an",
+        "architecture is `model_type` in config.json; jina's are told by their class or name as well. A model is",
+        "an example: others of its architecture run too, and fine-tunes of it with their adapters.",
+        "",
+        "| architecture | example |",
+        "|---|---|",
+        *(f"| `{one.architecture}` | {one.example} |" for one in supported()),
+        "",
+        "[What can be exported](../guides/what-can-be-exported.md) has what a model may bring besides. A model of",
+        "another architecture is refused with the name of the closest one here. Adding an architecture costs one",
+        "file: see [contributing](../../CONTRIBUTING.md#where-do-i-add-a-family).",
+        "",
+        "This page is made from the families by `python docs/hooks.py`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+MADE = {
+    "reference/command-line.md": command_line,
+    "reference/supported-models.md": supported_models,
+    "lab-notes/index.md": lab_notes,
+}
 
 if __name__ == "__main__":
     for page, make in MADE.items():

@@ -140,7 +140,9 @@ def hooks() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["reference/command-line.md", "lab-notes/index.md"])
+@pytest.mark.parametrize(
+    "page", ["reference/command-line.md", "reference/supported-models.md", "lab-notes/index.md"]
+)
 def test_pages_that_are_made_are_current(hooks: ModuleType, page: str) -> None:
     pytest.importorskip("matplotlib")  # the bench's options
     made = hooks.MADE[page]()

@@ -58,6 +58,7 @@ class Family(ConfigReader, ABC):
 
     Attributes:
         model_types: values of ``model_type`` the family serves.
+        examples: a published model of each, by ``model_type``: its id on the hub.
         roots: first components of the backbone's own tensor names.
         ignored: canonical prefixes of tensors that do not reach an embedding (poolers, heads).
         renamed: ends of canonical names that older checkpoints write differently, and what they are now.
@@ -75,6 +76,7 @@ class Family(ConfigReader, ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[Mapping[str, str]] = {}
     roots: ClassVar[tuple[str, ...]]
     ignored: ClassVar[tuple[str, ...]] = HEADS
     renamed: ClassVar[Mapping[str, str]] = {}

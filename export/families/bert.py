@@ -6,6 +6,7 @@ Source: Devlin et al., arXiv 1810.04805, and transformers' ``BertModel``; Song e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -19,6 +20,12 @@ class Bert(Family):
     """BERT and its relatives with absolute positions."""
 
     model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta", "camembert")
+    examples: ClassVar[Mapping[str, str]] = {
+        "bert": "sentence-transformers/all-MiniLM-L6-v2",
+        "roberta": "sentence-transformers/all-distilroberta-v1",
+        "xlm-roberta": "intfloat/multilingual-e5-base",
+        "camembert": "dangvantuan/sentence-camembert-base",
+    }
     roots = ("embeddings", "encoder", *HEAD_ROOTS)
     ignored = (*HEADS, "embeddings.position_ids")
     renamed: ClassVar = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -86,6 +93,7 @@ class MPNet(Bert):
     """MPNet: BERT's blocks with a bias by relative position, shared by all layers."""
 
     model_types = ("mpnet",)
+    examples: ClassVar = {"mpnet": "sentence-transformers/all-mpnet-base-v2"}
     qkv: ClassVar = ("attention.attn.q", "attention.attn.k", "attention.attn.v")
     attention_out, attention_norm = "attention.attn.o", "attention.LayerNorm"
 

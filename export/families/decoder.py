@@ -124,6 +124,7 @@ class Llama(Decoder):
     """Llama 1 to 3."""
 
     model_types = ("llama",)
+    examples: ClassVar = {"llama": "HuggingFaceTB/SmolLM2-135M"}
     biases: ClassVar = {"qkv": "attention_bias", "o": "attention_bias", "mlp": "mlp_bias"}
 
 
@@ -131,6 +132,7 @@ class Mistral(Decoder):
     """Mistral, with a window in all layers."""
 
     model_types = ("mistral",)
+    examples: ClassVar = {"mistral": "intfloat/e5-mistral-7b-instruct"}
 
     def slides_by_rule(self, index: int, listed: bool | None) -> bool:
         return self.config.get("sliding_window") is not None
@@ -140,6 +142,7 @@ class Qwen2(Decoder):
     """Qwen2, with a window in upper layers."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2",)
+    examples: ClassVar[Mapping[str, str]] = {"qwen2": "jinaai/jina-code-embeddings-0.5b"}
     biases: ClassVar[Mapping[str, bool | str]] = {"qkv": True, "o": False, "mlp": False}
 
     def slides_by_rule(self, index: int, listed: bool | None) -> bool:
@@ -154,5 +157,6 @@ class Qwen3(Qwen2):
     """Qwen3: a norm of every head, biases only where config.json says so."""
 
     model_types = ("qwen3",)
+    examples: ClassVar = {"qwen3": "Qwen/Qwen3-Embedding-0.6B"}
     biases: ClassVar = {"qkv": "attention_bias", "o": "attention_bias", "mlp": False}
     head_norms = True

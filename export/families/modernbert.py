@@ -5,6 +5,8 @@ Source: Warner et al., arXiv 2412.13663, and transformers' ``ModernBertModel``.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from embedge.export.families.base import HEAD_ROOTS, HEADS, Family
 from embedge.export.families.ropes import checked_rope
 from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp, Span
@@ -18,6 +20,7 @@ class ModernBert(Family):
     """ModernBERT's alternating global and sliding-window attention."""
 
     model_types = ("modernbert",)
+    examples: ClassVar = {"modernbert": "nomic-ai/modernbert-embed-base"}
     roots = ("embeddings", "layers", "final_norm", "head", "decoder", *HEAD_ROOTS)
     ignored = ("head.", "decoder.", *HEADS)
 

@@ -31,6 +31,9 @@ class Qwen25VL(Qwen2):
     """The language tower, whose architecture has the inputs for images where they are asked for."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_5_vl_text")
+    examples: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        model_types, "Qwen/Qwen2.5-VL-3B-Instruct"
+    )
     roots = (*Qwen2.roots, "visual")
     ignored = (*Qwen2.ignored, Qwen25Vision.prefix)
     default_pooling = "mean"
@@ -62,6 +65,7 @@ class JinaV4Merged(Qwen25VL):
     """One task of jina-embeddings-v4 as published for vLLM: the adapter merged, no multi-vector head."""
 
     model_types = ("jina_embeddings_v4_merged",)
+    examples: ClassVar = {"jina_embeddings_v4_merged": "jinaai/jina-embeddings-v4-vllm-retrieval"}
 
     def multi_vector_dim(self) -> None:
         return None
@@ -83,6 +87,7 @@ class JinaV4(Qwen25VL):
     """jina-embeddings-v4: prompts, pooling and the multi-vector head, without its remote code."""
 
     model_types = ("jina_embeddings_v4",)
+    examples: ClassVar = {"jina_embeddings_v4": "jinaai/jina-embeddings-v4"}
 
     def multi_vector_dim(self) -> int:
         return self.integer("multi_vector_projector_dim", 128)

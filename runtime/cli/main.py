@@ -31,9 +31,10 @@ _COMMANDS = {
     "prepare": "pack a bundle's graphs for this machine, and measure what is fastest on it",
     "subset": "write a smaller bundle of some precisions and tasks",
     "inspect": "show what a bundle holds, and check its files",
+    "families": "list the architectures that can be exported, with a published model of each",
     "bench": "measure quality, latency and memory against the unquantized model",
 }
-_EXTRAS = {"export", "bench"}  # commands that need the extra of their name
+_EXTRAS = {"export": "export", "families": "export", "bench": "bench"}  # that a command needs
 _EXAMPLES = """examples:
   embedge export MODEL --adapter code=FOLDER --precision int8 --out bundle
   embedge embed bundle --task code < lines.txt > vectors.jsonl
@@ -136,7 +137,7 @@ def _load(command: str) -> _Module:
         if command not in _EXTRAS or isinstance(error, EmbedgeError):
             raise
         name = (error.name or "").partition(".")[0]
-        advice = install_command(command, [name] if name else [])
+        advice = install_command(_EXTRAS[command], [name] if name else [])
         raise EmbedgeImportError(
             f"`embedge {command}` needs {error.name or error}, which cannot be imported; run `{advice}`"
         ) from error
