@@ -48,16 +48,8 @@ def as_items(inputs: Any) -> tuple[list[Any], bool]:
     Raises:
         EmbedgeValueError: with the index and type of the first item that is neither.
     """
-    if isinstance(inputs, str) or _is_one_image(inputs):
-        return [inputs], True
-    items = _listed_items("inputs", inputs, "a string, an image or a list of them")
-    for index, item in enumerate(items):
-        if not isinstance(item, str) and not is_image(item):
-            raise EmbedgeValueError(
-                f"inputs[{index}]: expected a string or an image (a path, bytes, a PIL image or "
-                f"a numpy array), found {_described(item)}"
-            )
-    return items, False
+    expected = "a string or an image (a path, bytes, a PIL image or a numpy array)"
+    return _items_or_one("inputs", inputs, "a string, an image or a list of them", expected)
 
 
 def as_images(images: Any) -> tuple[list[Any], bool]:
@@ -66,15 +58,18 @@ def as_images(images: Any) -> tuple[list[Any], bool]:
     Raises:
         EmbedgeValueError: with the index and type of the first item that is none.
     """
-    if isinstance(images, str) or _is_one_image(images):
-        return [images], True
-    items = _listed_items("images", images, "an image or a list of images")
+    expected = "a path, bytes, a PIL image or a numpy array"
+    return _items_or_one("images", images, "an image or a list of images", expected)
+
+
+def _items_or_one(name: str, value: Any, expected: str, each: str) -> tuple[list[Any], bool]:
+    """The strings and images of a call, and whether it was a single one; ``each`` is what one has to be."""
+    if isinstance(value, str) or _is_one_image(value):
+        return [value], True
+    items = _listed_items(name, value, expected)
     for index, item in enumerate(items):
         if not isinstance(item, str) and not is_image(item):
-            raise EmbedgeValueError(
-                f"images[{index}]: expected a path, bytes, a PIL image or a numpy array, found "
-                f"{type(item).__name__}"
-            )
+            raise EmbedgeValueError(f"{name}[{index}]: expected {each}, found {_described(item)}")
     return items, False
 
 

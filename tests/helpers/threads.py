@@ -1,13 +1,34 @@
-"""Which threads of embedge's run."""
+"""Functions in threads, and which threads of embedge's run."""
 
 from __future__ import annotations
 
 import gc
 import sys
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from embedge.runtime.host import workers as workers_module
+
+
+def in_threads(*work: Callable[[], None], seconds: float = 60) -> None:
+    """Call every function in a thread of its own, all at once; none may fail or take longer."""
+    failures: list[BaseException] = []
+
+    def call(function: Callable[[], None]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call, args=(function,)) for function in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=seconds)
+        assert not thread.is_alive()
+    assert failures == []
 
 
 def workers() -> set[int]:

@@ -22,7 +22,7 @@ from embedge.runtime.images import encode as pipeline
 from embedge.runtime.images.patches import ImagePatches
 from embedge.runtime.sessions.session import GraphSession
 from tests.helpers.pictures import picture, pictures
-from tests.helpers.threads import all_ended, workers
+from tests.helpers.threads import all_ended, in_threads, workers
 
 CLS, SEP, FIRST_WORD = 2, 3, 4
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -163,23 +163,13 @@ class TestRuns:
         model = Embedder(with_images.path, max_sessions=1)
         images = pictures()
         expected = model.encode_image(images, task="code")
-        failures: list[BaseException] = []
 
         def work() -> None:
-            try:
-                for _ in range(5):
-                    vectors = model.encode([*images, "w1"], task="code")[:-1]
-                    np.testing.assert_allclose(vectors, expected, atol=TOLERANCE, rtol=0)
-            except BaseException as error:
-                failures.append(error)
+            for _ in range(5):
+                vectors = model.encode([*images, "w1"], task="code")[:-1]
+                np.testing.assert_allclose(vectors, expected, atol=TOLERANCE, rtol=0)
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-            assert not thread.is_alive()
-        assert failures == []
+        in_threads(*[work] * 4)
 
 
 class TestLowMemory:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import pickle
-import threading
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from embedge.runtime import (
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.encode import batch_size as batch_size_module
 from embedge.runtime.sessions.session import GraphSession
+from tests.helpers.threads import in_threads
 from tests.helpers.tiny_texts import TOLERANCE, distinct, ids
 
 INTEGER = {"activation_constants": {"a": {"dtype": "uint8", "full": 128, "reduced": 64}}}
@@ -52,25 +53,13 @@ class TestBatchesAtTheSameTime:
         model = Embedder(tiny.path, max_sessions=1, threads=2)
         texts = [f"w{i}" for i in range(60)]
         expected = {task: model.encode(texts, task=task) for task in model.tasks}
-        failures: list[BaseException] = []
 
         def work(task: str) -> None:
-            try:
-                for count in (60, 1, 7) * 5:
-                    vectors = model.encode(texts[:count], task=task, batch_size=8)
-                    np.testing.assert_allclose(
-                        vectors, expected[task][:count], atol=TOLERANCE, rtol=0
-                    )
-            except BaseException as error:
-                failures.append(error)
+            for count in (60, 1, 7) * 5:
+                vectors = model.encode(texts[:count], task=task, batch_size=8)
+                np.testing.assert_allclose(vectors, expected[task][:count], atol=TOLERANCE, rtol=0)
 
-        threads = [threading.Thread(target=work, args=(task,)) for task in model.tasks * 2]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-            assert not thread.is_alive()
-        assert failures == []
+        in_threads(*(partial(work, task) for task in model.tasks * 2))
 
     def test_a_graph_that_fails_in_a_thread_is_the_calls_error(
         self, integer: Any, monkeypatch: pytest.MonkeyPatch
@@ -196,23 +185,13 @@ class TestSessions:
         model = Embedder(two_tasks.path, precision="fp32", max_sessions=1, threads=1)
         texts = [f"w{i}" for i in range(40)]
         expected = {task: model.encode(texts, task=task) for task in model.tasks}
-        failures: list[object] = []
 
         def work(task: str) -> None:
-            try:
-                for _ in range(10):
-                    vectors = model.encode(texts, task=task, batch_size=8)
-                    np.testing.assert_array_equal(vectors, expected[task])
-            except BaseException as error:
-                failures.append(error)
+            for _ in range(10):
+                vectors = model.encode(texts, task=task, batch_size=8)
+                np.testing.assert_array_equal(vectors, expected[task])
 
-        threads = [threading.Thread(target=work, args=(task,)) for task in model.tasks * 2]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-            assert not thread.is_alive()
-        assert failures == []
+        in_threads(*(partial(work, task) for task in model.tasks * 2))
 
     def test_a_limit_below_one_graph_is_refused_with_its_size(self, bundle: Any) -> None:
         for limit in (100, "0.1KB"):

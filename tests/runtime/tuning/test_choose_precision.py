@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from embedge.runtime.cli.main import main
 from embedge.runtime.sessions.session_workers import RunSettings
 from embedge.runtime.tuning import choose_precision as auto_module
 from embedge.runtime.tuning.cache import TunedPrecision, add_tuning
+from tests.helpers.threads import in_threads
 
 THREADS = 2
 SETTINGS = RunSettings(single_thread=False, single_thread_tokens=0, batch_tokens=1024)
@@ -288,22 +288,12 @@ def test_several_threads_share_one(several: Any) -> None:
     model = Embedder(several.path, precision="auto", threads=THREADS, **limits)
     texts = [f"w{i}" for i in range(40)]
     expected = model.encode(texts)
-    failures: list[BaseException] = []
 
     def work() -> None:
-        try:
-            for _ in range(5):
-                np.testing.assert_allclose(model.encode(texts, batch_size=8), expected, atol=1e-6)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(5):
+            np.testing.assert_allclose(model.encode(texts, batch_size=8), expected, atol=1e-6)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    assert failures == []
+    in_threads(*[work] * 4)
 
 
 class TestCommand:
