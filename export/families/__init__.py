@@ -12,6 +12,7 @@ from embedge.export.errors import CheckpointError
 from embedge.export.families.base import Family
 from embedge.export.families.bert import Bert, MPNet
 from embedge.export.families.decoder import Llama, Mistral, Qwen2, Qwen3
+from embedge.export.families.gemma3 import Gemma3
 from embedge.export.families.modernbert import ModernBert
 from embedge.export.families.qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
 
@@ -28,6 +29,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Mistral,
     Qwen2,
     Qwen3,
+    Gemma3,
 )
 
 

@@ -177,6 +177,16 @@ class Family(ConfigReader, ABC):
             raise self.unsupported("layer_types", types, expected)
         return [kind == known[1] for kind in listed]
 
+    def layer_types(self, every: int) -> list[str]:
+        """By layer, ``full_attention`` or ``sliding_attention``, as Gemma's models say it.
+
+        Args:
+            every: without ``layer_types`` and ``sliding_window_pattern``, a layer of so many attends to all tokens.
+        """
+        pattern = self.integer("sliding_window_pattern", every)
+        slides = self.slides() or [bool((i + 1) % pattern) for i in range(self.num_layers)]
+        return ["sliding_attention" if slide else "full_attention" for slide in slides]
+
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with the settings of its ``text_config``, if it has one, at the top."""

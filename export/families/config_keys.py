@@ -180,6 +180,20 @@ KEYS: Mapping[str, Keys] = {
         fixed=_QWEN_FIXED,
         classes=("Qwen3",),
     ),
+    "gemma3_text": Keys(
+        used=_DECODER - {"hidden_act", "multi_vector_projector_dim"}
+        | words(
+            """attention_bias hidden_activation query_pre_attn_scalar rope_local_base_freq sliding_window
+            sliding_window_pattern use_bidirectional_attention"""
+        ),
+        # logits have no part in a vector
+        harmless=words("_sliding_window_pattern final_logit_softcapping is_decoder"),
+        fixed={
+            **{k: v for k, v in _DECODER_FIXED.items() if k != "use_bidirectional_attention"},
+            "attn_logit_softcapping": (None,),
+        },
+        classes=("Gemma3Text", "Gemma3"),
+    ),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged"), _QWEN_VL),
     "jina_embeddings_v4": _JINA_V4,
     "vision": Keys(
@@ -209,6 +223,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _QWEN_DEFAULTS,
     "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
+    "gemma3_text": {
+        "head_dim": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+    },
     **dict.fromkeys(
         ("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged", "jina_embeddings_v4"),
         _QWEN_VL_DEFAULTS,

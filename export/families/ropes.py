@@ -72,10 +72,63 @@ def rope_of(reader: ConfigReader, head_size: int, theta: float) -> Rope:
     own = config.get("rope_theta")
     if own is not None and rope.get("rope_theta", own) != own:
         raise reader.unsupported(f"{key}.rope_theta", rope["rope_theta"], f"rope_theta {own}")
-    rope = checked_rope(rope, key)
-    if "yarn" in (rope.get("rope_type"), rope.get("type")):
-        original = rope.get("original_max_position_embeddings")
-        original = original or reader.integer("max_position_embeddings")
-        rope = {**rope, "original_max_position_embeddings": original}
+    rope = _with_original_length(reader, checked_rope(rope, key))
     theta = number(rope if "rope_theta" in rope else config, "rope_theta", theta)
     return Rope(head_size=head_size, theta=theta, scaling=rope)
+
+
+def ropes_by_layer_type(
+    reader: ConfigReader, sizes: Mapping[str, int], thetas: Mapping[str, tuple[str, float]]
+) -> dict[str, Rope]:
+    """The rotary settings of each type of layers.
+
+    transformers 5 writes them into ``rope_parameters`` by layer type. Before, bases were keys of their own, and
+    ``rope_scaling`` was that of layers with full attention.
+
+    Args:
+        reader: the model's config.json.
+        sizes: channels of a head, by the types of layers there are.
+        thetas: by every type, the key of its base, "" where there never was one, and what it is without.
+
+    Raises:
+        CheckpointError: settings of other types, or two places contradict each other.
+    """
+    nested = reader.config.get("rope_parameters") or {}
+    if not isinstance(nested, dict) or set(nested) - set(thetas):
+        raise reader.unsupported("rope_parameters", nested, f"settings for {', '.join(thetas)}")
+    ropes = {}
+    for kind, size in sizes.items():
+        key, default = thetas[kind]
+        rope = nested.get(kind) or {}
+        if not isinstance(rope, dict):
+            raise reader.unsupported(f"rope_parameters.{kind}", rope, "an object of settings")
+        name = f"rope_parameters.{kind}"
+        if kind == "full_attention" and reader.config.get("rope_scaling"):
+            rope, name = _scaling_of(reader, rope), "rope_scaling"
+        rope = _with_original_length(reader, checked_rope(rope, name))
+        own = reader.config.get(key)
+        if own is not None and rope.get("rope_theta", own) != own:
+            raise reader.unsupported(f"{name}.rope_theta", rope["rope_theta"], f"{key} {own}")
+        theta = number(rope, "rope_theta") if "rope_theta" in rope else reader.number(key, default)
+        ropes[kind] = Rope(name=f"rotary.{kind}", head_size=size, theta=theta, scaling=rope)
+    return ropes
+
+
+def _scaling_of(reader: ConfigReader, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_scaling``, which says nothing else than ``rope_parameters`` where that is there too."""
+    scaling = reader.config["rope_scaling"]
+    if not isinstance(scaling, dict):
+        raise reader.unsupported("rope_scaling", scaling, "an object of settings")
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope and rope != {**theta, **scaling}:
+        raise reader.unsupported("rope_parameters.full_attention", rope, "rope_scaling's value")
+    return {**theta, **scaling}
+
+
+def _with_original_length(reader: ConfigReader, rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings with what YaRN is scaled from."""
+    if "yarn" not in (rope.get("rope_type"), rope.get("type")):
+        return rope
+    original = rope.get("original_max_position_embeddings")
+    original = original or reader.integer("max_position_embeddings")
+    return {**rope, "original_max_position_embeddings": original}

@@ -103,6 +103,13 @@ class ConfigReader:
         """A number setting, likewise."""
         return number(self.config, key, default)
 
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number setting above zero, likewise."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.unsupported(key, value, "a number above 0")
+        return value
+
     def activation(self, key: str, default: str) -> str:
         """An activation that the graph has, by its transformers name."""
         value = self.config.get(key, default)

@@ -40,6 +40,13 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 WINDOW = 6  # tokens, shorter than most of the texts
+GEMMA: dict[str, Any] = {
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 2 * WINDOW,
+    "sliding_window_pattern": 2,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"hidden_act": "gelu_new", "type_vocab_size": 1},
@@ -71,8 +78,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma3_text": {**GEMMA, "use_bidirectional_attention": True},
+    "gemma3_text-causal": GEMMA,
 }
-ENCODERS = ("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "modernbert-with-biases")
+ENCODERS = (
+    *("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "modernbert-with-biases"),
+    "gemma3_text",
+)
 DECODERS = tuple(name for name in CONFIGS if name not in ENCODERS)
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -113,7 +125,7 @@ def make_model(name: str, seed: int = 0, gain: float = 1.6, **changes: Any) -> A
     settings = {**SHARED, **CONFIGS[name], **changes}
     config = transformers.AutoConfig.for_model(kind, **settings)
     options: dict[str, Any] = {"attn_implementation": "eager"}
-    if kind not in DECODERS and kind != "modernbert":
+    if kind in POOLED:
         options["add_pooling_layer"] = False
     torch.manual_seed(seed)
     model_class = transformers.MODEL_MAPPING[type(config)]

@@ -1,0 +1,101 @@
+"""Gemma 3's text model, causal or not: EmbeddingGemma 300m and its relatives.
+
+Every sublayer has a norm before it and a norm of its result; norms multiply by ``1 + weight``. Most layers attend
+to a window and have rotary positions of their own.
+
+Source: transformers' ``Gemma3TextModel``; Vera et al., arXiv 2509.20354.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from embedge.export.families.base import HEAD_ROOTS, Family
+from embedge.export.families.ropes import ropes_by_layer_type
+from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp, Span
+from embedge.export.graph.rotary import Rope
+from embedge.export.graph.values import LinearRef
+from embedge.export.weights.tensors import NormRef
+
+_EVERY = 6  # transformers' default: a layer of so many attends to all tokens
+
+
+class Gemma3(Family):
+    """Gemma 3 without images."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
+    roots: ClassVar[tuple[str, ...]] = ("embed_tokens", "layers", "norm", *HEAD_ROOTS)
+
+    def declare(self) -> Architecture:
+        self.heads = self.integer("num_attention_heads")
+        self.kv_heads = self.integer("num_key_value_heads")
+        self.divides(self.kv_heads, self.heads, "num_key_value_heads and num_attention_heads")
+        types = self.layer_types(_EVERY)
+        size = self.integer("head_dim")
+        ropes = ropes_by_layer_type(
+            self,
+            dict.fromkeys(types, size),
+            thetas={
+                "full_attention": ("rope_theta", 1_000_000.0),
+                "sliding_attention": ("rope_local_base_freq", 10_000.0),
+            },
+        )
+        spans = {kind: self._span(kind) for kind in set(types)}
+        return Architecture(
+            hidden_size=self.hidden_size,
+            max_length=self.max_length,
+            token_table="embed_tokens",
+            embedding_scale=self.hidden_size**0.5,
+            norm_offset=1.0,
+            layers=tuple(
+                Layer(
+                    self._attention(f"layers.{i}.", spans[kind], ropes[kind]),
+                    self._mlp(f"layers.{i}."),
+                )
+                for i, kind in enumerate(types)
+            ),
+            final_norm=self._norm("norm"),
+        )
+
+    def _span(self, kind: str) -> Span:
+        """What a kind of layers attends to; ``sliding_window`` counts both sides where attention has two."""
+        both = self.config.get("use_bidirectional_attention")
+        if both not in (None, True, False):
+            raise self.unsupported("use_bidirectional_attention", both, "true or false")
+        if kind == "full_attention":
+            return Span(causal=not both)
+        window = self.integer("sliding_window")
+        reach = window // 2 if both else window - 1
+        return Span(reach=reach if reach < self.max_length - 1 else None, causal=not both)
+
+    def _attention(self, p: str, span: Span, rope: Rope) -> Attention:
+        has_bias = self.config.get("attention_bias") is True
+        names = [f"{p}self_attn.{n}_proj" for n in "qkvo"]
+        *linears, out = (LinearRef(name, has_bias=has_bias) for name in names)
+        return Attention(
+            linears=linears,
+            out=out,
+            input_norm=self._norm(f"{p}input_layernorm"),
+            output_norm=self._norm(f"{p}post_attention_layernorm"),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=rope.head_size,
+            span=span,
+            rope=rope,
+            query_norm=self._norm(f"{p}self_attn.q_norm"),
+            key_norm=self._norm(f"{p}self_attn.k_norm"),
+            scale=self.positive("query_pre_attn_scalar") ** -0.5,
+        )
+
+    def _mlp(self, p: str) -> Mlp:
+        return Mlp(
+            linears=[LinearRef(f"{p}mlp.{n}_proj", has_bias=False) for n in ("gate", "up")],
+            out=LinearRef(f"{p}mlp.down_proj", has_bias=False),
+            input_norm=self._norm(f"{p}pre_feedforward_layernorm"),
+            output_norm=self._norm(f"{p}post_feedforward_layernorm"),
+            inner="intermediate_size",
+            activation=self.activation("hidden_activation", "gelu_pytorch_tanh"),
+        )
+
+    def _norm(self, name: str) -> NormRef:
+        return NormRef(name=name, epsilon=self.number("rms_norm_eps", 1e-6), rms=True)
