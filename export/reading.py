@@ -17,7 +17,7 @@ from embedge.export.families.qwen2_5_vl import JinaV4Merged
 from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
 from embedge.export.schemes.mixed import unmatched
-from embedge.export.source.checkpoint import Checkpoint
+from embedge.export.source.checkpoint import Checkpoint, ModelFolder
 from embedge.export.source.image_processor import image_settings
 from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
 from embedge.export.source.tokenizer import read_tokenizer
@@ -33,15 +33,14 @@ def read_model(options: ExportOptions) -> Model:
         CheckpointError: the model cannot be exported.
         AdapterError: an adapter does not fit, or changes what no vector depends on.
     """
-    checkpoint = Checkpoint(options.source)
-    names = sorted(checkpoint.names)
-    name = next((n for n in names if JinaV4Merged.serves(checkpoint.config, n)), checkpoint.name)
-    family_class = family_of(checkpoint.config, name)
+    folder = ModelFolder(options.source)
+    names = sorted(folder.names)
+    name = next((n for n in names if JinaV4Merged.serves(folder.config, n)), folder.name)
+    family_class = family_of(folder.config, name, folder.tensor_names)
     check_config(
-        checkpoint.config,
-        family_class.kind(checkpoint.config),
-        checkpoint.transformer_path / "config.json",
+        folder.config, family_class.kind(folder.config), folder.transformer_path / "config.json"
     )
+    checkpoint = Checkpoint(folder)
     config = flat_config(checkpoint.config)
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
         checkpoint.path, config, checkpoint.card

@@ -5,12 +5,12 @@ A new one is a file here, its model types and keys in ``config_keys.py``, and it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from embedge.export.errors import CheckpointError
 from embedge.export.families.base import Family
 from embedge.export.families.bert import Bert, MPNet
+from embedge.export.families.closest import check_no_variant, not_supported
 from embedge.export.families.decoder import Llama, Mistral, Qwen2, Qwen3
 from embedge.export.families.gemma3 import Gemma3
 from embedge.export.families.modernbert import ModernBert
@@ -33,21 +33,21 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 
 
-def family_of(config: Mapping[str, Any], name: str = "") -> type[Family]:
+def family_of(
+    config: Mapping[str, Any], name: str = "", tensors: Callable[[], Iterable[str]] = tuple
+) -> type[Family]:
     """The first family that serves a model.
 
     Args:
         config: its config.json.
         name: its short name, by which pre-merged models are known.
+        tensors: gives the names of its tensors, for the message.
 
     Raises:
-        CheckpointError: no family serves it; the message lists those there are.
+        CheckpointError: no family serves it; the message names the closest one.
     """
+    check_no_variant(config)
     for family in FAMILIES:
         if family.serves(config, name):
             return family
-    known = sorted({kind for family in FAMILIES for kind in family.model_types})
-    raise CheckpointError(
-        f"config.json: model_type {config.get('model_type')!r} is not supported; "
-        f"expected one of {', '.join(known)}"
-    )
+    raise not_supported(config, FAMILIES, tensors)

@@ -26,11 +26,11 @@ from embedge.export.source.names import base_name, known_names, model_name
 from embedge.export.source.safetensors_file import SafetensorsFile
 from embedge.export.source.weight_files import weight_files
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "ModelFolder"]
 
 
-class Checkpoint:
-    """The config and the weights of one model; the weights stay on disk until they are read.
+class ModelFolder:
+    """What is known of one model before its weights are opened.
 
     Attributes:
         path: the model folder, where sentence-transformers' files lie.
@@ -43,14 +43,14 @@ class Checkpoint:
     """
 
     def __init__(self, source: str | Path) -> None:
-        """Open a local model folder, or a hub id, which is fetched first; map its weights.
+        """Find a local model folder, or a hub id, which is fetched first.
 
         Args:
             source: a folder in the Hugging Face layout, or ``"organization/name"``.
 
         Raises:
             CheckpointError: if there is no such model, a file is missing, truncated or not what it
-                should be, the weights are pickled or quantized.
+                should be, or the weights are quantized.
         """
         self.path = local_folder(source)
         self.transformer_path = transformer_folder(self.path)
@@ -61,6 +61,28 @@ class Checkpoint:
         if isinstance(source, str) and is_hub_id(source) and not Path(source).exists():
             self.name = base_name(source)
         self.names = known_names(self.path, title, self.config, self.name)
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Return the names of its tensors as the files have them; none where they cannot be read."""
+        try:
+            return tuple(weight_files(self.transformer_path))
+        except CheckpointError:
+            return ()
+
+
+class Checkpoint(ModelFolder):
+    """The config and the weights of one model; the weights stay on disk until they are read."""
+
+    def __init__(self, source: str | Path | ModelFolder) -> None:
+        """Open a model, as :class:`ModelFolder` does, or one that was found so; map its weights.
+
+        Raises:
+            CheckpointError: likewise, or if the weights are pickled.
+        """
+        if isinstance(source, ModelFolder):
+            vars(self).update(vars(source))
+        else:
+            super().__init__(source)
         self._files = weight_files(self.transformer_path)
         self._sha256: str | None = None
 
