@@ -11,7 +11,14 @@ from typing import Any
 from embedge.export.families.base import Family
 from embedge.export.families.bert import Bert, MPNet
 from embedge.export.families.closest import check_no_variant, not_supported
-from embedge.export.families.decoder import Llama, Mistral, Qwen2, Qwen3
+from embedge.export.families.decoder import (
+    EuroBert,
+    Llama,
+    LlamaBidirectional,
+    Mistral,
+    Qwen2,
+    Qwen3,
+)
 from embedge.export.families.gemma3 import Gemma3
 from embedge.export.families.modernbert import ModernBert
 from embedge.export.families.qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
@@ -26,6 +33,8 @@ FAMILIES: tuple[type[Family], ...] = (
     MPNet,
     ModernBert,
     Llama,
+    LlamaBidirectional,
+    EuroBert,
     Mistral,
     Qwen2,
     Qwen3,

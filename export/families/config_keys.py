@@ -75,12 +75,14 @@ class Keys:
         harmless: beyond those of every model.
         fixed: values that change nothing, by key.
         classes: how the names of transformers' classes begin, for ``architectures``.
+        code: what ``auto_map`` may name: published code that computes what the family does.
     """
 
     used: frozenset[str]
     harmless: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]]
     classes: tuple[str, ...]
+    code: frozenset[str] = frozenset()
 
 
 _BERT = words(
@@ -100,7 +102,6 @@ _ENCODER_FIXED = {
 }
 _DECODER_FIXED = {
     "bidirectional": _OFF,
-    "is_causal": (None, True),
     "original_max_position_embeddings": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
     "use_bidirectional_attention": _OFF,
@@ -115,12 +116,14 @@ _ROBERTA = Keys(
     classes=("Roberta", "XLMRoberta", "Camembert"),
 )
 _QWEN_FIXED = {**_DECODER_FIXED, "mlp_bias": _OFF, "use_mrope": _OFF}
+_LLAMA_FIXED = {**_DECODER_FIXED, "sliding_window": (None,), "use_sliding_window": _OFF}
+_LLAMA = _DECODER | {"attention_bias", "mlp_bias"}
 _QWEN_VL = Keys(
     used=_DECODER
     | _WINDOW
     | words("image_token_id text_config vision_start_token_id vision_end_token_id"),
     harmless=words("attention_bias is_decoder video_token_id vision_token_id"),
-    fixed={k: v for k, v in _QWEN_FIXED.items() if k != "use_mrope"},
+    fixed={**{k: v for k, v in _QWEN_FIXED.items() if k != "use_mrope"}, "is_causal": (True,)},
     classes=("Qwen2_5_VL", "Qwen2_5_VLText"),
 )
 _JINA_V4 = Keys(
@@ -128,6 +131,28 @@ _JINA_V4 = Keys(
     harmless=_QWEN_VL.harmless,
     fixed=_QWEN_VL.fixed,
     classes=("JinaEmbeddingsV4",),
+)
+
+
+def _code(*names: str, repositories: str = "") -> frozenset[str]:
+    """Names in ``auto_map``, also as copies of a model have them: behind the repository and ``--``."""
+    return frozenset((*names, *(f"{r}--{name}" for r in repositories.split() for name in names)))
+
+
+_EUROBERT_FILES = _code(
+    "configuration_eurobert.EuroBertConfig",
+    "modeling_eurobert.EuroBertModel",
+    repositories="EuroBERT/EuroBERT-210m EuroBERT/EuroBERT-610m EuroBERT/EuroBERT-2.1B",
+)
+_EUROBERT = Keys(
+    used=_LLAMA,
+    harmless=words(
+        """bos_token classifier_pooling clf_pooling eos_token hidden_dropout mask_token pad_token
+        pretraining_tp"""
+    ),
+    fixed={**_LLAMA_FIXED, **_ENCODER_FIXED},
+    classes=("EuroBert",),
+    code=_EUROBERT_FILES,
 )
 
 KEYS: Mapping[str, Keys] = {
@@ -157,25 +182,36 @@ KEYS: Mapping[str, Keys] = {
         classes=("ModernBert",),
     ),
     "llama": Keys(
-        used=_DECODER | {"attention_bias", "mlp_bias"},
+        used=_LLAMA | {"is_causal"},
         harmless=words("is_decoder pretraining_tp"),
-        fixed={**_DECODER_FIXED, "sliding_window": (None,), "use_sliding_window": _OFF},
+        fixed=_LLAMA_FIXED,
         classes=("Llama",),
     ),
+    "llama_bidirec": Keys(
+        used=_LLAMA,
+        harmless=words("is_decoder pretraining_tp temperature"),  # the last divides a classifier's scores
+        fixed={**_LLAMA_FIXED, **_ENCODER_FIXED, "pooling": (None, "avg")},
+        classes=("LlamaBidirectional",),
+        code=_code(
+            "llama_bidirectional_model.LlamaBidirectionalConfig",
+            "llama_bidirectional_model.LlamaBidirectionalModel",
+        ),
+    ),
+    "eurobert": _EUROBERT,
     "mistral": Keys(
-        used=_DECODER | {"sliding_window"},
+        used=_DECODER | {"sliding_window", "is_causal"},
         harmless=frozenset({"is_decoder"}),
         fixed={**_DECODER_FIXED, "attention_bias": _OFF, "mlp_bias": _OFF},
         classes=("Mistral",),
     ),
     "qwen2": Keys(
-        used=_DECODER | _WINDOW,
+        used=_DECODER | _WINDOW | {"is_causal"},
         harmless=words("attention_bias is_decoder"),
         fixed=_QWEN_FIXED,
         classes=("Qwen2",),
     ),
     "qwen3": Keys(
-        used=_DECODER | _WINDOW | {"attention_bias"},
+        used=_DECODER | _WINDOW | {"attention_bias", "is_causal"},
         harmless=frozenset({"is_decoder"}),
         fixed=_QWEN_FIXED,
         classes=("Qwen3",),
@@ -191,6 +227,7 @@ KEYS: Mapping[str, Keys] = {
         fixed={
             **{k: v for k, v in _DECODER_FIXED.items() if k != "use_bidirectional_attention"},
             "attn_logit_softcapping": (None,),
+            "is_causal": (None, True),
         },
         classes=("Gemma3Text", "Gemma3"),
     ),
@@ -220,6 +257,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "xlm-roberta": {"type_vocab_size": 2},
     "camembert": {"type_vocab_size": 2},
     "mpnet": {"relative_attention_num_buckets": 32},
+    "eurobert": {"rms_norm_eps": 1e-5},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _QWEN_DEFAULTS,
     "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
@@ -284,7 +322,8 @@ def _check_code(config: Mapping[str, Any], keys: Keys, file: Path) -> None:
     for key in ("AutoModel", "AutoConfig"):
         named = entries.get(key)
         short = str(named).rpartition(".")[2].replace("Config", "Model")
-        if named and not (keys is _JINA_V4 and own.fullmatch(short)):
+        known = str(named) in keys.code or (keys is _JINA_V4 and own.fullmatch(short))
+        if named and not known:
             raise CheckpointError(
                 f"{file}: auto_map names {named!r} as {key}, code of the model's own, which is never run; "
                 f"expected transformers' {keys.classes[0]}Model. If that code computes the same, with "
@@ -306,9 +345,15 @@ def _check_keys(part: Mapping[str, Any], keys: Keys, file: Path, prefix: str) ->
         if key in fixed:
             if not any(value is v or (value == v and type(value) is type(v)) for v in fixed[key]):
                 known = " or ".join(_shown(v) for v in fixed[key])
+                advice = "what it asks for is not implemented, so this model cannot be exported yet"
+                if "bidirectional" in key and "is_causal" in keys.used:
+                    advice = (
+                        f"transformers' {keys.classes[0]}Model does not read it and is causal. If the model was "
+                        'trained without a causal mask, write "is_causal": false in its place, which '
+                        "transformers 5 reads; otherwise delete it"
+                    )
                 raise CheckpointError(
-                    f"{file}: {prefix}{key} is {_shown(value)}, expected {known}; what it asks for is not "
-                    "implemented, so this model cannot be exported yet"
+                    f"{file}: {prefix}{key} is {_shown(value)}, expected {known}; {advice}"
                 )
         elif key in keys.used or key in keys.harmless or key in _HARMLESS or key in _ELSEWHERE:
             continue

@@ -1,6 +1,8 @@
-"""Llama, Mistral, Qwen2 and Qwen3 used as embedders: causal decoders that normalize before each block.
+"""Llama, Mistral, Qwen2 and Qwen3 used as embedders, and EuroBERT: they normalize before each block.
 
-Attention is causal, as in the published embedding models of these families.
+Attention is causal where config.json does not say ``"is_causal": false``, which transformers 5 reads: then a token
+sees all others, in a layer with a window those that are at most ``sliding_window`` tokens away on either side.
+EuroBERT (Boizard et al., arXiv 2503.05500) and ``llama_bidirec`` are Llama without a causal mask.
 
 A checkpoint may have a multi-vector head beside the decoder, as jina-embeddings-v4 has: the Linear
 ``multi_vector_projector``, its width in config.json's ``multi_vector_projector_dim``.
@@ -25,7 +27,9 @@ class Decoder(Family):
     Attributes:
         biases: whether Linears have one, by their kind, or the key of config.json that says it.
         head_norms: whether every query and key head is normalized.
-        default_theta: ``rope_theta`` where config.json has none.
+        default_theta: ``rope_theta`` where config.json has none; ``None``: it has to say.
+        reads_is_causal: whether ``is_causal`` decides the mask; where it does not, ``causal`` does.
+        causal: whether a token sees those before it alone.
     """
 
     roots: ClassVar[tuple[str, ...]] = (
@@ -35,13 +39,17 @@ class Decoder(Family):
     default_pooling: ClassVar[str | None] = "lasttoken"
     biases: ClassVar[Mapping[str, bool | str]] = {"qkv": False, "o": False, "mlp": False}
     head_norms: ClassVar[bool] = False
-    default_theta: ClassVar[float] = 10000.0
+    default_theta: ClassVar[float | None] = 10000.0
+    reads_is_causal: ClassVar[bool] = True
+    causal: bool = True
 
     def declare(self) -> Architecture:
         self.heads = self.integer("num_attention_heads")
         grouped = self.config.get("num_key_value_heads") is not None
         self.kv_heads = self.integer("num_key_value_heads") if grouped else self.heads
         self.divides(self.kv_heads, self.heads, "num_key_value_heads and num_attention_heads")
+        if self.reads_is_causal:
+            self.causal = self.flag("is_causal", default=True)
         given = self.config.get("head_dim")
         self.rope = self.read_rope(
             self.integer("head_dim") if given else self.hidden_size // self.heads
@@ -86,7 +94,9 @@ class Decoder(Family):
             other = f"{kind!r} for layer {index} by the other settings"
             raise self.unsupported("layer_types", self.config["layer_types"], other)
         window = self.integer("sliding_window") if slides else self.max_length
-        return Span(reach=window - 1 if window < self.max_length else None, causal=True)
+        # the number counts the token itself in transformers' causal masks, not in its others
+        reach = window - 1 if self.causal else window
+        return Span(reach=reach if reach < self.max_length - 1 else None, causal=self.causal)
 
     def _attention(self, p: str, span: Span) -> Attention:
         return Attention(
@@ -126,6 +136,27 @@ class Llama(Decoder):
     model_types = ("llama",)
     examples: ClassVar = {"llama": "HuggingFaceTB/SmolLM2-135M"}
     biases: ClassVar = {"qkv": "attention_bias", "o": "attention_bias", "mlp": "mlp_bias"}
+
+
+class LlamaBidirectional(Llama):
+    """``llama_bidirec``, NVIDIA's embedding models: Llama without a causal mask, by its published code."""
+
+    model_types = ("llama_bidirec",)
+    examples: ClassVar = {"llama_bidirec": "nvidia/llama-nemotron-embed-1b-v2"}
+    default_pooling = "mean"
+    reads_is_causal = False
+    causal = False
+
+
+class EuroBert(Llama):
+    """EuroBERT, as published and as transformers 5 has it."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("eurobert",)
+    examples: ClassVar = {"eurobert": "EuroBERT/EuroBERT-210m"}
+    default_pooling: ClassVar[str | None] = None
+    default_theta = None  # 10,000 in transformers' class, 250,000 in the published code
+    reads_is_causal = False
+    causal = False
 
 
 class Mistral(Decoder):

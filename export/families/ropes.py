@@ -49,13 +49,13 @@ def checked_rope(rope: Mapping[str, Any], name: str) -> dict[str, Any]:
     return rope
 
 
-def rope_of(reader: ConfigReader, head_size: int, theta: float) -> Rope:
+def rope_of(reader: ConfigReader, head_size: int, theta: float | None) -> Rope:
     """The one set of rotary settings of a model, in ``rope_scaling`` or ``rope_parameters``.
 
     Args:
         reader: the model's config.json.
         head_size: channels of a head.
-        theta: ``rope_theta`` where config.json has none.
+        theta: ``rope_theta`` where config.json has none, ``None`` where it has to have one.
 
     Raises:
         CheckpointError: layers have settings of their own, or two places contradict each other.

@@ -110,6 +110,13 @@ class ConfigReader:
             raise self.unsupported(key, value, "a number above 0")
         return value
 
+    def flag(self, key: str, *, default: bool) -> bool:
+        """A setting that is true or false, likewise."""
+        value = self.config.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {key}: expected true or false, found {value!r}")
+        return value
+
     def activation(self, key: str, default: str) -> str:
         """An activation that the graph has, by its transformers name."""
         value = self.config.get(key, default)
