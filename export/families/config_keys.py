@@ -189,7 +189,9 @@ KEYS: Mapping[str, Keys] = {
     ),
     "llama_bidirec": Keys(
         used=_LLAMA,
-        harmless=words("is_decoder pretraining_tp temperature"),  # the last divides a classifier's scores
+        harmless=words(
+            "is_decoder pretraining_tp temperature"
+        ),  # the last divides a classifier's scores
         fixed={**_LLAMA_FIXED, **_ENCODER_FIXED, "pooling": (None, "avg")},
         classes=("LlamaBidirectional",),
         code=_code(

@@ -16,7 +16,9 @@ from tests.helpers.models import random_texts
 
 Pool = Callable[[torch.Tensor], torch.Tensor]
 POOLS: dict[str, Pool] = {"mean": lambda x: x.mean(0), "lasttoken": lambda x: x[-1]}
-NATIVE = int(transformers.__version__.split(".")[0]) >= 5  # whose decoders read is_causal, and which has EuroBERT
+NATIVE = (
+    int(transformers.__version__.split(".")[0]) >= 5
+)  # whose decoders read is_causal, and which has EuroBERT
 LENGTHS = (1, 2, 63, 64, 65, 511, 512, 513, 998)
 
 
