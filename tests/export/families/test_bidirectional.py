@@ -147,16 +147,20 @@ EUROBERT = {  # as EuroBERT-210m is published, but for its sizes
     "use_cache": False,
     "vocab_size": 96,
 }
+_EARLY = {
+    *(
+        "auto_map",
+        "bos_token",
+        "clf_pooling",
+        "eos_token",
+        "hidden_dropout",
+        "is_decoder",
+        "mask_token",
+    ),
+    *("pad_token", "rope_scaling", "rope_theta", "torch_dtype"),
+}
 NATIVE_EUROBERT = {  # as transformers 5 saves it
-    **{
-        key: EUROBERT[key]
-        for key in (
-            "attention_bias attention_dropout bos_token_id eos_token_id hidden_act hidden_size "
-            "initializer_range intermediate_size mask_token_id max_position_embeddings mlp_bias model_type "
-            "num_attention_heads num_hidden_layers num_key_value_heads pad_token_id pretraining_tp "
-            "rms_norm_eps tie_word_embeddings use_cache vocab_size"
-        ).split()
-    },
+    **{key: value for key, value in EUROBERT.items() if key not in _EARLY},
     "architectures": ["EuroBertModel"],
     "classifier_pooling": "late",
     "dtype": "float32",
