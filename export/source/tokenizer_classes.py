@@ -74,6 +74,7 @@ BY_MODEL_TYPE = {
     "mpnet": "MPNet",
     "llama": "Llama",
     "mistral": "Llama",
+    "gemma3_text": "Gemma",
     "qwen2": "Qwen2",
     "qwen3": "Qwen2",
     "qwen2_5_vl": "Qwen2",

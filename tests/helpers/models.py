@@ -337,10 +337,11 @@ class Reference:
             return x / x.norm()
         settings = json.loads((folder / "config.json").read_text())
         if kind == "Pooling":
-            mode = settings["pooling_mode"]
+            old = settings.get("pooling_mode_mean_tokens")
+            mode = "mean" if old else settings["pooling_mode"]
             return {"mean": x.mean(0), "cls": x[0], "lasttoken": x[-1]}[mode]
         tensors = load_file(folder / "model.safetensors")
-        x = tensors["linear.weight"] @ x + tensors["linear.bias"]
+        x = tensors["linear.weight"] @ x + tensors.get("linear.bias", 0)
         name = settings["activation_function"].rpartition(".")[2]
         return getattr(torch.nn, name)()(x)
 

@@ -1,0 +1,141 @@
+"""EmbeddingGemma's files in small: a published config.json, Gemma's tokenizer, the modules behind the transformer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from tests.helpers.models import write_json
+
+PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
+# As google/embeddinggemma-300m has it, but for sizes.
+EMBEDDING_GEMMA: dict[str, Any] = {
+    "_sliding_window_pattern": 6,
+    "architectures": ["Gemma3TextModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "dtype": "float32",
+    "eos_token_id": 1,
+    "final_logit_softcapping": None,
+    "head_dim": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 48,
+    "initializer_range": 0.02,
+    "intermediate_size": 72,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "max_position_embeddings": 1024,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 3,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 24,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 16,
+    "transformers_version": "4.57.0.dev0",
+    "use_bidirectional_attention": True,
+    "use_cache": True,
+    "vocab_size": 300,
+}
+
+
+def gemma_tokenizer() -> Tokenizer:
+    """BPE with bytes for what the vocabulary lacks, spaces as ▁, wrapped in <bos> and <eos>."""
+    pairs = [("h", "e"), ("▁", "t"), ("▁t", "he"), ("i", "n")]
+    letters = "abcdefghijklmnopqrstuvwxyz▁:|"
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *letters]
+    vocabulary = {token: i for i, token in enumerate([*tokens, *("".join(p) for p in pairs)])}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> <bos> $B <eos>",
+        special_tokens=[("<bos>", 2), ("<eos>", 1)],
+    )
+    return tokenizer
+
+
+def write_pipeline(folder: Path, width: int, *dense: int, max_length: int = 1024) -> None:
+    """Write the tokenizer, the prompts, and mean pooling, Dense without bias, normalization.
+
+    Args:
+        folder: where the transformer's files lie.
+        width: of its states.
+        *dense: widths of the Dense layers.
+        max_length: the most tokens of a text.
+    """
+    gemma_tokenizer().save(str(folder / "tokenizer.json"))
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
+    ends = {"add_bos_token": True, "add_eos_token": True, "model_max_length": max_length}
+    settings = {"tokenizer_class": "GemmaTokenizer", **names, **ends, "padding_side": "right"}
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": PROMPTS,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+    write_json(folder / "1_Pooling/config.json", {**pooling, "include_prompt": True})
+    generator = torch.Generator().manual_seed(11)
+    for number, out in enumerate(dense, 2):
+        place = folder / f"{number}_Dense"
+        modules.append((place.name, "Dense"))
+        write_json(
+            place / "config.json",
+            {
+                "in_features": width,
+                "out_features": out,
+                "bias": False,
+                "activation_function": "torch.nn.modules.linear.Identity",
+            },
+        )
+        weight = torch.randn(out, width, generator=generator) / width**0.5
+        save_file({"linear.weight": weight}, place / "model.safetensors")
+        width = out
+    modules.append((f"{len(dense) + 2}_Normalize", "Normalize"))
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+    )
+
+
+def change_tensors(folder: Path, weights: str = "model", **by_part: Any) -> None:
+    """Replace the tensors whose names contain a key by what its function makes of them."""
+    file = folder / f"{weights}.safetensors"
+    tensors = load_file(file)
+    found = {key: [name for name in tensors if key in name] for key in by_part}
+    assert all(found.values()), found
+    for key, names in found.items():
+        tensors |= {name: by_part[key](tensors[name]) for name in names}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    return config
