@@ -66,7 +66,8 @@ KIN: Mapping[str, Kin] = {
     "fnet": Kin("bert", "it has Fourier transforms where the supported ones have attention"),
     "funnel": Kin("bert", "its layers shorten the text"),
     "gemma": Kin("llama", "it scales token states, and its norms multiply by 1 + w"),
-    "gemma2": Kin("llama", "it norms what a block adds, and caps scores"),
+    "gemma2": Kin("gemma3_text", "it caps scores, and has no norms of heads"),
+    "gemma3": Kin("gemma3_text", "it embeds images by a tower beside that"),
     "gpt2": Kin(
         "llama", f"{_GPT}, and query, key and value are one Linear that is stored transposed"
     ),

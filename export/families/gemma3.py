@@ -8,6 +8,7 @@ Source: transformers' ``Gemma3TextModel``; Vera et al., arXiv 2509.20354.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from embedge.export.families.base import HEAD_ROOTS, Family
@@ -24,6 +25,7 @@ class Gemma3(Family):
     """Gemma 3 without images."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
+    examples: ClassVar[Mapping[str, str]] = {"gemma3_text": "google/embeddinggemma-300m"}
     roots: ClassVar[tuple[str, ...]] = ("embed_tokens", "layers", "norm", *HEAD_ROOTS)
 
     def declare(self) -> Architecture:

@@ -18,7 +18,6 @@ nomic-bert               jina v3's with a gate; two layouts of names
 gte, new                 nomic-bert's with up and gate as rows of one tensor; NTK in ``rotary.py``
 DistilBERT               BERT's layers under other names
 granite R2, mmBERT       ModernBERT as it is
-EmbeddingGemma           ``output_norm``, ``norm_offset``, ``embedding_scale``, ``scale`` of attention
 EmbeddingGemma 2         new besides: a norm of values, a third sublayer (per-layer input), layer scalar
 jina-bert v2             new: ALiBi, another bias by relative position
 Qwen3-VL                 new: interleaved ``sections``, features that are added to early layers
