@@ -11,7 +11,7 @@ from embedge.export.adapters.adapter import Adapter, BoundAdapter
 from embedge.export.adapters.folder import check_adapter_files, settings_of_all
 from embedge.export.errors import AdapterError, CheckpointError
 from embedge.export.families import Family, family_of
-from embedge.export.families.base import Tower, flat_config
+from embedge.export.families.base import Tower
 from embedge.export.families.config_keys import check_config
 from embedge.export.families.qwen2_5_vl import JinaV4Merged
 from embedge.export.model import Model
@@ -40,8 +40,8 @@ def read_model(options: ExportOptions) -> Model:
     check_config(
         folder.config, family_class.kind(folder.config), folder.transformer_path / "config.json"
     )
-    checkpoint = Checkpoint(folder)
-    config = flat_config(checkpoint.config)
+    checkpoint = Checkpoint(folder).with_parts(family_class.fused)
+    config = family_class.settings(checkpoint.config)
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
         checkpoint.path, config, checkpoint.card
     )

@@ -21,6 +21,7 @@ from embedge.export.families.decoder import (
 )
 from embedge.export.families.gemma3 import Gemma3
 from embedge.export.families.modernbert import ModernBert
+from embedge.export.families.nomic_bert import NomicBert
 from embedge.export.families.qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
 
 __all__ = ["FAMILIES", "Family", "family_of"]
@@ -32,6 +33,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Bert,
     MPNet,
     ModernBert,
+    NomicBert,
     Llama,
     LlamaBidirectional,
     EuroBert,

@@ -62,6 +62,8 @@ class Family(ConfigReader, ABC):
         roots: first components of the backbone's own tensor names.
         ignored: canonical prefixes of tensors that do not reach an embedding (poolers, heads).
         renamed: ends of canonical names that older checkpoints write differently, and what they are now.
+        fused: ends of modules whose rows are those of several, and the ends of their names, in order.
+        aliases: other names that config.json may give a setting, and the one it is read by.
         default_pooling: where neither the model nor the caller says.
         guess: what to say where the default is taken, "" for nothing.
         tower: what makes states of other things than texts, or ``None``.
@@ -80,13 +82,15 @@ class Family(ConfigReader, ABC):
     roots: ClassVar[tuple[str, ...]]
     ignored: ClassVar[tuple[str, ...]] = HEADS
     renamed: ClassVar[Mapping[str, str]] = {}
+    fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}
     default_pooling: ClassVar[str | None] = None
     guess: ClassVar[str] = ""
     tower: ClassVar[type[Tower] | None] = None
 
     def __init__(self, config: Mapping[str, Any], max_length: int) -> None:
         first = {"model_type": self.model_types[0]}
-        self.config = {**first, **DEFAULTS.get(self.kind(config), {}), **flat_config(config)}
+        self.config = {**first, **DEFAULTS.get(self.kind(config), {}), **self.settings(config)}
         self.max_length = max_length
         self.hidden_size = self.integer("hidden_size")
         self.num_layers = self.integer("num_hidden_layers")
@@ -107,6 +111,25 @@ class Family(ConfigReader, ABC):
     def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
         """Tasks a model is published with: folder of their adapter below the model's, or ``None``."""
         return {}
+
+    @classmethod
+    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json's settings by the names that are read: flat, without aliases.
+
+        Raises:
+            CheckpointError: it gives a setting two values.
+        """
+        flat = flat_config(config)
+        for alias, name in cls.aliases.items():
+            if flat.get(alias) is None:
+                continue
+            if flat.get(name, flat[alias]) != flat[alias]:
+                raise CheckpointError(
+                    f"config.json: {alias} is {flat[alias]!r} and {name} {flat[name]!r}, two names of one "
+                    "setting; expected one value: delete the wrong one"
+                )
+            flat[name] = flat[alias]
+        return flat
 
     @classmethod
     def kind(cls, config: Mapping[str, Any]) -> str:

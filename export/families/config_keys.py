@@ -154,6 +154,43 @@ _EUROBERT = Keys(
     classes=("EuroBert",),
     code=_EUROBERT_FILES,
 )
+_ROTARY_BERT = _BERT - {"position_embedding_type"} | {
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+}
+_NOMIC_BERT = Keys(
+    used=_ROTARY_BERT
+    | words(
+        """activation_function head_dim layer_norm_epsilon max_trained_positions mlp_fc1_bias mlp_fc2_bias
+        n_embd n_head n_inner n_layer n_positions qkv_proj_bias rotary_emb_base rotary_emb_fraction
+        rotary_scaling_factor"""
+    ),
+    harmless=words(
+        """add_pooling_layer attn_pdrop default_theta dense_seq_output embd_pdrop fused_bias_fc
+        fused_dropout_add_ln pad_vocab_size_multiple reorder_and_upcast_attn resid_pdrop
+        scale_attn_by_inverse_layer_idx scale_attn_weights summary_activation summary_first_dropout
+        summary_proj_to_labels summary_type summary_use_proj use_flash_attn use_xentropy"""
+    ),
+    fixed={
+        **_ENCODER_FIXED,
+        **dict.fromkeys(
+            ("causal", "norm_mlp", "parallel_block", "parallel_block_tied_norm", "prenorm"), _OFF
+        ),
+        **dict.fromkeys(("rotary_emb_interleaved", "rotary_head_dim", "use_rms_norm"), _OFF),
+        **dict.fromkeys(("moe_every_n_layers", "num_experts"), (None, 0)),
+        "num_heads_kv": (None,),
+        "partial_rotary_factor": (None, 1, 1.0),
+        "position_embedding_type": (None, "absolute"),
+        "rotary_emb_scale_base": (None,),
+    },
+    classes=("NomicBert",),
+    code=_code(
+        "configuration_hf_nomic_bert.NomicBertConfig",
+        "modeling_hf_nomic_bert.NomicBertModel",
+        repositories="nomic-ai/nomic-bert-2048 nomic-ai/nomic-embed-text-v1 nomic-ai/nomic-embed-text-v1.5",
+    ),
+)
 
 KEYS: Mapping[str, Keys] = {
     "bert": Keys(used=_BERT, harmless=_EARLY_BERT, fixed=_ENCODER_FIXED, classes=("Bert",)),
@@ -233,6 +270,7 @@ KEYS: Mapping[str, Keys] = {
         },
         classes=("Gemma3Text", "Gemma3"),
     ),
+    "nomic_bert": _NOMIC_BERT,
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged"), _QWEN_VL),
     "jina_embeddings_v4": _JINA_V4,
     "vision": Keys(
@@ -258,6 +296,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "roberta": {"type_vocab_size": 2},
     "xlm-roberta": {"type_vocab_size": 2},
     "camembert": {"type_vocab_size": 2},
+    "nomic_bert": {"max_position_embeddings": 2048, "type_vocab_size": 2},
     "mpnet": {"relative_attention_num_buckets": 32},
     "eurobert": {"rms_norm_eps": 1e-5},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},

@@ -9,7 +9,9 @@ File layouts, tried in order:
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from embedge.export.source.json_files import read_json_object
 from embedge.export.source.modules import transformer_folder
 from embedge.export.source.names import base_name, known_names, model_name
 from embedge.export.source.safetensors_file import SafetensorsFile
+from embedge.export.source.tensor_parts import TensorPart, parts_of
 from embedge.export.source.weight_files import weight_files
 
 __all__ = ["Checkpoint", "ModelFolder"]
@@ -83,8 +86,19 @@ class Checkpoint(ModelFolder):
             vars(self).update(vars(source))
         else:
             super().__init__(source)
-        self._files = weight_files(self.transformer_path)
+        self._stored = weight_files(self.transformer_path)
+        self._files: Mapping[str, SafetensorsFile | TensorPart] = self._stored
         self._sha256: str | None = None
+
+    def with_parts(self, fused: Mapping[str, tuple[str, ...]]) -> Checkpoint:
+        """Return the same model with the rows of fused tensors as tensors of their own.
+
+        Args:
+            fused: by the end of a fused module's name, the ends of those whose rows it holds, in order.
+        """
+        split = copy.copy(self)
+        split._files = parts_of(self._stored, fused)
+        return split
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the tensors as the files have them, sorted."""
@@ -117,10 +131,10 @@ class Checkpoint(ModelFolder):
     def sha256(self) -> str:
         """Return the hash of the weights, see :func:`weights_sha256`; computed once."""
         if self._sha256 is None:
-            self._sha256 = weights_sha256(self._files)
+            self._sha256 = weights_sha256(self._stored)
         return self._sha256
 
-    def _file(self, key: str) -> SafetensorsFile:
+    def _file(self, key: str) -> SafetensorsFile | TensorPart:
         try:
             return self._files[key]
         except KeyError:

@@ -81,9 +81,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GEMMA, "use_bidirectional_attention": True},
     "gemma3_text-causal": GEMMA,
 }
+# Encoders whose classes transformers has since version 5.
+SINCE_5: dict[str, dict[str, Any]] = {"nomic_bert": {}}
+CONFIGS |= {k: v for k, v in SINCE_5.items() if k in transformers.CONFIG_MAPPING}
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "modernbert-with-biases"),
     "gemma3_text",
+    *SINCE_5,
 )
 DECODERS = tuple(name for name in CONFIGS if name not in ENCODERS)
 
@@ -344,6 +348,12 @@ class Reference:
         x = tensors["linear.weight"] @ x + tensors.get("linear.bias", 0)
         name = settings["activation_function"].rpartition(".")[2]
         return getattr(torch.nn, name)()(x)
+
+
+def texts_of_lengths(lengths: Sequence[int], seed: int = 5) -> list[str]:
+    """Texts of so many tokens each, the two of :func:`make_tokenizer` around them among those."""
+    generator = np.random.default_rng(seed)
+    return ["".join(generator.choice(WORDS, length - 2)) for length in lengths]
 
 
 def random_texts(count: int = 40, longest: int = 60, seed: int = 5) -> list[str]:

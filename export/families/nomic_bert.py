@@ -1,0 +1,133 @@
+"""nomic-bert: nomic-embed-text v1 and v1.5, as published and as transformers 5 saves them.
+
+Source: Nussbaum et al., arXiv 2402.01613; nomic-ai's ``modeling_hf_nomic_bert.py``, and transformers 5's
+``NomicBertModel``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from embedge.export.families.rotary_encoder import NORMS, RotaryEncoder
+from embedge.export.graph.architecture import Mlp
+from embedge.export.graph.rotary import Rope
+from embedge.export.graph.values import LinearRef
+from embedge.runtime.errors import EmbedgeWarning
+
+_GATES = {"swiglu": "silu", "geglu": "gelu"}  # the published code's gated activations
+_INNER_MULTIPLE = 256  # to which it rounds n_inner up
+_TRAINED_POSITIONS = 2048  # max_trained_positions where config.json has none
+_PUBLISHED = frozenset({"activation_function", "n_embd", "rotary_emb_fraction"})
+_PUBLISHED_DEFAULTS = {
+    "activation_function": "gelu_new",
+    "layer_norm_eps": 1e-5,
+    "mlp_fc1_bias": True,
+    "mlp_fc2_bias": True,
+    "n_positions": 1024,
+    "qkv_proj_bias": True,
+    "rope_theta": 10000.0,
+    "rotary_emb_fraction": 0.0,
+}
+
+
+class NomicBert(RotaryEncoder):
+    """BERT with rotary positions and a gated MLP."""
+
+    model_types = ("nomic_bert",)
+    examples: ClassVar = {"nomic_bert": "nomic-ai/nomic-embed-text-v1.5"}
+    default_theta = 1000.0
+    aliases: ClassVar = {
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size",
+        "n_layer": "num_hidden_layers",
+        "layer_norm_epsilon": "layer_norm_eps",
+        "rotary_emb_base": "rope_theta",
+    }
+    fused: ClassVar = {"attn.Wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    roots = (*RotaryEncoder.roots, "emb_ln")
+    renamed: ClassVar = {
+        **NORMS,
+        **{
+            f"{old}.{what}": f"{new}.{what}"
+            for old, new in {
+                "emb_ln": "embeddings.LayerNorm",
+                "attn.out_proj": "self_attn.o_proj",
+                "mlp.fc11": "mlp.up_proj",
+                "mlp.fc12": "mlp.gate_proj",
+                "mlp.fc2": "mlp.down_proj",
+            }.items()
+            for what in ("weight", "bias")
+        },
+    }
+
+    @classmethod
+    def settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """As every family's, with the published class's defaults where its keys are there.
+
+        Positions end where the published code begins to change frequencies.
+        """
+        found = super().settings(config)
+        if not _PUBLISHED.isdisjoint(found):
+            found = {**_PUBLISHED_DEFAULTS, **found}
+        limits = [found.get("n_positions"), found.get("max_position_embeddings")]
+        if found.get("rotary_scaling_factor"):
+            limits.append(found.get("max_trained_positions", _TRAINED_POSITIONS))
+        if known := [n for n in limits if isinstance(n, int)]:
+            found["max_position_embeddings"] = min(known)
+        return found
+
+    def read_rope(self, head_size: int) -> Rope:
+        for key, expected in (("rotary_emb_fraction", 1.0), ("head_dim", head_size)):
+            if self.config.get(key) not in (None, expected):
+                raise self.unsupported(key, self.config[key], str(expected))
+        rope = super().read_rope(head_size)
+        dynamic = rope.scaling.get("rope_type", rope.scaling.get("type")) == "dynamic"
+        if dynamic or self.config.get("rotary_scaling_factor"):
+            warnings.warn(
+                f"config.json: texts are cut at {self.max_length} tokens: beyond "
+                f"{self.integer('max_position_embeddings')}, the positions that this model was trained on, its "
+                "rotary frequencies would change with the length of a text (dynamic NTK)",
+                EmbedgeWarning,
+                stacklevel=6,
+            )
+        return replace(rope, scaling={}) if dynamic else rope
+
+    def attention_bias(self) -> bool:
+        return self._flag("qkv_proj_bias")
+
+    def mlp(self, p: str) -> Mlp:
+        has_bias = self._flag("mlp_fc1_bias")
+        inner = self.integer("intermediate_size")
+        if self.config.get("n_inner") is not None:
+            inner = -(-inner // _INNER_MULTIPLE) * _INNER_MULTIPLE
+        return Mlp(
+            linears=[LinearRef(f"{p}{n}_proj", has_bias=has_bias) for n in ("gate", "up")],
+            out=LinearRef(f"{p}down_proj", has_bias=self._flag("mlp_fc2_bias")),
+            sum_norm=self.norm(f"{p.removesuffix('mlp.')}post_mlp_layernorm"),
+            inner=inner,
+            activation=self._activation(),
+        )
+
+    def _activation(self) -> str:
+        given = self.config.get("activation_function")
+        if given is None:
+            return self.activation("hidden_act", "silu")
+        if given not in _GATES:
+            raise self.unsupported("activation_function", given, f"one of {', '.join(_GATES)}")
+        kind = _GATES[given]
+        if self.activation("hidden_act", kind) != kind:
+            raise self.unsupported(
+                "hidden_act", self.config["hidden_act"], f"{kind}, as {given} has"
+            )
+        return kind
+
+    def _flag(self, key: str) -> bool:
+        """Whether a kind of Linear has biases."""
+        value = self.config.get(key, False)
+        if not isinstance(value, bool):
+            raise self.unsupported(key, value, "true or false")
+        return value

@@ -1,0 +1,246 @@
+"""Encoders with rotary positions: random weights as transformers 5 saves them and as their authors published them.
+
+No class of transformers makes them, so that they are there beside any version.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from zlib import crc32
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers.models import VOCAB, write_json
+
+Tensors = dict[str, torch.Tensor]
+
+# config.json as transformers 5 saves it, small
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 1100,
+    "pad_token_id": 1,
+    "layer_norm_eps": 1e-12,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "nomic_bert": {
+        "architectures": ["NomicBertModel"],
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"},
+        "type_vocab_size": 2,
+    },
+}
+BIASED: dict[str, tuple[str, ...]] = {"nomic_bert": ()}
+MLPS: dict[str, tuple[str, ...]] = {"nomic_bert": ("gate_proj", "up_proj", "down_proj")}
+
+
+@dataclass
+class Encoder:
+    """Stands for a model of transformers where :func:`tests.helpers.models.save` takes one.
+
+    Attributes:
+        settings: its config.json.
+        tensors: its weights.
+    """
+
+    settings: dict[str, Any]
+    tensors: Tensors
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """What is read of its configuration."""
+        return SimpleNamespace(hidden_size=self.settings["hidden_size"])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write weights and config.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", self.settings)
+
+
+def make_encoder(kind: str, seed: int = 0, gain: float = 1.6, **changes: Any) -> Encoder:
+    """An encoder whose every tensor is random: sensible sizes, nothing zero, no norm at 1."""
+    config = {"model_type": kind, **SIZES, **CONFIGS[kind], **changes}
+    generator = torch.Generator().manual_seed(seed)
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    if "head_dim" in config:
+        config["head_dim"] = width // config["num_attention_heads"]
+    tensors: Tensors = {}
+
+    def linear(name: str, out: int, into: int) -> None:
+        tensors[f"{name}.weight"] = torch.randn(out, into, generator=generator) * gain / into**0.5
+        if name.rpartition(".")[2] in BIASED[kind]:
+            tensors[f"{name}.bias"] = torch.randn(out, generator=generator) * 0.3
+
+    def norm(name: str) -> None:
+        tensors[f"{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=generator)
+        tensors[f"{name}.bias"] = 0.3 * torch.randn(width, generator=generator)
+
+    linear("embeddings.word_embeddings", config["vocab_size"], width)
+    if config["type_vocab_size"]:
+        linear("embeddings.token_type_embeddings", config["type_vocab_size"], width)
+    norm("embeddings.LayerNorm")
+    for layer in range(config["num_hidden_layers"]):
+        p = f"layers.{layer}."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear(f"{p}self_attn.{name}", width, width)
+        *ups, down = MLPS[kind]
+        for name in ups:
+            linear(f"{p}mlp.{name}", inner, width)
+        linear(f"{p}mlp.{down}", width, inner)
+        norm(f"{p}post_attention_layernorm")
+        norm(f"{p}post_mlp_layernorm")
+    return Encoder(config, tensors)
+
+
+def spoil(tensors: Tensors) -> None:
+    """Outlier channels as large encoders have them: in the stream, in the values and in what MLPs multiply."""
+    for key, value in tensors.items():
+        if "layernorm.weight" in key.lower():
+            value[[3, 17]] *= 12
+        if key.endswith(("up_proj.weight", "v_proj.weight", "fc1.weight")):
+            value[[5, 29]] *= 8
+
+
+def save_lora(
+    folder: Path, modules: Mapping[str, tuple[int, ...]], rank: int = 3, size: float = 0.7
+) -> Path:
+    """Write an adapter as PEFT does, of random A and B: modules and the shapes of their weights."""
+    tensors: Tensors = {}
+    for module, (out, into) in modules.items():
+        generator = torch.Generator().manual_seed(crc32(module.encode()))
+        for factor, shape in (("lora_A", (rank, into)), ("lora_B", (out, rank))):
+            values = torch.randn(*shape, generator=generator) * size / shape[1] ** 0.5
+            tensors[f"base_model.model.{module}.{factor}.weight"] = values
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    names = sorted({module.rpartition(".")[2] for module in modules})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": names}
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": "native"})
+    return folder
+
+
+def rewrite(
+    folder: Path,
+    tensors: Callable[[Tensors], Tensors],
+    config: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> Path:
+    """Change the weights and the config.json of a folder."""
+    file = folder / "model.safetensors"
+    changed = {key: value.clone() for key, value in tensors(load_file(file)).items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    before = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config(before))
+    return folder
+
+
+def fused(tensors: Tensors, names: Mapping[str, tuple[str, ...]]) -> Tensors:
+    """Modules of each layer side by side in one: by its name, theirs."""
+    left = dict(tensors)
+    for whole, parts in names.items():
+        for key in sorted(tensors):
+            before, found, what = key.rpartition(f"{parts[0]}.")
+            if found:
+                rows = [left.pop(f"{before}{part}.{what}") for part in parts]
+                left[f"{before}{whole}.{what}"] = torch.cat(rows)
+    return left
+
+
+def renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
+    """By regular expressions, applied in order."""
+    for old, new in names.items():
+        tensors = {re.sub(old, new, key): value for key, value in tensors.items()}
+    return tensors
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def nomic_tensors(tensors: Tensors, prefix: str = "") -> Tensors:
+    """As nomic-embed-text v1 and v1.5 hold them."""
+    names = {
+        r"^layers\.": "encoder.layers.",
+        r"^embeddings\.LayerNorm": "emb_ln",
+        r"self_attn\.o_proj": "attn.out_proj",
+        r"mlp\.up_proj": "mlp.fc11",
+        r"mlp\.gate_proj": "mlp.fc12",
+        r"mlp\.down_proj": "mlp.fc2",
+        "post_attention_layernorm": "norm1",
+        "post_mlp_layernorm": "norm2",
+        "^": prefix,
+    }
+    return renamed(fused(tensors, {"attn.Wqkv": QKV}), names)
+
+
+NOMIC_CODE = {
+    "AutoConfig": "nomic-ai/nomic-bert-2048--configuration_hf_nomic_bert.NomicBertConfig",
+    "AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel",
+    "AutoModelForMaskedLM": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertForPreTraining",
+}
+
+
+def nomic_config(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """nomic-embed-text-v1.5's config.json with the sizes of another."""
+    published = {
+        "activation_function": "swiglu",
+        "architectures": ["NomicBertModel"],
+        "attn_pdrop": 0.0,
+        "auto_map": NOMIC_CODE,
+        "bos_token_id": None,
+        "causal": False,
+        "dense_seq_output": True,
+        "embd_pdrop": 0.0,
+        "eos_token_id": None,
+        "fused_bias_fc": True,
+        "fused_dropout_add_ln": True,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": config["layer_norm_eps"],
+        "max_trained_positions": 2048,
+        "mlp_fc1_bias": False,
+        "mlp_fc2_bias": False,
+        "model_type": "nomic_bert",
+        "n_embd": config["hidden_size"],
+        "n_head": config["num_attention_heads"],
+        "n_inner": config["intermediate_size"],
+        "n_layer": config["num_hidden_layers"],
+        "n_positions": config["max_position_embeddings"],
+        "pad_vocab_size_multiple": 64,
+        "parallel_block": False,
+        "parallel_block_tied_norm": False,
+        "prenorm": False,
+        "qkv_proj_bias": False,
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.0,
+        "rotary_emb_base": 1000,
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None,
+        "rotary_scaling_factor": None,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "summary_activation": None,
+        "summary_first_dropout": 0.0,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "torch_dtype": "float32",
+        "transformers_version": "4.37.2",
+        "type_vocab_size": 2,
+        "use_cache": True,
+        "use_flash_attn": True,
+        "use_rms_norm": False,
+        "use_xentropy": True,
+        "vocab_size": config["vocab_size"],
+    }
+    return {**published, **changes}
