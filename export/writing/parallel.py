@@ -34,10 +34,11 @@ def in_order(
     """
     waiting = deque(items)
     running: deque[tuple[Future[Result], int]] = deque()
-    with ThreadPoolExecutor(max(1, available_cores())) as pool:
+    workers = available_cores()  # reads files, too slow to ask for every tensor
+    with ThreadPoolExecutor(workers) as pool:
         try:
             while waiting or running:
-                while waiting and len(running) < available_cores():
+                while waiting and len(running) < workers:
                     price = cost(waiting[0])
                     if running and price + sum(c for _, c in running) > limit:
                         break
