@@ -15,6 +15,7 @@ from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import digest
 from embedge.export.graph.onnx_model import to_model
+from embedge.export.graph.pooling import poolings
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.task_graph import task_graph
 from embedge.export.schemes.floats import Float32Scheme
@@ -57,8 +58,8 @@ class Model:
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        dense = self.settings.dense
-        return dense[-1].out_features if dense else self.architecture.hidden_size
+        dense, width = self.settings.dense, self.architecture.hidden_size
+        return dense[-1].out_features if dense else width * len(poolings(self.pooling))
 
     @property
     def truncate_dim(self) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export.schemes.registry import KEPT, PRECISIONS
-from embedge.export.source.sentence_transformers import POOLINGS
+from embedge.export.source.sentence_transformers import POOLINGS, pooling_problem
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.host.memory import parse_bytes
@@ -62,7 +62,8 @@ class ExportOptions:
         _path("source", self.source)  # or a hub id, which is kept as it is written
         precisions = _precisions(self.precisions)
         _check_keep(keep, precisions)
-        _choice("pooling", self.pooling, (None, *POOLINGS))
+        if self.pooling is not None and (problem := pooling_problem(self.pooling)):
+            raise _refused("pooling", f" {self.pooling!r}: {problem}")
         if self.int4_block_size not in (None, *_BLOCK_SIZES):
             sizes = ", ".join(map(str, _BLOCK_SIZES[:-1]))
             expected = f"expected {sizes} or {_BLOCK_SIZES[-1]}"

@@ -14,6 +14,7 @@ from embedge.export.families import Family, family_of
 from embedge.export.families.base import Tower
 from embedge.export.families.config_keys import check_config
 from embedge.export.families.qwen2_5_vl import JinaV4Merged
+from embedge.export.graph.pooling import poolings
 from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
 from embedge.export.schemes.mixed import unmatched
@@ -52,7 +53,7 @@ def read_model(options: ExportOptions) -> Model:
     pooling = _choose_pooling(options, checkpoint.name, family_class, settings)
     family = family_class(checkpoint.config, settings.max_length)
     architecture = family.architecture
-    _check_dense(checkpoint, settings, family.hidden_size)
+    _check_dense(checkpoint, settings, family.hidden_size * len(poolings(pooling)))
     tokenizer = read_tokenizer(
         checkpoint.transformer_path,
         config,
@@ -64,6 +65,8 @@ def read_model(options: ExportOptions) -> Model:
         tower = family_class.tower(checkpoint.config, family.hidden_size)
         image = image_settings(checkpoint, tower.image_settings(), tokenizer)
         architecture = architecture.with_images()
+    if not settings.include_prompt:
+        architecture = architecture.skipping_prompts()
     adapters: dict[str, BoundAdapter | None] = {}
     tasks: dict[str, TaskWeights] = {}
     heads, adjustments = _ignored(family_class, tower), architecture.adjustments()
@@ -111,10 +114,10 @@ def _choose_pooling(
 ) -> str:
     """How tokens become a vector: as asked for, as the model's files say, or as the family has it."""
     pooling = options.pooling or settings.pooling or family.default_pooling
-    if pooling not in POOLINGS:
+    if pooling is None:
         raise EmbedgeValueError(
-            f"{name}: the model does not say how tokens become a vector, and pooling is "
-            f"{pooling!r}; expected one of {', '.join(POOLINGS)}: give pooling= (--pooling)"
+            f"{name}: the model does not say how tokens become a vector, and pooling is None; expected "
+            f"one of {', '.join(POOLINGS)}: give pooling= (--pooling)"
         )
     if family.guess and not (options.pooling or settings.pooling):
         warnings.warn(

@@ -112,7 +112,7 @@ class OpenBundle:
             row_multiple=self._settings.row_multiple,
             token_name=self._tokenizer.token_name,
         )
-        self._texts = TextPipeline(self._tokenizer, self._runner, self._model.max_length)
+        self._texts = TextPipeline(self._tokenizer, self._runner, self._model)
         self._images: ImagePipeline | None = None
         if self._model.image is not None and self._settings.vision is not None:
             self._images = ImagePipeline(

@@ -21,13 +21,22 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, source: Source) -> torch.Tens
         float32 ``[batch, dim]``.
     """
     hidden = hidden.float()
-    if source.pooling == "cls":
-        vectors = hidden[:, 0]
-    elif source.pooling == "lasttoken":
-        vectors = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-    else:
-        weights = mask.unsqueeze(-1).float()
-        vectors = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    vectors = torch.cat([_pool_by(mode, hidden, mask) for mode in source.pooling.split("+")], -1)
     for dense in source.dense:
         vectors = dense(vectors)
     return torch.nn.functional.normalize(vectors, dim=-1) if source.normalize else vectors
+
+
+def _pool_by(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "lasttoken":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    weights = mask.unsqueeze(-1).float()
+    if mode == "max":
+        return hidden.masked_fill(weights == 0, float("-inf")).amax(1)
+    if mode == "weightedmean":
+        weights = weights * torch.arange(1, mask.shape[1] + 1, device=mask.device)[:, None]
+    count = weights.sum(1).clamp(min=1)
+    total = (hidden * weights).sum(1)
+    return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)

@@ -18,9 +18,12 @@ from embedge.bench.errors import BenchArgumentError, BenchError
 
 __all__ = ["DenseModule", "Source", "read_source", "source_of_task"]
 
-_POOLING_FLAGS = {
-    "pooling_mode_mean_tokens": "mean",
+_POOLING_FLAGS = {  # in the order in which vectors of several are concatenated
     "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
 _ROLE_PROMPTS: dict[str | None, tuple[str | None, ...]] = {
@@ -70,7 +73,7 @@ class Source:
     Attributes:
         path: the model's folder.
         transformer: the folder with config.json, weights and tokenizer.
-        pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``.
+        pooling: ``"mean"`` or another of sentence-transformers', or several joined by ``"+"``.
         normalize: whether vectors end with length 1.
         dense: layers between pooling and normalization.
         max_length: the most tokens of a text, special tokens included; ``None`` when only the
@@ -135,13 +138,15 @@ def _source(path: Path, pooling: str | None) -> Source:
     transformer = path / kinds.get("Transformer", "")
     if "Pooling" in kinds:
         pooling = pooling or _pooling(path / kinds["Pooling"] / "config.json")
-    if pooling is None or pooling not in _POOLING_FLAGS.values():
+    if pooling is None or not set(pooling.split("+")) <= set(_POOLING_FLAGS.values()):
         raise BenchError(
             f"{path}: the pooling is {pooling or 'not named by any file'}; expected one of "
             f"{', '.join(_POOLING_FLAGS.values())}; name one with --pooling"
         )
     dense = [m.get("path", "") for m in modules if str(m["type"]).endswith(".Dense")]
     settings = _read(path / "config_sentence_transformers.json", default={})
+    if "Pooling" in kinds and any((settings.get("prompts") or {}).values()):
+        _check_prompts_pooled(path / kinds["Pooling"] / "config.json")
     limits = _read(transformer / "sentence_bert_config.json", default={})
     return Source(
         path=path,
@@ -177,14 +182,18 @@ def _pooling(file: Path) -> str:
     config = _read(file)
     named = config.get("pooling_mode")
     modes = [named] if isinstance(named, str) else list(named or [])
-    modes = modes or [_POOLING_FLAGS.get(k, k) for k, on in config.items() if _is_mode(k) and on]
-    if len(modes) != 1:
-        raise BenchError(f"{file}: expected one pooling, found {' + '.join(modes) or 'none'}")
-    return str(modes[0])
+    modes = modes or [name for flag, name in _POOLING_FLAGS.items() if config.get(flag)]
+    if not modes:
+        raise BenchError(f"{file}: expected a pooling, found none")
+    return "+".join(map(str, modes))
 
 
-def _is_mode(key: str) -> bool:
-    return key.startswith("pooling_mode_")
+def _check_prompts_pooled(file: Path) -> None:
+    if _read(file).get("include_prompt") is False:
+        raise BenchError(
+            f"{file}: include_prompt is false, and the reference pools the tokens of a prompt; take the prompts "
+            "out of a copy of the model's config_sentence_transformers.json and measure that one"
+        )
 
 
 def _dense(folder: Path) -> DenseModule:

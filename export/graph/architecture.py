@@ -156,6 +156,7 @@ class Architecture:
         multi_vector_dim: width of those.
         feature_writer: the Linear of a vision tower whose features take the places of tokens.
         images: whether the graph has the inputs for that.
+        skips_prompts: whether pooling leaves out the tokens of a prompt, by an input of the graph.
         norm_offset: added to the weights of all RMSNorms: 1 where checkpoints hold them less 1.
         embedding_scale: what the rows of the token table are multiplied by.
     """
@@ -174,6 +175,7 @@ class Architecture:
     multi_vector_dim: int | None = None
     feature_writer: LinearRef | None = None
     images: bool = False
+    skips_prompts: bool = False
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
 
@@ -189,12 +191,14 @@ class Architecture:
             found["pool_mask"] = ids
             found["image_features"] = TensorProto.FLOAT, ["image_tokens", self.hidden_size]
             found["image_positions"] = TensorProto.INT64, ["image_tokens", 2]
+        if self.skips_prompts:
+            found["pool_mask"] = ids
         return found
 
     @property
     def pool_mask(self) -> str:
-        """The input that says which tokens a mean is taken over."""
-        return "pool_mask" if self.images else "attention_mask"
+        """The input that says which tokens are pooled."""
+        return "pool_mask" if self.images or self.skips_prompts else "attention_mask"
 
     @property
     def sublayers(self) -> Iterator[Sublayer]:
@@ -227,7 +231,11 @@ class Architecture:
 
     def text_only(self) -> Architecture:
         """The same model with token ids as its only inputs."""
-        return replace(self, images=False)
+        return replace(self, images=False, skips_prompts=False)
+
+    def skipping_prompts(self) -> Architecture:
+        """The same model with an input that says which tokens are pooled."""
+        return replace(self, skips_prompts=True)
 
     def shapes(self) -> dict[str, Shape]:
         """Shapes of the modules' weights by canonical name, as far as config.json says them."""

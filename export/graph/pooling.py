@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from onnx import TensorProto
 
@@ -14,25 +16,111 @@ from embedge.export.weights.rotated import RotatedWeights
 _DENSE_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
 
 
-def pool(
-    g: OpBuilder, hidden: str, lengths: str, pooling: str, mask: str = "attention_mask"
-) -> Value:
-    """One vector per text from ``[batch, tokens, hidden]``; a mean is over the tokens of ``mask``."""
+@dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """What poolings are taken over; all values but ``skips`` are names in the graph.
+
+    Attributes:
+        tokens: int64 scalar, padded tokens of the batch.
+        lengths: int64 ``[batch]``, tokens from there on are padding.
+        mask: int64 ``[batch, tokens]``, 1 for a token that is pooled.
+        skips: whether ``mask`` leaves out tokens at the start of texts, perhaps all of one.
+    """
+
+    tokens: str
+    lengths: str
+    mask: str = "attention_mask"
+    skips: bool = False
+
+
+def poolings(pooling: str) -> list[str]:
+    """The single poolings of ``"cls+max"``, whose vectors are concatenated in this order."""
+    return pooling.split("+")
+
+
+def pool(g: OpBuilder, hidden: str, pooling: str, of: Pooled) -> Value:
+    """One vector a text from float32 ``[batch, tokens, hidden]``, as sentence-transformers pools.
+
+    A text none of whose tokens is pooled gets zeros, with ``cls`` its first state.
+
+    Source: sentence-transformers' ``Pooling``.
+
+    Args:
+        g: the graph.
+        hidden: the states.
+        pooling: names joined by "+".
+        of: what is pooled.
+    """
+    parts = [_pool_by(g, hidden, name, of) for name in poolings(pooling)]
+    return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=-1)
+
+
+def _pool_by(g: OpBuilder, hidden: str, pooling: str, of: Pooled) -> Value:
     if pooling == "cls":
-        return g.op("Gather", hidden, g.const(0, "int64"), axis=1)
+        return _first(g, hidden, of)
     if pooling == "lasttoken":
-        last = g.op("Sub", lengths, g.const(1, "int64"))
-        index = g.op("Unsqueeze", last, g.const([1], "int64"))
-        return g.op("GatherND", hidden, index, batch_dims=1)
-    attended = g.op("Cast", mask, to=TensorProto.FLOAT)
-    row = g.op("Unsqueeze", attended, g.const([1], "int64"))
+        return _last(g, hidden, of)
+    weights = g.op("Cast", of.mask, to=TensorProto.FLOAT)
+    if pooling == "max":
+        return _largest(g, hidden, weights, of)
+    if pooling == "weightedmean":
+        places = g.op("Cast", _positions(g, of, first=1), to=TensorProto.FLOAT)
+        weights = g.op("Mul", weights, places)
+    row = g.op("Unsqueeze", weights, g.const([1], "int64"))
     total = g.op("Squeeze", g.op("MatMul", row, hidden), g.const([1], "int64"))
-    count = g.op("ReduceSum", attended, g.const([1], "int64"), keepdims=1)
-    return g.op("Div", total, g.op("Max", count, g.const(1e-9)))
+    # of ones and zeros ReduceL2 is the root of their number
+    count = "ReduceL2" if pooling == "mean_sqrt_len_tokens" else "ReduceSum"
+    divisor = g.op(count, weights, g.const([1], "int64"), keepdims=1)
+    return g.op("Div", total, g.op("Max", divisor, g.const(1e-9)))
 
 
-def rotated_back(g: OpBuilder, weights: RotatedWeights, norm: str, x: str) -> Value:
-    """``[batch, width]`` of a rotated stream in the model's own axes, the norm's weights applied.
+def _first(g: OpBuilder, hidden: str, of: Pooled) -> Value:
+    """The state of the first pooled token, of the first of all where none is."""
+    zero = g.const(0, "int64")
+    if not of.skips:
+        return g.op("Gather", hidden, zero, axis=1)
+    is_pooled = g.op("Greater", of.mask, zero)
+    places = g.op("Where", is_pooled, _positions(g, of), of.tokens)
+    first = g.op("ReduceMin", places, g.const([1], "int64"), keepdims=1)
+    first = g.op("Where", g.op("Less", first, of.tokens), first, zero)
+    return g.op("GatherND", hidden, first, batch_dims=1)
+
+
+def _last(g: OpBuilder, hidden: str, of: Pooled) -> Value:
+    """The state of the last token, zeros where it is not pooled."""
+    last = g.op("Sub", of.lengths, g.const(1, "int64"))
+    index = g.op("Unsqueeze", last, g.const([1], "int64"))
+    state = g.op("GatherND", hidden, index, batch_dims=1)
+    return g.op("Mul", state, _any_pooled(g, of)) if of.skips else state
+
+
+def _largest(g: OpBuilder, hidden: str, weights: str, of: Pooled) -> Value:
+    """The largest value of each channel, zeros where no token is pooled."""
+    is_pooled = g.op("Greater", g.op("Unsqueeze", weights, g.const([2], "int64")), g.const(0.0))
+    states = g.op("Where", is_pooled, hidden, g.const(np.finfo(np.float32).min))
+    largest = g.op("ReduceMax", states, g.const([1], "int64"), keepdims=0)
+    if not of.skips:
+        return largest
+    return g.op("Where", g.op("Greater", _any_pooled(g, of), g.const(0.0)), largest, g.const(0.0))
+
+
+def _any_pooled(g: OpBuilder, of: Pooled) -> Value:
+    """float32 ``[batch, 1]``: 1 where a token is pooled."""
+    found = g.op("ReduceMax", of.mask, g.const([1], "int64"), keepdims=1)
+    return g.op("Cast", found, to=TensorProto.FLOAT)
+
+
+def _positions(g: OpBuilder, of: Pooled, first: int = 0) -> Value:
+    """int64 ``[tokens]``, which count from ``first``."""
+    start, step = g.const(first, "int64"), g.const(1, "int64")
+    end = g.op("Add", of.tokens, start) if first else of.tokens
+    return g.op("Range", start, end, step)
+
+
+def rotated_back(
+    g: OpBuilder, weights: RotatedWeights, norm: str, x: str, *, by_token: bool = False
+) -> Value:
+    """States of a rotated stream in the model's own axes, the norm's weights applied.
 
     The matrix is signs, a Kronecker product and, where means are kept, signs and a reflection; they are a
     hundredth of its size.
@@ -41,10 +129,12 @@ def rotated_back(g: OpBuilder, weights: RotatedWeights, norm: str, x: str) -> Va
         g: the graph.
         weights: the task's tensors.
         norm: weight of the norm that made the states.
-        x: the states.
+        x: float32 ``[batch, width]`` or, with ``by_token``, ``[batch, tokens, width]``.
+        by_token: whether there is a state a token.
     """
     rotation = weights.rotation(norm)
     odd, first, second = rotation.factors
+    shape = g.op("Shape", x) if by_token else ""
 
     def factor(name: str, matrix: FloatArray) -> Value:
         return g.computed(f"unrotation.{name}", matrix.shape, lambda: matrix, detail="1")
@@ -72,7 +162,8 @@ def rotated_back(g: OpBuilder, weights: RotatedWeights, norm: str, x: str) -> Va
         lambda: rotation.signs * weights.norm_weight(norm),
         norm,
     )
-    return g.op("Mul", shaped(y, rotation.width), scale)
+    y = g.op("Mul", shaped(y, rotation.width), scale)
+    return g.op("Reshape", y, shape) if by_token else y
 
 
 def apply_dense(g: OpBuilder, x: str, layer: DenseLayer, name: str) -> Value:

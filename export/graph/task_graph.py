@@ -6,7 +6,14 @@ from onnx import TensorProto
 
 from embedge.export.graph.architecture import TOKENS, Architecture
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.pooling import apply_dense, pool, rotated_back, unit_length
+from embedge.export.graph.pooling import (
+    Pooled,
+    apply_dense,
+    pool,
+    poolings,
+    rotated_back,
+    unit_length,
+)
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.transformer import TransformerGraph
 from embedge.export.source.dense import DenseLayer
@@ -31,7 +38,7 @@ def task_graph(
         architecture: the model.
         weights: the task's tensors.
         scheme: the precision.
-        pooling: "mean", "cls" or "lasttoken".
+        pooling: names of sentence-transformers' poolings, joined by "+".
         dense: layers after pooling, in order, run in float32.
         normalize: whether vectors end with length 1.
     """
@@ -61,13 +68,24 @@ def embedding(
 ) -> None:
     """Declare the output ``embedding`` of the model's last states ``hidden``; see :func:`task_graph`."""
     g, architecture = transformer.g, transformer.model
-    x = pool(g, hidden, transformer.lengths, pooling, architecture.pool_mask)
-    if isinstance(g.weights, RotatedWeights) and (norm := g.weights.output) is not None:
-        # pooling is linear: a vector instead of every token
+    pooled = Pooled(
+        tokens=transformer.tokens,
+        lengths=transformer.lengths,
+        mask=architecture.pool_mask,
+        skips=architecture.skips_prompts,
+    )
+    modes = poolings(pooling)
+    norm = g.weights.output if isinstance(g.weights, RotatedWeights) else None
+    # but for the largest value pooling is linear: a vector is rotated back instead of every token
+    linear = len(modes) == 1 and modes[0] != "max"
+    if norm is not None and not linear:
+        hidden = rotated_back(g, g.weights, norm, hidden, by_token=True)
+    x = pool(g, hidden, pooling, pooled)
+    if norm is not None and linear:
         x = rotated_back(g, g.weights, norm, x)
     for index, layer in enumerate(dense):
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:
         x = unit_length(g, x)
-    width = dense[-1].out_features if dense else architecture.hidden_size
+    width = dense[-1].out_features if dense else architecture.hidden_size * len(modes)
     g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])

@@ -29,9 +29,9 @@ from embedge.export.source.transformer_settings import (
     tokenizer_arguments,
 )
 
-__all__ = ["POOLINGS", "SentenceSettings", "read_modules"]
+__all__ = ["POOLINGS", "SentenceSettings", "pooling_problem", "read_modules"]
 
-POOLINGS = ("mean", "cls", "lasttoken")
+POOLINGS = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean")
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -52,9 +52,10 @@ class SentenceSettings:
     """How texts become vectors.
 
     Attributes:
-        pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``; ``None`` where the model does not say.
+        pooling: one of :data:`POOLINGS`, or several joined by ``"+"``, whose vectors are concatenated;
+            ``None`` where the model does not say.
         include_prompt: whether the tokens of a prompt are pooled like all others, which INSTRUCTOR's
-            models do not; false only where no prompt is declared, and calls may give none.
+            models do not.
         normalize: whether vectors are scaled to length 1 at the end.
         dense: layers between pooling and normalization, in order.
         prompts: prompt name to text; a text may be empty.
@@ -112,7 +113,7 @@ def read_modules(
     for kind, module_folder in modules[1:]:
         file = module_folder / "config.json"
         if kind == "Pooling":
-            settings |= _read_pooling(file, has_prompts=any(settings["prompts"].values()))
+            settings |= _read_pooling(file)
         elif kind == "Dense":
             dense.append(read_dense(module_folder))
         elif kind == "Normalize":
@@ -138,8 +139,16 @@ def _matryoshka_dims(file: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _read_pooling(file: Path, *, has_prompts: bool) -> dict[str, Any]:
-    """The pooling, and whether it takes a prompt's tokens; the last token is never a prompt's."""
+def pooling_problem(pooling: object) -> str | None:
+    """What is wrong with a pooling's name, or with several joined by "+"; ``None`` for nothing."""
+    names = pooling.split("+") if isinstance(pooling, str) else []
+    if not names or not set(names) <= set(POOLINGS) or len(set(names)) < len(names):
+        return f"expected one of {', '.join(POOLINGS)}, or several joined by +, each once"
+    return None
+
+
+def _read_pooling(file: Path) -> dict[str, Any]:
+    """The pooling, and whether it takes a prompt's tokens."""
     config = read_json_object(file)
     if unknown := sorted(set(config) - _POOLING_KEYS):
         raise CheckpointError(
@@ -149,19 +158,10 @@ def _read_pooling(file: Path, *, has_prompts: bool) -> dict[str, Any]:
     modes = config.get("pooling_mode")
     if "pooling_mode" not in config:
         modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
-    modes = list(modes) if isinstance(modes, list) else [modes]
-    if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise CheckpointError(
-            f"{file}: the pooling {' + '.join(map(str, modes))} is not supported; supported is one "
-            f"of {', '.join(POOLINGS)}"
-        )
-    include_prompt = bool(config.get("include_prompt", True)) or modes[0] == "lasttoken"
-    if has_prompts and not include_prompt:
-        raise CheckpointError(
-            f"{file}: include_prompt=false (prompts are left out of the pooling) is not supported "
-            "for a model with prompts"
-        )
-    return {"pooling": modes[0], "include_prompt": include_prompt}
+    pooling = "+".join(map(str, modes)) if isinstance(modes, list) else str(modes)
+    if problem := pooling_problem(pooling):
+        raise CheckpointError(f"{file}: the pooling {pooling or modes} is not supported; {problem}")
+    return {"pooling": pooling, "include_prompt": bool(config.get("include_prompt", True))}
 
 
 def _check_normalize(file: Path) -> None:

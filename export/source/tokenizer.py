@@ -37,12 +37,14 @@ class BundleTokenizer:
         text: content of ``tokenizer.json``.
         pad_token_id: id that fills rows; padding is masked, so any valid id does.
         truncation_side: the end that a text which is too long loses, "right" or "left".
+        special_ids: ids of the special tokens that have a name, ascending.
         table_rows: rows of the model's table, where the tokenizer has tokens beyond it.
     """
 
     text: str
     pad_token_id: int
     truncation_side: str
+    special_ids: tuple[int, ...] = ()
     table_rows: int | None = None
 
     def encode(self, texts: list[str], max_length: int) -> list[list[int]]:
@@ -130,6 +132,7 @@ def _read(
     return BundleTokenizer(
         text=json.dumps(result, ensure_ascii=False, separators=(",", ":")),
         pad_token_id=builder.pad_token_id(),
+        special_ids=builder.special_ids(),
         truncation_side=side,
     )
 

@@ -35,6 +35,7 @@ def manifest_of(
                 "own_prompts": task in model.settings.task_defaults,
             },
         }
+    special_ids = () if model.settings.include_prompt else model.tokenizer.special_ids
     merged = {p: v.to_dict() for p, v in old.precisions.items()} if old else {}
     for name, value in precisions.items():
         merged[name] = _joined(merged[name], value) if name in merged else dict(value)
@@ -57,6 +58,7 @@ def manifest_of(
                 "append_eos_token_id": None,
                 "truncation_side": model.tokenizer.truncation_side,
                 "table_rows": model.tokenizer.table_rows,
+                "special_token_ids": list(special_ids),
             },
             "tasks": tasks,
             "precisions": merged,

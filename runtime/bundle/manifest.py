@@ -51,7 +51,8 @@ __all__ = [
 ]
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-IMAGE_INPUTS = ("position_ids", "pool_mask", "image_features", "image_positions")
+POOL_MASK = "pool_mask"
+IMAGE_INPUTS = ("position_ids", POOL_MASK, "image_features", "image_positions")
 _BICUBIC = 3  # Pillow's number
 _RANGES = {"float32": (-3.4e38, 3.4e38), "uint8": (0, 255), "int8": (-128, 127)}
 
@@ -179,7 +180,8 @@ class Model(Record):
 
     Attributes:
         dim: length of a vector.
-        pooling: "mean", "cls" or "lasttoken"; for information, it is in the graph.
+        pooling: names of sentence-transformers' poolings, joined by "+"; for information, it is in the
+            graph.
         normalize: the source normalizes, so a truncated vector is normalized again.
         max_length: most tokens of a text, special tokens included.
         matryoshka_dims: dimensions that may be asked for; ``None``: any.
@@ -189,7 +191,8 @@ class Model(Record):
         inputs: names of the task graphs' inputs; with images, all of :data:`IMAGE_INPUTS` too.
         similarity: how vectors are compared.
         image: how images become patches and tokens, ``None`` where they are not taken.
-        include_prompt: the tokens of a prompt are pooled; where they are not, calls take no prompt.
+        include_prompt: the tokens of a prompt are pooled; where they are not, and ``inputs`` lack
+            ``pool_mask``, calls take no prompt.
     """
 
     dim: Dimension
@@ -212,9 +215,11 @@ class Model(Record):
             if dim > self.dim:
                 yield f"matryoshka_dims[{index}]", f"{dim} is above model.dim, {self.dim}"
         needed = {*INPUTS[:2], *(IMAGE_INPUTS if self.image else ())}
-        if not needed <= set(self.inputs) <= needed | set(INPUTS):
+        optional = {INPUTS[2]} if self.include_prompt else {INPUTS[2], POOL_MASK}
+        if not needed <= set(self.inputs) <= needed | optional:
             found = ", ".join(self.inputs) or "none"
-            expected = f"{', '.join(sorted(needed))} and perhaps {INPUTS[2]}"
+            more = " and ".join(n for n in (INPUTS[2], POOL_MASK) if n in optional - needed)
+            expected = f"{', '.join(sorted(needed))} and perhaps {more}"
             yield "inputs", f"expected {expected}, found {found}"
         if ("image" in self.modalities) != (self.image is not None):
             found = "an object" if self.image else "null"
@@ -230,6 +235,8 @@ class TokenizerSettings(Record):
             not add; ``None`` where there is nothing to add.
         truncation_side: the end that a text which is too long loses.
         table_rows: rows of the model's table of tokens, where the tokenizer has tokens beyond it.
+        special_token_ids: of the special tokens with a name, where prompts are left out of the pooling: one
+            that ends the tokens of a prompt alone is not the prompt's.
     """
 
     file: BundlePath
@@ -237,6 +244,7 @@ class TokenizerSettings(Record):
     append_eos_token_id: TokenId | None
     truncation_side: Annotated[Literal["right", "left"], Since("1.3")] = "right"
     table_rows: Annotated[Count | None, Since("1.4"), SPARSE] = None
+    special_token_ids: Annotated[tuple[TokenId, ...], Since("1.4"), SPARSE] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

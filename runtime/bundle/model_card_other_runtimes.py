@@ -42,7 +42,7 @@ def other_runtimes(manifest: Manifest) -> Iterator[str]:
         )
     yield f"Python with `onnxruntime>={_LEAST}`, `tokenizers` and `numpy`:"
     yield _python(manifest, portable, integer=integer)
-    if manifest.model.image is None:
+    if "pool_mask" not in manifest.model.inputs:
         yield f"Node.js with `onnxruntime-node` ({_LEAST} or later) and `@huggingface/transformers`:"
         yield _javascript(manifest, portable, integer=integer)
     yield _others(manifest)
@@ -56,7 +56,8 @@ def _facts(manifest: Manifest, portable: dict[str, Precision]) -> str:
         outputs += f"; float32 `token_embeddings` `[batch, tokens, {model.multi_vector_dim}]`"
     cut = "leave off the end" + (" and divide by the norm" if model.normalize else "")
     gpu = [name for name, p in portable.items() if "cpu" not in p.devices]
-    inputs = ", ".join(f"`{name}`" for name in _token_inputs(model))
+    names = [*_token_inputs(model), *([] if model.include_prompt else ["pool_mask"])]
+    inputs = ", ".join(f"`{name}`" for name in names)
     rows = {
         "graph": "`PRECISION/TASK.onnx`, its weights beside it; its metadata (`embedge.…`) say what follows",
         "ONNX Runtime": f"{_LEAST} or later; 1.24 gives wrong vectors without an error",
@@ -178,6 +179,14 @@ def _python(manifest: Manifest, portable: dict[str, Precision], *, integer: bool
             '    inputs["pool_mask"] = mask',
             f'    inputs["image_features"] = np.zeros((0, {model.image.hidden_size}), np.float32)',
             '    inputs["image_positions"] = np.zeros((0, 2), np.int64)',
+        ]
+    elif "pool_mask" in model.inputs:
+        special = ", ".join(map(str, tokenizer.special_token_ids))
+        lines += [
+            "    of_prompt = tokenizer.encode(prompt).ids[: sum(tokenizer.encode(prompt).attention_mask)]",
+            f"    if of_prompt and of_prompt[-1] in {{{special}}}:  # it is the text's",
+            "        of_prompt = of_prompt[:-1]",
+            '    inputs["pool_mask"] = mask * (np.arange(ids.shape[1]) >= len(of_prompt) * bool(prompt))',
         ]
     lines += ['    (vectors,) = session.run(["embedding"], inputs)']
     if model.truncate_dim:

@@ -117,7 +117,7 @@ OPERATORS: Mapping[tuple[str, str], Operator] = {
     **_of("", "Attention", *range(3, 8), is_causal=_FLAG, q_num_heads=_HEADS, kv_num_heads=_HEADS,
           scale=_SCALE, softmax_precision=Whole(FLOAT, FLOAT)),
     **_of("", "Cast", 1, to=Whole(1, FLOAT16)),
-    **_of("", "Concat", 1, 2, 3, 4, axis=_AXIS),
+    **_of("", "Concat", *range(1, 7), axis=_AXIS),
     **_of("", "Constant", 0, value_ints=Whole(-_MOST, _MOST, many=True)),
     **_of("", "Gather", 2, axis=_AXIS),
     **_of("", "GatherND", 2, batch_dims=Whole(0, 2)),

@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matryoshka", metavar="64,128,…", dest="matryoshka_dims", help="dimensions to truncate to"
     )
-    parser.add_argument("--pooling", help="mean, cls or lasttoken, where the model does not say")
+    parser.add_argument(
+        "--pooling",
+        help="mean, cls, lasttoken, …, where the model does not say; several: cls+max",
+    )
     parser.add_argument(
         "--calibration", metavar="FILE",
         help="calibration texts, one per line or JSONL; 'default' or 'none'",

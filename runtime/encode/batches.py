@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.contract import LONG_TOKENS
+from embedge.runtime.bundle.manifest import POOL_MASK
 from embedge.runtime.encode.sequences import ImageTokens, TokenIds, TokenSequence
 
 __all__ = ["pad_batch", "plan_batches"]
@@ -106,6 +107,8 @@ def pad_batch(
     everything: Inputs = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in input_names:
         everything["token_type_ids"] = _token_types(sequences, shape)
+    if POOL_MASK in input_names:
+        everything[POOL_MASK] = _pooled(sequences, mask)
     if "image_features" in input_names:
         everything |= _image_inputs(sequences, mask, hidden_size)
     return {name: everything[name] for name in input_names}
@@ -119,6 +122,16 @@ def _token_types(sequences: Sequence[TokenSequence], shape: tuple[int, int]) -> 
     return types
 
 
+def _pooled(sequences: Sequence[TokenSequence], mask: Ints) -> Ints:
+    pooled = mask.copy()
+    for index, sequence in enumerate(sequences):
+        if isinstance(sequence, ImageTokens):
+            pooled[index, : len(sequence)] = sequence.layout.pooled
+        else:
+            pooled[index, : sequence.unpooled] = 0
+    return pooled
+
+
 def _image_inputs(sequences: Sequence[TokenSequence], mask: Ints, hidden_size: int) -> Inputs:
     """What graphs of models with images take besides, for texts as well.
 
@@ -129,19 +142,16 @@ def _image_inputs(sequences: Sequence[TokenSequence], mask: Ints, hidden_size: i
     """
     tokens = mask.shape[1]
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int64), (3, *mask.shape)).copy()
-    pooled = mask.copy()
     features = [np.zeros((0, hidden_size), np.float32)]
     replaced = [np.zeros((0, 2), np.int64)]  # index in the batch, index of the token
     for index, sequence in enumerate(sequences):
         if isinstance(sequence, ImageTokens):
             layout = sequence.layout
             positions[:, index, : len(sequence)] = layout.positions
-            pooled[index, : len(sequence)] = layout.pooled
             features.append(sequence.features)
             replaced.append(np.stack([np.full_like(layout.features, index), layout.features], 1))
     return {
         "position_ids": positions,
-        "pool_mask": pooled,
         "image_features": np.concatenate(features),
         "image_positions": np.concatenate(replaced),
     }

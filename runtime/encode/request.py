@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embedge.runtime.arguments import check_choice, check_flag, check_positive
-from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.bundle.manifest import POOL_MASK, Manifest
 from embedge.runtime.encode.lookup import choose_dim, choose_prompt, choose_task
 from embedge.runtime.errors import EmbedgeValueError
 
@@ -75,9 +75,9 @@ class Request:
                 )
             dim = model.multi_vector_dim
         prefix = choose_prompt(task, manifest.tasks[task], options.prompt_name, options.prompt)
-        if prefix and not model.include_prompt:
+        if prefix and not model.include_prompt and POOL_MASK not in model.inputs:
             raise EmbedgeValueError(
-                f"prompt: {source} leaves the tokens of a prompt out of its pooling, which bundles do "
-                "not do; leave the prompt out"
+                f"prompt: {source} leaves the tokens of a prompt out of its pooling, which this bundle's "
+                "graphs cannot; leave the prompt out, or export the model again"
             )
         return cls(options=options, task=task, prefix=prefix, dim=dim)

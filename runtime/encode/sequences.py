@@ -15,11 +15,19 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenIds:
-    """One text: ids and token types, int64 ``[tokens]``, and whether it was cut."""
+    """One text.
+
+    Attributes:
+        ids: int64 ``[tokens]``.
+        type_ids: likewise, the types of tokens.
+        truncated: whether it was cut.
+        unpooled: how many of the first tokens pooling leaves out.
+    """
 
     ids: Ints
     type_ids: Ints
     truncated: bool
+    unpooled: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 
+from embedge.runtime.bundle.manifest import POOL_MASK, Model
 from embedge.runtime.encode.batch_runner import BatchRunner
 from embedge.runtime.encode.prefetch import prefetched
 from embedge.runtime.encode.request import Request
@@ -38,13 +39,14 @@ class TextPipeline:
     Args:
         tokenizer: texts to token ids.
         runner: tokens to vectors.
-        max_length: most tokens of a text, for messages.
+        model: what its graphs compute.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, runner: BatchRunner, max_length: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, runner: BatchRunner, model: Model) -> None:
         self._tokenizer = tokenizer
         self._runner = runner
-        self._max_length = max_length
+        self._max_length = model.max_length
+        self._pools_prompts = POOL_MASK not in model.inputs or model.include_prompt
         self._warned_of_truncation = False
 
     def encode(
@@ -85,7 +87,10 @@ class TextPipeline:
 
     def _windows(self, texts: Sequence[str], prefix: str) -> Generator[list[TokenIds], None, None]:
         """The tokens of the texts, window by window, each read while the one before it is in use."""
-        windows = (self._tokenizer([prefix + text for text in part]) for part in _parts(texts))
+        unpooled = 0 if self._pools_prompts else self._tokenizer.prompt_tokens(prefix)
+        windows = (
+            self._tokenizer([prefix + text for text in part], unpooled) for part in _parts(texts)
+        )
         # No thread for a call that has a single window.
         return windows if len(texts) <= _FIRST_TEXTS else prefetched(windows)
 

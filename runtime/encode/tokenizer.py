@@ -41,12 +41,29 @@ class TextTokenizer:
 
     def __init__(self, file: Path, settings: TokenizerSettings, max_length: int) -> None:
         self._eos = settings.append_eos_token_id
+        self._special = frozenset(settings.special_token_ids)
         self._file = file
         limit = max_length - (self._eos is not None)
         self._tokenizer = _load(file, limit, settings.truncation_side)
 
-    def __call__(self, texts: Sequence[str]) -> list[TokenIds]:
+    def prompt_tokens(self, prompt: str) -> int:
+        """How many of the first tokens of a text are its prompt's: those of the prompt alone.
+
+        A special token that ends them is the text's. Source: sentence-transformers'
+        ``Transformer._get_prompt_length``.
+        """
+        if not prompt:
+            return 0
+        [tokens] = self([prompt])
+        ends = bool(len(tokens)) and int(tokens.ids[-1]) in self._special
+        return len(tokens) - ends
+
+    def __call__(self, texts: Sequence[str], unpooled: int = 0) -> list[TokenIds]:
         """Token ids of each text; lone surrogates are read as U+FFFD.
+
+        Args:
+            texts: with their prompts.
+            unpooled: how many of the first tokens of each pooling leaves out.
 
         Raises:
             BundleError: if the tokenizer fails on one of them.
@@ -63,6 +80,7 @@ class TextTokenizer:
                         np.array(ids, np.int64),
                         np.array(types, np.int64),
                         bool(encoding.overflowing),
+                        unpooled,
                     )
                 )
         return result

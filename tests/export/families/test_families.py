@@ -397,16 +397,6 @@ def test_a_token_that_the_table_lacks_is_warned_of_and_named(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_prompts_that_pooling_leaves_out_are_refused_at_the_call(tmp_path: Path) -> None:
-    source = save(make_model("bert"), tmp_path / "source")
-    write_json(source / "1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False})
-    model = exported(source, None, tmp_path / "out")
-    assert cosines(model.encode(TEXTS), Reference(source).encode(TEXTS)).min() >= BOUND
-    with pytest.raises(EmbedgeValueError, match="leave the prompt out"):
-        model.encode(TEXTS, prompt="find: ")
-
-
-@pytest.mark.slow
 def test_the_advised_conversion_of_pickled_weights_keeps_everything(tmp_path: Path) -> None:
     model = make_model("bert")
     source = save(model, tmp_path / "a source", pooling="cls")

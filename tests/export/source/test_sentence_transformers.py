@@ -65,6 +65,9 @@ def test_the_whole_pipeline_is_read(tmp_path: Path) -> None:
         ({"pooling_mode_lasttoken": True}, "lasttoken"),
         ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
         ({"pooling_mode": ["lasttoken"]}, "lasttoken"),
+        ({"pooling_mode": ["weightedmean", "cls"]}, "weightedmean+cls"),
+        ({"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}, "cls+max"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
         ({"word_embedding_dimension": 4}, "mean"),
         ({"pooling_mode": "mean", "include_prompt": False}, "mean"),
     ],
@@ -79,26 +82,15 @@ _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "max pooling": (
-        {"pooling": {"pooling_mode_max_tokens": True}},
-        "the pooling max is not supported; supported is",
+    "an unknown pooling": (
+        {"pooling": {"pooling_mode": "median"}},
+        "the pooling median is not supported; expected one of mean, cls",
     ),
-    "weighted mean": (
-        {"pooling": {"pooling_mode": "weightedmean"}},
-        "the pooling weightedmean is not supported",
+    "a pooling twice": (
+        {"pooling": {"pooling_mode": ["mean", "mean"]}},
+        r"the pooling mean\+mean is not supported; expected .* each once",
     ),
-    "mean by root": (
-        {"pooling": {"pooling_mode_mean_sqrt_len_tokens": True}},
-        "mean_sqrt_len_tokens is not supported",
-    ),
-    "two poolings": (
-        {"pooling": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}},
-        r"pooling cls \+ mean is not",
-    ),
-    "prompts left out": (
-        {"pooling": {"include_prompt": False}, "settings": {"prompts": {"query": "q: "}}},
-        "include_prompt=false",
-    ),
+    "no pooling": ({"pooling": {"pooling_mode": []}}, r"the pooling \[\] is not supported"),
     "euclidean similarity": (
         {"settings": {"similarity_fn_name": "euclidean"}},
         "similarity 'euclidean' is not supported",
@@ -218,16 +210,10 @@ def test_what_sentence_transformers_itself_saves_is_read(tmp_path: Path) -> None
     assert np.array_equal(settings.dense[0].weight, dense.linear.weight.detach().numpy())
 
 
-@pytest.mark.parametrize(
-    ("pooling", "expected"), [("mean", False), ("cls", False), ("lasttoken", True)]
-)
-def test_prompts_that_pooling_leaves_out(pooling: str, expected: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_prompts_that_pooling_leaves_out(pooling: str, tmp_path: Path) -> None:
     config = {"pooling_mode": pooling, "include_prompt": False}
-    write_model(tmp_path, pooling=config)
-    assert read_modules(tmp_path, CONFIG).include_prompt is expected
     write_model(tmp_path, pooling=config, settings={"prompts": {"query": "find: "}})
-    if expected:
-        assert read_modules(tmp_path, CONFIG).prompts == {"query": "find: "}
-        return
-    with pytest.raises(CheckpointError, match="include_prompt=false"):
-        read_modules(tmp_path, CONFIG)
+    settings = read_modules(tmp_path, CONFIG)
+    assert not settings.include_prompt
+    assert settings.prompts == {"query": "find: "}

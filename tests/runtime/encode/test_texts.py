@@ -151,11 +151,11 @@ class TestResult:
         changed = threading.Condition()
         tokenize = TextTokenizer.__call__
 
-        def watched(self: TextTokenizer, texts: Any) -> Any:
+        def watched(self: TextTokenizer, texts: Any, *rest: Any) -> Any:
             with changed:
                 read.append(len(texts))
                 changed.notify_all()
-            return tokenize(self, texts)
+            return tokenize(self, texts, *rest)
 
         run = GraphSession.run
         windows = [0]
