@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.runtime.arguments import check_choice
+from embedge.runtime.encode.fingerprint import (
+    check_fingerprint,
+    fingerprint_of,
+    others_of,
+    parts_of,
+)
 from embedge.runtime.encode.lookup import choose_prompt
 from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
@@ -16,7 +23,13 @@ from embedge.runtime.images.mixed import encode_mixed
 from embedge.runtime.images.patches import pixel_range
 from embedge.runtime.inputs import as_images, as_items, as_texts, warn_of_paths
 from embedge.runtime.open_bundle import OpenBundle
-from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions, takes_sentences
+from embedge.runtime.options import (
+    EmbedderOptions,
+    EncodeOptions,
+    FingerprintOptions,
+    ImageOptions,
+    takes_sentences,
+)
 from embedge.runtime.scoring.similarity import similarity, similarity_pairwise
 
 if TYPE_CHECKING:
@@ -201,7 +214,7 @@ class Embedder(OpenBundle):
             multi_vector: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
-        options = self._with_role(options, ("query",))
+        options = self._query_role(options)
         return self.encode(inputs, multi_vector=multi_vector, **options)
 
     @overload
@@ -231,9 +244,7 @@ class Embedder(OpenBundle):
             multi_vector: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
-        options = self._with_role(options, ("document", "passage"))
-        if options.get("prompt_name") is None and options.get("prompt") is None:
-            options["prompt"] = ""
+        options = self._document_role(options)
         return self.encode(inputs, multi_vector=multi_vector, **options)
 
     @overload
@@ -369,6 +380,69 @@ class Embedder(OpenBundle):
         counts = self._tokenizer.count([prefix + text for text in texts])
         return counts[0] if single else np.array(counts, np.int64)
 
+    def fingerprint(self, **options: Unpack[FingerprintOptions]) -> str:
+        """Of which kind the vectors of a call are, as a short string to store beside them.
+
+        It is the same over runs, copies of the bundle, tasks that are added to it, and machines of one class of
+        arithmetic. It differs with whatever decides a vector besides its text: see :meth:`fingerprint_parts`.
+
+        Args:
+            options: ``task``, ``prompt_name``, ``prompt``, ``truncate_dim``, ``normalize_embeddings`` and
+                ``multi_vector`` as for :meth:`encode`, and ``role``: "query" or "document" for the prompt of
+                :meth:`encode_query` or :meth:`encode_document`. Name what the stored vectors were made with.
+
+        Returns:
+            "e1:" and 16 hexadecimal digits.
+
+        Raises:
+            EmbedgeValueError: for an argument that cannot be used.
+            BundleError: if a bundle of an earlier embedge, whose weights are then read, is damaged.
+        """
+        return fingerprint_of(self.fingerprint_parts(**options))
+
+    def fingerprint_parts(self, **options: Unpack[FingerprintOptions]) -> dict[str, Any]:
+        """What a fingerprint is made of, by name; strings, numbers, truth values, ``None`` and objects of them.
+
+        ``model`` and ``task`` are names for people. The others count: ``graph``, ``vision``, ``tokenizer``,
+        ``tokens``, ``precision``, ``numerics``, ``pooling``, ``settings``, ``output``, ``dim``, ``normalized``,
+        ``max_length`` and ``prompt``.
+
+        Args:
+            options: as for :meth:`fingerprint`.
+
+        Raises:
+            EmbedgeValueError: likewise.
+            BundleError: likewise.
+        """
+        call: dict[str, Any] = {"task": None, "truncate_dim": None, **options}
+        role = call.pop("role", None)
+        if role is not None:
+            check_choice("role", role, ("query", "document"))
+            asked = EncodeOptions(
+                task=call["task"], prompt_name=call.get("prompt_name"), prompt=call.get("prompt")
+            )
+            call |= self._query_role(asked) if role == "query" else self._document_role(asked)
+        request = self._request(**call)
+        return parts_of(self._bundle, self._manifest, self._precision, self._device, request)
+
+    def check_fingerprint(
+        self, stored: str | Mapping[str, Any], **options: Unpack[FingerprintOptions]
+    ) -> None:
+        """Refuse an index whose vectors are of another kind than those of a call.
+
+        Args:
+            stored: what :meth:`fingerprint` or, better, :meth:`fingerprint_parts` gave when its vectors were
+                made. The parts tell all that differs; a fingerprint alone tells it where another task,
+                precision, dimension, prompt or machine of this bundle has it.
+            options: as for :meth:`fingerprint`.
+
+        Raises:
+            FingerprintError: they differ; with the names of the parts that do in ``differing``.
+            EmbedgeValueError: for an argument that cannot be used.
+        """
+        parts = self.fingerprint_parts(**options)
+        check_fingerprint(stored, parts, others_of(self._manifest, parts))
+
     def similarity(self, a: Any, b: Any) -> Vectors:
         """Similarity of each of ``a`` to each of ``b``, as the source model defines it.
 
@@ -399,6 +473,15 @@ class Embedder(OpenBundle):
             EmbedgeValueError: if the two differ in kind, number or dimension.
         """
         return similarity_pairwise(a, b, self._model.similarity)
+
+    def _query_role(self, options: EncodeOptions) -> EncodeOptions:
+        return self._with_role(options, ("query",))
+
+    def _document_role(self, options: EncodeOptions) -> EncodeOptions:
+        options = self._with_role(options, ("document", "passage"))
+        if options.get("prompt_name") is None and options.get("prompt") is None:
+            options["prompt"] = ""
+        return options
 
     def _with_role(self, options: EncodeOptions, names: Sequence[str]) -> EncodeOptions:
         """A call's options with the first of some prompts that its task declares."""

@@ -7,6 +7,7 @@
     ├── EmbedgeImportError       a package is missing or installed twice (also an ImportError)
     ├── BundleError              a bundle is missing, damaged, or not what its manifest says
     │   └── ManifestError        its manifest.json cannot be used
+    ├── FingerprintError         vectors are of another kind than those that were stored
     ├── DeviceError              the device asked for does not work on this machine
     └── InferenceError           a graph failed, or gave something that is not a vector
 
@@ -32,6 +33,7 @@ __all__ = [
     "EmbedgeImportError",
     "EmbedgeValueError",
     "EmbedgeWarning",
+    "FingerprintError",
     "ImageError",
     "InferenceError",
     "ManifestError",
@@ -114,6 +116,19 @@ class BundleError(EmbedgeError):
 
 class ManifestError(BundleError):
     """A ``manifest.json`` cannot be used; the message holds the path of the bad key."""
+
+
+class FingerprintError(EmbedgeError):
+    """Vectors are of another kind than those that were stored.
+
+    Args:
+        message: what to say.
+        differing: names of the parts that differ; none where the stored fingerprint does not tell.
+    """
+
+    def __init__(self, message: str, differing: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.differing = tuple(differing)
 
 
 class DeviceError(EmbedgeError):

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from numpy.typing import NDArray
 
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     Image = os.PathLike[str] | bytes | NDArray[Any] | Picture
     Inputs = str | Image | Sequence[str | Image]
 
-__all__ = ["EmbedderOptions", "EncodeOptions", "ImageOptions", "takes_sentences"]
+__all__ = [
+    "EmbedderOptions",
+    "EncodeOptions",
+    "FingerprintOptions",
+    "ImageOptions",
+    "takes_sentences",
+]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -95,6 +101,18 @@ class ImageOptions(_SharedOptions, total=False):
 
     max_pixels: int | None
     min_pixels: int | None
+
+
+class FingerprintOptions(TypedDict, total=False):
+    """Options of ``encode`` that decide of which kind a vector is, and whose prompt it takes."""
+
+    task: str | None
+    prompt_name: str | None
+    prompt: str | None
+    truncate_dim: int | None
+    normalize_embeddings: bool
+    multi_vector: bool
+    role: Literal["query", "document"] | None
 
 
 def takes_sentences(method: Method) -> Method:

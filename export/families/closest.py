@@ -65,7 +65,7 @@ KIN: Mapping[str, Kin] = {
     "falcon_mamba": Kin("", _SSM),
     "fnet": Kin("bert", "it has Fourier transforms where the supported ones have attention"),
     "funnel": Kin("bert", "its layers shorten the text"),
-    "gemma": Kin("llama", "it scales token states, and its norms multiply by 1 + w"),
+    "gemma": Kin("gemma3_text", "it has no norms of heads, nor of what a block adds"),
     "gemma2": Kin("gemma3_text", "it caps scores, and has no norms of heads"),
     "gemma3": Kin("gemma3_text", "it embeds images by a tower beside that"),
     "gpt2": Kin(

@@ -31,7 +31,9 @@ from embedge.export.writing.graph_metadata import graph_notes, task_notes
 from embedge.export.writing.unpack_list import write_unpack_list
 from embedge.export.writing.weight_store import TensorStore
 from embedge.export.writing.weights import store_computed, store_quantized
+from embedge.runtime.bundle.content import content_sha256
 from embedge.runtime.bundle.contract import UNPACKED_PRECISION, VISION
+from embedge.runtime.bundle.packed_weights import read_packed
 from embedge.runtime.errors import EmbedgeValueError
 
 _VISION_GRAPH = f"{VISION}{GRAPH}"
@@ -91,6 +93,7 @@ class _PrecisionWriter:
         self._schemes: dict[str, Scheme] = {}
         self._eight_bit: list[str] = []  # layers that a budget gives 8 bits
         self._constants: dict[str, set[str]] = {}  # names of the small ones, by scheme
+        self._contents: dict[str, dict[str, str]] = {}  # hashes by scheme and graph
         self._has_tower = (store.folder / _VISION_GRAPH).exists()
         if self._has_tower:
             _check_same_rotation(context, precision)
@@ -121,6 +124,7 @@ class _PrecisionWriter:
             else:
                 write_layer_report(store.folder / f"{task}{LAYERS}", g, store)
             self._constants[name] |= set(g.constants)
+            self._note_content(name, task, path)
 
     def write_tower(self, tower: Tower) -> None:
         """Write the vision tower, which all tasks share, where it is not there yet."""
@@ -135,9 +139,19 @@ class _PrecisionWriter:
                 store_computed(context.progress, self._store, needed, files)
                 notes = graph_notes(g, self._precision, VISION)
                 write_graph(path, g, self._store, VISION, notes)
+            for name in self._schemes:
+                self._note_content(name, VISION, path)
         there = onnx.load(str(path), load_external_data=False).graph.initializer
         for names in self._constants.values():
             names |= {tensor.name for tensor in there}
+
+    def _note_content(self, scheme: str, name: str, path: Path) -> None:
+        """Hash a graph that was written, and what is unpacked for it."""
+        listed = path.parent / f"{name}{UNPACK_LIST}"
+        unpacks = scheme == UNPACKED_PRECISION and name != VISION
+        packed = read_packed(listed) if unpacks else {}
+        content = content_sha256(path.read_bytes(), packed, self._store.sha256_at)
+        self._contents.setdefault(scheme, {})[name] = content
 
     def entries(self, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What the manifest says about the graphs that were written."""
@@ -164,6 +178,7 @@ class _PrecisionWriter:
                 },
                 **tower,
                 "options": stated,
+                "content_sha256": self._contents[name],
             }
             for name, scheme in self._schemes.items()
         }

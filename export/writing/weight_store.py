@@ -22,6 +22,7 @@ from onnx import TensorProto
 
 from embedge.export.graph.initializers import LazyInitializer, TensorSpec
 from embedge.runtime.bundle.contract import INLINE_BYTES
+from embedge.runtime.bundle.onnx_model import ExternalData
 from embedge.runtime.errors import BundleError
 
 ALIGNMENT = 4096
@@ -49,6 +50,7 @@ class TensorStore:
         self.reports: dict[str, dict[str, Any]] = {}
         self._by_key: dict[str, tuple[Stored, ...]] = {}
         self._by_hash: dict[str, Stored] = {}
+        self._digests: dict[tuple[str, int], str] = {}  # by file and offset
         self._open: dict[str, IO[bytes]] = {}
         self._closed: set[str] = set()
 
@@ -80,7 +82,7 @@ class TensorStore:
                         )
                     left -= len(chunk)
                     state.update(chunk)
-            self._by_hash[state.hexdigest()] = stored
+            self._remember(state.hexdigest(), stored)
 
     def has(self, key: str) -> bool:
         """Whether an initializer of this key was stored."""
@@ -140,6 +142,10 @@ class TensorStore:
             result.append(tensor)
         return result
 
+    def sha256_at(self, place: ExternalData) -> str:
+        """The SHA-256 of a tensor that lies in a file of the folder, in hexadecimal."""
+        return self._digests[place.location, place.offset]
+
     def free_name(self, stem: str) -> str:
         """``stem.bin``, or the first of ``stem.2.bin``, … that an earlier export did not write."""
         number = 1
@@ -173,8 +179,12 @@ class TensorStore:
         offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
         file.write(bytes(offset - file.tell()))
         file.write(data)
-        self._by_hash[digest] = Stored(file=name, offset=offset, length=array.nbytes)
-        return self._by_hash[digest]
+        return self._remember(digest, Stored(file=name, offset=offset, length=array.nbytes))
+
+    def _remember(self, digest: str, stored: Stored) -> Stored:
+        self._by_hash[digest] = stored
+        self._digests[stored.file, stored.offset] = digest
+        return stored
 
 
 def _check(spec: TensorSpec, array: NDArray[Any]) -> None:

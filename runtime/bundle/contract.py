@@ -16,7 +16,7 @@ __all__ = [
     "VISION",
 ]
 
-FORMAT_VERSION = "1.4"  # of the manifest, see embedge.runtime.bundle.manifest
+FORMAT_VERSION = "1.5"  # of the manifest, see embedge.runtime.bundle.manifest
 ONNXRUNTIME = ">=1.30,<1.34"  # versions that compute these graphs right, and were tested
 
 MANIFEST, CARD = "manifest.json", "README.md"  # files in a bundle's folder

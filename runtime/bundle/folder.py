@@ -8,14 +8,22 @@ Checks when a bundle is opened, by ``verify``:
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
+from embedge.runtime.bundle.content import content_sha256
 from embedge.runtime.bundle.contract import INTEGER_PRECISIONS, MANIFEST, VISION
-from embedge.runtime.bundle.files import FileState, state_of
+from embedge.runtime.bundle.files import (
+    GRAPH_BYTES,
+    FileState,
+    open_regular_file,
+    read_regular_file,
+    state_of,
+)
 from embedge.runtime.bundle.graph_check import (
     TASK_INPUTS,
     TASK_OUTPUTS,
@@ -35,6 +43,7 @@ from embedge.runtime.errors import BundleError, EmbedgeValueError
 
 __all__ = ["VERIFY_MODES", "Bundle"]
 
+_CHUNK_BYTES = 1 << 20
 VERIFY_MODES = ("none", "size", "full")
 
 
@@ -209,6 +218,33 @@ class Bundle:
         listed = self.file(path)
         return listed, read_packed(listed)
 
+    def has_attention_function(self, precision: str, name: str) -> bool:
+        """Whether a graph's attention is a function of embedge's, for which its kernels have an operator.
+
+        Raises:
+            BundleError: as :meth:`graph_files`.
+        """
+        return any("Attention" in f for f in self._look_at(precision, name).graph.functions)
+
+    def content_sha256(self, precision: str, name: str) -> str:
+        """What a graph computes, see :mod:`embedge.runtime.bundle.content`.
+
+        Bundles of 1.5 on have it in the manifest. For older ones every byte that the graph reads is read.
+
+        Raises:
+            BundleError: as :meth:`graph_files`.
+        """
+        known = self.manifest.precisions[precision].content_sha256.get(name)
+        if known is not None:
+            return known
+        graph, packed = self.graph(precision, name), self.packed_weights(precision, name)
+        with self.reading(self.graph_files(precision, name)):
+            return content_sha256(
+                read_regular_file(graph, GRAPH_BYTES),
+                packed[1] if packed else {},
+                lambda place: _sha256_at(self.external_file(graph, place), place),
+            )
+
     def external_file(self, graph: Path, data: ExternalData) -> Path:
         """The file in which data lie that a graph, or a list of weights, names.
 
@@ -287,3 +323,14 @@ class Bundle:
         files |= {self.external_file(graph, place) for place in checked.places}
         files |= {self.external_file(listed, t) for t in stored if not isinstance(t, bytes)}
         return sorted(path.relative_to(self.root).as_posix() for path in files)
+
+
+def _sha256_at(file: Path, place: ExternalData) -> str:
+    state = hashlib.sha256()
+    with open_regular_file(file) as opened:
+        opened.seek(place.offset)
+        left = place.length
+        while left and (chunk := opened.read(min(left, _CHUNK_BYTES))):
+            state.update(chunk)
+            left -= len(chunk)
+    return state.hexdigest()

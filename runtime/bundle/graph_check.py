@@ -92,11 +92,13 @@ class CheckedGraph(NamedTuple):
         matmul_weights: those that integer matmuls read and that lie beside the graph: int8 ``[depth,
             columns]``, or uint8 ``[columns, blocks, block_size / 2]`` with two values to a byte.
         token_rows: rows of the table that token ids are looked up in; ``None`` if there is no such table.
+        functions: names of embedge's functions that it calls.
     """
 
     initializers: Initializers
     matmul_weights: Initializers
     token_rows: int | None
+    functions: frozenset[str]
 
     @property
     def made(self) -> Initializers:
@@ -135,7 +137,9 @@ def check_graph(file: Path, *, inputs: ValueTypes, outputs: ValueTypes) -> Check
         _check_types("output", graph.outputs, outputs)
         _check_values(graph, set())
         _check_operands(graph)
-        return CheckedGraph(graph.initializers, _matmul_weights(graph), _token_rows(graph))
+        functions = frozenset(f.name for f in model.functions)
+        weights, rows = _matmul_weights(graph), _token_rows(graph)
+        return CheckedGraph(graph.initializers, weights, rows, functions)
     except (ValueError, IndexError, RecursionError) as error:
         raise BundleError(
             f"{file}: not a graph that embedge runs: {error}; `embedge inspect --verify` checks the "

@@ -3,7 +3,8 @@
 Rules:
     * ``format_version`` is "major.minor". Another major version is refused, a newer minor one warns. 1.1
       added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
-      ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack.
+      ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256`` and the
+      licences of adapters.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -67,6 +68,7 @@ def _channel_problem(values: tuple[float, ...]) -> str | None:
     return None if len(values) == 3 else f"expected 3 numbers, found {len(values)}"
 
 
+Sha256: TypeAlias = Annotated[str, _sha256_problem]
 BundlePath: TypeAlias = Annotated[str, path_problem]
 TaskName: TypeAlias = Annotated[str, name_problem("task")]
 PrecisionName: TypeAlias = Annotated[str, name_problem("precision")]
@@ -252,12 +254,14 @@ class Adapter(Record):
     """The adapter a task was merged from; ``None`` for what was not recorded.
 
     Attributes:
+        license: what the adapter's own card declares; ``None`` where it has no card, or says nothing.
         own_prompts: whether the task's prompts come from the adapter's folder, not from the model.
     """
 
     name: str | None
     sha256: str | None
     base_model: str | None
+    license: Annotated[str | None, Since("1.5"), SPARSE] = None
     own_prompts: Annotated[bool, Since("1.4"), SPARSE] = False
 
 
@@ -306,6 +310,8 @@ class Precision(Record):
         fidelity: figures against the reference, by task; free, empty until ``bench --record``.
         unpack: path, by task, of the list of weights that are unpacked when its graph opens; see
             :mod:`embedge.runtime.bundle.packed_weights`. Empty where weights run as they are stored.
+        content_sha256: by task, what its graph computes, and under ``VISION`` that of the tower; see
+            :mod:`embedge.runtime.bundle.content`. Empty where an earlier embedge exported.
     """
 
     graphs: Mapping[str, BundlePath]
@@ -317,6 +323,9 @@ class Precision(Record):
     layers: Mapping[str, BundlePath] = field(default_factory=dict)
     fidelity: Mapping[str, Any] = field(default_factory=dict)
     unpack: Annotated[Mapping[str, BundlePath], Since("1.2"), SPARSE] = field(default_factory=dict)
+    content_sha256: Annotated[Mapping[str, Sha256], Since("1.5"), SPARSE] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +333,7 @@ class FileEntry(Record):
     """A file's size in bytes and its SHA-256 in lower-case hexadecimal."""
 
     size: Annotated[int, Within(0, MOST_BYTES)]
-    sha256: Annotated[str, _sha256_problem]
+    sha256: Sha256
 
     @classmethod
     def of(cls, path: Path) -> FileEntry:

@@ -33,6 +33,7 @@ __all__ = [
     "Node",
     "StoredTensor",
     "ValueType",
+    "read_initializer",
     "read_model",
 ]
 
@@ -237,6 +238,23 @@ class _Reader:
                 return Attribute(kind, self.graph(graph))
             raise ValueError(f"the attribute {name} holds no graph")
         return Attribute(kind, message.numbers(8) if field == 8 else message.number(field))
+
+
+def read_initializer(data: bytes, start: int, stop: int) -> tuple[str, StoredTensor, bytes | None]:
+    """Name, type and place of an initializer, and its bytes where they lie in the graph.
+
+    Args:
+        data: the file.
+        start: where the initializer begins.
+        stop: where it ends.
+
+    Raises:
+        ValueError: it is none, or has other fields than exports write.
+    """
+    message = Message(data, _TENSOR, start, stop)
+    name, tensor = _tensor(message)
+    inside = message.span(9)
+    return name, tensor, data[slice(*inside)] if inside and tensor.place is None else None
 
 
 def _tensor(message: Message) -> tuple[str, StoredTensor]:

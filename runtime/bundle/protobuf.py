@@ -10,7 +10,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-__all__ = ["Message", "Spec", "spec"]
+__all__ = ["Message", "Spec", "fields_of", "spec"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # encodings
 
@@ -53,7 +53,7 @@ class Message:
     def __init__(self, data: bytes, fields: Spec, start: int = 0, stop: int | None = None) -> None:
         self._data = data
         self._found: dict[int, list[Any]] = {}  # numbers, and where what has a length lies
-        for number, kind, at, end in _fields(data, start, len(data) if stop is None else stop):
+        for number, kind, at, end in fields_of(data, start, stop):
             expected, many = fields.get(number, (None, False))
             if kind == _BYTES and expected == _VARINT and many:  # packed
                 self._found.setdefault(number, []).extend(_packed(data, at, end))
@@ -99,10 +99,17 @@ class Message:
         """All messages of a repeated field."""
         return (Message(self._data, fields, *span) for span in self._found.get(field, ()))
 
+    def span(self, field: int) -> tuple[int, int] | None:
+        """Where the value of a field of bytes lies; ``None`` if it is not there."""
+        found: list[tuple[int, int]] = self._found.get(field, [])
+        return found[0] if found else None
 
-def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+
+def fields_of(
+    data: bytes, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, int, int, int]]:
     """Number, encoding, and ``(start, stop)`` of the value of each field in a message's bytes."""
-    at = start
+    at, stop = start, len(data) if stop is None else stop
     while at < stop:
         tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
         number, kind = tag >> 3, tag & 7

@@ -134,6 +134,14 @@ class Record:
             if SPARSE not in _rules(hint) or getattr(self, field.name) != _default(field)
         }
 
+    def changed(self) -> dict[str, Any]:
+        """Those of its members as JSON that are not their defaults."""
+        return {
+            field.name: _written(getattr(self, field.name))
+            for field, _ in _members(type(self))  # type: ignore[arg-type]
+            if getattr(self, field.name) != _default(field)
+        }
+
 
 @functools.cache
 def _members(cls: Any) -> list[tuple[Field[Any], Any]]:

@@ -43,7 +43,7 @@ from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError,
 
 __all__ = ["subset_bundle"]
 
-_BY_TASK = ("graphs", "layers", "fidelity", "unpack")
+_BY_TASK = ("graphs", "layers", "fidelity", "unpack", "content_sha256")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -169,7 +169,8 @@ def _precision(values: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any
     result = dict(values)
     for key in _BY_TASK:
         if isinstance(result.get(key), dict):
-            result[key] = {task: v for task, v in result[key].items() if task in tasks}
+            kept = {*tasks, *([VISION] if key == "content_sha256" else [])}
+            result[key] = {task: v for task, v in result[key].items() if task in kept}
     options = result.get("options")
     if isinstance(options, dict) and isinstance(options.get("by_task"), dict):
         by_task = {task: v for task, v in options["by_task"].items() if task in tasks}
