@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from embedge.export.adapters.adapter import Adapter, BoundAdapter
 from embedge.export.adapters.folder import check_adapter_files, settings_of_all
 from embedge.export.errors import AdapterError, CheckpointError
-from embedge.export.families import Family, family_of
+from embedge.export.families import MERGED, Family, family_of
 from embedge.export.families.base import Tower
 from embedge.export.families.config_keys import check_config
-from embedge.export.families.qwen2_5_vl import JinaV4Merged
 from embedge.export.graph.pooling import poolings
 from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
@@ -36,7 +36,7 @@ def read_model(options: ExportOptions) -> Model:
     """
     folder = ModelFolder(options.source)
     names = sorted(folder.names)
-    name = next((n for n in names if JinaV4Merged.serves(folder.config, n)), folder.name)
+    name = next((n for n in names if _is_merged(folder.config, n)), folder.name)
     family_class = family_of(folder.config, name, folder.tensor_names)
     check_config(
         folder.config, family_class.kind(folder.config), folder.transformer_path / "config.json"
@@ -46,6 +46,7 @@ def read_model(options: ExportOptions) -> Model:
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
         checkpoint.path, config, checkpoint.card
     )
+    settings = family_class.completed(settings, config)
     folders = _task_folders(options, checkpoint, family_class, name)
     _check_own_adapter(checkpoint, folders.values())
     loaded = {t: None if f is None else Adapter.load(f, t) for t, f in folders.items()}
@@ -107,6 +108,10 @@ def read_model(options: ExportOptions) -> Model:
             _check_tower_shared(tower, task, weights)
         _check_all_read(model, task, weights)
     return model
+
+
+def _is_merged(config: Mapping[str, Any], name: str) -> bool:
+    return any(family.serves(config, name) for family in MERGED)
 
 
 def _choose_pooling(

@@ -20,16 +20,26 @@ from embedge.export.families.decoder import (
     Qwen3,
 )
 from embedge.export.families.gemma3 import Gemma3
+from embedge.export.families.jina_v5 import (
+    JinaV5Nano,
+    JinaV5NanoMerged,
+    JinaV5Small,
+    JinaV5SmallMerged,
+)
 from embedge.export.families.modernbert import ModernBert
 from embedge.export.families.nomic_bert import NomicBert
 from embedge.export.families.qwen2_5_vl import JinaV4, JinaV4Merged, Qwen25VL
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "MERGED", "Family", "family_of"]
 
 FAMILIES: tuple[type[Family], ...] = (
     JinaV4,  # before the family it is built on
     JinaV4Merged,
     Qwen25VL,
+    JinaV5Nano,
+    JinaV5Small,
+    JinaV5NanoMerged,
+    JinaV5SmallMerged,
     Bert,
     MPNet,
     ModernBert,
@@ -42,6 +52,9 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3,
     Gemma3,
 )
+
+# Those that serve a model of another family's model_type by its name.
+MERGED: tuple[type[Family], ...] = (JinaV4Merged, JinaV5NanoMerged, JinaV5SmallMerged)
 
 
 def family_of(

@@ -108,6 +108,11 @@ class Family(ConfigReader, ABC):
         return None
 
     @classmethod
+    def completed(cls, settings: SentenceSettings, config: Mapping[str, Any]) -> SentenceSettings:
+        """The settings with what the family knows beyond the model's files."""
+        return settings
+
+    @classmethod
     def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
         """Tasks a model is published with: folder of their adapter below the model's, or ``None``."""
         return {}

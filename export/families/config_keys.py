@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,8 @@ _DECODER = words(
     rope_theta"""
 )
 _WINDOW = words("sliding_window use_sliding_window max_window_layers")
-_ENCODER_FIXED = {
-    "is_decoder": _OFF,
-    "is_causal": _OFF,
-    "use_bidirectional_attention": (None, True),
-}
+_UNMASKED = {"is_causal": _OFF, "use_bidirectional_attention": (None, True)}
+_ENCODER_FIXED = {"is_decoder": _OFF, **_UNMASKED}
 _DECODER_FIXED = {
     "bidirectional": _OFF,
     "original_max_position_embeddings": (None,),
@@ -144,6 +141,12 @@ _EUROBERT_FILES = _code(
     "modeling_eurobert.EuroBertModel",
     repositories="EuroBERT/EuroBERT-210m EuroBERT/EuroBERT-610m EuroBERT/EuroBERT-2.1B",
 )
+_QWEN3 = Keys(
+    used=_DECODER | _WINDOW | {"attention_bias", "is_causal"},
+    harmless=frozenset({"is_decoder"}),
+    fixed=_QWEN_FIXED,
+    classes=("Qwen3",),
+)
 _EUROBERT = Keys(
     used=_LLAMA,
     harmless=words(
@@ -153,6 +156,12 @@ _EUROBERT = Keys(
     fixed={**_LLAMA_FIXED, **_ENCODER_FIXED},
     classes=("EuroBert",),
     code=_EUROBERT_FILES,
+)
+_JINA_V5 = ("JinaEmbeddingsV5",)
+_JINA_V5_FILES = _code(
+    "configuration_jina_embeddings_v5.JinaEmbeddingsV5Config",
+    "modeling_jina_embeddings_v5.JinaEmbeddingsV5Model",
+    repositories="jinaai/jina-embeddings-v5-text-nano jinaai/jina-embeddings-v5-text-small",
 )
 _ROTARY_BERT = _BERT - {"position_embedding_type"} | {
     "rope_parameters",
@@ -226,17 +235,22 @@ KEYS: Mapping[str, Keys] = {
     ),
     "llama_bidirec": Keys(
         used=_LLAMA,
-        harmless=words(
-            "is_decoder pretraining_tp temperature"
-        ),  # the last divides a classifier's scores
-        fixed={**_LLAMA_FIXED, **_ENCODER_FIXED, "pooling": (None, "avg")},
+        harmless=words("is_decoder pretraining_tp temperature"),
+        fixed={**_LLAMA_FIXED, **_UNMASKED, "pooling": (None, "avg")},
         classes=("LlamaBidirectional",),
         code=_code(
             "llama_bidirectional_model.LlamaBidirectionalConfig",
             "llama_bidirectional_model.LlamaBidirectionalModel",
         ),
     ),
-    "eurobert": _EUROBERT,
+    **dict.fromkeys(("eurobert", "jina_embeddings_v5_nano_merged"), _EUROBERT),
+    "jina_embeddings_v5": replace(
+        _EUROBERT,
+        used=_EUROBERT.used | {"task_names"},
+        fixed={**_EUROBERT.fixed, "is_decoder": (False,)},
+        classes=_JINA_V5,
+        code=_JINA_V5_FILES,
+    ),
     "mistral": Keys(
         used=_DECODER | {"sliding_window", "is_causal"},
         harmless=frozenset({"is_decoder"}),
@@ -249,11 +263,15 @@ KEYS: Mapping[str, Keys] = {
         fixed=_QWEN_FIXED,
         classes=("Qwen2",),
     ),
-    "qwen3": Keys(
-        used=_DECODER | _WINDOW | {"attention_bias", "is_causal"},
-        harmless=frozenset({"is_decoder"}),
-        fixed=_QWEN_FIXED,
-        classes=("Qwen3",),
+    "qwen3": _QWEN3,
+    "jina_embeddings_v5_small_merged": _QWEN3,
+    "jina_embeddings_v5_small": replace(
+        _QWEN3,
+        used=_QWEN3.used | {"task_names"},
+        fixed={**_QWEN_FIXED, "is_decoder": (None, True)},  # false says that it is nano
+        harmless=frozenset(),
+        classes=_JINA_V5,
+        code=_JINA_V5_FILES,
     ),
     "gemma3_text": Keys(
         used=_DECODER - {"hidden_act", "multi_vector_projector_dim"}
@@ -285,6 +303,8 @@ KEYS: Mapping[str, Keys] = {
 }
 
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN3_DEFAULTS = {**_QWEN_DEFAULTS, "head_dim": 128}
+_EUROBERT_DEFAULTS = {"rms_norm_eps": 1e-5}
 _QWEN_VL_DEFAULTS = {
     "max_window_layers": 80,
     "num_key_value_heads": 8,
@@ -298,10 +318,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "camembert": {"type_vocab_size": 2},
     "nomic_bert": {"max_position_embeddings": 2048, "type_vocab_size": 2},
     "mpnet": {"relative_attention_num_buckets": 32},
-    "eurobert": {"rms_norm_eps": 1e-5},
+    **dict.fromkeys(
+        ("eurobert", "jina_embeddings_v5", "jina_embeddings_v5_nano_merged"), _EUROBERT_DEFAULTS
+    ),
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _QWEN_DEFAULTS,
-    "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
+    **dict.fromkeys(
+        ("qwen3", "jina_embeddings_v5_small", "jina_embeddings_v5_small_merged"), _QWEN3_DEFAULTS
+    ),
     "gemma3_text": {
         "head_dim": 256,
         "num_attention_heads": 8,

@@ -133,7 +133,7 @@ class Decoder(Family):
 class Llama(Decoder):
     """Llama 1 to 3."""
 
-    model_types = ("llama",)
+    model_types: ClassVar[tuple[str, ...]] = ("llama",)
     examples: ClassVar = {"llama": "HuggingFaceTB/SmolLM2-135M"}
     biases: ClassVar = {"qkv": "attention_bias", "o": "attention_bias", "mlp": "mlp_bias"}
 

@@ -12,7 +12,6 @@ streams that may be rotated follow from the declaration.
 What families that are not here yet would declare:
 
 =======================  ==========================================================================
-jina v5                  nano is EuroBERT, small Qwen3
 jina v3                  BERT's layers, fused q, k, v, a :class:`Rope` in place of the position table
 nomic-bert               jina v3's with a gate; two layouts of names
 gte, new                 nomic-bert's with up and gate as rows of one tensor; NTK in ``rotary.py``

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from embedge.export.errors import CheckpointError
 from embedge.export.source.json_files import read_json
@@ -14,8 +15,24 @@ __all__ = ["MODULES", "inside_folder", "pipeline", "transformer_folder"]
 MODULES = "modules.json"
 _OURS = "sentence_transformers."
 # In the one supported order; Dropout, which does nothing once trained, may stand anywhere.
-_ORDER = {"Transformer": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
-_KINDS = (*_ORDER, "Dropout")
+_ORDER = {"Transformer": 0, "Pooling": 1, "Dense": 2, "Normalize": 3, "FlexibleQuantizer": 3}
+_KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")
+# Classes of published code, never run, by model_type: what they are here, and what a call may give them.
+_PUBLISHED = {
+    ("jina_embeddings_v5", "custom_st.Transformer"): ("JinaV5", {"task", "truncate_dim"}),
+    ("bidirectional_pplx_qwen3", "st_quantize.FlexibleQuantizer"): (
+        "FlexibleQuantizer",
+        {"quantization"},
+    ),
+}
+
+
+class _Module(NamedTuple):
+    """An entry of modules.json: its class, its folder, and what a call may give it."""
+
+    name: str
+    folder: Path
+    arguments: Any
 
 
 def transformer_folder(path: Path) -> Path:
@@ -27,7 +44,7 @@ def transformer_folder(path: Path) -> Path:
     modules = _modules(path)
     if not modules:
         return path
-    name, folder = modules[0]
+    name, folder, _ = modules[0]
     if name.startswith(_OURS) and name.rpartition(".")[2] not in _KINDS:
         raise CheckpointError(
             f"{path / MODULES}: the first module is {name}, expected sentence_transformers' Transformer; "
@@ -36,28 +53,50 @@ def transformer_folder(path: Path) -> Path:
     return folder
 
 
-def pipeline(path: Path) -> list[tuple[str, Path]]:
+def pipeline(path: Path, model_type: str = "") -> list[tuple[str, Path]]:
     """Return kind and folder of all modules, none without modules.json.
+
+    Classes of a model's own code are known by name and model type: "JinaV5" is a pipeline by itself (the last
+    token, normalized), "FlexibleQuantizer" ends one in place of Normalize.
+
+    Args:
+        path: the model folder.
+        model_type: of config.json.
 
     Raises:
         CheckpointError: if a module is not supported, or stands where it is not.
     """
     modules = _modules(path)
-    kinds = [name.rpartition(".")[2] for name, _ in modules]
-    for (name, _), kind in zip(modules, kinds, strict=True):
-        if not name.startswith(_OURS) or kind not in _KINDS:
-            raise CheckpointError(
-                f"{path / MODULES}: the module {name} is not supported; supported are "
-                f"sentence_transformers' {', '.join(_KINDS)}"
-            )
+    kinds = [_kind(path / MODULES, module, model_type) for module in modules]
     ranks = [_ORDER[kind] for kind in kinds if kind in _ORDER]
     once = [ranks.count(0), ranks.count(1)] == [1, 1]
-    if modules and (not once or ranks != sorted(ranks)):
+    ends = "FlexibleQuantizer" not in kinds or ranks.count(3) == 1
+    if modules and kinds != ["JinaV5"] and not (once and ends and ranks == sorted(ranks)):
         raise CheckpointError(
             f"{path / MODULES}: the modules {' → '.join(kinds)} are not supported in this order; expected "
             "Transformer → Pooling → Dense … → Normalize, the last two where wanted"
         )
-    return [(kind, folder) for kind, (_, folder) in zip(kinds, modules, strict=True)]
+    return [(kind, module.folder) for kind, module in zip(kinds, modules, strict=True)]
+
+
+def _kind(file: Path, module: _Module, model_type: str) -> str:
+    """What a module is."""
+    kind = module.name.rpartition(".")[2]
+    if module.name.startswith(_OURS) and kind in _KINDS:
+        return kind
+    known, arguments = _PUBLISHED.get((model_type, module.name), ("", set[str]()))
+    if not known:
+        raise CheckpointError(
+            f"{file}: the module {module.name} is not supported; supported are "
+            f"sentence_transformers' {', '.join(_KINDS)}"
+        )
+    given = module.arguments
+    if not isinstance(given, list) or not arguments.issuperset(map(str, given)):
+        raise CheckpointError(
+            f"{file}: calls may give {given!r} to {module.name}, expected "
+            f"{', '.join(sorted(arguments))}; its code is another than the published one, and is never run"
+        )
+    return known
 
 
 def inside_folder(relative: str, origin: Path) -> PurePosixPath:
@@ -70,8 +109,8 @@ def inside_folder(relative: str, origin: Path) -> PurePosixPath:
     return inside
 
 
-def _modules(path: Path) -> list[tuple[str, Path]]:
-    """Class and folder of each module in modules.json, none without that file."""
+def _modules(path: Path) -> list[_Module]:
+    """The modules in modules.json, none without that file."""
     file = path / MODULES
     if not os.path.lexists(file):
         return []
@@ -85,5 +124,10 @@ def _modules(path: Path) -> list[tuple[str, Path]]:
             f"{file}: expected a list of modules, each an object with a path and a type"
         )
     return [
-        (str(m.get("type")), path / inside_folder(str(m.get("path") or ""), file)) for m in modules
+        _Module(
+            str(m.get("type")),
+            path / inside_folder(str(m.get("path") or ""), file),
+            m.get("kwargs") or [],
+        )
+        for m in modules
     ]

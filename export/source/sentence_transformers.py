@@ -103,12 +103,15 @@ def read_modules(
     Raises:
         CheckpointError: if a file is missing or damaged, or names something that is not supported.
     """
-    modules = pipeline(path)
+    modules = pipeline(path, str(config.get("model_type")))
     folder = modules[0][1] if modules else path
     transformer = read_transformer_settings(folder)
     if not modules:
         check_purpose(path, config, card.tags if card else ())
     settings = _read_settings(path / "config_sentence_transformers.json")
+    is_jina_v5 = bool(modules) and modules[0][0] == "JinaV5"
+    if is_jina_v5:
+        settings |= {"pooling": "lasttoken", "normalize": True}
     dense = []
     for kind, module_folder in modules[1:]:
         file = module_folder / "config.json"
@@ -122,7 +125,7 @@ def read_modules(
     return SentenceSettings(
         **settings,
         dense=tuple(dense),
-        max_length=max_length(folder, config, transformer),
+        max_length=max_length(folder, config, transformer, by_tokenizer=not is_jina_v5),
         matryoshka_dims=_matryoshka_dims(folder / "config.json", config),
         tokenizer_settings=tokenizer_arguments(transformer),
         lowercase=bool(transformer.get("do_lower_case")),

@@ -35,13 +35,20 @@ def _positions(config: Mapping[str, Any]) -> int | None:
     return count
 
 
-def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
+def max_length(
+    folder: Path,
+    config: Mapping[str, Any],
+    transformer: Mapping[str, Any],
+    *,
+    by_tokenizer: bool = True,
+) -> int:
     """Return the most tokens of a text, special tokens included.
 
     Args:
         folder: the transformer's folder, with tokenizer_config.json.
         config: config.json.
         transformer: sentence_bert_config.json, or an empty mapping.
+        by_tokenizer: whether the limit in tokenizer_config.json counts.
 
     Raises:
         CheckpointError: if a limit is not a positive number, or none is found.
@@ -52,7 +59,7 @@ def max_length(folder: Path, config: Mapping[str, Any], transformer: Mapping[str
     limits = (
         (asked, "model_max_length", tokenizer_arguments(transformer).get("model_max_length")),
         (asked, "max_seq_length", transformer.get("max_seq_length")),
-        (own, name, tokenizer.get(name)),
+        (own, name, tokenizer.get(name) if by_tokenizer else None),
     )
     reach = _positions(config)
     for file, key, value in limits:
