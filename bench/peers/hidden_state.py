@@ -60,7 +60,7 @@ class HiddenStateSystem:
 
 
 def graph_inputs(names: Sequence[str], ids: Ids, mask: Ids) -> dict[str, Ids]:
-    """Return the inputs that an optimum graph asks for.
+    """Return the inputs that an exported graph asks for.
 
     Raises:
         ValueError: it asks for one that is not known, such as a key-value cache.

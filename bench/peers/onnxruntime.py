@@ -1,7 +1,8 @@
-"""ONNX Runtime's own dynamic int8 of an optimum export, plain and after its transformer optimizer.
+"""ONNX Runtime's own quantizers on an fp32 export: dynamic int8, plain and after its optimizer, and 4 bits.
 
 Two at the defaults that users get, int8 weights and uint8 activations per tensor; and, because that
-costs a small encoder 5 % of its cosine, one with weights per channel.
+costs a small encoder 5 % of its cosine, one with weights per channel. The 4 bits are those of ``q4`` files on
+the hub: ``MatMulNBits`` in blocks of 32, rounded to nearest, the token table left in float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from embedge.bench.peers.context import PeerContext
@@ -19,13 +21,40 @@ from embedge.bench.peers.hidden_state import HiddenStateSystem, graph_inputs
 from embedge.bench.systems.tokens import Ids
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 
-__all__ = ["optimized_int8", "per_channel_int8", "plain_int8"]
+__all__ = [
+    "blockwise_int4",
+    "floating_point",
+    "optimized_int8",
+    "per_channel_int8",
+    "plain_int8",
+]
 
 # Families whose graphs ONNX Runtime's optimizer fuses, under the name it knows them by.
 _OPTIMIZER_TYPES = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "electra"), "bert"
 )
+_DATA = "ort-q4.onnx.data"
 _FLOAT = 1  # onnx.TensorProto.FLOAT; the fused operators have no type inference of their own
+
+
+def floating_point(context: PeerContext) -> HiddenStateSystem:
+    """Return the export as it is."""
+    return _system("ORT fp32", context.onnx(), context)
+
+
+def blockwise_int4(context: PeerContext) -> HiddenStateSystem:
+    """Return the export with ``MatMulNBits`` in place of its matmuls."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    graph = context.workdir / "ort-q4.onnx"
+    quantizer = MatMulNBitsQuantizer(onnx.load(context.onnx()), block_size=32, is_symmetric=True)
+    logging.disable(logging.INFO)
+    try:
+        quantizer.process()
+    finally:
+        logging.disable(logging.NOTSET)
+    onnx.save_model(quantizer.model.model, graph, save_as_external_data=True, location=_DATA)
+    return _system("ORT q4", graph, context)
 
 
 def plain_int8(context: PeerContext) -> HiddenStateSystem:
@@ -95,7 +124,13 @@ def _system(name: str, graph: Path, context: PeerContext) -> HiddenStateSystem:
         hidden: NDArray[np.float32] = session.run(None, inputs)[0]
         return hidden
 
-    return HiddenStateSystem(name, run, context, graph.stat().st_size)
+    return HiddenStateSystem(name, run, context, _bytes(graph))
+
+
+def _bytes(graph: Path) -> int:
+    """Bytes of a graph and of the file beside it that holds its weights."""
+    data = graph.with_name(f"{graph.name}.data")
+    return sum(file.stat().st_size for file in (graph, data) if file.is_file())
 
 
 def _quantize(graph: Path, out: Path, per_channel: bool = False) -> None:

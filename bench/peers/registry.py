@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 
 from embedge.bench.errors import BenchArgumentError
-from embedge.bench.peers.context import PeerContext
+from embedge.bench.peers.context import PeerContext, installed
 from embedge.bench.peers.gguf import FAMILIES as GGUF_FAMILIES
 from embedge.bench.systems.system import System
 
@@ -23,7 +22,7 @@ class Peer:
         variants: ``module:function`` by name, from a :class:`PeerContext` to a system; the one to
             take alone first.
         usual: how many of them run when no peer is named.
-        requires: modules that have to be installed.
+        requires: modules that have to be installed; ``"a|b"`` is either of two.
         install: the packages that bring them.
         families: values of ``model_type`` that it is written for, ``None`` for any.
     """
@@ -36,18 +35,21 @@ class Peer:
 
     def available(self) -> bool:
         """Return whether everything it needs is installed."""
-        return all(_installed(name) for name in self.requires)
+        return all(any(map(installed, names.split("|"))) for names in self.requires)
 
 
+_EXPORTER = "optimum.exporters.onnx|onnxscript"
 PEERS = {
     "onnxruntime": Peer(
         variants={
             "int8-per-channel": "onnxruntime:per_channel_int8",
             "int8-optimized": "onnxruntime:optimized_int8",
             "int8": "onnxruntime:plain_int8",
+            "fp32": "onnxruntime:floating_point",
+            "q4": "onnxruntime:blockwise_int4",
         },
-        requires=("optimum.exporters.onnx", "onnxruntime"),
-        install="optimum-onnx",
+        requires=(_EXPORTER, "onnxruntime"),
+        install="onnxscript",
     ),
     "openvino": Peer(
         variants={
@@ -59,8 +61,8 @@ PEERS = {
             "int4-dq128": "openvino:int4_dq128",
             "int4-dq32": "openvino:int4_dq32",
         },
-        requires=("optimum.exporters.onnx", "openvino", "nncf"),
-        install="optimum-onnx openvino nncf",
+        requires=(_EXPORTER, "openvino", "nncf"),
+        install="onnxscript openvino nncf",
     ),
     "llama.cpp": Peer(
         variants={
@@ -171,10 +173,3 @@ def build_peers(
         if caveat:
             note(f"{name}: {caveat}")
         yield system
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel
 
 from embedge.bench.errors import BenchArgumentError, BenchError
 
@@ -106,7 +108,35 @@ def _multi_vector_head(transformer: Path) -> torch.nn.Linear:
 
 
 def _backbone(transformer: Path) -> Any:
+    config = json.loads((transformer / "config.json").read_text("utf-8"))
+    if config.get("model_type") == "jina_embeddings_v5":
+        return _jina_v5(transformer, config)
     return AutoModel.from_pretrained(transformer, dtype=torch.float32).eval()
+
+
+def _jina_v5(transformer: Path, config: dict[str, Any]) -> Any:
+    """The backbone that jina-embeddings-v5-text was trained from: EuroBERT, or Qwen3 as a decoder.
+
+    Its own class is remote code, which is not run; the tensors are named as the backbone's.
+    """
+    kind = "qwen3" if config.get("is_decoder", True) else "eurobert"
+    if kind not in CONFIG_MAPPING:
+        raise BenchError(
+            f"{transformer}: the reference of jina-embeddings-v5-text-nano is transformers' EuroBert, "
+            f"which this transformers ({transformers.__version__}) does not have; run: "
+            'pip install "transformers>=5.24"'
+        )
+    own = ("architectures", "auto_map", "is_decoder", "model_type", "task_names", "torch_dtype")
+    kept = {key: value for key, value in config.items() if key not in own}
+    settings = CONFIG_MAPPING[kind](**kept)
+    model, info = MODEL_MAPPING[type(settings)].from_pretrained(
+        transformer, config=settings, dtype=torch.float32, output_loading_info=True
+    )
+    if strange := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise BenchError(
+            f"{transformer}: the tensors are not those of {kind}: {', '.join(strange[:5])}"
+        )
+    return model.eval()
 
 
 def _apply(model: Any, folder: Path, transformer: Path) -> tuple[Any, list[str]]:

@@ -138,6 +138,9 @@ def _source(path: Path, pooling: str | None) -> Source:
     transformer = path / kinds.get("Transformer", "")
     if "Pooling" in kinds:
         pooling = pooling or _pooling(path / kinds["Pooling"] / "config.json")
+    own = _own_rule(transformer, modules)
+    if own is not None:
+        pooling = pooling or own
     if pooling is None or not set(pooling.split("+")) <= set(_POOLING_FLAGS.values()):
         raise BenchError(
             f"{path}: the pooling is {pooling or 'not named by any file'}; expected one of "
@@ -152,11 +155,23 @@ def _source(path: Path, pooling: str | None) -> Source:
         path=path,
         transformer=transformer,
         pooling=pooling,
-        normalize="Normalize" in kinds,
+        normalize="Normalize" in kinds or own is not None,
         dense=tuple(_dense(path / folder) for folder in dense),
         max_length=limits.get("max_seq_length"),
         prompts={name: text or "" for name, text in (settings.get("prompts") or {}).items()},
         default_prompt_name=settings.get("default_prompt_name"),
+    )
+
+
+def _own_rule(transformer: Path, modules: list[dict[str, Any]]) -> str | None:
+    """The pooling of models whose one module is code of their own, which ends with length 1.
+
+    jina-embeddings-v5-text takes the last token of the mask.
+    """
+    kind = _read(transformer / "config.json", default={}).get("model_type")
+    names = [str(module.get("type")) for module in modules]
+    return (
+        "lasttoken" if (kind, names) == ("jina_embeddings_v5", ["custom_st.Transformer"]) else None
     )
 
 

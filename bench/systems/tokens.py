@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from embedge.bench.errors import BenchError
 from embedge.bench.systems.source import Source
@@ -139,16 +140,25 @@ def sorted_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[l
 
 
 def _load(source: Source) -> Any:
-    loader: Any = AutoTokenizer  # from_pretrained has no annotations
+    known = _config(source).get("model_type") in CONFIG_MAPPING
+    # a model of another type has its tokenizer in tokenizer.json; neither has annotations
+    loader: Any = AutoTokenizer if known else PreTrainedTokenizerFast
     return loader.from_pretrained(source.transformer)
 
 
+def _config(source: Source) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((source.transformer / "config.json").read_text("utf-8"))
+    return found
+
+
 def _max_length(source: Source, tokenizer_limit: int) -> int:
-    config = AutoConfig.from_pretrained(source.transformer)
+    config: Any = _config(source)
+    if config.get("model_type") in CONFIG_MAPPING:  # which know more keys by other names
+        config = AutoConfig.from_pretrained(source.transformer).to_dict()
     limits = [source.max_length or (tokenizer_limit if tokenizer_limit < _NO_LIMIT else None)]
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and config.model_type in _OFFSET_FAMILIES:
-        positions -= config.pad_token_id + 1
+    positions = config.get("max_position_embeddings")
+    if positions and config["model_type"] in _OFFSET_FAMILIES:
+        positions -= config["pad_token_id"] + 1
     limits.append(positions)
     known = [limit for limit in limits if limit]
     if not known:

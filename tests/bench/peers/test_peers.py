@@ -130,13 +130,13 @@ def least_cosine(system: str) -> float:
         return 0.999
     if "bf16" in system:
         return 0.998
-    return 0.85 if "int4" in system or "Q4" in system or "nf4" in system else 0.95
+    return 0.85 if any(kind in system.lower() for kind in ("int4", "q4", "nf4")) else 0.95
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_padding_changes_no_text_of_a_decoder(tmp_path: Path) -> None:
     if not peers.PEERS["onnxruntime"].available():
-        pytest.skip("optimum-onnx is not installed")
+        pytest.skip("no exporter is installed: pip install onnxscript")
     merged = Reference(write_decoder(tmp_path / "model", "llama"), merged=True)
     context = PeerContext(merged=merged, threads=1, workdir=tmp_path)
     session = onnxruntime.InferenceSession(context.onnx(), providers=["CPUExecutionProvider"])

@@ -1,0 +1,540 @@
+"""Writes checkpoints of embedding models in their published layouts and sizes, with random weights.
+
+``python examples/random_checkpoint.py NAME FOLDER`` writes one of
+
+- ``v5-nano``, ``v5-small``: jina-embeddings-v5-text with four LoRA adapters (0.5 GB, 1.3 GB);
+- ``embeddinggemma``: EmbeddingGemma 300m with its two Dense layers (1.2 GB);
+- ``nomic``: nomic-embed-text-v1.5 (0.5 GB).
+
+Files, names, shapes and types are those of the published repositories; ``--layers`` takes fewer layers and
+``--vocabulary`` fewer tokens. The residual stream has a few channels that are many times larger than the
+others, each of one sign, as trained models have them; what reads the stream damps them, though not to the size
+of the others. The tokenizer is a small one, made from the bench's texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from random_text_tower import write_json, write_tokenizer
+from safetensors.torch import save_file
+
+Floats = NDArray[np.float32]
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+V5_TASKS = ("retrieval", "text-matching", "clustering", "classification")
+OUTLIERS = 6
+LARGEST = 50.0  # of the outlier channels; the smallest is a quarter of it
+ENERGY = 0.4  # of all outlier channels behind a norm, relative to that of the others
+NOISE = 0.25  # of what varies in an outlier channel, relative to its size
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Widths and depths.
+
+    Attributes:
+        hidden: channels of the residual stream.
+        inner: of the MLP.
+        layers: in number.
+        heads: query heads.
+        kv_heads: key heads.
+        head_size: channels of a head.
+        vocabulary: rows of the token table.
+        positions: most tokens of a text.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    positions: int
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Linears of a Llama-like layer: name, then out and in features."""
+        rows, kv_rows = self.heads * self.head_size, self.kv_heads * self.head_size
+        sizes = {
+            "self_attn.q_proj": (rows, self.hidden),
+            "self_attn.k_proj": (kv_rows, self.hidden),
+            "self_attn.v_proj": (kv_rows, self.hidden),
+            "self_attn.o_proj": (self.hidden, rows),
+        }
+        sizes |= {f"mlp.{name}_proj": (self.inner, self.hidden) for name in ("gate", "up")}
+        return sizes | {"mlp.down_proj": (self.hidden, self.inner)}
+
+
+SIZES = {
+    "v5-nano": Size(
+        hidden=768,
+        inner=3072,
+        layers=12,
+        heads=12,
+        kv_heads=12,
+        head_size=64,
+        vocabulary=128256,
+        positions=8192,
+    ),
+    "v5-small": Size(
+        hidden=1024,
+        inner=3072,
+        layers=28,
+        heads=16,
+        kv_heads=8,
+        head_size=128,
+        vocabulary=151936,
+        positions=32768,
+    ),
+    "embeddinggemma": Size(
+        hidden=768,
+        inner=1152,
+        layers=24,
+        heads=3,
+        kv_heads=1,
+        head_size=256,
+        vocabulary=262144,
+        positions=2048,
+    ),
+    "nomic": Size(
+        hidden=768,
+        inner=3072,
+        layers=12,
+        heads=12,
+        kv_heads=12,
+        head_size=64,
+        vocabulary=30528,
+        positions=8192,
+    ),
+}
+
+
+class Outliers:
+    """The channels that are larger than others, and draws of tensors that have or damp them.
+
+    Args:
+        width: channels of the residual stream.
+        seed: of all values.
+    """
+
+    def __init__(self, width: int, seed: int) -> None:
+        self.width, self.seed = width, seed
+        generator = self.generator("outliers")
+        self.channels = np.sort(generator.choice(width, OUTLIERS, replace=False))
+        self.sizes = np.geomspace(LARGEST / 4, LARGEST, OUTLIERS).astype(np.float32)
+        self.shifts = self.sizes * generator.choice(np.array([-1, 1], np.float32), OUTLIERS)
+        rest = width - OUTLIERS
+        self.damping = math.sqrt(ENERGY * rest / OUTLIERS) / self.sizes
+        # by what a norm divides the stream, whose other channels have size 1
+        self.norm = math.sqrt((rest + float(np.sum(self.sizes**2))) / width)
+
+    def generator(self, name: str) -> np.random.Generator:
+        """Random numbers of a tensor, the same whatever else is made."""
+        return np.random.Generator(np.random.SFC64([self.seed, zlib.crc32(name.encode())]))
+
+    def draw(self, name: str, shape: tuple[int, ...], std: float = 1.0) -> Floats:
+        """Normally distributed values."""
+        values: Floats = self.generator(name).standard_normal(shape, np.float32)
+        values *= np.float32(std)
+        return values
+
+    def table(self, name: str, shape: tuple[int, ...], scale: float = 1.0) -> Floats:
+        """Rows of size 1 with the outlier channels, times ``scale``."""
+        rows = self.draw(name, shape)
+        rows[:, self.channels] = rows[:, self.channels] * (NOISE * self.sizes) + self.shifts
+        rows *= np.float32(scale)
+        return rows
+
+    def writer(self, name: str, shape: tuple[int, ...], size: float) -> Floats:
+        """A Linear that adds ``size`` to the stream, and its share to the outlier channels."""
+        weight = self.draw(name, shape, size / math.sqrt(shape[1]))
+        weight[self.channels] *= (NOISE * self.sizes)[:, None]
+        return weight
+
+    def reader_norm(self, name: str) -> Floats:
+        """Weights of a norm that damps the outlier channels."""
+        weight = self.draw(name, (self.width,), 0.2) + 1
+        weight[self.channels] *= self.damping
+        return weight
+
+    def reader_gain(self, inputs: int) -> float:
+        """The size of a Linear's weights that makes outputs of size 1 behind such a norm."""
+        return self.norm / math.sqrt((1 + ENERGY) * inputs)
+
+
+def _decoder_value(
+    o: Outliers, size: Size, name: str, shape: tuple[int, ...], *, gemma: bool
+) -> Floats:
+    """A tensor of a Llama-like layer, or of Gemma's, whose norms hold their weight less 1."""
+    offset, module = (1 if gemma else 0), name.removesuffix(".weight").rpartition(".")[2]
+    if module == "embed_tokens":
+        return o.table(name, shape, 1 / math.sqrt(size.hidden) if gemma else 1.0)
+    if module in ("q_norm", "k_norm"):
+        return o.draw(name, shape, 0.2) + 1 - offset
+    each = 1 / math.sqrt(2 * size.layers)  # what a sublayer adds
+    if gemma and module in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        weight = (o.draw(name, shape, 0.2) + 1) * each
+        weight[o.channels] *= NOISE * o.sizes
+        return weight - 1
+    if "norm" in module:
+        return o.reader_norm(name) - offset
+    if module in ("o_proj", "down_proj"):  # the latter behind an activation and a product
+        return o.writer(name, shape, each if module == "o_proj" else each / 0.6)
+    sharp = {"q_proj": 1.4, "k_proj": 1.4, "gate_proj": 0.7, "up_proj": 0.7}
+    return o.draw(name, shape, sharp.get(module, 1.0) * o.reader_gain(shape[1]))
+
+
+def _decoder_shapes(size: Size, norms: tuple[str, ...], *, head_norms: bool) -> Shapes:
+    yield "embed_tokens.weight", (size.vocabulary, size.hidden)
+    for layer in range(size.layers):
+        root = f"layers.{layer}."
+        yield from ((f"{root}{name}.weight", shape) for name, shape in size.linears().items())
+        yield from ((f"{root}{name}.weight", (size.hidden,)) for name in norms)
+        if head_norms:
+            for name in ("q_norm", "k_norm"):
+                yield f"{root}self_attn.{name}.weight", (size.head_size,)
+    yield "norm.weight", (size.hidden,)
+
+
+def write_v5(folder: Path, size: Size, seed: int, *, small: bool) -> None:
+    """jina-embeddings-v5-text: EuroBERT, or Qwen3 for the small one, and four adapters."""
+    o = Outliers(size.hidden, seed)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    shapes = _decoder_shapes(size, norms, head_norms=small)
+    tensors = {name: _decoder_value(o, size, name, shape, gemma=False) for name, shape in shapes}
+    _save(folder, tensors, torch.bfloat16)
+    config = {
+        "architectures": ["JinaEmbeddingsV5Model"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_jina_embeddings_v5.JinaEmbeddingsV5Config",
+            "AutoModel": "modeling_jina_embeddings_v5.JinaEmbeddingsV5Model",
+        },
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "head_dim": size.head_size,
+        "hidden_act": "silu",
+        "hidden_size": size.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": size.inner,
+        "is_decoder": small,
+        "max_position_embeddings": size.positions,
+        "model_type": "jina_embeddings_v5",
+        "num_attention_heads": size.heads,
+        "num_hidden_layers": size.layers,
+        "num_key_value_heads": size.kv_heads,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-6 if small else 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 3500000 if small else 1000000,
+        "task_names": list(V5_TASKS),
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vocab_size": size.vocabulary,
+    }
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "modules.json",
+        [
+            {
+                "idx": 0,
+                "kwargs": ["task", "truncate_dim"],
+                "name": "transformer",
+                "path": "",
+                "type": "custom_st.Transformer",
+            }
+        ],
+    )
+    prompts = {"query": "Query: ", "document": "Document: "}
+    _sentence_settings(folder, prompts, "document")
+    for task in V5_TASKS:
+        _write_adapter(folder / "adapters" / task, o, size, task)
+
+
+def _write_adapter(folder: Path, o: Outliers, size: Size, task: str, rank: int = 32) -> None:
+    """A LoRA on all Linears that adds a quarter of what they give, with alpha = rank as published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for layer in range(size.layers):
+        for name, (rows, columns) in size.linears().items():
+            key = f"base_model.model.layers.{layer}.{name}"
+            reads = name not in ("self_attn.o_proj", "mlp.down_proj")
+            gain = o.reader_gain(columns) if reads else 1 / math.sqrt(columns)
+            size_added = 0.25 if reads else 0.25 / math.sqrt(2 * size.layers)
+            tensors[f"{key}.lora_A.weight"] = o.draw(f"{task}{key}A", (rank, columns), gain)
+            b = o.draw(f"{task}{key}B", (rows, rank), size_added / math.sqrt(rank))
+            tensors[f"{key}.lora_B.weight"] = b
+    _save(folder, tensors, torch.bfloat16, "adapter_model.safetensors")
+    config = {
+        "base_model_name_or_path": f"jinaai/{folder.parents[1].name}",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": "gaussian",
+        "lora_alpha": rank,
+        "lora_dropout": 0.1,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": list(LINEARS),
+        "task_type": "FEATURE_EXTRACTION",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    write_json(folder / "adapter_config.json", config)
+
+
+def write_embeddinggemma(folder: Path, size: Size, seed: int) -> None:
+    """EmbeddingGemma 300m: Gemma 3's text model, bidirectional, two Dense layers behind its mean."""
+    o = Outliers(size.hidden, seed)
+    norms = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
+    shapes = _decoder_shapes(size, norms, head_norms=True)
+    tensors = {name: _decoder_value(o, size, name, shape, gemma=True) for name, shape in shapes}
+    _save(folder, tensors, torch.float32)
+    sliding = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(size.layers)]
+    config = {
+        "_sliding_window_pattern": 6,
+        "architectures": ["Gemma3TextModel"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "bos_token_id": 2,
+        "dtype": "float32",
+        "eos_token_id": 1,
+        "final_logit_softcapping": None,
+        "head_dim": size.head_size,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": size.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": size.inner,
+        "layer_types": sliding,
+        "max_position_embeddings": size.positions,
+        "model_type": "gemma3_text",
+        "num_attention_heads": size.heads,
+        "num_hidden_layers": size.layers,
+        "num_key_value_heads": size.kv_heads,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": 512,
+        "use_bidirectional_attention": True,
+        "use_cache": True,
+        "vocab_size": size.vocabulary,
+    }
+    write_json(folder / "config.json", config)
+    dense = {"2_Dense": (4 * size.hidden, size.hidden), "3_Dense": (size.hidden, 4 * size.hidden)}
+    for name, shape in dense.items():
+        (folder / name).mkdir(exist_ok=True)
+        weight = o.draw(name, shape, 1 / math.sqrt(shape[1]))
+        _save(folder / name, {"linear.weight": weight}, torch.float32)
+        settings = {
+            "in_features": shape[1],
+            "out_features": shape[0],
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+        write_json(folder / name / "config.json", settings)
+    _write_modules(folder, size, ["Dense", "Dense", "Normalize"])
+    prompts = {"query": "task: search result | query: ", "document": "title: none | text: "}
+    _sentence_settings(folder, prompts, None)
+
+
+def write_nomic(folder: Path, size: Size, seed: int) -> None:
+    """nomic-embed-text-v1.5: a BERT that normalizes after each sublayer, rotary, gated with SiLU."""
+    o = Outliers(size.hidden, seed)
+    o.sizes, o.shifts, o.damping = o.sizes / 4, o.shifts / 4, o.damping * 4
+    width, ones = size.hidden, np.ones(size.hidden, np.float32)
+    rms = math.sqrt((width - OUTLIERS + float(np.sum(o.sizes**2))) / width)
+
+    def norm(name: str) -> dict[str, Floats]:
+        bias = o.draw(f"{name}.bias", (width,), 0.1)
+        bias[o.channels] += o.shifts / 2
+        weight = (o.draw(f"{name}.weight", (width,), 0.1) + ones) * np.float32(rms)
+        weight[o.channels] /= np.float32(2 * rms)
+        return {f"{name}.weight": weight, f"{name}.bias": bias}
+
+    def reader(name: str, shape: tuple[int, int], size: float) -> Floats:
+        weight = o.draw(name, shape, size / math.sqrt((1 + ENERGY) * shape[1]))
+        weight[:, o.channels] *= o.damping
+        return weight
+
+    tensors = {
+        "embeddings.word_embeddings.weight": o.table("words", (size.vocabulary, width), 0.05),
+        "embeddings.token_type_embeddings.weight": o.draw("types", (2, width), 0.02),
+        **norm("emb_ln"),
+    }
+    for layer in range(size.layers):
+        p = f"encoder.layers.{layer}."
+        tensors[f"{p}attn.Wqkv.weight"] = reader(f"{p}qkv", (3 * width, width), 1.2)
+        tensors[f"{p}attn.out_proj.weight"] = o.writer(f"{p}out", (width, width), 0.5)
+        for name in ("fc11", "fc12"):
+            tensors[f"{p}mlp.{name}.weight"] = reader(f"{p}{name}", (size.inner, width), 0.7)
+        tensors[f"{p}mlp.fc2.weight"] = o.writer(f"{p}fc2", (width, size.inner), 0.8)
+        tensors |= norm(f"{p}norm1") | norm(f"{p}norm2")
+    _save(folder, tensors, torch.float32)
+    config = {
+        "activation_function": "swiglu",
+        "architectures": ["NomicBertModel"],
+        "attn_pdrop": 0.0,
+        "auto_map": {
+            "AutoConfig": "nomic-ai/nomic-bert-2048--configuration_hf_nomic_bert.NomicBertConfig",
+            "AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel",
+        },
+        "bos_token_id": None,
+        "causal": False,
+        "dense_seq_output": True,
+        "embd_pdrop": 0.0,
+        "eos_token_id": None,
+        "fused_bias_fc": True,
+        "fused_dropout_add_ln": True,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-12,
+        "max_trained_positions": 2048,
+        "mlp_fc1_bias": False,
+        "mlp_fc2_bias": False,
+        "model_type": "nomic_bert",
+        "n_embd": width,
+        "n_head": size.heads,
+        "n_inner": size.inner,
+        "n_layer": size.layers,
+        "n_positions": size.positions,
+        "pad_vocab_size_multiple": 64,
+        "parallel_block": False,
+        "parallel_block_tied_norm": False,
+        "prenorm": False,
+        "qkv_proj_bias": False,
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.0,
+        "rotary_emb_base": 1000,
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None,
+        "rotary_scaling_factor": None,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "summary_activation": None,
+        "summary_first_dropout": 0.0,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "torch_dtype": "float32",
+        "type_vocab_size": 2,
+        "use_cache": True,
+        "use_flash_attn": True,
+        "use_rms_norm": False,
+        "use_xentropy": True,
+        "vocab_size": size.vocabulary,
+    }
+    write_json(folder / "config.json", config)
+    _write_modules(folder, size, [])
+    _sentence_settings(folder, {}, None)
+
+
+WRITERS: dict[str, Callable[[Path, Size, int], None]] = {
+    "v5-nano": lambda folder, size, seed: write_v5(folder, size, seed, small=False),
+    "v5-small": lambda folder, size, seed: write_v5(folder, size, seed, small=True),
+    "embeddinggemma": write_embeddinggemma,
+    "nomic": write_nomic,
+}
+
+
+def write_checkpoint(
+    name: str,
+    folder: Path,
+    seed: int = 0,
+    *,
+    layers: int | None = None,
+    vocabulary: int | None = None,
+) -> Path:
+    """Write a model and return its folder; the same arguments give the same weights.
+
+    Args:
+        name: of :data:`WRITERS`.
+        folder: made if it does not exist.
+        seed: of the weights.
+        layers: instead of the published number.
+        vocabulary: rows of the token table, likewise.
+    """
+    size = SIZES[name]
+    size = replace(size, layers=layers or size.layers, vocabulary=vocabulary or size.vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    WRITERS[name](folder, size, seed)
+    write_tokenizer(folder, min(size.vocabulary, 32000), size.positions)
+    return folder
+
+
+def _save(
+    folder: Path, tensors: dict[str, Floats], dtype: torch.dtype, file: str = "model.safetensors"
+) -> None:
+    stored = {name: torch.from_numpy(values).to(dtype) for name, values in tensors.items()}
+    save_file(stored, folder / file, metadata={"format": "pt"})
+
+
+def _sentence_settings(folder: Path, prompts: dict[str, str], default: str | None) -> None:
+    settings = {
+        "__version__": {"sentence_transformers": "5.1.0"},
+        "default_prompt_name": default,
+        "prompts": prompts,
+        "similarity_fn_name": "cosine",
+    }
+    write_json(folder / "config_sentence_transformers.json", settings)
+
+
+def _write_modules(folder: Path, size: Size, rest: list[str]) -> None:
+    """modules.json with a mean, and the mean's settings."""
+    kinds = ["Transformer", "Pooling", *rest]
+    modules: list[dict[str, Any]] = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind}" if i else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": size.positions})
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {"word_embedding_dimension": size.hidden, "pooling_mode_mean_tokens": True}
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=list(WRITERS))
+    parser.add_argument("folder", type=Path, help="where the model goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="fewer layers than published")
+    parser.add_argument("--vocabulary", type=int, help="fewer rows of the token table")
+    args = parser.parse_args()
+    print(
+        write_checkpoint(
+            args.name, args.folder, args.seed, layers=args.layers, vocabulary=args.vocabulary
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
