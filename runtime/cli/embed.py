@@ -3,12 +3,16 @@
 A line of JSONL out is ``{"embedding": […]}``, after the members of the line in, if that was JSONL too:
 all but the text, and an ``embedding`` of its own, whose place the vector takes.
 
+Neither format has a place for the vectors' fingerprint: it goes into a file of its own, which gets its name after the
+output has.
+
 With ``--images`` a line is the path of an image, relative to the working folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -19,13 +23,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, BinaryIO, get_type_hints
 
+from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file, system_reason
+from embedge.runtime.bundle.json_object import parse_json
 from embedge.runtime.cli.text_input import Record, chunked, read_records
 from embedge.runtime.cli.vector_output import open_output, vector_writer
 from embedge.runtime.embedder import Embedder
+from embedge.runtime.encode.fingerprint import described
 from embedge.runtime.encode.request import ON_TRUNCATE, CallOptions
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.progress import LogLines, Progress
-from embedge.runtime.options import EmbedderOptions, EncodeOptions, ImageOptions
+from embedge.runtime.options import EmbedderOptions, EncodeOptions, FingerprintOptions, ImageOptions
 
 __all__ = ["add_arguments", "run"]
 
@@ -91,6 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-truncate", choices=ON_TRUNCATE,
         help="when a text is longer than the model takes (warn)",
     )  # fmt: skip
+    add(
+        "--fingerprint", metavar="FILE",
+        help="write there, as JSON, of which kind the vectors are; neither JSONL nor .npy has a place for it",
+    )  # fmt: skip
+    add(
+        "--expect", metavar="FINGERPRINT",
+        help="embed only if the vectors have it: e1:…, or a file that --fingerprint wrote",
+    )  # fmt: skip
     add("--verify", choices=("none", "size", "full"), default="size")
     add("--verbose", action="store_true", help="say which device and precision were taken")
     add("--quiet", action="store_true", help="do not say how far it is")
@@ -117,7 +132,10 @@ def run(args: argparse.Namespace) -> int:
     options = _given(args, ImageOptions if args.images else EncodeOptions)
     encode = model.encode_image if args.images else model.encode
     dim = encode([], **options).shape[1]  # a wrong call shows before anything is read
+    kind = _kind(args, model)
     with ExitStack() as stack:
+        if kind is not None and args.fingerprint is not None:  # gets its name after the output
+            stack.enter_context(open_output(args.fingerprint)).write(_dumped(kind))
         source = stack.enter_context(_open_input(args.input)) if args.input != "-" else _stdin()
         output = stack.enter_context(open_output(args.output))
         writer = stack.enter_context(vector_writer(output, file_format, dim))
@@ -152,10 +170,46 @@ def _check(args: argparse.Namespace) -> None:
             raise EmbedgeValueError(f"--{option} is for texts; leave it out with --images")
     if args.max_pixels is not None and not args.images:
         raise EmbedgeValueError("--max-pixels goes with --images")
+    if args.fingerprint == "-" or (
+        args.fingerprint is not None
+        and os.path.realpath(args.fingerprint) in map(os.path.realpath, (args.input, args.output))
+    ):
+        raise EmbedgeValueError(
+            f"--fingerprint {args.fingerprint}: expected a file of its own, beside the input and the output"
+        )
     if "-" not in (args.input, args.output) and _are_one_file(args.input, args.output):
         raise EmbedgeValueError(
             f"--output {args.output} is the input, whose texts would be lost; name another file"
         )
+
+
+def _kind(args: argparse.Namespace, model: Embedder) -> dict[str, Any] | None:
+    """Of which kind the vectors are, checked against what is expected; ``None`` where nobody asks."""
+    if args.fingerprint is None and args.expect is None:
+        return None
+    options = _given(args, FingerprintOptions)
+    if args.images:
+        options["prompt"] = ""
+    if args.expect is not None:
+        model.check_fingerprint(_expected(args.expect), **options)
+    return described(model.fingerprint_parts(**options))
+
+
+def _dumped(kind: Mapping[str, Any]) -> bytes:
+    return json.dumps(kind, indent=2).encode() + b"\n"
+
+
+def _expected(text: str) -> str | dict[str, Any]:
+    """A fingerprint, or what a file has."""
+    if re.match(r"e[0-9]+:", text):
+        return text
+    try:
+        found = parse_json(read_regular_file(text, JSON_BYTES))
+    except (OSError, ValueError) as error:
+        raise EmbedgeError(
+            f"--expect {text}: expected e1:… or a file that --fingerprint wrote: {system_reason(error)}"
+        ) from error
+    return found if isinstance(found, dict) else str(found)
 
 
 def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:

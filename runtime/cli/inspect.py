@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.cli.messages import printable
 from embedge.runtime.cli.table import named_value, table
+from embedge.runtime.encode.fingerprint import fingerprint_of, parts_of
+from embedge.runtime.encode.request import CallOptions, Request
 from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError
 from embedge.runtime.host.saturation import describe_processor
 from embedge.runtime.kernels.library import describe_kernels
@@ -113,6 +116,12 @@ def _summary(bundle: Bundle) -> list[str]:
         size = f"{manifest.folder_bytes(name):,}"
         rows.append([name, ", ".join(precision.devices), size, ", ".join(precision.graphs)])
     lines += ["", *table(rows)]
+    rows = [["precision", "task", "fingerprint of a call without options"]]
+    rows += [
+        [p, t, kind] for p, by_task in _fingerprints(bundle).items() for t, kind in by_task.items()
+    ]
+    if len(rows) > 1:
+        lines += ["", *table(rows), ""]
     total = sum(entry.size for entry in manifest.files.values())
     lines.append(f"{len(manifest.files)} files, {total:,} bytes in all")
     rows = [["precision", "task", "texts", "cosine", "lowest", "top-10", "quality (reference)"]]
@@ -126,6 +135,19 @@ def _summary(bundle: Bundle) -> list[str]:
         ]
         lines += table(rows)
     return lines
+
+
+def _fingerprints(bundle: Bundle) -> dict[str, dict[str, str]]:
+    """Fingerprints on this machine, by precision and task, of those whose contents the manifest has."""
+    found: dict[str, dict[str, str]] = {}
+    for precision, settings in bundle.manifest.precisions.items():
+        device = "cpu" if "cpu" in settings.devices else "cuda"
+        for task in (t for t in settings.graphs if t in settings.content_sha256):
+            with suppress(EmbedgeValueError, BundleError):  # a call would say why it cannot be made
+                request = Request.look_up(bundle.manifest, precision, CallOptions(task=task))
+                parts = parts_of(bundle, bundle.manifest, precision, device, request)
+                found.setdefault(precision, {})[task] = fingerprint_of(parts)
+    return found
 
 
 def _layers(bundle: Bundle, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -194,6 +216,7 @@ def _document(
         "problems": list(problems),
         "processor": describe_processor(),
         "kernels": describe_kernels(),
+        "fingerprints": _fingerprints(bundle),
     }
     return {**document, "layers": list(layers)} if layers else document
 

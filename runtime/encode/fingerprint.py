@@ -41,7 +41,7 @@ from embedge.runtime.encode.vectors import output_name
 from embedge.runtime.errors import EmbedgeValueError, FingerprintError
 from embedge.runtime.kernels.numerics import CLASSES, numerics_class
 
-__all__ = ["Parts", "check_fingerprint", "fingerprint_of", "others_of", "parts_of"]
+__all__ = ["Parts", "check_fingerprint", "described", "fingerprint_of", "others_of", "parts_of"]
 
 Parts = dict[str, Any]
 
@@ -98,13 +98,18 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
     return f"e{_VERSION}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def described(parts: Parts) -> dict[str, Any]:
+    """A fingerprint and its parts, as files have them: ``{"fingerprint": "e1:…", "parts": {…}}``."""
+    return {"fingerprint": fingerprint_of(parts), "parts": parts}
+
+
 def check_fingerprint(
     stored: str | Mapping[str, Any], parts: Parts, others: Iterable[Parts]
 ) -> None:
     """Refuse vectors that are of another kind than those that were stored.
 
     Args:
-        stored: a fingerprint, or its parts.
+        stored: a fingerprint, its parts, or both as :func:`described` has them.
         parts: of the vectors here.
         others: of other vectors that may have been stored.
 
@@ -115,7 +120,7 @@ def check_fingerprint(
     here = fingerprint_of(parts)
     if isinstance(stored, Mapping):
         found: Parts | None = _parts_in(stored)
-        there = fingerprint_of(stored)
+        there = fingerprint_of(found)
     else:
         there = _checked(stored)
         found = next((other for other in others if fingerprint_of(other) == there), None)
@@ -194,12 +199,13 @@ def _checked(stored: str) -> str:
 
 
 def _parts_in(stored: Mapping[str, Any]) -> Parts:
-    missing = {"graph", "precision", "numerics", "dim"} - stored.keys()
-    if missing:
+    parts = stored.get("parts", stored)
+    missing = {"graph", "precision", "numerics", "dim"} - set(parts)
+    if missing or not isinstance(parts, Mapping):
         raise EmbedgeValueError(
             f"stored: expected what fingerprint_parts() gives, found no {', '.join(sorted(missing))}"
         )
-    return dict(stored)
+    return dict(parts)
 
 
 def _shown(value: Any) -> str:
