@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from embedge.export.families.base import Family
-from embedge.export.families.bert import Bert, MPNet
+from embedge.export.families.bert import Bert, DistilBert, MPNet
 from embedge.export.families.closest import check_no_variant, not_supported
 from embedge.export.families.decoder import (
     EuroBert,
@@ -20,6 +20,7 @@ from embedge.export.families.decoder import (
     Qwen3,
 )
 from embedge.export.families.gemma3 import Gemma3
+from embedge.export.families.gte import Gte
 from embedge.export.families.jina_v5 import (
     JinaV5Nano,
     JinaV5NanoMerged,
@@ -43,7 +44,11 @@ FAMILIES: tuple[type[Family], ...] = (
     Bert,
     MPNet,
     ModernBert,
+    DistilBert,
+    DistilBert,
     NomicBert,
+    Gte,
+    Gte,
     Llama,
     LlamaBidirectional,
     EuroBert,

@@ -1,7 +1,7 @@
-"""BERT, RoBERTa, XLM-RoBERTa and MPNet: encoders that normalize after each block.
+"""BERT, RoBERTa, XLM-RoBERTa, MPNet and DistilBERT: encoders that normalize after each block.
 
 Source: Devlin et al., arXiv 1810.04805, and transformers' ``BertModel``; Song et al., arXiv 2004.09297, and
-``MPNetModel``.
+``MPNetModel``; Sanh et al., arXiv 1910.01108, and ``DistilBertModel``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from embedge.export.families.base import HEAD_ROOTS, HEADS, Family
 from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp
 from embedge.export.graph.values import LinearRef
 from embedge.export.weights.tensors import NormRef
+
+_DISTIL_HEADS = ("vocab_layer_norm", "vocab_projector", "vocab_transform")
 
 
 class Bert(Family):
@@ -32,6 +34,8 @@ class Bert(Family):
 
     qkv: ClassVar = ("attention.self.query", "attention.self.key", "attention.self.value")
     attention_out, attention_norm = "attention.output.dense", "attention.output.LayerNorm"
+    mlp_in, mlp_out, mlp_norm = "intermediate.dense", "output.dense", "output.LayerNorm"
+    layer_list, inner_key, activation_key = "encoder.layer", "intermediate_size", "hidden_act"
 
     def declare(self) -> Architecture:
         if self.config.get("position_embedding_type", "absolute") != "absolute":
@@ -47,7 +51,7 @@ class Bert(Family):
             first_position=first,
             type_table="embeddings.token_type_embeddings" if self.has_types() else None,
             embedding_norm=self._norm("embeddings.LayerNorm"),
-            layers=tuple(self._layer(f"encoder.layer.{i}.") for i in range(self.num_layers)),
+            layers=tuple(self._layer(f"{self.layer_list}.{i}.") for i in range(self.num_layers)),
         )
 
     def first_position(self) -> int:
@@ -77,11 +81,11 @@ class Bert(Family):
             head_size=self.hidden_size // heads,
         )
         mlp = Mlp(
-            linears=[LinearRef(p + "intermediate.dense")],
-            out=LinearRef(p + "output.dense"),
-            sum_norm=self._norm(p + "output.LayerNorm"),
-            inner="intermediate_size",
-            activation=self.activation("hidden_act", "gelu"),
+            linears=[LinearRef(p + self.mlp_in)],
+            out=LinearRef(p + self.mlp_out),
+            sum_norm=self._norm(p + self.mlp_norm),
+            inner=self.inner_key,
+            activation=self.activation(self.activation_key, "gelu"),
         )
         return Layer(attention, mlp)
 
@@ -102,6 +106,30 @@ class MPNet(Bert):
 
     def first_position(self) -> int:
         return 2  # transformers' MPNet has it fixed, whatever the padding token
+
+    def has_types(self) -> bool:
+        return False
+
+
+class DistilBert(Bert):
+    """DistilBERT: BERT's blocks under other names, without token types."""
+
+    model_types = ("distilbert",)
+    examples: ClassVar = {"distilbert": "sentence-transformers/msmarco-distilbert-base-v4"}
+    roots = ("embeddings", "transformer", *HEAD_ROOTS, "pre_classifier", *_DISTIL_HEADS)
+    ignored = (*Bert.ignored, "pre_classifier.", *(f"{head}." for head in _DISTIL_HEADS))
+    aliases: ClassVar = {
+        "dim": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_layers": "num_hidden_layers",
+    }
+    qkv: ClassVar = ("attention.q_lin", "attention.k_lin", "attention.v_lin")
+    attention_out, attention_norm = "attention.out_lin", "sa_layer_norm"
+    mlp_in, mlp_out, mlp_norm = "ffn.lin1", "ffn.lin2", "output_layer_norm"
+    layer_list, inner_key, activation_key = "transformer.layer", "hidden_dim", "activation"
+
+    def first_position(self) -> int:
+        return 0
 
     def has_types(self) -> bool:
         return False

@@ -200,6 +200,27 @@ _NOMIC_BERT = Keys(
         repositories="nomic-ai/nomic-bert-2048 nomic-ai/nomic-embed-text-v1 nomic-ai/nomic-embed-text-v1.5",
     ),
 )
+_GTE = Keys(
+    used=_ROTARY_BERT,
+    harmless=words(
+        "default_theta matryoshka_dimensions unpad_inputs use_memory_efficient_attention"
+    ),
+    fixed={
+        **_ENCODER_FIXED,
+        **dict.fromkeys(("logn_attention_clip1", "logn_attention_scale"), _OFF),
+        "layer_norm_type": (None, "layer_norm"),
+        "pack_qkv": (None, True),
+        "partial_rotary_factor": (None, 1, 1.0),
+        "position_embedding_type": (None, "rope"),
+    },
+    classes=("Gte", "New"),
+    code=_code("configuration.NewConfig", "modeling.NewModel", repositories="Alibaba-NLP/new-impl")
+    | _code(
+        "configuration_hf_alibaba_nlp_gte.GteConfig",
+        "modeling_hf_alibaba_nlp_gte.GteModel",
+        repositories="Snowflake/snowflake-arctic-embed-m-v2.0",
+    ),
+)
 
 KEYS: Mapping[str, Keys] = {
     "bert": Keys(used=_BERT, harmless=_EARLY_BERT, fixed=_ENCODER_FIXED, classes=("Bert",)),
@@ -288,7 +309,17 @@ KEYS: Mapping[str, Keys] = {
         },
         classes=("Gemma3Text", "Gemma3"),
     ),
+    "distilbert": Keys(
+        used=words(
+            """activation dim hidden_dim hidden_size max_position_embeddings n_heads n_layers
+            num_attention_heads num_hidden_layers"""
+        ),
+        harmless=words("dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds tie_weights_"),
+        fixed=_ENCODER_FIXED,
+        classes=("DistilBert",),
+    ),
     "nomic_bert": _NOMIC_BERT,
+    **dict.fromkeys(("gte", "new"), _GTE),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged"), _QWEN_VL),
     "jina_embeddings_v4": _JINA_V4,
     "vision": Keys(
@@ -317,6 +348,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "xlm-roberta": {"type_vocab_size": 2},
     "camembert": {"type_vocab_size": 2},
     "nomic_bert": {"max_position_embeddings": 2048, "type_vocab_size": 2},
+    "gte": {"max_position_embeddings": 8192, "type_vocab_size": 1},
+    "new": {"max_position_embeddings": 2048, "type_vocab_size": 1},
     "mpnet": {"relative_attention_num_buckets": 32},
     **dict.fromkeys(
         ("eurobert", "jina_embeddings_v5", "jina_embeddings_v5_nano_merged"), _EUROBERT_DEFAULTS

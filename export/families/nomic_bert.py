@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from embedge.export.families.rotary_encoder import NORMS, RotaryEncoder
+from embedge.export.families.rotary_encoder import NORMS, QKV, RotaryEncoder, ends
 from embedge.export.graph.architecture import Mlp
 from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef
@@ -38,7 +38,6 @@ class NomicBert(RotaryEncoder):
 
     model_types = ("nomic_bert",)
     examples: ClassVar = {"nomic_bert": "nomic-ai/nomic-embed-text-v1.5"}
-    default_theta = 1000.0
     aliases: ClassVar = {
         "n_embd": "hidden_size",
         "n_head": "num_attention_heads",
@@ -47,21 +46,15 @@ class NomicBert(RotaryEncoder):
         "layer_norm_epsilon": "layer_norm_eps",
         "rotary_emb_base": "rope_theta",
     }
-    fused: ClassVar = {"attn.Wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    fused: ClassVar = {"attn.Wqkv": QKV}
     roots = (*RotaryEncoder.roots, "emb_ln")
     renamed: ClassVar = {
         **NORMS,
-        **{
-            f"{old}.{what}": f"{new}.{what}"
-            for old, new in {
-                "emb_ln": "embeddings.LayerNorm",
-                "attn.out_proj": "self_attn.o_proj",
-                "mlp.fc11": "mlp.up_proj",
-                "mlp.fc12": "mlp.gate_proj",
-                "mlp.fc2": "mlp.down_proj",
-            }.items()
-            for what in ("weight", "bias")
-        },
+        **ends("emb_ln", "embeddings.LayerNorm"),
+        **ends("attn.out_proj", "self_attn.o_proj"),
+        **ends("mlp.fc11", "mlp.up_proj"),
+        **ends("mlp.fc12", "mlp.gate_proj"),
+        **ends("mlp.fc2", "mlp.down_proj"),
     }
 
     @classmethod
@@ -76,9 +69,12 @@ class NomicBert(RotaryEncoder):
         limits = [found.get("n_positions"), found.get("max_position_embeddings")]
         if found.get("rotary_scaling_factor"):
             limits.append(found.get("max_trained_positions", _TRAINED_POSITIONS))
-        if known := [n for n in limits if isinstance(n, int)]:
+        if known := [n for n in limits if type(n) is int]:
             found["max_position_embeddings"] = min(known)
         return found
+
+    def theta(self) -> float:
+        return 1000.0
 
     def read_rope(self, head_size: int) -> Rope:
         for key, expected in (("rotary_emb_fraction", 1.0), ("head_dim", head_size)):
@@ -105,9 +101,9 @@ class NomicBert(RotaryEncoder):
         if self.config.get("n_inner") is not None:
             inner = -(-inner // _INNER_MULTIPLE) * _INNER_MULTIPLE
         return Mlp(
-            linears=[LinearRef(f"{p}{n}_proj", has_bias=has_bias) for n in ("gate", "up")],
-            out=LinearRef(f"{p}down_proj", has_bias=self._flag("mlp_fc2_bias")),
-            sum_norm=self.norm(f"{p.removesuffix('mlp.')}post_mlp_layernorm"),
+            linears=[LinearRef(f"{p}mlp.{n}_proj", has_bias=has_bias) for n in ("gate", "up")],
+            out=LinearRef(f"{p}mlp.down_proj", has_bias=self._flag("mlp_fc2_bias")),
+            sum_norm=self.norm(f"{p}post_mlp_layernorm"),
             inner=inner,
             activation=self._activation(),
         )

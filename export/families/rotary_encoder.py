@@ -18,24 +18,26 @@ from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef
 from embedge.export.weights.tensors import NormRef
 
-NORMS = {
-    f"{old}.{what}": f"{new}.{what}"
-    for old, new in (("norm1", "post_attention_layernorm"), ("norm2", "post_mlp_layernorm"))
-    for what in ("weight", "bias")
-}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def ends(old: str, new: str) -> dict[str, str]:
+    """A module's other name, as :attr:`Family.renamed` has it."""
+    return {f"{old}.{what}": f"{new}.{what}" for what in ("weight", "bias")}
+
+
+NORMS = {**ends("norm1", "post_attention_layernorm"), **ends("norm2", "post_mlp_layernorm")}
 
 
 class RotaryEncoder(Family):
     """Attention, sum, LayerNorm, MLP, sum, LayerNorm.
 
     Attributes:
-        default_theta: ``rope_theta`` where config.json has none.
-        default_epsilon: ``layer_norm_eps`` likewise.
+        default_epsilon: ``layer_norm_eps`` where config.json has none.
     """
 
     roots: ClassVar[tuple[str, ...]] = ("embeddings", "layers", *HEAD_ROOTS)
     ignored: ClassVar[tuple[str, ...]] = (*HEADS, "embeddings.position_ids")
-    default_theta: ClassVar[float]
     default_epsilon: ClassVar[float] = 1e-12
 
     def declare(self) -> Architecture:
@@ -51,18 +53,22 @@ class RotaryEncoder(Family):
             type_table="embeddings.token_type_embeddings" if types else None,
             embedding_norm=self.norm("embeddings.LayerNorm"),
             layers=tuple(
-                Layer(self._attention(f"layers.{i}.", heads, rope), self.mlp(f"layers.{i}.mlp."))
+                Layer(self._attention(f"layers.{i}.", heads, rope), self.mlp(f"layers.{i}."))
                 for i in range(self.num_layers)
             ),
         )
 
     def read_rope(self, head_size: int) -> Rope:
         """Rotary positions of all layers."""
-        return rope_of(self, head_size, self.default_theta)
+        return rope_of(self, head_size, self.theta())
+
+    @abstractmethod
+    def theta(self) -> float:
+        """``rope_theta`` where config.json has none."""
 
     @abstractmethod
     def mlp(self, p: str) -> Mlp:
-        """The MLP whose modules' names begin with ``p``, its norm among them."""
+        """The MLP of the layer whose names begin with ``p``."""
 
     def attention_bias(self) -> bool:
         """Whether the Linears of attention have one."""

@@ -68,6 +68,9 @@ CLASSES: Mapping[str, TokenizerClass] = {
 # tokenizer_class where tokenizer_config.json names none
 BY_MODEL_TYPE = {
     "bert": "Bert",
+    "distilbert": "DistilBert",
+    "gte": "XLMRoberta",
+    "nomic_bert": "Bert",
     "roberta": "Roberta",
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",

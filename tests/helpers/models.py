@@ -52,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": {"hidden_act": "gelu_new", "type_vocab_size": 1},
     "xlm-roberta": {"type_vocab_size": 1},
     "mpnet": {},
+    "distilbert": {"hidden_dim": 56},
     "modernbert": {
         "num_hidden_layers": 4,
         "local_attention": WINDOW,
@@ -82,11 +83,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text-causal": GEMMA,
 }
 # Encoders whose classes transformers has since version 5.
-SINCE_5: dict[str, dict[str, Any]] = {"nomic_bert": {}}
+SINCE_5: dict[str, dict[str, Any]] = {"nomic_bert": {}, "gte": {}}
 CONFIGS |= {k: v for k, v in SINCE_5.items() if k in transformers.CONFIG_MAPPING}
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "modernbert-with-biases"),
     "gemma3_text",
+    "distilbert",
     *SINCE_5,
 )
 DECODERS = tuple(name for name in CONFIGS if name not in ENCODERS)
@@ -96,6 +98,7 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 LINEARS = {
     "bert": "query|key|value|dense",
     "mpnet": r"attn\.[qkvo]|dense",
+    "distilbert": "(q|k|v|out)_lin|lin[12]",
     "modernbert": "Wqkv|Wo|Wi",
     "decoder": "[qkvo]_proj|(gate|up|down)_proj",
 }
@@ -113,7 +116,7 @@ def linears(name: str) -> str:
     """A regular expression for all Linears that reach the vector."""
     kind = model_type(name)
     names = LINEARS.get({"roberta": "bert", "xlm-roberta": "bert"}.get(kind, kind))
-    return rf"(encoder\.|layers\.).*\.({names or LINEARS['decoder']})"
+    return rf"(encoder\.|layers\.|transformer\.).*\.({names or LINEARS['decoder']})"
 
 
 def make_model(name: str, seed: int = 0, gain: float = 1.6, **changes: Any) -> Any:

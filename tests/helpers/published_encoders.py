@@ -40,9 +40,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"},
         "type_vocab_size": 2,
     },
+    "gte": {
+        "architectures": ["GteModel"],
+        "hidden_act": "gelu",
+        "rope_parameters": {"rope_theta": 160000.0, "rope_type": "default"},
+        "type_vocab_size": 1,
+    },
 }
-BIASED: dict[str, tuple[str, ...]] = {"nomic_bert": ()}
-MLPS: dict[str, tuple[str, ...]] = {"nomic_bert": ("gate_proj", "up_proj", "down_proj")}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+BIASED: dict[str, tuple[str, ...]] = {"nomic_bert": (), "gte": (*ATTENTION, "down_proj")}
+GATED = ("gate_proj", "up_proj", "down_proj")
+MLPS: dict[str, tuple[str, ...]] = {"nomic_bert": GATED, "gte": GATED}
 
 
 @dataclass
@@ -93,7 +101,7 @@ def make_encoder(kind: str, seed: int = 0, gain: float = 1.6, **changes: Any) ->
     norm("embeddings.LayerNorm")
     for layer in range(config["num_hidden_layers"]):
         p = f"layers.{layer}."
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in ATTENTION:
             linear(f"{p}self_attn.{name}", width, width)
         *ups, down = MLPS[kind]
         for name in ups:
@@ -244,3 +252,50 @@ def nomic_config(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
     }
     return {**published, **changes}
+
+
+def gte_tensors(tensors: Tensors, prefix: str = "") -> Tensors:
+    """As gte-multilingual-base (with the prefix ``new.``) and snowflake-arctic-embed-m-v2.0 hold them."""
+    parts = {"attention.qkv_proj": QKV, "mlp.up_gate_proj": ("mlp.up_proj", "mlp.gate_proj")}
+    names = {
+        r"^layers\.": "encoder.layer.",
+        r"self_attn\.o_proj": "attention.o_proj",
+        "post_attention_layernorm": "attn_ln",
+        "post_mlp_layernorm": "mlp_ln",
+        "^": prefix,
+    }
+    return renamed(fused(tensors, parts), names)
+
+
+NEW_CODE = {
+    "AutoConfig": "Alibaba-NLP/new-impl--configuration.NewConfig",
+    "AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel",
+}
+
+
+def gte_config(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """gte-multilingual-base's config.json with the sizes of another."""
+    sizes = {key: config[key] for key in SIZES}
+    published = {
+        "architectures": ["NewModel"],
+        "attention_probs_dropout_prob": 0.0,
+        "auto_map": NEW_CODE,
+        "classifier_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "layer_norm_type": "layer_norm",
+        "logn_attention_clip1": False,
+        "logn_attention_scale": False,
+        "model_type": "new",
+        "pack_qkv": True,
+        "position_embedding_type": "rope",
+        "rope_scaling": {"factor": 8.0, "type": "ntk"},
+        "rope_theta": 20000,
+        "torch_dtype": "float16",
+        "transformers_version": "4.39.1",
+        "type_vocab_size": config["type_vocab_size"],
+        "unpad_inputs": False,
+        "use_memory_efficient_attention": False,
+    }
+    return {**sizes, **published, **changes}
