@@ -13,9 +13,6 @@ What families that are not here yet would declare:
 
 =======================  ==========================================================================
 jina v3                  BERT's layers, fused q, k, v, a :class:`Rope` in place of the position table
-nomic-bert               jina v3's with a gate; two layouts of names
-gte, new                 nomic-bert's with up and gate as rows of one tensor; NTK in ``rotary.py``
-DistilBERT               BERT's layers under other names
 granite R2, mmBERT       ModernBERT as it is
 EmbeddingGemma 2         new besides: a norm of values, a third sublayer (per-layer input), layer scalar
 jina-bert v2             new: ALiBi, another bias by relative position

@@ -51,6 +51,27 @@ KINDS: dict[str, Kind] = {
     "xlm-roberta": Kind(),
     "camembert": Kind(model="roberta"),
     "mpnet": Kind(),
+    "distilbert": Kind(
+        values={
+            "activation": ["relu", "gelu_new", "quick_gelu"],
+            "dim": [16, 64],
+            "n_heads": [2, 8],
+            "n_layers": [1, 3],
+            "hidden_dim": [40],
+        }
+    ),
+    "nomic_bert": Kind(
+        values={
+            "n_positions": [64, 40],
+            "rotary_scaling_factor": [2.0],
+            "rotary_emb_fraction": [1.0, 0.5],
+            "activation_function": ["swiglu", "geglu", "gelu"],
+            "qkv_proj_bias": [True, False],
+            "n_embd": [32, 64],
+            "rotary_emb_base": [1000, 50.0],
+        }
+    ),
+    "gte": Kind(values={"layer_norm_type": ["rms_norm"], "pack_qkv": [False]}),
     "modernbert": Kind(
         settings={"num_hidden_layers": 3},
         values={"layer_types": [["sliding_attention", "full_attention", "full_attention"], "all"]},
