@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 from embedge.runtime import EmbedgeError, __version__
 from embedge.runtime.cli import embed as embed_module
 from embedge.runtime.cli.main import main
-from tests.helpers.command import Capture, error_line, program, vectors_of
+from tests.helpers.command import Capture, error_line, vectors_of
 
 
 class TestProgram:
@@ -88,34 +90,82 @@ class TestProgram:
         assert error_line(capsys) == f"embedge: error: {line}"
 
 
+CALLS = """
+import contextlib, json, os, sys
+from embedge.runtime.cli.main import main
+from embedge.runtime.tuning import autotune
+
+autotune._ROUNDS = 1
+streams = sys.stdin, sys.stdout, sys.stderr
+for number, call in enumerate(json.loads(sys.argv[1])):
+    sys.stdin, sys.stdout, sys.stderr = streams
+    for stream in range(3):
+        if streams[stream] is None:  # the command before opened something in its place
+            with contextlib.suppress(OSError):
+                os.close(stream)
+    code = main(call)
+    if code:
+        sys.exit(10 * number + code)
+"""
+
+
+def calls(*commands: list[str]) -> list[str]:
+    """A program of several commands, each of which finds the streams that the program got.
+
+    The first that fails ends it, with its code and ten times the number of those before.
+    """
+    return [sys.executable, "-c", CALLS, json.dumps(commands)]
+
+
 class TestStreams:
     """Whatever a process's standard streams are."""
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1251", "cp437", "utf-8"])
-    def test_any_encoding(self, make_bundle: Any, tmp_path: Path, encoding: str) -> None:
+    @pytest.fixture
+    def commands(self, make_bundle: Any, tmp_path: Path) -> list[list[str]]:
+        """Those that print what their bundle holds, and as the last one an error."""
         tiny = make_bundle("für 愛", prompts={"query": "質問 — "})
-        calls = [
+        return [
             ["inspect", str(tiny.path), "--layers"],
             ["prepare", str(tiny.path), "--pack-only"],
+            *([command, "--help"] for command in ("embed", "export", "bench")),
+            ["inspect", str(tmp_path / "愛")],  # is not there
         ]
-        calls += [[command, "--help"] for command in ("embed", "export", "bench")]
-        for call in calls:
-            done = program(call, stdout=subprocess.PIPE, PYTHONIOENCODING=encoding)
-            assert (done.returncode, done.stderr) == (0, b""), call
-        missing = tmp_path / "愛"
-        done = program(["inspect", str(missing)], PYTHONIOENCODING=encoding)
-        assert done.returncode == 1
-        assert done.stderr.startswith(b"embedge: error: ")
 
-    def run(self, redirections: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1251", "cp437", "utf-8"])
+    def test_any_encoding(
+        self, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, encoding: str
+    ) -> None:
+        for command in commands:
+            for name in ("stdout", "stderr"):
+                monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+            code, errors = main(command), self.written(sys.stderr)
+            if command is commands[-1]:
+                assert code == 1
+                assert errors.startswith(b"embedge: error: ")
+            else:
+                assert (code, errors) == (0, b""), command
+                assert self.written(sys.stdout)
+
+    def written(self, stream: Any) -> bytes:
+        stream.flush()
+        return bytes(stream.buffer.getvalue())
+
+    @pytest.mark.slow
+    def test_a_process_that_prints_ascii(self, commands: list[list[str]]) -> None:
+        done = self.run("", *calls(*commands), PYTHONIOENCODING="ascii")
+        assert done.returncode == 10 * (len(commands) - 1) + 1
+        [line] = done.stderr.splitlines()
+        assert line.startswith(b"embedge: error: ")
+        assert b"\\u8cea\\u554f" in done.stdout
+
+    def run(
+        self, redirections: str, *program: str, **variables: str
+    ) -> subprocess.CompletedProcess[bytes]:
         path = os.pathsep.join(path for path in sys.path if path)
         return subprocess.run(
-            [
-                *("sh", "-c", f'exec "$@" {redirections}', "sh"),
-                *(sys.executable, "-m", "embedge.runtime", *arguments),
-            ],
-            env={**os.environ, "PYTHONPATH": path},
+            ["sh", "-c", f'exec "$@" {redirections}', "sh", *program],
+            env={**os.environ, "PYTHONPATH": path, **variables},
             input=b"w1\n",
             capture_output=True,
             timeout=60,
@@ -124,43 +174,41 @@ class TestStreams:
 
     @pytest.mark.slow
     def test_closed_standard_input(self, bundle: Any, tmp_path: Path) -> None:
-        done = self.run("<&-", "embed", str(bundle.path))
-        assert (done.returncode, done.stdout) == (1, b"")
+        (tmp_path / "in").write_text("w1\n")
+        embed = ["embed", str(bundle.path)]
+        done = self.run("<&-", *calls([*embed, "--input", str(tmp_path / "in")], embed))
+        assert done.returncode == 11
         assert done.stderr == (
             b"embedge: error: standard input is closed; name a file with --input FILE\n"
         )
-        (tmp_path / "in").write_text("w1\n")
-        done = self.run("<&-", "embed", str(bundle.path), "--input", str(tmp_path / "in"))
         assert vectors_of(done.stdout.decode()).shape == (1, 8)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])
-    def test_closed_standard_output(self, bundle: Any, tmp_path: Path, name: str) -> None:
-        target = tmp_path / name
-        for closed in (">&-", "2>&-", ">&- 2>&-"):
-            done = self.run(closed, "embed", str(bundle.path), "--output", str(target))
-            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-            if name == "out.npy":
-                assert np.load(target).shape == (1, 8)
-            else:
-                assert vectors_of(target.read_text()).shape == (1, 8)
-            target.unlink()
+    @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+    def test_closed_standard_output(self, bundle: Any, tmp_path: Path, closed: str) -> None:
+        (tmp_path / "in").write_text("w1\n")
+        lines, array = tmp_path / "out.jsonl", tmp_path / "out.npy"
+        embed = ["embed", str(bundle.path), "--output"]
+        first = [*embed, str(lines), "--input", str(tmp_path / "in")]
+        done = self.run(closed, *calls(first, [*embed, str(array)]))
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert np.load(array).shape == vectors_of(lines.read_text()).shape == (1, 8)
 
     @pytest.mark.slow
     def test_closed_standard_output_without_a_file(self, bundle: Any) -> None:
-        done = self.run(">&-", "embed", str(bundle.path))
+        done = self.run(">&-", *calls(["embed", str(bundle.path)]))
         assert done.returncode == 1
         assert done.stderr == (
             b"embedge: error: standard output is closed; name a file with --output FILE\n"
         )
-        for command in ("inspect", "prepare"):
-            assert self.run("<&- >&- 2>&-", command, str(bundle.path)).returncode == 0
+        commands = [[command, str(bundle.path)] for command in ("inspect", "prepare")]
+        assert self.run("<&- >&- 2>&-", *calls(*commands)).returncode == 0
 
     @pytest.mark.slow
     def test_closed_standard_error_takes_messages_that_output_does_not_get(
         self, bundle: Any
     ) -> None:
-        done = self.run("2>&-", "embed", str(bundle.path), "--task", "nothing")
+        done = self.run("2>&-", *calls(["embed", str(bundle.path), "--task", "nothing"]))
         assert (done.returncode, done.stdout) == (2, b"")
 
 
