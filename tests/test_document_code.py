@@ -13,11 +13,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.documents import DOCUMENTS, ROOT, Block, blocks, read
+from tests.helpers.shell import Shell
 
 RUN = [
     name
@@ -64,6 +62,7 @@ def make_workshop(place: Path) -> None:
     from tests.helpers.models import linears, make_model, save, save_adapter
 
     shape = {"hidden_size": 384, "num_attention_heads": 12, "num_hidden_layers": 1}
+    shape["intermediate_size"] = 384
     save(make_model("bert", gain=0.8, **shape), place / "MODEL", max_length=48)
     (place / "MODEL" / "README.md").write_text("# tiny-bert\n")
     for task in ("code", "retrieval"):
@@ -88,10 +87,6 @@ def make_workshop(place: Path) -> None:
     lines = ["how do I sort a dict", "def f(d): return dict(sorted(d.items()))"]
     (place / "lines.txt").write_text("\n".join(lines) + "\n")
     (place / "texts.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
-    (place / "bin").mkdir()
-    command = place / "bin" / "embedge"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m embedge "$@"\n')
-    command.chmod(0o755)
     (place / "examples").symlink_to(ROOT / "examples")
 
 
@@ -112,6 +107,23 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture
+def shell(short_folder: Path) -> Iterator[Shell]:
+    (short_folder / "bin").mkdir()
+    shell = Shell(short_folder / "bin")
+    yield shell
+    shell.close()
+
+
+@pytest.fixture
+def _few_calibration_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the documents' models are worth is no matter here."""
+    from embedge.export.calibration import texts
+
+    few = texts.packaged_texts()[:32]
+    monkeypatch.setattr(texts, "packaged_texts", lambda: few)
+
+
 def has_code(name: str) -> bool:
     return any(
         block.language in {"python", "sh", "console"} and not block.mark.startswith("not run")
@@ -120,20 +132,20 @@ def has_code(name: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_calibration_texts")
 @pytest.mark.parametrize("name", [name for name in RUN if has_code(name)])
 def test_code_runs(
-    name: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, short_folder: Path
+    name: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, short_folder: Path, shell: Shell
 ) -> None:
     place = short_folder / "here"
     shutil.copytree(workshop, place, symlinks=True)
     if "--out v4 " in read(name):
         shutil.rmtree(place / "v4")  # it makes its own
     monkeypatch.chdir(place)
-    environment = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
-    run_blocks(blocks(name), f"{name}:", environment)
+    run_blocks(blocks(name), f"{name}:", shell)
 
 
-def run_blocks(found: list[Block], where: str, environment: dict[str, str]) -> None:
+def run_blocks(found: list[Block], where: str, shell: Shell) -> None:
     """Runs the blocks of one document, and compares their outputs."""
     names: dict[str, Any] = {"__name__": "__main__"}
     printed = ""
@@ -151,21 +163,15 @@ def run_blocks(found: list[Block], where: str, environment: dict[str, str]) -> N
                 exec(code, names)
             printed = output.getvalue()
         elif block.language == "sh":
-            printed = run_shell(block.body, f"{where}{block.line}", environment)
+            printed = run_shell(block.body, f"{where}{block.line}", shell)
         elif block.language == "console":
             for command, expected in console(block.body):
-                printed = run_shell(command, f"{where}{block.line}", environment)
+                printed = run_shell(command, f"{where}{block.line}", shell)
                 assert matches(expected, printed), f"{where}{block.line}: {command}\n{printed}"
 
 
-def run_shell(code: str, where: str, environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run_shell(code: str, where: str, shell: Shell) -> str:
+    done = shell.run(code)
     assert done.returncode == 0, f"{where}: {code}\n{done.stderr}"
     return done.stdout
 
@@ -186,22 +192,24 @@ def matches(expected: str, printed: str) -> bool:
 
 
 class TestTheTestsThemselves:
-    def test_wrong_code_and_wrong_output_are_seen(self) -> None:
+    def test_wrong_code_and_wrong_output_are_seen(self, shell: Shell) -> None:
         def block(language: str, body: str, mark: str = "") -> Block:
             return Block(language, mark, body, 1)
 
-        here = dict(os.environ)
-        run_blocks([block("python", "print(1)"), block("text", "1\n", "output")], "x:", here)
-        run_blocks([block("python", "raise", "not run: it would fail")], "x:", here)
-        run_blocks([block("console", "$ echo a b\na …\n")], "x:", here)
+        run_blocks([block("python", "print(1)"), block("text", "1\n", "output")], "x:", shell)
+        run_blocks([block("python", "raise", "not run: it would fail")], "x:", shell)
+        run_blocks([block("console", "$ echo a b\na …\n")], "x:", shell)
         with pytest.raises(AssertionError, match=r"x:1 says\s+2\s+and this was printed:\s+1"):
-            run_blocks([block("python", "print(1)"), block("text", "2\n", "output")], "x:", here)
+            run_blocks([block("python", "print(1)"), block("text", "2\n", "output")], "x:", shell)
         with pytest.raises(NameError):
-            run_blocks([block("python", "no_such_name")], "x:", here)
+            run_blocks([block("python", "no_such_name")], "x:", shell)
         with pytest.raises(AssertionError, match="x:1"):
-            run_blocks([block("sh", "true\nfalse\ntrue\n")], "x:", here)
+            run_blocks([block("sh", "true\nfalse\ntrue\n")], "x:", shell)
         with pytest.raises(AssertionError, match="echo a"):
-            run_blocks([block("console", "$ echo a\nb\n")], "x:", here)
+            run_blocks([block("console", "$ echo a\nb\n")], "x:", shell)
+        run_blocks([block("console", "$ embedge --version\nembedge …\n")], "x:", shell)
+        with pytest.raises(AssertionError, match="embedge: error: .*nowhere"):
+            run_blocks([block("sh", "embedge inspect nowhere | cat\n")], "x:", shell)
 
     def test_anything_is_within_a_line(self) -> None:
         assert matches("a…c\nd", "abc  \nd\n")
