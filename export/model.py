@@ -88,6 +88,7 @@ class Model:
             pooling=self.pooling,
             dense=self.settings.dense,
             normalize=self.settings.normalize,
+            tanh_int8=self.settings.tanh_int8,
         )
 
     @cached_property

@@ -16,6 +16,7 @@ from embedge.export.families.decoder import (
     Llama,
     LlamaBidirectional,
     Mistral,
+    PplxQwen3,
     Qwen2,
     Qwen3,
 )
@@ -55,6 +56,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Mistral,
     Qwen2,
     Qwen3,
+    PplxQwen3,
     Gemma3,
 )
 

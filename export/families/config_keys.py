@@ -147,6 +147,17 @@ _QWEN3 = Keys(
     fixed=_QWEN_FIXED,
     classes=("Qwen3",),
 )
+_PPLX = replace(
+    _QWEN3,
+    used=_QWEN3.used - {"is_causal", "use_sliding_window"},
+    fixed={**_QWEN_FIXED, **_UNMASKED, "use_sliding_window": _OFF},
+    classes=("PPLXQwen3",),
+    code=_code(
+        "configuration.PPLXQwen3Config",
+        "modeling.PPLXQwen3Model",
+        repositories="perplexity-ai/pplx-embed-v1-0.6b perplexity-ai/pplx-embed-v1-4b",
+    ),
+)
 _EUROBERT = Keys(
     used=_LLAMA,
     harmless=words(
@@ -286,6 +297,7 @@ KEYS: Mapping[str, Keys] = {
     ),
     "qwen3": _QWEN3,
     "jina_embeddings_v5_small_merged": _QWEN3,
+    "bidirectional_pplx_qwen3": _PPLX,
     "jina_embeddings_v5_small": replace(
         _QWEN3,
         used=_QWEN3.used | {"task_names"},
@@ -357,7 +369,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _QWEN_DEFAULTS,
     **dict.fromkeys(
-        ("qwen3", "jina_embeddings_v5_small", "jina_embeddings_v5_small_merged"), _QWEN3_DEFAULTS
+        (
+            "qwen3",
+            "jina_embeddings_v5_small",
+            "jina_embeddings_v5_small_merged",
+            "bidirectional_pplx_qwen3",
+        ),
+        _QWEN3_DEFAULTS,
     ),
     "gemma3_text": {
         "head_dim": 256,

@@ -191,3 +191,13 @@ class Qwen3(Qwen2):
     examples: ClassVar = {"qwen3": "Qwen/Qwen3-Embedding-0.6B"}
     biases: ClassVar = {"qkv": "attention_bias", "o": "attention_bias", "mlp": False}
     head_norms = True
+
+
+class PplxQwen3(Qwen3):
+    """pplx-embed-v1: Qwen3 without a causal mask, vectors of whole numbers, by its published code."""
+
+    model_types = ("bidirectional_pplx_qwen3",)
+    examples: ClassVar = {"bidirectional_pplx_qwen3": "perplexity-ai/pplx-embed-v1-0.6b"}
+    default_pooling = None
+    reads_is_causal = False
+    causal = False

@@ -29,6 +29,7 @@ def task_graph(
     pooling: str,
     dense: tuple[DenseLayer, ...],
     normalize: bool,
+    tanh_int8: bool = False,
 ) -> Graph:
     """Write the graph from token ids to ``embedding`` float32 ``[batch, dim]``.
 
@@ -41,6 +42,7 @@ def task_graph(
         pooling: names of sentence-transformers' poolings, joined by "+".
         dense: layers after pooling, in order, run in float32.
         normalize: whether vectors end with length 1.
+        tanh_int8: whether they end as whole numbers, round(127 · tanh(x)), kept as float32.
     """
     g = Graph(weights=weights, scheme=scheme)
     transformer = TransformerGraph(g, architecture)
@@ -48,7 +50,14 @@ def task_graph(
     for index in range(len(architecture.layers)):
         hidden = transformer.layer(index, hidden)
     hidden = transformer.final(hidden)
-    embedding(transformer, hidden, pooling=pooling, dense=dense, normalize=normalize)
+    embedding(
+        transformer,
+        hidden,
+        pooling=pooling,
+        dense=dense,
+        normalize=normalize,
+        tanh_int8=tanh_int8,
+    )
     if architecture.multi_vector_dim is not None:
         rows = transformer.token_embeddings(hidden)
         g.output(
@@ -65,6 +74,7 @@ def embedding(
     pooling: str,
     dense: tuple[DenseLayer, ...],
     normalize: bool,
+    tanh_int8: bool = False,
 ) -> None:
     """Declare the output ``embedding`` of the model's last states ``hidden``; see :func:`task_graph`."""
     g, architecture = transformer.g, transformer.model
@@ -87,5 +97,7 @@ def embedding(
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:
         x = unit_length(g, x)
+    if tanh_int8:
+        x = g.op("Round", g.op("Mul", g.op("Tanh", x), g.const(127.0)))
     width = dense[-1].out_features if dense else architecture.hidden_size * len(modes)
     g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])

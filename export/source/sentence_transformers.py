@@ -57,6 +57,7 @@ class SentenceSettings:
         include_prompt: whether the tokens of a prompt are pooled like all others, which INSTRUCTOR's
             models do not.
         normalize: whether vectors are scaled to length 1 at the end.
+        tanh_int8: whether vectors end as round(127 · tanh(x)), whole numbers from -127 to 127.
         dense: layers between pooling and normalization, in order.
         prompts: prompt name to text; a text may be empty.
         default_prompt_name: the prompt used when none is named, ``None`` for no prompt.
@@ -74,6 +75,7 @@ class SentenceSettings:
     pooling: str | None = None
     include_prompt: bool = True
     normalize: bool = False
+    tanh_int8: bool = False
     dense: tuple[DenseLayer, ...] = ()
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
@@ -122,6 +124,8 @@ def read_modules(
         elif kind == "Normalize":
             _check_normalize(file)
             settings["normalize"] = True
+        elif kind == "FlexibleQuantizer":  # calls here ask for none of its other forms
+            settings["tanh_int8"] = True
     return SentenceSettings(
         **settings,
         dense=tuple(dense),

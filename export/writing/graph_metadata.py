@@ -53,6 +53,7 @@ def task_notes(model: Model, g: Graph, precision: str, task: str) -> dict[str, s
         task: its name.
     """
     normalized = ", of length 1" if model.settings.normalize else ""
+    normalized += ", round(127 · tanh(x))" if model.settings.tanh_int8 else ""
     tokens = {
         "max_length": model.settings.max_length,
         "pad_token_id": model.tokenizer.pad_token_id,

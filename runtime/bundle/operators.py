@@ -109,7 +109,7 @@ _WINDOWED: dict[str, Kind] = {**_GROUPED, "local_window_size": Whole(-1, _MOST)}
 _ROTARY: dict[str, Kind] = {"interleaved": _NOTHING, "num_heads": _HEADS}
 
 OPERATORS: Mapping[tuple[str, str], Operator] = {
-    **_of("", "Abs Cos Identity Relu Sigmoid Sin Tanh", 1),
+    **_of("", "Abs Cos Identity Relu Round Sigmoid Sin Tanh", 1),
     **_of("", "Add And Div Equal Expand Greater GreaterOrEqual Less LessOrEqual MatMul Mul Sub", 2),
     **_of("", "Max Pad Reshape Squeeze Unsqueeze", 2),
     **_of("", "Range ScatterND Where", 3),

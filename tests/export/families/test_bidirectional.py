@@ -280,3 +280,87 @@ def test_copies_of_eurobert_name_its_code_with_its_repository(tmp_path: Path) ->
     }
     write_config(source, {**EUROBERT, "auto_map": code})
     assert exported(source, tmp_path / "out").encode("a").shape == (32,)
+
+
+# -- pplx-embed-v1: whole numbers ----------------------------------------------------------------------
+
+PPLX = {
+    "architectures": ["PPLXQwen3Model"],
+    "auto_map": {
+        "AutoConfig": "configuration.PPLXQwen3Config",
+        "AutoModel": "modeling.PPLXQwen3Model",
+    },
+    "model_type": "bidirectional_pplx_qwen3",
+    "use_bidirectional_attention": True,
+}
+
+
+def write_pplx(folder: Path) -> tuple[Any, Path]:
+    """Qwen3's weights in the published files: the quantizer is the model's own class, without a folder."""
+    base = long_model("qwen3")
+    source = save(base, folder, pooling="mean", normalize=False, max_length=LONG)
+    change(source, **PPLX)
+    modules = json.loads((source / "modules.json").read_text())
+    quantizer = {"idx": 2, "name": "2", "path": "", "type": "st_quantize.FlexibleQuantizer"}
+    write_json(source / "modules.json", [*modules, {**quantizer, "kwargs": ["quantization"]}])
+    return base, source
+
+
+@pytest.mark.slow
+def test_pplx_gives_whole_numbers_by_the_published_rule(tmp_path: Path) -> None:
+    base, source = write_pplx(tmp_path / "source")
+    means = vectors(base, source, TEXTS, pooling="mean", normalize=False)
+    expected = torch.round(torch.tanh(torch.from_numpy(means)) * 127).numpy()
+    model = exported(source, tmp_path / "out")
+    found = model.encode(TEXTS)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, np.round(found)) and np.abs(found).max() <= 127
+    assert np.abs(found - expected).max() <= 1  # a mean in another order may lie beyond a half
+    assert (found != expected).mean() < 0.01
+    assert np.array_equal(model.encode(TEXTS, truncate_dim=8), found[:, :8])
+    lengths = np.linalg.norm(model.encode(TEXTS, normalize_embeddings=True), axis=1)
+    assert np.abs(lengths - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "modeling.PPLXQwen3ContextualModel"}}, "never run"),
+        ({"use_sliding_window": True}, "use_sliding_window is true"),
+        ({"use_bidirectional_attention": False}, "use_bidirectional_attention is false"),
+        ({"model_type": "qwen3", **dict.fromkeys(("architectures", "auto_map"))},
+         "use_bidirectional_attention is true"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_pplx_of_another_kind_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    _, source = write_pplx(tmp_path / "source")
+    change(source, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        exported(source, tmp_path / "out")
+
+
+def test_the_quantizer_is_known_of_that_model_alone_and_does_not_follow_normalize(
+    tmp_path: Path,
+) -> None:
+    _, source = write_pplx(tmp_path / "source")
+    modules = json.loads((source / "modules.json").read_text())
+    normalize = {
+        "idx": 9,
+        "name": "9",
+        "path": "9",
+        "type": "sentence_transformers.models.Normalize",
+    }
+    write_json(source / "modules.json", [*modules[:2], normalize, modules[2]])
+    with pytest.raises(CheckpointError, match="not supported in this order"):
+        exported(source, tmp_path / "out")
+    write_json(source / "modules.json", modules)
+    change(source, **{"model_type": "qwen3", **dict.fromkeys(PPLX.keys() - {"model_type"}, ...)})
+    with pytest.raises(CheckpointError, match=r"st_quantize\.FlexibleQuantizer is not supported"):
+        exported(source, tmp_path / "out")
+    (source / "modules.json").unlink()
+    change(source, **PPLX)
+    with pytest.raises(ValueError, match="does not say how tokens become a vector"):
+        exported(source, tmp_path / "out")
