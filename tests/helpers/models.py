@@ -83,7 +83,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text-causal": GEMMA,
 }
 # Encoders whose classes transformers has since version 5.
-SINCE_5: dict[str, dict[str, Any]] = {"nomic_bert": {}, "gte": {}}
+SINCE_5: dict[str, dict[str, Any]] = {
+    "eurobert": {"num_key_value_heads": 2, "rope_theta": 5000.0},
+    "nomic_bert": {},
+    "gte": {},
+}
 CONFIGS |= {k: v for k, v in SINCE_5.items() if k in transformers.CONFIG_MAPPING}
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "modernbert-with-biases"),

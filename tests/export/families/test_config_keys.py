@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from embedge.export import CheckpointError, export_bundle
 from embedge.export.families.config_keys import _ELSEWHERE, _FIXED, _HARMLESS, KEYS
 from embedge.runtime import Embedder
+from tests.helpers.bidirectional import NATIVE
 from tests.helpers.models import cosines, make_model, random_texts, save, write_json
 
 # A short and a long one: windows and positions show in the long one.
@@ -76,6 +77,7 @@ KINDS: dict[str, Kind] = {
         settings={"num_hidden_layers": 3},
         values={"layer_types": [["sliding_attention", "full_attention", "full_attention"], "all"]},
     ),
+    "eurobert": Kind(),
     "llama": Kind(settings={"rope_scaling": None}, causal=True),
     "mistral": Kind(causal=True),
     "qwen2": Kind(settings=WINDOWED, causal=True),
@@ -114,6 +116,8 @@ VALUES: dict[str, list[Any]] = {
             "sliding_attention": {"rope_theta": 20.0, "rope_type": "default"},
         },
     ],
+    # version 4 does not read it: tests/export/families/test_bidirectional.py compares with a mask instead
+    "is_causal": [True, 0, *([False] if NATIVE else [])],
     "rope_theta": [50.0, None],
     "global_rope_theta": [50.0],
     "local_rope_theta": [50.0, None],
