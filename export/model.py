@@ -26,6 +26,7 @@ from embedge.export.source.tokenizer import BundleTokenizer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.task import TaskWeights
 from embedge.export.weights.tensors import BASE, Weights
+from embedge.runtime.bundle.licences import described_licences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,17 @@ class Model:
     def dense_sha256(self) -> str | None:
         """Hash of the Dense layers, ``None`` without any."""
         return dense_sha256(self.settings.dense)
+
+    def described_licences(self) -> str:
+        """Licences in a line: the model's, and those of adapters that do not come with it."""
+        bound = {task: b.adapter for task, b in self.adapters.items() if b is not None}
+        folder = self.checkpoint.path.resolve()
+        apart = {
+            task: adapter.license
+            for task, adapter in bound.items()
+            if adapter.license or not adapter.folder.resolve().is_relative_to(folder)
+        }
+        return described_licences(self.checkpoint.card.license, apart)
 
     def prompts(self, task: str) -> dict[str, str]:
         """Prompts of a task by name."""

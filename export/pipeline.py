@@ -51,6 +51,7 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
     old = read_existing(options.out, options.overwrite)
     texts = calibration_texts(options.calibration)
     model = read_model(options)
+    progress.tell(f"licence of {model.checkpoint.name}: {model.described_licences()}")
     dims = check_dims(options.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is None:
         check_replaceable("out", options.out)

@@ -39,6 +39,7 @@ class Progress:
         show: draw bars on stderr; ``None``: only where stderr is a terminal.
         finished: takes the cost of a step at its end.
         lines: says how far a step is where no bar is drawn.
+        told: takes what a user should know of the model, a line each.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Progress:
         show: bool | None = None,
         finished: Callable[[StepCost], None] | None = None,
         lines: LogLines | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> None:
         self._disable = None if show is None else not show
         self._finished = finished
         self._lines = lines
+        self._told = told
         self._bar: Any = None
         self._step, self._done = "", 0
 
@@ -65,6 +68,11 @@ class Progress:
         if self._finished is not None:
             peak_mb = None if peak.bytes is None else peak.bytes / 1e6
             self._finished(StepCost(step=name, seconds=seconds, peak_mb=peak_mb))
+
+    def tell(self, line: str) -> None:
+        """Say what a user should know of the model."""
+        if self._told is not None:
+            self._told(line)
 
     def expect(self, nbytes: int) -> None:
         """Say how much the step is going to write, once that is known."""

@@ -20,6 +20,7 @@ from embedge.export.adapters.config import LoraSettings, read_peft_config
 from embedge.export.adapters.keys import AdapterKeys, sort_keys
 from embedge.export.adapters.merge import MergeRule
 from embedge.export.errors import AdapterError
+from embedge.export.source.card import read_card
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.fingerprint import files_sha256
 from embedge.export.source.names import base_name, recorded_name
@@ -41,6 +42,7 @@ class Adapter:
         file: its tensors.
         adapter_keys: its keys, sorted by what they are.
         sha256: hash of its two files, config and weights.
+        license: what its own card declares, ``None`` where it has no card, or says nothing.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Adapter:
         self.file = file
         self.adapter_keys: AdapterKeys = sort_keys(file.keys(), name)
         self.sha256 = files_sha256(folder / _CONFIG, folder / _WEIGHTS)
+        self.license = read_card(folder).license
 
     @classmethod
     def load(cls, folder: str | Path, name: str) -> Adapter:

@@ -24,7 +24,7 @@ from embedge.export.source.fingerprint import weights_sha256
 from embedge.export.source.hub import is_hub_id, local_folder
 from embedge.export.source.json_files import read_json_object
 from embedge.export.source.modules import transformer_folder
-from embedge.export.source.names import base_name, known_names, model_name
+from embedge.export.source.names import base_name, cached_hub_id, known_names, model_name
 from embedge.export.source.safetensors_file import SafetensorsFile
 from embedge.export.source.tensor_parts import TensorPart, parts_of
 from embedge.export.source.weight_files import weight_files
@@ -43,6 +43,7 @@ class ModelFolder:
         name: the model's short name, never a path.
         names: every name the model goes by, in lower case, of those that say something.
         card: what its model card says.
+        hub_id: its id on the hub, ``None`` for a folder elsewhere than in the hub's cache.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -61,8 +62,9 @@ class ModelFolder:
         self.card = read_card(self.path)
         title = self.card.title
         self.name = model_name(self.path, title, self.config)
+        self.hub_id = cached_hub_id(self.path)
         if isinstance(source, str) and is_hub_id(source) and not Path(source).exists():
-            self.name = base_name(source)
+            self.name, self.hub_id = base_name(source), source
         self.names = known_names(self.path, title, self.config, self.name)
 
     def tensor_names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["base_name", "known_names", "model_name", "recorded_name"]
+__all__ = ["base_name", "cached_hub_id", "known_names", "model_name", "recorded_name"]
 
 # Folders of training and of temporary files, numbers, a commit.
 _NO_NAME = re.compile(
@@ -26,6 +26,7 @@ _NO_NAME = re.compile(
     r"|0_transformer|(?:checkpoint|ckpt|epoch|run|step|v)?[-_.]?\d+|[0-9a-f]{40}|tmp[\w]{6,12}"
 )
 _CACHE = re.compile(r"models--(?:.+--)?([\w.-]+)")
+_CACHE_ID = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def base_name(path: str) -> str:
@@ -44,6 +45,15 @@ def model_name(folder: Path, title: str | None, config: Mapping[str, Any]) -> st
     resolved = folder.resolve()
     names = (_cached(resolved.parts[::-1]), title, _recorded(config), resolved.name)
     return next((name for name in names if name and name not in (".", "..")), "model")
+
+
+def cached_hub_id(folder: Path) -> str | None:
+    """Return the hub id of a model in the hub's cache, ``None`` where the folder lies elsewhere."""
+    for part in reversed(folder.resolve().parts):
+        match = _CACHE_ID.fullmatch(part)
+        if match:
+            return f"{match[1]}/{match[2]}"
+    return None
 
 
 def known_names(

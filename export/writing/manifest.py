@@ -32,6 +32,7 @@ def manifest_of(
                 "name": bound.adapter.name,
                 "sha256": bound.adapter.sha256,
                 "base_model": bound.adapter.base_model,
+                "license": bound.adapter.license,
                 "own_prompts": task in model.settings.task_defaults,
             },
         }
@@ -47,6 +48,7 @@ def manifest_of(
                 "name": model.checkpoint.name,
                 "model_type": model.family.config["model_type"],
                 "license": model.checkpoint.card.license,
+                "hub_id": model.checkpoint.hub_id or (old.source.hub_id if old else None),
                 "sha256": model.checkpoint.sha256(),
                 "graph_sha256": model.graph_sha256,
                 "dense_sha256": model.dense_sha256(),

@@ -3,8 +3,8 @@
 Rules:
     * ``format_version`` is "major.minor". Another major version is refused, a newer minor one warns. 1.1
       added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
-      ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256`` and the
-      licences of adapters.
+      ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256``, the
+      licences of adapters and the source's ``hub_id``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -98,6 +98,7 @@ class Source(Record):
         graph_sha256: hash of its unquantized graph without the weights, ``None`` where it was not
             recorded; an export compares it before it adds to the bundle.
         dense_sha256: hash of the Dense layers, ``None`` without any.
+        hub_id: its id on the hub, ``None`` where the export was not told.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Source(Record):
     sha256: str | None
     graph_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
     dense_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
+    hub_id: Annotated[str | None, Since("1.5"), SPARSE] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 
+from embedge.runtime.bundle.licences import described_licences
 from embedge.runtime.bundle.manifest import Manifest, Model, Task
 from embedge.runtime.bundle.model_card_other_runtimes import other_runtimes
 
@@ -79,10 +80,10 @@ def _front_matter(manifest: Manifest) -> str:
     lines += [f"- {tag}" for tag in _TAGS]
     if any(task.adapter is not None for task in manifest.tasks.values()):
         lines.append("- lora")
-    licences = [name.strip() for name in (manifest.source.license or "").split(",")]
+    licences = _licences(manifest)
     if len(licences) > 1:
         lines = ["license:", *(f"- {_yaml(name)}" for name in licences), *lines]
-    elif licences[0]:
+    elif licences:
         lines.insert(0, f"license: {_yaml(licences[0])}")
     base = _base_model(manifest)
     if base is not None:
@@ -90,8 +91,18 @@ def _front_matter(manifest: Manifest) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def _licences(manifest: Manifest) -> list[str]:
+    """Identifiers of the licences that the model or an adapter states, each once."""
+    adapters = (task.adapter.license for task in manifest.tasks.values() if task.adapter)
+    stated = [text for text in (manifest.source.license, *adapters) if text]
+    names = (name.strip() for text in stated for name in text.split(","))
+    return list(dict.fromkeys(name for name in names if name))
+
+
 def _base_model(manifest: Manifest) -> str | None:
-    """The source's name on the hub, where an adapter says it."""
+    """The source's id on the hub, where the export knew it or an adapter says it."""
+    if manifest.source.hub_id is not None:
+        return manifest.source.hub_id
     named = (task.adapter.base_model for task in manifest.tasks.values() if task.adapter)
     own = manifest.source.name.lower()
     fitting = (n for n in named if n and _HUB_NAME.fullmatch(n) and n.lower().endswith(f"/{own}"))
@@ -107,11 +118,16 @@ def _about(manifest: Manifest) -> str:
     source, model = manifest.source, manifest.model
     dims, cut = model.matryoshka_dims, model.truncate_dim
     default = f"; {cut} where a call names none" if cut else ""
+    stated = {
+        name: task.adapter.license
+        for name, task in manifest.tasks.items()
+        if task.adapter is not None and task.adapter.license is not None
+    }
     return (
         f"{_embeds(model)} of {model.dim} dimensions, {model.pooling} pooling, texts of up to "
         f"{model.max_length} tokens.\n"
         f"Exported from {source.name} ({source.model_type}). "
-        f"Licence of the weights: {source.license or 'not stated by the source'}.\n"
+        f"Licence of the weights: {described_licences(source.license, stated)}.\n"
         f"Dimensions to truncate to: {', '.join(map(str, dims)) if dims else f'any up to {model.dim}'}"
         f"{default}."
     )
@@ -126,10 +142,29 @@ def _embeds(model: Model) -> str:
 
 def _tasks(manifest: Manifest) -> str:
     rows = [
-        f"| {name} | {_adapter(task)} | {', '.join(sorted(task.prompts)) or 'none'} |"
-        for name, task in manifest.tasks.items()
+        f"| {name} | {_adapter(task)} | {_prompts(task)} |" for name, task in manifest.tasks.items()
     ]
-    return "\n".join(["| task | adapter | prompts |", "|---|---|---|", *rows])
+    head = "prompts (* where a call names none)" if _has_default(manifest) else "prompts"
+    return "\n".join([f"| task | adapter | {head} |", "|---|---|---|", *rows])
+
+
+def _has_default(manifest: Manifest) -> bool:
+    return any(task.default_prompt is not None for task in manifest.tasks.values())
+
+
+def _prompts(task: Task) -> str:
+    """A task's prompts with their texts, as code in a table."""
+    return (
+        ", ".join(
+            f"{name}{'*' if name == task.default_prompt else ''} `{_code(text)}`"
+            for name, text in sorted(task.prompts.items())
+        )
+        or "none"
+    )
+
+
+def _code(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060").replace("|", "\\u007c")
 
 
 def _adapter(task: Task) -> str:
@@ -146,9 +181,20 @@ def _precisions(manifest: Manifest) -> str:
 
 def _with_embedge(manifest: Manifest) -> str:
     precision, task = next(iter(manifest.precisions)), next(iter(manifest.tasks))
+    cut = min(manifest.model.matryoshka_dims or (manifest.model.dim,))
+    shorter = (
+        f"""
+shorter = model.encode(["a text"], truncate_dim={cut})
+print(shorter.shape)  # (1, {cut})"""
+        if cut < manifest.model.dim
+        else ""
+    )
     return f"""```python
 from embedge import Embedder
 
-model = Embedder("path/to/this/folder", precision="{precision}")
-vectors = model.encode(["a text", "another text"], task="{task}")
+model = Embedder("path/to/this/folder", precision="{precision}", task="{task}")
+queries = model.encode_query(["a question"])
+documents = model.encode_document(["a text", "another text"])
+print(model.similarity(queries, documents))  # float32 [1, 2]
+print(model.fingerprint(role="document"))  # store it beside an index{shorter}
 ```"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +11,7 @@ from embedge.export.options import ExportOptions
 from embedge.export.pipeline import export
 from embedge.export.progress import Progress, StepCost
 from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.cli.messages import printable
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.host.progress import LogLines
 
@@ -64,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument(
-        "--quiet", action="store_true", default=False, help="do not say how far it is"
+        "--quiet",
+        action="store_true",
+        default=False,
+        help="say nothing of how far it is, nor of licences",
     )
     parser.epilog = """examples:
   embedge export MODEL --no-adapter plain --out bundle
@@ -87,11 +92,16 @@ def run(args: argparse.Namespace) -> int:
         show=False if args.quiet else None,
         finished=_print_cost,
         lines=None if args.quiet else LogLines(),
+        told=None if args.quiet else _tell,
     )
     out = export(ExportOptions(**options), progress)
     size = sum(entry.size for entry in Bundle(out, verify="none").manifest.files.values())
     print(f"wrote {out} ({size / 1e6:.1f} MB)")
     return 0
+
+
+def _tell(line: str) -> None:
+    print(f"embedge: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _print_cost(cost: StepCost) -> None:

@@ -119,8 +119,9 @@ def check_fingerprint(
     """
     here = fingerprint_of(parts)
     if isinstance(stored, Mapping):
-        found: Parts | None = _parts_in(stored)
-        there = fingerprint_of(found)
+        given = _parts_in(stored)
+        found: Parts | None = given
+        there = fingerprint_of(given)
     else:
         there = _checked(stored)
         found = next((other for other in others if fingerprint_of(other) == there), None)

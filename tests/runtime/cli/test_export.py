@@ -83,7 +83,8 @@ def test_a_log_gets_a_line_now_and_then(
 ) -> None:
     monkeypatch.setattr(LogLines.__init__, "__defaults__", (0.0,))
     assert run(source, "--no-adapter", "plain", "--out", tmp_path / "out") == 0
-    said = capsys.readouterr().err.splitlines()
+    licence, *said = capsys.readouterr().err.splitlines()
+    assert licence == "embedge: licence of tiny: not stated"
     assert len(said) > 3
     assert all(line.startswith("embedge: int8/plain: ") for line in said)
     shares = [int(line.split("int8/plain: ")[1].split("%")[0]) for line in said]

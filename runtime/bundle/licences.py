@@ -1,0 +1,40 @@
+"""What is said of licences: that of a model, and those of its adapters.
+
+A licence is told by its identifier on the hub, such as "apache-2.0". Creative Commons' are written as they are called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+__all__ = ["described_licences", "licence_name"]
+
+_CREATIVE_COMMONS = re.compile(r"cc-(by(?:-\w+)*)-(\d\.\d)")
+_NOT_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial", re.IGNORECASE)
+
+
+def licence_name(licence: str | None) -> str:
+    """A licence for people: "CC BY-NC 4.0 (no commercial use)", "apache-2.0", "not stated"."""
+    if licence is None:
+        return "not stated"
+    found = _CREATIVE_COMMONS.fullmatch(licence)
+    name = f"CC {found[1].upper()} {found[2]}" if found else licence
+    return f"{name} (no commercial use)" if _NOT_COMMERCIAL.search(licence) else name
+
+
+def described_licences(model: str | None, adapters: Mapping[str, str | None]) -> str:
+    """Licences in a line: "apache-2.0; adapter code: mit; adapters chat, web: not stated".
+
+    Args:
+        model: that of the model.
+        adapters: those of the adapters to tell of, by task.
+    """
+    tasks: dict[str, list[str]] = {}
+    for task, licence in adapters.items():
+        tasks.setdefault(licence_name(licence), []).append(task)
+    own = (
+        f"adapter{'s' if len(of_name) > 1 else ''} {', '.join(of_name)}: {name}"
+        for name, of_name in tasks.items()
+    )
+    return "; ".join([licence_name(model), *own])
