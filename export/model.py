@@ -59,7 +59,7 @@ class Model:
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        dense, width = self.settings.dense, self.architecture.hidden_size
+        dense, width = self.settings.dense, self.architecture.vector_size
         return dense[-1].out_features if dense else width * len(poolings(self.pooling))
 
     @property

@@ -18,6 +18,7 @@ from embedge.export.graph.pooling import poolings
 from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
 from embedge.export.schemes.mixed import unmatched
+from embedge.export.schemes.registry import PRECISIONS
 from embedge.export.source.checkpoint import Checkpoint, ModelFolder
 from embedge.export.source.image_processor import image_settings
 from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
@@ -53,8 +54,10 @@ def read_model(options: ExportOptions) -> Model:
     settings = settings_of_all(settings, folders, loaded, config)
     pooling = _choose_pooling(options, checkpoint.name, family_class, settings)
     family = family_class(checkpoint.config, settings.max_length)
+    _check_half(options, family)
+    _tell_left_out(options, checkpoint.name, family)
     architecture = family.architecture
-    _check_dense(checkpoint, settings, family.hidden_size * len(poolings(pooling)))
+    _check_dense(checkpoint, settings, architecture.vector_size * len(poolings(pooling)))
     tokenizer = read_tokenizer(
         checkpoint.transformer_path,
         config,
@@ -156,6 +159,28 @@ def _task_folders(
         )
     check_tasks(own)
     return {t: None if f is None else checkpoint.path / f for t, f in own.items()}
+
+
+def _check_half(options: ExportOptions, family: Family) -> None:
+    """Refuse precisions whose matmuls take float16 for a model whose values do not fit it."""
+    halves = [name for name in options.precisions if PRECISIONS[name].half]
+    if halves and not family.fits_half:
+        raise EmbedgeValueError(
+            f"precisions {', '.join(halves)}: a {family.config['model_type']} model has values above float16's "
+            "largest, which these multiply in; expected int8, int4 or fp32",
+            arguments=["precisions"],
+        )
+
+
+def _tell_left_out(options: ExportOptions, name: str, family: Family) -> None:
+    what = family.left_out()
+    if what and options.modality != "text":
+        warnings.warn(
+            f"{name}: it embeds {what} too, which is not exported yet; the bundle takes texts alone. Give "
+            "modality='text' (--modality text) where that is what you want",
+            EmbedgeWarning,
+            stacklevel=4,
+        )
 
 
 def _check_dense(checkpoint: Checkpoint, settings: SentenceSettings, width: int) -> None:

@@ -30,6 +30,7 @@ from embedge.export.weights.tensors import Weights
 FloatArray = NDArray[np.float32]
 
 HIDDEN = "hidden"  # the input of token states
+FIRST = "first_hidden"  # those before the first layer, where later ones read them
 _SAMPLE_ROWS = 1024
 _TABLE_ROWS = 2048
 
@@ -56,6 +57,7 @@ def calibrate(
     """
     every = max(1, sum(int(batch.mask.sum()) for batch in batches) // _SAMPLE_ROWS)
     hidden, norm = first_states(architecture, weights, batches, scratch)
+    first = list(hidden)
     for index in range(len(architecture.layers)):
         layer = Layer(architecture, weights, index, norm, scratch)
         linear_groups, norm = layer.linear_groups, layer.norm
@@ -74,7 +76,7 @@ def calibrate(
                 np.maximum(peak, np.abs(matrix).max(axis=1), out=peak)
                 statistics[label].matrices.append(matrix)
         for number, batch in enumerate(batches):
-            hidden[number], values = layer.run(batch, hidden[number])
+            hidden[number], values = layer.run(batch, hidden[number], first[number])
             attended = batch.mask.astype(bool)
             for label, inputs in values.items():
                 rows = inputs[attended]
@@ -136,6 +138,7 @@ class Layer:
         self,
         batch: TokenBatch,
         hidden: FloatArray,
+        first: FloatArray,
         changed: Mapping[str, FloatArray] | None = None,
     ) -> tuple[FloatArray, dict[str, FloatArray]]:
         """Run the layer.
@@ -143,6 +146,7 @@ class Layer:
         Args:
             batch: the tokens.
             hidden: float32 ``[batch, tokens, hidden]``, the states before the layer.
+            first: likewise, those before the first layer.
             changed: weights as of :meth:`weight` to take in place of the layer's, by the Linear's label.
 
         Returns:
@@ -152,6 +156,7 @@ class Layer:
         feeds: dict[str, NDArray[Any]] = {
             **batch.feeds(self._inputs),
             HIDDEN: hidden,
+            FIRST: first,
             **weights,
         }
         states, *values = self._session.run(feeds)
@@ -204,5 +209,9 @@ class _TableRows(Float32Scheme):
 def behind_states(architecture: Architecture, weights: Weights) -> TransformerGraph:
     """A float32 graph whose input ``HIDDEN`` is token states."""
     g = Graph(weights=weights, scheme=Float32Scheme())
-    g.input(HIDDEN, TensorProto.FLOAT, [*TOKENS, architecture.hidden_size])
-    return TransformerGraph(g, architecture)
+    axes = [*TOKENS, architecture.hidden_size]
+    g.input(HIDDEN, TensorProto.FLOAT, axes)
+    transformer = TransformerGraph(g, architecture)
+    if architecture.token_gates:
+        transformer.first = g.input(FIRST, TensorProto.FLOAT, axes)
+    return transformer

@@ -87,6 +87,7 @@ def candidates(
     g, int8 = Graph(weights=base, scheme=Float32Scheme()), Int8Scheme({})
     sample = _sample(architecture, batches)
     hidden, norm = first_states(architecture, base, sample, scratch)
+    first = list(hidden)
     moved: list[list[FloatArray]] = [[] for _ in sample]  # states by batch, then by input
     labels: list[tuple[str, ...]] = []
     extra: list[int] = []
@@ -94,8 +95,8 @@ def candidates(
         report(index + 1)
         layer = Layer(architecture, base, index, norm, scratch)
         norm = layer.norm
-        for batch, states in zip(sample, moved, strict=True):
-            _run_together(layer, batch, states)
+        for batch, start, states in zip(sample, first, moved, strict=True):
+            _run_together(layer, batch, start, states)
         for group in layer.linear_groups.values():
             names = group.labels
             if first_match(keep, *names) is not None:
@@ -104,8 +105,8 @@ def candidates(
                 linear.label: int4.restored(group, np.array(layer.weight(linear).T, order="C"))
                 for linear in group.linears
             }
-            for batch, before, states in zip(sample, hidden, moved, strict=True):
-                states.append(layer.run(batch, before, changed)[0])
+            for batch, start, before, states in zip(sample, first, hidden, moved, strict=True):
+                states.append(layer.run(batch, before, start, changed)[0])
             del changed
             labels.append(names)
             eight, four = (
@@ -117,7 +118,10 @@ def candidates(
                 for scheme in (int8, int4)
             )
             extra.append(eight - four)
-        hidden = [layer.run(batch, x)[0] for batch, x in zip(sample, hidden, strict=True)]
+        hidden = [
+            layer.run(batch, x, start)[0]
+            for batch, x, start in zip(sample, hidden, first, strict=True)
+        ]
         del layer
     vectors_of = _head(model, base, sample, scratch)
     exact = vectors_of(hidden)
@@ -179,7 +183,9 @@ def _sample(architecture: Architecture, batches: Sequence[TokenBatch]) -> list[T
     return token_batches(texts, 0, architecture.hidden_size)
 
 
-def _run_together(layer: Layer, batch: TokenBatch, states: list[FloatArray]) -> None:
+def _run_together(
+    layer: Layer, batch: TokenBatch, first: FloatArray, states: list[FloatArray]
+) -> None:
     """Run several states of the same tokens through a layer, in place, a few thousand tokens at once."""
     step = max(1, _MOST_TOKENS // batch.ids.size)
     for start in range(0, len(states), step):
@@ -187,7 +193,8 @@ def _run_together(layer: Layer, batch: TokenBatch, states: list[FloatArray]) -> 
         tiled = TokenBatch(
             ids=np.tile(batch.ids, (len(part), 1)), mask=np.tile(batch.mask, (len(part), 1))
         )
-        result, _ = layer.run(tiled, np.concatenate(part))
+        starts = np.tile(first, (len(part), 1, 1))
+        result, _ = layer.run(tiled, np.concatenate(part), starts)
         # copies: a view would keep the whole result
         states[start : start + step] = [x.copy() for x in np.split(result, len(part))]
 

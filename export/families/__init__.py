@@ -20,6 +20,7 @@ from embedge.export.families.decoder import (
     Qwen2,
     Qwen3,
 )
+from embedge.export.families.embedding_gemma2 import EmbeddingGemma2
 from embedge.export.families.gemma3 import Gemma3
 from embedge.export.families.gte import Gte
 from embedge.export.families.jina_v5 import (
@@ -58,6 +59,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3,
     PplxQwen3,
     Gemma3,
+    EmbeddingGemma2,
 )
 
 # Those that serve a model of another family's model_type by its name.

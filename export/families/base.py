@@ -67,6 +67,7 @@ class Family(ConfigReader, ABC):
         default_pooling: where neither the model nor the caller says.
         guess: what to say where the default is taken, "" for nothing.
         tower: what makes states of other things than texts, or ``None``.
+        fits_half: whether its values fit float16, which graphs for GPUs multiply in.
         architecture: what the graph is written from.
 
     Args:
@@ -87,6 +88,7 @@ class Family(ConfigReader, ABC):
     default_pooling: ClassVar[str | None] = None
     guess: ClassVar[str] = ""
     tower: ClassVar[type[Tower] | None] = None
+    fits_half: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any], max_length: int) -> None:
         first = {"model_type": self.model_types[0]}
@@ -163,6 +165,10 @@ class Family(ConfigReader, ABC):
             if key.endswith(old):
                 key = key[: -len(old)] + new
         return key
+
+    def left_out(self) -> str:
+        """What the model embeds besides texts and no export does, for a warning; "" for nothing."""
+        return ""
 
     # -- checks -------------------------------------------------------------------------------------
 

@@ -233,6 +233,17 @@ _GTE = Keys(
     ),
 )
 
+_EMBEDDING_GEMMA2 = Keys(
+    used=words(
+        """attention_bias embedding_dim global_head_dim head_dim hidden_activation hidden_size
+        hidden_size_per_layer_input layer_types max_position_embeddings num_attention_heads
+        num_global_key_value_heads num_hidden_layers num_key_value_heads pad_token_id per_layer_config
+        rms_norm_eps rope_parameters sliding_window sliding_window_pattern"""
+    ),
+    fixed=_ENCODER_FIXED,
+    classes=("EmbeddingGemma2",),
+)
+
 KEYS: Mapping[str, Keys] = {
     "bert": Keys(used=_BERT, harmless=_EARLY_BERT, fixed=_ENCODER_FIXED, classes=("Bert",)),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
@@ -330,6 +341,17 @@ KEYS: Mapping[str, Keys] = {
         fixed=_ENCODER_FIXED,
         classes=("DistilBert",),
     ),
+    "embedding_gemma2": replace(
+        _EMBEDDING_GEMMA2,
+        used=_EMBEDDING_GEMMA2.used
+        | words("audio_token_id image_token_id text_config video_token_id"),
+        # towers that are left out, and what stands around an image or a sound
+        harmless=_EMBEDDING_GEMMA2.harmless
+        | words(
+            "audio_config boa_token_id boi_token_id eoa_token_index eoi_token_id vision_config"
+        ),
+    ),
+    "embedding_gemma2_text": _EMBEDDING_GEMMA2,
     "nomic_bert": _NOMIC_BERT,
     **dict.fromkeys(("gte", "new"), _GTE),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged"), _QWEN_VL),
@@ -354,6 +376,20 @@ _QWEN_VL_DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "sliding_window": 4096,
 }
+_EMBEDDING_GEMMA2_DEFAULTS = {
+    "audio_token_id": 258_881,
+    "embedding_dim": 768,
+    "head_dim": 256,
+    "hidden_size": 512,
+    "hidden_size_per_layer_input": 512,
+    "image_token_id": 258_880,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "sliding_window": 512,
+    "video_token_id": 258_884,
+}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "bert": {"type_vocab_size": 2},
     "roberta": {"type_vocab_size": 2},
@@ -377,6 +413,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         ),
         _QWEN3_DEFAULTS,
     ),
+    **dict.fromkeys(("embedding_gemma2", "embedding_gemma2_text"), _EMBEDDING_GEMMA2_DEFAULTS),
     "gemma3_text": {
         "head_dim": 256,
         "num_attention_heads": 8,
@@ -427,7 +464,7 @@ def check_config(config: Mapping[str, Any], kind: str, file: Path) -> None:
     for part in (config, inner):
         _check_keys(part, keys, file, "")
     vision = config.get("vision_config")
-    if isinstance(vision, dict):
+    if isinstance(vision, dict) and "vision_config" not in keys.harmless:
         _check_keys(vision, KEYS["vision"], file, "vision_config.")
 
 
@@ -456,7 +493,7 @@ def _check_code(config: Mapping[str, Any], keys: Keys, file: Path) -> None:
 
 
 def _check_keys(part: Mapping[str, Any], keys: Keys, file: Path, prefix: str) -> None:
-    fixed = {**_FIXED, **keys.fixed}
+    fixed = {k: v for k, v in {**_FIXED, **keys.fixed}.items() if k not in keys.used}
     for key, value in part.items():
         if key in fixed:
             if not any(value is v or (value == v and type(value) is type(v)) for v in fixed[key]):

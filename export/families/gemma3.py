@@ -26,6 +26,7 @@ class Gemma3(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
     examples: ClassVar[Mapping[str, str]] = {"gemma3_text": "google/embeddinggemma-300m"}
+    fits_half = False
     roots: ClassVar[tuple[str, ...]] = ("embed_tokens", "layers", "norm", *HEAD_ROOTS)
 
     def declare(self) -> Architecture:

@@ -1,6 +1,6 @@
 """What a transformer is, as its family declares it; ``transformer.py`` writes the graph.
 
-A layer is two sublayers, attention and an MLP, on a residual stream ``h``::
+A layer is two sublayers, attention and an MLP, on a residual stream ``h``, and perhaps a third::
 
     x = input_norm(h)          pre-norm models
     h = h + output_norm(sublayer(x))
@@ -14,7 +14,6 @@ What families that are not here yet would declare:
 =======================  ==========================================================================
 jina v3                  BERT's layers, fused q, k, v, a :class:`Rope` in place of the position table
 granite R2, mmBERT       ModernBERT as it is
-EmbeddingGemma 2         new besides: a norm of values, a third sublayer (per-layer input), layer scalar
 jina-bert v2             new: ALiBi, another bias by relative position
 Qwen3-VL                 new: interleaved ``sections``, features that are added to early layers
 nomic v2-moe             new: a sublayer with experts
@@ -24,7 +23,7 @@ nomic v2-moe             new: a sublayer with experts
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from onnx import TensorProto
@@ -83,6 +82,7 @@ class Attention(Sublayer):
         rope: rotary positions of queries and keys.
         query_norm: RMSNorm of every query head.
         key_norm: RMSNorm of every key head.
+        value_epsilon: of an RMSNorm of every value head, which has no weights; ``None`` without one.
         scale: of the scores, ``None`` for 1 / √head_size.
     """
 
@@ -93,6 +93,7 @@ class Attention(Sublayer):
     rope: Rope | None = None
     query_norm: NormRef | None = None
     key_norm: NormRef | None = None
+    value_epsilon: float | None = None
     scale: float | None = None
 
     @property
@@ -101,8 +102,10 @@ class Attention(Sublayer):
         return self.head_size**-0.5 if self.scale is None else self.scale
 
     @property
-    def sink(self) -> ScaleSink:
-        """What takes a scale of the mixed values."""
+    def sink(self) -> ScaleSink | None:
+        """What takes a scale of the mixed values; a norm of the values would take it away."""
+        if self.value_epsilon is not None:
+            return None
         repeats = self.heads // self.kv_heads
         groups = (self.kv_heads, repeats, self.head_size) if repeats > 1 else None
         return ScaleSink(linear=self.linears[2], groups=groups)
@@ -110,7 +113,8 @@ class Attention(Sublayer):
     @property
     def moves_value_bias(self) -> bool:
         """Whether the value bias is added behind the output projection, as rows of softmax sum to 1."""
-        return self.heads == self.kv_heads and not self.span.causal
+        grouped = self.heads != self.kv_heads
+        return not (grouped or self.span.causal or self.value_epsilon is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +130,45 @@ class Mlp(Sublayer):
     activation: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenGate(Sublayer):
+    """``out(activation(gate(h)) · token_norm(token_scale · token_linear(e)))``: ``e`` are the first layer's states.
+
+    Its ``linears`` are ``gate`` alone, which has as many rows as ``token_linear``.
+
+    Attributes:
+        token_linear: the Linear that reads the states before the first layer, some rows of a tensor.
+        token_norm: of what it gives.
+        token_scale: a factor of its weight.
+        activation: by its transformers name.
+    """
+
+    token_linear: LinearRef
+    token_norm: NormRef
+    token_scale: float
+    activation: str
+
+
 class Layer(NamedTuple):
-    """A transformer block."""
+    """A transformer block.
+
+    Attributes:
+        attention: the first sublayer.
+        mlp: the second.
+        token_gate: the third, where there is one.
+        scale: a tensor of one number by which the states behind the layer are multiplied.
+    """
 
     attention: Attention
     mlp: Mlp
+    token_gate: TokenGate | None = None
+    scale: str | None = None
+
+    @property
+    def sublayers(self) -> list[Sublayer]:
+        """Those that there are, in order."""
+        both: list[Sublayer] = [self.attention, self.mlp]
+        return both if self.token_gate is None else [*both, self.token_gate]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +186,9 @@ class Architecture:
         relative_bias: score biases by T5's buckets of relative positions, a column per head.
         embedding_norm: norm of the sum of tables.
         final_norm: norm after the last layer.
+        state_projection: a Linear behind ``final_norm``, by which pooled states become vectors.
+        state_dim: width of those.
+        token_aliases: tokens that have the state of another one, by their ids.
         token_head: a Linear to vectors of single tokens.
         multi_vector_dim: width of those.
         feature_writer: the Linear of a vision tower whose features take the places of tokens.
@@ -167,6 +208,9 @@ class Architecture:
     relative_bias: str | None = None
     embedding_norm: NormRef | None = None
     final_norm: NormRef | None = None
+    state_projection: LinearRef | None = None
+    state_dim: int | None = None
+    token_aliases: Mapping[int, int] = field(default_factory=dict)
     token_head: LinearRef | None = None
     multi_vector_dim: int | None = None
     feature_writer: LinearRef | None = None
@@ -197,9 +241,19 @@ class Architecture:
         return "pool_mask" if self.images or self.skips_prompts else "attention_mask"
 
     @property
+    def vector_size(self) -> int:
+        """Channels of a pooled state behind the model's own Linears."""
+        return self.hidden_size if self.state_dim is None else self.state_dim
+
+    @property
     def sublayers(self) -> Iterator[Sublayer]:
         """Those of all layers, in order."""
-        return (part for layer in self.layers for part in layer)
+        return (part for layer in self.layers for part in layer.sublayers)
+
+    @property
+    def token_gates(self) -> list[TokenGate]:
+        """Those of all layers, in order."""
+        return [layer.token_gate for layer in self.layers if layer.token_gate is not None]
 
     @property
     def norms(self) -> Iterator[NormRef]:
@@ -208,6 +262,8 @@ class Architecture:
             found = [part.input_norm, part.output_norm, part.sum_norm]
             if isinstance(part, Attention):
                 found += [part.query_norm, part.key_norm]
+            if isinstance(part, TokenGate):
+                found.append(part.token_norm)
             yield from (norm for norm in found if norm is not None)
         yield from (n for n in (self.embedding_norm, self.final_norm) if n is not None)
 
@@ -219,6 +275,9 @@ class Architecture:
         if self.norm_offset:
             offset = Adjustment(offset=self.norm_offset)
             found |= {norm.weight: offset for norm in self.norms if norm.rms}
+        for gate in self.token_gates:
+            linear, scale = gate.token_linear, Adjustment(scale=gate.token_scale)
+            found |= {linear.weight: scale, linear.bias: scale}
         return found
 
     def with_images(self) -> Architecture:
@@ -243,10 +302,15 @@ class Architecture:
             self.relative_bias: ("relative_attention_num_buckets", self.layers[0].attention.heads),
             **{norm.name: (width,) for norm in norms if norm is not None},
         }
+        if self.state_projection is not None:
+            found[self.state_projection.name] = (self.state_dim, width)
+        for gate in self.token_gates:
+            found[gate.token_linear.name] = (gate.token_linear.stop, width)  # the last has all rows
         if self.token_head is not None:
             found[self.token_head.name] = (self.multi_vector_dim, width)
         named = {name: shape for name, shape in found.items() if name is not None}
-        return {**named, **layer_shapes(self.layers, width)}
+        scales = {layer.scale: (1,) for layer in self.layers if layer.scale is not None}
+        return {**named, **layer_shapes(self.layers, width), **scales}
 
     def streams(self) -> tuple[ResidualStream, ...]:
         """The residual stream, if it may be rotated: not where norms stand elsewhere than before, or have biases."""
@@ -254,7 +318,7 @@ class Architecture:
         norms = [self.embedding_norm, final, *(part.input_norm for part in parts)]
         biased = any(norm is not None and norm.has_bias for norm in norms)
         mixed = any(part.sum_norm is not None or part.output_norm is not None for part in parts)
-        if final is None or biased or mixed:
+        if final is None or biased or mixed or self.token_gates:
             return ()
         stream = residual_stream(
             self.layers,
@@ -287,7 +351,7 @@ def residual_stream(
         writers: Linears outside of the layers that write it.
         readers: Linears outside of the layers that read it, and the norm between.
     """
-    parts = [part for layer in layers for part in layer]
+    parts = [part for layer in layers for part in layer.sublayers]
     between = {linear: part.input_norm for part in parts for linear in part.linears} | dict(readers)
     return ResidualStream(
         width=width,
@@ -299,7 +363,8 @@ def residual_stream(
 def layer_shapes(layers: Iterable[Layer], width: int) -> dict[str, Shape]:
     """Shapes of the modules' weights of some layers on a stream of ``width`` channels."""
     found: dict[str, Shape] = {}
-    for attention, mlp in layers:
+    for layer in layers:
+        attention, mlp, gate = layer.attention, layer.mlp, layer.token_gate
         rows, kv_rows = (n * attention.head_size for n in (attention.heads, attention.kv_heads))
         for part, sizes in ((attention, (rows, kv_rows, kv_rows)), (mlp, (mlp.inner, mlp.inner))):
             by_rows = sorted(zip(part.linears, sizes, strict=False), key=lambda p: p[0].start or 0)
@@ -307,6 +372,21 @@ def layer_shapes(layers: Iterable[Layer], width: int) -> dict[str, Shape]:
             found[part.out.name] = (width, sizes[0])
             norms = (part.input_norm, part.output_norm, part.sum_norm)
             found |= {norm.name: (width,) for norm in norms if norm is not None}
+        if gate is not None:
+            found |= _gate_shapes(gate, width)
         norms = (attention.query_norm, attention.key_norm)
         found |= {norm.name: (attention.head_size,) for norm in norms if norm is not None}
     return found
+
+
+def _gate_shapes(gate: TokenGate, width: int) -> dict[str, Shape]:
+    """Shapes of a third sublayer's weights."""
+    linear = gate.token_linear
+    rows = None if linear.start is None or linear.stop is None else linear.stop - linear.start
+    found: dict[str, Shape] = {
+        gate.linears[0].name: (rows, width),
+        gate.out.name: (width, rows),
+        gate.token_norm.name: (rows,),
+    }
+    norms = (gate.input_norm, gate.output_norm, gate.sum_norm)
+    return {**found, **{norm.name: (width,) for norm in norms if norm is not None}}

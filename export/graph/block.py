@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from embedge.export.graph.architecture import Attention, Layer, Mlp, Sublayer
+import numpy as np
+
+from embedge.export.graph.architecture import Attention, Layer, Mlp, Sublayer, TokenGate
 from embedge.export.graph.attention import Seen, attention
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import Rotary, rotate
@@ -48,6 +50,7 @@ def block(
     seen: Seen,
     rotary: Rotary | None = None,
     regrouped: Regrouped | None = None,
+    first: Value | None = None,
 ) -> Value:
     """The stream after a layer, float32 ``[batch, tokens, width]``.
 
@@ -58,10 +61,16 @@ def block(
         seen: which keys are seen.
         rotary: positions of queries and keys.
         regrouped: the order of rows within attention, where it is another; ``seen`` and ``rotary`` are in it.
+        first: the states before the first layer, for a layer with a third sublayer.
     """
     y, bias = _attention(g, layer.attention, hidden, seen, rotary, regrouped)
     hidden = _added(g, layer.attention, hidden, y, bias)
-    return _added(g, layer.mlp, hidden, *_mlp(g, layer.mlp, hidden))
+    hidden = _added(g, layer.mlp, hidden, *_mlp(g, layer.mlp, hidden))
+    if layer.token_gate is not None:
+        assert first is not None
+        y, bias = _token_gate(g, layer.token_gate, hidden, first)
+        hidden = _added(g, layer.token_gate, hidden, y, bias)
+    return hidden if layer.scale is None else g.op("Mul", hidden, g.param(layer.scale))
 
 
 def _attention(
@@ -82,6 +91,9 @@ def _attention(
     if not spec.moves_value_bias:
         pair = list(pair)  # both before the values, as earlier versions did: see TransformerGraph
         v = g.add(v, g.bias(v))
+    if spec.value_epsilon is not None:
+        ones = g.const(np.ones(spec.head_size))
+        v = _normed_heads(g, spec, v, ones, spec.value_epsilon, spec.kv_heads)
     if rotary is not None:
         heads = (spec.heads, spec.kv_heads)
         pair = (rotate(g, x, rotary, count) for x, count in zip(pair, heads, strict=True))
@@ -104,10 +116,17 @@ def _queries_and_keys(g: Graph, spec: Attention, q: Value, k: Value) -> Iterator
     for x, norm, heads in parts:
         y = g.add(x, g.bias(x))
         if norm is not None:
-            y = g.op("Reshape", y, g.const([0, 0, heads, spec.head_size], "int64"))
-            y = g.rms_norm(y, g.param(norm.weight), norm.epsilon)
-            y = g.op("Reshape", y, g.const([0, 0, heads * spec.head_size], "int64"))
+            y = _normed_heads(g, spec, y, g.param(norm.weight), norm.epsilon, heads)
         yield y
+
+
+def _normed_heads(
+    g: Graph, spec: Attention, x: Value, gamma: Value, epsilon: float, heads: int
+) -> Value:
+    """RMSNorm of each head of ``[batch, tokens, heads · head_size]``."""
+    x = g.op("Reshape", x, g.const([0, 0, heads, spec.head_size], "int64"))
+    x = g.rms_norm(x, gamma, epsilon)
+    return g.op("Reshape", x, g.const([0, 0, heads * spec.head_size], "int64"))
 
 
 def _mlp(g: Graph, spec: Mlp, hidden: Value) -> tuple[Value, Value | None]:
@@ -119,6 +138,20 @@ def _mlp(g: Graph, spec: Mlp, hidden: Value) -> tuple[Value, Value | None]:
     else:
         gate, up = spec.linears
         y = g.gated(x, gate, up, spec.activation)
+    [y] = g.linears(y, [spec.out])
+    return y, g.bias(y)
+
+
+def _token_gate(
+    g: Graph, spec: TokenGate, hidden: Value, first: Value
+) -> tuple[Value, Value | None]:
+    """What the sublayer adds to the stream, and the bias that belongs to it."""
+    [part] = g.linears(first, [spec.token_linear])
+    part = normalized(g, g.add(part, g.bias(part)), spec.token_norm)
+    [gate] = g.linears(_input(g, spec, hidden), spec.linears)
+    factors = g.activation(gate, spec.activation), part
+    y = g.op("Mul", *factors)
+    y.factors = factors
     [y] = g.linears(y, [spec.out])
     return y, g.bias(y)
 

@@ -16,6 +16,7 @@ from embedge.export.graph.pooling import (
 )
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.transformer import TransformerGraph
+from embedge.export.graph.values import Value
 from embedge.export.source.dense import DenseLayer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.tensors import Weights
@@ -69,7 +70,7 @@ def task_graph(
 
 def embedding(
     transformer: TransformerGraph,
-    hidden: str,
+    hidden: Value,
     *,
     pooling: str,
     dense: tuple[DenseLayer, ...],
@@ -84,20 +85,29 @@ def embedding(
         mask=architecture.pool_mask,
         skips=architecture.skips_prompts,
     )
-    modes = poolings(pooling)
-    norm = g.weights.output if isinstance(g.weights, RotatedWeights) else None
-    # but for the largest value pooling is linear: a vector is rotated back instead of every token
-    linear = len(modes) == 1 and modes[0] != "max"
-    if norm is not None and not linear:
-        hidden = rotated_back(g, g.weights, norm, hidden, by_token=True)
+    modes, last = poolings(pooling), architecture.state_projection
+    # a pooling that only weighs states commutes with what is linear: done once instead of for every token
+    by_token = len(modes) > 1 or modes[0] == "max"
+    by_token = by_token or (last is not None and g.weights.has(last.bias))
+    if by_token:
+        hidden = _in_own_axes(transformer, hidden, by_token=True)
     x = pool(g, hidden, pooling, pooled)
-    if norm is not None and linear:
-        x = rotated_back(g, g.weights, norm, x)
+    if not by_token:
+        x = _in_own_axes(transformer, x, by_token=False)
     for index, layer in enumerate(dense):
         x = apply_dense(g, x, layer, f"dense.{index}")
     if normalize:
         x = unit_length(g, x)
     if tanh_int8:
         x = g.op("Round", g.op("Mul", g.op("Tanh", x), g.const(127.0)))
-    width = dense[-1].out_features if dense else architecture.hidden_size * len(modes)
+    width = dense[-1].out_features if dense else architecture.vector_size * len(modes)
     g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
+
+
+def _in_own_axes(transformer: TransformerGraph, x: Value, *, by_token: bool) -> Value:
+    """States, or pooled ones, rotated back and through the model's last Linear."""
+    g = transformer.g
+    norm = g.weights.output if isinstance(g.weights, RotatedWeights) else None
+    if norm is not None:
+        x = rotated_back(g, g.weights, norm, x, by_token=by_token)
+    return transformer.projected(x)

@@ -10,7 +10,7 @@ from embedge.export.graph.attention import seen_by
 from embedge.export.graph.block import block, normalized
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import rotary
-from embedge.export.graph.values import Value
+from embedge.export.graph.values import LinearRef, Value
 
 
 class TransformerGraph:
@@ -23,6 +23,7 @@ class TransformerGraph:
         model: what is written.
         tokens: int64 scalar, padded tokens of the batch.
         lengths: int64 ``[batch]``, attended tokens of each row; rows are padded on the right.
+        first: float32 ``[batch, tokens, hidden]``, the states before the first layer, once they are there.
 
     Args:
         g: an empty graph; it gets the model's inputs and what layers share.
@@ -31,6 +32,7 @@ class TransformerGraph:
 
     def __init__(self, g: Graph, model: Architecture) -> None:
         self.g, self.model = g, model
+        self.first: Value | None = None
         for name, (elem_type, axes) in model.inputs.items():
             g.input(name, elem_type, axes)
         # Names of nodes carry their number. Models without a position table have these two the other way
@@ -63,7 +65,7 @@ class TransformerGraph:
         """Token states before the first layer, float32 ``[batch, tokens, hidden]``."""
         g, model = self.g, self.model
         positions = self._positions()
-        x = g.add(g.embedding(f"{model.token_table}.weight", "input_ids"), positions)
+        x = g.add(g.embedding(f"{model.token_table}.weight", self._ids()), positions)
         if model.type_table is not None:
             x = g.add(x, g.op("Gather", g.param(f"{model.type_table}.weight"), "token_type_ids"))
         norm = model.embedding_norm
@@ -71,7 +73,16 @@ class TransformerGraph:
             x = normalized(g, x, norm)
         if model.images:
             x = g.op("ScatterND", x, "image_positions", "image_features")
+        self.first = x
         return x
+
+    def _ids(self) -> str:
+        """int64 ``[batch, tokens]``: the rows of the token table."""
+        g, ids = self.g, "input_ids"
+        for token, other in self.model.token_aliases.items():
+            same = g.op("Equal", "input_ids", g.const(token, "int64"))
+            ids = g.op("Where", same, g.const(other, "int64"), ids)
+        return ids
 
     def _positions(self) -> Value | None:
         """float32 ``[tokens, hidden]`` of the position table."""
@@ -94,27 +105,38 @@ class TransformerGraph:
         layer = self.model.layers[index]
         rope = layer.attention.rope
         turned = None if rope is None else self._rotary[rope.name]
-        return block(self.g, layer, hidden, self._seen[layer.attention.span], turned)
+        seen = self._seen[layer.attention.span]
+        return block(self.g, layer, hidden, seen, turned, first=self.first)
 
     def final(self, hidden: Value) -> Value:
         """Token states as the model returns them."""
         norm = self.model.final_norm
         return hidden if norm is None else normalized(self.g, hidden, norm)
 
+    def projected(self, x: Value) -> Value:
+        """States, or pooled ones, float32 ``[…, hidden]`` through the model's last Linear, if it has one."""
+        linear = self.model.state_projection
+        return x if linear is None else self._in_float32(x, linear)
+
+    def _in_float32(self, x: Value, linear: LinearRef) -> Value:
+        """A Linear and its bias, in float32 at any precision."""
+        g = self.g
+        matrix = g.computed(
+            linear.weight,
+            (linear.in_features(g.weights), linear.out_features(g.weights)),
+            lambda: np.ascontiguousarray(linear.read(g.weights).T),
+            linear.weight,
+            key=linear.key(g.weights, "fp32"),
+        )
+        y = g.op("MatMul", x, matrix)
+        y.linear = linear
+        return g.add(y, g.bias(y))
+
     def token_embeddings(self, hidden: Value) -> Value:
         """float32 ``[batch, tokens, multi_vector_dim]``, rows of length 1, padding of length 0."""
         g, head = self.g, self.model.token_head
         assert head is not None
-        matrix = g.computed(
-            head.weight,
-            (head.in_features(g.weights), head.out_features(g.weights)),
-            lambda: np.ascontiguousarray(head.read(g.weights).T),
-            head.weight,
-            key=head.key(g.weights, "fp32"),
-        )
-        y = g.op("MatMul", hidden, matrix)
-        y.linear = head
-        y = g.add(y, g.bias(y))
+        y = self._in_float32(hidden, head)
         norm = g.op("ReduceL2", y, g.const([-1], "int64"), keepdims=1)
         y = g.op("Div", y, g.op("Max", norm, g.const(1e-12)))
         real = g.op("Cast", "attention_mask", to=TensorProto.FLOAT)

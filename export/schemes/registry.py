@@ -26,20 +26,22 @@ class Precision:
         smoothed: whether it has constants of Linear inputs, which calibration finds.
         beside: precisions that run the same files in another way; they are written with it.
         tower: the vision tower's precision where it is another, as images lose more by 4 bits than texts.
+        half: whether its matmuls are of float16 values.
     """
 
     method: str | None = None
     smoothed: bool = False
     beside: tuple[str, ...] = ()
     tower: str | None = None
+    half: bool = False
 
 
 PRECISIONS = {
     "fp32": Precision(),
-    "fp16": Precision(),
+    "fp16": Precision(half=True),
     "int8": Precision(method="int8", smoothed=True),
     "int4": Precision(method="int4", smoothed=True, beside=(UNPACKED_PRECISION,), tower="int8"),
-    "int4-fp16": Precision(method="int4", tower="fp16"),
+    "int4-fp16": Precision(method="int4", tower="fp16", half=True),
 }
 KEPT = ("fp32", "int8")  # precisions that some layers of an int8 or int4 export may have
 

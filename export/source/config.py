@@ -43,7 +43,10 @@ class ConfigReader:
     config: Mapping[str, Any]
 
     def shapes(self) -> Mapping[str, Shape]:
-        """Shapes of the modules' weights by canonical name; a bias is as long as the first axis."""
+        """Shapes of the modules' weights by the module's canonical name, or of tensors by their own.
+
+        A bias is as long as the first axis.
+        """
         return {}
 
     def check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -59,8 +62,8 @@ class ConfigReader:
         sizes: dict[str, int] = {}
         for name, shape in sorted(found.items(), key=lambda item: -len(item[1])):
             module, _, what = name.rpartition(".")
-            known = expected.get(module)
-            if known is None or what not in ("weight", "bias"):
+            known = expected.get(name) or expected.get(module)
+            if known is None or (name not in expected and what not in ("weight", "bias")):
                 continue
             wanted = [self._axis(axis, sizes) for axis in known[: 1 if what == "bias" else None]]
             fits = len(wanted) == len(shape)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -47,6 +48,94 @@ EMBEDDING_GEMMA: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 300,
 }
+
+# As EmbeddingGemma 2 has it, but for sizes.
+EMBEDDING_GEMMA2: dict[str, Any] = {
+    "architectures": ["EmbeddingGemma2Model"],
+    "audio_config": None,
+    "audio_token_id": 290,
+    "boa_token_id": 256000,
+    "boi_token_id": 255999,
+    "dtype": "float32",
+    "eoa_token_index": 258883,
+    "eoi_token_id": 258882,
+    "image_token_id": 291,
+    "initializer_range": 0.02,
+    "model_type": "embedding_gemma2",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "embedding_dim": 40,
+        "eos_token_id": 1,
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 48,
+        "hidden_size_per_layer_input": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 72,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "max_position_embeddings": 1024,
+        "model_type": "embedding_gemma2_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "per_layer_config": {"2": {"head_dim": 32, "num_key_value_heads": 1}},
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 8,
+        "vocab_size": 300,
+    },
+    "transformers_version": "5.24.0",
+    "video_token_id": 292,
+    "vision_config": None,
+}
+
+
+def embedding_gemma2_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tensors of a text part by the names in a checkpoint of it alone."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    part, layers = config["hidden_size_per_layer_input"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config["vocab_size"], width),
+        "norm.weight": (width,),
+        "ple.per_layer_model_projection.weight": (layers * part, width),
+        "ple.per_layer_projection_norm.weight": (part,),
+        "embedding_projection.weight": (config["embedding_dim"], width),
+    }
+    for i in range(layers):
+        own = config["per_layer_config"].get(str(i), {})
+        size = own.get("head_dim", config["head_dim"])
+        kv_heads = own.get("num_key_value_heads", config["num_key_value_heads"])
+        matrices = {
+            "self_attn.q_proj": (heads * size, width),
+            "self_attn.k_proj": (kv_heads * size, width),
+            "self_attn.v_proj": (kv_heads * size, width),
+            "self_attn.o_proj": (width, heads * size),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "ple_block.per_layer_input_gate": (part, width),
+            "ple_block.per_layer_projection": (width, part),
+        }
+        norms = {"self_attn.q_norm": size, "self_attn.k_norm": size}
+        names = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+        norms |= {f"{name}_layernorm": width for name in names}
+        norms["ple_block.post_per_layer_input_norm"] = width
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in matrices.items()}
+        shapes |= {f"layers.{i}.{name}.weight": (size,) for name, size in norms.items()}
+        shapes[f"layers.{i}.layer_scalar"] = (1,)
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=draw)
+        tensors[name] = 1 + 0.3 * noise if len(shape) == 1 else noise * 1.6 / shape[1] ** 0.5
+    return tensors
 
 
 def gemma_tokenizer() -> Tokenizer:
@@ -139,3 +228,10 @@ def change_tensors(folder: Path, weights: str = "model", **by_part: Any) -> None
 def read_config(source: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     return config
+
+
+def texts_of(lengths: list[int], seed: int = 0) -> list[str]:
+    """Texts of so many tokens, <bos> and <eos> included."""
+    draw = np.random.default_rng(seed)
+    letters = list("abcdfgjklmopqrsuvwxyz")  # no merges
+    return ["".join(draw.choice(letters, n - 2)) for n in lengths]

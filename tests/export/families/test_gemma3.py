@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from embedge.export import CheckpointError, export_bundle
-from embedge.runtime import Embedder
+from embedge.runtime import Embedder, EmbedgeValueError
 from tests.helpers.gemma import (
     EMBEDDING_GEMMA,
     PROMPTS,
     change_tensors,
     read_config,
+    texts_of,
     write_pipeline,
 )
 from tests.helpers.models import (
@@ -42,13 +43,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "both ways, odd": {"sliding_window": 33, "attention_bias": True},
     "causal": CAUSAL,
 }
-
-
-def texts_of(lengths: list[int], seed: int = 0) -> list[str]:
-    """Texts of so many tokens, <bos> and <eos> included."""
-    draw = np.random.default_rng(seed)
-    letters = list("abcdfgjklmopqrsuvwxyz")  # no merges
-    return ["".join(draw.choice(letters, n - 2)) for n in lengths]
 
 
 TEXTS = texts_of([2, 3, 4, 63, 64, 65, 511, 512, 513, 1000, *range(5, 45, 4)])
@@ -230,3 +224,14 @@ def test_pooling_is_asked_for_where_no_file_names_one(
         exported(source, tmp_path / "out")
     model = exported(source, tmp_path / "out", pooling="lasttoken")
     assert model.encode(["the"]).shape == (1, 48)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4-fp16"])
+def test_precisions_of_float16_are_refused(
+    precision: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        EmbedgeValueError, match=f"precisions {precision}: .* above float16's"
+    ) as caught:
+        exported(sources["both ways"], tmp_path / "out", precision=precision)
+    assert caught.value.arguments == ("precisions",)

@@ -97,7 +97,8 @@ class Stored:
 
     def states(self, ids: NDArray[np.int64], model: Architecture) -> NDArray[Any]:
         h = self.norm(self.tensors["tokens.weight"][ids].astype(np.float64), model.embedding_norm)
-        for attention, mlp in model.layers:
+        for layer in model.layers:
+            attention, mlp = layer.attention, layer.mlp
             y = self.attention(self.norm(h, attention.input_norm), attention)
             h = self.norm(h + y, attention.sum_norm)
             h = self.norm(h + self.mlp(self.norm(h, mlp.input_norm), mlp), mlp.sum_norm)
