@@ -25,6 +25,9 @@ def session_options(*, always_exact: bool = False, threads: int | None = None) -
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # tests share cores
     if always_exact:
         ask_for_exact_matmuls(options)
     else:

@@ -188,6 +188,11 @@ MakeBundle = Callable[..., TinyBundle]
 @pytest.fixture
 def make_bundle(tmp_path: Path) -> MakeBundle:
     """Writes bundles: ``make_bundle(name, tasks=…, precisions=…, special_tokens=…, model=…)``."""
+    return bundles_in(tmp_path)
+
+
+def bundles_in(place: Path) -> MakeBundle:
+    """What :func:`make_bundle` is, for a folder."""
 
     def make(
         name: str = "bundle",
@@ -203,7 +208,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
         images: bool = False,
         model: Mapping[str, Any] | None = None,
     ) -> TinyBundle:
-        folder = tmp_path / name
+        folder = place / name
         folder.mkdir()
         generator = np.random.default_rng(FP32_SEED)
         table = generator.normal(size=(len(WORDS), DIM)).astype(np.float32)

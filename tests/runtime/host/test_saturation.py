@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ from embedge.runtime import Embedder, InferenceError
 from embedge.runtime.host import saturation
 from embedge.runtime.host.processor import instruction_sets
 from embedge.runtime.host.saturation import probe_model, saturates_u8s8
+from tests.helpers import saturated
+from tests.helpers.int8_graph import write_int8_bundle
+from tests.runtime.conftest import bundles_in
 
+ROOT = Path(__file__).resolve().parents[3]
 QEMU = shutil.which("qemu-x86_64")
 
 needs_qemu = pytest.mark.skipif(
@@ -33,61 +38,73 @@ needs_qemu = pytest.mark.skipif(
 )
 
 
-SCRIPT = """
-import json, sys
-import numpy as np
-import embedge.runtime.sessions.session as sessions
-from embedge.runtime import Embedder, InferenceError
+@dataclass
+class Found:
+    """What :mod:`tests.helpers.saturated` found, emulated and here, and the exact vectors of its bundle."""
 
-texts = [f"w{i}" for i in range(30)]
-vectors = {}
-exact = sessions.keep_matmuls_exact
-for name, ask in (("asked", exact), ("not asked", lambda options: None)):
-    sessions.keep_matmuls_exact = ask
-    model = Embedder(sys.argv[1], verify="none", threads=1)
-    vectors[name] = model.encode(texts, batch_size=30).tolist()
-    vectors[name + " alone"] = [model.encode(text).tolist() for text in texts]
-from embedge.runtime.host.saturation import describe_processor, saturates_u8s8
+    emulated: dict[str, Any]
+    native: dict[str, Any]
+    exact: Any
+    messages: str
 
-answer = {"saturates": saturates_u8s8(), "line": describe_processor()}
-print(json.dumps({**answer, "vectors": vectors}))
-"""
+    def errors(self, where: str) -> dict[str, float]:
+        """The relative error of the vectors by how sessions ask."""
+        expected = self.exact[4:34]  # "w0" is id 4
+        return {
+            name: float(np.linalg.norm(np.array(rows) - expected) / np.linalg.norm(expected))
+            for name, rows in getattr(self, where)["int8"].items()
+        }
 
 
-def run_python(
-    package_path: Path, code: str, *arguments: str, launcher: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, as Haswell below an emulator."""
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, package_path: Path) -> Found:
+    """An encoder and a decoder at int8, int4 and int4 unpacked, and a bundle whose vectors are int8 products."""
+    place = tmp_path_factory.mktemp("saturation")
+    tiny = bundles_in(place)(precisions={"int8": {}}, special_tokens=False)
+    exact = write_int8_bundle(tiny)
+    bundles = {"int8": str(tiny.path), "exported": exported(place)}
+    done = emulated(package_path, bundles)
+    return Found(json.loads(done.stdout), saturated.found(**bundles), exact, done.stderr)
+
+
+def exported(place: Path) -> list[list[str]]:
+    """Bundles and precisions, of the exporter's own tests; none where torch is not installed."""
+    if find_spec("torch") is None:
+        return []
+    from embedge.export import export_bundle
+    from tests.helpers.models import make_model, save
+
+    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "gain": 0.6}
+    pairs = []
+    for name, pooling in (("bert", "mean"), ("qwen2", "lasttoken")):
+        source = save(make_model(name, **wide), place / name, pooling=pooling)
+        out = export_bundle(
+            source,
+            adapters={"task": None},
+            precisions=["int8", "int4"],
+            out=place / f"{name}-bundle",
+            calibration="none",
+        )
+        pairs += [[str(out), precision] for precision in ("int8", "int4", "int4-unpacked")]
+    return pairs
+
+
+def emulated(package_path: Path, bundles: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Runs :mod:`tests.helpers.saturated` in a process of its own, as Haswell below an emulator."""
     variables = dict(os.environ)
-    if launcher:  # an emulator answers CPUID itself, see tests/processors
-        variables.pop("LD_PRELOAD", None)
+    variables.pop("LD_PRELOAD", None)  # an emulator answers CPUID itself, see tests/processors
+    command = [str(QEMU), os.path.realpath(sys.executable), "-m", "tests.helpers.saturated"]
     return subprocess.run(
-        [*launcher, os.path.realpath(sys.executable), "-c", code, *arguments],
+        [*command, json.dumps(bundles)],
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env={
             **variables,
             "QEMU_CPU": "Haswell",
             # The venv's packages: below an emulator sys.executable is resolved.
-            "PYTHONPATH": os.pathsep.join([str(package_path), *filter(None, sys.path)]),
-        },
-    )
-
-
-def errors(
-    package_path: Path, bundle: Path, exact: Any, *launcher: str
-) -> tuple[bool, str, dict[str, float]]:
-    """The probe's answer, the line about it, and the relative error of the vectors by how sessions ask."""
-    answer = json.loads(run_python(package_path, SCRIPT, str(bundle), launcher=launcher).stdout)
-    expected = exact[4:34]  # "w0" is id 4
-    return (
-        answer["saturates"],
-        answer["line"],
-        {
-            name: float(np.linalg.norm(np.array(rows) - expected) / np.linalg.norm(expected))
-            for name, rows in answer["vectors"].items()
+            "PYTHONPATH": os.pathsep.join([str(package_path), str(ROOT), *filter(None, sys.path)]),
         },
     )
 
@@ -153,77 +170,36 @@ def test_vectors_have_the_error_of_8_bit_steps(
 
 @pytest.mark.slow
 @needs_qemu
-def test_an_emulated_processor_without_vnni_gives_exact_matmuls(
-    int8_bundle: tuple[Path, Any], package_path: Path
-) -> None:
-    path, exact = int8_bundle
-    saturates, line, emulated = errors(package_path, path, exact, str(QEMU))
-    assert saturates
-    assert line.endswith("u8×s8 matmuls saturate, so u8×u8 ones are used: exact, slower")
+def test_an_emulated_processor_without_vnni_gives_exact_matmuls(found: Found) -> None:
+    assert found.emulated["saturates"]
+    expected = "u8×s8 matmuls saturate, so u8×u8 ones are used: exact, slower"
+    assert found.emulated["line"].endswith(expected)
+    emulated = found.errors("emulated")
     for how in ("", " alone"):
         assert emulated["asked" + how] < 0.004  # 8-bit steps, see above
         assert emulated["not asked" + how] > 10 * 0.008
     if not saturates_u8s8():
-        _, line, native = errors(package_path, path, exact)
-        assert line.endswith("8-bit matmuls are exact")
+        assert found.native["line"].endswith("8-bit matmuls are exact")
+        native = found.errors("native")
         assert native["asked"] == native["not asked"]
         assert emulated["asked"] == pytest.approx(native["asked"], rel=0.01)
 
 
 @pytest.mark.slow
 @needs_qemu
-def test_an_emulated_processor_without_avx512_does_without_the_kernel(package_path: Path) -> None:
-    code = """
-from embedge.runtime.kernels import library
-library.has_amx = lambda: False  # the machine's, in /proc
-print(library.own_kernels())
-"""
-    done = run_python(package_path, code, launcher=[str(QEMU)])
-    assert done.stdout.strip() == "False"
-    assert "EmbedgeWarning" not in done.stderr
-
-
-EXPORTED = """
-import json, sys
-from embedge.runtime import Embedder, InferenceError
-
-vectors = {}
-for bundle, precision in [pair.split("=") for pair in sys.argv[1:]]:
-    model = Embedder(bundle, precision=precision, verify="none", threads=1)
-    texts = ["ab", "a", "hello world, how are you?", "x" * 50, "0123456789 !"]
-    vectors[bundle + precision] = model.encode(texts).tolist()
-    vectors[bundle + precision + "alone"] = [model.encode(t).tolist() for t in texts]
-print(json.dumps(vectors))
-"""
+def test_an_emulated_processor_without_avx512_does_without_the_kernel(found: Found) -> None:
+    assert found.emulated["kernels"] is False
+    assert "EmbedgeWarning" not in found.messages
 
 
 @pytest.mark.slow
 @needs_qemu
-def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(
-    tmp_path: Path, package_path: Path
-) -> None:
-    """An encoder and a decoder at int8, int4 and int4 unpacked, from the exporter's own tests."""
-    from embedge.export import export_bundle
-    from tests.helpers.models import make_model, save
-
-    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "gain": 0.6}
-    pairs = []
-    for name, pooling in (("bert", "mean"), ("qwen2", "lasttoken")):
-        source = save(make_model(name, **wide), tmp_path / name, pooling=pooling)
-        out = export_bundle(
-            source,
-            adapters={"task": None},
-            precisions=["int8", "int4"],
-            out=tmp_path / f"{name}-bundle",
-            calibration="none",
-        )
-        pairs += [f"{out}={precision}" for precision in ("int8", "int4", "int4-unpacked")]
-    emulated, native = (
-        json.loads(run_python(package_path, EXPORTED, *pairs, launcher=launcher).stdout)
-        for launcher in ([str(QEMU)], [])
-    )
-    assert len(native) == 2 * len(pairs)
-    for key, vectors in native.items():
-        a, b = np.array(vectors), np.array(emulated[key])
-        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        assert cosines.min() > 1 - 1e-3, key
+def test_exported_models_give_the_same_vectors_on_an_emulated_haswell(found: Found) -> None:
+    """Of all texts together, and of each alone."""
+    pytest.importorskip("torch")
+    assert len(found.native["exported"]) == 6
+    for key, pair in found.native["exported"].items():
+        for native, emulated in zip(pair, found.emulated["exported"][key], strict=True):
+            a, b = np.array(native), np.array(emulated)
+            cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+            assert cosines.min() > 1 - 1e-3, key
