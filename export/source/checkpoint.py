@@ -27,7 +27,7 @@ from embedge.export.source.modules import transformer_folder
 from embedge.export.source.names import base_name, cached_hub_id, known_names, model_name
 from embedge.export.source.safetensors_file import SafetensorsFile
 from embedge.export.source.tensor_parts import TensorPart, parts_of
-from embedge.export.source.weight_files import weight_files
+from embedge.export.source.weight_files import partly, weight_files
 
 __all__ = ["Checkpoint", "ModelFolder"]
 
@@ -57,14 +57,15 @@ class ModelFolder:
                 should be, or the weights are quantized.
         """
         self.path = local_folder(source)
+        is_fetched = isinstance(source, str) and is_hub_id(source) and not Path(source).exists()
+        self.hub_id = str(source) if is_fetched else cached_hub_id(self.path)
         self.transformer_path = transformer_folder(self.path)
-        self.config = _read_config(self.transformer_path)
+        self.config = _read_config(self.transformer_path, self.hub_id)
         self.card = read_card(self.path)
         title = self.card.title
         self.name = model_name(self.path, title, self.config)
-        self.hub_id = cached_hub_id(self.path)
-        if isinstance(source, str) and is_hub_id(source) and not Path(source).exists():
-            self.name, self.hub_id = base_name(source), source
+        if is_fetched:
+            self.name = base_name(str(source))
         self.names = known_names(self.path, title, self.config, self.name)
 
     def tensor_names(self) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ class Checkpoint(ModelFolder):
             vars(self).update(vars(source))
         else:
             super().__init__(source)
-        self._stored = weight_files(self.transformer_path)
+        self._stored = weight_files(self.transformer_path, self.hub_id)
         self._files: Mapping[str, SafetensorsFile | TensorPart] = self._stored
         self._sha256: str | None = None
 
@@ -146,7 +147,7 @@ class Checkpoint(ModelFolder):
             ) from None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, hub_id: str | None) -> dict[str, Any]:
     file = folder / "config.json"
     if not os.path.lexists(file):
         if (folder / "adapter_config.json").is_file():
@@ -155,7 +156,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"and this folder as an adapter: --adapter NAME={folder}"
             )
         raise CheckpointError(
-            f"{folder}: has no config.json; expected a model folder in the Hugging Face layout"
+            f"{folder}: has no config.json; expected a model folder in the Hugging Face layout{partly(hub_id)}"
         )
     config = read_json_object(file)
     classes = config.get("architectures") or []

@@ -13,7 +13,21 @@ __all__ = ["is_hub_id", "local_folder"]
 # Weights, settings, tokenizer files and the model card; never pickles, never code.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _UNWANTED = ["onnx/*", "openvino/*", "*checkpoint-*/*", "*.py", "*.bin"]
+_BARE = re.compile(r"[A-Za-z0-9][\w.-]*")
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co/|hf\.co/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:/(?:tree|blob)/.*|/)?"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# By the hub client's own errors.
+_ADVICE = {
+    "GatedRepoError": (
+        "the hub gives it to those alone who accepted its terms: accept them on its page there, log in with "
+        "`hf auth login`, and export again"
+    ),
+    "RepositoryNotFoundError": (
+        "the hub has no model of that id, or a private one: check the name, or log in with `hf auth login`"
+    ),
+}
 
 
 def is_hub_id(source: str) -> bool:
@@ -29,6 +43,10 @@ def local_folder(source: str | Path) -> Path:
     Raises:
         CheckpointError: if there is no such folder and it is no hub id or cannot be fetched.
     """
+    if not str(source).strip():
+        raise CheckpointError(
+            "the source is empty; name a local model folder, or a hub id such as organization/name"
+        )
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -39,9 +57,21 @@ def local_folder(source: str | Path) -> Path:
     if isinstance(source, Path) or not is_hub_id(source):
         raise CheckpointError(
             f"{source}: no such folder; name a local model folder, "
-            "or a hub id such as organization/name"
+            f"or a hub id such as organization/name{_meant(str(source))}"
         )
     return _fetch(source)
+
+
+def _meant(source: str) -> str:
+    """What a name that is no hub id may have been meant as, "" where nothing is near."""
+    if address := _ADDRESS.fullmatch(source):
+        return f": {address[1]}, without what is around it"
+    name, _, revision = source.partition("@")
+    if revision and is_hub_id(name):
+        return f"; a revision is fetched by `hf download {name} --revision {revision}`, which prints its folder"
+    if _BARE.fullmatch(source):
+        return f"; sentence-transformers' own models are sentence-transformers/{source}"
+    return ""
 
 
 def _fetch(hub_id: str) -> Path:
@@ -62,6 +92,9 @@ def _fetch(hub_id: str) -> Path:
                 "fetched, because HF_HUB_OFFLINE is set: unset it, or download the model elsewhere "
                 "and name its folder"
             ) from problem
+        why = _ADVICE.get(type(problem).__name__)
+        if why is not None:
+            raise CheckpointError(f"{hub_id}: no such folder here, and {why}") from problem
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
         raise CheckpointError(
             f"{hub_id}: no such folder here, and it could not be fetched from the hub as an id "

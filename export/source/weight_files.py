@@ -11,15 +11,19 @@ from embedge.export.source.json_files import read_json_object
 from embedge.export.source.modules import inside_folder
 from embedge.export.source.safetensors_file import SafetensorsFile
 
-__all__ = ["weight_files"]
+__all__ = ["partly", "weight_files"]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def weight_files(folder: Path) -> dict[str, SafetensorsFile]:
+def weight_files(folder: Path, hub_id: str | None = None) -> dict[str, SafetensorsFile]:
     """Return the file of each tensor: ``model.safetensors``, or the parts that its index lists.
+
+    Args:
+        folder: holds them.
+        hub_id: the model's, for messages; ``None`` where it was not fetched.
 
     Raises:
         CheckpointError: if a file is missing, truncated or not what it should be, or there are only
@@ -33,7 +37,17 @@ def weight_files(folder: Path) -> dict[str, SafetensorsFile]:
     if any((folder / name).exists() for name in _PICKLES):
         raise CheckpointError(_pickled(folder))
     raise CheckpointError(
-        f"{folder}: has no weights; expected {_WEIGHTS}, or {_INDEX} and the files it lists"
+        f"{folder}: has no weights; expected {_WEIGHTS}, or {_INDEX} and the files it lists{partly(hub_id)}"
+    )
+
+
+def partly(hub_id: str | None) -> str:
+    """What to say of a file that is missing from the hub's cache; "" for other folders."""
+    if hub_id is None:
+        return ""
+    return (
+        f"; the hub's cache holds no more of {hub_id}: fetch the rest without HF_HUB_OFFLINE. Pickled weights are "
+        "never fetched: where it has no others, download it by hand, convert them, and name the folder"
     )
 
 

@@ -151,3 +151,112 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(
     assert not any(
         wanted.endswith((".bin", ".py", ".pt", "*")) for wanted in patterns["allow_patterns"]
     )
+
+
+# -- the hub's cache ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The snapshot of org/tiny-1 in a cache of the hub, which cannot be reached."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0a" * 20
+    repository = tmp_path / "models--org--tiny-1"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return write_model(repository / "snapshots" / commit)
+
+
+def test_a_hub_id_is_found_in_the_cache_and_recorded(cached: Path) -> None:
+    by_id, by_path = Checkpoint("org/tiny-1"), Checkpoint(cached)
+    assert by_id.path == by_path.path == cached
+    assert (by_id.name, by_id.hub_id) == (by_path.name, by_path.hub_id) == ("tiny-1", "org/tiny-1")
+    assert by_id.keys() == by_path.keys() != ()
+
+
+def test_sentence_transformers_layout_is_found_there_too(cached: Path) -> None:
+    (cached / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (cached / name).rename(cached / "0_Transformer" / name)
+    (cached / "modules.json").write_text(
+        '[{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]'
+    )
+    found = Checkpoint("org/tiny-1")
+    assert found.transformer_path == cached / "0_Transformer"
+    assert found.hub_id == "org/tiny-1"
+
+
+def test_a_folder_elsewhere_has_no_hub_id(tmp_path: Path) -> None:
+    assert Checkpoint(write_model(tmp_path / "org" / "tiny-1")).hub_id is None
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_part_of_a_model_in_the_cache_is_no_model(missing: str, cached: Path) -> None:
+    (cached / missing).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint("org/tiny-1")
+    assert (
+        "; the hub's cache holds no more of org/tiny-1: fetch the rest without HF_HUB_OFFLINE"
+        in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"),
+    [
+        (
+            "",
+            "the source is empty; name a local model folder, or a hub id such as organization/name",
+        ),
+        ("tiny-1", "; sentence-transformers' own models are sentence-transformers/tiny-1"),
+        ("https://huggingface.co/org/tiny-1", "name: org/tiny-1, without what is around it"),
+        (
+            "https://huggingface.co/org/tiny-1/tree/main",
+            "name: org/tiny-1, without what is around it",
+        ),
+        ("hf.co/org/tiny-1", "name: org/tiny-1, without what is around it"),
+        ("org/tiny-1/", "name: org/tiny-1, without what is around it"),
+        (
+            "org/tiny-1@v2",
+            "; a revision is fetched by `hf download org/tiny-1 --revision v2`, which prints its folder",
+        ),
+        ("./tiny-1", "or a hub id such as organization/name"),
+        ("a/b/c", "or a hub id such as organization/name"),
+    ],
+)
+def test_what_is_nearly_a_hub_id_is_told_what_it_may_mean(
+    source: str, advice: str, cached: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(source)
+    assert str(caught.value).endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (
+            "GatedRepoError",
+            "the hub gives it to those alone who accepted its terms: accept them on its page",
+        ),
+        (
+            "RepositoryNotFoundError",
+            "the hub has no model of that id, or a private one: check the name, or log in",
+        ),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_says_what_to_do(
+    kind: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def fail(hub_id: str, **patterns: list[str]) -> str:
+        raise type(kind, (OSError,), {})("401 Client Error")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=f"^org/tiny-1: no such folder here, and {advice}"):
+        Checkpoint("org/tiny-1")
