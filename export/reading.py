@@ -42,7 +42,7 @@ def read_model(options: ExportOptions) -> Model:
     check_config(
         folder.config, family_class.kind(folder.config), folder.transformer_path / "config.json"
     )
-    checkpoint = Checkpoint(folder).with_parts(family_class.fused)
+    checkpoint = Checkpoint(folder).with_parts(family_class.fused, family_class.aside)
     config = family_class.settings(checkpoint.config)
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(
         checkpoint.path, config, checkpoint.card
@@ -50,7 +50,7 @@ def read_model(options: ExportOptions) -> Model:
     settings = family_class.completed(settings, config)
     folders = _task_folders(options, checkpoint, family_class, name)
     _check_own_adapter(checkpoint, folders.values())
-    loaded = {t: None if f is None else Adapter.load(f, t) for t, f in folders.items()}
+    loaded = _load(options, checkpoint, family_class, folders)
     settings = settings_of_all(settings, folders, loaded, config)
     pooling = _choose_pooling(options, checkpoint.name, family_class, settings)
     family = family_class(checkpoint.config, settings.max_length)
@@ -150,7 +150,7 @@ def _task_folders(
     """The adapter's folder of every task: those asked for, else those the model is published with."""
     if options.adapters:
         return dict(options.adapters)
-    own = family.own_tasks(checkpoint.config, name)
+    own = family.own_tasks(checkpoint.config, name) or family.tasks_beside(checkpoint.path)
     if not own:
         raise EmbedgeValueError(
             f"adapters: expected at least one task, found none, and {checkpoint.name} brings none of "
@@ -181,6 +181,22 @@ def _tell_left_out(options: ExportOptions, name: str, family: Family) -> None:
             EmbedgeWarning,
             stacklevel=4,
         )
+
+
+def _load(
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    family: type[Family],
+    folders: Mapping[str, Path | None],
+) -> dict[str, Adapter | None]:
+    """The adapter of every task: from its folder, or of those that the checkpoint itself holds."""
+    here = [t for t, f in folders.items() if f and f.is_dir() and f.samefile(checkpoint.path)]
+    inside = family.own_adapters(checkpoint) if here or not options.adapters else {}
+    chosen = inside if not options.adapters else {t: inside[t] for t in here if t in inside}
+    loaded = {
+        t: None if f is None or t in chosen else Adapter.load(f, t) for t, f in folders.items()
+    }
+    return {task: chosen.get(task, adapter) for task, adapter in loaded.items()}
 
 
 def _check_dense(checkpoint: Checkpoint, settings: SentenceSettings, width: int) -> None:

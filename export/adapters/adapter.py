@@ -24,7 +24,7 @@ from embedge.export.source.card import read_card
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.fingerprint import files_sha256
 from embedge.export.source.names import base_name, recorded_name
-from embedge.export.source.safetensors_file import SafetensorsFile
+from embedge.export.source.safetensors_file import SafetensorsFile, TensorSource
 
 __all__ = ["Adapter", "BoundAdapter"]
 
@@ -43,18 +43,25 @@ class Adapter:
         adapter_keys: its keys, sorted by what they are.
         sha256: hash of its two files, config and weights.
         license: what its own card declares, ``None`` where it has no card, or says nothing.
+        beside: whether files beside it may say how texts become vectors; not where it is part of a checkpoint.
     """
 
     def __init__(
-        self, name: str, folder: Path, settings: LoraSettings, file: SafetensorsFile
+        self,
+        name: str,
+        folder: Path,
+        settings: LoraSettings,
+        file: TensorSource,
+        sha256: str | None = None,
     ) -> None:
-        """Sort the keys of ``file``; use :meth:`load`."""
+        """Sort the keys of ``file``; use :meth:`load`, or with its hash :func:`.stacked.stacked_adapters`."""
         self.name = name
         self.folder = folder
         self.settings = settings
         self.file = file
         self.adapter_keys: AdapterKeys = sort_keys(file.keys(), name)
-        self.sha256 = files_sha256(folder / _CONFIG, folder / _WEIGHTS)
+        self.sha256 = sha256 or files_sha256(folder / _CONFIG, folder / _WEIGHTS)
+        self.beside = sha256 is None
         self.license = read_card(folder).license
 
     @classmethod

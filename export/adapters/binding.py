@@ -10,11 +10,12 @@ import numpy as np
 from embedge.export.adapters.config import LoraSettings
 from embedge.export.adapters.heads import without_heads
 from embedge.export.adapters.keys import PREFIX, AdapterKeys
-from embedge.export.adapters.merge import MergeRule, output_norms
+from embedge.export.adapters.merge import MergeRule, block_rows, output_norms
 from embedge.export.adapters.problems import OTHER_CONFIG, OTHER_TARGETS, Problems
 from embedge.export.errors import AdapterError
 from embedge.export.source.checkpoint import Checkpoint
-from embedge.export.source.safetensors_file import SafetensorsFile
+from embedge.export.source.safetensors_file import TensorSource
+from embedge.export.source.tensor_parts import part_names
 
 __all__ = ["Binding", "bind"]
 
@@ -43,7 +44,7 @@ class Binding:
 
 def bind(
     name: str,
-    file: SafetensorsFile,
+    file: TensorSource,
     keys: AdapterKeys,
     settings: LoraSettings,
     checkpoint: Checkpoint,
@@ -96,7 +97,7 @@ class _Binder:
 
     def __init__(
         self,
-        file: SafetensorsFile,
+        file: TensorSource,
         settings: LoraSettings,
         checkpoint: Checkpoint,
         canonical: Callable[[str], str],
@@ -140,7 +141,13 @@ class _Binder:
 
     def replace(self, targets: tuple[str, ...], sources: list[str]) -> None:
         """``sources`` (several if stored twice) take the place of the base's tensor."""
-        path = next((path for path in targets if self._find(path)), targets[0])
+        whole = next(
+            (t for t in targets if self._find(part_names(t, self.checkpoint.fused)[0])), None
+        )
+        for path, block in self._blocks(whole or targets[0]):
+            self._replace(path, sources, block)
+
+    def _replace(self, path: str, sources: list[str], block: tuple[int, int]) -> None:
         target = self._target_or_problem(path, sources[0])
         if target is None:
             return
@@ -149,7 +156,10 @@ class _Binder:
         for other in others:
             if not self._same(source, other):
                 self.problems.add(f"{other}: another value for {target} than {source}")
-        shape, expected = self.file.shape(source), self.checkpoint.shape(target)
+        shape, expected = (
+            _block_shape(self.file.shape(source), block),
+            self.checkpoint.shape(target),
+        )
         is_table = target.rpartition(".")[0].endswith(_TOKEN_TABLES)
         if is_table and shape != expected and shape[1:] == expected[1:]:
             self.problems.resized = shape[0]
@@ -164,10 +174,13 @@ class _Binder:
             )
             return
         try:
-            changes = not np.array_equal(self.file.read(source), self.checkpoint.read(target))
+            own = self.file.read(source, block_rows(block, self.file.shape(source)[0]))
+            changes = not np.array_equal(own, self.checkpoint.read(target))
         except AdapterError:  # listed by check_numbers
             changes = True
-        self.rules[target] = MergeRule(shape=shape, replacement=source, changes=changes)
+        self.rules[target] = MergeRule(
+            shape=shape, replacement=source, block=block, changes=changes
+        )
 
     def low_rank(self, module: str, parts: Mapping[str, str]) -> None:
         """The LoRA of one module, and the bias of its B."""
@@ -192,10 +205,24 @@ class _Binder:
                 f"{module}: has {', '.join(sorted(parts))} but no {', '.join(missing)}"
             )
             return
-        a, b = parts[name_a], parts[name_b]
-        target = self._target_or_problem(f"{module}.weight", a)
+        pair = parts[name_a], parts[name_b]
         transposed = embedding or self._is_conv1d(module)
-        if target is None or not self._fits(module, target, parts, a, b, transposed):
+        for path, block in self._blocks(f"{module}.weight"):
+            self._low_rank(module, parts, pair, path, block, transposed)
+
+    def _low_rank(
+        self,
+        module: str,
+        parts: Mapping[str, str],
+        pair: tuple[str, str],
+        path: str,
+        block: tuple[int, int],
+        transposed: bool,
+    ) -> None:
+        """The LoRA ``pair`` of one tensor, by a block of the rows of B."""
+        a, b = pair
+        target = self._target_or_problem(path, a)
+        if target is None or not self._fits(module, target, parts, pair, block, transposed):
             return
         if not self.settings.targets.names(module):
             self.problems.add(
@@ -216,7 +243,7 @@ class _Binder:
         zero_delta = a in self._zero or b in self._zero
         magnitude = parts["lora_magnitude_vector"] if self.settings.use_dora else None
         changes = not zero_delta or (
-            magnitude is not None and not self._is_length(magnitude, target, transposed)
+            magnitude is not None and not self._is_length(magnitude, target, block, transposed)
         )
         self.rules[target] = replace(
             before,
@@ -225,11 +252,12 @@ class _Binder:
             magnitude=magnitude,
             scaling=self.settings.scaling(module),
             transposed=transposed,
+            block=block,
             zero_delta=zero_delta,
             changes=before.changes or changes,
         )
         if "lora_B.bias" in parts:
-            self._shift(target, module, parts["lora_B.bias"])
+            self._shift(target, module, parts["lora_B.bias"], path, block)
 
     def trained_rows(self, module: str, key: str) -> None:
         """The rows of a table that were trained alone."""
@@ -280,6 +308,11 @@ class _Binder:
                         "the adapter has no tensor for it"
                     )
 
+    def _blocks(self, path: str) -> list[tuple[str, tuple[int, int]]]:
+        """The parameter paths that a tensor of the adapter is for, and which block of its rows is whose."""
+        paths = part_names(path, self.checkpoint.fused)
+        return [(part, (number, len(paths))) for number, part in enumerate(paths)]
+
     def _find(self, path: str) -> list[str]:
         return self._targets.get(self.canonical_path(path), [])
 
@@ -301,21 +334,30 @@ class _Binder:
             a == b for a, b in zip(self.file.chunks(first), self.file.chunks(second), strict=True)
         )
 
-    def _is_length(self, magnitude: str, target: str, transposed: bool) -> bool:
+    def _is_length(
+        self, magnitude: str, target: str, block: tuple[int, int], transposed: bool
+    ) -> bool:
         """Whether DoRA's magnitude is what the base's weights have already, up to rounding."""
         norms = output_norms(self.checkpoint.read(target), transposed=transposed)
         rounding = _ROUNDING.get(self.file.dtype(magnitude), 1e-5)
         try:
-            close = np.isclose(self.file.read(magnitude), norms, rtol=rounding, atol=0)
+            rows = block_rows(block, self.file.shape(magnitude)[0])
+            close = np.isclose(self.file.read(magnitude, rows), norms, rtol=rounding, atol=0)
         except AdapterError:  # listed by check_numbers
             return False
         return bool(norms.all() and close.all())
 
     def _fits(
-        self, module: str, target: str, parts: Mapping[str, str], a: str, b: str, transposed: bool
+        self,
+        module: str,
+        target: str,
+        parts: Mapping[str, str],
+        pair: tuple[str, str],
+        block: tuple[int, int],
+        transposed: bool,
     ) -> bool:
         """Check ranks and shapes of one LoRA against the config and the base's tensor."""
-        before = len(self.problems)
+        before, (a, b) = len(self.problems), pair
         shape_a, shape_b = self.file.shape(a), self.file.shape(b)
         shape = self.checkpoint.shape(target)
         if len(shape_a) != 2 or len(shape_b) != 2:
@@ -332,7 +374,8 @@ class _Binder:
                 f"{module}: rank {shape_a[0]} in the weights, {rank} by adapter_config.json",
                 OTHER_CONFIG,
             )
-        product = (shape_a[1], shape_b[0]) if transposed else (shape_b[0], shape_a[1])
+        rows = _block_shape(shape_b, block)[0]
+        product = (shape_a[1], rows) if transposed else (rows, shape_a[1])
         if product != shape:
             self.problems.add(
                 f"{a}, {b}: their product of shape {list(product)} does "
@@ -349,14 +392,26 @@ class _Binder:
     def _is_conv1d(self, module: str) -> bool:
         return self._conv1d_family and module.rpartition(".")[2] in _CONV1D_LAYERS
 
-    def _shift(self, weight_target: str, module: str, key: str) -> None:
+    def _shift(
+        self, weight_target: str, module: str, key: str, path: str, block: tuple[int, int]
+    ) -> None:
         """The bias of lora_B: added to the base's bias, or new where the base has none."""
-        target = self.target(f"{module}.bias") or f"{weight_target.removesuffix('weight')}bias"
-        before = self.rules.get(target) or MergeRule(shape=self.file.shape(key), changes=False)
+        own = self.target(f"{path.removesuffix('weight')}bias")
+        target = own or f"{weight_target.removesuffix('weight')}bias"
+        shape = _block_shape(self.file.shape(key), block)
+        before = self.rules.get(target) or MergeRule(shape=shape, changes=False)
         is_new = not self.checkpoint.has(target)
         self.rules[target] = replace(
             before,
             shift=key,
+            block=block,
             scaling=self.settings.scaling(module),
             changes=before.changes or is_new or key not in self._zero,
         )
+
+
+def _block_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of one of several blocks of rows; that of the whole where they are uneven, which fits nothing."""
+    if not shape or shape[0] % block[1]:
+        return shape
+    return (shape[0] // block[1], *shape[1:])

@@ -69,7 +69,7 @@ def settings_of_all(
         CheckpointError: if a file is damaged, or says what is not supported.
     """
     folders = {
-        task: None if a is None else _settings_folder(a.folder, given[task])
+        task: None if a is None or not a.beside else _settings_folder(a.folder, given[task])
         for task, a in adapters.items()
     }
     own = {task: _read_settings(folder, config) for task, folder in folders.items()}
@@ -160,6 +160,8 @@ def check_adapter_files(
             lowercase=settings.lowercase,
         )
 
+    if not adapter.beside:
+        return
     for folder in dict.fromkeys((adapter.folder, transformer_folder(adapter.folder))):
         _check_tokenizer(adapter.name, folder, checkpoint.transformer_path, tokenizer, read)
         _check_config(adapter.name, folder / "config.json", checkpoint.config)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import AdapterError
-from embedge.export.source.safetensors_file import SafetensorsFile, first_not_finite
+from embedge.export.source.safetensors_file import TensorSource, first_not_finite
 
-__all__ = ["MergeRule", "add_low_rank", "output_norms"]
+__all__ = ["MergeRule", "add_low_rank", "block_rows", "output_norms"]
 
 _BLOCK_VALUES = 1 << 22  # 16 MB of B·A at a time
 
@@ -36,6 +36,8 @@ class MergeRule:
         rows: takes the place of the rows ``row_numbers`` of a table.
         row_numbers: which rows ``rows`` holds.
         transposed: whether the weight has its inputs first.
+        block: number and count, where the adapter's tensors are of several modules, each with as many rows:
+            which of these blocks is meant.
         zero_delta: whether B·A is all zero.
         changes: whether the result can differ from the base.
     """
@@ -50,12 +52,11 @@ class MergeRule:
     row_numbers: tuple[int, ...] = ()
     scaling: float = 1.0
     transposed: bool = False
+    block: tuple[int, int] = (0, 1)
     zero_delta: bool = False
     changes: bool = True
 
-    def merge(
-        self, base: NDArray[np.float32] | None, adapter: SafetensorsFile
-    ) -> NDArray[np.float32]:
+    def merge(self, base: NDArray[np.float32] | None, adapter: TensorSource) -> NDArray[np.float32]:
         """Return the merged tensor; ``base`` is changed in place.
 
         Args:
@@ -66,24 +67,24 @@ class MergeRule:
             AdapterError: if the result is not finite or DoRA's norm is zero.
         """
         if self.replacement is not None:
-            merged = adapter.read(self.replacement)
+            merged = self._rows(adapter, self.replacement)
         else:
             merged = np.zeros(self.shape, np.float32) if base is None else base
         # What overflows is refused below.
         with np.errstate(over="ignore", invalid="ignore"):
             if self.a is not None and self.b is not None:
-                a, b = adapter.read(self.a), adapter.read(self.b)
+                a, b = adapter.read(self.a), self._rows(adapter, self.b)
                 add_low_rank(merged, a, b, self.scaling, transposed=self.transposed)
             if self.magnitude is not None:
                 try:
-                    magnitude = adapter.read(self.magnitude)
+                    magnitude = self._rows(adapter, self.magnitude)
                     scale_to_magnitude(merged, magnitude, transposed=self.transposed)
                 except ZeroDivisionError as problem:
                     raise AdapterError(f"cannot be merged by DoRA: {problem}") from problem
             if self.rows is not None:
                 merged[list(self.row_numbers)] = adapter.read(self.rows)
             if self.shift is not None:
-                merged += adapter.read(self.shift) * np.float32(self.scaling)
+                merged += self._rows(adapter, self.shift) * np.float32(self.scaling)
         bad = first_not_finite(merged.reshape(-1))
         if bad is not None:
             raise AdapterError(
@@ -91,6 +92,17 @@ class MergeRule:
                 "the adapter's numbers are too large"
             )
         return merged
+
+    def _rows(self, adapter: TensorSource, key: str) -> NDArray[np.float32]:
+        """The rows of a tensor of the adapter that are meant."""
+        return adapter.read(key, block_rows(self.block, adapter.shape(key)[0]))
+
+
+def block_rows(block: tuple[int, int], rows: int) -> slice | None:
+    """Which of some rows a block is (:attr:`MergeRule.block`), ``None`` for all."""
+    number, count = block
+    size = rows // count
+    return None if count == 1 else slice(number * size, (number + 1) * size)
 
 
 def add_low_rank(

@@ -7,7 +7,7 @@ from embedge.export.adapters.merge_advice import merge_advice
 from embedge.export.errors import AdapterError
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.names import base_name
-from embedge.export.source.safetensors_file import SafetensorsFile
+from embedge.export.source.safetensors_file import TensorSource
 
 __all__ = ["OTHER_CONFIG", "OTHER_TARGETS", "Problems"]
 
@@ -51,7 +51,7 @@ class Problems:
         self._lost[text] = path
 
     def error(
-        self, name: str, file: SafetensorsFile, settings: LoraSettings, checkpoint: Checkpoint
+        self, name: str, file: TensorSource, settings: LoraSettings, checkpoint: Checkpoint
     ) -> AdapterError:
         """Return the error that counts all problems and lists the first.
 

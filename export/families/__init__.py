@@ -23,6 +23,7 @@ from embedge.export.families.decoder import (
 from embedge.export.families.embedding_gemma2 import EmbeddingGemma2
 from embedge.export.families.gemma3 import Gemma3
 from embedge.export.families.gte import Gte
+from embedge.export.families.jina_v3 import JinaV3, JinaV3Published
 from embedge.export.families.jina_v5 import (
     JinaV5Nano,
     JinaV5NanoMerged,
@@ -43,13 +44,13 @@ FAMILIES: tuple[type[Family], ...] = (
     JinaV5Small,
     JinaV5NanoMerged,
     JinaV5SmallMerged,
+    JinaV3Published,  # before XLM-RoBERTa, by whose type it goes
+    JinaV3,
     Bert,
     MPNet,
     ModernBert,
     DistilBert,
-    DistilBert,
     NomicBert,
-    Gte,
     Gte,
     Llama,
     LlamaBidirectional,

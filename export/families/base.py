@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from embedge.export.adapters.adapter import Adapter
 from embedge.export.errors import CheckpointError
 from embedge.export.families.config_keys import DEFAULTS
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.scheme import Scheme
+from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.config import ConfigReader, Shape
 from embedge.export.source.sentence_transformers import SentenceSettings
 from embedge.export.weights.rotated import ResidualStream
@@ -63,6 +65,7 @@ class Family(ConfigReader, ABC):
         ignored: canonical prefixes of tensors that do not reach an embedding (poolers, heads).
         renamed: ends of canonical names that older checkpoints write differently, and what they are now.
         fused: ends of modules whose rows are those of several, and the ends of their names, in order.
+        aside: ends of names of tensors that are adapters, as a regular expression; "" for none.
         aliases: other names that config.json may give a setting, and the one it is read by.
         default_pooling: where neither the model nor the caller says.
         guess: what to say where the default is taken, "" for nothing.
@@ -84,6 +87,7 @@ class Family(ConfigReader, ABC):
     ignored: ClassVar[tuple[str, ...]] = HEADS
     renamed: ClassVar[Mapping[str, str]] = {}
     fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    aside: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
     default_pooling: ClassVar[str | None] = None
     guess: ClassVar[str] = ""
@@ -117,6 +121,16 @@ class Family(ConfigReader, ABC):
     @classmethod
     def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
         """Tasks a model is published with: folder of their adapter below the model's, or ``None``."""
+        return {}
+
+    @classmethod
+    def tasks_beside(cls, folder: Path) -> dict[str, str | None]:
+        """Tasks whose adapters lie in known folders below the model's, where config.json names none."""
+        return {}
+
+    @classmethod
+    def own_adapters(cls, checkpoint: Checkpoint) -> dict[str, Adapter]:
+        """Adapters that the checkpoint itself holds, by task."""
         return {}
 
     @classmethod

@@ -232,6 +232,35 @@ _GTE = Keys(
         repositories="Snowflake/snowflake-arctic-embed-m-v2.0",
     ),
 )
+_JINA_V3_FIXED = {
+    **_ENCODER_FIXED,
+    "partial_rotary_factor": (None, 1, 1.0),
+    "position_embedding_type": (None, "rotary"),
+}
+_JINA_V3 = Keys(
+    used=_ROTARY_BERT,
+    harmless=words("default_theta matryoshka_dimensions"),
+    fixed=_JINA_V3_FIXED,
+    classes=("JinaEmbeddingsV3",),
+)
+_JINA_V3_PUBLISHED = Keys(
+    used=_ROTARY_BERT
+    | words("lora_adaptations lora_alpha lora_rank rotary_emb_base task_instructions"),
+    harmless=words(
+        """lora_dropout_p lora_main_params_trainable matryoshka_dimensions use_flash_attn use_reentrant"""
+    ),
+    fixed={
+        **_JINA_V3_FIXED,
+        "emb_pooler": (None,),
+        "load_trained_adapters": (None, True),
+    },
+    classes=("XLMRoberta",),
+    code=_code(
+        "configuration_xlm_roberta.XLMRobertaFlashConfig",
+        "modeling_lora.XLMRobertaLoRA",
+        repositories="jinaai/xlm-roberta-flash-implementation",
+    ),
+)
 
 _EMBEDDING_GEMMA2 = Keys(
     used=words(
@@ -354,6 +383,8 @@ KEYS: Mapping[str, Keys] = {
     "embedding_gemma2_text": _EMBEDDING_GEMMA2,
     "nomic_bert": _NOMIC_BERT,
     **dict.fromkeys(("gte", "new"), _GTE),
+    "jina_embeddings_v3": _JINA_V3,
+    "jina_embeddings_v3_published": _JINA_V3_PUBLISHED,
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text", "jina_embeddings_v4_merged"), _QWEN_VL),
     "jina_embeddings_v4": _JINA_V4,
     "vision": Keys(
@@ -396,6 +427,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "xlm-roberta": {"type_vocab_size": 2},
     "camembert": {"type_vocab_size": 2},
     "nomic_bert": {"max_position_embeddings": 2048, "type_vocab_size": 2},
+    "jina_embeddings_v3": {"max_position_embeddings": 8194, "type_vocab_size": 1},
     "gte": {"max_position_embeddings": 8192, "type_vocab_size": 1},
     "new": {"max_position_embeddings": 2048, "type_vocab_size": 1},
     "mpnet": {"relative_attention_num_buckets": 32},

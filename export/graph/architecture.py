@@ -12,7 +12,6 @@ streams that may be rotated follow from the declaration.
 What families that are not here yet would declare:
 
 =======================  ==========================================================================
-jina v3                  BERT's layers, fused q, k, v, a :class:`Rope` in place of the position table
 granite R2, mmBERT       ModernBERT as it is
 jina-bert v2             new: ALiBi, another bias by relative position
 Qwen3-VL                 new: interleaved ``sections``, features that are added to early layers

@@ -77,7 +77,11 @@ class ModelFolder:
 
 
 class Checkpoint(ModelFolder):
-    """The config and the weights of one model; the weights stay on disk until they are read."""
+    """The config and the weights of one model; the weights stay on disk until they are read.
+
+    Attributes:
+        fused: modules whose rows are read as those of several, as :meth:`with_parts` was told.
+    """
 
     def __init__(self, source: str | Path | ModelFolder) -> None:
         """Open a model, as :class:`ModelFolder` does, or one that was found so; map its weights.
@@ -91,17 +95,24 @@ class Checkpoint(ModelFolder):
             super().__init__(source)
         self._stored = weight_files(self.transformer_path, self.hub_id)
         self._files: Mapping[str, SafetensorsFile | TensorPart] = self._stored
+        self.fused: Mapping[str, tuple[str, ...]] = {}
         self._sha256: str | None = None
 
-    def with_parts(self, fused: Mapping[str, tuple[str, ...]]) -> Checkpoint:
+    def with_parts(self, fused: Mapping[str, tuple[str, ...]], aside: str = "") -> Checkpoint:
         """Return the same model with the rows of fused tensors as tensors of their own.
 
         Args:
             fused: by the end of a fused module's name, the ends of those whose rows it holds, in order.
+            aside: ends of the names of tensors that are left out, as a regular expression; "" for none.
         """
         split = copy.copy(self)
-        split._files = parts_of(self._stored, fused)
+        split._files, split.fused = parts_of(self._stored, fused, aside), fused
         return split
+
+    @property
+    def stored(self) -> Mapping[str, SafetensorsFile]:
+        """The file of every tensor as it is stored, whole."""
+        return self._stored
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the tensors as the files have them, sorted."""

@@ -20,6 +20,7 @@ _KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")
 # Classes of published code, never run, by model_type: what they are here, and what a call may give them.
 _PUBLISHED = {
     ("jina_embeddings_v5", "custom_st.Transformer"): ("JinaV5", {"task", "truncate_dim"}),
+    ("xlm-roberta", "custom_st.Transformer"): ("Transformer", {"task"}),
     ("bidirectional_pplx_qwen3", "st_quantize.FlexibleQuantizer"): (
         "FlexibleQuantizer",
         {"quantization"},

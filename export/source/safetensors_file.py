@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from embedge.export.errors import ExportError
 from embedge.runtime.bundle.files import open_regular_file
 from embedge.runtime.bundle.json_object import parse_json
 
-__all__ = ["SafetensorsFile", "first_not_finite"]
+__all__ = ["SafetensorsFile", "TensorSource", "first_not_finite"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit that the format sets
 _ITEM_BYTES = {
@@ -49,6 +49,22 @@ class _Tensor:
     shape: tuple[int, ...]
     begin: int  # from the start of the file
     end: int
+
+
+class TensorSource(Protocol):
+    """Named tensors, as :class:`SafetensorsFile` gives them.
+
+    Attributes:
+        path: the file that they lie in.
+    """
+
+    path: Path
+
+    def keys(self) -> tuple[str, ...]: ...
+    def dtype(self, key: str) -> str: ...
+    def shape(self, key: str) -> tuple[int, ...]: ...
+    def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]: ...
+    def chunks(self, key: str) -> Iterator[bytes]: ...
 
 
 class SafetensorsFile:

@@ -137,8 +137,8 @@ def read_modules(
 
 
 def _matryoshka_dims(file: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ``matryoshka_dims`` of config.json, where jina-embeddings-v4 has them."""
-    dims = config.get("matryoshka_dims") or []
+    """The dimensions that config.json names, as jina-embeddings v4 and v3 and snowflake-arctic-embed have them."""
+    dims = config.get("matryoshka_dims") or config.get("matryoshka_dimensions") or []
     if not isinstance(dims, list) or not all(type(dim) is int for dim in dims):
         raise CheckpointError(
             f"{file}: matryoshka_dims is {dims!r}, expected a list of whole numbers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,16 +59,21 @@ class TensorPart:
 
 
 def parts_of(
-    files: Mapping[str, SafetensorsFile], fused: Mapping[str, tuple[str, ...]]
+    files: Mapping[str, SafetensorsFile],
+    fused: Mapping[str, tuple[str, ...]],
+    aside: str = "",
 ) -> dict[str, SafetensorsFile | TensorPart]:
     """The file or the block of every tensor.
 
     Args:
         files: the file of each stored tensor.
         fused: by the end of a fused module's name, the ends of those whose rows it holds, in order.
+        aside: ends of the names of tensors that are left out, as a regular expression; "" for none.
     """
     found: dict[str, SafetensorsFile | TensorPart] = {}
     for key, file in files.items():
+        if aside and re.search(f"(?:{aside})$", key):
+            continue
         names = part_names(key, fused)
         if len(names) == 1 or not file.shape(key):
             found[key] = file

@@ -75,6 +75,7 @@ BY_MODEL_TYPE = {
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",
     "mpnet": "MPNet",
+    "jina_embeddings_v3": "XLMRoberta",
     "llama": "Llama",
     "mistral": "Llama",
     "gemma3_text": "Gemma",

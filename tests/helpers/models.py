@@ -87,6 +87,7 @@ SINCE_5: dict[str, dict[str, Any]] = {
     "eurobert": {"num_key_value_heads": 2, "rope_theta": 5000.0},
     "nomic_bert": {},
     "gte": {},
+    "jina_embeddings_v3": {},
 }
 CONFIGS |= {k: v for k, v in SINCE_5.items() if k in transformers.CONFIG_MAPPING}
 ENCODERS = (
@@ -102,6 +103,7 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 LINEARS = {
     "bert": "query|key|value|dense",
     "mpnet": r"attn\.[qkvo]|dense",
+    "jina_embeddings_v3": "[qkvo]_proj|fc[12]",
     "distilbert": "(q|k|v|out)_lin|lin[12]",
     "modernbert": "Wqkv|Wo|Wi",
     "decoder": "[qkvo]_proj|(gate|up|down)_proj",
@@ -292,7 +294,7 @@ def load_base(source: Path) -> Any:
     return transformers.AutoModel.from_pretrained(source, config=config, **options).eval()
 
 
-POOLED = ("bert", "roberta", "xlm-roberta", "mpnet")
+POOLED = ("bert", "roberta", "xlm-roberta", "mpnet", "jina_embeddings_v3")
 
 
 @dataclass

@@ -47,10 +47,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "type_vocab_size": 1,
     },
 }
+JINA_V3: dict[str, Any] = {
+    "architectures": ["JinaEmbeddingsV3Model"],
+    "hidden_act": "gelu",
+    "intermediate_size": 56,
+    "layer_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"},
+    "type_vocab_size": 1,
+}
+CONFIGS["jina_embeddings_v3"] = JINA_V3
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BIASED: dict[str, tuple[str, ...]] = {"nomic_bert": (), "gte": (*ATTENTION, "down_proj")}
 GATED = ("gate_proj", "up_proj", "down_proj")
 MLPS: dict[str, tuple[str, ...]] = {"nomic_bert": GATED, "gte": GATED}
+BIASED["jina_embeddings_v3"] = (*ATTENTION, "fc1", "fc2")
+MLPS["jina_embeddings_v3"] = ("fc1", "fc2")
 
 
 @dataclass
@@ -299,3 +310,118 @@ def gte_config(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         "use_memory_efficient_attention": False,
     }
     return {**sizes, **published, **changes}
+
+
+JINA_TASKS = {
+    "retrieval.query": "Represent the query for retrieving evidence documents: ",
+    "retrieval.passage": "Represent the document for retrieval: ",
+    "separation": "",
+    "classification": "",
+    "text-matching": "",
+}
+JINA_RANK, JINA_ALPHA = 3, 8
+JINA_CODE = {
+    "AutoConfig": "jinaai/xlm-roberta-flash-implementation--configuration_xlm_roberta.XLMRobertaFlashConfig",
+    "AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling_lora.XLMRobertaLoRA",
+    "AutoModelForMaskedLM": "jinaai/xlm-roberta-flash-implementation--modeling_xlm_roberta.XLMRobertaForMaskedLM",
+}
+
+
+def jina_tensors(tensors: Tensors, size: float = 0.7) -> Tensors:
+    """As jina-embeddings-v3 holds them, with random adapters of all tasks for every Linear and table."""
+    names = {
+        r"^layers\.": "encoder.layers.",
+        r"^embeddings\.LayerNorm": "emb_ln",
+        r"self_attn\.o_proj": "mixer.out_proj",
+        "post_attention_layernorm": "norm1",
+        "post_mlp_layernorm": "norm2",
+        "^": "roberta.",
+    }
+    base = renamed(fused(tensors, {"mixer.Wqkv": QKV}), names)
+    base["roberta.pooler.dense.weight"] = torch.ones(4, 4)
+    found: Tensors = {}
+    for key, value in base.items():
+        if value.ndim != 2:
+            found[key] = value
+            continue
+        generator = torch.Generator().manual_seed(crc32(key.encode()))
+        module = key.removesuffix(".weight")
+        table, (out, into) = "embeddings" in key, value.shape
+        shapes = {"A": (JINA_RANK, into), "B": (out, JINA_RANK)}
+        if table:  # the two change places
+            shapes = {"A": (out, JINA_RANK), "B": (JINA_RANK, into)}
+        found[f"{module}.parametrizations.weight.original"] = value
+        for factor, shape in shapes.items():
+            stack = torch.randn(len(JINA_TASKS), *shape, generator=generator)
+            stack *= size / (into if table else shape[1]) ** 0.5
+            found[f"{module}.parametrizations.weight.0.lora_{factor}"] = stack
+    found["roberta.pooler.dense.bias"] = torch.ones(4)
+    return found
+
+
+def jina_config(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """jina-embeddings-v3's config.json with the sizes of another."""
+    sizes = {key: config[key] for key in SIZES}
+    published = {
+        "_name_or_path": "jinaai/jina-embeddings-v3",
+        "architectures": ["XLMRobertaModel"],
+        "attention_probs_dropout_prob": 0.1,
+        "auto_map": JINA_CODE,
+        "bos_token_id": 0,
+        "classifier_dropout": None,
+        "emb_pooler": None,
+        "eos_token_id": 2,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "load_trained_adapters": True,
+        "lora_adaptations": list(JINA_TASKS),
+        "lora_alpha": JINA_ALPHA,
+        "lora_dropout_p": 0.0,
+        "lora_main_params_trainable": False,
+        "lora_rank": JINA_RANK,
+        "matryoshka_dimensions": [16, config["hidden_size"]],
+        "model_type": "xlm-roberta",
+        "output_past": True,
+        "position_embedding_type": "rotary",
+        "rotary_emb_base": 20000.0,
+        "task_instructions": JINA_TASKS,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.30.2",
+        "truncate_dim": None,
+        "type_vocab_size": 1,
+        "use_cache": True,
+        "use_flash_attn": True,
+        "use_reentrant": False,
+    }
+    return {**sizes, **published, **changes}
+
+
+def jina_adapter(published: Tensors, task: int, folder: Path) -> Path:
+    """One task's adapter of :func:`jina_tensors` as PEFT saves it for transformers 5's model."""
+    tensors: Tensors = {}
+    native = {"encoder.layers.": "layers.", "mixer.out_proj": "self_attn.o_proj"}
+    for key, stack in published.items():
+        before, found, factor = key.partition(".parametrizations.weight.0.lora_")
+        if not found or "pooler" in key:
+            continue
+        module = before.removeprefix("roberta.")
+        for old, new in native.items():
+            module = module.replace(old, new)
+        prefix, value = f"base_model.model.{module}", stack[task]
+        if "embeddings" in module:  # (A · B) there, (B · A) transposed here
+            tensors[f"{prefix}.lora_embedding_{factor}"] = value.T.contiguous()
+        elif "mixer.Wqkv" not in module:
+            tensors[f"{prefix}.lora_{factor}.weight"] = value.clone()
+        else:
+            parts = [value] * 3 if factor == "A" else value.chunk(3)
+            for name, part in zip(QKV, parts, strict=True):
+                own = prefix.replace("mixer.Wqkv", name)
+                tensors[f"{own}.lora_{factor}.weight"] = part.clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": JINA_RANK, "lora_alpha": JINA_ALPHA}
+    targets = [*ATTENTION, "fc1", "fc2", "word_embeddings", "token_type_embeddings"]
+    config |= {"target_modules": targets, "base_model_name_or_path": "jinaai/jina-embeddings-v3-hf"}
+    write_json(folder / "adapter_config.json", config)
+    return folder

@@ -72,6 +72,7 @@ KINDS: dict[str, Kind] = {
             "rotary_emb_base": [1000, 50.0],
         }
     ),
+    "jina_embeddings_v3": Kind(),
     "gte": Kind(values={"layer_norm_type": ["rms_norm"], "pack_qkv": [False]}),
     "modernbert": Kind(
         settings={"num_hidden_layers": 3},
