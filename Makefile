@@ -7,6 +7,7 @@
 #
 # make test-as-avx2     all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
 # make test-on PYTHON=python3.12    the tests that need no torch, on another Python
+# make test-transformers5    families, sources, adapters and the bench with transformers 5; all with TRANSFORMERS5_TESTS=
 # make native-warnings  compiles the C with every warning an error, and compares its format
 #
 # On Linux, pip's default torch is a CUDA build of several GB. To take the CPU build instead, pass the
@@ -22,7 +23,7 @@ PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reord
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test quick docs check lint types install clean test-on native-warnings sanitize
+.PHONY: demo test quick docs check lint types install clean test-on test-transformers5 native-warnings sanitize
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -40,6 +41,22 @@ test-on:
 	$(PYTHON) -m venv build/on-$(notdir $(PYTHON))
 	build/on-$(notdir $(PYTHON))/bin/python -m pip install --quiet ".[light]"
 	EMBEDGE_LIGHT_TESTS=1 build/on-$(notdir $(PYTHON))/bin/python $(PYTEST)
+
+# Shares the other packages of $(VENV). Of optimum-onnx, which does not go with it, pip says so; no test runs it.
+TRANSFORMERS5 := build/transformers5
+TRANSFORMERS5_TESTS := tests/export/families tests/export/source tests/export/adapters tests/bench
+
+test-transformers5: $(TRANSFORMERS5)/.installed
+	$(TRANSFORMERS5)/bin/python $(PYTEST) $(TRANSFORMERS5_TESTS)
+
+$(TRANSFORMERS5)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(TRANSFORMERS5)
+	packages=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  echo "import site; site.addsitedir('$$packages')" > \
+	  $$($(TRANSFORMERS5)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(TRANSFORMERS5)/bin/python -m pip install --quiet "transformers>=5.24,<6" "sentence-transformers>=6.2,<7" \
+	  "huggingface-hub>=1.31,<2"
+	touch $@
 
 build/cpuid_mask.so: tests/processors/cpuid_mask.c
 	mkdir -p build
@@ -72,7 +89,7 @@ native-warnings sanitize:
 	@echo "$@: the kernels are for Linux on x86-64, there is nothing to compile here"
 endif
 
-check: lint types native-warnings docs test
+check: lint types native-warnings docs test test-transformers5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

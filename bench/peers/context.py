@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,18 @@ class PeerContext:
 
 
 def installed(name: str) -> bool:
-    """Whether there is a module of that name, in packages that need not be there."""
+    """Whether there is a module of that name, in packages that need not be there and go with the others."""
+    if name.startswith("optimum.") and transformers_version() >= (4, 58):
+        return False  # optimum-onnx takes none newer
     try:
         return find_spec(name) is not None
     except ImportError:  # a parent package is missing
         return False
+
+
+def transformers_version() -> tuple[int, ...]:
+    """Its first two numbers."""
+    return tuple(map(int, version("transformers").split(".")[:2]))
 
 
 def _by_optimum(model: Any, folder: Path) -> None:

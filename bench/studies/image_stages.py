@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from embedge.bench.errors import BenchError
 from embedge.bench.measure.process import run_child
 from embedge.bench.studies.qwen_vision import page
+from embedge.bench.systems.qwen_vl import image_processor_class, no_init_weights, rope_positions
 from embedge.quant.fidelity import cosine_rows
 
 __all__ = ["main"]
@@ -143,12 +144,11 @@ def _torch(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     import torch
     from PIL import Image
     from transformers import AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     model = _load(options.checkpoint, options.task, getattr(torch, dtype))
-    processor = Qwen2VLImageProcessor.from_pretrained(options.checkpoint)
+    processor = image_processor_class().from_pretrained(options.checkpoint)
     read: Any = AutoTokenizer.from_pretrained  # untyped
     tokenizer = read(options.checkpoint, local_files_only=True)
     config = model.config
@@ -163,14 +163,16 @@ def _torch(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     def vision(prepared: Any) -> Any:
         patches, ids = prepared
         pixels = patches["pixel_values"].to(model.dtype)
-        return model.visual(pixels, patches["image_grid_thw"]), patches["image_grid_thw"], ids
+        features = model.visual(pixels, patches["image_grid_thw"])
+        features = getattr(features, "pooler_output", features)  # as transformers 5 gives them
+        return features, patches["image_grid_thw"], ids
 
     def language(seen: Any) -> Any:
         features, grid, ids = seen
         states = model.language_model.embed_tokens(ids)
         states[ids == config.image_token_id] = features
         mask = torch.ones_like(ids)
-        positions, _ = model.get_rope_index(ids, grid, attention_mask=mask)
+        positions = rope_positions(model, ids, grid, mask)
         output = model.language_model(
             inputs_embeds=states, attention_mask=mask, position_ids=positions, use_cache=False
         )
@@ -201,7 +203,7 @@ def _load(folder: Path, task: str, dtype: Any) -> Any:
     config = make(**{name: settings[name] for name in wanted})
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
-    with transformers.modeling_utils.no_init_weights():
+    with no_init_weights():
         model = transformers.Qwen2_5_VLModel._from_config(
             config, attn_implementation="sdpa", dtype=dtype
         )

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from random_jina_v4 import adapter_folder
 from safetensors import safe_open
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+from embedge.bench.systems.qwen_vl import image_processor_class, no_init_weights, rope_positions
 
 __all__ = ["TASKS", "Reference", "adapter_folder", "write_checkpoint"]
 
@@ -71,14 +72,14 @@ class Reference:
         config = transformers.Qwen2_5_VLConfig(**settings)
         for part in (config, config.text_config, config.vision_config):
             part.dtype = self.dtype  # else each part is made in the type of the file
-        with transformers.modeling_utils.no_init_weights():
+        with no_init_weights():
             self.model = transformers.Qwen2_5_VLModel._from_config(
                 config, attn_implementation=self.attention, dtype=self.dtype
             )
         self._load()
         self.model.eval()
         self.tokenizer = transformers.Qwen2Tokenizer.from_pretrained(self.folder)
-        self.processor = Qwen2VLImageProcessor.from_pretrained(self.folder)
+        self.processor = image_processor_class().from_pretrained(self.folder)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], prompt: str = "", batch_size: int = 8) -> Vectors:
@@ -99,10 +100,13 @@ class Reference:
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image], batch_size: int = 4, **pixels: int) -> Vectors:
         """Vectors of images; ``pixels`` are ``min_pixels`` and ``max_pixels`` of the processor."""
+        names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        size = {edge: self.processor.size[edge] for edge in names.values()}
+        size |= {names[name]: count for name, count in pixels.items()}
         found = []
         for start in range(0, len(images), batch_size):
             some = list(images[start : start + batch_size])
-            patches = self.processor(some, return_tensors="pt", **pixels)
+            patches = self.processor(some, return_tensors="pt", size=size)
             grids = patches["image_grid_thw"]
             rows = [self.image_ids(int(grid.prod()) // 4) for grid in grids]
             ids, mask = self._padded(rows)
@@ -127,9 +131,7 @@ class Reference:
 
     def _states(self, ids: torch.Tensor, mask: torch.Tensor, **image: torch.Tensor) -> torch.Tensor:
         """The hidden states behind the last norm, float32 ``[rows, tokens, hidden]``."""
-        positions, _ = self.model.get_rope_index(
-            ids, image.get("image_grid_thw"), attention_mask=mask
-        )
+        positions = rope_positions(self.model, ids, image.get("image_grid_thw"), mask)
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **image
         )

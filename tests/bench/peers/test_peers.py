@@ -14,6 +14,7 @@ import torch
 
 from embedge.bench import Reference
 from embedge.bench.errors import BenchError
+from embedge.bench.peers import context as contexts
 from embedge.bench.peers import registry as peers
 from embedge.bench.peers.context import PeerContext
 from embedge.bench.peers.hidden_state import HiddenStateSystem, graph_inputs
@@ -52,6 +53,19 @@ def test_a_peer_asked_for_by_name_has_to_be_installed(monkeypatch: pytest.Monkey
 
     with pytest.raises(BenchError, match="not installed; run: pip install nothing"):
         peers.chosen_peers(["absent"], print)
+
+
+@pytest.mark.parametrize(
+    ("found", "usable"), [("4.57.6", True), ("4.58.0.dev0", False), ("5.24.0", False)]
+)
+def test_optimum_counts_only_with_the_transformers_it_takes(
+    found: str, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts, "version", lambda name: found)
+    monkeypatch.setattr(contexts, "find_spec", lambda name: name)
+
+    assert contexts.installed("optimum.exporters.onnx") is usable
+    assert contexts.installed("onnxscript")
 
 
 def test_none_is_no_peer_and_an_unknown_one_an_error() -> None:

@@ -258,8 +258,13 @@ def windows_only(model: Any) -> None:
 
 
 def swapped_rows_and_columns(model: Any) -> None:
-    angles = model.visual.rot_pos_emb
-    model.visual.rot_pos_emb = lambda grid: torch.cat(angles(grid).chunk(2, dim=1)[::-1], dim=1)
+    if hasattr(model.visual, "rot_pos_emb"):
+        angles = model.visual.rot_pos_emb
+        model.visual.rot_pos_emb = lambda grid: torch.cat(angles(grid).chunk(2, dim=1)[::-1], dim=1)
+    else:  # transformers 5
+        rotary = model.visual.rotary_pos_emb
+        forward = rotary.forward
+        rotary.forward = lambda states, positions: forward(states, positions.flip(-1))
 
 
 def swapped_mrope_axes(model: Any) -> None:
@@ -268,6 +273,7 @@ def swapped_mrope_axes(model: Any) -> None:
 
 
 def other_mrope_sections(model: Any) -> None:
+    model.language_model.rotary_emb.mrope_section = [3, 3, 2]  # of transformers 5
     for layer in model.language_model.layers:
         layer.self_attn.rope_scaling = {"mrope_section": [3, 3, 2]}
 
@@ -291,7 +297,9 @@ def test_the_residual_has_outlier_channels_and_stays_finite(code: Reference) -> 
     states = []
     layers = [*code.model.language_model.layers]
     hooks = [
-        layer.register_forward_hook(lambda _, __, output: states.append(output[0][0]))
+        layer.register_forward_hook(
+            lambda _, __, out: states.append((out if isinstance(out, torch.Tensor) else out[0])[0])
+        )
         for layer in layers
     ]
     code.texts(TEXTS[3:4])

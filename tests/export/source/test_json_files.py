@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_read_is_never_taken_for_none(
         os.mkfifo(source / name)
     if name == "special_tokens_map.json":
         settings = json.loads((source / "tokenizer_config.json").read_text())
-        settings.pop("added_tokens_decoder")
+        settings.pop("added_tokens_decoder", None)  # transformers 5 writes none
         (source / "tokenizer_config.json").write_text(json.dumps(settings))
 
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be read"):

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
+from embedge.bench.systems.qwen_vl import image_processor_class
 from embedge.runtime import EmbedgeValueError
 from embedge.runtime.bundle.manifest import ImageSettings
 from embedge.runtime.bundle.schema import Place
@@ -21,7 +21,7 @@ PROCESSOR = ImageProcessor(SETTINGS)
 
 
 def slow(picture: Image.Image, low: int, high: int) -> tuple[np.ndarray, tuple[int, int]]:
-    processor = Qwen2VLImageProcessor(min_pixels=low, max_pixels=high)
+    processor = image_processor_class()(min_pixels=low, max_pixels=high)
     options = {"input_data_format": "channels_last"}  # it guesses wrong at a height of 1 or 3
     result = processor(picture, return_tensors="np", **options)
     return result["pixel_values"], tuple(result["image_grid_thw"][0, 1:])
