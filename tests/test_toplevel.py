@@ -145,11 +145,7 @@ sys.exit(main())
     assert done.stderr == "embedge: error: interrupted\n"
 
 
-@pytest.mark.slow
-def test_type_checkers_know_the_names(package_path: Path, tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
-    script = tmp_path / "script.py"
-    script.write_text("""
+NAMES = """
 import embedge
 from embedge import Embedder, EmbedgeError, export_bundle
 
@@ -157,19 +153,60 @@ reveal_type(embedge.__version__)
 reveal_type(Embedder("bundle").dim)
 export_bundle("model", outt="bundle")
 embedge.nothing
-""")
+"""
+OPTIONS = """
+from embedge import Embedder
+model = Embedder("bundle", task="code", truncate_dim=4)
+model.encode_query("a", truncat_dim=2)
+model.encode_document("a", truncate_dim="2")
+model.encode("a", truncat_dim=2)
+reveal_type(model.encode("a"))
+reveal_type(model.encode_query(["a"], truncate_dim=2))
+reveal_type(model.encode_document(["a"], task="code"))
+reveal_type(model.encode_image(["a.png"]))
+reveal_type(model.count_tokens("a"))
+reveal_type(model.count_tokens(["a"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(package_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What mypy says of each script, line numbers first."""
+    pytest.importorskip("mypy")
+    place = tmp_path_factory.mktemp("scripts")
+    scripts = {"names": NAMES, "options": OPTIONS}
+    for name, script in scripts.items():
+        (place / f"{name}.py").write_text(script)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent"),
-            *("--cache-dir", str(tmp_path / "cache"), "--ignore-missing-imports", str(script)),
+            *("--cache-dir", str(place / "cache"), "--ignore-missing-imports"),
+            *(f"{name}.py" for name in scripts),
         ],
+        cwd=place,
         env={**os.environ, "MYPYPATH": str(package_path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    said = "\n".join(line.partition("script.py:")[2] for line in done.stdout.splitlines())
-    assert '5: note: Revealed type is "str"' in said
-    assert '6: note: Revealed type is "int"' in said
-    assert 'Unexpected keyword argument "outt" for "export_bundle"' in said
-    assert 'Module has no attribute "nothing"' in said
+    lines = [line.partition(".py:") for line in done.stdout.splitlines()]
+    return {name: [rest for of, _, rest in lines if of == name] for name in scripts}
+
+
+@pytest.mark.slow
+def test_type_checkers_know_the_names(said: dict[str, list[str]]) -> None:
+    text = "\n".join(said["names"])
+    assert '5: note: Revealed type is "str"' in text
+    assert '6: note: Revealed type is "int"' in text
+    assert 'Unexpected keyword argument "outt" for "export_bundle"' in text
+    assert 'Module has no attribute "nothing"' in text
+
+
+@pytest.mark.slow
+def test_type_checkers_find_misspelt_options(said: dict[str, list[str]]) -> None:
+    errors = [line for line in said["options"] if "error:" in line]
+    assert {line.split(":")[0] for line in errors} == {"4", "5", "6"}, said["options"]
+    notes = [line.rpartition("type is ")[2] for line in said["options"] if "Revealed" in line]
+    assert notes.pop(4) == '"int"'
+    assert len(notes) == 5
+    assert all("ndarray" in note and "list" not in note for note in notes)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import MappingProxyType
@@ -172,41 +169,6 @@ class TestNames:
         assert encode == {**checked, "show_progress_bar": None}
         assert {name: encode.get(name) for name in of_images} == of_images
         assert {*EmbedderOptions.__annotations__} == {*defaults(Embedder)}
-
-    @pytest.mark.slow
-    def test_type_checkers_find_misspelt_options(self, package_path: Path, tmp_path: Path) -> None:
-        pytest.importorskip("mypy")
-        script = tmp_path / "script.py"
-        script.write_text("""
-from embedge import Embedder
-model = Embedder("bundle", task="code", truncate_dim=4)
-model.encode_query("a", truncat_dim=2)
-model.encode_document("a", truncate_dim="2")
-model.encode("a", truncat_dim=2)
-reveal_type(model.encode("a"))
-reveal_type(model.encode_query(["a"], truncate_dim=2))
-reveal_type(model.encode_document(["a"], task="code"))
-reveal_type(model.encode_image(["a.png"]))
-reveal_type(model.count_tokens("a"))
-reveal_type(model.count_tokens(["a"]))
-""")
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent"),
-                *("--cache-dir", str(tmp_path / "cache"), "--ignore-missing-imports", str(script)),
-            ],
-            env={**os.environ, "MYPYPATH": str(package_path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        said = [line.partition("script.py:")[2] for line in done.stdout.splitlines()]
-        errors = [line for line in said if "error:" in line]
-        assert {line.split(":")[0] for line in errors} == {"4", "5", "6"}, done.stdout
-        notes = [line.rpartition("type is ")[2] for line in said if "Revealed" in line]
-        assert notes.pop(4) == '"int"'
-        assert len(notes) == 5
-        assert all("ndarray" in note and "list" not in note for note in notes)
 
     def test_similarity_names(self, bundle: Any, make_bundle: Any) -> None:
         assert Embedder(bundle.path).similarity_fn_name == "cosine"
