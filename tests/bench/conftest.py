@@ -4,7 +4,7 @@ sentence-transformers, a random LoRA adapter whose B is not zero and whose alpha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from embedge.bench.measure import latency
 from embedge.bench.report.report import Report, Row
+from embedge.runtime.tuning.turns import take_turns
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -24,6 +26,18 @@ MAX_LENGTH = 24
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pauses() -> Iterator[None]:
+    """Runs follow each other at once; what their times are worth is no matter in tests."""
+
+    def at_once(*arguments: Any, **options: Any) -> Iterator[None]:
+        return take_turns(*arguments, **(options | {"pause_s": 0, "block_s": 0}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "take_turns", at_once)
+        yield
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -37,6 +37,7 @@ def bundle(model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
         model,
         adapters={"search": adapter, "plain": None},
         precisions=["fp32", "int8"],
+        calibration="none",
         out=tmp_path_factory.mktemp("bundles") / "tiny",
         matryoshka_dims=[16, 32],
     )

@@ -174,7 +174,8 @@ def test_a_task_that_is_not_there_is_an_error_with_those_that_are() -> None:
 def bundle(model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapters: dict[str, Any] = {"retrieval": adapter, "text-matching": None}
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    return Path(export_bundle(model, adapters=adapters, precisions=["int8"], out=out))
+    options: dict[str, Any] = {"precisions": ["int8"], "calibration": "none"}
+    return Path(export_bundle(model, adapters=adapters, out=out, **options))
 
 
 def test_similarities_are_the_embedders(bundle: Path) -> None:
