@@ -28,12 +28,13 @@ class Supported(NamedTuple):
 
 
 def supported(families: Sequence[type[Family]] = FAMILIES) -> list[Supported]:
-    """Every architecture of some families, by name."""
-    return sorted(
+    """Every architecture of some families, by name; once where several families read its layouts."""
+    found = (
         Supported(kind, family.__name__, _about(family), family.examples.get(kind, ""))
         for family in families
         for kind in family.model_types
     )
+    return sorted({(one.architecture, one.example): one for one in found}.values())
 
 
 def _about(family: type[Family]) -> str:
