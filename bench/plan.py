@@ -105,6 +105,11 @@ def make_plan(options: BenchOptions) -> Plan:
     bundle = Bundle(options.bundle)
     threads = options.threads or available_cores()
     notes = _busy(threads)
+    if bundle.manifest.model.late_interaction is not None:
+        raise BenchArgumentError(
+            f"{options.bundle}: a late-interaction model, whose vectors are of tokens; expected one of a vector a "
+            "text, which is all that the bench measures"
+        )
     declared = bundle.manifest.tasks
     tasks = _chosen("task", options.tasks, list(declared))
     device = options.device

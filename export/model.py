@@ -38,7 +38,8 @@ class Model:
         architecture: the family's, with the inputs for images where there is a tower.
         tower: the vision tower, ``None`` where the export is for texts alone.
         image: what the manifest says about images.
-        pooling: how token states become a vector.
+        pooling: how token states become a vector, ``None`` with late interaction, where there is none.
+        late_interaction: what the manifest says of queries and documents, ``None`` for models that pool.
         tasks: the tensors of every requested task.
         adapters: the adapter of every requested task, ``None`` for the bare backbone.
         base: the backbone's own tensors.
@@ -50,17 +51,23 @@ class Model:
     tower: Tower | None
     image: dict[str, Any] | None
     settings: SentenceSettings
-    pooling: str
+    pooling: str | None
     tokenizer: BundleTokenizer
     adapters: dict[str, BoundAdapter | None]
     tasks: dict[str, TaskWeights]
     base: TaskWeights
+    late_interaction: dict[str, Any] | None = None
 
     @property
     def dim(self) -> int:
         """Length of a vector."""
         dense, width = self.settings.dense, self.architecture.vector_size
         return dense[-1].out_features if dense else width * len(poolings(self.pooling))
+
+    @property
+    def multi_vector_dim(self) -> int | None:
+        """Length of a token's vector, ``None`` where tokens have none."""
+        return self.architecture.multi_vector_dim if self.settings.late is None else self.dim
 
     @property
     def truncate_dim(self) -> int | None:

@@ -15,6 +15,7 @@ from embedge.export.families import MERGED, Family, family_of
 from embedge.export.families.base import Tower
 from embedge.export.families.config_keys import check_config
 from embedge.export.graph.pooling import poolings
+from embedge.export.late_rules import late_rules
 from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
 from embedge.export.schemes.mixed import unmatched
@@ -64,6 +65,7 @@ def read_model(options: ExportOptions) -> Model:
         overrides=settings.tokenizer_settings,
         lowercase=settings.lowercase,
     )
+    tokenizer, rules = late_rules(options, checkpoint.path, architecture, settings.late, tokenizer)
     tower, image = None, None
     if family_class.tower is not None and options.modality != "text":
         tower = family_class.tower(checkpoint.config, family.hidden_size)
@@ -99,6 +101,7 @@ def read_model(options: ExportOptions) -> Model:
         adapters=adapters,
         tasks=tasks,
         base=base,
+        late_interaction=rules,
     )
     unused = unmatched(options.keep, model.plain_graphs)  # which ask for every tensor by name
     if unused:
@@ -119,8 +122,13 @@ def _is_merged(config: Mapping[str, Any], name: str) -> bool:
 
 def _choose_pooling(
     options: ExportOptions, name: str, family: type[Family], settings: SentenceSettings
-) -> str:
-    """How tokens become a vector: as asked for, as the model's files say, or as the family has it."""
+) -> str | None:
+    """How tokens become a vector: as asked for, as the model's files say, or as the family has it.
+
+    With late interaction they become none.
+    """
+    if settings.late is not None:
+        return None
     pooling = options.pooling or settings.pooling or family.default_pooling
     if pooling is None:
         raise EmbedgeValueError(

@@ -157,7 +157,8 @@ class Embedder(OpenBundle):
             show_progress_bar: on standard error; ``None``: no.
             on_truncate: "ignore", "warn" (once per Embedder) or "error" when a text is longer than
                 :attr:`max_seq_length` and gets cut.
-            multi_vector: give a vector per token instead, from models with such a head.
+            multi_vector: give a vector per token instead, from models with such a head. Late-interaction
+                models have no other.
 
         Returns:
             float32 ``[items, dim]``, ``[dim]`` for one text or image, ``[0, dim]`` for none. With
@@ -170,10 +171,8 @@ class Embedder(OpenBundle):
             BundleError: if the task's graph cannot be opened.
             InferenceError: if the graph fails.
         """
-        items, single = as_texts(inputs) if self._images is None else as_items(inputs)
-        if self._images is not None:
-            warn_of_paths(items)
-        request = self._request(
+        return self._encode(
+            inputs,
             task=task,
             prompt_name=prompt_name,
             prompt=prompt,
@@ -181,9 +180,19 @@ class Embedder(OpenBundle):
             max_batch_tokens=max_batch_tokens,
             truncate_dim=truncate_dim,
             normalize_embeddings=normalize_embeddings,
+            show_progress_bar=show_progress_bar,
             on_truncate=on_truncate,
             multi_vector=multi_vector,
         )
+
+    def _encode(
+        self, inputs: Inputs, *, show_progress_bar: bool | None = None, **options: Any
+    ) -> Vectors | list[Vectors]:
+        """:meth:`encode` with the role of the texts among its options."""
+        items, single = as_texts(inputs) if self._images is None else as_items(inputs)
+        if self._images is not None:
+            warn_of_paths(items)
+        request = self._request(**options)
         results = no_results(request, len(items))
         vectors = encode_mixed(items, request, results, texts=self._texts, images=self._images)
         collect(vectors, results, shown=show_progress_bar)
@@ -209,13 +218,15 @@ class Embedder(OpenBundle):
     ) -> Vectors | list[Vectors]:
         """:meth:`encode` with the task's prompt "query"; without one, its default or none.
 
+        A late-interaction model cuts queries at their own length, and fills them up where it was trained so.
+
         Args:
             inputs: as for :meth:`encode`.
             multi_vector: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
         options = self._query_role(options)
-        return self.encode(inputs, multi_vector=multi_vector, **options)
+        return self._encode(inputs, multi_vector=multi_vector, role="query", **options)
 
     @overload
     def encode_document(
@@ -237,7 +248,9 @@ class Embedder(OpenBundle):
     ) -> Vectors | list[Vectors]:
         """:meth:`encode` with the task's prompt "document" or "passage"; without one, none.
 
-        A default prompt is left out too: it is the queries' where documents have none of their own.
+        A default prompt is left out too: it is the queries' where documents have none of their own. A
+        late-interaction model cuts documents at their own length, and leaves out vectors such as those of
+        punctuation.
 
         Args:
             inputs: as for :meth:`encode`.
@@ -245,7 +258,7 @@ class Embedder(OpenBundle):
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
         options = self._document_role(options)
-        return self.encode(inputs, multi_vector=multi_vector, **options)
+        return self._encode(inputs, multi_vector=multi_vector, role="document", **options)
 
     @overload
     def encode_image(
@@ -422,6 +435,7 @@ class Embedder(OpenBundle):
                 task=call["task"], prompt_name=call.get("prompt_name"), prompt=call.get("prompt")
             )
             call |= self._query_role(asked) if role == "query" else self._document_role(asked)
+            call["role"] = role
         request = self._request(**call)
         return parts_of(self._bundle, self._manifest, self._precision, self._device, request)
 
@@ -448,7 +462,8 @@ class Embedder(OpenBundle):
 
         Args:
             a: vectors ``[n, dim]``, one vector ``[dim]``, or a list of multi-vectors ``[tokens,
-                dim]``, which are scored by late interaction.
+                dim]``, which are scored by late interaction; of a late-interaction model one
+                ``[tokens, dim]`` too.
             b: like ``a``.
 
         Returns:

@@ -166,7 +166,7 @@ class OpenBundle:
 
     @property
     def similarity_fn_name(self) -> str:
-        """How ``Embedder.similarity`` compares single vectors: "cosine" or "dot"."""
+        """How ``Embedder.similarity`` compares: "cosine" or "dot"; with late interaction "maxsim", or "meanmaxsim"."""
         return self._model.similarity
 
     @property
@@ -239,7 +239,7 @@ class OpenBundle:
 
     def _request(self, **options: Any) -> Request:
         """A call's options, with what this object puts where a call names nothing."""
-        options["task"] = self._task if options["task"] is None else options["task"]
-        if options["truncate_dim"] is None and options.get("multi_vector", False) is False:
+        options["task"] = self._task if options.get("task") is None else options["task"]
+        if options.get("truncate_dim") is None and options.get("multi_vector", False) is False:
             options["truncate_dim"] = self._dim
         return Request.look_up(self._manifest, self._precision, CallOptions(**options))

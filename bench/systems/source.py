@@ -52,18 +52,20 @@ class DenseModule:
         weight: float32 ``[out, in]``.
         bias: float32 ``[out]``, ``None`` for no bias.
         activation: applied to the result.
+        residual: float32 ``[out, in]`` whose product with the input is added then, or ``None``.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     activation: torch.nn.Module
+    residual: torch.Tensor | None = None
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for float32 ``[n, in]``."""
         result: torch.Tensor = self.activation(
             torch.nn.functional.linear(vectors, self.weight, self.bias)
         )
-        return result
+        return result if self.residual is None else result + vectors @ self.residual.T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +227,15 @@ def _dense(folder: Path) -> DenseModule:
     else:
         tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     bias = tensors.get("linear.bias")
+    residual = None
+    if config.get("use_residual"):
+        width = tensors["linear.weight"].shape[1]
+        residual = tensors.get("residual.weight", torch.eye(width)).float()
     return DenseModule(
         weight=tensors["linear.weight"].float(),
         bias=None if bias is None else bias.float(),
         activation=_ACTIVATIONS[name](),
+        residual=residual,
     )
 
 

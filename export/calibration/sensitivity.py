@@ -30,7 +30,7 @@ from embedge.export.calibration.tokens import TokenBatch, token_batches
 from embedge.export.calibration.weight_session import WeightSession
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.task_graph import embedding
+from embedge.export.graph.task_graph import embedding, token_vectors
 from embedge.export.graph.values import Value
 from embedge.export.model import Model
 from embedge.export.schemes.floats import Float32Scheme
@@ -202,19 +202,26 @@ def _run_together(
 def _head(
     model: Model, weights: Weights, sample: Sequence[TokenBatch], scratch: Path
 ) -> Callable[[Sequence[FloatArray]], FloatArray]:
-    """From states behind the last layer, by batch, to vectors of length 1, float32 ``[texts, dim]``."""
+    """From states behind the last layer, by batch, to vectors of length 1, float32 ``[texts, dim]``.
+
+    With late interaction they are those of tokens, ``[tokens, dim]``.
+    """
     architecture = model.architecture.text_only()
     transformer = behind_states(architecture, weights)
     last = transformer.final(Value(HIDDEN))
     dense = model.settings.dense
-    embedding(transformer, last, pooling=model.pooling, dense=dense, normalize=True)
+    if model.pooling is None:
+        token_vectors(transformer, last, dense=dense, normalize=True)
+    else:
+        embedding(transformer, last, pooling=model.pooling, dense=dense, normalize=True)
     session = WeightSession(transformer.g, scratch)
 
     def vectors(states: Sequence[FloatArray]) -> FloatArray:
         results = []
         for batch, hidden in zip(sample, states, strict=True):
             feeds: dict[str, NDArray[Any]] = {**batch.feeds(architecture.inputs), HIDDEN: hidden}
-            results.append(session.run(feeds)[0])
+            result = session.run(feeds)[0]
+            results.append(result[batch.mask == 1] if model.pooling is None else result)
         return np.concatenate(results)
 
     return vectors

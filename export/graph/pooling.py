@@ -33,9 +33,9 @@ class Pooled:
     skips: bool = False
 
 
-def poolings(pooling: str) -> list[str]:
-    """The single poolings of ``"cls+max"``, whose vectors are concatenated in this order."""
-    return pooling.split("+")
+def poolings(pooling: str | None) -> list[str | None]:
+    """The single poolings of ``"cls+max"``, whose vectors are concatenated in this order; one ``None``."""
+    return [None] if pooling is None else [*pooling.split("+")]
 
 
 def pool(g: OpBuilder, hidden: str, pooling: str, of: Pooled) -> Value:
@@ -51,7 +51,7 @@ def pool(g: OpBuilder, hidden: str, pooling: str, of: Pooled) -> Value:
         pooling: names joined by "+".
         of: what is pooled.
     """
-    parts = [_pool_by(g, hidden, name, of) for name in poolings(pooling)]
+    parts = [_pool_by(g, hidden, name, of) for name in pooling.split("+")]
     return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=-1)
 
 
@@ -168,11 +168,21 @@ def rotated_back(
 
 def apply_dense(g: OpBuilder, x: str, layer: DenseLayer, name: str) -> Value:
     """A sentence-transformers Dense layer."""
-    matrix = np.ascontiguousarray(layer.weight.T)
-    weight = g.computed(f"{name}.weight", matrix.shape, lambda: matrix, detail=digest(layer.weight))
-    x = g.op("MatMul", x, weight)
+    y = _times(g, x, layer.weight, f"{name}.weight")
     if layer.bias is not None:
-        x = g.op("Add", x, g.const(layer.bias))
+        y = g.op("Add", y, g.const(layer.bias))
+    y = _activated(g, y, layer)
+    if layer.residual is None:
+        return y
+    return g.op("Add", y, _times(g, x, layer.residual, f"{name}.residual"))
+
+
+def _times(g: OpBuilder, x: str, weight: FloatArray, name: str) -> Value:
+    matrix = np.ascontiguousarray(weight.T)
+    return g.op("MatMul", x, g.computed(name, matrix.shape, lambda: matrix, detail=digest(weight)))
+
+
+def _activated(g: OpBuilder, x: Value, layer: DenseLayer) -> Value:
     if layer.activation == "gelu":
         return g.op("Gelu", x, domain=CONTRIB)
     if layer.activation == "silu":

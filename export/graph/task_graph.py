@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from onnx import TensorProto
 
 from embedge.export.graph.architecture import TOKENS, Architecture
@@ -16,7 +18,7 @@ from embedge.export.graph.pooling import (
 )
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.transformer import TransformerGraph
-from embedge.export.graph.values import Value
+from embedge.export.graph.values import FloatArray, Value
 from embedge.export.source.dense import DenseLayer
 from embedge.export.weights.rotated import RotatedWeights
 from embedge.export.weights.tensors import Weights
@@ -27,21 +29,23 @@ def task_graph(
     weights: Weights,
     scheme: Scheme,
     *,
-    pooling: str,
+    pooling: str | None,
     dense: tuple[DenseLayer, ...],
     normalize: bool,
     tanh_int8: bool = False,
 ) -> Graph:
     """Write the graph from token ids to ``embedding`` float32 ``[batch, dim]``.
 
-    A model with a head for it also gives ``token_embeddings`` ``[batch, tokens, multi_vector_dim]``.
+    A model with a head for it also gives ``token_embeddings`` ``[batch, tokens, multi_vector_dim]``. One of late
+    interaction gives ``token_embeddings`` ``[batch, tokens, dim]`` alone, those of padding too: queries are filled
+    up with tokens that none attends to.
 
     Args:
         architecture: the model.
         weights: the task's tensors.
         scheme: the precision.
-        pooling: names of sentence-transformers' poolings, joined by "+".
-        dense: layers after pooling, in order, run in float32.
+        pooling: names of sentence-transformers' poolings, joined by "+"; ``None`` for late interaction.
+        dense: layers after pooling, or of every token, in order, run in float32.
         normalize: whether vectors end with length 1.
         tanh_int8: whether they end as whole numbers, round(127 · tanh(x)), kept as float32.
     """
@@ -51,6 +55,10 @@ def task_graph(
     for index in range(len(architecture.layers)):
         hidden = transformer.layer(index, hidden)
     hidden = transformer.final(hidden)
+    if pooling is None:
+        token_vectors(transformer, hidden, dense=dense, normalize=normalize)
+        g.prune()
+        return g
     embedding(
         transformer,
         hidden,
@@ -111,3 +119,33 @@ def _in_own_axes(transformer: TransformerGraph, x: Value, *, by_token: bool) -> 
     if norm is not None:
         x = rotated_back(g, g.weights, norm, x, by_token=by_token)
     return transformer.projected(x)
+
+
+def token_vectors(
+    transformer: TransformerGraph, hidden: Value, *, dense: tuple[DenseLayer, ...], normalize: bool
+) -> None:
+    """Declare the output ``token_embeddings`` of late interaction; see :func:`task_graph`."""
+    g, x = transformer.g, hidden
+    norm = g.weights.output if isinstance(g.weights, RotatedWeights) else None
+    foldable = dense and norm is not None and transformer.model.state_projection is None
+    if foldable and isinstance(g.weights, RotatedWeights) and norm is not None:
+        dense = (_of_rotated(g.weights, norm, dense[0]), *dense[1:])
+    else:
+        x = _in_own_axes(transformer, x, by_token=True)
+    for index, layer in enumerate(dense):
+        x = apply_dense(g, x, layer, f"dense.{index}")
+    if normalize:
+        x = unit_length(g, x)
+    width = dense[-1].out_features if dense else transformer.model.vector_size
+    g.output(x, "token_embeddings", TensorProto.FLOAT, [*TOKENS, width])
+
+
+def _of_rotated(weights: RotatedWeights, norm: str, layer: DenseLayer) -> DenseLayer:
+    """The layer that makes of a rotated stream's states what ``layer`` makes of the model's own."""
+    rotation, scale = weights.rotation(norm), weights.norm_weight(norm)
+
+    def turned(matrix: FloatArray) -> FloatArray:
+        return rotation.rows(matrix * scale)
+
+    residual = None if layer.residual is None else turned(layer.residual)
+    return replace(layer, weight=turned(layer.weight), residual=residual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from embedge.export.errors import CheckpointError
 from embedge.export.source.config import words
 from embedge.export.source.json_files import read_json_object
+from embedge.export.source.safetensors_file import SafetensorsFile
 from embedge.export.source.weight_files import weight_files
 
 __all__ = ["DenseLayer", "read_dense"]
@@ -31,7 +33,7 @@ _KNOWN_KEYS = words(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseLayer:
-    """``activation(x @ weight.T + bias)`` on the pooled vector.
+    """``activation(x @ weight.T + bias) + x @ residual.T`` on the pooled vector, or on that of a token.
 
     Attributes:
         in_features: length of the vector that comes in.
@@ -40,6 +42,7 @@ class DenseLayer:
         bias: float32 ``[out_features]``, ``None`` for no bias.
         activation: ``identity``, ``tanh``, ``relu``, ``gelu`` (exact, by erf), ``sigmoid`` or
             ``silu``.
+        residual: float32 ``[out_features, in_features]``, ``None`` for no such sum.
     """
 
     in_features: int
@@ -47,10 +50,15 @@ class DenseLayer:
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     activation: str
+    residual: NDArray[np.float32] | None = None
 
 
-def read_dense(folder: Path) -> DenseLayer:
+def read_dense(folder: Path, vector: str = "sentence_embedding") -> DenseLayer:
     """Read the module ``sentence_transformers.models.Dense`` in ``folder``.
+
+    Args:
+        folder: the module's.
+        vector: what it has to read and write, as sentence-transformers names it.
 
     Raises:
         CheckpointError: if a file is missing or damaged, the weights are pickled or do not have the
@@ -63,13 +71,10 @@ def read_dense(folder: Path) -> DenseLayer:
             f"{file}: Dense has settings that are not supported: {', '.join(unknown)}"
         )
     for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
+        if config.get(key) not in (None, vector):
             raise CheckpointError(
-                f"{file}: Dense with {key}={config[key]!r} is not supported, only "
-                "'sentence_embedding'"
+                f"{file}: Dense with {key}={config[key]!r} is not supported, only {vector!r}"
             )
-    if config.get("use_residual"):
-        raise CheckpointError(f"{file}: Dense with use_residual=true is not supported")
     full_name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = (
         _ACTIVATIONS.get(full_name.rpartition(".")[2])
@@ -87,6 +92,9 @@ def read_dense(folder: Path) -> DenseLayer:
     shapes: dict[str, tuple[int, ...]] = {"linear.weight": (out_features, in_features)}
     if config.get("bias", True):
         shapes["linear.bias"] = (out_features,)
+    adds_input = bool(config.get("use_residual"))
+    if adds_input and in_features != out_features:
+        shapes["residual.weight"] = (out_features, in_features)
     files = weight_files(folder)
     found = {key: file.shape(key) for key, file in files.items()}
     if found != shapes:
@@ -97,4 +105,11 @@ def read_dense(folder: Path) -> DenseLayer:
         weight=files["linear.weight"].read("linear.weight"),
         bias=files["linear.bias"].read("linear.bias") if "linear.bias" in shapes else None,
         activation=activation,
+        residual=_residual(files, in_features) if adds_input else None,
     )
+
+
+def _residual(files: Mapping[str, SafetensorsFile], width: int) -> NDArray[np.float32]:
+    """The matrix that a layer's input is added through: the identity where widths agree."""
+    file = files.get("residual.weight")
+    return np.eye(width, dtype=np.float32) if file is None else file.read("residual.weight")

@@ -38,6 +38,8 @@ def dense_sha256(layers: Sequence[DenseLayer]) -> str | None:
         digest.update(f"{layer.activation} {layer.weight.shape}".encode())
         for array in (layer.weight, layer.bias):
             digest.update(b"-" if array is None else array.tobytes())
+        if layer.residual is not None:
+            digest.update(layer.residual.tobytes())
     return digest.hexdigest() if layers else None
 
 

@@ -12,7 +12,7 @@ refused by its name. Names and defaults follow sentence-transformers 5 and 6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,26 @@ from embedge.export.errors import CheckpointError
 from embedge.export.source.card import ModelCard
 from embedge.export.source.dense import DenseLayer, read_dense
 from embedge.export.source.json_files import read_json_object, read_optional
-from embedge.export.source.modules import pipeline
+from embedge.export.source.late_interaction import (
+    LateInteraction,
+    is_late,
+    prefixed,
+    read_late,
+    token_similarity,
+)
+from embedge.export.source.modules import module_names, pipeline
 from embedge.export.source.purpose import check_purpose
 from embedge.export.source.text_limits import max_length
 from embedge.export.source.transformer_settings import (
     read_transformer_settings,
     tokenizer_arguments,
+    transformer_file,
 )
 
 __all__ = ["POOLINGS", "SentenceSettings", "pooling_problem", "read_modules"]
 
 POOLINGS = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean")
+_TOKENS = "token_embeddings"
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -62,7 +71,7 @@ class SentenceSettings:
         prompts: prompt name to text; a text may be empty.
         default_prompt_name: the prompt used when none is named, ``None`` for no prompt.
         max_length: the most tokens of a text, special tokens included.
-        similarity: ``"cosine"`` or ``"dot"``.
+        similarity: ``"cosine"`` or ``"dot"``; with ``late`` ``"maxsim"`` or ``"meanmaxsim"``.
         truncate_dim: the dimension that vectors are cut to after all modules, ``None`` for all of
             it.
         matryoshka_dims: dimensions it was trained to be cut to, where it declares them.
@@ -70,6 +79,8 @@ class SentenceSettings:
         task_defaults: names of their default prompts.
         tokenizer_settings: what takes the place of settings in tokenizer_config.json.
         lowercase: whether texts are lower-cased before anything else.
+        late: how queries and documents become vectors of tokens, of which a text has no single one;
+            ``None`` for models that pool.
     """
 
     pooling: str | None = None
@@ -87,6 +98,7 @@ class SentenceSettings:
     task_defaults: dict[str, str | None] = field(default_factory=dict)
     tokenizer_settings: dict[str, Any] = field(default_factory=dict)
     lowercase: bool = False
+    late: LateInteraction | None = None
 
 
 def read_modules(
@@ -105,12 +117,16 @@ def read_modules(
     Raises:
         CheckpointError: if a file is missing or damaged, or names something that is not supported.
     """
-    modules = pipeline(path, str(config.get("model_type")))
+    file = path / "config_sentence_transformers.json"
+    late = is_late(read_optional(file), module_names(path))
+    modules = pipeline(path, str(config.get("model_type")), late=late)
     folder = modules[0][1] if modules else path
-    transformer = read_transformer_settings(folder)
+    transformer = read_transformer_settings(folder, late=late)
     if not modules:
         check_purpose(path, config, card.tags if card else ())
-    settings = _read_settings(path / "config_sentence_transformers.json")
+    settings = _read_settings(file, late=late)
+    if late:
+        return _read_late(path, config, modules, transformer, settings)
     is_jina_v5 = bool(modules) and modules[0][0] == "JinaV5"
     if is_jina_v5:
         settings |= {"pooling": "lasttoken", "normalize": True}
@@ -133,6 +149,57 @@ def read_modules(
         matryoshka_dims=_matryoshka_dims(folder / "config.json", config),
         tokenizer_settings=tokenizer_arguments(transformer),
         lowercase=bool(transformer.get("do_lower_case")),
+    )
+
+
+def _read_late(
+    path: Path,
+    config: Mapping[str, Any],
+    modules: Sequence[tuple[str, Path]],
+    transformer: Mapping[str, Any],
+    settings: dict[str, Any],
+) -> SentenceSettings:
+    """The settings of a late-interaction model.
+
+    Args:
+        path: the model folder.
+        config: the transformer's config.json.
+        modules: kind and folder of each.
+        transformer: sentence_bert_config.json.
+        settings: what config_sentence_transformers.json says.
+    """
+    file = path / "config_sentence_transformers.json"
+    if not modules:
+        raise CheckpointError(
+            f"{file}: names a late-interaction model, and there is no modules.json that says how token states "
+            "become its vectors; fetch or save the model again"
+        )
+    folder, folders = modules[0][1], dict(modules)
+    if "Normalize" in folders:
+        _check_normalize(
+            folders["Normalize"] / "config.json", _TOKENS, default="sentence_embedding"
+        )
+    late = read_late(
+        file,
+        transformer_file(folder),
+        transformer,
+        folders.get("MultiVectorMask"),
+        max_length(folder, config, transformer),
+    )
+    truncate_dim = settings.pop("truncate_dim")
+    if truncate_dim is not None:
+        raise CheckpointError(
+            f"{file}: truncate_dim is {truncate_dim}, expected null: vectors of tokens are not cut"
+        )
+    pylate = read_optional(file).get("model_type") != "MultiVectorEncoder"
+    return SentenceSettings(
+        **settings,
+        normalize="Normalize" in folders or pylate,
+        dense=tuple(read_dense(f, _TOKENS) for kind, f in modules if kind == "Dense"),
+        max_length=late.longest,
+        tokenizer_settings=tokenizer_arguments(transformer),
+        lowercase=bool(transformer.get("do_lower_case")),
+        late=late,
     )
 
 
@@ -171,28 +238,35 @@ def _read_pooling(file: Path) -> dict[str, Any]:
     return {"pooling": pooling, "include_prompt": bool(config.get("include_prompt", True))}
 
 
-def _check_normalize(file: Path) -> None:
-    for key, value in read_optional(file).items():
-        if key in ("module_input_name", "module_output_name") and value not in (
-            None,
-            "sentence_embedding",
-        ):
+def _check_normalize(
+    file: Path, vector: str = "sentence_embedding", default: str | None = None
+) -> None:
+    """Refuse a normalization of something else.
+
+    Args:
+        file: the module's config.json, which may be missing.
+        vector: what it has to normalize, as sentence-transformers names it.
+        default: what it normalizes where the file does not say; ``None``: ``vector``.
+    """
+    config = {"module_input_name": default, **read_optional(file)}
+    for key, value in config.items():
+        if key in ("module_input_name", "module_output_name") and value not in (None, vector):
             raise CheckpointError(
-                f"{file}: Normalize with {key}={value!r} is not supported, only "
-                "'sentence_embedding'"
+                f"{file}: Normalize with {key}={value!r} is not supported, only {vector!r}"
             )
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _read_settings(file: Path, *, late: bool) -> dict[str, Any]:
     """What config_sentence_transformers.json says, under the names of :class:`SentenceSettings`."""
     config = read_optional(file)
     model_type = config.get("model_type", "SentenceTransformer")
-    if model_type != "SentenceTransformer":
+    if model_type != "SentenceTransformer" and not late:
         raise CheckpointError(
-            f"{file}: a {model_type} model is not supported, only SentenceTransformer"
+            f"{file}: a {model_type} model is not supported, only SentenceTransformer, MultiVectorEncoder and "
+            "ColBERT"
         )
     similarity = config.get("similarity_fn_name")
-    if not isinstance(similarity, str | None) or similarity not in _SIMILARITIES:
+    if not late and (not isinstance(similarity, str | None) or similarity not in _SIMILARITIES):
         raise CheckpointError(
             f"{file}: the similarity {similarity!r} is not supported; supported are cosine and dot"
         )
@@ -202,6 +276,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{file}: prompts should map names to texts, found {prompts!r}")
     prompts = {name: text or "" for name, text in prompts.items()}
+    if late:
+        prompts = prefixed(prompts, config)
     default = config.get("default_prompt_name")
     if default is not None and default not in list(prompts):
         raise CheckpointError(
@@ -216,6 +292,6 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return {
         "prompts": prompts,
         "default_prompt_name": default,
-        "similarity": _SIMILARITIES[similarity],
+        "similarity": token_similarity(similarity, file) if late else _SIMILARITIES[similarity],
         "truncate_dim": truncate_dim,
     }

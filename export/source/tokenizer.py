@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,50 @@ class BundleTokenizer:
         text: content of ``tokenizer.json``.
         pad_token_id: id that fills rows; padding is masked, so any valid id does.
         truncation_side: the end that a text which is too long loses, "right" or "left".
-        special_ids: ids of the special tokens that have a name, ascending.
+        special: ids of the special tokens that the settings name, by those names.
         table_rows: rows of the model's table, where the tokenizer has tokens beyond it.
     """
 
     text: str
     pad_token_id: int
     truncation_side: str
-    special_ids: tuple[int, ...] = ()
+    special: Mapping[str, int] = field(default_factory=dict)
     table_rows: int | None = None
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Transformers' ``all_special_ids``, ascending."""
+        return sorted(set(self.special.values()))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, ``None`` for one that there is not."""
+        from tokenizers import Tokenizer
+
+        found: int | None = Tokenizer.from_str(self.text).token_to_id(token)
+        return found
+
+    def with_markers(self, markers: Iterable[str]) -> BundleTokenizer:
+        """The tokenizer that gives some texts as one special token, where it has a token for them.
+
+        Source: sentence-transformers' ``MultiVectorEncoder._register_prefix_tokens``.
+
+        Args:
+            markers: a text each; its first word is tried where there is no token for all of it.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        tokenizer, added = Tokenizer.from_str(self.text), []
+        for marker in markers:
+            texts = [marker, *marker.split()[:1]] if marker.split() else []
+            known = [text for text in texts if tokenizer.token_to_id(text) is not None][:1]
+            for text in known:
+                if tokenizer.encode(text, add_special_tokens=False).tokens != [text]:
+                    added.append(AddedToken(text, normalized=False, special=True))
+        if not added:
+            return self
+        tokenizer.add_special_tokens(added)
+        content = json.loads(tokenizer.to_str())
+        return replace(self, text=_written(content))
 
     def encode(self, texts: list[str], max_length: int) -> list[list[int]]:
         """Token ids with special tokens, cut at ``max_length``."""
@@ -130,11 +165,15 @@ def _read(
     if side not in ("right", "left"):
         raise settings.refuse("truncation_side", side, "'right' or 'left'")
     return BundleTokenizer(
-        text=json.dumps(result, ensure_ascii=False, separators=(",", ":")),
+        text=_written(result),
         pad_token_id=builder.pad_token_id(),
-        special_ids=builder.special_ids(),
+        special=builder.special_ids(),
         truncation_side=side,
     )
+
+
+def _written(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
 def _parse(data: bytes, file: Path) -> Any:

@@ -170,10 +170,12 @@ class TokenizerBuilder:
         ids = (self.tokenizer.token_to_id(name) for name in names)
         return next((i for i in ids if i is not None), 0)
 
-    def special_ids(self) -> tuple[int, ...]:
-        """Ids of the special tokens that the settings name, transformers' ``all_special_ids``, ascending."""
-        ids = (self.tokenizer.token_to_id(token.content) for token in self.special.values())
-        return tuple(sorted({i for i in ids if i is not None}))
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens that the settings name, by those names."""
+        ids = {
+            name: self.tokenizer.token_to_id(token.content) for name, token in self.special.items()
+        }
+        return {name: i for name, i in ids.items() if i is not None}
 
     def _special_tokens(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """Name of each special token to its AddedToken."""

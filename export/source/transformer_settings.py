@@ -10,8 +10,9 @@ from typing import Any
 from embedge.export.errors import CheckpointError
 from embedge.export.source.config import words
 from embedge.export.source.json_files import read_optional
+from embedge.export.source.late_interaction import LATE_KEYS
 
-__all__ = ["read_transformer_settings", "tokenizer_arguments"]
+__all__ = ["read_transformer_settings", "tokenizer_arguments", "transformer_file"]
 
 _FILES = [
     f"sentence_{family}_config.json"
@@ -29,14 +30,23 @@ _LOADING = words(
 )
 
 
-def read_transformer_settings(folder: Path) -> dict[str, Any]:
+def transformer_file(folder: Path) -> Path:
+    """Return where sentence_bert_config.json, or an older name of it, lies, or should."""
+    there = (folder / name for name in _FILES if os.path.lexists(folder / name))
+    return next(there, folder / _FILES[0])
+
+
+def read_transformer_settings(folder: Path, *, late: bool = False) -> dict[str, Any]:
     """Return sentence_bert_config.json, or an older name of it, from the transformer's folder.
+
+    Args:
+        folder: the transformer's.
+        late: whether the model is one of late interaction, whose own settings are returned unchecked.
 
     Raises:
         CheckpointError: if the file is damaged, or says what changes tokens or token states.
     """
-    there = (folder / name for name in _FILES if os.path.lexists(folder / name))
-    file = next(there, folder / _FILES[0])
+    file = transformer_file(folder)
     config = read_optional(file)
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
@@ -64,7 +74,8 @@ def read_transformer_settings(folder: Path) -> dict[str, Any]:
                 "there if the model was trained on texts without the template"
             )
     for key, value in config.items():
-        _check_argument(file, key, value)
+        if not (late and key in LATE_KEYS):
+            _check_argument(file, key, value)
     return config
 
 

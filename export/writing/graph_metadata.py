@@ -3,9 +3,10 @@
 task, precision   what it is
 onnxruntime       least version that computes it right
 session_config    the session option that its 8-bit matmuls need on x86-64 without VNNI
-output            what has been done to ``embedding`` already
+output            what has been done to ``embedding`` already, or what ``token_embeddings`` are
 tokens            JSON: max_length, pad_token_id, truncation_side; rows are padded on the right
 prompts           JSON: texts by name, and the name of the default one; none: no such key
+late_interaction  JSON: as in the manifest, of models of one vector a token
 runtime           "embedge", where no other opens it
 """
 
@@ -59,12 +60,15 @@ def task_notes(model: Model, g: Graph, precision: str, task: str) -> dict[str, s
         "pad_token_id": model.tokenizer.pad_token_id,
         "truncation_side": model.tokenizer.truncation_side,
     }
+    pooled = f"pooled ({model.pooling})" if model.pooling else "a vector a token"
     notes = graph_notes(g, precision, task) | {
-        "embedge.output": f"pooled ({model.pooling}){normalized}",
+        "embedge.output": f"{pooled}{normalized}",
         "embedge.tokens": json.dumps(tokens),
     }
     prompts = model.prompts(task)
     if prompts:
         said = {"texts": prompts, "default": model.settings.default_prompt_name}
         notes["embedge.prompts"] = json.dumps(said, sort_keys=True)
+    if model.late_interaction is not None:
+        notes["embedge.late_interaction"] = json.dumps(model.late_interaction, sort_keys=True)
     return notes

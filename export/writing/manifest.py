@@ -36,7 +36,7 @@ def manifest_of(
                 "own_prompts": task in model.settings.task_defaults,
             },
         }
-    special_ids = () if model.settings.include_prompt else model.tokenizer.special_ids
+    special_ids = [] if model.settings.include_prompt else model.tokenizer.special_ids
     merged = {p: v.to_dict() for p, v in old.precisions.items()} if old else {}
     for name, value in precisions.items():
         merged[name] = _joined(merged[name], value) if name in merged else dict(value)
@@ -60,7 +60,7 @@ def manifest_of(
                 "append_eos_token_id": None,
                 "truncation_side": model.tokenizer.truncation_side,
                 "table_rows": model.tokenizer.table_rows,
-                "special_token_ids": list(special_ids),
+                "special_token_ids": special_ids,
             },
             "tasks": tasks,
             "precisions": merged,
@@ -73,17 +73,18 @@ def model_section(model: Model, matryoshka_dims: tuple[int, ...] | None) -> dict
     """The manifest's ``model``."""
     return {
         "dim": model.dim,
-        "pooling": model.pooling,
+        "pooling": model.pooling or "none",
         "normalize": model.settings.normalize,
         "max_length": model.settings.max_length,
         "matryoshka_dims": list(matryoshka_dims) if matryoshka_dims else None,
         "truncate_dim": model.truncate_dim,
-        "multi_vector_dim": model.architecture.multi_vector_dim,
+        "multi_vector_dim": model.multi_vector_dim,
         "modalities": model.modalities,
         "inputs": list(model.architecture.inputs),
         "similarity": model.settings.similarity,
         "image": model.image,
         "include_prompt": model.settings.include_prompt,
+        "late_interaction": model.late_interaction,
     }
 
 

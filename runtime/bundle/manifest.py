@@ -4,7 +4,7 @@ Rules:
     * ``format_version`` is "major.minor". Another major version is refused, a newer minor one warns. 1.1
       added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
       ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256``, the
-      licences of adapters and the source's ``hub_id``.
+      licences of adapters, the source's ``hub_id``, ``late_interaction`` and ``special_token_ids``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -42,10 +42,12 @@ __all__ = [
     "Adapter",
     "FileEntry",
     "ImageSettings",
+    "LateInteraction",
     "Manifest",
     "Model",
     "Precision",
     "Producer",
+    "QueryExpansion",
     "Source",
     "Task",
     "TokenizerSettings",
@@ -179,6 +181,51 @@ class ImageSettings(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryExpansion(Record):
+    """What short queries are filled up with: tokens that are scored like a query's own.
+
+    Attributes:
+        length: tokens of a query then.
+        token_id: of the filling.
+        attend: whether other tokens attend to it; ``attention_mask`` is 0 there if not.
+    """
+
+    length: Count
+    token_id: TokenId
+    attend: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateInteraction(Record):
+    """How queries and documents become vectors of tokens (ColBERT, arXiv 2004.12832).
+
+    Attributes:
+        query_length: most tokens of a query, special tokens included.
+        document_length: likewise of a document.
+        text_length: likewise of a text that is neither.
+        expansion: what short queries are filled up with, ``None`` for nothing.
+        skipped_ids: tokens whose vectors are left out.
+        skipped_in: "query", "document": of which texts; a text that is neither counts as a document.
+    """
+
+    query_length: Count
+    document_length: Count
+    text_length: Count
+    expansion: QueryExpansion | None = None
+    skipped_ids: tuple[TokenId, ...] = ()
+    skipped_in: tuple[str, ...] = ()
+
+    def length(self, role: str | None) -> int:
+        """Most tokens of a text by its role, "query", "document" or neither."""
+        by_role = {"query": self.query_length, "document": self.document_length}
+        return self.text_length if role is None else by_role[role]
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        if self.expansion is not None and self.expansion.length > self.query_length:
+            yield "expansion.length", f"expected at most query_length, {self.query_length}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model(Record):
     """What the graphs compute.
 
@@ -193,10 +240,12 @@ class Model(Record):
         multi_vector_dim: length of a token's vector, ``None`` without a multi-vector head.
         modalities: "text", "image".
         inputs: names of the task graphs' inputs; with images, all of :data:`IMAGE_INPUTS` too.
-        similarity: how vectors are compared.
+        similarity: how vectors are compared: "maxsim" and "meanmaxsim" with late interaction.
         image: how images become patches and tokens, ``None`` where they are not taken.
         include_prompt: the tokens of a prompt are pooled; where they are not, and ``inputs`` lack
             ``pool_mask``, calls take no prompt.
+        late_interaction: how queries and documents become vectors of tokens, where a text has no single one;
+            ``dim`` is ``multi_vector_dim`` then.
     """
 
     dim: Dimension
@@ -208,9 +257,10 @@ class Model(Record):
     multi_vector_dim: Dimension | None
     modalities: tuple[str, ...]
     inputs: tuple[str, ...]
-    similarity: Literal["cosine", "dot"]
+    similarity: Literal["cosine", "dot", "maxsim", "meanmaxsim"]
     image: Annotated[ImageSettings | None, Since("1.1")] = None
     include_prompt: Annotated[bool, Since("1.4"), SPARSE] = True
+    late_interaction: Annotated[LateInteraction | None, Since("1.5"), SPARSE] = None
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         if self.truncate_dim is not None and self.truncate_dim > self.dim:
@@ -225,6 +275,14 @@ class Model(Record):
             more = " and ".join(n for n in (INPUTS[2], POOL_MASK) if n in optional - needed)
             expected = f"{', '.join(sorted(needed))} and perhaps {more}"
             yield "inputs", f"expected {expected}, found {found}"
+        late = self.late_interaction is not None
+        if late != (self.similarity in ("maxsim", "meanmaxsim")):
+            yield (
+                "similarity",
+                f"found {self.similarity}, where late_interaction is {'not ' * late}null",
+            )
+        if late and self.multi_vector_dim != self.dim:
+            yield "multi_vector_dim", f"expected dim, {self.dim}, found {self.multi_vector_dim}"
         if ("image" in self.modalities) != (self.image is not None):
             found = "an object" if self.image else "null"
             yield "image", f"found {found}, where modalities are {list(self.modalities)}"
@@ -248,7 +306,7 @@ class TokenizerSettings(Record):
     append_eos_token_id: TokenId | None
     truncation_side: Annotated[Literal["right", "left"], Since("1.3")] = "right"
     table_rows: Annotated[Count | None, Since("1.4"), SPARSE] = None
-    special_token_ids: Annotated[tuple[TokenId, ...], Since("1.4"), SPARSE] = ()
+    special_token_ids: Annotated[tuple[TokenId, ...], Since("1.5"), SPARSE] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,11 +123,18 @@ def _about(manifest: Manifest) -> str:
         for name, task in manifest.tasks.items()
         if task.adapter is not None and task.adapter.license is not None
     }
-    return (
-        f"{_embeds(model)} of {model.dim} dimensions, {model.pooling} pooling, texts of up to "
-        f"{model.max_length} tokens.\n"
+    pooled = f"{_embeds(model)} of {model.dim} dimensions, {model.pooling} pooling"
+    if model.late_interaction is not None:
+        pooled = f"Late interaction: a vector of {model.dim} dimensions a token, scored by {model.similarity}"
+    about = (
+        f"{pooled}, texts of up to {model.max_length} tokens.\n"
         f"Exported from {source.name} ({source.model_type}). "
-        f"Licence of the weights: {described_licences(source.license, stated)}.\n"
+        f"Licence of the weights: {described_licences(source.license, stated)}."
+    )
+    if model.late_interaction is not None:
+        return about
+    return (
+        f"{about}\n"
         f"Dimensions to truncate to: {', '.join(map(str, dims)) if dims else f'any up to {model.dim}'}"
         f"{default}."
     )
@@ -181,6 +188,8 @@ def _precisions(manifest: Manifest) -> str:
 
 def _with_embedge(manifest: Manifest) -> str:
     precision, task = next(iter(manifest.precisions)), next(iter(manifest.tasks))
+    if manifest.model.late_interaction is not None:
+        return _of_tokens(precision, task)
     cut = min(manifest.model.matryoshka_dims or (manifest.model.dim,))
     shorter = (
         f"""
@@ -197,4 +206,15 @@ queries = model.encode_query(["a question"])
 documents = model.encode_document(["a text", "another text"])
 print(model.similarity(queries, documents))  # float32 [1, 2]
 print(model.fingerprint(role="document"))  # store it beside an index{shorter}
+```"""
+
+
+def _of_tokens(precision: str, task: str) -> str:
+    return f"""```python
+from embedge import Embedder
+
+model = Embedder("path/to/this/folder", precision="{precision}", task="{task}")
+queries = model.encode_query(["a question"], multi_vector=True)
+documents = model.encode_document(["a text", "another text"], multi_vector=True)
+print(model.similarity(queries, documents))  # float32 [1, 2]
 ```"""

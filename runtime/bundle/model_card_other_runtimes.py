@@ -32,6 +32,12 @@ def other_runtimes(manifest: Manifest) -> Iterator[str]:
     integer = any(name in INTEGER_PRECISIONS for name in portable)
     yield "## With other runtimes"
     yield _facts(manifest, portable)
+    if manifest.model.late_interaction is not None:
+        yield (
+            "How queries are filled up, and whose vectors are left out, is in `manifest.json` under "
+            "`model.late_interaction`."
+        )
+        return
     if integer:
         yield (
             "**8-bit products on x86-64.** On processors without VNNI they saturate, and vectors are wrong "
@@ -54,6 +60,11 @@ def _facts(manifest: Manifest, portable: dict[str, Precision]) -> str:
     outputs = f"float32 `embedding` `[batch, {model.dim}]`: pooled{length}"
     if model.multi_vector_dim is not None:
         outputs += f"; float32 `token_embeddings` `[batch, tokens, {model.multi_vector_dim}]`"
+    late = model.late_interaction
+    if late is not None:
+        outputs = (
+            f"float32 `token_embeddings` `[batch, tokens, {model.dim}]`: a vector a token{length}"
+        )
     cut = "leave off the end" + (" and divide by the norm" if model.normalize else "")
     gpu = [name for name, p in portable.items() if "cpu" not in p.devices]
     names = [*_token_inputs(model), *([] if model.include_prompt else ["pool_mask"])]
@@ -68,6 +79,8 @@ def _facts(manifest: Manifest, portable: dict[str, Precision]) -> str:
         "prompts": _prompts(manifest),
         "fewer dimensions": cut,
     }
+    if late is not None:
+        del rows["fewer dimensions"]
     if gpu:
         rows["on GPUs alone"] = f"{', '.join(gpu)}: `onnxruntime-gpu` with `CUDAExecutionProvider`"
     if UNPACKED_PRECISION in manifest.precisions:

@@ -33,6 +33,7 @@ from embedge.runtime.encode.request import ON_TRUNCATE, CallOptions
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.progress import LogLines, Progress
 from embedge.runtime.options import EmbedderOptions, EncodeOptions, FingerprintOptions, ImageOptions
+from embedge.runtime.scoring.similarity import TOKEN_KINDS
 
 __all__ = ["add_arguments", "run"]
 
@@ -129,6 +130,11 @@ def run(args: argparse.Namespace) -> int:
     field = (args.field or ("image" if args.images else "text")) if jsonl else None
     file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
     model = Embedder(args.bundle, **_given(args, EmbedderOptions))
+    if model.similarity_fn_name in TOKEN_KINDS:
+        raise EmbedgeValueError(
+            f"{args.bundle}: the model has a vector a token and none a text, which this command does not write; in "
+            "Python, Embedder.encode_query and encode_document with multi_vector=True give them"
+        )
     options = _given(args, ImageOptions if args.images else EncodeOptions)
     encode = model.encode_image if args.images else model.encode
     dim = encode([], **options).shape[1]  # a wrong call shows before anything is read

@@ -10,6 +10,7 @@ from typing import Any
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
+from embedge.runtime.bundle.manifest import Model
 from embedge.runtime.cli.messages import printable
 from embedge.runtime.cli.table import named_value, table
 from embedge.runtime.encode.fingerprint import fingerprint_of, parts_of
@@ -90,6 +91,7 @@ def _summary(bundle: Bundle) -> list[str]:
         ("truncation", f"to {dims}" + (f"; {cut} by default" if cut else "")),
         ("multi-vectors", str(model.multi_vector_dim or "no")),
         ("pooling", model.pooling),
+        *_late(model),
         (
             "longest text",
             f"{model.max_length} tokens, cut on the {manifest.tokenizer.truncation_side}",
@@ -148,6 +150,17 @@ def _fingerprints(bundle: Bundle) -> dict[str, dict[str, str]]:
                 parts = parts_of(bundle, bundle.manifest, precision, device, request)
                 found.setdefault(precision, {})[task] = fingerprint_of(parts)
     return found
+
+
+def _late(model: Model) -> list[tuple[str, str]]:
+    """What is said of late interaction, nothing for models that pool."""
+    rules = model.late_interaction
+    if rules is None:
+        return []
+    lengths = f"queries {rules.query_length} tokens, documents {rules.document_length}"
+    filled = rules.expansion and f"queries filled up to {rules.expansion.length}"
+    skipped = rules.skipped_ids and f"{len(rules.skipped_ids)} tokens left out"
+    return [("late interaction", "; ".join(part for part in (lengths, filled, skipped) if part))]
 
 
 def _layers(bundle: Bundle, args: argparse.Namespace) -> list[dict[str, Any]]:

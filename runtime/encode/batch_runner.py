@@ -119,7 +119,7 @@ class BatchRunner:
         )
         return finished_vectors(
             session.run(output_name(request), inputs),
-            list(map(len, sequences)),
+            sequences,
             inputs["input_ids"].shape,
             request=request,
             model=model,

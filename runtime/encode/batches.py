@@ -103,7 +103,7 @@ def pad_batch(
     mask[len(sequences) :, 0] = 1  # none without a token: its pooling would divide by zero
     for index, sequence in enumerate(sequences):
         ids[index, : len(sequence)] = sequence.ids
-        mask[index, : len(sequence)] = 1
+        mask[index, : len(sequence)][: sequence.attended] = 1
     everything: Inputs = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in input_names:
         everything["token_type_ids"] = _token_types(sequences, shape)

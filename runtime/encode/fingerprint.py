@@ -20,6 +20,7 @@ The parts:
     normalized      whether it is of length 1
     max_length      most tokens of a text
     prompt          the text before every text
+    role            with late interaction alone: "query", "document" or ``None``
 
 Settings that a later version of the format adds have defaults, which older bundles have: their fingerprints stay.
 """
@@ -72,7 +73,9 @@ def parts_of(
     settings = manifest.precisions[precision]
     integers = bundle.multiplies_integers(precision)
     attention = integers and bundle.has_attention_function(precision, request.task)
-    return {
+    late = model.late_interaction is not None
+    role = {"role": request.options.role} if late else {}
+    return role | {
         "model": manifest.source.name,
         "task": request.task,
         "graph": bundle.content_sha256(precision, request.task),
@@ -151,13 +154,17 @@ def others_of(manifest: Manifest, parts: Parts) -> Iterator[Parts]:
     """Parts of what else the bundle gives: other tasks, precisions, machines, lengths and prompts."""
     model = manifest.model
     yield from (parts | {"dim": dim} for dim in range(1, model.dim + 1))
+    roles = (None, "query", "document") if "role" in parts else ()
+    yield from (
+        parts | {"role": role, "prompt": prompt} for role in roles for prompt in _prompts(manifest)
+    )
     dims = {
         *(model.matryoshka_dims or ()),
         model.dim,
         model.truncate_dim or model.dim,
         parts["dim"],
     }
-    texts = {"", parts["prompt"], *(p for t in manifest.tasks.values() for p in t.prompts.values())}
+    texts = {parts["prompt"], *_prompts(manifest)}
     for precision, settings in manifest.precisions.items():
         graphs = dict(settings.content_sha256)
         vision = graphs.pop(VISION, None)
@@ -179,6 +186,10 @@ def others_of(manifest: Manifest, parts: Parts) -> Iterator[Parts]:
                     "prompt": prompt,
                     "normalized": normalized,
                 }
+
+
+def _prompts(manifest: Manifest) -> set[str]:
+    return {"", *(p for task in manifest.tasks.values() for p in task.prompts.values())}
 
 
 def _without(members: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

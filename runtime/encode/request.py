@@ -18,6 +18,8 @@ ON_TRUNCATE = ("ignore", "warn", "error")
 class CallOptions:
     """The options of ``Embedder.encode``, which states what each means, with their defaults.
 
+    ``role`` is "query" from ``encode_query``, "document" from ``encode_document``.
+
     Raises:
         EmbedgeValueError: for one that cannot be used whatever the bundle is.
     """
@@ -31,6 +33,7 @@ class CallOptions:
     normalize_embeddings: bool = False
     on_truncate: str = "warn"
     multi_vector: bool = False
+    role: str | None = None
 
     def __post_init__(self) -> None:
         check_positive("batch_size", self.batch_size)
@@ -67,6 +70,12 @@ class Request:
         """
         model, source = manifest.model, manifest.source.name
         task = choose_task(manifest, precision, options.task)
+        if model.late_interaction is not None and not options.multi_vector:
+            raise EmbedgeValueError(
+                f"{source} is a late-interaction model, of a vector a token and none a text: pass multi_vector=True "
+                "to encode_query for queries, and to encode_document for documents",
+                arguments=["multi_vector=True"],
+            )
         dim = choose_dim(model, options.truncate_dim)
         if options.multi_vector:
             if model.multi_vector_dim is None:

@@ -22,12 +22,16 @@ class TokenIds:
         type_ids: likewise, the types of tokens.
         truncated: whether it was cut.
         unpooled: how many of the first tokens pooling leaves out.
+        attended: how many of the first tokens others attend to, ``None`` for all.
+        scored: bool ``[tokens]``, which have a vector of their own among multi-vectors, ``None`` for all.
     """
 
     ids: Ints
     type_ids: Ints
     truncated: bool
     unpooled: int = 0
+    attended: int | None = None
+    scored: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,6 +60,8 @@ class ImageTokens:
 
     layout: ImageLayout
     features: NDArray[np.float32]
+    attended: None = None
+    scored: None = None
 
     @property
     def ids(self) -> Ints:

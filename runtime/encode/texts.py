@@ -9,13 +9,14 @@ tokens run once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 
 from embedge.runtime.bundle.manifest import POOL_MASK, Model
 from embedge.runtime.encode.batch_runner import BatchRunner
+from embedge.runtime.encode.late_interaction import in_role
 from embedge.runtime.encode.prefetch import prefetched
-from embedge.runtime.encode.request import Request
+from embedge.runtime.encode.request import CallOptions, Request
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.tokenizer import TextTokenizer
 from embedge.runtime.encode.vectors import Results, Vectors, no_results
@@ -45,8 +46,7 @@ class TextPipeline:
     def __init__(self, tokenizer: TextTokenizer, runner: BatchRunner, model: Model) -> None:
         self._tokenizer = tokenizer
         self._runner = runner
-        self._max_length = model.max_length
-        self._pools_prompts = POOL_MASK not in model.inputs or model.include_prompt
+        self._model = model
         self._warned_of_truncation = False
 
     def encode(
@@ -68,12 +68,12 @@ class TextPipeline:
         """
         without_tokens: list[int] = []
         first_with: dict[bytes, int] = {}
-        with closing(self._windows(texts, request.prefix)) as windows:
+        with closing(self._windows(texts, request)) as windows:
             start = 0
             for tokens in windows:
                 window = list(zip(indices[start : start + len(tokens)], tokens, strict=True))
                 start += len(tokens)
-                self._report_truncation(window, request.options.on_truncate)
+                self._report_truncation(window, request.options)
                 for index, text in window:
                     if not len(text):
                         without_tokens.append(index)
@@ -85,14 +85,25 @@ class TextPipeline:
                 f"vectors; the first is inputs[{without_tokens[0]}]"
             )
 
-    def _windows(self, texts: Sequence[str], prefix: str) -> Generator[list[TokenIds], None, None]:
+    def _windows(
+        self, texts: Sequence[str], request: Request
+    ) -> Generator[list[TokenIds], None, None]:
         """The tokens of the texts, window by window, each read while the one before it is in use."""
-        unpooled = 0 if self._pools_prompts else self._tokenizer.prompt_tokens(prefix)
-        windows = (
-            self._tokenizer([prefix + text for text in part], unpooled) for part in _parts(texts)
-        )
+        prefix, read = request.prefix, self._reader(request)
+        windows = (read([prefix + text for text in part]) for part in _parts(texts))
         # No thread for a call that has a single window.
         return windows if len(texts) <= _FIRST_TEXTS else prefetched(windows)
+
+    def _reader(self, request: Request) -> Callable[[list[str]], list[TokenIds]]:
+        """What makes tokens of a call's texts."""
+        model, tokenizer, role = self._model, self._tokenizer, request.options.role
+        rules = model.late_interaction
+        if rules is not None:
+            limited = tokenizer.cut_at(rules.length(role))
+            return lambda texts: [in_role(text, rules, role) for text in limited(texts)]
+        skips = POOL_MASK in model.inputs and not model.include_prompt
+        unpooled = tokenizer.prompt_tokens(request.prefix) if skips else 0
+        return lambda texts: tokenizer(texts, unpooled)
 
     def _run_once_each(
         self, window: Window, first_with: dict[bytes, int], request: Request, results: Results
@@ -111,7 +122,8 @@ class TextPipeline:
         for index, text in window:
             if not len(text):
                 continue
-            digest = hashlib.blake2b(text.ids.tobytes(), digest_size=16).digest()
+            key = text.ids.tobytes() + str(text.attended).encode()
+            digest = hashlib.blake2b(key, digest_size=16).digest()
             first = first_with.setdefault(digest, index)
             if first == index:
                 unique.append((index, text))
@@ -121,19 +133,21 @@ class TextPipeline:
         for index, first in copies:
             yield index, results[first].copy()
 
-    def _report_truncation(self, window: Window, on_truncate: str) -> None:
+    def _report_truncation(self, window: Window, options: CallOptions) -> None:
         """Warns of the first cut text once, or refuses it."""
+        on_truncate, rules = options.on_truncate, self._model.late_interaction
         if on_truncate == "ignore" or (on_truncate == "warn" and self._warned_of_truncation):
             return
         first = next((index for index, text in window if text.truncated), None)
         if first is None:
             return
+        most = self._model.max_length if rules is None else rules.length(options.role)
         if on_truncate == "error":
-            raise TextTooLongError(first, self._max_length)
+            raise TextTooLongError(first, most)
         self._warned_of_truncation = True
         silence, refusal = 'on_truncate="ignore"', 'on_truncate="error"'
         warn(
-            f"inputs[{first}] is longer than {self._max_length} tokens and was cut; {silence} cuts in "
+            f"inputs[{first}] is longer than {most} tokens and was cut; {silence} cuts in "
             f"silence, {refusal} refuses; this is said once",
             arguments=[silence, refusal],
         )

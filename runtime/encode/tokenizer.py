@@ -6,6 +6,7 @@ the manifest names, with their special tokens kept, and padded later, per batch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +44,22 @@ class TextTokenizer:
         self._eos = settings.append_eos_token_id
         self._special = frozenset(settings.special_token_ids)
         self._file = file
+        self._settings = settings
         limit = max_length - (self._eos is not None)
         self._tokenizer = _load(file, limit, settings.truncation_side)
+        self._others: dict[int, TextTokenizer] = {max_length: self}
+        self._lock = threading.Lock()
+
+    def cut_at(self, max_length: int) -> TextTokenizer:
+        """The same tokenizer with another limit, read from the file at the first call.
+
+        Raises:
+            BundleError: as for the first.
+        """
+        with self._lock:
+            if max_length not in self._others:
+                self._others[max_length] = TextTokenizer(self._file, self._settings, max_length)
+            return self._others[max_length]
 
     def prompt_tokens(self, prompt: str) -> int:
         """How many of the first tokens of a text are its prompt's: those of the prompt alone.

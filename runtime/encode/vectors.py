@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from embedge.runtime.bundle.manifest import Model
 from embedge.runtime.encode.request import Request
+from embedge.runtime.encode.sequences import TokenSequence
 from embedge.runtime.errors import BundleError
 from embedge.runtime.host.progress import Progress
 from embedge.runtime.scoring.similarity import normalized
@@ -27,7 +28,7 @@ def output_name(request: Request) -> str:
 
 def finished_vectors(
     output: Vectors,
-    lengths: Sequence[int],
+    sequences: Sequence[TokenSequence],
     shape: tuple[int, ...],
     *,
     request: Request,
@@ -41,7 +42,7 @@ def finished_vectors(
 
     Args:
         output: float32 ``[batch, dim]`` or ``[batch, tokens, dim]``, filling rows last.
-        lengths: tokens of each sequence that is no filling.
+        sequences: those of the batch that are no filling.
         shape: ``(batch, tokens)`` of the inputs.
         request: the call.
         model: what the graph should compute.
@@ -58,11 +59,14 @@ def finished_vectors(
             f"{list(output.shape)}; export the bundle again"
         )
     cut = request.dim < output.shape[-1]
-    vectors = output[: len(lengths), ..., : request.dim]
+    vectors = output[: len(sequences), ..., : request.dim]
     if request.options.normalize_embeddings or (cut and model.normalize):
         vectors = normalized(vectors)
     if multi:
-        return [of_one[:length].copy() for of_one, length in zip(vectors, lengths, strict=True)]
+        return [
+            of_one[: len(sequence)][... if sequence.scored is None else sequence.scored].copy()
+            for of_one, sequence in zip(vectors, sequences, strict=True)
+        ]
     return list(vectors)
 
 

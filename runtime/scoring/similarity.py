@@ -13,6 +13,7 @@ from embedge.runtime.scoring.late_interaction import max_sim
 __all__ = ["normalized", "similarity", "similarity_pairwise", "vector_similarity"]
 
 Vectors = NDArray[np.float32]
+TOKEN_KINDS = ("maxsim", "meanmaxsim")  # of late interaction
 _SMALLEST = 1e-15  # of norms whose squares float32 holds with all their digits
 
 
@@ -38,15 +39,16 @@ def similarity(a: Any, b: Any, kind: str) -> Vectors:
         a: vectors ``[n, dim]``, one vector ``[dim]``, or a list of multi-vectors ``[tokens, dim]``,
             then scored by late interaction.
         b: like ``a``.
-        kind: "cosine" or "dot", for single vectors.
+        kind: "cosine" or "dot", for single vectors; of late interaction "maxsim", or "meanmaxsim", which is
+            divided by the tokens of ``a``. An array ``[tokens, dim]`` is one multi-vector then.
 
     Raises:
         EmbedgeValueError: if the two differ in kind or in dimension.
     """
-    multi = _both_multi_vectors(a, b)
+    multi = _both_multi_vectors(a, b, kind)
     if multi is None:
         return vector_similarity(_matrix(a, "a"), _matrix(b, "b"), kind)
-    return max_sim(*multi)
+    return max_sim(*multi) / _divisors(multi[0], kind)[:, None]
 
 
 def similarity_pairwise(a: Any, b: Any, kind: str) -> Vectors:
@@ -55,16 +57,16 @@ def similarity_pairwise(a: Any, b: Any, kind: str) -> Vectors:
     Args:
         a: as for :func:`similarity`.
         b: like ``a``, and as many.
-        kind: "cosine" or "dot", for single vectors.
+        kind: as for :func:`similarity`.
 
     Raises:
         EmbedgeValueError: if the two differ in kind, number or dimension.
     """
-    multi = _both_multi_vectors(a, b)
+    multi = _both_multi_vectors(a, b, kind)
     if multi is not None:
         _check_pairs(*map(len, multi))
         pairs = [max_sim([one], [other])[0, 0] for one, other in zip(*multi, strict=True)]
-        return np.array(pairs, np.float32)
+        return np.array(pairs, np.float32) / _divisors(multi[0], kind)
     one, other = _matrix(a, "a"), _matrix(b, "b")
     _check_pairs(len(one), len(other))
     _check_dimensions(one, other)
@@ -82,12 +84,20 @@ def _check_pairs(a: int, b: int) -> None:
         )
 
 
-def _both_multi_vectors(a: Any, b: Any) -> tuple[list[Vectors], list[Vectors]] | None:
+def _divisors(queries: list[Vectors], kind: str) -> Vectors:
+    """By what the scores of some queries are divided, float32 ``[queries]``."""
+    mean = kind == "meanmaxsim"
+    return np.array([max(1, len(query)) if mean else 1 for query in queries], np.float32)
+
+
+def _both_multi_vectors(a: Any, b: Any, kind: str) -> tuple[list[Vectors], list[Vectors]] | None:
     """The parts of two lists of multi-vectors, ``None`` for two of single vectors.
 
     Raises:
         EmbedgeValueError: for one of each.
     """
+    if kind in TOKEN_KINDS:
+        a, b = ([x] if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in (a, b))
     multi_a, multi_b = _multi_vectors(a), _multi_vectors(b)
     if multi_a is not None and multi_b is not None:
         return multi_a, multi_b

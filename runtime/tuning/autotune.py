@@ -180,7 +180,9 @@ class _TimedGraph:
         self._bundle = bundle
         self.precision = precision
         self._row_multiple = manifest.precisions[precision].row_multiple
-        self._request = Request.look_up(manifest, precision, CallOptions(task=task))
+        late = manifest.model.late_interaction is not None
+        options = CallOptions(task=task, multi_vector=late)
+        self._request = Request.look_up(manifest, precision, options)
         config = SessionConfig(threads=threads, prepared=PreparedGraphs(bundle))
         self.default = default = default_settings(bundle, precision, task, config)
         self._graphs = Graphs(bundle, precision, config, settings=lambda _: default)

@@ -179,7 +179,11 @@ def test_keys_that_may_be_missing_have_defaults() -> None:
             "model.inputs: expected attention_mask, input_ids and perhaps token_type_ids, found",
         ),
         ("model/inputs", [1], "model.inputs[0]: expected a string, found 1"),
-        ("model/similarity", "l2", 'model.similarity: expected one of cosine, dot, found "l2"'),
+        (
+            "model/similarity",
+            "l2",
+            'model.similarity: expected one of cosine, dot, maxsim, meanmaxsim, found "l2"',
+        ),
         (
             "tokenizer/truncation_side",
             "top",

@@ -1,0 +1,272 @@
+"""Late interaction against sentence-transformers' own class, and against PyLate's rule written out in torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentence_transformers
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from embedge import Embedder
+from embedge.export import export_bundle
+from embedge.runtime import EmbedgeValueError
+from embedge.runtime.cli.main import main
+from tests.helpers.late_models import SKIPPED, PyLate, write_native, write_pylate
+from tests.helpers.models import cosines, linears, random_texts, save_adapter
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*the tokenizer has no token for 'no such token'"),
+]
+
+TEXTS = [*random_texts(16, longest=28), *random_texts(6), "a.b,c!", "Hello. World, again!"]
+BOUND = 0.999999
+FAR = {"local_attention": 64}  # so that all of a filled query sees some of it
+NATIVE = hasattr(sentence_transformers, "MultiVectorEncoder")
+needs_native = pytest.mark.skipif(not NATIVE, reason="needs sentence-transformers 6")
+
+Rows = Sequence[NDArray[Any]]
+
+
+def exported(source: Path, out: Path, adapter: Path | None = None, **options: Any) -> Embedder:
+    settings: dict[str, Any] = {"precisions": ["fp32"], "calibration": "none", **options}
+    export_bundle(source, adapters={"t": adapter}, out=out, **settings)
+    return Embedder(out, precision="fp32", threads=1)
+
+
+def encoded(model: Embedder, role: str | None, texts: Sequence[str] = TEXTS) -> Rows:
+    """Multi-vectors of a role's texts."""
+    by_role = {"query": model.encode_query, "document": model.encode_document}
+    encode: Callable[..., Any] = model.encode if role is None else by_role[role]
+    rows: Rows = encode(list(texts), multi_vector=True, on_truncate="ignore")
+    return rows
+
+
+def assert_same(found: Rows, expected: Rows, bound: float = BOUND) -> None:
+    """Every row of every text has the direction and the length of that expected."""
+    assert [rows.shape for rows in found] == [rows.shape for rows in expected]
+    one, other = np.concatenate(found), np.concatenate(expected)
+    assert cosines(one, other).min() >= bound
+    lengths = np.linalg.norm(other, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(one, axis=1), lengths, rtol=1e-5)
+
+
+PYLATE: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "bert, all attend": ("bert", {"ATTEND_TO_EXPANSION_TOKENS": True, "MODEL_TYPE": "ColBERT"}),
+    "bert, nothing filled": ("bert", {"DO_QUERY_EXPANSION": False}),
+    "bert, other lengths": ("bert", {"QUERY_LENGTH": 20, "DOCUMENT_LENGTH": 9}),
+    "modernbert": ("modernbert", {"widths": (24, 16), "residual": True, **FAR}),
+    "modernbert, one width": ("modernbert", {"widths": (32, 8), "residual": True, **FAR}),
+}
+
+
+@pytest.mark.parametrize("case", PYLATE)
+def test_pylates_layout_gives_what_its_rule_says(case: str, tmp_path: Path) -> None:
+    kind, options = PYLATE[case]
+    source = write_pylate(tmp_path / "source", kind, **options)
+    model, reference = exported(source, tmp_path / "out"), PyLate(source)
+    queries, documents = encoded(model, "query"), encoded(model, "document")
+    assert_same(queries, [reference.encode(text, is_query=True) for text in TEXTS])
+    assert_same(documents, [reference.encode(text, is_query=False) for text in TEXTS])
+    alone = [model.encode_query(text, multi_vector=True, on_truncate="ignore") for text in TEXTS]
+    assert_same(queries, alone)
+    if NATIVE:
+        assert_as_native(source, model)
+
+
+def assert_as_native(source: Path, model: Embedder) -> None:
+    """The vectors of queries, documents and other texts, and the scores of the former two."""
+    native = sentence_transformers.MultiVectorEncoder(str(source), device="cpu")
+    options = {"convert_to_numpy": True, "batch_size": 7}
+    queries = native.encode_query(TEXTS, **options)
+    documents = native.encode_document(TEXTS, **options)
+    assert_same(encoded(model, "query"), queries)
+    assert_same(encoded(model, "document"), documents)
+    assert_same(encoded(model, None), native.encode(TEXTS, **options))
+    expected = np.asarray(native.similarity(queries, documents))
+    np.testing.assert_allclose(model.similarity(queries, documents), expected, rtol=1e-4, atol=1e-4)
+    pairs = np.asarray(native.similarity_pairwise(queries, documents))
+    np.testing.assert_allclose(
+        model.similarity_pairwise(queries, documents), pairs, rtol=1e-4, atol=1e-4
+    )
+    assert model.similarity_fn_name == native.similarity_fn_name
+
+
+_FILLED = {"strategy": "fixed", "length": 14}
+NATIVE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fixed": ("bert", {"transformer": {"query_expansion": _FILLED}, "mask": {}}),
+    "at least so long, both skip": (
+        "bert",
+        {
+            "transformer": {
+                "query_expansion": {"strategy": "min", "length": 14},
+                "query_length": 40,
+                "document_length": 33,
+            },
+            "mask": {"skiplist_words": list(SKIPPED), "skiplist_tasks": ["query", "document"]},
+        },
+    ),
+    "another token, attended": (
+        "llama",
+        {
+            "transformer": {"query_expansion": {**_FILLED, "attend": True, "token": "<pad>"}},
+            "mask": {"skiplist_words": ["."]},
+        },
+    ),
+    "no mask, no Dense, no length 1": (
+        "modernbert",
+        {
+            "transformer": {"query_length": 20},
+            "widths": (),
+            "normalize": False,
+            "settings": {"similarity_fn_name": "meanmaxsim", "prompts": {"query": "find: "}},
+        },
+    ),
+    "positions from the padding token": (
+        "xlm-roberta",
+        {"transformer": {"query_expansion": _FILLED}, "mask": {}},
+    ),
+    "residual, no prompts": (
+        "modernbert",
+        {
+            "transformer": {"query_expansion": _FILLED},
+            "mask": {},
+            "widths": (32, 12),
+            "residual": True,
+            "settings": {"prompts": {}},
+            **FAR,
+        },
+    ),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("case", NATIVE_CASES)
+def test_sentence_transformers_own_layout(case: str, tmp_path: Path) -> None:
+    kind, options = NATIVE_CASES[case]
+    source = write_native(tmp_path / "source", kind, **options)
+    assert_as_native(source, exported(source, tmp_path / "out"))
+
+
+def test_adapters_are_merged_below_the_head(tmp_path: Path) -> None:
+    source = write_pylate(tmp_path / "source", "bert")
+    adapter = save_adapter(source, tmp_path / "adapter", target=linears("bert"))
+    model, reference = exported(source, tmp_path / "out", adapter), PyLate(source)
+    without = [reference.encode(text, is_query=True) for text in TEXTS]
+    reference.model = PeftModel.from_pretrained(reference.model, adapter).eval()
+    found = encoded(model, "query")
+    assert_same(found, [reference.encode(text, is_query=True) for text in TEXTS])
+    assert cosines(np.concatenate(found), np.concatenate(without)).max() < 0.9999
+
+
+@pytest.mark.parametrize("name", ["1_Dense", "2_Dense", "residual", "norm"])
+def test_every_part_of_the_head_reaches_the_vectors(name: str, tmp_path: Path) -> None:
+    source = write_pylate(tmp_path / "source", "modernbert", widths=(24, 16), residual=True, **FAR)
+    before = np.concatenate(encoded(exported(source, tmp_path / "before"), "document"))
+    file = source / ("1_Dense" if name == "residual" else name) / "model.safetensors"
+    key = "residual.weight" if name == "residual" else "linear.weight"
+    if name == "norm":
+        file, key = source / "model.safetensors", "final_norm.weight"
+    tensors = load_file(file)
+    save_file({**tensors, key: torch.zeros_like(tensors[key])}, file, metadata={"format": "pt"})
+    after = np.concatenate(encoded(exported(source, tmp_path / "after"), "document"))
+    assert np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_int8_keeps_the_direction_of_tokens_with_outlier_channels(
+    kind: str, tmp_path: Path
+) -> None:
+    options = {"hidden_size": 64, "intermediate_size": 128, "gain": 0.7, **FAR}
+    source = write_pylate(tmp_path / "source", kind, **(options if kind == "modernbert" else {}))
+    if kind == "bert":
+        options.pop("local_attention")
+        source = write_pylate(tmp_path / "wide", kind, **options)
+    _with_outliers(source / "model.safetensors")
+    exact = exported(source, tmp_path / "out", precisions=["fp32", "int8"], calibration="default")
+    rounded = Embedder(tmp_path / "out", precision="int8", threads=1)
+    for role in ("query", "document"):
+        one, other = (np.concatenate(encoded(model, role)) for model in (exact, rounded))
+        found = cosines(one, other)
+        assert found.mean() >= 0.999, (role, found.mean())
+
+
+def _with_outliers(file: Path) -> None:
+    """Makes two channels of the residual stream some 20 times the others."""
+    tensors = load_file(file)
+    for name, value in tensors.items():
+        if name.endswith(("word_embeddings.weight", "tok_embeddings.weight")):
+            value[:, [3, 17]] *= 20
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    folder = tmp_path_factory.mktemp("late")
+    source = write_pylate(folder / "source", "bert")
+    return exported(source, folder / "out", precisions=["fp32", "int8"])
+
+
+def test_a_text_has_no_single_vector(bundle: Embedder) -> None:
+    for encode in (bundle.encode, bundle.encode_query, bundle.encode_document):
+        with pytest.raises(EmbedgeValueError, match="pass multi_vector=True to encode_query"):
+            encode(["a"])
+
+
+def test_the_manifest_says_the_rules(bundle: Embedder) -> None:
+    model = json.loads((bundle._bundle.root / "manifest.json").read_text())["model"]
+    assert model["late_interaction"] == {
+        "query_length": 12,
+        "document_length": 30,
+        "text_length": 64,
+        "expansion": {"length": 12, "token_id": 98, "attend": False},
+        "skipped_ids": [4, 15, 17],
+        "skipped_in": ["document"],
+    }
+    assert (model["pooling"], model["similarity"], model["dim"]) == ("none", "maxsim", 16)
+
+
+def test_texts_without_tokens_of_their_own(bundle: Embedder) -> None:
+    assert [len(rows) for rows in encoded(bundle, "query", ["", "a"])] == [12, 12]
+    assert [len(rows) for rows in encoded(bundle, "document", ["", "..."])] == [3, 3]
+    assert encoded(bundle, "document", []) == []
+
+
+def test_a_query_that_is_cut_is_warned_of_by_its_own_limit(bundle: Embedder) -> None:
+    long = "a" * 40
+    with pytest.raises(EmbedgeValueError, match="longer than 12 tokens"):
+        bundle.encode_query(long, multi_vector=True, on_truncate="error")
+    with pytest.raises(EmbedgeValueError, match="longer than 30 tokens"):
+        bundle.encode_document(long, multi_vector=True, on_truncate="error")
+    assert bundle.encode(long, multi_vector=True, on_truncate="error").shape == (42, 16)
+
+
+def test_one_multi_vector_may_stand_alone_in_scores(bundle: Embedder) -> None:
+    query, document = encoded(bundle, "query", ["ab"])[0], encoded(bundle, "document", ["b"])[0]
+    assert bundle.similarity(query, [document]).shape == (1, 1)
+    assert bundle.similarity(query, document)[0, 0] == pytest.approx(
+        float((query @ document.T).max(1).sum()), rel=1e-5
+    )
+
+
+def test_the_commands_say_what_a_late_bundle_is(
+    bundle: Embedder, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = str(bundle._bundle.root)
+    (tmp_path / "in.txt").write_text("a\n")
+    arguments = ["embed", root, "--precision", "fp32", "--input", str(tmp_path / "in.txt")]
+    assert main(arguments) == 2
+    assert "a vector a token and none a text" in capsys.readouterr().err
+    assert main(["inspect", root]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "queries 12 tokens, documents 30; queries filled up to 12; 3 tokens left out" in out
+    assert main(["prepare", root, "--precision", "int8"]) == 0
