@@ -52,7 +52,7 @@ class Embedder(OpenBundle):
         task: what calls embed for that name no task; ``None``: the bundle's only one.
         precision: "int8", "int4", …; ``None``: the bundle's only one; "auto": the fastest on this
             machine under ``memory_limit`` and ``min_cosine``, see :attr:`precision`. Vectors of
-            different precisions should not meet in one index: where they are stored, store its name.
+            different precisions should not meet in one index: store :meth:`fingerprint` beside them.
         device: "cpu", "cuda", "cuda:1" for the second GPU, or "auto": cuda where it works and the
             precision has kernels for it.
         threads: threads of a run; ``None``: the cores that this process really has.

@@ -69,6 +69,52 @@ def test_the_closest_supported_architecture_is_named(case: str) -> None:
     assert str(caught.value) == f"config.json: {expected}{HOW_TO_ADD}"
 
 
+PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
+    "microsoft/deberta-v3-base": (
+        {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": "p2c|c2p"},
+        "bert",
+    ),
+    "sentence-transformers/gtr-t5-base": (
+        {"model_type": "t5", "architectures": ["T5EncoderModel"], "d_model": 768},
+        "mpnet",
+    ),
+    "Muennighoff/SGPT-125M": ({"model_type": "gpt_neo", "architectures": ["GPTNeoModel"]}, "llama"),
+    "openai-community/gpt2": ({"model_type": "gpt2", "n_embd": 768, "n_head": 12}, "llama"),
+    "state-spaces/mamba-130m-hf": ({"model_type": "mamba", "state_size": 16}, ""),
+    "Qwen/Qwen3-VL-Embedding-2B": (
+        {"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}},
+        "qwen2_5_vl",
+    ),
+    "jinaai/jina-embeddings-v2-base-code": (
+        {
+            "model_type": "bert",
+            "position_embedding_type": "alibi",
+            "auto_map": {
+                "AutoModel": "jinaai/jina-bert-v2-qk-post-norm--modeling_bert.JinaBertModel"
+            },
+        },
+        "bert",
+    ),
+    "nomic-ai/nomic-embed-text-v2-moe": (
+        {"model_type": "nomic_bert", "moe_every_n_layers": 2, "num_experts": 8, "moe_top_k": 2},
+        "nomic_bert",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_told_what_is_closest(name: str, tmp_path: Path) -> None:
+    config, closest = PUBLISHED[name]
+    source = write_model(tmp_path / "model", **config)
+    said = (
+        f"the closest supported one is {closest}, from" if closest else "no supported one is near: "
+    )
+    with pytest.raises(CheckpointError) as caught:
+        export_bundle(source, adapters={"task": None}, out=tmp_path / "out")
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(HOW_TO_ADD)
+
+
 @pytest.mark.parametrize("config", [c for c, _ in REFUSED.values()], ids=list(REFUSED))
 @pytest.mark.parametrize("value", [None, 3, "x", [3], {"a": []}])
 def test_settings_of_any_kind_are_refused_by_the_same_message(
