@@ -212,7 +212,7 @@ _NOMIC_BERT = Keys(
     ),
 )
 _GTE = Keys(
-    used=_ROTARY_BERT,
+    used=_ROTARY_BERT | {"matryoshka_dimensions"},
     harmless=words(
         "default_theta matryoshka_dimensions unpad_inputs use_memory_efficient_attention"
     ),
@@ -238,17 +238,17 @@ _JINA_V3_FIXED = {
     "position_embedding_type": (None, "rotary"),
 }
 _JINA_V3 = Keys(
-    used=_ROTARY_BERT,
-    harmless=words("default_theta matryoshka_dimensions"),
+    used=_ROTARY_BERT | {"matryoshka_dimensions"},
+    harmless=frozenset({"default_theta"}),
     fixed=_JINA_V3_FIXED,
     classes=("JinaEmbeddingsV3",),
 )
 _JINA_V3_PUBLISHED = Keys(
     used=_ROTARY_BERT
-    | words("lora_adaptations lora_alpha lora_rank rotary_emb_base task_instructions"),
-    harmless=words(
-        """lora_dropout_p lora_main_params_trainable matryoshka_dimensions use_flash_attn use_reentrant"""
+    | words(
+        "lora_adaptations lora_alpha lora_rank matryoshka_dimensions rotary_emb_base task_instructions"
     ),
+    harmless=words("""lora_dropout_p lora_main_params_trainable use_flash_attn use_reentrant"""),
     fixed={
         **_JINA_V3_FIXED,
         "emb_pooler": (None,),

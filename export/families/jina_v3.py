@@ -42,6 +42,13 @@ class JinaV3(RotaryEncoder):
     model_types = ("jina_embeddings_v3",)
     examples: ClassVar[Mapping[str, str]] = {"jina_embeddings_v3": "jinaai/jina-embeddings-v3-hf"}
     default_epsilon = 1e-5
+    fused: ClassVar = {"mixer.Wqkv": QKV}
+    roots = (*RotaryEncoder.roots, "emb_ln")
+    renamed: ClassVar[Mapping[str, str]] = {
+        **NORMS,
+        **ends("emb_ln", "embeddings.LayerNorm"),
+        **ends("mixer.out_proj", "self_attn.o_proj"),
+    }
 
     def theta(self) -> float:
         return 20000.0
@@ -94,15 +101,8 @@ class JinaV3Published(JinaV3):
     model_types = ("jina_embeddings_v3_published",)
     examples: ClassVar = {"jina_embeddings_v3_published": "jinaai/jina-embeddings-v3"}
     aliases: ClassVar = {"rotary_emb_base": "rope_theta"}
-    fused: ClassVar = {"mixer.Wqkv": QKV}
     aside = STACKED
-    roots = (*RotaryEncoder.roots, "emb_ln")
-    renamed: ClassVar = {
-        ".parametrizations.weight.original": ".weight",
-        **NORMS,
-        **ends("emb_ln", "embeddings.LayerNorm"),
-        **ends("mixer.out_proj", "self_attn.o_proj"),
-    }
+    renamed: ClassVar = {".parametrizations.weight.original": ".weight", **JinaV3.renamed}
 
     @classmethod
     def serves(cls, config: Mapping[str, Any], name: str) -> bool:

@@ -1,7 +1,7 @@
 """Encoders that normalize after each block and have rotary positions: what nomic-bert, GTE and jina v3 share.
 
-Canonical names are those that transformers 5 saves. Published checkpoints have others, and fused tensors, whose
-rows are read as tensors of their own.
+Canonical names are those of transformers 5's modules, and of adapters that were trained on them. Files have the
+published names, also where transformers 5 saves them, and fused tensors, whose rows are read as tensors of their own.
 """
 
 from __future__ import annotations
