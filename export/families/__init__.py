@@ -19,6 +19,7 @@ from embedge.export.families.decoder import (
     PplxQwen3,
     Qwen2,
     Qwen3,
+    Voyage4,
 )
 from embedge.export.families.embedding_gemma2 import EmbeddingGemma2
 from embedge.export.families.gemma3 import Gemma3
@@ -40,6 +41,7 @@ FAMILIES: tuple[type[Family], ...] = (
     JinaV4,  # before the family it is built on
     JinaV4Merged,
     Qwen25VL,
+    Voyage4,
     JinaV5Nano,
     JinaV5Small,
     JinaV5NanoMerged,

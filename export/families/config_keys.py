@@ -338,6 +338,15 @@ KEYS: Mapping[str, Keys] = {
     "qwen3": _QWEN3,
     "jina_embeddings_v5_small_merged": _QWEN3,
     "bidirectional_pplx_qwen3": _PPLX,
+    "voyage_4": replace(
+        _PPLX,
+        used=_PPLX.used | {"num_labels"},
+        classes=("Qwen3", "Qwen3Bidirectional"),
+        code=_code(
+            "modeling_qwen3_bidirectional.Qwen3BidirectionalModel",
+            repositories="voyageai/voyage-4-nano",
+        ),
+    ),
     "jina_embeddings_v5_small": replace(
         _QWEN3,
         used=_QWEN3.used | {"task_names"},
@@ -442,6 +451,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
             "jina_embeddings_v5_small",
             "jina_embeddings_v5_small_merged",
             "bidirectional_pplx_qwen3",
+            "voyage_4",
         ),
         _QWEN3_DEFAULTS,
     ),

@@ -2,7 +2,8 @@
 
 Attention is causal where config.json does not say ``"is_causal": false``, which transformers 5 reads: then a token
 sees all others, in a layer with a window those that are at most ``sliding_window`` tokens away on either side.
-EuroBERT (Boizard et al., arXiv 2503.05500) and ``llama_bidirec`` are Llama without a causal mask.
+EuroBERT (Boizard et al., arXiv 2503.05500) and ``llama_bidirec`` are Llama without a causal mask, pplx-embed-v1 and
+voyage-4-nano are Qwen3 without one.
 
 A checkpoint may have a multi-vector head beside the decoder, as jina-embeddings-v4 has: the Linear
 ``multi_vector_projector``, its width in config.json's ``multi_vector_projector_dim``.
@@ -11,13 +12,16 @@ A checkpoint may have a multi-vector head beside the decoder, as jina-embeddings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from embedge.export.families.base import HEAD_ROOTS, Family
+from embedge.export.families.config_keys import KEYS
 from embedge.export.families.ropes import rope_of
 from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp, Span
 from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef
+from embedge.export.source.sentence_transformers import SentenceSettings
 from embedge.export.weights.tensors import NormRef
 
 
@@ -201,3 +205,39 @@ class PplxQwen3(Qwen3):
     default_pooling = None
     reads_is_causal = False
     causal = False
+
+
+class Voyage4(Qwen3):
+    """voyage-4-nano: Qwen3 without a causal mask, states projected to vectors, by its published code."""
+
+    model_types = ("voyage_4",)
+    examples: ClassVar = {"voyage_4": "voyageai/voyage-4-nano"}
+    roots = (*Qwen3.roots, "linear")
+    default_pooling = None
+    reads_is_causal = False
+    causal = False
+
+    @classmethod
+    def serves(cls, config: Mapping[str, Any], name: str) -> bool:
+        """Whether its code is named, as the model goes by Qwen3's ``model_type``."""
+        code = config.get("auto_map")
+        named = code.get("AutoModel") if isinstance(code, dict) else None
+        return config.get("model_type") == "qwen3" and str(named) in KEYS["voyage_4"].code
+
+    @classmethod
+    def completed(cls, settings: SentenceSettings, config: Mapping[str, Any]) -> SentenceSettings:
+        sizes = tuple(n for n in (256, 512, 1024, 2048) if n <= _labels(config))
+        return replace(settings, matryoshka_dims=settings.matryoshka_dims or sizes)
+
+    def declare(self) -> Architecture:
+        width = _labels(self.config)
+        if width < 1:
+            raise self.unsupported("num_labels", self.config.get("num_labels"), "a vector's width")
+        projection = LinearRef("linear", has_bias=False)
+        return replace(super().declare(), state_projection=projection, state_dim=width)
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    """``num_labels``, which transformers also writes as a name for each; 0 where there is none."""
+    count = config.get("num_labels", len(config.get("id2label") or ()))
+    return count if type(count) is int else 0

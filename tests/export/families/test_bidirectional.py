@@ -364,3 +364,76 @@ def test_the_quantizer_is_known_of_that_model_alone_and_does_not_follow_normaliz
     change(source, **PPLX)
     with pytest.raises(ValueError, match="does not say how tokens become a vector"):
         exported(source, tmp_path / "out")
+
+
+# -- voyage-4-nano: states are projected --------------------------------------------------------------
+
+VOYAGE = {  # beside Qwen3's keys
+    "architectures": ["Qwen3ForCausalLM"],
+    "auto_map": {"AutoModel": "modeling_qwen3_bidirectional.Qwen3BidirectionalModel"},
+    "num_labels": 48,
+    "use_bidirectional_attention": True,
+}
+
+
+def write_voyage(folder: Path) -> tuple[Any, torch.Tensor, Path]:
+    """Qwen3, the projection, and the published layout."""
+    base = long_model("qwen3")
+    source = save(base, folder, pooling="mean", max_length=LONG)
+    weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(9)) / 32**0.5
+    set_projection(source, weight)
+    return base, weight, change(source, **VOYAGE)
+
+
+def set_projection(source: Path, weight: torch.Tensor | None) -> None:
+    file = source / "model.safetensors"
+    kept = {n.removeprefix("model."): t for n, t in load_file(file).items() if n != "linear.weight"}
+    tensors = {f"model.{name}": tensor for name, tensor in kept.items()}
+    if weight is not None:
+        tensors["linear.weight"] = weight
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+def test_voyage_averages_projected_states(tmp_path: Path) -> None:
+    plain = save(long_model("qwen3"), tmp_path / "plain" / "source")
+    adapter = save_adapter(plain, tmp_path / "adapter", target=rf".*({LINEARS['decoder']})")
+    base, weight, source = write_voyage(tmp_path / "source")
+    means = vectors(adapted(source, adapter, base), source, TEXTS, pooling="mean", normalize=False)
+    projected = torch.nn.functional.linear(torch.from_numpy(means), weight)
+    expected = torch.nn.functional.normalize(projected, dim=-1).numpy()
+    model = exported(source, tmp_path / "out", adapters={"task": adapter})
+    assert model.encode("a").shape == (48,)
+    assert_parity(model, expected)
+    set_projection(source, weight * torch.linspace(0.9, 1.1, 48)[:, None])
+    other = exported(source, tmp_path / "other", adapters={"task": adapter})
+    assert cosines(other.encode(TEXTS), expected).max() < BOUND
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": ...}, "num_labels is None"),
+        ({"num_labels": 40}, r"linear\.weight: expected shape \[40, 32\]"),
+        ({"auto_map": {"AutoModel": "modeling_qwen3.Other"}}, "never run"),
+        ({"auto_map": ...}, "use_bidirectional_attention is true"),
+        ({"auto_map": ..., "use_bidirectional_attention": ..., "is_causal": False},
+         "found linear.weight"),
+        ({"use_sliding_window": True}, "use_sliding_window is true"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_voyage_of_another_kind_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    _, _, source = write_voyage(tmp_path / "source")
+    change(source, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        exported(source, tmp_path / "out")
+
+
+def test_voyage_without_its_projection_is_refused(tmp_path: Path) -> None:
+    _, _, source = write_voyage(tmp_path / "source")
+    set_projection(source, None)
+    with pytest.raises(CheckpointError, match=r"expected a tensor linear\.weight"):
+        exported(source, tmp_path / "out")
