@@ -396,7 +396,7 @@ def set_projection(source: Path, weight: torch.Tensor | None) -> None:
 
 @pytest.mark.slow
 def test_voyage_averages_projected_states(tmp_path: Path) -> None:
-    plain = save(long_model("qwen3"), tmp_path / "plain" / "source")
+    plain = save(long_model("qwen3"), tmp_path / "source")
     adapter = save_adapter(plain, tmp_path / "adapter", target=rf".*({LINEARS['decoder']})")
     base, weight, source = write_voyage(tmp_path / "source")
     means = vectors(adapted(source, adapter, base), source, TEXTS, pooling="mean", normalize=False)
