@@ -213,9 +213,7 @@ _NOMIC_BERT = Keys(
 )
 _GTE = Keys(
     used=_ROTARY_BERT | {"matryoshka_dimensions"},
-    harmless=words(
-        "default_theta matryoshka_dimensions unpad_inputs use_memory_efficient_attention"
-    ),
+    harmless=words("default_theta unpad_inputs use_memory_efficient_attention"),
     fixed={
         **_ENCODER_FIXED,
         **dict.fromkeys(("logn_attention_clip1", "logn_attention_scale"), _OFF),
