@@ -217,4 +217,5 @@ model = Embedder("path/to/this/folder", precision="{precision}", task="{task}")
 queries = model.encode_query(["a question"], multi_vector=True)
 documents = model.encode_document(["a text", "another text"], multi_vector=True)
 print(model.similarity(queries, documents))  # float32 [1, 2]
+print(model.fingerprint(role="document", multi_vector=True))  # store it beside an index
 ```"""

@@ -142,11 +142,14 @@ def _summary(bundle: Bundle) -> list[str]:
 def _fingerprints(bundle: Bundle) -> dict[str, dict[str, str]]:
     """Fingerprints on this machine, by precision and task, of those whose contents the manifest has."""
     found: dict[str, dict[str, str]] = {}
+    late = bundle.manifest.model.late_interaction is not None
     for precision, settings in bundle.manifest.precisions.items():
         device = "cpu" if "cpu" in settings.devices else "cuda"
         for task in (t for t in settings.graphs if t in settings.content_sha256):
             with suppress(EmbedgeValueError, BundleError):  # a call would say why it cannot be made
-                request = Request.look_up(bundle.manifest, precision, CallOptions(task=task))
+                request = Request.look_up(
+                    bundle.manifest, precision, CallOptions(task=task, multi_vector=late)
+                )
                 parts = parts_of(bundle, bundle.manifest, precision, device, request)
                 found.setdefault(precision, {})[task] = fingerprint_of(parts)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,20 @@ def test_the_commands_say_what_a_late_bundle_is(
     out = " ".join(capsys.readouterr().out.split())
     assert "queries 12 tokens, documents 30; queries filled up to 12; 3 tokens left out" in out
     assert main(["prepare", root, "--precision", "int8"]) == 0
+
+
+def test_fingerprints_of_a_card_and_of_inspect_are_those_of_its_calls(
+    bundle: Embedder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = bundle._bundle.root
+    assert main(["inspect", str(root)]) == 0
+    expected = {
+        bundle.fingerprint(role=role, multi_vector=True) for role in (None, "query", "document")
+    }
+    assert len(expected) == 3
+    assert bundle.fingerprint(multi_vector=True) in capsys.readouterr().out
+    (code,) = re.findall(
+        r"```python\n(from embedge.*?)```", (root / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    exec(code.replace("path/to/this/folder", str(root)))
+    assert bundle.fingerprint(role="document", multi_vector=True) in capsys.readouterr().out
