@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from embedge.export import export_bundle
 from embedge.runtime import Embedder
+from embedge.runtime.kernels.library import own_kernels
 from tests.fuzz.child import Outcome, Wrong, run
 from tests.fuzz.mutate import copy_tree, mutate_file
 
@@ -43,6 +44,7 @@ _LOADED = (onnx, onnxruntime, tokenizers)  # before the fork, for all children
 
 def make_sources(root: Path) -> list[Path]:
     """Make the folders that are mutated: each holds a ``model`` and an ``adapter``."""
+    own_kernels()  # are tried once, not in every child
 
     def make() -> None:
         from tests.helpers.models import linears, make_model, save, save_adapter, write_json
