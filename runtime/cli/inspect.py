@@ -163,7 +163,7 @@ def _late(model: Model) -> list[tuple[str, str]]:
     lengths = f"queries {rules.query_length} tokens, documents {rules.document_length}"
     filled = rules.expansion and f"queries filled up to {rules.expansion.length}"
     skipped = rules.skipped_ids and f"{len(rules.skipped_ids)} tokens left out"
-    return [("late interaction", "; ".join(part for part in (lengths, filled, skipped) if part))]
+    return [("token vectors", "; ".join(part for part in (lengths, filled, skipped) if part))]
 
 
 def _layers(bundle: Bundle, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -270,7 +270,7 @@ def test_the_commands_say_what_a_late_bundle_is(
     assert main(["inspect", root]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "queries 12 tokens, documents 30; queries filled up to 12; 3 tokens left out" in out
-    assert main(["prepare", root, "--precision", "int8"]) == 0
+    assert main(["prepare", root, "--precision", "int8", "--pack-only"]) == 0
 
 
 def test_fingerprints_of_a_card_and_of_inspect_are_those_of_its_calls(
