@@ -157,7 +157,7 @@ class Reference:
         folder: as :func:`write` makes it.
         size: "nano" or "small".
         task: whose adapter, ``None`` for none.
-        without: kinds of Linears whose adapter is left out.
+        without: kinds of Linears whose adapter is left out, and of norms whose weights are 1.
         native: whether nano is transformers' EuroBERT, not Llama.
     """
 
@@ -183,6 +183,8 @@ class Reference:
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name and any(kind in name for kind in without):
                 parameter.data.zero_()
+            if any(name.endswith(f".{kind}.weight") for kind in without):
+                parameter.data.fill_(1.0)
         self.model.eval()
 
     def vectors(

@@ -42,7 +42,7 @@ def change(source: Path, **changes: Any) -> Path:
 
 
 def long_model(name: str, **changes: Any) -> Any:
-    rope = {"rope_scaling": None} if name == "llama" else {}
+    rope: dict[str, Any] = {"rope_scaling": None} if name == "llama" else {}
     return make_model(name, max_position_embeddings=1024, **rope, **changes)
 
 

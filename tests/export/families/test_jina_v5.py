@@ -20,6 +20,9 @@ from tests.helpers.models import cosines, write_json
 BOUND = 0.999999
 SHORT = [text[:40] for text in TEXTS[:6]]
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
+PARTS = [(size, kind) for size in SIZES for kind in (*KINDS, *NORMS)]
+PARTS += [("small", "q_norm"), ("small", "k_norm")]  # EuroBERT has none of them
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -70,8 +73,8 @@ def test_nano_is_transformers_own_eurobert(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_reaches_the_vector(
+@pytest.mark.parametrize(("size", "kind"), PARTS)
+def test_every_kind_of_adapter_and_norm_reaches_the_vector(
     kind: str, size: str, sources: dict[str, Path], models: dict[str, Embedder]
 ) -> None:
     reference = Reference(sources[size], size, "retrieval", without=[kind])
