@@ -400,7 +400,12 @@ KEYS: Mapping[str, Keys] = {
             out_hidden_size patch_size spatial_merge_size temporal_patch_size window_size"""
         ),
         harmless=words("is_decoder spatial_patch_size tokens_per_second"),
-        fixed={"rope_parameters": (None, {}, {"rope_type": "default", "rope_theta": 10000.0})},
+        fixed={
+            "rope_parameters": (
+                *(None, {}),
+                *({"rope_type": kind, "rope_theta": 10000.0} for kind in ("default", "axial")),
+            )
+        },
         classes=(),
     ),
 }
