@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+import transformers
 from jina_v4_layout import SHORT
 from numpy.typing import NDArray
 from PIL import Image
@@ -191,6 +193,32 @@ def test_a_merged_model_for_vllm_is_one_task_without_multi_vectors(
     assert cosines(pictures, Reference(source).images(IMAGES[:3])[0]).min() >= 0.99999
     with pytest.raises(EmbedgeValueError, match="multi-vector"):
         other.encode(TEXTS, multi_vector=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("headed", [True, False], ids=["with a head", "without"])
+def test_plain_qwen_as_the_running_transformers_saves_it(headed: bool, tmp_path: Path) -> None:
+    """Without a head transformers 5 begins names with ``language_model`` and 4 with ``model``."""
+    source = write_checkpoint(tmp_path / "qwen", layout="plain")
+    names = ("Model", "ForConditionalGeneration")
+    kind = getattr(transformers, f"Qwen2_5_VL{names[headed]}")
+    folder = tmp_path / "saved"
+    kind.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+    for file in [*source.glob("*token*"), *source.glob("*processor*"), *source.glob("vocab*")]:
+        shutil.copy(file, folder)
+    out = tmp_path / "bundle"
+    export_bundle(
+        folder,
+        adapters={"t": None},
+        pooling="mean",
+        precisions=["fp32"],
+        out=out,
+        calibration="none",
+    )
+    found, reference = Embedder(out, precision="fp32", threads=1), Reference(source)
+    assert cosines(found.encode(TEXTS), reference.texts(TEXTS)[0]).min() >= 0.999999
+    vectors = found.encode_image(IMAGES[:4])
+    assert cosines(vectors, reference.images(IMAGES[:4])[0]).min() >= 0.99999
 
 
 def test_plain_qwen_with_an_adapter_of_ones_own(tmp_path: Path) -> None:

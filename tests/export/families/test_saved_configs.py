@@ -65,9 +65,9 @@ def test_what_either_version_saves_gives_the_vectors_of_the_running_one(
     window = {key: own[key] for key in ("sliding_window",) if name == "gemma3_text"}
 
     model.assert_same(tmp_path / "own")
-    for version in SAVED:
-        if name in SAVED[version]:
-            write_json(file, {**SAVED[version][name], **window})
+    for version, saved in SAVED.items():
+        if name in saved:
+            write_json(file, {**saved[name], **window})
             model.assert_same(tmp_path / version)
 
 
