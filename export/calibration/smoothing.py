@@ -23,6 +23,7 @@ ALPHA = 0.7  # SmoothQuant's α; measured on MiniLM: 0.4 … 0.7 differ little, 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # tried for each input of a rotated model
 OUTLIER_RATIO = 4.0
 MOST_OUTLIERS = 16
+STREAM_RATIO = 8.0
 
 
 def smoothing_constants(
@@ -79,8 +80,7 @@ def rotated_constants(statistics: InputStatistics) -> SmoothingConstants:
     inputs = np.concatenate(sample)
     peak = np.maximum(np.abs(statistics.low), np.abs(statistics.high))
     usual = float(np.median(np.abs(inputs).max(axis=1)))
-    above = np.flatnonzero(peak > OUTLIER_RATIO * usual)
-    outliers = np.sort(above[np.argsort(-peak[above], kind="stable")][:MOST_OUTLIERS])
+    outliers = _largest(peak, OUTLIER_RATIO * usual)
     weights, rest = statistics.matrices, peak
     if len(outliers):
         inputs[:, outliers] = 0
@@ -93,7 +93,7 @@ def rotated_constants(statistics: InputStatistics) -> SmoothingConstants:
     if not len(outliers):
         return SmoothingConstants(smooth=smooth, sink=sink)
     smooth[outliers] = peak[outliers] / np.float32(usual * 1e-4)
-    return SmoothingConstants(smooth=smooth, sink=sink, outliers=outliers.astype(np.int64))
+    return SmoothingConstants(smooth=smooth, sink=sink, outliers=outliers)
 
 
 def plain_constants(statistics: InputStatistics) -> SmoothingConstants:
@@ -102,7 +102,8 @@ def plain_constants(statistics: InputStatistics) -> SmoothingConstants:
     The shift is the mean: what it leaves out, ``W·shift``, joins the bias with the exact weight.
     A norm with a bias takes both for free; one without, and a foldable producer, take the smoothing.
     Any other input would pay for a pass of its own and is left as it is; on the bounded ones (GELU)
-    smoothing was measured to cost accuracy as well, as it multiplies the bound.
+    smoothing was measured to cost accuracy as well, as it multiplies the bound. Of a residual stream that a
+    Linear reads as it is, the channels that are large in all tokens are set apart.
 
     Args:
         statistics: of the input, over the backbone's calibration run.
@@ -123,7 +124,21 @@ def plain_constants(statistics: InputStatistics) -> SmoothingConstants:
         return SmoothingConstants(
             smooth=int8.smoothing_scales(peak, weight_peak, ALPHA), sink=group.sink
         )
-    return SmoothingConstants()
+    if group.gated or group.value.lower_bound is not None:
+        return SmoothingConstants()
+    usual = float(np.median(peak))
+    outliers = _largest(peak, STREAM_RATIO * usual)
+    if not len(outliers):
+        return SmoothingConstants()
+    smooth = np.ones_like(peak)
+    smooth[outliers] = peak[outliers] / np.float32(max(usual, 1e-30) * 1e-4)
+    return SmoothingConstants(smooth=smooth, outliers=outliers)
+
+
+def _largest(peak: NDArray[np.float32], bound: float) -> NDArray[np.int64]:
+    """The channels above a bound, ascending, the largest of them where there are many."""
+    above = np.flatnonzero(peak > bound)
+    return np.sort(above[np.argsort(-peak[above], kind="stable")][:MOST_OUTLIERS]).astype(np.int64)
 
 
 def _shared(peak: NDArray[np.float32], sink: ScaleSink) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,46 @@ def texts_of(lengths: list[int], seed: int = 0) -> list[str]:
     draw = np.random.default_rng(seed)
     letters = list("abcdfgjklmopqrsuvwxyz")  # no merges
     return ["".join(draw.choice(letters, n - 2)) for n in lengths]
+
+
+def with_outliers(
+    tensors: Mapping[str, torch.Tensor], *, width: int, norm_offset: float
+) -> dict[str, torch.Tensor]:
+    """A model whose residual stream has channels 40 times the others, and each MLP one of 60 times.
+
+    Norms behind sublayers make the stream's, norms before Linears leave 8 times, the Linears take that back.
+
+    Args:
+        tensors: of a random model, by name.
+        width: channels of the stream.
+        norm_offset: what norms add to their weights.
+    """
+    channels, large, left, inner = [3, 17, 30], 40.0, 8.0, 60.0
+    lift = large * (len(channels) / width) ** 0.5  # about the stream's root mean square
+    found = {name: value.clone() for name, value in tensors.items()}
+    for name, value in found.items():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if value.ndim == 1 and len(value) > 1 and "norm" in module:
+            weight = 1 + 0.3 * (value + norm_offset - 1)
+            if module.startswith("post_"):
+                weight *= 0.4
+                weight[channels] *= large
+            elif module in (
+                "q_norm",
+                "k_norm",
+            ):  # scores of a size at which attention is no maximum
+                weight *= 0.7 if norm_offset else 1.25 / len(weight) ** 0.25
+            elif len(weight) == width and module != "per_layer_projection_norm":
+                weight *= lift
+                weight[channels] *= left / large
+            found[name] = weight - norm_offset
+        elif module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            value[:, channels] /= left
+        elif module == "per_layer_input_gate":
+            value[:, channels] /= large
+    for name, value in found.items():
+        if name.endswith("up_proj.weight"):
+            value[5] *= inner
+        if name.endswith("down_proj.weight"):
+            value[:, 5] /= inner
+    return found

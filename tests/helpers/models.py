@@ -84,6 +84,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Encoders whose classes transformers has since version 5.
 SINCE_5: dict[str, dict[str, Any]] = {
+    "embedding_gemma2_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 2,
+        "hidden_size_per_layer_input": 24,
+        "embedding_dim": 32,
+    },
     "eurobert": {"num_key_value_heads": 2, "rope_theta": 5000.0},
     "nomic_bert": {},
     "gte": {},

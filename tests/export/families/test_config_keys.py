@@ -73,6 +73,16 @@ KINDS: dict[str, Kind] = {
         }
     ),
     "jina_embeddings_v3": Kind(),
+    "embedding_gemma2_text": Kind(
+        values={
+            "hidden_size_per_layer_input": [16],
+            "per_layer_config": [{}, None, {"1": {"head_dim": 8}}, {"0": {"head_dim": 4}}],
+            "embedding_dim": [24],
+            "global_head_dim": [8],
+            "num_global_key_value_heads": [2],
+            "sliding_window": [0, 9, None],
+        }
+    ),
     "gte": Kind(values={"layer_norm_type": ["rms_norm"], "pack_qkv": [False]}),
     "modernbert": Kind(
         settings={"num_hidden_layers": 3},
