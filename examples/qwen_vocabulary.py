@@ -6,7 +6,7 @@ import base64
 import importlib.util
 import json
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,12 @@ def parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return pieces[0], pieces[1]
 
 
-@lru_cache(maxsize=1)
-def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the byte-level vocabulary and its 151,387 merges, both in the order of ids."""
+def vocabulary_and_merges(count: int = MERGES) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the byte-level vocabulary and its first merges, both in the order of ids.
+
+    Args:
+        count: Of merges; there are 151,387.
+    """
     ranks = read_ranks()
     characters = byte_characters()
     table = {chr(byte): character for byte, character in characters.items()}
@@ -88,7 +91,7 @@ def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     def written(token: bytes) -> str:
         return token.decode("latin-1").translate(translation)
 
-    ordered = sorted(ranks, key=ranks.__getitem__)
+    ordered = sorted(ranks, key=ranks.__getitem__)[: BYTES + count]
     vocabulary = {written(token): ranks[token] for token in ordered}
     merges = []
     for token in ordered:
@@ -106,9 +109,7 @@ def added_token(token: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _files(count: int) -> dict[str, str]:
-    vocabulary, merges = vocabulary_and_merges()
-    vocabulary = dict(islice(vocabulary.items(), BYTES + count))
-    merges = merges[:count]
+    vocabulary, merges = vocabulary_and_merges(count)
     added = added_ids(count)
     byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}

@@ -21,18 +21,25 @@ def package_path() -> Path:
     return ROOT / "src"
 
 
-_ONE_CORE = re.compile(r"tests/(bench|export/(?!writing))")  # writing computes on all cores
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_waits_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, so files need not reach the disk: dozens of waits in each export."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_core() -> bool:
+    """Whether a worker of pytest-xdist keeps to a core of its own; the conftest of a folder says so."""
+    return False
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _a_core_per_worker(request: pytest.FixtureRequest) -> Iterator[None]:
+def _a_core_per_worker(one_core: bool) -> Iterator[None]:
     """Keeps one worker's threads off the other's core: ONNX Runtime's wait by spinning."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if (
-        not worker
-        or not hasattr(os, "sched_setaffinity")
-        or not _ONE_CORE.search(request.path.as_posix())
-    ):
+    if not one_core or not worker or not hasattr(os, "sched_setaffinity"):
         yield
         return
     cores = os.sched_getaffinity(0)

@@ -23,6 +23,11 @@ WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
 MAX_LENGTH = 24
 
 
+@pytest.fixture(scope="module")
+def one_core() -> bool:
+    return True
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

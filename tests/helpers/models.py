@@ -292,6 +292,7 @@ def save_adapter(
                 parameter.data = parameter.data * (1 + 0.2 * noise) + 0.02 * noise
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        model.create_or_update_model_card = lambda _: None  # a quarter of the time
         model.save_pretrained(folder)
     return folder
 

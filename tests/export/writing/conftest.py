@@ -19,6 +19,11 @@ from tests.helpers.models import (
 )
 
 
+@pytest.fixture(scope="module")
+def one_core() -> bool:
+    return False  # what is written is computed on all cores
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(make_model("bert", **WIDE), tmp_path_factory.mktemp("source") / "tiny")

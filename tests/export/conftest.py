@@ -1,0 +1,10 @@
+"""What the exporter's tests share."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def one_core() -> bool:
+    return True
