@@ -36,6 +36,7 @@ from embedge.runtime import Embedder, EmbedgeError, EmbedgeWarning
 from embedge.runtime.bundle import writing
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main as command
+from embedge.runtime.kernels.library import own_kernels
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 from tests.fuzz.child import Outcome, Wrong, run
 
@@ -106,11 +107,17 @@ class Kills:
 
     Args:
         root: an empty folder.
+        source: a model, or ``None`` to make one, with torch.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, source: Path | None = None) -> None:
         self._root = root
-        self._source, self._start = root / "source", root / "start"
+        self._makes, self._source, self._start = (
+            source is None,
+            source or root / "source",
+            root / "start",
+        )
+        own_kernels()  # tried once, and not by each child
         outcome = run(self._make, seconds=300)
         if outcome.kind != "right":
             raise RuntimeError(f"the bundle could not be made: {outcome.detail}")
@@ -134,14 +141,11 @@ class Kills:
         return self._killed(name, lambda _: _die_after(seconds))
 
     def _make(self) -> None:
-        from tests.helpers.models import make_model, save
+        if self._makes:
+            from tests.helpers.exports import WIDE
+            from tests.helpers.models import make_model, save
 
-        wide: dict[str, Any] = {
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "gain": 0.6,
-        }  # weights lie in files
-        save(make_model("bert", **wide), self._source)
+            save(make_model("bert", **WIDE), self._source)
         _export(self._source, self._start, "a")
 
     def _in_a_copy(self, name: str, use: Callable[[Path], Any]) -> Any:
@@ -318,13 +322,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="kills of each job")
     parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--source", type=Path, help="a model's folder (default: one is made)")
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     done = faults = 0
     with tempfile.TemporaryDirectory() as folder:
-        kills = Kills(Path(folder))
+        kills = Kills(Path(folder), options.source)
         for name in options.job:
             for when, problem in kill(name, kills, options):
                 done += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import subprocess
 import sys
 import warnings
@@ -240,9 +240,25 @@ def test_trained_rows_that_do_not_fit_are_named(
     assert expected in str(caught.value)
 
 
+def run_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a shell's command in a folder, and what it gives to ``python`` in this process, which has torch."""
+    python = folder / "python"
+    python.write_text('#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done\n')
+    python.chmod(0o755)
+    path = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, shell=True, check=True, cwd=folder, env=path, capture_output=True, text=True
+    )
+    option, code, *arguments = done.stdout.split("\0")[:-1]
+    assert option == "-c"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    exec(code, {"__name__": "__main__"})
+
+
 @pytest.mark.slow
 def test_a_resized_vocabulary_is_refused_with_a_command_that_merges_it(
-    sources: dict[str, Path], tmp_path: Path
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = sources["qwen2"], tmp_path / "the adapter"
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -265,8 +281,7 @@ def test_a_resized_vocabulary_is_refused_with_a_command_that_merges_it(
         exported(source, folder, tmp_path / "bundle")
 
     command = "cp " + str(caught.value).partition(": cp ")[2]
-    command = command.replace("&& python ", f"&& {shlex.quote(sys.executable)} ")
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path, capture_output=True)
+    run_command(command, tmp_path, monkeypatch)
     merged = tmp_path / "MERGED"
     export_bundle(merged, adapters={"task": None}, precisions=["fp32"], out=tmp_path / "bundle")
     ours = Embedder(tmp_path / "bundle", precision="fp32", threads=1).encode([*TEXTS, "a[new]b"])

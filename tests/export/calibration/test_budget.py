@@ -204,11 +204,17 @@ def test_calibration_texts_without_tokens_cannot_choose(source: Path, tmp_path: 
     assert not (tmp_path / "b").exists()
 
 
-def test_a_budget_is_not_spent_on_kept_layers(source: Path, tmp_path: Path) -> None:
-    adapters = {"task": None}
-    keep = {"layers.0.*": "fp32", "layers.1.*": "int8"}
+def test_a_budget_is_not_spent_on_kept_layers(
+    source: Path, few_texts: Path, tmp_path: Path
+) -> None:
     export_bundle(
-        source, adapters=adapters, precisions=["int4"], keep=keep, budget="1GB", out=tmp_path / "b"
+        source,
+        adapters={"task": None},
+        precisions=["int4"],
+        keep={"layers.0.*": "fp32", "layers.1.*": "int8"},
+        budget="1GB",
+        calibration=few_texts,
+        out=tmp_path / "b",
     )
     bundle = Bundle(tmp_path / "b")
     chosen = bundle.manifest.precisions["int4"].options["int8"]
@@ -253,9 +259,16 @@ def test_a_budget_buys_closeness_within_its_bytes(source: Path, tmp_path: Path) 
     assert error(mixed, "int4", exact) < 0.8 * error(plain, "int4", exact)
 
 
-def test_a_whole_budget_gives_eight_bits_to_every_layer(source: Path, tmp_path: Path) -> None:
+def test_a_whole_budget_gives_eight_bits_to_every_layer(
+    source: Path, few_texts: Path, tmp_path: Path
+) -> None:
     out = export_bundle(
-        source, adapters={"task": None}, precisions=["int4"], budget="1GB", out=tmp_path / "b"
+        source,
+        adapters={"task": None},
+        precisions=["int4"],
+        budget="1GB",
+        calibration=few_texts,
+        out=tmp_path / "b",
     )
     assert len(Bundle(out).manifest.precisions["int4"].options["int8"]) == 21
 
@@ -271,8 +284,11 @@ def test_a_budget_without_a_choice_is_refused(
     assert not (tmp_path / "b").exists()
 
 
-def test_the_choice_is_the_same_for_a_task_that_is_added(source: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"precisions": ["int4"], "budget": 120_000, "out": tmp_path / "b"}
+def test_the_choice_is_the_same_for_a_task_that_is_added(
+    source: Path, few_texts: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"precisions": ["int4"], "calibration": few_texts}
+    settings |= {"budget": 120_000, "out": tmp_path / "b"}
     export_bundle(source, adapters={"one": None}, **settings)
     export_bundle(source, adapters={"one": None, "two": None}, **settings)
     model = Embedder(tmp_path / "b", threads=1)

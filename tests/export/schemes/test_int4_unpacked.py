@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.slow
 TEXTS = random_texts(16)
 UNPACKED = "int4-unpacked"
 
+Export = Callable[..., Path]
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -39,14 +42,22 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def original(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export(parts: tuple[Path, Path], few_texts: Path) -> Export:
+    """Exports tasks of the model at int4, to a folder."""
     source, adapter = parts
-    return export_bundle(
-        source,
-        adapters={"one": adapter, "bare": None},
-        precisions=["int4"],
-        out=tmp_path_factory.mktemp("unpacked") / "bundle",
-    )
+
+    def run(out: Path, *tasks: str) -> Path:
+        adapters = {task: {"one": adapter, "bare": None}[task] for task in tasks}
+        return export_bundle(
+            source, adapters=adapters, precisions=["int4"], calibration=few_texts, out=out
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def original(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("unpacked") / "bundle", "one", "bare")
 
 
 @pytest.fixture
@@ -108,24 +119,18 @@ def test_cut_weights_are_an_error_that_names_the_file(bundle: Path) -> None:
         model.encode(TEXTS, task="one")
 
 
-def test_a_task_that_is_added_shares_the_weights(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    source, adapter = parts
+def test_a_task_that_is_added_shares_the_weights(export: Export, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    export_bundle(source, adapters={"bare": None}, precisions=["int4"], out=out)
+    export(out, "bare")
     before = encode(out, task="bare")
-    export_bundle(source, adapters={"one": adapter}, precisions=["int4"], out=out)
+    export(out, "one")
     np.testing.assert_array_equal(encode(out, task="bare"), before)
     assert np.isfinite(encode(out)).all()
     assert Embedder(out, precision=UNPACKED).tasks == ("bare", "one")
 
 
-def test_two_exports_are_byte_identical(
-    parts: tuple[Path, Path], original: Path, tmp_path: Path
-) -> None:
-    source, adapter = parts
-    again = export_bundle(
-        source, adapters={"one": adapter, "bare": None}, precisions=["int4"], out=tmp_path / "b"
-    )
+def test_two_exports_are_byte_identical(export: Export, original: Path, tmp_path: Path) -> None:
+    again = export(tmp_path / "b", "one", "bare")
     for file in sorted(original.rglob("*.*")):
         assert (again / file.relative_to(original)).read_bytes() == file.read_bytes(), file
 
@@ -138,11 +143,10 @@ def test_it_is_no_precision_to_export(parts: tuple[Path, Path], tmp_path: Path) 
 
 
 def test_an_earlier_bundle_without_it_gains_it_for_new_tasks(
-    parts: tuple[Path, Path], tmp_path: Path
+    export: Export, tmp_path: Path
 ) -> None:
-    source, adapter = parts
     out = tmp_path / "bundle"
-    export_bundle(source, adapters={"bare": None}, precisions=["int4"], out=out)
+    export(out, "bare")
     manifest = (out / "manifest.json").read_text()
     document = json.loads(manifest)
     del document["precisions"][UNPACKED]
@@ -152,7 +156,7 @@ def test_an_earlier_bundle_without_it_gains_it_for_new_tasks(
     (out / "manifest.json").write_text(json.dumps(document))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        export_bundle(source, adapters={"one": adapter}, precisions=["int4"], out=out)
+        export(out, "one")
     assert Embedder(out, precision=UNPACKED).tasks == ("one",)
     assert Embedder(out, precision="int4").tasks == ("bare", "one")
 

@@ -51,7 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def export(root: Path) -> Export:
+def export(root: Path, few_texts: Path) -> Export:
     """Exports a random model with a random LoRA once per combination of arguments."""
     made: dict[str, Path] = {}
 
@@ -74,7 +74,7 @@ def export(root: Path) -> Export:
                 adapters={"task": adapter},
                 precisions=[precision],
                 out=made[key],
-                **options,
+                **{"calibration": few_texts, **options},
             )
         return made[key]
 
@@ -125,6 +125,15 @@ def test_vectors_stay_close_without_calibration(name: str, precision: str, expor
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
+def test_vectors_stay_close_with_the_packages_calibration_texts(
+    precision: str, export: Export
+) -> None:
+    exact = vectors(export("bert", "fp32"), "fp32")
+    quantized = vectors(export("bert", precision, calibration="default"), precision)
+    assert_close(exact, quantized, precision)
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
 def test_vectors_stay_close_with_a_file_of_calibration_texts(
     precision: str, export: Export, root: Path
 ) -> None:
@@ -157,7 +166,7 @@ def test_gptq_is_closer_than_rounding_on_the_texts_it_saw(export: Export, root: 
     assert calibrated.mean() > rounded.mean()
 
 
-def test_outlier_channels_do_not_spoil_int8(tmp_path: Path) -> None:
+def test_outlier_channels_do_not_spoil_int8(tmp_path: Path, few_texts: Path) -> None:
     model = make_model("qwen2", **WIDE)
     for layer in model.layers:  # the same function, computed through large values
         layer.input_layernorm.weight.data[:3] *= 60
@@ -167,7 +176,11 @@ def test_outlier_channels_do_not_spoil_int8(tmp_path: Path) -> None:
         layer.mlp.down_proj.weight.data[:, 5] /= 60
     source = save(model, tmp_path / "source", pooling="lasttoken")
     out = export_bundle(
-        source, adapters={"task": None}, precisions=["fp32", "int8"], out=tmp_path / "out"
+        source,
+        adapters={"task": None},
+        precisions=["fp32", "int8"],
+        out=tmp_path / "out",
+        calibration=few_texts,
     )
     assert_close(vectors(out, "fp32"), vectors(out, "int8"), "int8")
 
@@ -220,7 +233,7 @@ def test_a_row_of_padding_gives_numbers_and_changes_no_other_row(
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
-def test_a_token_of_zeros_gives_no_nan(precision: str, tmp_path: Path) -> None:
+def test_a_token_of_zeros_gives_no_nan(precision: str, tmp_path: Path, few_texts: Path) -> None:
     model = make_model("qwen2", **WIDE)
     model.embed_tokens.weight.data[[5, 7]] = 0
     source = save(model, tmp_path / "source", pooling="mean")
@@ -229,6 +242,7 @@ def test_a_token_of_zeros_gives_no_nan(precision: str, tmp_path: Path) -> None:
         adapters={"task": None},
         precisions=["fp32", precision.removesuffix("-unpacked")],
         out=tmp_path / "out",
+        calibration=few_texts,
     )
     zero, other = (WORDS[i - 4] for i in (5, 7))
     texts = [zero + other + zero, zero, "ab" + zero + "cd" + other]
@@ -382,7 +396,7 @@ def test_int4_reports_the_output_error_that_gptq_measured(export: Export) -> Non
     assert all(0 < e < 0.2 for e in errors)
 
 
-def test_a_layer_of_zeros_is_exported_with_strict_json(tmp_path: Path) -> None:
+def test_a_layer_of_zeros_is_exported_with_strict_json(tmp_path: Path, few_texts: Path) -> None:
     model = make_model("bert", **WIDE)
     model.encoder.layer[0].output.dense.weight.data[:] = 0
     out = export_bundle(
@@ -390,6 +404,7 @@ def test_a_layer_of_zeros_is_exported_with_strict_json(tmp_path: Path) -> None:
         adapters={"task": None},
         precisions=["fp32", "int8", "int4"],
         out=tmp_path / "out",
+        calibration=few_texts,
     )
 
     def refuse(constant: str) -> None:
@@ -466,7 +481,7 @@ def test_seven_bit_activations_give_close_vectors(name: str, export: Export) -> 
 
 
 # -- exactness of what int8 moves around ----------------------------------------------------------------
-def test_int8_loses_no_bias_to_the_shift_of_its_inputs(tmp_path: Path) -> None:
+def test_int8_loses_no_bias_to_the_shift_of_its_inputs(tmp_path: Path, few_texts: Path) -> None:
     """Large biases: a dropped, doubled or unscaled one would move every vector."""
     model = make_model("bert", **WIDE)
     for name, parameter in model.named_parameters():
@@ -477,13 +492,19 @@ def test_int8_loses_no_bias_to_the_shift_of_its_inputs(tmp_path: Path) -> None:
     source = save(model, tmp_path / "source")
     adapter = save_adapter(source, tmp_path / "lora", target=linears("bert"), bias="all", size=0.4)
     out = export_bundle(
-        source, adapters={"task": adapter}, precisions=["fp32", "int8"], out=tmp_path / "out"
+        source,
+        adapters={"task": adapter},
+        precisions=["fp32", "int8"],
+        out=tmp_path / "out",
+        calibration=few_texts,
     )
     assert_close(vectors(out, "fp32"), vectors(out, "int8"), "int8")
 
 
 @pytest.mark.parametrize("saved", ["attention.output.LayerNorm", "output.LayerNorm"])
-def test_int8_follows_norms_that_an_adapter_replaces(saved: str, tmp_path: Path) -> None:
+def test_int8_follows_norms_that_an_adapter_replaces(
+    saved: str, tmp_path: Path, few_texts: Path
+) -> None:
     source = save(make_model("bert", **WIDE), tmp_path / "source")
     adapter = save_adapter(
         source, tmp_path / "lora", target=["query", "value"], modules_to_save=[saved], seed=11
@@ -493,6 +514,7 @@ def test_int8_follows_norms_that_an_adapter_replaces(saved: str, tmp_path: Path)
         adapters={"bare": None, "task": adapter},
         precisions=["fp32", "int8"],
         out=tmp_path / "out",
+        calibration=few_texts,
     )
     for task in ("bare", "task"):
         exact = vectors(out, "fp32", task=task)
@@ -502,7 +524,9 @@ def test_int8_follows_norms_that_an_adapter_replaces(saved: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "name", ["qwen2", "llama-with-biases", "modernbert", "modernbert-with-biases"]
 )
-def test_smoothing_folded_into_producers_is_exact(name: str, tmp_path: Path) -> None:
+def test_smoothing_folded_into_producers_is_exact(
+    name: str, tmp_path: Path, few_texts: Path
+) -> None:
     """Weights on an int8 grid that survives smoothing by powers of two would be lossless; here the
     folded graph is compared with one that keeps the consumers' inputs unsmoothed."""
     model = make_model(name, **WIDE)
@@ -515,6 +539,10 @@ def test_smoothing_folded_into_producers_is_exact(name: str, tmp_path: Path) -> 
             tensors[key] = value * (factors[:, None] if value.ndim > 1 else factors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     out = export_bundle(
-        source, adapters={"task": None}, precisions=["fp32", "int8"], out=tmp_path / "out"
+        source,
+        adapters={"task": None},
+        precisions=["fp32", "int8"],
+        out=tmp_path / "out",
+        calibration=few_texts,
     )
     assert_close(vectors(out, "fp32"), vectors(out, "int8"), "int8")

@@ -137,7 +137,7 @@ def test_a_rotated_model_gives_the_same_vectors(
 
 
 def test_norms_that_a_task_saved_are_rotated_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few_texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, bundle = tmp_path / "model", tmp_path / "b"
     save(make_model("modernbert", **GENTLE), source, pooling="cls")
@@ -151,7 +151,9 @@ def test_norms_that_a_task_saved_are_rotated_with_it(
     monkeypatch.setattr(Scheme, "rotates", True)
     export_bundle(source, adapters=adapters, precisions=["fp32"], out=bundle, overwrite=True)
     monkeypatch.undo()
-    export_bundle(source, adapters=adapters, precisions=["int8"], out=tmp_path / "i")
+    export_bundle(
+        source, adapters=adapters, precisions=["int8"], calibration=few_texts, out=tmp_path / "i"
+    )
     model, model8 = Embedder(bundle, threads=1), Embedder(tmp_path / "i", threads=1)
     for task, vectors in expected.items():
         turned = model.encode(TEXTS, task=task)
@@ -160,10 +162,10 @@ def test_norms_that_a_task_saved_are_rotated_with_it(
         assert task == "plain" or cosines(vectors, expected["plain"]).max() < 0.999
 
 
-def test_norms_with_biases_are_not_rotated(tmp_path: Path) -> None:
+def test_norms_with_biases_are_not_rotated(tmp_path: Path, few_texts: Path) -> None:
     source = tmp_path / "model"
     save(make_model("modernbert-with-biases"), source, pooling="mean")
-    exported(source, tmp_path / "b", precisions=["int8"])
+    exported(source, tmp_path / "b", precisions=["int8"], calibration=few_texts)
     assert _manifest(tmp_path / "b").precisions["int8"].options["rotation"] is False
 
 
@@ -222,12 +224,17 @@ def test_rotation_takes_the_error_of_outlier_channels_down(
     model: str,
     most: float,
     tmp_path: Path,
+    few_texts: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
     source = request.getfixturevalue(model)
     exact = exported(source, tmp_path / "exact", precisions=["fp32"])
-    options: dict[str, Any] = {"precisions": ["int8"], "int8_method": "rtn"}
+    options: dict[str, Any] = {
+        "precisions": ["int8"],
+        "int8_method": "rtn",
+        "calibration": few_texts,
+    }
     rotated = 1 - cosines(exact, exported(source, tmp_path / "a", **options)).mean()
     monkeypatch.setattr("embedge.export.schemes.int8.Int8Scheme.rotates", False)
     plain = 1 - cosines(exact, exported(source, tmp_path / "b", **options)).mean()
@@ -263,16 +270,22 @@ def test_gptq_takes_the_error_of_int8_weights_down(spoilt: Path, tmp_path: Path)
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
-def test_int8_decoders_do_not_depend_on_the_batch(spoilt: Path, tmp_path: Path) -> None:
-    export_bundle(spoilt, adapters={"task": None}, precisions=["int8"], out=tmp_path / "b")
+def test_int8_decoders_do_not_depend_on_the_batch(
+    spoilt: Path, tmp_path: Path, few_texts: Path
+) -> None:
+    options: dict[str, Any] = {"precisions": ["int8"], "calibration": few_texts}
+    export_bundle(spoilt, adapters={"task": None}, out=tmp_path / "b", **options)
     model = Embedder(tmp_path / "b", threads=1)
     together = model.encode(TEXTS)
     alone = np.concatenate([model.encode([text]) for text in TEXTS])
     assert cosines(together, alone).min() > 0.999999
 
 
-def test_the_manifest_records_method_and_rotation(spoilt: Path, tmp_path: Path) -> None:
-    export_bundle(spoilt, adapters={"task": None}, precisions=["int8", "int4"], out=tmp_path / "b")
+def test_the_manifest_records_method_and_rotation(
+    spoilt: Path, tmp_path: Path, few_texts: Path
+) -> None:
+    given: dict[str, Any] = {"precisions": ["int8", "int4"], "calibration": few_texts}
+    export_bundle(spoilt, adapters={"task": None}, out=tmp_path / "b", **given)
     options = {name: value.options for name, value in _manifest(tmp_path / "b").precisions.items()}
     assert options["int8"]["method"] == options["int4"]["method"] == "gptq"
     assert options["int8"]["rotation"] and options["int4"]["rotation"]

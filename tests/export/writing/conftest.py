@@ -40,11 +40,18 @@ def adapters(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture(scope="session")
 def bundle(
-    source: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    source: Path,
+    adapters: dict[str, Path],
+    few_texts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    out = tmp_path_factory.mktemp("bundle") / "out"
     return export_bundle(
-        source, adapters=adapters, precisions=PRECISIONS, out=out, matryoshka_dims=[16, 32]
+        source,
+        adapters=adapters,
+        precisions=PRECISIONS,
+        calibration=few_texts,
+        out=tmp_path_factory.mktemp("bundle") / "out",
+        matryoshka_dims=[16, 32],
     )
 
 

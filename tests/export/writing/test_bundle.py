@@ -107,16 +107,23 @@ def test_onnx_checks_the_graphs_with_their_external_data(bundle: Path, precision
 EXPORT_AGAIN = """
 import json, sys
 from embedge.export import export_bundle
-source, adapters, precisions, out = json.loads(sys.argv[1])
-export_bundle(source, adapters=adapters, precisions=precisions, out=out, matryoshka_dims=[16, 32])
+source, adapters, precisions, texts, out = json.loads(sys.argv[1])
+export_bundle(
+    source,
+    adapters=adapters,
+    precisions=precisions,
+    calibration=texts,
+    out=out,
+    matryoshka_dims=[16, 32],
+)
 """
 
 
 @pytest.mark.slow
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(
-    source: Path, adapters: dict[str, Path], bundle: Path, tmp_path: Path
+    source: Path, adapters: dict[str, Path], few_texts: Path, bundle: Path, tmp_path: Path
 ) -> None:
-    job = [str(source), {n: str(a) for n, a in adapters.items()}, PRECISIONS]
+    job = [str(source), {n: str(a) for n, a in adapters.items()}, PRECISIONS, str(few_texts)]
     process = child(
         EXPORT_AGAIN, json.dumps([*job, str(tmp_path / "again")]), PYTHONHASHSEED="12345"
     )

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,36 +83,40 @@ def test_a_full_disk_leaves_an_older_bundle_as_it_was(
     assert [p.name for p in sorted(out.iterdir()) if p.is_dir()] == ["int8"]
 
 
-SLOW_EXPORT = """
-import json, sys, time
+STOPPING_EXPORT = """
+import os, signal, sys
 from embedge.export.writing import weight_store
 from embedge.export import export_bundle
 put = weight_store.TensorStore.put
-def slowly(self, *arguments):
+def put_and_stop(self, *arguments):
     put(self, *arguments)
     for file in self._open.values():
         file.flush()
     if self._open:
-        time.sleep(0.2)
-weight_store.TensorStore.put = slowly
+        weight_store.TensorStore.put = put
+        os.kill(os.getpid(), signal.SIGSTOP)
+weight_store.TensorStore.put = put_and_stop
 source, task, out = sys.argv[1:]
 export_bundle(source, adapters={task: None}, out=out, calibration="none", precisions=["fp32"])
 """
 
 
-def wait_for_weights(process: subprocess.Popen[str], watched: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not any(p.stat().st_size for p in watched.glob("fp32/*.bin")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+@contextmanager
+def stopped_export(source: Path, task: str, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """An export of another process, stopped after its first weights are in a file."""
+    process = child(STOPPING_EXPORT, str(source), task, str(out))
+    try:
+        state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert state is not None and state.si_code == os.CLD_STOPPED, process.communicate()[0]
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def killed_export(source: Path, task: str, out: Path, watched: Path) -> None:
-    process = child(SLOW_EXPORT, str(source), task, str(out))
-    wait_for_weights(process, watched)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with stopped_export(source, task, out):
+        assert any(p.stat().st_size for p in watched.glob("fp32/*.bin"))
 
 
 @pytest.mark.slow
@@ -158,18 +161,13 @@ def test_a_killed_int4_addition_leaves_no_file_that_stops_the_next(
 
 
 @contextmanager
-def running_export(source: Path, task: str, out: Path, watched: Path) -> Iterator[int]:
+def running_export(source: Path, task: str, out: Path) -> Iterator[int]:
     """An export of another process, stopped while it writes; yields its number."""
-    process = child(SLOW_EXPORT, str(source), task, str(out))
-    try:
-        wait_for_weights(process, watched)
-        process.send_signal(signal.SIGSTOP)
+    with stopped_export(source, task, out) as process:
         yield process.pid
         process.send_signal(signal.SIGCONT)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-    finally:
-        process.kill()
 
 
 def without_fp32(bundle: Path) -> None:
@@ -187,7 +185,7 @@ def test_a_second_export_to_the_same_new_folder_is_refused_and_harms_nothing(
 ) -> None:
     out = tmp_path / "out"
     with (
-        running_export(source, "task", out, tmp_path / ".out.partial") as number,
+        running_export(source, "task", out) as number,
         pytest.raises(ExportError, match=rf"no other export .*found process {number} "),
     ):
         small(source, out, overwrite=overwrite)
@@ -202,7 +200,7 @@ def test_a_second_addition_at_the_same_time_is_refused_and_both_can_follow_each_
 ) -> None:
     without_fp32(copy)
     with (
-        running_export(source, "third", copy, copy) as number,
+        running_export(source, "third", copy) as number,
         pytest.raises(ExportError, match=rf"no other export .*found process {number} "),
     ):
         small(source, copy, adapters={"fourth": None}, overwrite=overwrite)

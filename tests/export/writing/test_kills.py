@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_kills_leave_a_bundle_or_none_and_nothing_stray() -> None:
+def test_kills_leave_a_bundle_or_none_and_nothing_stray(source: Path) -> None:
     """Three moments of each job: an export, two ways of overwriting, an addition, ``prepare``."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.kills", "--quick"],
+        [sys.executable, "-m", "tests.fuzz.kills", "--quick", "--source", str(source)],
         cwd=ROOT,
         capture_output=True,
         text=True,
