@@ -111,12 +111,8 @@ class Kills:
     """
 
     def __init__(self, root: Path, source: Path | None = None) -> None:
-        self._root = root
-        self._makes, self._source, self._start = (
-            source is None,
-            source or root / "source",
-            root / "start",
-        )
+        self._root, self._given = root, source
+        self._source, self._start = source or root / "source", root / "start"
         own_kernels()  # tried once, and not by each child
         outcome = run(self._make, seconds=300)
         if outcome.kind != "right":
@@ -141,7 +137,7 @@ class Kills:
         return self._killed(name, lambda _: _die_after(seconds))
 
     def _make(self) -> None:
-        if self._makes:
+        if self._given is None:
             from tests.helpers.exports import WIDE
             from tests.helpers.models import make_model, save
 

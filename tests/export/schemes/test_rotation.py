@@ -137,7 +137,7 @@ def test_a_rotated_model_gives_the_same_vectors(
 
 
 def test_norms_that_a_task_saved_are_rotated_with_it(
-    tmp_path: Path, few_texts: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, bundle = tmp_path / "model", tmp_path / "b"
     save(make_model("modernbert", **GENTLE), source, pooling="cls")
@@ -151,9 +151,7 @@ def test_norms_that_a_task_saved_are_rotated_with_it(
     monkeypatch.setattr(Scheme, "rotates", True)
     export_bundle(source, adapters=adapters, precisions=["fp32"], out=bundle, overwrite=True)
     monkeypatch.undo()
-    export_bundle(
-        source, adapters=adapters, precisions=["int8"], calibration=few_texts, out=tmp_path / "i"
-    )
+    export_bundle(source, adapters=adapters, precisions=["int8"], out=tmp_path / "i")
     model, model8 = Embedder(bundle, threads=1), Embedder(tmp_path / "i", threads=1)
     for task, vectors in expected.items():
         turned = model.encode(TEXTS, task=task)
@@ -224,17 +222,12 @@ def test_rotation_takes_the_error_of_outlier_channels_down(
     model: str,
     most: float,
     tmp_path: Path,
-    few_texts: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
     source = request.getfixturevalue(model)
     exact = exported(source, tmp_path / "exact", precisions=["fp32"])
-    options: dict[str, Any] = {
-        "precisions": ["int8"],
-        "int8_method": "rtn",
-        "calibration": few_texts,
-    }
+    options: dict[str, Any] = {"precisions": ["int8"], "int8_method": "rtn"}
     rotated = 1 - cosines(exact, exported(source, tmp_path / "a", **options)).mean()
     monkeypatch.setattr("embedge.export.schemes.int8.Int8Scheme.rotates", False)
     plain = 1 - cosines(exact, exported(source, tmp_path / "b", **options)).mean()

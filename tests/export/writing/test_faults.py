@@ -104,14 +104,13 @@ export_bundle(source, adapters={task: None}, out=out, calibration="none", precis
 @contextmanager
 def stopped_export(source: Path, task: str, out: Path) -> Iterator[subprocess.Popen[str]]:
     """An export of another process, stopped after its first weights are in a file."""
-    process = child(STOPPING_EXPORT, str(source), task, str(out))
-    try:
-        state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        assert state is not None and state.si_code == os.CLD_STOPPED, process.communicate()[0]
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with child(STOPPING_EXPORT, str(source), task, str(out)) as process:
+        try:
+            state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            assert state is not None and state.si_code == os.CLD_STOPPED, process.communicate()[0]
+            yield process
+        finally:
+            process.kill()
 
 
 def killed_export(source: Path, task: str, out: Path, watched: Path) -> None:
