@@ -23,6 +23,7 @@ from embedge.runtime.bundle.files import (
     open_regular_file,
     read_regular_file,
     state_of,
+    system_reason,
 )
 from embedge.runtime.bundle.graph_check import (
     TASK_INPUTS,
@@ -238,12 +239,17 @@ class Bundle:
         if known is not None:
             return known
         graph, packed = self.graph(precision, name), self.packed_weights(precision, name)
-        with self.reading(self.graph_files(precision, name)):
-            return content_sha256(
-                read_regular_file(graph, GRAPH_BYTES),
-                packed[1] if packed else {},
-                lambda place: _sha256_at(self.external_file(graph, place), place),
-            )
+        try:
+            with self.reading(self.graph_files(precision, name)):
+                return content_sha256(
+                    read_regular_file(graph, GRAPH_BYTES),
+                    packed[1] if packed else {},
+                    lambda place: _sha256_at(self.external_file(graph, place), place),
+                )
+        except OSError as error:
+            raise BundleError(
+                f"{graph}: cannot be read: {system_reason(error)}; {AGAIN}"
+            ) from error
 
     def external_file(self, graph: Path, data: ExternalData) -> Path:
         """The file in which data lie that a graph, or a list of weights, names.

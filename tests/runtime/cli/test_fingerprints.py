@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from embedge.runtime import Embedder
 from embedge.runtime.cli.main import main
-from tests.helpers.command import Capture, SetStdin, error_line
+from tests.helpers.command import Capture, SetStdin, error_line, program
 
 
 @pytest.mark.parametrize("output", ["vectors.npy", "vectors.jsonl"])
@@ -138,6 +139,26 @@ def copy_with_contents(two_tasks: Any) -> Path:
     )
     path: Path = two_tasks.path
     return path
+
+
+@pytest.mark.slow
+def test_another_process_finds_the_same(copy_with_contents: Path) -> None:
+    found = []
+    for seed in ("1", "2"):
+        done = program(
+            ["inspect", str(copy_with_contents), "--json"],
+            PYTHONHASHSEED=seed,
+            stdout=subprocess.PIPE,
+        )
+        found.append(json.loads(done.stdout)["fingerprints"])
+    expected = {
+        p: {
+            t: Embedder(copy_with_contents, precision=p).fingerprint(task=t)
+            for t in ("retrieval", "code")
+        }
+        for p in ("fp32", "int4")
+    }
+    assert found == [expected, expected]
 
 
 def test_inspect_lists_none_for_older_bundles(two_tasks: Any, capsys: Capture) -> None:
