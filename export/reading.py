@@ -271,7 +271,8 @@ def _check_all_read(model: Model, task: str, weights: TaskWeights) -> None:
             f"{', '.join(bound.sources(changed))} from {bound.adapter.file.path}"
             f"{config if saved else ''}, or train without them"
         )
-    ignored = _ignored(type(model.family), model.tower)
+    late = model.settings.late
+    ignored = (*_ignored(type(model.family), model.tower), *(late.tensors if late else ()))
     left = [n for n in others if not n.startswith(ignored) and not n.endswith(".inv_freq")]
     if left and task == BASE:
         shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")

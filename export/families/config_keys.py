@@ -22,6 +22,7 @@ from typing import Any
 
 from embedge.export.errors import CheckpointError
 from embedge.export.source.config import words
+from embedge.export.source.late_interaction import STANFORD
 
 _OFF = (None, False)
 
@@ -528,7 +529,7 @@ def _check_code(config: Mapping[str, Any], keys: Keys, file: Path) -> None:
                 "the same attention mask, delete auto_map there; otherwise the model cannot be exported"
             )
     for name in config.get("architectures") or ():
-        if not own.fullmatch(str(name)):
+        if not own.fullmatch(str(name)) and name != STANFORD:
             raise CheckpointError(
                 f"{file}: architectures names {name!r}, expected a class of transformers such as "
                 f"{keys.classes[0]}Model. If the model computes what that does, with the same attention "

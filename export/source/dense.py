@@ -15,7 +15,7 @@ from embedge.export.source.json_files import read_json_object
 from embedge.export.source.safetensors_file import SafetensorsFile
 from embedge.export.source.weight_files import weight_files
 
-__all__ = ["DenseLayer", "read_dense"]
+__all__ = ["DenseLayer", "linear_dense", "read_dense"]
 
 # sentence-transformers stores the class's full name; its default is Tanh.
 _ACTIVATIONS = {
@@ -106,6 +106,29 @@ def read_dense(folder: Path, vector: str = "sentence_embedding") -> DenseLayer:
         bias=files["linear.bias"].read("linear.bias") if "linear.bias" in shapes else None,
         activation=activation,
         residual=_residual(files, in_features) if adds_input else None,
+    )
+
+
+def linear_dense(folder: Path, name: str) -> DenseLayer:
+    """The layer without bias and activation that a tensor of a model's own weights is.
+
+    Args:
+        folder: the model's.
+        name: of the tensor.
+
+    Raises:
+        CheckpointError: there is no such matrix.
+    """
+    files = weight_files(folder)
+    if name not in files or len(files[name].shape(name)) != 2:
+        raise CheckpointError(
+            f"{folder}: expected a matrix {name} among the weights, the Linear that makes vectors of token states, "
+            "found none; fetch or save the model again"
+        )
+    weight = files[name].read(name)
+    rows, columns = weight.shape
+    return DenseLayer(
+        in_features=columns, out_features=rows, weight=weight, bias=None, activation="identity"
     )
 
 

@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 from embedge.export.errors import CheckpointError
+from embedge.export.source.late_interaction import METADATA
 from embedge.runtime.host.install_advice import install_command
 
 __all__ = ["is_hub_id", "local_folder"]
 
 # Weights, settings, tokenizer files and the model card; never pickles, never code.
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md", METADATA]
 _UNWANTED = ["onnx/*", "openvino/*", "*checkpoint-*/*", "*.py", "*.bin"]
 _BARE = re.compile(r"[A-Za-z0-9][\w.-]*")
 _ADDRESS = re.compile(

@@ -11,6 +11,9 @@ do_query_expansion, attend_to_expansion_tokens, skiplist_words. Read as sentence
 prefixes are put before texts, the length of a query is what it is filled up to with mask tokens, punctuation
 is left out of documents unless the file lists other words, and vectors have length 1.
 
+Stanford's ColBERT, known by the class ``HF_ColBERT`` in config.json, has no modules: a Linear of tokens lies among the
+transformer's own tensors, and artifact.metadata has markers, lengths and whether punctuation is left out.
+
 Source: Khattab and Zaharia, "ColBERT", arXiv 2004.12832.
 """
 
@@ -28,14 +31,20 @@ from embedge.export.source.json_files import read_json_object, read_optional
 
 __all__ = [
     "LATE_KEYS",
+    "LINEAR",
+    "METADATA",
+    "STANFORD",
     "Expansion",
     "LateInteraction",
     "is_late",
+    "is_stanford",
     "prefixed",
     "read_late",
+    "read_stanford",
     "token_similarity",
 ]
 
+STANFORD, METADATA, LINEAR = "HF_ColBERT", "artifact.metadata", "linear.weight"
 LATE_KEYS = words("query_length document_length query_expansion")
 _MODEL_TYPES = ("MultiVectorEncoder", "ColBERT")
 _PREFIXES = {"query_prefix": "query", "document_prefix": "document"}
@@ -86,6 +95,7 @@ class LateInteraction:
         skipped_words: tokens whose vectors are left out.
         skipped_in: "query", "document": of which texts.
         markers: texts that the tokenizer has to give as one token, where it knows them.
+        tensors: of the checkpoint, which are read as Dense layers.
     """
 
     query_length: int
@@ -95,6 +105,7 @@ class LateInteraction:
     skipped_words: tuple[str, ...] = ()
     skipped_in: tuple[str, ...] = ("document",)
     markers: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -114,6 +125,45 @@ def is_late(config: Mapping[str, Any], modules: Sequence[str]) -> bool:
     return kind in _MODEL_TYPES or marked or any(name.startswith("pylate.") for name in modules)
 
 
+def is_stanford(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of Stanford's ColBERT."""
+    return STANFORD in (config.get("architectures") or ())
+
+
+def read_stanford(file: Path, text_length: int) -> LateInteraction:
+    """How Stanford's ColBERT treats queries and documents; ``markers`` are theirs, in this order.
+
+    Source: sentence-transformers' ``MultiVectorEncoder._maybe_load_stanford_metadata``.
+
+    Args:
+        file: artifact.metadata, which may be missing.
+        text_length: most tokens of a text by the other files.
+
+    Raises:
+        CheckpointError: the file is damaged, or a setting is of another type.
+    """
+    metadata = read_optional(file)
+    markers = []
+    for key, default in (("query_token_id", "[unused0]"), ("doc_token_id", "[unused1]")):
+        marker = metadata.get(key) or default
+        if not isinstance(marker, str):
+            raise CheckpointError(f"{file}: {key} is {marker!r}, expected a token's text")
+        markers.append(f"{marker} ")
+    for key in ("attend_to_mask_tokens", "mask_punctuation"):
+        if metadata.get(key) not in (None, True, False):
+            raise CheckpointError(f"{file}: {key} is {metadata[key]!r}, expected true or false")
+    length = _length(metadata.get("query_maxlen"), "query_maxlen", file) or _CLASSIC_LENGTH
+    return LateInteraction(
+        query_length=length,
+        document_length=_length(metadata.get("doc_maxlen"), "doc_maxlen", file) or text_length,
+        text_length=text_length,
+        expansion=Expansion(length=length, attend=bool(metadata.get("attend_to_mask_tokens"))),
+        skipped_words=tuple(string.punctuation) if metadata.get("mask_punctuation", True) else (),
+        markers=tuple(markers),
+        tensors=(LINEAR,),
+    )
+
+
 def token_similarity(name: object, file: Path) -> str:
     """How multi-vectors are compared: "maxsim", or "meanmaxsim", its mean over a query's tokens."""
     found = _SIMILARITIES.get(name) if isinstance(name, str | None) else None
@@ -125,11 +175,22 @@ def token_similarity(name: object, file: Path) -> str:
     return found
 
 
-def prefixed(prompts: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Prompts of queries and documents with PyLate's prefixes before them; without any, empty ones."""
+def prefixed(prompts: Mapping[str, str], config: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Prompts of queries and documents with PyLate's prefixes before them; without any, empty ones.
+
+    Args:
+        prompts: by name.
+        config: config_sentence_transformers.json.
+        file: that, for messages.
+
+    Raises:
+        CheckpointError: a prefix is no text.
+    """
     found = {role: prompts.get(role, "") for role in _ROLES} | dict(prompts)
     for key, role in _PREFIXES.items():
         prefix = config.get(key) or ""
+        if not isinstance(prefix, str):
+            raise CheckpointError(f"{file}: {key} is {prefix!r}, expected a text")
         found[role] = prefix + found[role].removeprefix(prefix)
     return found
 
@@ -191,9 +252,6 @@ def _flat_settings(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     for key in ("do_query_expansion", "attend_to_expansion_tokens", "attend_to_mask_tokens"):
         if config.get(key) not in (None, True, False):
             raise CheckpointError(f"{file}: {key} is {config[key]!r}, expected true or false")
-    for key in _PREFIXES:
-        if not isinstance(config.get(key), str | None):
-            raise CheckpointError(f"{file}: {key} is {config[key]!r}, expected a text")
     flat = {key: config[key] for key in LATE_KEYS if config.get(key) is not None}
     marked = any(key in config for key in _PYLATE_KEYS)
     if not marked or "query_expansion" in config or config.get("do_query_expansion") is False:

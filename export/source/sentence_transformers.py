@@ -19,13 +19,17 @@ from typing import Any
 
 from embedge.export.errors import CheckpointError
 from embedge.export.source.card import ModelCard
-from embedge.export.source.dense import DenseLayer, read_dense
+from embedge.export.source.dense import DenseLayer, linear_dense, read_dense
 from embedge.export.source.json_files import read_json_object, read_optional
 from embedge.export.source.late_interaction import (
+    LINEAR,
+    METADATA,
     LateInteraction,
     is_late,
+    is_stanford,
     prefixed,
     read_late,
+    read_stanford,
     token_similarity,
 )
 from embedge.export.source.modules import module_names, pipeline
@@ -122,6 +126,8 @@ def read_modules(
     modules = pipeline(path, str(config.get("model_type")), late=late)
     folder = modules[0][1] if modules else path
     transformer = read_transformer_settings(folder, late=late)
+    if not modules and is_stanford(config):
+        return _read_stanford(path, config, transformer)
     if not modules:
         check_purpose(path, config, card.tags if card else ())
     settings = _read_settings(file, late=late)
@@ -203,6 +209,24 @@ def _read_late(
     )
 
 
+def _read_stanford(
+    path: Path, config: Mapping[str, Any], transformer: Mapping[str, Any]
+) -> SentenceSettings:
+    """The settings of Stanford's ColBERT; its arguments are those of :func:`_read_late`."""
+    late = read_stanford(path / METADATA, max_length(path, config, transformer))
+    query, document = late.markers
+    return SentenceSettings(
+        normalize=True,
+        dense=(linear_dense(path, LINEAR),),
+        prompts={"query": query, "document": document},
+        max_length=late.longest,
+        similarity="maxsim",
+        tokenizer_settings=tokenizer_arguments(transformer),
+        lowercase=bool(transformer.get("do_lower_case")),
+        late=late,
+    )
+
+
 def _matryoshka_dims(file: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """The dimensions that config.json names, as jina-embeddings v4 and v3 and snowflake-arctic-embed have them."""
     dims = config.get("matryoshka_dims") or config.get("matryoshka_dimensions") or []
@@ -277,7 +301,7 @@ def _read_settings(file: Path, *, late: bool) -> dict[str, Any]:
         raise CheckpointError(f"{file}: prompts should map names to texts, found {prompts!r}")
     prompts = {name: text or "" for name, text in prompts.items()}
     if late:
-        prompts = prefixed(prompts, config)
+        prompts = prefixed(prompts, config, file)
     default = config.get("default_prompt_name")
     if default is not None and default not in list(prompts):
         raise CheckpointError(

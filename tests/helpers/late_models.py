@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
 from tests.helpers.models import load_base, make_model, make_tokenizer, save, write_json
@@ -137,6 +137,40 @@ def write_native(
     return folder
 
 
+def write_stanford(folder: Path, metadata: dict[str, Any] | None, **changes: Any) -> Path:
+    """A model in the layout of Stanford's ColBERT, with markers among the vocabulary.
+
+    Args:
+        folder: takes the files.
+        metadata: artifact.metadata, ``None`` for no such file.
+        **changes: of the configuration.
+    """
+    model = make_model("bert", vocab_size=100, **changes)
+    save(model, folder)
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"architectures": ["HF_ColBERT"]})
+    file = folder / "model.safetensors"
+    tensors = {f"bert.{name}": value for name, value in load_file(file).items()}
+    width, generator = model.config.hidden_size, torch.Generator().manual_seed(4)
+    tensors["linear.weight"] = torch.randn(16, width, generator=generator) / width**0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for number, text in enumerate(("[unused0]", "[unused1]"), 96):
+        tokenizer["model"]["vocab"][text] = number
+    write_json(folder / "tokenizer.json", tokenizer)
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens.add_special_tokens(["<mask>"])
+    tokens.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    write_json(folder / "tokenizer_config.json", settings | {"mask_token": "<mask>"})
+    if metadata is not None:
+        write_json(folder / "artifact.metadata", metadata)
+    return folder
+
+
 def _write_modules(folder: Path, modules: Sequence[tuple[str, str]]) -> None:
     listed = [
         {"idx": i, "name": str(i), "path": path, "type": name}
@@ -195,6 +229,4 @@ class PyLate:
 
 
 def _tensors(place: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(place / "model.safetensors")
