@@ -7,10 +7,14 @@ import sys
 from typing import Any
 from unittest import mock
 
-import embedge.runtime.sessions.session as sessions
 from embedge.runtime import Embedder
-from embedge.runtime.host.saturation import describe_processor, saturates_u8s8
+from embedge.runtime.host.saturation import (
+    describe_processor,
+    keep_matmuls_exact,
+    saturates_u8s8,
+)
 from embedge.runtime.kernels import library
+from embedge.runtime.sessions import session as sessions
 
 __all__ = ["found"]
 
@@ -38,8 +42,7 @@ def found(int8: str, exported: list[list[str]]) -> dict[str, Any]:
 def _asked_and_not(bundle: str) -> dict[str, Any]:
     texts = [f"w{i}" for i in range(30)]
     vectors: dict[str, Any] = {}
-    exact = sessions.keep_matmuls_exact
-    for name, ask in (("asked", exact), ("not asked", lambda options: None)):
+    for name, ask in (("asked", keep_matmuls_exact), ("not asked", lambda options: None)):
         with mock.patch.object(sessions, "keep_matmuls_exact", ask):
             model = Embedder(bundle, verify="none", threads=1)
             vectors[name] = model.encode(texts, batch_size=30).tolist()

@@ -62,7 +62,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, package_path: Path) -> Found
     place = tmp_path_factory.mktemp("saturation")
     tiny = bundles_in(place)(precisions={"int8": {}}, special_tokens=False)
     exact = write_int8_bundle(tiny)
-    bundles = {"int8": str(tiny.path), "exported": exported(place)}
+    bundles: dict[str, Any] = {"int8": str(tiny.path), "exported": exported(place)}
     done = emulated(package_path, bundles)
     return Found(json.loads(done.stdout), saturated.found(**bundles), exact, done.stderr)
 
