@@ -25,7 +25,12 @@ from numpy.typing import NDArray
 from embedge.bench.errors import BenchError
 from embedge.bench.measure.process import run_child
 from embedge.bench.studies.qwen_vision import page
-from embedge.bench.systems.qwen_vl import image_processor_class, no_init_weights, rope_positions
+from embedge.bench.systems.qwen_vl import (
+    image_processor_class,
+    no_init_weights,
+    rope_positions,
+    vision_features,
+)
 from embedge.quant.fidelity import cosine_rows
 
 __all__ = ["main"]
@@ -163,8 +168,7 @@ def _torch(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     def vision(prepared: Any) -> Any:
         patches, ids = prepared
         pixels = patches["pixel_values"].to(model.dtype)
-        features = model.visual(pixels, patches["image_grid_thw"])
-        features = getattr(features, "pooler_output", features)  # as transformers 5 gives them
+        features = vision_features(model.visual, pixels, patches["image_grid_thw"])
         return features, patches["image_grid_thw"], ids
 
     def language(seen: Any) -> Any:

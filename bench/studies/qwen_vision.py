@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from embedge.bench.errors import BenchError
+from embedge.bench.systems.qwen_vl import vision_windows
 
 __all__ = ["FixedGridTower", "load_tower", "page"]
 
@@ -41,10 +42,10 @@ class FixedGridTower(torch.nn.Module):
         self.tower = tower
         size = torch.tensor([[1, *grid]])
         group = tower.spatial_merge_unit
-        order, bounds = tower.get_window_index(size)
-        angles = tower.rot_pos_emb(size).reshape(-1, group, tower.blocks[0].attn.head_dim // 2)
+        order, bounds, angles = vision_windows(tower, size)
+        angles = angles.reshape(-1, group, tower.blocks[0].attn.head_dim // 2)
         angles = angles[order].reshape(grid[0] * grid[1], -1)
-        lengths = torch.tensor(bounds).diff()
+        lengths = torch.as_tensor(bounds).diff()
         lengths = lengths[lengths > 0]  # transformers repeats a bound where a window is empty
         width = int(lengths.max())
         real = torch.arange(width) < lengths[:, None]

@@ -37,6 +37,7 @@ from embedge.bench.errors import BenchArgumentError, BenchError
 from embedge.bench.measure.latency import Times, alternate, ratio
 from embedge.bench.peers.openvino import compile_for_cpu, compress_weights
 from embedge.bench.studies.qwen_vision import FixedGridTower, load_tower, page
+from embedge.bench.systems.qwen_vl import vision_features
 from embedge.quant.fidelity import cosine_rows
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.images.layout import vision_inputs
@@ -200,7 +201,7 @@ def _torch(tower: Any, patches: ImagePatches) -> Run:
 
     def run() -> Features:
         with torch.inference_mode():
-            features: Features = tower(pixels, grid).float().numpy()
+            features: Features = vision_features(tower, pixels, grid).float().numpy()
         return features
 
     return run

@@ -5,7 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-__all__ = ["image_processor_class", "no_init_weights", "rope_positions"]
+__all__ = [
+    "image_processor_class",
+    "no_init_weights",
+    "rope_positions",
+    "vision_features",
+    "vision_windows",
+]
 
 
 def image_processor_class() -> Any:
@@ -45,3 +51,28 @@ def rope_positions(model: Any, ids: Any, grid: Any, mask: Any) -> Any:
     if int(transformers.__version__.split(".")[0]) >= 5:
         kinds["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     return model.get_rope_index(ids, image_grid_thw=grid, attention_mask=mask, **kinds)[0]
+
+
+def vision_windows(tower: Any, grids: Any) -> tuple[Any, Any, Any]:
+    """The vision tower's order of windows, their bounds in it, and the rotary angles by patch.
+
+    Args:
+        tower: ``Qwen2_5_VisionTransformerPretrainedModel``.
+        grids: int64 ``[images, 3]``.
+    """
+    if hasattr(tower, "get_window_index"):
+        return *tower.get_window_index(grids), tower.rot_pos_emb(grids)
+    from transformers import vision_utils
+
+    merge, patch = tower.spatial_merge_size, tower.patch_size
+    order, bounds = vision_utils.get_vision_window_index(
+        grids, spatial_merge_size=merge, window_size=tower.window_size, patch_size=patch
+    )
+    positions = vision_utils.get_vision_position_ids(grids, merge)
+    return order, bounds, (positions[..., None] * tower.rotary_pos_emb.inv_freq).flatten(1)
+
+
+def vision_features(tower: Any, pixels: Any, grids: Any) -> Any:
+    """The vision tower's features ``[features, width]`` of patches ``[patches, values]``."""
+    output = tower(pixels, grids)
+    return getattr(output, "pooler_output", output)  # transformers 5 gives states beside them

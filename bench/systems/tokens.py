@@ -141,9 +141,16 @@ def sorted_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[l
 
 def _load(source: Source) -> Any:
     known = _config(source).get("model_type") in CONFIG_MAPPING
-    # a model of another type has its tokenizer in tokenizer.json; neither has annotations
-    loader: Any = AutoTokenizer if known else PreTrainedTokenizerFast
+    # a model of another type has its tokenizer in tokenizer.json, and so has one that says so, for which
+    # transformers 5 would build its type's own; neither has annotations
+    loader: Any = AutoTokenizer if known and not _generic(source) else PreTrainedTokenizerFast
     return loader.from_pretrained(source.transformer)
+
+
+def _generic(source: Source) -> bool:
+    file = source.transformer / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def _config(source: Source) -> dict[str, Any]:

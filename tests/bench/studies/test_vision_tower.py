@@ -14,6 +14,7 @@ from random_jina_v4 import shallower, write_checkpoint
 from embedge.bench.errors import BenchError
 from embedge.bench.studies import vision_tower
 from embedge.bench.studies.qwen_vision import FixedGridTower, load_tower
+from embedge.bench.systems.qwen_vl import vision_features
 from embedge.export import export_bundle
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def test_windows_in_one_batch_compute_what_transformers_does(
     pixels = torch.randn(grid[0] * grid[1], 1176)
 
     with torch.inference_mode():
-        expected = tower(pixels, torch.tensor([[1, *grid]]))
+        expected = vision_features(tower, pixels, torch.tensor([[1, *grid]]))
         found = FixedGridTower(tower, grid)(pixels)
 
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-4, rtol=1e-4)

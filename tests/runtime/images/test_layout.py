@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLVisionConfig,
@@ -18,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLModel,
 )
 
-from embedge.bench.systems.qwen_vl import rope_positions
+from embedge.bench.systems.qwen_vl import rope_positions, vision_windows
 from embedge.runtime.images.layout import image_layout, image_tokens, vision_inputs
 from embedge.runtime.images.patches import ImagePatches
 from tests.helpers.images import SETTINGS
@@ -64,26 +62,14 @@ def together() -> list[list[tuple[int, int]]]:
     ]
 
 
-def theirs(tower: Any, thw: torch.Tensor) -> tuple[Any, Any, NDArray[Any], NDArray[Any]]:
-    """The order of windows, their bounds, and cosines and sines by patch."""
-    if hasattr(tower, "get_window_index"):
-        angles = tower.rot_pos_emb(thw).numpy()
-        return *tower.get_window_index(thw), np.cos(angles), np.sin(angles)
-    from transformers import vision_utils  # of transformers 5
-
-    sizes = {"spatial_merge_size": 2, "window_size": tower.window_size, "patch_size": 14}
-    positions = vision_utils.get_vision_position_ids(thw, 2)
-    waves = [wave.numpy()[..., :40] for wave in tower.rotary_pos_emb(torch.zeros(1), positions)]
-    return *vision_utils.get_vision_window_index(thw, **sizes), *waves
-
-
 @pytest.mark.parametrize("grids", together(), ids=str)
 def test_windows_and_angles(
     tower: Qwen2_5_VisionTransformerPretrainedModel, grids: list[tuple[int, int]]
 ) -> None:
     inputs = vision_inputs([patches(grid) for grid in grids], SETTINGS)
     thw = torch.tensor([[1, *grid] for grid in grids])
-    order, bounds, cos, sin = theirs(tower, thw)
+    order, bounds, angles = vision_windows(tower, thw)
+    angles = angles.numpy().reshape(len(grids), -1, 40)
     flat = (np.asarray(order)[:, None] * 4 + np.arange(4)).reshape(-1)
     bounds = np.unique(np.asarray(bounds))
     expected = {frozenset(flat[a:b].tolist()) for a, b in itertools.pairwise(bounds)}
@@ -94,9 +80,8 @@ def test_windows_and_angles(
     assert all(len(window) == n for window, n in zip(found, lengths, strict=True))
     assert index.shape[1] == lengths.max() <= 64
     assert np.array_equal(index.reshape(-1)[inputs["window_restore"]], np.arange(len(flat)))
-    shape = (len(grids), -1, 40)
-    assert np.abs(inputs["rotary_cos"] - cos.reshape(shape)).max() < 2e-6
-    assert np.abs(inputs["rotary_sin"] - sin.reshape(shape)).max() < 2e-6
+    assert np.abs(inputs["rotary_cos"] - np.cos(angles)).max() < 2e-6
+    assert np.abs(inputs["rotary_sin"] - np.sin(angles)).max() < 2e-6
     assert inputs["rotary_cos"].dtype == inputs["pixel_values"].dtype == np.float32
     assert {inputs[n].dtype for n in inputs if n.startswith("window")} == {np.dtype(np.int64)}
 
