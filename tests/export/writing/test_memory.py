@@ -18,7 +18,7 @@ def cost_of(nbytes: float, precision: str, folder: Path) -> tuple[int, Cost]:
     total = write_model(folder / "source", shape)
     write_adapter(folder / "adapter", shape)
     texts = folder / "texts.txt"  # GPTQ keeps a layer's inputs for these, whatever the model's size
-    texts.write_text("\n".join(packaged_texts()[:8]), "utf-8")
+    texts.write_text("\n".join(packaged_texts()[:24]), "utf-8")
     cost = export_cost(folder / "source", folder / "adapter", precision, folder / "out", texts)
     return total, cost
 
