@@ -21,7 +21,7 @@ def test_a_layer_of_each_is_exported_with_its_tasks(name: str, tmp_path: Path) -
     source = write_checkpoint(name, tmp_path / "model", layers=1, vocabulary=512)
 
     adapters = None if name.startswith("v5") else {"base": None}  # v5 brings its own
-    export_bundle(source, adapters, precisions=["fp32"], out=tmp_path / "bundle")
+    export_bundle(source, adapters=adapters, precisions=["fp32"], out=tmp_path / "bundle")
 
     model = Embedder(tmp_path / "bundle", precision="fp32")
     assert set(model.tasks) == set(adapters or V5_TASKS)
