@@ -20,7 +20,7 @@ TEXTS = ["the train was late because of snow", "a", "how do I sort a dictionary 
 def test_a_layer_of_each_is_exported_with_its_tasks(name: str, tmp_path: Path) -> None:
     source = write_checkpoint(name, tmp_path / "model", layers=1, vocabulary=512)
 
-    adapters = None if name.startswith("v5") else {"base": None}  # v5 brings its own
+    adapters = None if name.startswith("v5") else {"text": None}  # v5 brings its own
     export_bundle(source, adapters=adapters, precisions=["fp32"], out=tmp_path / "bundle")
 
     model = Embedder(tmp_path / "bundle", precision="fp32")
