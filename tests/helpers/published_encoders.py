@@ -124,12 +124,17 @@ def make_encoder(kind: str, seed: int = 0, gain: float = 1.6, **changes: Any) ->
 
 
 def spoil(tensors: Tensors) -> None:
-    """Outlier channels as large encoders have them: in the stream, in the values and in what MLPs multiply."""
+    """Outlier channels as large encoders have them: what is large in the stream, its readers make small again."""
+    stream, inner = [3, 17], [5, 29]
     for key, value in tensors.items():
-        if "layernorm.weight" in key.lower():
-            value[[3, 17]] *= 12
-        if key.endswith(("up_proj.weight", "v_proj.weight", "fc1.weight")):
-            value[[5, 29]] *= 8
+        if re.search(r"(?i)layernorm\.(weight|bias)", key):
+            value[stream] *= 20
+        elif re.search(r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)\.weight", key):
+            value[:, stream] /= 20
+        if re.search(r"(v_proj|up_proj)\.", key):
+            value[inner] *= 20
+        elif re.search(r"(o_proj|down_proj)\.weight", key):
+            value[:, inner] /= 20
 
 
 def save_lora(

@@ -23,6 +23,7 @@ from tests.helpers.exports import manifest
 from tests.helpers.models import (
     Reference,
     cosines,
+    random_texts,
     save,
     texts_of_lengths,
     write_json,
@@ -37,6 +38,7 @@ from tests.helpers.published_encoders import (
     nomic_tensors,
     rewrite,
     save_lora,
+    spoil,
 )
 
 LENGTHS = (3, 4, 5, 9, 17, 31, 63, 64, 65, 90, 127, 128, 200, 300, 400, 511, 512, 513, 900, 1000)
@@ -325,3 +327,28 @@ def test_a_text_ends_where_frequencies_would_change_with_its_length(tmp_path: Pa
     with pytest.warns(EmbedgeWarning, match="texts are cut at 64 tokens: beyond 64"):
         export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
     assert manifest(tmp_path / "out")["model"]["max_length"] == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nomic_bert", "gte", "jina_embeddings_v3"])
+def test_small_integers_stay_close_with_outlier_channels(kind: str, tmp_path: Path) -> None:
+    wide = {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 256, "gain": 0.8}
+    model = make_encoder(kind, **wide)
+    spoil(model.tensors)
+    pooling = POOLING.get(kind, "mean")
+    source = save(model, tmp_path / "source", max_length=64, pooling=pooling)
+    out, texts, file = tmp_path / "out", random_texts(40), tmp_path / "texts.txt"
+    file.write_text("\n".join(random_texts(60, seed=9)), "utf-8")
+    export_bundle(
+        source,
+        adapters={"t": None},
+        precisions=["fp32", "int8", "int4"],
+        out=out,
+        calibration=file,
+    )
+    exact, int8, int4 = (
+        Embedder(out, precision=precision, threads=1).encode(texts)
+        for precision in ("fp32", "int8", "int4")
+    )
+    assert cosines(int8, exact).mean() >= 0.999 and cosines(int8, exact).min() >= 0.997
+    assert cosines(int4, exact).mean() >= 0.98
