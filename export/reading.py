@@ -39,10 +39,9 @@ def read_model(options: ExportOptions) -> Model:
     folder = ModelFolder(options.source)
     names = sorted(folder.names)
     name = next((n for n in names if _is_merged(folder.config, n)), folder.name)
-    family_class = family_of(folder.config, name, folder.tensor_names)
-    check_config(
-        folder.config, family_class.kind(folder.config), folder.transformer_path / "config.json"
-    )
+    file = folder.transformer_path / "config.json"
+    family_class = family_of(folder.config, name, folder.tensor_names, file)
+    check_config(folder.config, family_class.kind(folder.config), file)
     checkpoint = Checkpoint(folder).with_parts(family_class.fused, family_class.aside)
     config = family_class.settings(checkpoint.config)
     settings = family_class.own_settings(config, checkpoint.transformer_path) or read_modules(

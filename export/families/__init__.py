@@ -6,6 +6,7 @@ A new one is a file here, its model types and keys in ``config_keys.py``, and it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from embedge.export.families.base import Family
@@ -70,7 +71,10 @@ MERGED: tuple[type[Family], ...] = (JinaV4Merged, JinaV5NanoMerged, JinaV5SmallM
 
 
 def family_of(
-    config: Mapping[str, Any], name: str = "", tensors: Callable[[], Iterable[str]] = tuple
+    config: Mapping[str, Any],
+    name: str = "",
+    tensors: Callable[[], Iterable[str]] = tuple,
+    file: Path = Path("config.json"),
 ) -> type[Family]:
     """The first family that serves a model.
 
@@ -78,12 +82,13 @@ def family_of(
         config: its config.json.
         name: its short name, by which pre-merged models are known.
         tensors: gives the names of its tensors, for the message.
+        file: where its config.json lies, for the message.
 
     Raises:
         CheckpointError: no family serves it; the message names the closest one.
     """
-    check_no_variant(config)
+    check_no_variant(config, file)
     for family in FAMILIES:
         if family.serves(config, name):
             return family
-    raise not_supported(config, FAMILIES, tensors)
+    raise not_supported(config, FAMILIES, tensors, file)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from embedge.export.errors import CheckpointError
@@ -148,8 +149,12 @@ _VARIANTS = (
 )
 
 
-def check_no_variant(config: Mapping[str, Any]) -> None:
+def check_no_variant(config: Mapping[str, Any], file: Path) -> None:
     """Refuse a model that goes by the ``model_type`` of another.
+
+    Args:
+        config: its config.json.
+        file: where that lies, for the message.
 
     Raises:
         CheckpointError: naming it, and what differs.
@@ -157,7 +162,7 @@ def check_no_variant(config: Mapping[str, Any]) -> None:
     for variant in _VARIANTS:
         if variant.is_it(config):
             raise CheckpointError(
-                f"config.json: this is {variant.name} (model_type {config.get('model_type')!r}), which is not "
+                f"{file}: this is {variant.name} (model_type {config.get('model_type')!r}), which is not "
                 f"supported; {_told(variant.kin)}. {HOW_TO_ADD}"
             )
 
@@ -165,7 +170,8 @@ def check_no_variant(config: Mapping[str, Any]) -> None:
 def not_supported(
     config: Mapping[str, Any],
     families: Sequence[type[Family]],
-    tensors: Callable[[], Iterable[str]] = tuple,
+    tensors: Callable[[], Iterable[str]],
+    file: Path,
 ) -> CheckpointError:
     """What to raise for a model that no family serves.
 
@@ -173,6 +179,7 @@ def not_supported(
         config: its config.json.
         families: those there are.
         tensors: gives the names of its tensors, none where they cannot be read.
+        file: where its config.json lies, for the message.
     """
     kind = config.get("model_type")
     known = {one: family for family in families for one in family.model_types}
@@ -189,7 +196,7 @@ def not_supported(
         if kind is None
         else f"model_type {kind!r} is not supported"
     )
-    return CheckpointError(f"config.json: {found}; {closest}. {HOW_TO_ADD}")
+    return CheckpointError(f"{file}: {found}; {closest}. {HOW_TO_ADD}")
 
 
 def _told(kin: Kin) -> str:

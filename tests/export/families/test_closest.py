@@ -112,6 +112,7 @@ def test_published_models_are_told_what_is_closest(name: str, tmp_path: Path) ->
     with pytest.raises(CheckpointError) as caught:
         export_bundle(source, adapters={"task": None}, out=tmp_path / "out")
     assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{source / 'config.json'}: ")
     assert str(caught.value).endswith(HOW_TO_ADD)
 
 
