@@ -17,6 +17,7 @@ from embedge.export.model import Model
 from embedge.export.writing.manifest import model_section
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.manifest import Model as ManifestModel
+from embedge.runtime.bundle.schema import Record
 from embedge.runtime.errors import EmbedgeValueError
 
 __all__ = ["check_same_source"]
@@ -60,12 +61,13 @@ def _differences(model: Model, dims: tuple[int, ...] | None, old: Manifest) -> I
     if old.source.sha256 != model.checkpoint.sha256():
         yield f"is a bundle of {old.source.name} with other weights than {name}"
     section = model_section(model, dims or old.model.matryoshka_dims)
-    before, now = old.model.to_dict(), ManifestModel.parse(section).to_dict()
-    same_modalities = before["modalities"] == now["modalities"]
-    for key, value in now.items():
-        if value != before[key] and (same_modalities or key not in _BY_MODALITY):
+    before, now = old.model, ManifestModel.parse(section)
+    same_modalities = before.modalities == now.modalities
+    for key in section:
+        one, other = getattr(before, key), getattr(now, key)
+        if one != other and (same_modalities or key not in _BY_MODALITY):
             label = _LABELS.get(key, key.replace("_", " "))
-            yield f"has {label} {before[key]}, this export {value}"
+            yield f"has {label} {_shown(one)}, this export {_shown(other)}"
     tokenizer = hashlib.sha256(model.tokenizer.text.encode()).hexdigest()
     if tokenizer != old.files[old.tokenizer.file].sha256:
         yield f"its tokenizer.json is another than that of {name} now"
@@ -91,6 +93,13 @@ def _differences(model: Model, dims: tuple[int, ...] | None, old: Manifest) -> I
             break  # mostly all tasks have the same
     if old.source.graph_sha256 is not None and old.source.dense_sha256 != model.dense_sha256():
         yield f"its Dense layers are others than those of {name} now"
+
+
+def _shown(value: object) -> object:
+    """A member as JSON has it."""
+    if isinstance(value, Record):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _other_graph(model: Model, old: Manifest) -> Iterator[str]:

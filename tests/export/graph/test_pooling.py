@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedge import Embedder
 from embedge.export import export_bundle
+from embedge.runtime.options import EncodeOptions
 from tests.helpers.models import cosines, make_model, make_tokenizer, random_texts, save, write_json
 
 pytestmark = pytest.mark.slow
@@ -78,7 +79,7 @@ def test_poolings_are_those_of_sentence_transformers(
     reference, model = both(kind, include_prompt=include_prompt)
     for name in (None, *PROMPTS):
         expected = reference.encode(TEXTS, prompt_name=name, batch_size=6)
-        options = {"prompt_name": name, "on_truncate": "ignore"}
+        options: EncodeOptions = {"prompt_name": name, "on_truncate": "ignore"}
         batched = model.encode(TEXTS, **options)
         alone = np.stack([model.encode(text, **options) for text in TEXTS])
         assert batched.shape == expected.shape == (len(TEXTS), WIDTH * len(ALL))

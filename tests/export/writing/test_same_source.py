@@ -108,6 +108,11 @@ CHANGES: dict[str, tuple[str, Change, str]] = {
         edit("1_Pooling/config.json", pooling_mode="cls"),
         "has pooling mean, this export cls",
     ),
+    "prompts that are pooled": (
+        "bert",
+        edit("1_Pooling/config.json", include_prompt=False),
+        "has include prompt True, this export False",
+    ),
     "length": (
         "bert",
         edit("sentence_bert_config.json", max_seq_length=40),
