@@ -115,8 +115,7 @@ def embedding(
 def _in_own_axes(transformer: TransformerGraph, x: Value, *, by_token: bool) -> Value:
     """States, or pooled ones, rotated back and through the model's last Linear."""
     g = transformer.g
-    norm = g.weights.output if isinstance(g.weights, RotatedWeights) else None
-    if norm is not None:
+    if isinstance(g.weights, RotatedWeights) and (norm := g.weights.output) is not None:
         x = rotated_back(g, g.weights, norm, x, by_token=by_token)
     return transformer.projected(x)
 
@@ -126,10 +125,9 @@ def token_vectors(
 ) -> None:
     """Declare the output ``token_embeddings`` of late interaction; see :func:`task_graph`."""
     g, x = transformer.g, hidden
-    norm = g.weights.output if isinstance(g.weights, RotatedWeights) else None
-    foldable = dense and norm is not None and transformer.model.state_projection is None
-    if foldable and isinstance(g.weights, RotatedWeights) and norm is not None:
-        dense = (_of_rotated(g.weights, norm, dense[0]), *dense[1:])
+    first = dense[0] if dense and transformer.model.state_projection is None else None
+    if first is not None and isinstance(g.weights, RotatedWeights) and g.weights.output is not None:
+        dense = (_of_rotated(g.weights, g.weights.output, first), *dense[1:])
     else:
         x = _in_own_axes(transformer, x, by_token=True)
     for index, layer in enumerate(dense):
