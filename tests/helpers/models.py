@@ -139,13 +139,13 @@ def make_model(name: str, seed: int = 0, gain: float = 1.6, **changes: Any) -> A
     """A model whose every parameter is random, norms and biases included.
 
     Args:
-        name: a key of ``CONFIGS``.
+        name: a key of ``CONFIGS``, or a model type.
         seed: of the random numbers.
         gain: size of a Linear's output for an input of size 1.
         **changes: of the configuration.
     """
     kind = model_type(name)
-    settings = {**SHARED, **CONFIGS[name], **changes}
+    settings = {**SHARED, **CONFIGS.get(name, {}), **changes}
     config = transformers.AutoConfig.for_model(kind, **settings)
     options: dict[str, Any] = {"attn_implementation": "eager"}
     if kind in POOLED:
