@@ -28,8 +28,8 @@ class Bert(Family):
         "xlm-roberta": "intfloat/multilingual-e5-base",
         "camembert": "dangvantuan/sentence-camembert-base",
     }
-    roots = ("embeddings", "encoder", *HEAD_ROOTS)
-    ignored = (*HEADS, "embeddings.position_ids")
+    roots: ClassVar[tuple[str, ...]] = ("embeddings", "encoder", *HEAD_ROOTS)
+    ignored: ClassVar[tuple[str, ...]] = (*HEADS, "embeddings.position_ids")
     renamed: ClassVar = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
     qkv: ClassVar = ("attention.self.query", "attention.self.key", "attention.self.value")

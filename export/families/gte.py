@@ -47,7 +47,8 @@ class Gte(RotaryEncoder):
 
     def read_rope(self, head_size: int) -> Rope:
         scaling = self.config.get("rope_scaling")
-        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+        scaling = scaling if isinstance(scaling, dict) else {}
+        kind = scaling.get("rope_type", scaling.get("type"))
         if kind != "ntk":
             if kind not in (None, "default") and self.config["model_type"] == "new":
                 raise self.unsupported("rope_scaling type", kind, "'ntk'")

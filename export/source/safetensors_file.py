@@ -52,14 +52,10 @@ class _Tensor:
 
 
 class TensorSource(Protocol):
-    """Named tensors, as :class:`SafetensorsFile` gives them.
+    """Named tensors, as :class:`SafetensorsFile` gives them; ``path`` is the file that they lie in."""
 
-    Attributes:
-        path: the file that they lie in.
-    """
-
-    path: Path
-
+    @property
+    def path(self) -> Path: ...
     def keys(self) -> tuple[str, ...]: ...
     def dtype(self, key: str) -> str: ...
     def shape(self, key: str) -> tuple[int, ...]: ...

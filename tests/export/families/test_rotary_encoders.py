@@ -332,7 +332,12 @@ def test_a_text_ends_where_frequencies_would_change_with_its_length(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nomic_bert", "gte", "jina_embeddings_v3"])
 def test_small_integers_stay_close_with_outlier_channels(kind: str, tmp_path: Path) -> None:
-    wide = {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 256, "gain": 0.8}
+    wide: dict[str, Any] = {
+        "hidden_size": 96,
+        "num_attention_heads": 6,
+        "intermediate_size": 256,
+        "gain": 0.8,
+    }
     model = make_encoder(kind, **wide)
     spoil(model.tensors)
     pooling = POOLING.get(kind, "mean")
