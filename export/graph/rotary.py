@@ -17,6 +17,8 @@ from embedge.export.graph.scheme import Target
 from embedge.export.graph.values import FloatArray, Value
 from embedge.export.source.config import number
 
+_MOST_ROWS = 1 << 17
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -27,8 +29,8 @@ class Rope:
         head_size: channels of a head.
         theta: base of the frequencies.
         scaling: as ``rope_scaling`` of the configuration.
-        sections: frequencies by position axis (time, row, column), ``None`` for texts alone: angles are
-            then computed as the graph runs, where tables of all positions would be large.
+        sections: frequencies by position axis (time, row, column), ``None`` for texts alone: with them angles
+            are computed as the graph runs, as for texts of more than 131,072 tokens, whose tables would be large.
     """
 
     name: str = "rotary"
@@ -71,7 +73,8 @@ def rotary(g: Graph, rope: Rope, tokens: str, max_length: int, *, images: bool =
         max_length: most tokens of a text.
         images: whether positions have axes and are the input ``position_ids``, ``[3, batch, tokens]``.
     """
-    if rope.sections is None:
+    short = max_length <= _MOST_ROWS or _kind(rope.scaling) != "default"
+    if rope.sections is None and short:
 
         def stored(name: str, table: FloatArray) -> Value:
             detail = f"{rope}|{max_length}"

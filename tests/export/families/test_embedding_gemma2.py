@@ -146,6 +146,18 @@ def test_what_transformers_saves_again_means_the_same(
     assert cosines(exported(source, tmp_path / "out").encode(SHORT), expected).min() >= BOUND
 
 
+def test_a_model_of_many_positions_has_no_table_of_them(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    before = exported(sources["whole"], tmp_path / "before").encode(SHORT)
+    many = 262_144  # as published
+    source = text_alone(sources["whole"], tmp_path / "text", max_position_embeddings=many)
+    write_json(source / "sentence_bert_config.json", {"max_seq_length": many})
+    found = exported(source, tmp_path / "out").encode(SHORT)
+    assert cosines(found, before).min() >= BOUND
+    assert sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.bin")) < 1_000_000
+
+
 NORMS = (
     *("q_norm", "k_norm", "input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm", "model.norm.weight"),
