@@ -19,6 +19,7 @@ from embedge.export.graph.architecture import (
     Layer,
     Mlp,
     Span,
+    TokenGate,
     layer_shapes,
 )
 from embedge.export.graph.builder import Graph
@@ -45,6 +46,9 @@ class Stored:
             scale = 1.5 / full[-1] ** 0.5 if len(full) > 1 else 1.0
             self.tensors[f"{name}.weight"] = (draw.normal(size=full) * scale).astype(np.float32)
             self.tensors[f"{name}.bias"] = (draw.normal(size=full[0]) / 2).astype(np.float32)
+        for number, layer in enumerate(model.layers, 2):
+            if layer.scale is not None:
+                self.tensors[layer.scale] = np.array([number / 4], np.float32)
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -79,13 +83,15 @@ class Stored:
             for linear in spec.linears
         )
         q, k = self.norm(q, spec.query_norm), self.norm(k, spec.key_norm)
+        if spec.value_epsilon is not None:
+            v = v / np.sqrt(np.square(v).mean(-1, keepdims=True) + spec.value_epsilon)
         if spec.rope is not None:
             q, k = turned(q), turned(k)
         k, v = (np.repeat(t, spec.heads // spec.kv_heads, axis=0) for t in (k, v))
         distance = np.arange(len(x))[None, :] - np.arange(len(x))[:, None]
         reach = np.inf if spec.span.reach is None else spec.span.reach
         seen = (np.abs(distance) <= reach) & ((distance <= 0) | (not spec.span.causal))
-        scores = np.where(seen, q @ k.swapaxes(1, 2) * SIZE**-0.5, -np.inf)
+        scores = np.where(seen, q @ k.swapaxes(1, 2) * spec.score_scale, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)
         return self.linear((shares @ v).swapaxes(0, 1).reshape(len(x), -1), spec.out)
@@ -95,13 +101,25 @@ class Stored:
         y = first * 0.5 * (1 + ERF(first / 2**0.5))
         return self.linear(y * rest[0] if rest else y, spec.out)
 
+    def token_gate(self, x: NDArray[Any], first: NDArray[Any], spec: TokenGate) -> NDArray[Any]:
+        part = self.norm(self.linear(first, spec.token_linear), spec.token_norm)
+        y = self.linear(x, spec.linears[0])
+        y = y * 0.5 * (1 + ERF(y / 2**0.5))
+        return self.norm(self.linear(y * part, spec.out), spec.output_norm)
+
     def states(self, ids: NDArray[np.int64], model: Architecture) -> NDArray[Any]:
         h = self.norm(self.tensors["tokens.weight"][ids].astype(np.float64), model.embedding_norm)
+        first = h
         for layer in model.layers:
             attention, mlp = layer.attention, layer.mlp
             y = self.attention(self.norm(h, attention.input_norm), attention)
-            h = self.norm(h + y, attention.sum_norm)
-            h = self.norm(h + self.mlp(self.norm(h, mlp.input_norm), mlp), mlp.sum_norm)
+            h = self.norm(h + self.norm(y, attention.output_norm), attention.sum_norm)
+            y = self.mlp(self.norm(h, mlp.input_norm), mlp)
+            h = self.norm(h + self.norm(y, mlp.output_norm), mlp.sum_norm)
+            if layer.token_gate is not None:
+                h = h + self.token_gate(h, first, layer.token_gate)
+            if layer.scale is not None:
+                h = h * self.tensors[layer.scale]
         return self.norm(h, model.final_norm)
 
 
@@ -159,6 +177,25 @@ def declared(
     )
 
 
+def with_token_gates(model: Architecture) -> Architecture:
+    """The same with a third sublayer, norms of what is added, and a number behind each layer."""
+    layers = []
+    for i, layer in enumerate(model.layers):
+        attention = replace(layer.attention, output_norm=rms(f"{i}.norm3"))
+        mlp = replace(layer.mlp, output_norm=rms(f"{i}.norm4"))
+        gate = TokenGate(
+            linears=[LinearRef(f"{i}.gate")],
+            out=LinearRef(f"{i}.from_gate"),
+            output_norm=rms(f"{i}.norm5"),
+            token_linear=LinearRef("parts", i * INNER, (i + 1) * INNER),
+            token_norm=rms("parts_norm"),
+            token_scale=0.5,
+            activation="gelu",
+        )
+        layers.append(Layer(attention, mlp, gate, scale=f"{i}.scale"))
+    return replace(model, layers=tuple(layers))
+
+
 MODELS = {
     "BERT without positions": declared(post=True, gate=False),
     "jina v3": declared(post=True, gate=False, rope=ROPE),
@@ -170,6 +207,9 @@ MODELS = {
     "Llama": declared(rope=ROPE, kv_heads=2, span=Span(causal=True)),
     "Mistral": declared(rope=ROPE, kv_heads=1, span=Span(reach=2, causal=True)),
     "a window on either side": declared(rope=ROPE, span=Span(reach=2)),
+    "EmbeddingGemma 2": with_token_gates(
+        declared(rope=ROPE, kv_heads=2, value_epsilon=1e-6, scale=1.0)
+    ),
 }
 
 
@@ -197,6 +237,15 @@ def test_a_fused_tensor_ends_where_its_last_linear_ends() -> None:
     assert shapes["0.qkv"] == (8 * SIZE, WIDTH)
     assert shapes["0.up_gate"] == (2 * INNER, WIDTH)
     assert shapes["1.o"] == (WIDTH, 4 * SIZE) and shapes["1.down"] == (WIDTH, INNER)
+
+
+def test_a_token_gate_scales_its_linear_and_keeps_the_stream_as_it_is() -> None:
+    model = MODELS["EmbeddingGemma 2"]
+    assert (
+        model.adjustments()["parts.weight"].scale == model.adjustments()["parts.bias"].scale == 0.5
+    )
+    assert model.shapes()["parts"] == (2 * INNER, WIDTH) and model.shapes()["1.scale"] == (1,)
+    assert model.streams() == ()
 
 
 def test_a_stream_is_rotated_where_norms_without_biases_come_before() -> None:
