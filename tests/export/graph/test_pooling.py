@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,18 @@ def test_several_poolings_may_be_asked_for(tmp_path: Path) -> None:
     model = Embedder(out, threads=1)
     assert model.dim == 2 * WIDTH
     assert json.loads((out / "manifest.json").read_text())["model"]["pooling"] == "cls+max"
+
+
+@pytest.mark.parametrize("prompt", ["", *PROMPTS.values()])
+def test_code_in_the_card_leaves_prompts_out_too(
+    prompt: str, both: Callable[..., tuple[Any, Embedder]]
+) -> None:
+    _, model = both("bert", include_prompt=False)
+    root = model._bundle.root
+    card = (root / "README.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(import base64|from pathlib.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(root)), names)
+    found = names["encode"](TEXTS, prompt=prompt)
+    expected = model.encode(TEXTS, prompt=prompt, on_truncate="ignore")
+    np.testing.assert_allclose(found, expected, atol=2e-5)
