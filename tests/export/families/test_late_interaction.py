@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from embedge import Embedder
-from embedge.export import export_bundle
+from embedge.export import CheckpointError, export_bundle
 from embedge.runtime import EmbedgeValueError
 from embedge.runtime.cli.main import main
 from tests.helpers.late_models import SKIPPED, PyLate, write_native, write_pylate, write_stanford
@@ -319,3 +319,62 @@ def test_fingerprints_of_a_card_and_of_inspect_are_those_of_its_calls(
     )
     exec(code.replace("path/to/this/folder", str(root)))
     assert bundle.fingerprint(role="document", multi_vector=True) in capsys.readouterr().out
+
+
+_UNATTENDED = {"query_expansion": _FILLED}
+REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
+    "a causal model": (
+        lambda f: write_native(f, "llama", transformer=_UNATTENDED, mask={}),
+        {},
+        "filled up to 14 tokens that no token attends to, and attention is causal",
+    ),
+    "a window": (
+        lambda f: write_pylate(f, "modernbert"),
+        {},
+        "filled up to 12 tokens .* layers attend 3 tokens far: .* expected at most 4",
+    ),
+    "long queries": (
+        lambda f: write_pylate(f, "bert", QUERY_LENGTH=600, max_position_embeddings=700),
+        {},
+        "filled up to 600 tokens that no token attends to; expected fewer than 512",
+    ),
+    "more than there are positions": (
+        lambda f: write_pylate(f, "bert", DOCUMENT_LENGTH=100),
+        {},
+        "max length 100 exceeds the 66 positions",
+    ),
+    "a token that is not there": (
+        lambda f: write_native(
+            f, "bert", transformer={"query_expansion": {**_FILLED, "token": "zzz"}}, mask={}
+        ),
+        {},
+        "expected the token 'zzz' of query_expansion",
+    ),
+    "widths that do not fit": (
+        lambda f: _other_width(write_pylate(f, "bert")),
+        {},
+        "Dense layer 1 has in_features 16, expected 32",
+    ),
+    "a pooling": (lambda f: write_pylate(f, "bert"), {"pooling": "mean"}, "pooling 'mean': source"),
+    "dimensions": (
+        lambda f: write_pylate(f, "bert"),
+        {"matryoshka_dims": [8]},
+        r"matryoshka_dims \(8,\): source is a late-interaction model",
+    ),
+}
+
+
+def _other_width(folder: Path) -> Path:
+    config = {"in_features": 16, "out_features": 16, "bias": False}
+    (folder / "1_Dense/config.json").write_text(json.dumps(config))
+    save_file({"linear.weight": torch.ones(16, 16)}, folder / "1_Dense/model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_graph_could_be_written_for_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    write, options, message = REFUSED[case]
+    source = write(tmp_path / "source")
+    with pytest.raises((CheckpointError, EmbedgeValueError), match=message):
+        exported(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
