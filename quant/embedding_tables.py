@@ -20,6 +20,23 @@ def block_size_for(width: int, bits: int) -> int | None:
     return None
 
 
+def mean_row(
+    read_rows: Callable[[slice], NDArray[np.float32]], shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    """float32 ``[width]``, what the rows of a table have in common.
+
+    Args:
+        read_rows: gives float32 ``[some rows, width]`` of the table.
+        shape: ``(rows, width)``.
+    """
+    rows, width = shape
+    total, step = np.zeros(width), max(1, _CHUNK_ROWS_ELEMENTS // width)
+    for start in range(0, rows, step):
+        total += read_rows(slice(start, start + step)).sum(axis=0, dtype=np.float64)
+    mean: NDArray[np.float32] = (total / rows).astype(np.float32)
+    return mean
+
+
 def quantize_table(
     read_rows: Callable[[slice], NDArray[np.float32]],
     shape: tuple[int, int],

@@ -1,4 +1,8 @@
-"""Quantized embedding tables: only the rows that are looked up are dequantized."""
+"""Quantized embedding tables: only the rows that are looked up are dequantized.
+
+Rows often share large channels. At 4 bits the steps of a block are as large as those ask for, so that what tells rows
+apart is lost: their mean is kept as float32 and added behind the table, which holds the differences.
+"""
 
 from __future__ import annotations
 
@@ -40,19 +44,25 @@ def quantized_rows(g: OpBuilder, name: str, ids: str, bits: int, *, half: bool =
         # a table of 150,000 tokens is over a GB as float32; one with an adapter is merged as a whole
         merged = g.weights.version(name) != BASE
         read_rows = g.weights.read(name).__getitem__ if merged else partial(g.weights.read, name)
-        values, full, zeros = embedding_tables.quantize_table(
-            read_rows, (rows, width), bits, block_size
+        quantize = partial(
+            embedding_tables.quantize_table,
+            shape=(rows, width),
+            bits=bits,
+            block_size=block_size,
         )
+        if bits == 8:
+            values, full, zeros = quantize(read_rows)
+            return [values, to_half(full, name) if half else full, zeros]
+        mean = embedding_tables.mean_row(read_rows, (rows, width))
+        values, full, zeros = quantize(lambda some: read_rows(some) - mean)
         scales = to_half(full, name) if half else full
-        if bits == 4:
-            return [int4.pack_pairs(values), scales, int4.pack_pairs(zeros)]
-        return [values, scales, zeros]
+        return [int4.pack_pairs(values), scales, int4.pack_pairs(zeros), mean]
 
     def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
         return {"format": f"int{bits} block {block_size}"}
 
     per_byte = 8 // bits
-    specs = (
+    specs: tuple[TensorSpec, ...] = (
         TensorSpec(name=name, elem_type=TensorProto.UINT8, shape=(rows, width // per_byte)),
         TensorSpec(
             name=f"{name}.scales",
@@ -65,10 +75,16 @@ def quantized_rows(g: OpBuilder, name: str, ids: str, bits: int, *, half: bool =
             shape=(rows, -(-blocks // per_byte)),
         ),
     )
-    key = f"{name}@{g.weights.version(name)}|table-int{bits}-{block_size}{'-fp16' * half}"
-    table, scale, zero = g.initializer(
+    if bits == 4:
+        specs += (TensorSpec(name=f"{name}.mean", elem_type=TensorProto.FLOAT, shape=(width,)),)
+    form = f"table-int{bits}{'-centred' * (bits == 4)}-{block_size}{'-fp16' * half}"
+    table, scale, zero, *mean_row = g.initializer(
         LazyInitializer(
-            key=key, owner=owner(g.weights, name), specs=specs, compute=compute, describe=describe
+            key=f"{name}@{g.weights.version(name)}|{form}",
+            owner=owner(g.weights, name),
+            specs=specs,
+            compute=compute,
+            describe=describe,
         )
     )
     found = g.op(
@@ -83,4 +99,5 @@ def quantized_rows(g: OpBuilder, name: str, ids: str, bits: int, *, half: bool =
         gather_axis=0,
         quantize_axis=1,
     )
-    return g.op("Cast", found, to=TensorProto.FLOAT) if half else found
+    found = g.op("Cast", found, to=TensorProto.FLOAT) if half else found
+    return g.op("Add", found, *mean_row) if mean_row else found

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import random_checkpoint
+from random_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from embedge.export import CheckpointError, export_bundle
@@ -233,3 +236,33 @@ def test_the_tokenizers_limit_is_not_the_published_codes(
     edit(source / "tokenizer_config.json", model_max_length=20)
     out = export_bundle(source, precisions=["fp32"], out=tmp_path / "out", calibration="none")
     assert json.loads((out / "manifest.json").read_text())["model"]["max_length"] == LIMIT
+
+
+@pytest.mark.slow
+def test_outlier_channels_leave_int8_and_int4_near(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights whose stream has channels of up to 50 times the others, as trained models have them."""
+    name, heads = (
+        f"v5-{size}",
+        {"heads": 4, "kv_heads": 4 if size == "nano" else 2, "head_size": 32},
+    )
+    few: dict[str, Any] = {"hidden": 128, "inner": 256, "vocabulary": 1000, "positions": 1024}
+    tiny = replace(random_checkpoint.SIZES[name], layers=2, **heads, **few)
+    monkeypatch.setitem(random_checkpoint.SIZES, name, tiny)
+    source = write_checkpoint(name, tmp_path / name)
+    words = Path(random_checkpoint.__file__).read_text().split()
+    texts = [" ".join(words[start : start + 4 + start % 31]) for start in range(0, 900, 15)]
+    out = export_bundle(
+        source,
+        adapters={"retrieval": source / "adapters"},
+        precisions=["fp32", "int8", "int4"],
+        out=tmp_path / "out",
+    )
+    exact, int8, int4 = (
+        Embedder(out, precision=precision, threads=1).encode(texts)
+        for precision in ("fp32", "int8", "int4")
+    )
+    assert cosines(int8, exact).mean() >= 0.999
+    assert cosines(int8, exact).min() >= 0.997
+    assert cosines(int4, exact).mean() >= 0.98
