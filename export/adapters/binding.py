@@ -298,8 +298,12 @@ class _Binder:
                 "trainable_token_indices in adapter_config.json: the adapter has no rows for them"
             )
         for name in self.settings.modules_to_save:
+            ends = [name]
+            for whole, parts in self.checkpoint.fused.items():
+                ends += parts if f".{whole}".endswith(f".{name}") else ()
             for key in self.checkpoint.keys():
-                if f".{name}." not in f".{key}" or not self.checkpoint.is_float(key):
+                named = any(f".{end}." in f".{key}" for end in ends)
+                if not named or not self.checkpoint.is_float(key):
                     continue
                 saved = key in self.rules and self.rules[key].replacement is not None
                 if not saved and not self.canonical(key).startswith(heads):

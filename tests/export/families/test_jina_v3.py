@@ -181,6 +181,35 @@ def test_an_adapter_of_the_published_codes_names_is_merged(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("saved", [2, 1])
+def test_a_fused_linear_in_modules_to_save_takes_the_bases_place(
+    saved: int, published: Path, tmp_path: Path
+) -> None:
+    modules = [f"roberta.encoder.layers.{i}.mixer.Wqkv" for i in range(2)]
+    adapter = save_lora(tmp_path / "lora", {"roberta.encoder.layers.0.mlp.fc1": (56, 32)})
+    file, generator = adapter / "adapter_model.safetensors", torch.Generator().manual_seed(3)
+    own = {f"{m}.weight": torch.randn(96, 32, generator=generator) / 5 for m in modules[:saved]}
+    own |= {f"{m}.bias": torch.randn(96, generator=generator) for m in modules[:saved]}
+    full = {f"base_model.model.{key}": value for key, value in own.items()}
+    save_file({**load_file(file), **full}, file, metadata={"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    write_json(adapter / "adapter_config.json", {**config, "modules_to_save": ["Wqkv"]})
+    if saved == 1:
+        with pytest.raises(Exception, match="belongs to modules_to_save 'Wqkv'"):
+            exported(published, tmp_path / "refused", adapters={"t": adapter})
+        return
+    ours = exported(published, tmp_path / "ours", adapters={"t": adapter}).encode(SHORT)
+    source = shutil.copytree(published, tmp_path / "source")
+    end = ".parametrizations.weight.original"
+    base = load_file(source / "model.safetensors")
+    base |= {key.replace(".weight", end): value for key, value in own.items()}
+    save_file(base, source / "model.safetensors", metadata={"format": "pt"})
+    lora = save_lora(tmp_path / "alone", {"roberta.encoder.layers.0.mlp.fc1": (56, 32)})
+    theirs = exported(source, tmp_path / "theirs", adapters={"t": lora}).encode(SHORT)
+    assert cosines(ours, theirs).min() > 0.9999999
+
+
+@pytest.mark.slow
 def test_every_part_of_the_adapters_reaches_the_vector(published: Path, tmp_path: Path) -> None:
     source = shutil.copytree(published, tmp_path / "source")
     task = {"adapters": {"text-matching": source}}
