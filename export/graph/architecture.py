@@ -373,8 +373,8 @@ def layer_shapes(layers: Iterable[Layer], width: int) -> dict[str, Shape]:
             found |= {norm.name: (width,) for norm in norms if norm is not None}
         if gate is not None:
             found |= _gate_shapes(gate, width)
-        norms = (attention.query_norm, attention.key_norm)
-        found |= {norm.name: (attention.head_size,) for norm in norms if norm is not None}
+        of_heads = (attention.query_norm, attention.key_norm)
+        found |= {norm.name: (attention.head_size,) for norm in of_heads if norm is not None}
     return found
 
 

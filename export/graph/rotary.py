@@ -83,7 +83,7 @@ def rotary(g: Graph, rope: Rope, tokens: str, max_length: int, *, images: bool =
         cosines, sines = rotary_tables(rope, max_length)
         cos, sin = stored("cos", cosines), stored("sin", sines)
         return Rotary(cos=cos, sin=sin, positions=position_ids(g, tokens))
-    if not images:
+    if rope.sections is None or not images:
         column = g.op("Unsqueeze", counted(g, tokens), g.const([1], "int64"))
         angles = g.op("Mul", g.op("Cast", column, to=TensorProto.FLOAT), g.const(rope.frequencies))
         cos, sin = g.op("Cos", angles), g.op("Sin", angles)

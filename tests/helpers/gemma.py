@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,14 +215,19 @@ def write_pipeline(folder: Path, width: int, *dense: int, max_length: int = 1024
     )
 
 
-def change_tensors(folder: Path, weights: str = "model", **by_part: Any) -> None:
-    """Replace the tensors whose names contain a key by what its function makes of them."""
+def change_tensors(
+    folder: Path,
+    part: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    weights: str = "model",
+) -> None:
+    """Replace the tensors whose names contain a part by what a function makes of them."""
     file = folder / f"{weights}.safetensors"
     tensors = load_file(file)
-    found = {key: [name for name in tensors if key in name] for key in by_part}
-    assert all(found.values()), found
-    for key, names in found.items():
-        tensors |= {name: by_part[key](tensors[name]) for name in names}
+    names = [name for name in tensors if part in name]
+    assert names, part
+    tensors |= {name: change(tensors[name]) for name in names}
     save_file(tensors, file, metadata={"format": "pt"})
 
 

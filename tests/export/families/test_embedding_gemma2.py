@@ -178,7 +178,7 @@ def other(tensor: torch.Tensor) -> torch.Tensor:
 def test_every_part_moves_the_vectors(part: str, sources: dict[str, Path], tmp_path: Path) -> None:
     source = shutil.copytree(sources["whole"], tmp_path / "source")
     before = exported(sources["whole"], tmp_path / "before").encode(SHORT)
-    change_tensors(source, **{part: other})
+    change_tensors(source, part, other)
     found = exported(source, tmp_path / "out").encode(SHORT)
     assert cosines(found, before).min() < 0.9999
     if has_class:
@@ -193,7 +193,7 @@ def test_every_kind_of_adapter_moves_the_vectors(
     source = sources["whole"]
     adapter = save_adapter(source, tmp_path / "adapter", target=TARGET)
     before = Reference(source, adapter).encode(SHORT)
-    change_tensors(adapter, "adapter_model", **{f"{kind}.lora_B": torch.zeros_like})
+    change_tensors(adapter, f"{kind}.lora_B", torch.zeros_like, weights="adapter_model")
     assert cosines(exported(source, tmp_path / "out", adapter).encode(SHORT), before).min() < 0.9999
 
 
@@ -269,7 +269,7 @@ def test_a_missing_tensor_or_one_of_another_shape_is_refused_by_name(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     source = shutil.copytree(sources["whole"], tmp_path / "source")
-    change_tensors(source, **{name: lambda tensor: torch.cat([tensor, tensor])})
+    change_tensors(source, name, lambda tensor: torch.cat([tensor, tensor]))
     with pytest.raises(CheckpointError, match=f"{name}.*expected shape"):
         exported(source, tmp_path / "out")
     tensors = load_file(source / "model.safetensors")
