@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 __all__ = [
@@ -27,12 +29,8 @@ def image_processor_class() -> Any:
 
 def no_init_weights() -> AbstractContextManager[None]:
     """Transformers' context in which a model is made without values."""
-    place: Any
-    try:
-        from transformers import initialization as place
-    except ImportError:
-        from transformers import modeling_utils as place
-    context: AbstractContextManager[None] = place.no_init_weights()
+    name = "initialization" if find_spec("transformers.initialization") else "modeling_utils"
+    context: AbstractContextManager[None] = import_module(f"transformers.{name}").no_init_weights()
     return context
 
 
