@@ -120,6 +120,9 @@ class Layer:
     ) -> None:
         transformer = behind_states(architecture, weights)
         g, hidden = transformer.g, Value(HIDDEN)
+        if architecture.token_gates:
+            axes = [*TOKENS, architecture.hidden_size]
+            transformer.first = g.input(FIRST, TensorProto.FLOAT, axes)
         hidden.norm = norm
         states = transformer.layer(index, hidden)
         self.norm = states.norm
@@ -209,9 +212,5 @@ class _TableRows(Float32Scheme):
 def behind_states(architecture: Architecture, weights: Weights) -> TransformerGraph:
     """A float32 graph whose input ``HIDDEN`` is token states."""
     g = Graph(weights=weights, scheme=Float32Scheme())
-    axes = [*TOKENS, architecture.hidden_size]
-    g.input(HIDDEN, TensorProto.FLOAT, axes)
-    transformer = TransformerGraph(g, architecture)
-    if architecture.token_gates:
-        transformer.first = g.input(FIRST, TensorProto.FLOAT, axes)
-    return transformer
+    g.input(HIDDEN, TensorProto.FLOAT, [*TOKENS, architecture.hidden_size])
+    return TransformerGraph(g, architecture)

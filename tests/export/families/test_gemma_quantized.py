@@ -84,6 +84,24 @@ def test_outlier_channels_leave_vectors_close(name: str, bundles: dict[str, Path
         assert close.min() >= LOWEST[precision], precision
 
 
+def test_a_budget_gives_8_bits_to_layers_with_a_third_sublayer(tmp_path: Path) -> None:
+    source = test_embedding_gemma2.write_source(tmp_path / "source", {})
+    (tmp_path / "texts.txt").write_text("\n".join(texts_of([40] * 40)), "utf-8")
+    options: dict[str, Any] = {"adapters": {"task": None}, "calibration": tmp_path / "texts.txt"}
+    close = {}
+    for budget in (None, "320 KB"):
+        out = export_bundle(
+            source,
+            precisions=["fp32", "int4"],
+            out=tmp_path / f"out-{budget}",
+            budget=budget,
+            **options,
+        )
+        exact, found = (vectors(out, precision, TEXTS) for precision in ("fp32", "int4"))
+        close[budget] = cosines(exact, found).mean()
+    assert close["320 KB"] > close[None]
+
+
 @pytest.mark.parametrize("kernels", ["own", "onnxruntime"])
 @pytest.mark.parametrize("name", MODELS)
 def test_large_heads_run_with_any_kernels_on_short_and_long_texts(
