@@ -74,6 +74,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
 
 COMPUTES = "tiny now computes something else from the same weights: its config.json"
 ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+BASES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
 SENTENCES = "config_sentence_transformers.json"
 CHANGES: dict[str, tuple[str, Change, str]] = {
     "heads": ("bert", edit("config.json", num_attention_heads=8), COMPUTES),
@@ -82,7 +86,7 @@ CHANGES: dict[str, tuple[str, Change, str]] = {
     "epsilon of RMSNorm": ("llama", edit("config.json", rms_norm_eps=1e-3), COMPUTES),
     "rotary base": (
         "modernbert",
-        edit("config.json", global_rope_theta=5000.0),
+        edit("config.json", global_rope_theta=5000.0, rope_parameters=BASES),
         COMPUTES,
     ),
     "rotary scaling": (
