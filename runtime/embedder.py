@@ -246,7 +246,7 @@ class Embedder(OpenBundle):
     def encode_document(
         self, inputs: Inputs, *, multi_vector: bool = False, **options: Unpack[EncodeOptions]
     ) -> Vectors | list[Vectors]:
-        """:meth:`encode` with the task's prompt "document" or "passage"; without one, none.
+        """:meth:`encode` with the task's prompt "document", "passage" or "corpus"; without one, none.
 
         A default prompt is left out too: it is the queries' where documents have none of their own. A
         late-interaction model cuts documents at their own length, and leaves out vectors such as those of
@@ -493,7 +493,7 @@ class Embedder(OpenBundle):
         return self._with_role(options, ("query",))
 
     def _document_role(self, options: EncodeOptions) -> EncodeOptions:
-        options = self._with_role(options, ("document", "passage"))
+        options = self._with_role(options, ("document", "passage", "corpus"))
         if options.get("prompt_name") is None and options.get("prompt") is None:
             options["prompt"] = ""
         return options

@@ -29,7 +29,7 @@ _POOLING_FLAGS = {  # in the order in which vectors of several are concatenated
 _ROLE_PROMPTS: dict[str | None, tuple[str | None, ...]] = {
     None: (),
     "query": ("query",),
-    "document": ("document", "passage"),
+    "document": ("document", "passage", "corpus"),
 }
 _ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
     cls.__name__: cls
@@ -98,7 +98,7 @@ class Source:
 
         Args:
             role: ``"query"``: the prompt of that name, else the default; ``"document"``: the prompt
-                ``document`` or ``passage``, else nothing; ``None``: the default, else nothing.
+                ``document``, ``passage`` or ``corpus``, else nothing; ``None``: the default, else nothing.
         """
         names = _ROLE_PROMPTS[role] + (() if role == "document" else (self.default_prompt_name,))
         return next((self.prompts[name] for name in names if name in self.prompts), "")

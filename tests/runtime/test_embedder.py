@@ -156,6 +156,10 @@ class TestPrompts:
                 encode("w1", task="code"), model.encode("w1", task="code", prompt_name=name)
             )
 
+    def test_documents_take_the_prompt_of_a_corpus_last(self, make_bundle: Any) -> None:
+        model = Embedder(make_bundle(prompts={"corpus": "w2 "}).path)
+        np.testing.assert_array_equal(model.encode_document("w1"), model.encode("w2 w1"))
+
     def test_query_and_document_are_plain_without_prompts(self, bundle: Any) -> None:
         model = Embedder(bundle.path)
         np.testing.assert_array_equal(model.encode_query("w1"), model.encode("w1"))
