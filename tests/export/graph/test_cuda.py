@@ -53,7 +53,8 @@ needs_cuda = pytest.mark.skipif(
 )
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in CONFIGS},
+    # Gemma's values exceed float16: reading.py refuses these precisions
+    **{name: (name, {}) for name in CONFIGS if "gemma" not in name},
     "bert with relu": ("bert", {"hidden_act": "relu"}),
     "bert with gelu_new": ("bert", {"hidden_act": "gelu_new"}),
     # 96 channels are 3 blocks of 32, whose 4-bit zero points end within a byte
