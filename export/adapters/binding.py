@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -298,12 +298,8 @@ class _Binder:
                 "trainable_token_indices in adapter_config.json: the adapter has no rows for them"
             )
         for name in self.settings.modules_to_save:
-            ends = [name]
-            for whole, parts in self.checkpoint.fused.items():
-                ends += parts if f".{whole}".endswith(f".{name}") else ()
-            for key in self.checkpoint.keys():
-                named = any(f".{end}." in f".{key}" for end in ends)
-                if not named or not self.checkpoint.is_float(key):
+            for key in self._tensors_of(name):
+                if not self.checkpoint.is_float(key):
                     continue
                 saved = key in self.rules and self.rules[key].replacement is not None
                 if not saved and not self.canonical(key).startswith(heads):
@@ -311,6 +307,14 @@ class _Binder:
                         f"{key}: belongs to modules_to_save {name!r}, but "
                         "the adapter has no tensor for it"
                     )
+
+    def _tensors_of(self, module: str) -> Iterator[str]:
+        """The checkpoint's tensors of a module, by any of its names: as stored, of rows alone, or canonical."""
+        for stored in self.checkpoint.stored:
+            for key in part_names(stored, self.checkpoint.fused):
+                names = (stored, key, self.canonical(key))
+                if any(f".{module}." in f".{name}" for name in names) and self.checkpoint.has(key):
+                    yield key
 
     def _blocks(self, path: str) -> list[tuple[str, tuple[int, int]]]:
         """The parameter paths that a tensor of the adapter is for, and which block of its rows is whose."""

@@ -50,7 +50,7 @@ _HARMLESS = words(
 # Checked elsewhere, with messages of their own.
 _ELSEWHERE = frozenset(
     {"architectures", "auto_map", "quantization_config", "sentence_transformers", "text_config"}
-    | {"sbert_ce_default_activation_function", "vision_config", "truncate_dim"}
+    | {"sbert_ce_default_activation_function", "vision_config"}
 )
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "adapters": (None, {}),
@@ -58,6 +58,7 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": _OFF,
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}, []),
+    "truncate_dim": (None,),
 }
 # Parts of names that are about what a vector depends on.
 _MEANINGFUL = re.compile(
@@ -550,6 +551,11 @@ def _check_keys(part: Mapping[str, Any], keys: Keys, file: Path, prefix: str) ->
                         f"transformers' {keys.classes[0]}Model does not read it and is causal. If the model was "
                         'trained without a causal mask, write "is_causal": false in its place, which '
                         "transformers 5 reads; otherwise delete it"
+                    )
+                if key == "truncate_dim":
+                    advice = (
+                        "only code of the model's own reads it; where vectors are to be cut, write it into "
+                        "config_sentence_transformers.json, and delete it here"
                     )
                 raise CheckpointError(
                     f"{file}: {prefix}{key} is {_shown(value)}, expected {known}; {advice}"

@@ -62,9 +62,14 @@ class Gte(RotaryEncoder):
         factor = scaling.get("factor")
         if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
             raise self.unsupported("rope_scaling.factor", factor, "a number of at least 1")
+        theta = self.number("rope_theta", self.theta())
+        said = {"rope_type": "ntk", "type": "ntk", "factor": factor, "rope_theta": theta}
+        for key in ("rope_scaling", "rope_parameters"):
+            given = self.config.get(key) or {}
+            if not isinstance(given, dict) or any(said.get(k) != v for k, v in given.items()):
+                raise self.unsupported(key, given, f"nothing beside {scaling}, of type 'ntk'")
         stretched = {"rope_type": "linear", "factor": factor ** (2 / head_size)}
-        theta = self.number("rope_theta", self.theta()) * factor
-        return Rope(head_size=head_size, theta=theta, scaling=stretched)
+        return Rope(head_size=head_size, theta=theta * factor, scaling=stretched)
 
     def mlp(self, p: str) -> Mlp:
         return Mlp(

@@ -18,7 +18,8 @@ from embedge.export.families.base import Family
 from embedge.export.families.decoder import EuroBert, Qwen3
 from embedge.export.source.sentence_transformers import SentenceSettings
 
-_MERGED = re.compile(r"jina-embeddings-v5-text-(nano|small)-(?P<task>[a-z-]+)")
+_TASKS = ("retrieval", "text-matching", "clustering", "classification")
+_MERGED = re.compile(rf"jina-embeddings-v5-text-(nano|small)-(?P<task>{'|'.join(_TASKS)})")
 _PROMPTS = {"query": "Query: ", "document": "Document: "}
 _MATRYOSHKA = (32, 64, 128, 256, 512, 768, 1024)
 
@@ -38,11 +39,12 @@ class _JinaV5(Family):
         sizes = tuple(n for n in _MATRYOSHKA if not isinstance(width, int) or n <= width)
         return replace(settings, matryoshka_dims=settings.matryoshka_dims or sizes)
 
+
+class _WithAdapters(_JinaV5):
+    """All tasks, an adapter for each, whatever the model's folder is called."""
+
     @classmethod
     def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
-        """The tasks of the adapters, or the one that is merged into a model of such a name."""
-        if merged := _MERGED.fullmatch(name.lower()):
-            return {merged["task"]: None}
         names = config.get("task_names")
         if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
             raise CheckpointError(
@@ -51,7 +53,16 @@ class _JinaV5(Family):
         return dict.fromkeys(names, "adapters")
 
 
-class JinaV5Nano(_JinaV5, EuroBert):
+class _Merged(_JinaV5):
+    """One task, which the model's name says."""
+
+    @classmethod
+    def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
+        merged = _MERGED.fullmatch(name.lower())
+        return {merged["task"]: None} if merged else {}
+
+
+class JinaV5Nano(_WithAdapters, EuroBert):
     """jina-embeddings-v5-text-nano: EuroBERT with an adapter for each task."""
 
     model_types = ("jina_embeddings_v5",)
@@ -62,7 +73,7 @@ class JinaV5Nano(_JinaV5, EuroBert):
         return super().serves(config, name) and config.get("is_decoder") is False
 
 
-class JinaV5Small(_JinaV5, Qwen3):
+class JinaV5Small(_WithAdapters, Qwen3):
     """jina-embeddings-v5-text-small: Qwen3 with an adapter for each task."""
 
     model_types = ("jina_embeddings_v5",)
@@ -73,7 +84,7 @@ class JinaV5Small(_JinaV5, Qwen3):
         return "jina_embeddings_v5_small"
 
 
-class JinaV5NanoMerged(_JinaV5, EuroBert):
+class JinaV5NanoMerged(_Merged, EuroBert):
     """One task of jina-embeddings-v5-text-nano, the adapter merged, as it is published."""
 
     model_types = ("jina_embeddings_v5_nano_merged",)
@@ -86,7 +97,7 @@ class JinaV5NanoMerged(_JinaV5, EuroBert):
         return _is_merged(config, name, "eurobert")
 
 
-class JinaV5SmallMerged(_JinaV5, Qwen3):
+class JinaV5SmallMerged(_Merged, Qwen3):
     """One task of jina-embeddings-v5-text-small, the adapter merged, as it is published."""
 
     model_types = ("jina_embeddings_v5_small_merged",)

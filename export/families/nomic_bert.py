@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from embedge.export.errors import CheckpointError
 from embedge.export.families.rotary_encoder import NORMS, QKV, RotaryEncoder, ends
 from embedge.export.graph.architecture import Mlp
 from embedge.export.graph.rotary import Rope
@@ -62,13 +63,22 @@ class NomicBert(RotaryEncoder):
         """As every family's, with the published class's defaults where its keys are there.
 
         Positions end where the published code begins to change frequencies.
+
+        Raises:
+            CheckpointError: a setting has two values, or it is not said where that is.
         """
         found = super().settings(config)
         if not _PUBLISHED.isdisjoint(found):
             found = {**_PUBLISHED_DEFAULTS, **found}
         limits = [found.get("n_positions"), found.get("max_position_embeddings")]
         if found.get("rotary_scaling_factor"):
-            limits.append(found.get("max_trained_positions", _TRAINED_POSITIONS))
+            trained = found.get("max_trained_positions", _TRAINED_POSITIONS)
+            if type(trained) is not int or trained < 1:
+                raise CheckpointError(
+                    f"config.json: max_trained_positions is {trained!r}, expected a positive whole number, beyond "
+                    "which rotary_scaling_factor changes frequencies; write it there"
+                )
+            limits.append(trained)
         if known := [n for n in limits if type(n) is int]:
             found["max_position_embeddings"] = min(known)
         return found

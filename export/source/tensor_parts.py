@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.export.errors import CheckpointError
 from embedge.export.source.safetensors_file import SafetensorsFile
 
 __all__ = ["TensorPart", "part_names", "parts_of"]
@@ -69,6 +70,9 @@ def parts_of(
         files: the file of each stored tensor.
         fused: by the end of a fused module's name, the ends of those whose rows it holds, in order.
         aside: ends of the names of tensors that are left out, as a regular expression; "" for none.
+
+    Raises:
+        CheckpointError: a tensor is stored both alone and in a fused one.
     """
     found: dict[str, SafetensorsFile | TensorPart] = {}
     for key, file in files.items():
@@ -79,6 +83,11 @@ def parts_of(
             found[key] = file
             continue
         for number, name in enumerate(names):
+            if name in files:
+                raise CheckpointError(
+                    f"{file.path}: {name} is there, and {key}, which holds it too; expected one of them: delete "
+                    "the one that the model does not use"
+                )
             found[name] = TensorPart(file=file, key=key, number=number, count=len(names))
     return found
 

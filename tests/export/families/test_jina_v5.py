@@ -15,6 +15,8 @@ from random_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from embedge.export import CheckpointError, export_bundle
+from embedge.export.options import ExportOptions
+from embedge.export.reading import read_model
 from embedge.runtime import Embedder, EmbedgeValueError
 from tests.helpers.bidirectional import NATIVE, TEXTS
 from tests.helpers.jina_v5 import CONFIGS, LIMIT, PROMPTS, SIZES, TASKS, Reference, edit, write
@@ -181,6 +183,15 @@ def test_a_merged_repository_is_one_task(
         model.encode("a", truncate_dim=48)
 
 
+@pytest.mark.parametrize("end", ["copy", "retrieval"])
+def test_a_folder_of_all_tasks_has_them_under_any_name(
+    end: str, size: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = copied(sources[size], tmp_path / f"jina-embeddings-v5-text-{size}-{end}")
+    model = read_model(ExportOptions(source=str(source), out=tmp_path / "out"))
+    assert {task for task, adapter in model.adapters.items() if adapter} == set(TASKS)
+
+
 MODULE: dict[str, Any] = {"path": "", "type": "custom_st.Transformer"}
 
 
@@ -189,6 +200,8 @@ MODULE: dict[str, Any] = {"path": "", "type": "custom_st.Transformer"}
     [
         ("config.json", {"is_decoder": "no", "mask_token": ..., "hidden_dropout": ...},
          "is_decoder is 'no', expected null or true"),
+        ("config.json", {"truncate_dim": 32}, "truncate_dim is 32, expected null; only code"),
+        ("config.json", {"task_names": ["../x"]}, "task '../x'"),
         ("config.json", {"task_names": ...}, "task_names is None, expected a list of names"),
         ("config.json", {"task_names": ["retrieval", 3]}, "task_names is"),
         ("config.json", {"task_names": ["code"]}, "the sub-folders .* have one"),
@@ -201,7 +214,7 @@ MODULE: dict[str, Any] = {"path": "", "type": "custom_st.Transformer"}
         ("modules.json", [MODULE, {"path": "1", "type": "sentence_transformers.models.Normalize"}],
          "not supported in this order"),
     ],
-    ids=range(10),
+    ids=range(12),
 )  # fmt: skip
 def test_what_is_not_published_is_refused_by_name(
     file: str, changes: Any, message: str, sources: dict[str, Path], tmp_path: Path

@@ -17,7 +17,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from embedge.export import CheckpointError, export_bundle
+from embedge.export import AdapterError, CheckpointError, export_bundle
 from embedge.runtime import Embedder, EmbedgeWarning
 from tests.helpers.exports import manifest
 from tests.helpers.models import (
@@ -230,6 +230,14 @@ def test_every_part_of_an_adapter_reaches_the_vector(
         ({"auto_map": {**NOMIC_CODE, "AutoModel": "mine.NomicBertModel"}}, "auto_map names 'mine"),
         ({"architectures": ["NomicBertMoE"]}, "architectures names 'NomicBertMoE'"),
         ({"alibi": True}, "alibi is true"),
+        (
+            {"rotary_scaling_factor": 2.0, "max_trained_positions": 512.0},
+            "max_trained_positions is 512.0",
+        ),
+        (
+            {"rotary_scaling_factor": 2.0, "max_trained_positions": None},
+            "max_trained_positions is None",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -255,6 +263,15 @@ def test_what_nomic_bert_does_not_implement_is_refused_by_name(
         ({"rope_scaling": {"type": "ntk", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
         ({"rope_scaling": {"type": "ntk", "factor": 2, "mixed_b": 0.6}}, "expected no mixed_b"),
         ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.factor is None"),
+        (
+            {"rope_scaling": {"rope_type": "ntk", "type": "linear", "factor": 8.0}},
+            "rope_scaling is .*nothing beside",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            "rope_parameters is .*nothing beside",
+        ),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_parameters is"),
         ({"type_vocab_size": 0}, "found embeddings.token_type_embeddings.weight"),
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ({"is_causal": True}, "is_causal is true"),
@@ -298,6 +315,38 @@ def test_tensors_that_are_missing_or_unused_are_refused(
     store(source, tensors)
     with pytest.raises(CheckpointError, match="expected"):
         exported(source, tmp_path / "out")
+
+
+def test_a_tensor_that_is_fused_and_there_alone_is_refused(tmp_path: Path) -> None:
+    source = encoder(tmp_path / "source", "nomic_bert")
+    alone = {"encoder.layers.0.self_attn.k_proj.weight": torch.ones(32, 32)}
+    store(source, {**tensors_of(source), **alone})
+    with pytest.raises(CheckpointError, match=r"k_proj.weight is there, and .*Wqkv.weight"):
+        exported(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [
+        ("Wqkv", r"layers\.1\.self_attn\.q_proj\.weight"),
+        ("q_proj", r"layers\.1\.self_attn\.q_proj\.weight"),
+        ("o_proj", r"layers\.1\.attn\.out_proj\.weight"),
+        ("out_proj", r"layers\.1\.attn\.out_proj\.weight"),
+    ],
+)
+def test_a_saved_module_that_an_adapter_lacks_is_missed_by_any_name(
+    module: str, missing: str, tmp_path: Path
+) -> None:
+    source = encoder(tmp_path / "source", "nomic_bert")
+    adapter = save_lora(tmp_path / "adapter", {})
+    rows = 96 if module == "Wqkv" else 32
+    part = "self_attn" if module in ("q_proj", "o_proj") else "attn"
+    tensors = {f"base_model.model.layers.0.{part}.{module}.weight": torch.ones(rows, 32)}
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    write_json(adapter / "adapter_config.json", {**settings, "modules_to_save": [module]})
+    with pytest.raises(AdapterError, match=f"{missing}: belongs to modules_to_save {module!r}"):
+        exported(source, tmp_path / "out", adapter)
 
 
 @pytest.mark.slow
