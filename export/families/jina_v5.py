@@ -33,8 +33,8 @@ class _JinaV5(Family):
     def completed(cls, settings: SentenceSettings, config: Mapping[str, Any]) -> SentenceSettings:
         if settings.pooling is None:  # no modules.json: as the published encode() does it
             settings = replace(settings, pooling="lasttoken", normalize=True)
-        if not settings.prompts:
-            settings = replace(settings, prompts=dict(_PROMPTS), default_prompt_name="document")
+            if not settings.prompts:
+                settings = replace(settings, prompts=dict(_PROMPTS), default_prompt_name="document")
         width = config.get("hidden_size")
         sizes = tuple(n for n in _MATRYOSHKA if not isinstance(width, int) or n <= width)
         return replace(settings, matryoshka_dims=settings.matryoshka_dims or sizes)

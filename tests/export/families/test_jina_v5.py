@@ -192,6 +192,16 @@ def test_a_folder_of_all_tasks_has_them_under_any_name(
     assert {task for task, adapter in model.adapters.items() if adapter} == set(TASKS)
 
 
+def test_files_of_sentence_transformers_that_name_no_prompt_are_followed(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = copied(sources["nano"], tmp_path / "source")
+    file = source / "config_sentence_transformers.json"
+    edit(file, prompts={}, default_prompt_name=None)
+    settings = read_model(ExportOptions(source=str(source), out=tmp_path / "out")).settings
+    assert (settings.prompts, settings.default_prompt_name) == ({}, None)
+
+
 MODULE: dict[str, Any] = {"path": "", "type": "custom_st.Transformer"}
 
 
