@@ -36,7 +36,7 @@ def late_rules(
     Raises:
         EmbedgeValueError: a pooling or dimensions are asked for.
         CheckpointError: states of what queries are filled up with are not defined in this architecture, or
-            the tokenizer lacks it.
+            the tokenizer lacks it, or would put it before a text.
     """
     if late is None:
         return tokenizer, None
@@ -53,6 +53,7 @@ def late_rules(
             "model, which has its own; delete one of them"
         )
     _check_expansion(path, architecture, late.expansion)
+    _check_padding(path, late.expansion, tokenizer)
     tokenizer = tokenizer.with_markers(late.markers)
     return tokenizer, _rules(path, late, tokenizer)
 
@@ -77,6 +78,17 @@ def _check_expansion(path: Path, architecture: Architecture, expansion: Expansio
         )
     if expansion.length >= LONG_TOKENS:
         raise CheckpointError(f"{found}; expected fewer than {LONG_TOKENS}")
+
+
+def _check_padding(path: Path, expansion: Expansion | None, tokenizer: BundleTokenizer) -> None:
+    """Refuse a tokenizer that pads on the left, where sentence-transformers then fills queries up."""
+    if expansion is not None and tokenizer.padding_side != "right":
+        raise CheckpointError(
+            f"{path}: queries are filled up to {expansion.length} tokens, and the tokenizer pads on the "
+            f"{tokenizer.padding_side}: sentence-transformers fills them before their text, which is not supported; "
+            'expected to pad on the right. Write "padding_side": "right" into tokenizer_config.json if the '
+            "model was trained so"
+        )
 
 
 def _rules(path: Path, late: LateInteraction, tokenizer: BundleTokenizer) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from embedge.export.schemes.registry import PRECISIONS
 from embedge.export.source.checkpoint import Checkpoint, ModelFolder
 from embedge.export.source.image_processor import image_settings
 from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
-from embedge.export.source.tokenizer import read_tokenizer
+from embedge.export.source.tokenizer import BundleTokenizer, read_tokenizer
 from embedge.export.weights.task import TaskWeights
 from embedge.export.weights.tensors import BASE
 from embedge.runtime.errors import EmbedgeValueError, EmbedgeWarning
@@ -58,12 +58,7 @@ def read_model(options: ExportOptions) -> Model:
     _tell_left_out(options, checkpoint.name, family)
     architecture = family.architecture
     _check_dense(checkpoint, settings, architecture.vector_size * len(poolings(pooling)))
-    tokenizer = read_tokenizer(
-        checkpoint.transformer_path,
-        config,
-        overrides=settings.tokenizer_settings,
-        lowercase=settings.lowercase,
-    )
+    tokenizer = _read_tokenizer(checkpoint, config, settings)
     tokenizer, rules = late_rules(options, checkpoint.path, architecture, settings.late, tokenizer)
     tower, image = None, None
     if family_class.tower is not None and options.modality != "text":
@@ -215,6 +210,26 @@ def _check_dense(checkpoint: Checkpoint, settings: SentenceSettings, width: int)
                 "model?"
             )
         width = layer.out_features
+
+
+def _read_tokenizer(
+    checkpoint: Checkpoint, config: Mapping[str, Any], settings: SentenceSettings
+) -> BundleTokenizer:
+    """The model's tokenizer; a longest text that special tokens alone pass is refused."""
+    tokenizer = read_tokenizer(
+        checkpoint.transformer_path,
+        config,
+        overrides=settings.tokenizer_settings,
+        lowercase=settings.lowercase,
+    )
+    shortest = settings.max_length if settings.late is None else settings.late.shortest
+    needed = len(tokenizer.encode([""], shortest)[0])
+    if needed > shortest:
+        raise CheckpointError(
+            f"{checkpoint.path}: texts are cut at {shortest} tokens, and the special tokens of each pass that; "
+            f"expected a length of at least {needed}: correct max_seq_length or the length of queries or documents"
+        )
+    return tokenizer
 
 
 def _check_own_adapter(checkpoint: Checkpoint, folders: Iterable[Path | None]) -> None:

@@ -112,6 +112,11 @@ class LateInteraction:
         """Most tokens of any text."""
         return max(self.query_length, self.document_length, self.text_length)
 
+    @property
+    def shortest(self) -> int:
+        """The least of the most tokens of queries, documents and other texts."""
+        return min(self.query_length, self.document_length, self.text_length)
+
 
 def is_late(config: Mapping[str, Any], modules: Sequence[str]) -> bool:
     """Whether a model is one of late interaction.

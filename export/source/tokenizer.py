@@ -37,6 +37,7 @@ class BundleTokenizer:
         text: content of ``tokenizer.json``.
         pad_token_id: id that fills rows; padding is masked, so any valid id does.
         truncation_side: the end that a text which is too long loses, "right" or "left".
+        padding_side: the end that the source pads, likewise; bundles pad on the right.
         special: ids of the special tokens that the settings name, by those names.
         table_rows: rows of the model's table, where the tokenizer has tokens beyond it.
     """
@@ -44,6 +45,7 @@ class BundleTokenizer:
     text: str
     pad_token_id: int
     truncation_side: str
+    padding_side: str = "right"
     special: Mapping[str, int] = field(default_factory=dict)
     table_rows: int | None = None
 
@@ -169,7 +171,15 @@ def _read(
         pad_token_id=builder.pad_token_id(),
         special=builder.special_ids(),
         truncation_side=side,
+        padding_side=_padding_side(settings, content),
     )
+
+
+def _padding_side(settings: TokenizerSettings, content: Mapping[str, Any]) -> str:
+    """The end that transformers pads: by the settings, by tokenizer.json, or by the tokenizer's class."""
+    by_class = "left" if settings.named.left else "right"
+    own = (content.get("padding") or {}).get("direction", by_class)
+    return str(settings.get("padding_side") or own).lower()
 
 
 def _written(content: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ class TokenizerClass:
         ends: whether ``add_bos_token`` and ``add_eos_token`` replace the post-processor, and their defaults.
         prefix: whether ``add_prefix_space`` makes it convert the slow tokenizer.
         types: whether the model is given token types.
+        left: whether it pads on the left where the files do not say.
     """
 
     tokens: str = ""
@@ -34,6 +35,7 @@ class TokenizerClass:
     ends: tuple[bool, bool] | None = None
     prefix: bool = False
     types: bool = True
+    left: bool = False
 
 
 _BERT = TokenizerClass(tokens="- - [UNK] [SEP] [PAD] [CLS] [MASK]", lowers=_LOWERS)
@@ -57,8 +59,12 @@ CLASSES: Mapping[str, TokenizerClass] = {
     "Albert": TokenizerClass(tokens="[CLS] [SEP] <unk> [SEP] <pad> [CLS] [MASK]", remade=_MASK),
     "GPT2": _GPT2,
     "GPTNeoX": replace(_GPT2, ends=(False, False)),
-    "Llama": TokenizerClass(tokens="<s> </s> <unk>", ends=(True, False), prefix=True, types=False),
-    "Gemma": TokenizerClass(tokens="<bos> <eos> <unk> - <pad>", ends=(True, False), types=False),
+    "Llama": TokenizerClass(
+        tokens="<s> </s> <unk>", ends=(True, False), prefix=True, types=False, left=True
+    ),
+    "Gemma": TokenizerClass(
+        tokens="<bos> <eos> <unk> - <pad>", ends=(True, False), types=False, left=True
+    ),
     "Qwen2": TokenizerClass(
         tokens="- <|endoftext|> <|endoftext|> - <|endoftext|>",
         remade=("bos_token", "eos_token", "unk_token", "pad_token"),

@@ -215,6 +215,11 @@ class LateInteraction(Record):
     skipped_ids: tuple[TokenId, ...] = ()
     skipped_in: tuple[str, ...] = ()
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of any text."""
+        return max(self.query_length, self.document_length, self.text_length)
+
     def length(self, role: str | None) -> int:
         """Most tokens of a text by its role, "query", "document" or neither."""
         by_role = {"query": self.query_length, "document": self.document_length}
@@ -223,6 +228,9 @@ class LateInteraction(Record):
     def _problems(self) -> Iterator[tuple[str, str]]:
         if self.expansion is not None and self.expansion.length > self.query_length:
             yield "expansion.length", f"expected at most query_length, {self.query_length}"
+        for index, role in enumerate(self.skipped_in):
+            if role not in ("query", "document"):
+                yield f"skipped_in[{index}]", f"expected query or document, found {role[:80]!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +288,12 @@ class Model(Record):
             yield (
                 "similarity",
                 f"found {self.similarity}, where late_interaction is {'not ' * late}null",
+            )
+        if self.late_interaction is not None and self.late_interaction.longest > self.max_length:
+            longest = self.late_interaction.longest
+            yield (
+                "max_length",
+                f"{self.max_length} is below the longest of late_interaction, {longest}",
             )
         if late and self.multi_vector_dim != self.dim:
             yield "multi_vector_dim", f"expected dim, {self.dim}, found {self.multi_vector_dim}"

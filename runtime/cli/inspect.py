@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _summary(bundle: Bundle) -> list[str]:
     manifest, model = bundle.manifest, bundle.manifest.model
     dims = "any" if model.matryoshka_dims is None else ", ".join(map(str, model.matryoshka_dims))
-    cut = model.truncate_dim
+    cut = f"; {model.truncate_dim} by default" if model.truncate_dim else ""
     facts = [
         ("bundle", str(bundle.root)),
         ("source", f"{manifest.source.name} ({manifest.source.model_type})"),
@@ -88,7 +88,7 @@ def _summary(bundle: Bundle) -> list[str]:
             f"{model.dim} dimensions, {model.similarity} similarity, "
             f"{'normalized' if model.normalize else 'not normalized'}",
         ),
-        ("truncation", f"to {dims}" + (f"; {cut} by default" if cut else "")),
+        ("truncation", "no" if model.late_interaction else f"to {dims}{cut}"),
         ("multi-vectors", str(model.multi_vector_dim or "no")),
         ("pooling", model.pooling),
         *_late(model),

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from embedge import Embedder
 from embedge.export import CheckpointError, export_bundle
-from embedge.runtime import EmbedgeValueError
+from embedge.runtime import EmbedgeValueError, ManifestError
+from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.cli.main import main
 from tests.helpers.late_models import SKIPPED, PyLate, write_native, write_pylate, write_stanford
 from tests.helpers.models import cosines, linears, random_texts, save_adapter
@@ -247,6 +248,47 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
     return exported(source, folder / "out", precisions=["fp32", "int8"])
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "tokenizer.json", "the arguments"])
+def test_filling_before_a_query_is_refused(where: str, tmp_path: Path) -> None:
+    """sentence-transformers fills on the side that the tokenizer pads."""
+    expansion = {"query_expansion": {"strategy": "fixed", "attend": True, "length": 14}}
+    given = {"processor_kwargs": {"padding_side": "left"}} if where == "the arguments" else {}
+    source = write_native(tmp_path / "source", "bert", mask={}, transformer=expansion | given)
+    padding = {"direction": "Left", "strategy": "BatchLongest", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<pad>"}
+    changes = {
+        "tokenizer_config.json": {"padding_side": "left"},
+        "tokenizer.json": {"padding": padding},
+    }
+    if where in changes:
+        content = json.loads((source / where).read_text()) | changes[where]
+        (source / where).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="14 tokens, and the tokenizer pads on the left"):
+        exported(source, tmp_path / "out")
+
+
+def test_a_length_without_room_for_a_text_is_refused(tmp_path: Path) -> None:
+    source = write_native(tmp_path / "source", "bert", mask={}, transformer={"query_length": 1})
+    with pytest.raises(CheckpointError, match="cut at 1 tokens.*expected a length of at least 2"):
+        exported(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_length": 65}, "model.max_length: 64 is below the longest of late_interaction, 65"),
+        ({"skipped_in": ["documents"]}, "skipped_in.0.: expected query or document, found 'doc"),
+    ],
+)
+def test_rules_that_the_graphs_cannot_keep_are_refused(
+    changes: dict[str, Any], message: str, bundle: Embedder
+) -> None:
+    document = json.loads((bundle._bundle.root / "manifest.json").read_text())
+    document["model"]["late_interaction"] |= changes
+    with pytest.raises(ManifestError, match=message):
+        Manifest.from_dict(document)
+
+
 def test_a_text_has_no_single_vector(bundle: Embedder) -> None:
     for encode in (bundle.encode, bundle.encode_query, bundle.encode_document):
         with pytest.raises(EmbedgeValueError, match="pass multi_vector=True to encode_query"):
@@ -300,6 +342,7 @@ def test_the_commands_say_what_a_late_bundle_is(
     assert "a vector a token and none a text" in capsys.readouterr().err
     assert main(["inspect", root]) == 0
     out = " ".join(capsys.readouterr().out.split())
+    assert "truncation no multi-vectors 16" in out
     assert "queries 12 tokens, documents 30; queries filled up to 12; 3 tokens left out" in out
     assert main(["prepare", root, "--precision", "int8", "--pack-only"]) == 0
 
