@@ -50,7 +50,7 @@ class _WithAdapters(_JinaV5):
             raise CheckpointError(
                 f"config.json: task_names is {names!r}, expected a list of names, each of a folder in adapters/"
             )
-        return dict.fromkeys(names, "adapters")
+        return {task: f"adapters/{task}" for task in names}
 
 
 class _Merged(_JinaV5):

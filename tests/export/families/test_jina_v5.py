@@ -14,7 +14,7 @@ import random_checkpoint
 from random_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from embedge.export import CheckpointError, export_bundle
+from embedge.export import AdapterError, CheckpointError, export_bundle
 from embedge.export.options import ExportOptions
 from embedge.export.reading import read_model
 from embedge.runtime import Embedder, EmbedgeValueError
@@ -192,6 +192,17 @@ def test_a_folder_of_all_tasks_has_them_under_any_name(
     assert {task for task, adapter in model.adapters.items() if adapter} == set(TASKS)
 
 
+def test_a_task_without_its_folder_does_not_get_an_adapter_of_none(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = copied(sources["nano"], tmp_path / "source")
+    folders = source / "adapters"
+    shutil.copytree(folders / "clustering", folders, dirs_exist_ok=True)
+    shutil.rmtree(folders / "clustering")
+    with pytest.raises(AdapterError, match="adapters/clustering: expected"):
+        read_model(ExportOptions(source=str(source), out=tmp_path / "out"))
+
+
 def test_files_of_sentence_transformers_that_name_no_prompt_are_followed(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -214,7 +225,7 @@ MODULE: dict[str, Any] = {"path": "", "type": "custom_st.Transformer"}
         ("config.json", {"task_names": ["../x"]}, "task '../x'"),
         ("config.json", {"task_names": ...}, "task_names is None, expected a list of names"),
         ("config.json", {"task_names": ["retrieval", 3]}, "task_names is"),
-        ("config.json", {"task_names": ["code"]}, "the sub-folders .* have one"),
+        ("config.json", {"task_names": ["code"]}, "adapters/code: expected .* no such folder"),
         ("config.json", {"model_type": "eurobert", "architectures": None, "auto_map": ...},
          "the module custom_st.Transformer is not supported"),
         ("config.json", {"auto_map": {"AutoModel": "modeling.JinaEmbeddingsV5Model"}}, "never run"),
