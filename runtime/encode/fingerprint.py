@@ -217,6 +217,13 @@ def _parts_in(stored: Mapping[str, Any]) -> Parts:
         raise EmbedgeValueError(
             f"stored: expected what fingerprint_parts() gives, found no {', '.join(sorted(missing))}"
         )
+    if parts is not stored and "fingerprint" in stored:
+        said, made = _checked(stored["fingerprint"]), fingerprint_of(parts)
+        if said != made:
+            raise EmbedgeValueError(
+                f"stored: the fingerprint is {said}, and its parts give {made}: one of them was changed; take what "
+                "was stored with the vectors, or embed everything anew"
+            )
     return dict(parts)
 
 

@@ -254,7 +254,11 @@ def test_filling_before_a_query_is_refused(where: str, tmp_path: Path) -> None:
     expansion = {"query_expansion": {"strategy": "fixed", "attend": True, "length": 14}}
     given = {"processor_kwargs": {"padding_side": "left"}} if where == "the arguments" else {}
     source = write_native(tmp_path / "source", "bert", mask={}, transformer=expansion | given)
-    padding = {"direction": "Left", "strategy": "BatchLongest", "pad_to_multiple_of": None}
+    padding: dict[str, Any] = {
+        "direction": "Left",
+        "strategy": "BatchLongest",
+        "pad_to_multiple_of": None,
+    }
     padding |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<pad>"}
     changes = {
         "tokenizer_config.json": {"padding_side": "left"},

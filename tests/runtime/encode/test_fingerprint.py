@@ -162,6 +162,24 @@ def test_what_is_no_fingerprint_of_here_is_said(stored: Any, message: str, two_t
 
 
 @pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("e1:0123456789abcdef", "the fingerprint is e1:0123456789abcdef, and its parts give e1:"),
+        ("e2:0123456789abcdef", "a fingerprint of form e2, this embedge knows e1"),
+        (None, "expected a fingerprint such as"),
+    ],
+)
+def test_a_fingerprint_that_its_parts_do_not_give_is_refused(
+    said: str | None, message: str, two_tasks: Any
+) -> None:
+    model = opened(two_tasks)
+    parts = model.fingerprint_parts()
+    model.check_fingerprint({"fingerprint": model.fingerprint(), "parts": parts})
+    with pytest.raises(EmbedgeValueError, match=message):
+        model.check_fingerprint({"fingerprint": said, "parts": parts})
+
+
+@pytest.mark.parametrize(
     "options", [{"role": "passage"}, {"task": "x"}, {"truncate_dim": 3}, {"multi_vector": True}]
 )
 def test_options_are_those_of_a_call(options: Options, two_tasks: Any) -> None:
