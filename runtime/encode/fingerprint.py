@@ -212,8 +212,11 @@ def _checked(stored: str) -> str:
 
 def _parts_in(stored: Mapping[str, Any]) -> Parts:
     parts = stored.get("parts", stored)
-    missing = {"graph", "precision", "numerics", "dim"} - set(parts)
-    if missing or not isinstance(parts, Mapping):
+    if not isinstance(parts, Mapping):
+        raise EmbedgeValueError(
+            f"stored: expected parts as fingerprint_parts() gives them, found {parts!r:.80}"
+        )
+    if missing := {"graph", "precision", "numerics", "dim"} - set(parts):
         raise EmbedgeValueError(
             f"stored: expected what fingerprint_parts() gives, found no {', '.join(sorted(missing))}"
         )

@@ -154,6 +154,7 @@ def test_the_message_says_what_is_stored_and_what_is_here(two_tasks: Any) -> Non
             {"dim": 8},
             r"stored: expected what fingerprint_parts\(\) gives, found no graph, numerics, prec",
         ),
+        ({"parts": 3}, r"stored: expected parts as fingerprint_parts\(\) gives them, found 3"),
     ],
 )
 def test_what_is_no_fingerprint_of_here_is_said(stored: Any, message: str, two_tasks: Any) -> None:
