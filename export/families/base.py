@@ -211,7 +211,8 @@ class Family(ConfigReader, ABC):
         """Refuse texts that are longer than the model's positions."""
         if self.max_length > positions:
             raise CheckpointError(
-                f"max length {self.max_length} exceeds the {positions} positions the model has"
+                f"max length {self.max_length} exceeds the {positions} positions the model has: correct "
+                "max_seq_length, query_length or document_length, whichever is above them"
             )
 
     def slides(self) -> list[bool] | None:

@@ -277,6 +277,12 @@ def test_a_length_without_room_for_a_text_is_refused(tmp_path: Path) -> None:
         exported(source, tmp_path / "out")
 
 
+def test_a_length_above_the_models_positions_is_refused(tmp_path: Path) -> None:
+    source = write_native(tmp_path / "source", "bert", mask={}, transformer={"document_length": 99})
+    with pytest.raises(CheckpointError, match="99 exceeds the 66 positions.*or document_length"):
+        exported(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
