@@ -138,6 +138,12 @@ class Outliers:
         # by what a norm divides the stream, whose other channels have size 1
         self.norm = math.sqrt((rest + float(np.sum(self.sizes**2))) / width)
 
+    def soften(self, factor: float) -> None:
+        """Make the outlier channels smaller, as they are where norms follow the sum."""
+        self.sizes /= np.float32(factor)
+        self.shifts /= np.float32(factor)
+        self.damping *= factor
+
     def generator(self, name: str) -> np.random.Generator:
         """Random numbers of a tensor, the same whatever else is made."""
         return np.random.Generator(np.random.SFC64([self.seed, zlib.crc32(name.encode())]))
@@ -361,7 +367,7 @@ def write_embeddinggemma(folder: Path, size: Size, seed: int) -> None:
 def write_nomic(folder: Path, size: Size, seed: int) -> None:
     """nomic-embed-text-v1.5: a BERT that normalizes after each sublayer, rotary, gated with SiLU."""
     o = Outliers(size.hidden, seed)
-    o.sizes, o.shifts, o.damping = o.sizes / 4, o.shifts / 4, o.damping * 4
+    o.soften(4)
     width, ones = size.hidden, np.ones(size.hidden, np.float32)
     rms = math.sqrt((width - OUTLIERS + float(np.sum(o.sizes**2))) / width)
 
