@@ -1,7 +1,7 @@
 """Quantized embedding tables: only the rows that are looked up are dequantized.
 
-Rows often share large channels. At 4 bits the steps of a block are as large as those ask for, so that what tells rows
-apart is lost: their mean is kept as float32 and added behind the table, which holds the differences.
+Rows often share large channels. The steps of a block are as large as those ask for, so that what tells rows apart is
+lost: their mean is kept as float32 and added behind the table, which holds the differences.
 """
 
 from __future__ import annotations
@@ -44,25 +44,20 @@ def quantized_rows(g: OpBuilder, name: str, ids: str, bits: int, *, half: bool =
         # a table of 150,000 tokens is over a GB as float32; one with an adapter is merged as a whole
         merged = g.weights.version(name) != BASE
         read_rows = g.weights.read(name).__getitem__ if merged else partial(g.weights.read, name)
-        quantize = partial(
-            embedding_tables.quantize_table,
-            shape=(rows, width),
-            bits=bits,
-            block_size=block_size,
-        )
-        if bits == 8:
-            values, full, zeros = quantize(read_rows)
-            return [values, to_half(full, name) if half else full, zeros]
         mean = embedding_tables.mean_row(read_rows, (rows, width))
-        values, full, zeros = quantize(lambda some: read_rows(some) - mean)
+        values, full, zeros = embedding_tables.quantize_table(
+            lambda some: read_rows(some) - mean, (rows, width), bits, block_size
+        )
         scales = to_half(full, name) if half else full
-        return [int4.pack_pairs(values), scales, int4.pack_pairs(zeros), mean]
+        if bits == 4:
+            values, zeros = int4.pack_pairs(values), int4.pack_pairs(zeros)
+        return [values, scales, zeros, mean]
 
     def describe(arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
         return {"format": f"int{bits} block {block_size}"}
 
     per_byte = 8 // bits
-    specs: tuple[TensorSpec, ...] = (
+    specs = (
         TensorSpec(name=name, elem_type=TensorProto.UINT8, shape=(rows, width // per_byte)),
         TensorSpec(
             name=f"{name}.scales",
@@ -74,11 +69,10 @@ def quantized_rows(g: OpBuilder, name: str, ids: str, bits: int, *, half: bool =
             elem_type=TensorProto.UINT8,
             shape=(rows, -(-blocks // per_byte)),
         ),
+        TensorSpec(name=f"{name}.mean", elem_type=TensorProto.FLOAT, shape=(width,)),
     )
-    if bits == 4:
-        specs += (TensorSpec(name=f"{name}.mean", elem_type=TensorProto.FLOAT, shape=(width,)),)
-    form = f"table-int{bits}{'-centred' * (bits == 4)}-{block_size}{'-fp16' * half}"
-    table, scale, zero, *mean_row = g.initializer(
+    form = f"table-int{bits}-centred-{block_size}{'-fp16' * half}"
+    table, scale, zero, mean_row = g.initializer(
         LazyInitializer(
             key=f"{name}@{g.weights.version(name)}|{form}",
             owner=owner(g.weights, name),
@@ -100,4 +94,4 @@ def quantized_rows(g: OpBuilder, name: str, ids: str, bits: int, *, half: bool =
         quantize_axis=1,
     )
     found = g.op("Cast", found, to=TensorProto.FLOAT) if half else found
-    return g.op("Add", found, *mean_row) if mean_row else found
+    return g.op("Add", found, mean_row)
