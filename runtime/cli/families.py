@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"families": [one._asdict() for one in found]}, indent=2))
     else:
         rows = [["architecture", "example"], *([one.architecture, one.example] for one in found)]
-        print("\n".join(table(rows)))
+        print("\n".join(table(rows, labels=2)))
     return 0
