@@ -67,10 +67,11 @@ def pytest_make_collect_report(
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Skip modules that need a heavy package, and say which, where the heavy packages are left out."""
     report = yield
-    missing = re.search(r"No module named '(\w+)", str(report.longrepr)) if report.failed else None
-    if _LIGHT and missing and missing[1] in _HEAVY:
+    said = r"No module named '(\w+)|(embedge\.bench) needs"
+    missing = re.search(said, str(report.longrepr)) if report.failed else None
+    if _LIGHT and missing and (missing[2] or missing[1] in _HEAVY):
         report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[1]}")
+        report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[1] or missing[2]}")
     return report
 
 
