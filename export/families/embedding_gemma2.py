@@ -11,21 +11,21 @@ Source: transformers 5's ``EmbeddingGemma2TextModel``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-from embedge.export.families.base import HEAD_ROOTS, HEADS, Family
+from embedge.export.families.base import HEAD_ROOTS, HEADS
+from embedge.export.families.gemma3 import GemmaLayers
 from embedge.export.families.ropes import ropes_by_layer_type
 from embedge.export.graph.architecture import (
     Architecture,
     Attention,
     Layer,
-    Mlp,
     Span,
     TokenGate,
 )
 from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef
-from embedge.export.weights.tensors import NormRef
 
 _TOWERS = ("vision_tower", "embed_vision", "audio_tower", "embed_audio")
 _PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
@@ -39,7 +39,7 @@ class _Heads(NamedTuple):
     kv_heads: int
 
 
-class EmbeddingGemma2(Family):
+class EmbeddingGemma2(GemmaLayers):
     """EmbeddingGemma 2 for texts."""
 
     model_types: ClassVar[tuple[str, ...]] = ("embedding_gemma2", "embedding_gemma2_text")
@@ -70,13 +70,13 @@ class EmbeddingGemma2(Family):
             layers=tuple(
                 Layer(
                     self._attention(f"layers.{i}.", self._span(kind), heads[kind], ropes[kind]),
-                    self._mlp(f"layers.{i}."),
+                    self.mlp(f"layers.{i}."),
                     self._token_gate(i),
                     scale=f"layers.{i}.layer_scalar",
                 )
                 for i, kind in enumerate(types)
             ),
-            final_norm=self._norm("norm"),
+            final_norm=self.norm("norm"),
             state_projection=LinearRef("embedding_projection", has_bias=False),
             state_dim=self.integer("embedding_dim"),
         )
@@ -142,34 +142,8 @@ class EmbeddingGemma2(Family):
         return Span(reach=reach if reach < self.max_length - 1 else None)
 
     def _attention(self, p: str, span: Span, heads: _Heads, rope: Rope) -> Attention:
-        has_bias = self.config.get("attention_bias") is True
-        names = [f"{p}self_attn.{n}_proj" for n in "qkvo"]
-        *linears, out = (LinearRef(name, has_bias=has_bias) for name in names)
-        return Attention(
-            linears=linears,
-            out=out,
-            input_norm=self._norm(f"{p}input_layernorm"),
-            output_norm=self._norm(f"{p}post_attention_layernorm"),
-            heads=self.heads,
-            kv_heads=heads.kv_heads,
-            head_size=heads.size,
-            span=span,
-            rope=rope,
-            query_norm=self._norm(f"{p}self_attn.q_norm"),
-            key_norm=self._norm(f"{p}self_attn.k_norm"),
-            value_epsilon=self._epsilon,
-            scale=1.0,
-        )
-
-    def _mlp(self, p: str) -> Mlp:
-        return Mlp(
-            linears=[LinearRef(f"{p}mlp.{n}_proj", has_bias=False) for n in ("gate", "up")],
-            out=LinearRef(f"{p}mlp.down_proj", has_bias=False),
-            input_norm=self._norm(f"{p}pre_feedforward_layernorm"),
-            output_norm=self._norm(f"{p}post_feedforward_layernorm"),
-            inner="intermediate_size",
-            activation=self._activation,
-        )
+        attention = self.declared_attention(p, span, rope, kv_heads=heads.kv_heads, scale=1.0)
+        return replace(attention, value_epsilon=self.epsilon)
 
     def _token_gate(self, index: int) -> TokenGate:
         p, size = f"layers.{index}.ple_block.", self.integer("hidden_size_per_layer_input")
@@ -177,23 +151,12 @@ class EmbeddingGemma2(Family):
         return TokenGate(
             linears=[LinearRef(f"{p}per_layer_input_gate", has_bias=False)],
             out=LinearRef(f"{p}per_layer_projection", has_bias=False),
-            output_norm=self._norm(f"{p}post_per_layer_input_norm"),
+            output_norm=self.norm(f"{p}post_per_layer_input_norm"),
             token_linear=LinearRef(name, start, start + size, has_bias=False),
-            token_norm=self._norm("ple.per_layer_projection_norm"),
+            token_norm=self.norm("ple.per_layer_projection_norm"),
             token_scale=self.hidden_size**-0.5,
-            activation=self._activation,
+            activation=self.gate_activation,
         )
-
-    def _norm(self, name: str) -> NormRef:
-        return NormRef(name=name, epsilon=self._epsilon, rms=True)
-
-    @property
-    def _epsilon(self) -> float:
-        return self.number("rms_norm_eps", 1e-6)
-
-    @property
-    def _activation(self) -> str:
-        return self.activation("hidden_activation", "gelu_pytorch_tanh")
 
 
 def _is_size(settings: Mapping[str, Any], name: str) -> bool:

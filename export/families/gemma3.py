@@ -21,7 +21,66 @@ from embedge.export.weights.tensors import NormRef
 _EVERY = 6  # transformers' default: a layer of so many attends to all tokens
 
 
-class Gemma3(Family):
+class GemmaLayers(Family):
+    """The layers of Gemma's text models."""
+
+    def declared_attention(
+        self, p: str, span: Span, rope: Rope, *, kv_heads: int, scale: float
+    ) -> Attention:
+        """The attention of a layer.
+
+        Args:
+            p: what its tensors' names begin with.
+            span: what a token attends to.
+            rope: rotary positions, whose heads are the layer's.
+            kv_heads: key and value heads.
+            scale: of the scores.
+        """
+        has_bias = self.config.get("attention_bias") is True
+        names = [f"{p}self_attn.{n}_proj" for n in "qkvo"]
+        *linears, out = (LinearRef(name, has_bias=has_bias) for name in names)
+        return Attention(
+            linears=linears,
+            out=out,
+            input_norm=self.norm(f"{p}input_layernorm"),
+            output_norm=self.norm(f"{p}post_attention_layernorm"),
+            heads=self.integer("num_attention_heads"),
+            kv_heads=kv_heads,
+            head_size=rope.head_size,
+            span=span,
+            rope=rope,
+            query_norm=self.norm(f"{p}self_attn.q_norm"),
+            key_norm=self.norm(f"{p}self_attn.k_norm"),
+            scale=scale,
+        )
+
+    def mlp(self, p: str) -> Mlp:
+        """The MLP of a layer."""
+        return Mlp(
+            linears=[LinearRef(f"{p}mlp.{n}_proj", has_bias=False) for n in ("gate", "up")],
+            out=LinearRef(f"{p}mlp.down_proj", has_bias=False),
+            input_norm=self.norm(f"{p}pre_feedforward_layernorm"),
+            output_norm=self.norm(f"{p}post_feedforward_layernorm"),
+            inner="intermediate_size",
+            activation=self.gate_activation,
+        )
+
+    def norm(self, name: str) -> NormRef:
+        """A norm by its module."""
+        return NormRef(name=name, epsilon=self.epsilon, rms=True)
+
+    @property
+    def epsilon(self) -> float:
+        """Of all norms."""
+        return self.number("rms_norm_eps", 1e-6)
+
+    @property
+    def gate_activation(self) -> str:
+        """Of all gates, by its transformers name."""
+        return self.activation("hidden_activation", "gelu_pytorch_tanh")
+
+
+class Gemma3(GemmaLayers):
     """Gemma 3 without images."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
@@ -53,11 +112,11 @@ class Gemma3(Family):
             layers=tuple(
                 Layer(
                     self._attention(f"layers.{i}.", spans[kind], ropes[kind]),
-                    self._mlp(f"layers.{i}."),
+                    self.mlp(f"layers.{i}."),
                 )
                 for i, kind in enumerate(types)
             ),
-            final_norm=self._norm("norm"),
+            final_norm=self.norm("norm"),
         )
 
     def _span(self, kind: str) -> Span:
@@ -72,33 +131,5 @@ class Gemma3(Family):
         return Span(reach=reach if reach < self.max_length - 1 else None, causal=not both)
 
     def _attention(self, p: str, span: Span, rope: Rope) -> Attention:
-        has_bias = self.config.get("attention_bias") is True
-        names = [f"{p}self_attn.{n}_proj" for n in "qkvo"]
-        *linears, out = (LinearRef(name, has_bias=has_bias) for name in names)
-        return Attention(
-            linears=linears,
-            out=out,
-            input_norm=self._norm(f"{p}input_layernorm"),
-            output_norm=self._norm(f"{p}post_attention_layernorm"),
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_size=rope.head_size,
-            span=span,
-            rope=rope,
-            query_norm=self._norm(f"{p}self_attn.q_norm"),
-            key_norm=self._norm(f"{p}self_attn.k_norm"),
-            scale=self.positive("query_pre_attn_scalar") ** -0.5,
-        )
-
-    def _mlp(self, p: str) -> Mlp:
-        return Mlp(
-            linears=[LinearRef(f"{p}mlp.{n}_proj", has_bias=False) for n in ("gate", "up")],
-            out=LinearRef(f"{p}mlp.down_proj", has_bias=False),
-            input_norm=self._norm(f"{p}pre_feedforward_layernorm"),
-            output_norm=self._norm(f"{p}post_feedforward_layernorm"),
-            inner="intermediate_size",
-            activation=self.activation("hidden_activation", "gelu_pytorch_tanh"),
-        )
-
-    def _norm(self, name: str) -> NormRef:
-        return NormRef(name=name, epsilon=self.number("rms_norm_eps", 1e-6), rms=True)
+        scale = self.positive("query_pre_attn_scalar") ** -0.5
+        return self.declared_attention(p, span, rope, kv_heads=self.kv_heads, scale=scale)
