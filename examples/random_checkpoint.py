@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from published_configs import EMBEDDING_GEMMA, NOMIC
 from random_text_tower import write_json, write_tokenizer
 from safetensors.torch import save_file
 
@@ -315,35 +316,15 @@ def write_embeddinggemma(folder: Path, size: Size, seed: int) -> None:
     _save(folder, tensors, torch.float32)
     sliding = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(size.layers)]
     config = {
-        "_sliding_window_pattern": 6,
-        "architectures": ["Gemma3TextModel"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_logit_softcapping": None,
-        "bos_token_id": 2,
-        "dtype": "float32",
-        "eos_token_id": 1,
-        "final_logit_softcapping": None,
+        **EMBEDDING_GEMMA,
         "head_dim": size.head_size,
-        "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": size.hidden,
-        "initializer_range": 0.02,
         "intermediate_size": size.inner,
         "layer_types": sliding,
         "max_position_embeddings": size.positions,
-        "model_type": "gemma3_text",
         "num_attention_heads": size.heads,
         "num_hidden_layers": size.layers,
         "num_key_value_heads": size.kv_heads,
-        "pad_token_id": 0,
-        "query_pre_attn_scalar": 256,
-        "rms_norm_eps": 1e-06,
-        "rope_local_base_freq": 10000.0,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "sliding_window": 512,
-        "use_bidirectional_attention": True,
-        "use_cache": True,
         "vocab_size": size.vocabulary,
     }
     write_json(folder / "config.json", config)
@@ -398,56 +379,12 @@ def write_nomic(folder: Path, size: Size, seed: int) -> None:
         tensors |= norm(f"{p}norm1") | norm(f"{p}norm2")
     _save(folder, tensors, torch.float32)
     config = {
-        "activation_function": "swiglu",
-        "architectures": ["NomicBertModel"],
-        "attn_pdrop": 0.0,
-        "auto_map": {
-            "AutoConfig": "nomic-ai/nomic-bert-2048--configuration_hf_nomic_bert.NomicBertConfig",
-            "AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel",
-        },
-        "bos_token_id": None,
-        "causal": False,
-        "dense_seq_output": True,
-        "embd_pdrop": 0.0,
-        "eos_token_id": None,
-        "fused_bias_fc": True,
-        "fused_dropout_add_ln": True,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-12,
-        "max_trained_positions": 2048,
-        "mlp_fc1_bias": False,
-        "mlp_fc2_bias": False,
-        "model_type": "nomic_bert",
+        **NOMIC,
         "n_embd": width,
         "n_head": size.heads,
         "n_inner": size.inner,
         "n_layer": size.layers,
         "n_positions": size.positions,
-        "pad_vocab_size_multiple": 64,
-        "parallel_block": False,
-        "parallel_block_tied_norm": False,
-        "prenorm": False,
-        "qkv_proj_bias": False,
-        "reorder_and_upcast_attn": False,
-        "resid_pdrop": 0.0,
-        "rotary_emb_base": 1000,
-        "rotary_emb_fraction": 1.0,
-        "rotary_emb_interleaved": False,
-        "rotary_emb_scale_base": None,
-        "rotary_scaling_factor": None,
-        "scale_attn_by_inverse_layer_idx": False,
-        "scale_attn_weights": True,
-        "summary_activation": None,
-        "summary_first_dropout": 0.0,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "torch_dtype": "float32",
-        "type_vocab_size": 2,
-        "use_cache": True,
-        "use_flash_attn": True,
-        "use_rms_norm": False,
-        "use_xentropy": True,
         "vocab_size": size.vocabulary,
     }
     write_json(folder / "config.json", config)

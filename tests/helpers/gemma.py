@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published_configs
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -17,36 +18,18 @@ from tests.helpers.models import write_json
 PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
 # As google/embeddinggemma-300m has it, but for sizes.
 EMBEDDING_GEMMA: dict[str, Any] = {
-    "_sliding_window_pattern": 6,
-    "architectures": ["Gemma3TextModel"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "attn_logit_softcapping": None,
-    "bos_token_id": 2,
-    "dtype": "float32",
-    "eos_token_id": 1,
-    "final_logit_softcapping": None,
+    **published_configs.EMBEDDING_GEMMA,
     "head_dim": 32,
-    "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size": 48,
-    "initializer_range": 0.02,
     "intermediate_size": 72,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "max_position_embeddings": 1024,
-    "model_type": "gemma3_text",
     "num_attention_heads": 3,
     "num_hidden_layers": 3,
     "num_key_value_heads": 1,
-    "pad_token_id": 0,
     "query_pre_attn_scalar": 24,
-    "rms_norm_eps": 1e-06,
-    "rope_local_base_freq": 10000.0,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
     "sliding_window": 16,
     "transformers_version": "4.57.0.dev0",
-    "use_bidirectional_attention": True,
-    "use_cache": True,
     "vocab_size": 300,
 }
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
+import published_configs
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -207,64 +208,20 @@ def nomic_tensors(tensors: Tensors, prefix: str = "") -> Tensors:
     return renamed(fused(tensors, {"attn.Wqkv": QKV}), names)
 
 
-NOMIC_CODE = {
-    "AutoConfig": "nomic-ai/nomic-bert-2048--configuration_hf_nomic_bert.NomicBertConfig",
-    "AutoModel": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel",
-    "AutoModelForMaskedLM": "nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertForPreTraining",
-}
+NOMIC_CODE = published_configs.NOMIC["auto_map"]
 
 
 def nomic_config(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """nomic-embed-text-v1.5's config.json with the sizes of another."""
     published = {
-        "activation_function": "swiglu",
-        "architectures": ["NomicBertModel"],
-        "attn_pdrop": 0.0,
-        "auto_map": NOMIC_CODE,
-        "bos_token_id": None,
-        "causal": False,
-        "dense_seq_output": True,
-        "embd_pdrop": 0.0,
-        "eos_token_id": None,
-        "fused_bias_fc": True,
-        "fused_dropout_add_ln": True,
-        "initializer_range": 0.02,
+        **published_configs.NOMIC,
         "layer_norm_epsilon": config["layer_norm_eps"],
-        "max_trained_positions": 2048,
-        "mlp_fc1_bias": False,
-        "mlp_fc2_bias": False,
-        "model_type": "nomic_bert",
         "n_embd": config["hidden_size"],
         "n_head": config["num_attention_heads"],
         "n_inner": config["intermediate_size"],
         "n_layer": config["num_hidden_layers"],
         "n_positions": config["max_position_embeddings"],
-        "pad_vocab_size_multiple": 64,
-        "parallel_block": False,
-        "parallel_block_tied_norm": False,
-        "prenorm": False,
-        "qkv_proj_bias": False,
-        "reorder_and_upcast_attn": False,
-        "resid_pdrop": 0.0,
-        "rotary_emb_base": 1000,
-        "rotary_emb_fraction": 1.0,
-        "rotary_emb_interleaved": False,
-        "rotary_emb_scale_base": None,
-        "rotary_scaling_factor": None,
-        "scale_attn_by_inverse_layer_idx": False,
-        "scale_attn_weights": True,
-        "summary_activation": None,
-        "summary_first_dropout": 0.0,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "torch_dtype": "float32",
         "transformers_version": "4.37.2",
-        "type_vocab_size": 2,
-        "use_cache": True,
-        "use_flash_attn": True,
-        "use_rms_norm": False,
-        "use_xentropy": True,
         "vocab_size": config["vocab_size"],
     }
     return {**published, **changes}

@@ -202,6 +202,14 @@ def test_every_part_of_an_adapter_reaches_the_vector(
         assert cosines(whole, vectors).min() < 0.9999, kind
 
 
+def is_refused(kind: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = encoder(tmp_path / "source", kind)
+    configured(source, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        exported(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -244,11 +252,7 @@ def test_every_part_of_an_adapter_reaches_the_vector(
 def test_what_nomic_bert_does_not_implement_is_refused_by_name(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    source = encoder(tmp_path / "source", "nomic_bert")
-    configured(source, **changes)
-    with pytest.raises(CheckpointError, match=message):
-        exported(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    is_refused("nomic_bert", changes, message, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -283,11 +287,7 @@ def test_what_nomic_bert_does_not_implement_is_refused_by_name(
 def test_what_gte_does_not_implement_is_refused_by_name(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    source = encoder(tmp_path / "source", "gte")
-    configured(source, **changes)
-    with pytest.raises(CheckpointError, match=message):
-        exported(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    is_refused("gte", changes, message, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["activation_function", "rotary_emb_fraction", "qkv_proj_bias"])
