@@ -3,8 +3,8 @@
 #ifndef EMBEDGE_KERNELS_H
 #define EMBEDGE_KERNELS_H
 
-#if !defined(__x86_64__) || !defined(__linux__)
-#error "these kernels are written for Linux on x86-64; elsewhere ONNX Runtime's own are used"
+#if !defined(__x86_64__)
+#error "these kernels are written for x86-64, GCC or Clang; elsewhere ONNX Runtime's own are used"
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "onnxruntime_abi.h"
+#include "system.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
@@ -23,7 +24,7 @@
 #endif
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")))
 
-enum { LANES = 16, LINE = 64, MAX_DIMS = 8 }; /* floats of a register, bytes of a line */
+enum { LANES = 16, MAX_DIMS = 8 }; /* floats of a register */
 
 /* An input: `data` is null where an optional one is left out. */
 typedef struct {
@@ -107,9 +108,6 @@ static inline int is_small(const Work *work) { return work->rows * work->depth *
 /* Weights up to it, in bytes, lie in the graph and are never stored in panels: INLINE_BYTES of
    runtime/bundle/contract.py. */
 #define SMALL_WEIGHT 4096
-
-void *allocate(size_t bytes); /* at a line's address; freed by free() */
-void drop_pages(const void *bytes, size_t size);
 
 /* An operator whose inputs and outputs are listed by their types; inputs behind the `required` ones may be
    left out. */

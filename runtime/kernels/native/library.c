@@ -1,13 +1,8 @@
 /* The custom-operator library: what is registered in a session, and what the kernels share. */
 
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "kernels.h"
-
-#define EXPORT __attribute__((visibility("default")))
 
 /* ---- Tensors ---- */
 
@@ -92,29 +87,6 @@ OrtStatus *run_work(const OrtApi *api, const OrtKernelContext *context, Work *wo
   work->row_blocks = wanted < most ? wanted : most;
   const int64_t tasks = groups * work->row_blocks;
   return run_tasks(api, context, run_task, (size_t)tasks, tasks == 1 || is_small(work), work);
-}
-
-/* ---- Memory of weights ---- */
-
-void *allocate(size_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
-
-/* Whether a page is private memory of this process: of such alone Linux takes this advice (madvise(2)). */
-static int is_private(void *page, size_t size) {
-  if (madvise(page, size, MADV_WIPEONFORK) != 0) return 0;
-  (void)madvise(page, size, MADV_KEEPONFORK);
-  return 1;
-}
-
-/* Takes what was copied from a mapped file out of this process; the system's cache keeps it. Memory that is no
-   file's stays as it is, and so does all where Linux is too old to tell. */
-void drop_pages(const void *bytes, size_t size) {
-  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  const uintptr_t from = ((uintptr_t)bytes + page - 1) / page * page, to = ((uintptr_t)bytes + size) / page * page;
-  if (to <= from) return;
-  void *own = aligned_alloc(page, page);
-  const int tells = own != NULL && is_private(own, page);
-  free(own);
-  if (tells && !is_private((void *)from, page)) (void)madvise((void *)from, to - from, MADV_DONTNEED);
 }
 
 /* ---- Operators ---- */
