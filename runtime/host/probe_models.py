@@ -1,73 +1,90 @@
-"""ONNX models of one node, for probes; written as protobuf by hand, as the runtime has no onnx package."""
+"""Small ONNX models for probes; written as protobuf by hand, as the runtime has no onnx package."""
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.onnx_model import FLOAT, INT8, INT32, INT64, UINT8
 
-__all__ = ["one_node_model"]
+__all__ = ["ProbeNode", "ValueType", "model_of_nodes"]
 
 _ELEM_TYPES = {"float32": FLOAT, "uint8": UINT8, "int8": INT8, "int32": INT32, "int64": INT64}
+ValueType: TypeAlias = tuple[int, *tuple[int | str, ...]]
 _IR_VERSION, _OPSET = 8, 13
 _A_FLOAT, _AN_INT = 1, 2  # AttributeProto.AttributeType
+_ONE_BYTE = [bytes((value,)) for value in range(0x80)]
 
 
-def one_node_model(
-    op_type: bytes,
-    *,
-    inputs: Mapping[bytes, tuple[int, ...]],
-    weights: Mapping[bytes, NDArray[Any]],
-    output: tuple[int, ...],
-    domain: bytes = b"",
-    outputs: int = 1,
-    attributes: Mapping[bytes, float] | None = None,
-) -> bytes:
-    """A serialized ModelProto of one node, whose first output is the model's, ``y``.
+class ProbeNode(NamedTuple):
+    """A node of a probe.
 
-    Args:
-        op_type: of the node.
-        inputs: element type and last dimensions of each input of the model, behind any number of rows.
-        weights: float32, uint8, int8, int32 or int64 constants; the node takes them behind the inputs.
-        output: element type and last dimensions of the output.
+    Attributes:
+        op_type: its operator.
+        inputs: names of what it takes.
+        outputs: what it gives, as a model's inputs are described.
         domain: of the operator; at version 1, where it is not ONNX's own.
-        outputs: how many the node has.
         attributes: integers and floats, by name.
     """
-    made = [b"y", *(b"y%d" % number for number in range(1, outputs))]
-    node = _message(
-        *((1, name) for name in (*inputs, *weights)),
-        *((2, name) for name in made),
-        (4, op_type),
-        *((5, _attribute(name, value)) for name, value in (attributes or {}).items()),
-        (7, domain),
-    )
+
+    op_type: str
+    inputs: Sequence[str]
+    outputs: Mapping[str, ValueType]
+    domain: str = ""
+    attributes: Mapping[str, float] = {}
+
+
+def model_of_nodes(
+    nodes: Sequence[ProbeNode],
+    *,
+    inputs: Mapping[str, ValueType],
+    weights: Mapping[str, NDArray[Any]],
+) -> bytes:
+    """A serialized ModelProto, whose outputs are those of its nodes.
+
+    Args:
+        nodes: in their order.
+        inputs: of the model, by name: element type, and dimensions behind any number of rows; a dimension
+            with a name has any size.
+        weights: float32, uint8, int8, int32 or int64 constants, by name.
+    """
     graph = _message(
-        (1, node),
-        (2, b"probe"),
+        *((1, _node(node)) for node in nodes),
+        (2, "probe"),
         *((5, _tensor(name, value)) for name, value in weights.items()),
-        *((11, _value_info(name, *of)) for name, of in inputs.items()),
-        (12, _value_info(b"y", *output)),
+        *((11, _value_info(name, of)) for name, of in inputs.items()),
+        *((12, _value_info(name, of)) for node in nodes for name, of in node.outputs.items()),
     )
-    opsets = [(8, _message((1, b""), (2, _OPSET)))]
-    if domain:
-        opsets.append((8, _message((1, domain), (2, 1))))
+    domains = sorted({node.domain for node in nodes} - {""})
+    opsets = [(8, _message((1, ""), (2, _OPSET)))]
+    opsets += [(8, _message((1, domain), (2, 1))) for domain in domains]
     return _message((1, _IR_VERSION), (7, graph), *opsets)
 
 
-def _attribute(name: bytes, value: float) -> bytes:
+def _node(node: ProbeNode) -> bytes:
+    """NodeProto."""
+    return _message(
+        *((1, name) for name in node.inputs),
+        *((2, name) for name in node.outputs),
+        (4, node.op_type),
+        *((5, _attribute(name, value)) for name, value in node.attributes.items()),
+        (7, node.domain),
+    )
+
+
+def _attribute(name: str, value: float) -> bytes:
     """AttributeProto of an integer or a float."""
     if isinstance(value, int):
         return _message((1, name), (3, value), (20, _AN_INT))
     return _message((1, name), (2, value), (20, _A_FLOAT))
 
 
-def _tensor(name: bytes, value: NDArray[Any]) -> bytes:
+def _tensor(name: str, value: NDArray[Any]) -> bytes:
     """TensorProto with raw data."""
     return _message(
         *((1, size) for size in value.shape),
@@ -77,27 +94,37 @@ def _tensor(name: bytes, value: NDArray[Any]) -> bytes:
     )
 
 
-def _value_info(name: bytes, elem_type: int, *last: int) -> bytes:
+def _value_info(name: str, of: ValueType) -> bytes:
     """ValueInfoProto of a tensor ``[rows, …]``."""
-    shape = _message((1, _message((2, b"rows"))), *((1, _message((1, size))) for size in last))
-    tensor_type = _message((1, elem_type), (2, shape))
-    return _message((1, name), (2, _message((1, tensor_type))))
+    return _message((1, name), (2, _type(of)))
 
 
-def _message(*fields: tuple[int, bytes | float]) -> bytes:
+@functools.cache
+def _type(of: ValueType) -> bytes:
+    """TypeProto of a tensor ``[rows, …]``."""
+    elem_type, *last = of
+    sizes = ((1 if isinstance(size, int) else 2, size) for size in ("rows", *last))
+    shape = _message(*((1, _message(size)) for size in sizes))
+    return _message((1, _message((1, elem_type), (2, shape))))
+
+
+def _message(*fields: tuple[int, bytes | str | float]) -> bytes:
     """Protobuf fields in order: an integer as a varint, a float as four bytes, bytes with their length."""
-    encoded = bytearray()
+    parts: list[bytes] = []
     for number, value in fields:
         if isinstance(value, int):
-            encoded += _varint(number << 3) + _varint(value)
+            parts += (_varint(number << 3), _varint(value))
         elif isinstance(value, float):
-            encoded += _varint(number << 3 | 5) + struct.pack("<f", value)
+            parts += (_varint(number << 3 | 5), struct.pack("<f", value))
         else:
-            encoded += _varint(number << 3 | 2) + _varint(len(value)) + value
-    return bytes(encoded)
+            data = value.encode() if isinstance(value, str) else value
+            parts += (_varint(number << 3 | 2), _varint(len(data)), data)
+    return b"".join(parts)
 
 
 def _varint(value: int) -> bytes:
+    if 0 <= value < len(_ONE_BYTE):
+        return _ONE_BYTE[value]
     encoded = bytearray()
     value %= 1 << 64  # a negative one as its two's complement
     while value > 0x7F:

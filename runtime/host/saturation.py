@@ -23,7 +23,7 @@ from embedge.runtime.bundle.onnx_model import INT32, UINT8
 from embedge.runtime.errors import InferenceError
 from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
-from embedge.runtime.host.probe_models import one_node_model
+from embedge.runtime.host.probe_models import ProbeNode, model_of_nodes
 from embedge.runtime.host.processor import instruction_sets
 
 __all__ = [
@@ -95,12 +95,8 @@ def describe_processor() -> str:
 def probe_model() -> bytes:
     """ONNX model ``y = MatMulInteger(a, w)`` of uint8 ``a [rows, 64]`` and a constant int8 ``w``."""
     weight = np.full((_DEPTH, _COLUMNS), _RIGHT, np.int8)
-    return one_node_model(
-        b"MatMulInteger",
-        inputs={b"a": (UINT8, _DEPTH)},
-        weights={b"w": weight},
-        output=(INT32, _COLUMNS),
-    )
+    node = ProbeNode(op_type="MatMulInteger", inputs=["a", "w"], outputs={"y": (INT32, _COLUMNS)})
+    return model_of_nodes([node], inputs={"a": (UINT8, _DEPTH)}, weights={"w": weight})
 
 
 @functools.cache

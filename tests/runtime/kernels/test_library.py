@@ -19,7 +19,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.kernels import library as library_module
-from embedge.runtime.kernels import self_check
 from embedge.runtime.kernels.library import kernel_library, own_kernels, use_own_kernels
 from embedge.runtime.kernels.register import register
 from embedge.runtime.kernels.repack import in_panels
@@ -419,15 +418,6 @@ def test_a_file_that_is_no_library_is_left_out_with_a_warning(tmp_path: Path) ->
         find_library(patch, file)
         with pytest.warns(EmbedgeWarning, match=rf"{file}: not used: .*install embedge again"):
             assert kernel_library() is None
-
-
-@pytest.mark.slow
-@needs_kernel
-def test_the_check_finds_wrong_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LIBRARY is not None
-    assert self_check.is_right(LIBRARY)
-    monkeypatch.setattr(self_check, "in_panels", lambda weight: weight)
-    assert not self_check.is_right(LIBRARY)
 
 
 @pytest.mark.slow
