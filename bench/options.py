@@ -121,6 +121,8 @@ class BenchOptions:
         evaluations: task and labelled file, in order; the first of a task is its main one.
         peers: names of :data:`embedge.bench.peers.registry.PEERS` or ``peer:variant``, ``("none",)``, or
             ``None`` for the usual variants of all that are installed.
+        peer_files: folder for the files that peers are made of, kept and taken from there by the next run;
+            ``None``: they are made anew and removed.
         pooling: where the source's files name none.
         threads: threads of every system, ``None`` for the cores this process has.
         device: what every system runs on, "cpu" or "cuda"; the peers run on the CPU alone.
@@ -138,6 +140,7 @@ class BenchOptions:
     texts: Path | None = None
     evaluations: Sequence[tuple[str, Path]] = ()
     peers: Sequence[str] | None = None
+    peer_files: Path | None = None
     pooling: str | None = None
     threads: int | None = None
     device: str = "cpu"

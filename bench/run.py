@@ -26,7 +26,7 @@ from embedge.bench.measure.task import (
     vectors_against,
 )
 from embedge.bench.options import BenchOptions
-from embedge.bench.peers.context import PeerContext
+from embedge.bench.peers.context import PeerContext, kept_folder
 from embedge.bench.peers.registry import build_peers
 from embedge.bench.plan import Plan, make_plan
 from embedge.bench.report.report import Report, Row
@@ -140,7 +140,7 @@ class _Run:
 
     @contextmanager
     def _systems(self, task: str, merged: Reference) -> Iterator[list[System]]:
-        """Open every system for a task; what peers wrote is removed at the end."""
+        """Open every system for a task; what peers wrote is removed at the end, unless it is to be kept."""
         plan, systems = self._plan, list[System]()
         device = plan.options.device
         weights = _weights_bytes(plan.source)
@@ -152,10 +152,12 @@ class _Run:
                 plan.source, plan.adapters.get(task), dtype, merged=True, device=device
             )
             systems.append(TorchSystem(f"torch {_SHORT[dtype]}", halved, weights // 2))
-        workdir = Path(tempfile.mkdtemp(prefix="embedge-bench-"))
+        temporary = Path(tempfile.mkdtemp(prefix="embedge-bench-"))
         try:
             if plan.peers:
                 self._step(f"{task}: building peers")
+                kept = plan.options.peer_files
+                workdir = temporary if kept is None else kept_folder(kept / task, merged)
                 context = PeerContext(merged=merged, threads=plan.threads, workdir=workdir)
                 systems += build_peers(plan.peers, context, plan.notes.append)
             systems += [
@@ -165,7 +167,7 @@ class _Run:
             ]
             yield systems
         finally:
-            shutil.rmtree(workdir, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def processes(self) -> dict[str, Any]:
         """Return cold start, task switch and memory by system; torch on the first task."""

@@ -1,4 +1,4 @@
-"""A transformer as a GGUF file: Llama, Qwen2 and BERT, matrices in float16, no tokenizer.
+"""A transformer as a GGUF file: Llama, Qwen2, Qwen3, EuroBERT and BERT, matrices in float16, no tokenizer.
 
 The file has no vocabulary but a count of tokens: whoever runs it gives ids or rows of the table.
 """
@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 
 from embedge.bench.errors import BenchError
 
-__all__ = ["FAMILIES", "GgufError", "read_table", "write_gguf"]
+__all__ = ["ENCODERS", "FAMILIES", "GgufError", "read_table", "write_gguf"]
 
-FAMILIES = ("llama", "qwen2", "bert")
+ENCODERS = ("bert", "eurobert")
+FAMILIES = ("llama", "qwen2", "qwen3", *ENCODERS)
 _TABLE = "token_embd"
 _DECODER_LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -56,7 +59,7 @@ class GgufError(BenchError):
 
 
 def write_gguf(model: Any, file: Path, rows: int | None = None) -> None:
-    """Write a ``LlamaModel``, ``Qwen2Model`` or ``BertModel`` of transformers.
+    """Write a ``LlamaModel``, ``Qwen2Model``, ``Qwen3Model``, ``EuroBertModel`` or ``BertModel`` of transformers.
 
     Args:
         model: in torch, any float type.
@@ -78,9 +81,10 @@ def write_gguf(model: Any, file: Path, rows: int | None = None) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    if config.model_type in ENCODERS:
+        writer.add_causal_attention(False)
     if config.model_type == "bert":
         writer.add_layer_norm_eps(config.layer_norm_eps)
-        writer.add_causal_attention(False)
         writer.add_token_type_count(config.type_vocab_size)
     else:
         width = _head_width(config)
@@ -88,7 +92,7 @@ def write_gguf(model: Any, file: Path, rows: int | None = None) -> None:
         writer.add_key_length(width)
         writer.add_value_length(width)
         writer.add_rope_dimension_count(width)
-        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_rope_freq_base(_rope(config)["rope_theta"])
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(rows or config.vocab_size)
     writer.add_tokenizer_model("none")
@@ -113,11 +117,10 @@ def read_table(file: Path) -> NDArray[np.float32]:
 def _check(config: Any) -> None:
     if config.model_type not in FAMILIES:
         raise GgufError(f"model_type {config.model_type}: written are {', '.join(FAMILIES)}")
-    scaling = getattr(config, "rope_scaling", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     activation = "gelu" if config.model_type == "bert" else "silu"
     found = {
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
+        _rope_key(config): _rope(config)["rope_type"] != "default",
         "mlp_bias": getattr(config, "mlp_bias", False),
         "hidden_act": config.hidden_act != activation,
         "layer_types": kinds != {"full_attention"},
@@ -127,6 +130,17 @@ def _check(config: Any) -> None:
     odd = [f"{name}={getattr(config, name)}" for name, is_odd in found.items() if is_odd]
     if odd:
         raise GgufError(f"{', '.join(odd)}: expected a plain {config.model_type}; not written")
+
+
+def _rope_key(config: Any) -> str:
+    return "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Kind and theta: one dictionary in transformers 5, two attributes in 4."""
+    own = getattr(config, _rope_key(config), None) or {}
+    theta = own.get("rope_theta", getattr(config, "rope_theta", None))
+    return {"rope_type": own.get("rope_type", own.get("type", "default")), "rope_theta": theta}
 
 
 def _head_width(config: Any) -> int:

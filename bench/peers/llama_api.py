@@ -15,6 +15,7 @@ from typing import Any
 
 import llama_cpp as api
 import numpy as np
+from llama_cpp import _ggml
 from numpy.typing import NDArray
 
 __all__ = ["LlamaFile", "quantize", "silence"]
@@ -133,9 +134,19 @@ def quantize(file: Path, kind: str, out: Path, threads: int) -> None:
 
 
 def silence() -> None:
-    """Keep llama.cpp from writing its progress to standard error."""
+    """Start llama.cpp, and keep it from writing its progress to standard error.
+
+    Raises:
+        ValueError: it has no kernels for a CPU.
+    """
     api.llama_log_set(_NOTHING, None)
     api.llama_backend_init()
+    ggml, folder = _ggml.libggml, _ggml.libggml_base_path
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if not ggml.ggml_backend_reg_count():  # built with GGML_BACKEND_DL: kernels are files beside it
+        ggml.ggml_backend_load_all_from_path(bytes(folder))
+    if not ggml.ggml_backend_reg_count():
+        raise ValueError(f"{folder}: expected libggml-cpu-*, kernels of llama.cpp; found none")
 
 
 def _close(contexts: Mapping[tuple[int, int], Any], model: Any) -> None:

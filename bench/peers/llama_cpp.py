@@ -1,4 +1,4 @@
-"""llama.cpp: Llama, Qwen2 and BERT in float16 and in the types that its users take, Q8_0 to Q4_0.
+"""llama.cpp: Llama, Qwen2, Qwen3, EuroBERT and BERT in float16 and in the types that its users take, Q8_0 to Q4_0.
 
 Its graph of a decoder ends in a product with the whole token table for every token, which no
 embedding needs. So it runs on a file with a table of a few rows and gets the rows of the real table,
@@ -12,18 +12,20 @@ than Q4_K, by llama.cpp's own rules. Its GELU is the approximation by tanh, also
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.bench.peers.context import PeerContext
-from embedge.bench.peers.gguf import read_table, write_gguf
+from embedge.bench.peers.gguf import ENCODERS, read_table, write_gguf
 from embedge.bench.peers.hidden_state import HiddenStateSystem
 from embedge.bench.peers.llama_probe import runs
 from embedge.bench.systems.tokens import Ids
 
 __all__ = ["f16", "q4_0", "q4_k_m", "q8_0"]
 
+_WHOLE, _BODY = "whole.gguf", "body.gguf"
 _ROWS = 32  # of the table in the file that runs: what a quantized block needs at least
 _ENCODED = 512  # tokens of an encoder's call, unless a single text has more
 _NOT_REPACKED = (
@@ -35,18 +37,21 @@ _NOT_REPACKED = (
 def _system(kind: str, context: PeerContext) -> HiddenStateSystem:
     from embedge.bench.peers.llama_api import LlamaFile, quantize
 
-    paths = []
-    for name, rows in (("whole", None), ("body", _ROWS)):
-        file = context.workdir / f"llama-{name}-F16.gguf"
-        if not file.exists():
-            write_gguf(context.merged.backbone, file, rows)
-        made = context.workdir / f"llama-{name}-{kind}.gguf"
-        if not made.exists():
-            quantize(file, kind, made, context.threads)
-        paths.append(made)
-    whole, body = paths
+    tables = {_WHOLE: None, _BODY: _ROWS}
+
+    def write(folder: Path) -> None:
+        for name, rows in tables.items():
+            write_gguf(context.merged.backbone, folder / name, rows)
+
+    def write_quantized(folder: Path) -> None:
+        for name in tables:
+            quantize(floats / name, kind, folder / name, context.threads)
+
+    floats = context.made("llama-F16", write)
+    made = floats if kind == "F16" else context.made(f"llama-{kind}", write_quantized)
+    whole, body = made / _WHOLE, made / _BODY
     table = read_table(whole)
-    causal = context.config.model_type != "bert"
+    causal = context.config.model_type not in ENCODERS
     repack = runs(body, table.shape[1], causal=causal)
     model = LlamaFile(body, context.threads, causal=causal, repack=repack)
 

@@ -20,9 +20,11 @@ from embedge.bench.peers.context import PeerContext
 from embedge.bench.peers.hidden_state import HiddenStateSystem, graph_inputs
 from embedge.bench.systems.tokens import Ids
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
+from embedge.runtime.host.saturation import ask_for_exact_matmuls
 
 __all__ = [
     "blockwise_int4",
+    "exact_int8",
     "floating_point",
     "optimized_int8",
     "per_channel_int8",
@@ -33,7 +35,8 @@ __all__ = [
 _OPTIMIZER_TYPES = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "electra"), "bert"
 )
-_DATA = "ort-q4.onnx.data"
+_GRAPH = "model.onnx"
+_DATA = "model.onnx.data"
 _FLOAT = 1  # onnx.TensorProto.FLOAT; the fused operators have no type inference of their own
 
 
@@ -46,22 +49,25 @@ def blockwise_int4(context: PeerContext) -> HiddenStateSystem:
     """Return the export with ``MatMulNBits`` in place of its matmuls."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    graph = context.workdir / "ort-q4.onnx"
-    quantizer = MatMulNBitsQuantizer(onnx.load(context.onnx()), block_size=32, is_symmetric=True)
-    logging.disable(logging.INFO)
-    try:
-        quantizer.process()
-    finally:
-        logging.disable(logging.NOTSET)
-    onnx.save_model(quantizer.model.model, graph, save_as_external_data=True, location=_DATA)
-    return _system("ORT q4", graph, context)
+    def write(folder: Path) -> None:
+        model = onnx.load(context.onnx())
+        quantizer = MatMulNBitsQuantizer(model, block_size=32, is_symmetric=True)
+        logging.disable(logging.INFO)
+        try:
+            quantizer.process()
+        finally:
+            logging.disable(logging.NOTSET)
+        onnx.save_model(
+            quantizer.model.model, folder / _GRAPH, save_as_external_data=True, location=_DATA
+        )
+
+    return _system("ORT q4", context.made("ort-q4", write) / _GRAPH, context)
 
 
 def plain_int8(context: PeerContext) -> HiddenStateSystem:
     """Return ``quantize_dynamic`` of the export."""
-    graph = context.workdir / "ort-int8.onnx"
-    _quantize(context.onnx(), graph)
-    return _system("ORT dynamic int8", graph, context)
+    folder = context.made("ort-int8", lambda folder: _quantize(context.onnx(), folder / _GRAPH))
+    return _system("ORT dynamic int8", folder / _GRAPH, context)
 
 
 def optimized_int8(context: PeerContext) -> HiddenStateSystem:
@@ -73,9 +79,10 @@ def optimized_int8(context: PeerContext) -> HiddenStateSystem:
     if not _has_fusions(context):
         family = context.config.model_type
         raise ValueError(f"ONNX Runtime's optimizer has no fusions for {family}")
-    graph = context.workdir / "ort-fused-int8.onnx"
-    _quantize(_fused(context), graph)
-    return _system("ORT optimizer + dynamic int8", graph, context)
+    folder = context.made(
+        "ort-fused-int8", lambda folder: _quantize(_fused(context), folder / _GRAPH)
+    )
+    return _system("ORT optimizer + dynamic int8", folder / _GRAPH, context)
 
 
 def per_channel_int8(context: PeerContext) -> HiddenStateSystem:
@@ -83,11 +90,25 @@ def per_channel_int8(context: PeerContext) -> HiddenStateSystem:
 
     Without the optimizer where that does not know the family.
     """
-    graph = context.workdir / "ort-per-channel-int8.onnx"
-    fusions = _has_fusions(context)
-    _quantize(_fused(context) if fusions else context.onnx(), graph, per_channel=True)
-    name = "ORT optimizer + per-channel int8" if fusions else "ORT per-channel int8"
+    name, graph = _per_channel(context)
     return _system(name, graph, context)
+
+
+def exact_int8(context: PeerContext) -> HiddenStateSystem:
+    """Return the same with ``session.x64quantprecision``, by which no product saturates on AVX2."""
+    name, graph = _per_channel(context)
+    return _system(f"{name}, exact", graph, context, exact=True)
+
+
+def _per_channel(context: PeerContext) -> tuple[str, Path]:
+    fusions = _has_fusions(context)
+
+    def write(folder: Path) -> None:
+        source = _fused(context) if fusions else context.onnx()
+        _quantize(source, folder / _GRAPH, per_channel=True)
+
+    name = "ORT optimizer + per-channel int8" if fusions else "ORT per-channel int8"
+    return name, context.made("ort-per-channel-int8", write) / _GRAPH
 
 
 def _has_fusions(context: PeerContext) -> bool:
@@ -98,19 +119,25 @@ def _fused(context: PeerContext) -> Path:
     """Return the fp32 export after the optimizer, made on the first call."""
     from onnxruntime.transformers import optimizer
 
-    config, graph = context.config, context.workdir / "ort-fused.onnx"
-    if not graph.exists():
+    config = context.config
+
+    def write(folder: Path) -> None:
         optimizer.optimize_model(
             str(context.onnx()),
             model_type=_OPTIMIZER_TYPES[config.model_type],
             num_heads=config.num_attention_heads,
             hidden_size=config.hidden_size,
-        ).save_model_to_file(str(graph))
-    return graph
+        ).save_model_to_file(str(folder / _GRAPH))
+
+    return context.made("ort-fused", write) / _GRAPH
 
 
-def _system(name: str, graph: Path, context: PeerContext) -> HiddenStateSystem:
+def _system(
+    name: str, graph: Path, context: PeerContext, *, exact: bool = False
+) -> HiddenStateSystem:
     options = load_onnxruntime().SessionOptions()
+    if exact:
+        ask_for_exact_matmuls(options)
     options.intra_op_num_threads = context.threads
     options.log_severity_level = 3
     session = open_session(str(graph), options, ["CPUExecutionProvider"])

@@ -115,13 +115,13 @@ def _file(core: Any, bits: int | None, context: PeerContext) -> Path:
     """Return the model in OpenVINO's format, made on the first call."""
     import openvino
 
-    file = context.workdir / f"openvino-{bits}.xml"
-    if not file.exists():
+    def write(folder: Path) -> None:
         model = core.read_model(context.onnx())
         if bits is not None:
             model = compress_weights(model, bits, context.config.hidden_size)
-        openvino.save_model(model, file, compress_to_fp16=False)
-    return file
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+    return context.made(f"openvino-{bits or 'fp'}", write) / "model.xml"
 
 
 floating_point = partial(_system, None, None)

@@ -45,6 +45,7 @@ PEERS = {
             "int8-per-channel": "onnxruntime:per_channel_int8",
             "int8-optimized": "onnxruntime:optimized_int8",
             "int8": "onnxruntime:plain_int8",
+            "int8-exact": "onnxruntime:exact_int8",
             "fp32": "onnxruntime:floating_point",
             "q4": "onnxruntime:blockwise_int4",
         },

@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "none (default: the usual variants of those installed)",
     )  # fmt: skip
     parser.add_argument(
+        "--peer-files", type=Path, metavar="DIR",
+        help="keep the files that peers are made of, which takes minutes, for the next run on the same model",
+    )  # fmt: skip
+    parser.add_argument(
         "--shapes", nargs="+", metavar="BATCHxTOKENS",
         help="compare the systems side by side at these shapes, such as 1x16 8x64, and by fidelity; "
         "no single texts, no cold start, no check of invariance",

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2Model,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 WORDS = ["[PAD]", "[UNK]", "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 WORDS += [f"w{number}" for number in range(53)]
@@ -32,11 +26,10 @@ SIZES = {
 
 
 def write_decoder(folder: Path, family: str) -> Path:
-    """Write a ``"llama"`` or a ``"qwen2"`` with biases and return the folder."""
+    """Write a ``"llama"``, ``"qwen2"`` with biases, ``"qwen3"``, or the encoder ``"eurobert"``; return the folder."""
     torch.manual_seed(0)
-    model = (
-        LlamaModel(LlamaConfig(**SIZES)) if family == "llama" else Qwen2Model(Qwen2Config(**SIZES))
-    )
+    sizes = SIZES | ({"head_dim": 16} if family == "qwen3" else {})
+    model = AutoModel.from_config(AutoConfig.for_model(family, **sizes))
     for name, values in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(values)

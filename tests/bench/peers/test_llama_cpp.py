@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import CONFIG_MAPPING
 
 from embedge.bench import Reference
 from embedge.bench.peers import registry as peers
@@ -16,12 +17,19 @@ from embedge.bench.peers.llama_probe import runs
 from tests.helpers.decoders import write_decoder
 
 TEXTS = ["the", "a lazy dog", "the quick brown fox jumps over w1 w2 w3 w4 w5 w6 w7"]
+NEWER = "eurobert" in CONFIG_MAPPING
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    pytest.param("eurobert", marks=pytest.mark.skipif(not NEWER, reason="needs transformers 5.24")),
+]
 needs_llama_cpp = pytest.mark.skipif(
     not peers.PEERS["llama.cpp"].available(), reason="llama-cpp-python is not installed"
 )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_has_the_table_and_every_tensor(family: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     model = Reference(write_decoder(tmp_path, family)).backbone
@@ -37,14 +45,15 @@ def test_the_file_has_the_table_and_every_tensor(family: str, tmp_path: Path) ->
 def test_a_stretched_rope_is_refused_by_name(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     model = Reference(write_decoder(tmp_path, "llama")).backbone
-    model.config.rope_scaling = {"rope_type": "linear", "factor": 2.0}
+    key = "rope_parameters" if hasattr(model.config, "rope_parameters") else "rope_scaling"
+    setattr(model.config, key, {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0})
 
-    with pytest.raises(GgufError, match="rope_scaling=.*expected a plain llama"):
+    with pytest.raises(GgufError, match=f"{key}=.*expected a plain llama"):
         write_gguf(model, tmp_path / "model.gguf")
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_is_the_same_in_any_batch(family: str, tmp_path: Path) -> None:
     merged = Reference(write_decoder(tmp_path / "model", family), merged=True)
     (tmp_path / "work").mkdir()
@@ -75,7 +84,9 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
     model = Reference(write_decoder(tmp_path, "llama")).backbone
     model.config.model_type = "mistral"
 
-    with pytest.raises(GgufError, match="model_type mistral: written are llama, qwen2, bert"):
+    with pytest.raises(
+        GgufError, match="model_type mistral: written are llama, qwen2, qwen3, bert, eurobert"
+    ):
         write_gguf(model, tmp_path / "model.gguf")
 
 
