@@ -24,8 +24,10 @@ from embedge.bench.systems.tokens import TextTokens
 __all__ = ["PeerContext", "installed", "kept_folder"]
 
 _STAMP = "made-of.json"
-_MAKERS = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "optimum-onnx")
-_MAKERS += ("openvino", "nncf", "gguf", "llama-cpp-python")
+_MAKERS = (
+    *("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "optimum-onnx"),
+    *("openvino", "nncf", "gguf", "llama-cpp-python"),
+)
 
 
 @dataclass(kw_only=True)
