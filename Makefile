@@ -8,7 +8,10 @@
 # make test-as-avx2     all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
 # make test-on PYTHON=python3.12    the tests that need no torch, on another Python
 # make test-transformers5    families, sources, adapters and the bench with transformers 5; all with TRANSFORMERS5_TESTS=
-# make native-warnings  compiles the C with every warning an error, and compares its format
+# make native-warnings  compiles the C with every warning an error, and compares its format: gcc, clang, and for
+#                       Windows and macOS mingw-w64 and `pip install ziglang`, where they are installed
+# make test-as-windows   the kernels under Wine: vectors of demo-bundle to the bit (tests/processors/windows.py)
+# make test-as-aarch64   the runtime's tests on 64-bit Arm, by qemu (tests/processors/aarch64.sh; an hour or more)
 #
 # On Linux, pip's default torch is a CUDA build of several GB. To take the CPU build instead, pass the
 # index that PyTorch's installation page names for it:  make demo TORCH_INDEX=URL
@@ -23,7 +26,8 @@ PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reord
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test quick docs check lint types install clean test-on test-transformers5 native-warnings sanitize
+.PHONY: demo test quick docs check lint types install clean test-on test-transformers5 native-warnings sanitize \
+  test-as-windows test-as-aarch64
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -36,6 +40,12 @@ quick: $(STAMP)
 
 test-as-%: $(STAMP) build/cpuid_mask.so
 	CPUID_MASK=$* LD_PRELOAD=$(CURDIR)/build/cpuid_mask.so $(BIN)/python $(PYTEST)
+
+test-as-windows: $(STAMP)
+	$(BIN)/python -m tests.processors.windows demo-bundle
+
+test-as-aarch64:
+	tests/processors/aarch64.sh -n auto --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 test-on:
 	$(PYTHON) -m venv build/on-$(notdir $(PYTHON))
@@ -64,13 +74,17 @@ build/cpuid_mask.so: tests/processors/cpuid_mask.c
 
 NATIVE := runtime/kernels/native
 NATIVE_FLAGS := -std=gnu11 -ffp-contract=off -fvisibility=hidden -fPIC
-COMPILERS := $(foreach compiler,gcc clang,$(if $(shell command -v $(compiler)),$(compiler)))
+COMPILERS = $(foreach compiler,gcc clang x86_64-w64-mingw32-gcc,$(if $(shell command -v $(compiler)),$(compiler)))
+ZIG = $(if $(shell $(BIN)/python -c "import ziglang" 2>/dev/null || echo none),,x86_64-macos x86_64-windows-gnu)
 
 ifeq ($(shell uname -s)-$(shell uname -m),Linux-x86_64)
 native-warnings: $(STAMP)
 	for compiler in $(COMPILERS); do for file in $(NATIVE)/*.c; do \
 	  $$compiler $(NATIVE_FLAGS) -O3 -Wall -Wextra -Werror -c -o /dev/null $$file || exit 1; done; done
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)/*.[ch]
+	for target in $(ZIG); do for file in $(NATIVE)/*.c; do \
+	  $(BIN)/python -m ziglang cc -target $$target $(NATIVE_FLAGS) -O3 -Wall -Wextra -Werror -c -o build/zig.o $$file || \
+	  exit 1; done; done
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)/*.[ch] tests/processors/[rs]*.c
 
 # Python is not built with them, so they are loaded first, and what it never frees is no leak of the kernels'.
 SANITIZED := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
