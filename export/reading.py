@@ -22,6 +22,7 @@ from embedge.export.schemes.mixed import unmatched
 from embedge.export.schemes.registry import PRECISIONS
 from embedge.export.source.checkpoint import Checkpoint, ModelFolder
 from embedge.export.source.image_processor import image_settings
+from embedge.export.source.names import base_name
 from embedge.export.source.sentence_transformers import SentenceSettings, read_modules
 from embedge.export.source.tokenizer import BundleTokenizer, read_tokenizer
 from embedge.export.weights.task import TaskWeights
@@ -52,7 +53,7 @@ def read_model(options: ExportOptions) -> Model:
     _check_own_adapter(checkpoint, folders.values())
     loaded = _load(options, checkpoint, family_class, folders)
     settings = settings_of_all(settings, folders, loaded, config)
-    pooling = _choose_pooling(options, checkpoint.name, family_class, settings)
+    pooling = _choose_pooling(options, checkpoint, family_class, settings)
     family = family_class(checkpoint.config, settings.max_length)
     _check_half(options, family)
     _tell_left_out(options, checkpoint.name, family)
@@ -115,35 +116,55 @@ def _is_merged(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _choose_pooling(
-    options: ExportOptions, name: str, family: type[Family], settings: SentenceSettings
+    options: ExportOptions, checkpoint: Checkpoint, family: type[Family], settings: SentenceSettings
 ) -> str | None:
-    """How tokens become a vector: as asked for, as the model's files say, or as the family has it.
+    """How tokens become a vector: as asked for, as the model's files say, or as sentence-transformers guesses.
 
     With late interaction they become none.
     """
     if settings.late is not None:
         return None
-    pooling = options.pooling or settings.pooling or family.default_pooling
+    pooling = options.pooling or settings.pooling
     if pooling is None:
-        raise EmbedgeValueError(
-            f"{name}: the model does not say how tokens become a vector, and pooling is None; expected "
-            f"one of {', '.join(POOLINGS)}: give pooling= (--pooling)"
-        )
-    if family.guess and not (options.pooling or settings.pooling):
-        warnings.warn(
-            f"{name}: no file says how tokens become a vector, nor names prompts; "
-            f"{family.default_pooling} pooling without normalization is taken. {family.guess}",
-            EmbedgeWarning,
-            stacklevel=4,
-        )
+        pooling = _guessed_pooling(checkpoint, family)
     if options.pooling and settings.pooling and options.pooling != settings.pooling:
         warnings.warn(
-            f"{name}: pooling {options.pooling!r} was asked for, its files say "
+            f"{checkpoint.name}: pooling {options.pooling!r} was asked for, its files say "
             f"{settings.pooling!r}; the request is followed",
             EmbedgeWarning,
             stacklevel=4,
         )
     return pooling
+
+
+def _guessed_pooling(checkpoint: Checkpoint, family: type[Family]) -> str:
+    """The pooling of a model whose files name none, with a warning; an embedder that lost its files is refused."""
+    name, hint = checkpoint.name, f" {family.pooling_hint}".rstrip()
+    pooling, signs = family.guessed_pooling(checkpoint.config), _signs_of_an_embedder(checkpoint)
+    if pooling is None or signs:
+        found = f", though {' and '.join(signs)}" if signs else ""
+        raise EmbedgeValueError(
+            f"{name}: the model does not say how tokens become a vector (it has no modules.json{found}), and "
+            f"pooling is None; expected one of {', '.join(POOLINGS)}: give pooling= (--pooling).{hint}"
+        )
+    warnings.warn(
+        f"{name}: no file says how tokens become a vector, nor names prompts; {pooling} pooling without "
+        f"normalization is taken. Give pooling= (--pooling) where the model has another.{hint}",
+        EmbedgeWarning,
+        stacklevel=5,
+    )
+    return pooling
+
+
+def _signs_of_an_embedder(checkpoint: Checkpoint) -> list[str]:
+    """What of a model without modules.json says that it was trained to embed, whose rules are lost then."""
+    recorded = base_name(str(checkpoint.config.get("_name_or_path") or "")).lower()
+    names = sorted(name for name in checkpoint.names | {recorded} if "embed" in name)
+    file = checkpoint.path / "config_sentence_transformers.json"
+    signs = [f"{file.name} is there"] if os.path.lexists(file) else []
+    keys = ("matryoshka_dims", "matryoshka_dimensions", "task_names")
+    signs += [f"config.json has {key}" for key in keys if checkpoint.config.get(key)]
+    return signs + [f"it is called {name}" for name in names]
 
 
 def _task_folders(
@@ -255,6 +276,7 @@ def _check_tensors(family: Family, tower: Tower | None, base: TaskWeights) -> No
     shapes = {name: base.shape(name) for name in base.names()}
     family.check_shapes({n: s for n, s in shapes.items() if not n.startswith(family.ignored)})
     if tower is not None:
+        tower.check_tensors(base.names())
         tower.check_shapes({n: s for n, s in shapes.items() if n.startswith(tower.prefix)})
 
 

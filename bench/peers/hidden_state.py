@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,11 +52,14 @@ class HiddenStateSystem:
     ) -> NDArray[np.float32]:
         """Return float32 ``[n, dim]``, pooled as the source pools."""
         prompt = self._source.prompt(role)
-        return self._tokens.embed([prompt + text for text in texts], batch_size, self._vectors)
+        run = partial(self._vectors, unpooled=self._tokens.unpooled(prompt))
+        return self._tokens.embed([prompt + text for text in texts], batch_size, run)
 
-    def _vectors(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
+    def _vectors(self, ids: Ids, mask: Ids, *, unpooled: int) -> NDArray[np.float32]:
         hidden = torch.from_numpy(np.array(self.forward(ids, mask)))
-        vectors: NDArray[np.float32] = pool(hidden, torch.from_numpy(mask), self._source).numpy()
+        vectors: NDArray[np.float32] = pool(
+            hidden, torch.from_numpy(mask), self._source, unpooled
+        ).numpy()
         return vectors
 
 

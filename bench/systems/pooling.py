@@ -9,18 +9,24 @@ from embedge.bench.systems.source import Source
 __all__ = ["pool"]
 
 
-def pool(hidden: torch.Tensor, mask: torch.Tensor, source: Source) -> torch.Tensor:
+def pool(
+    hidden: torch.Tensor, mask: torch.Tensor, source: Source, unpooled: int = 0
+) -> torch.Tensor:
     """Return the vectors that ``source`` makes of the hidden states.
 
     Args:
         hidden: ``[batch, tokens, width]``, any float type; the sums are made in float32.
         mask: int64 ``[batch, tokens]``, right-padded, at least one token a row.
         source: its pooling, dense layers and normalization.
+        unpooled: how many first tokens of each row count as padding here, a prompt's.
 
     Returns:
         float32 ``[batch, dim]``.
     """
     hidden = hidden.float()
+    if unpooled:
+        mask = mask.clone()
+        mask[:, :unpooled] = 0
     vectors = torch.cat([_pool_by(mode, hidden, mask) for mode in source.pooling.split("+")], -1)
     for dense in source.dense:
         vectors = dense(vectors)
@@ -28,11 +34,13 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, source: Source) -> torch.Tens
 
 
 def _pool_by(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(len(hidden), device=hidden.device)
     if mode == "cls":
-        return hidden[:, 0]
-    if mode == "lasttoken":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        return hidden[rows, mask.argmax(1)]
     weights = mask.unsqueeze(-1).float()
+    if mode == "lasttoken":  # zeros where no token is left
+        places = torch.arange(mask.shape[1], device=mask.device)
+        return (hidden * weights)[rows, (mask * places).argmax(1)]
     if mode == "max":
         return hidden.masked_fill(weights == 0, float("-inf")).amax(1)
     if mode == "weightedmean":

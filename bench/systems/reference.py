@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,18 @@ class Reference:
         """The torch module: ids and mask in, ``last_hidden_state`` out."""
         return self._model
 
-    def forward(self, ids: Ids, mask: Ids) -> NDArray[np.float32]:
+    def forward(self, ids: Ids, mask: Ids, unpooled: int = 0) -> NDArray[np.float32]:
         """Return the vectors of token ids, float32 ``[batch, dim]``.
 
         Args:
             ids: int64 ``[batch, tokens]``.
             mask: int64 ``[batch, tokens]``, right-padded.
+            unpooled: how many first tokens of each row the pooling leaves out.
         """
         with torch.inference_mode():
             ids_there, mask_there = (torch.from_numpy(a).to(self._device) for a in (ids, mask))
             output = self._model(input_ids=ids_there, attention_mask=mask_there)
-            pooled = pool(output.last_hidden_state, mask_there, self.source)
+            pooled = pool(output.last_hidden_state, mask_there, self.source, unpooled)
             vectors: NDArray[np.float32] = pooled.cpu().numpy()
         return vectors
 
@@ -100,4 +102,5 @@ class Reference:
             prompt: text put before each; ``None`` is the model's default prompt.
         """
         prompt = self.source.prompt() if prompt is None else prompt
-        return self.tokens.embed([prompt + text for text in texts], batch_size, self.forward)
+        run = partial(self.forward, unpooled=self.tokens.unpooled(prompt))
+        return self.tokens.embed([prompt + text for text in texts], batch_size, run)

@@ -82,6 +82,7 @@ class Source:
             tokenizer knows.
         prompts: prompt name to text.
         default_prompt_name: the prompt when none is named, ``None`` for no prompt.
+        include_prompt: whether the tokens of a prompt are pooled like all others.
     """
 
     path: Path
@@ -92,6 +93,7 @@ class Source:
     max_length: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
+    include_prompt: bool = True
 
     def prompt(self, role: str | None = None) -> str:
         """Return the text put before a text of a role.
@@ -138,8 +140,11 @@ def _source(path: Path, pooling: str | None) -> Source:
     modules = _read(path / "modules.json", default=[])
     kinds = {str(module["type"]).rpartition(".")[2]: module.get("path", "") for module in modules}
     transformer = path / kinds.get("Transformer", "")
+    include_prompt = True
     if "Pooling" in kinds:
-        pooling = pooling or _pooling(path / kinds["Pooling"] / "config.json")
+        file = path / kinds["Pooling"] / "config.json"
+        pooling = pooling or _pooling(file)
+        include_prompt = _read(file).get("include_prompt", True) is not False
     own = _own_rule(transformer, modules)
     if own is not None:
         pooling = pooling or own
@@ -150,8 +155,6 @@ def _source(path: Path, pooling: str | None) -> Source:
         )
     dense = [m.get("path", "") for m in modules if str(m["type"]).endswith(".Dense")]
     settings = _read(path / "config_sentence_transformers.json", default={})
-    if "Pooling" in kinds and any((settings.get("prompts") or {}).values()):
-        _check_prompts_pooled(path / kinds["Pooling"] / "config.json")
     limits = _read(transformer / "sentence_bert_config.json", default={})
     return Source(
         path=path,
@@ -162,6 +165,7 @@ def _source(path: Path, pooling: str | None) -> Source:
         max_length=limits.get("max_seq_length"),
         prompts={name: text or "" for name, text in (settings.get("prompts") or {}).items()},
         default_prompt_name=settings.get("default_prompt_name"),
+        include_prompt=include_prompt,
     )
 
 
@@ -203,14 +207,6 @@ def _pooling(file: Path) -> str:
     if not modes:
         raise BenchError(f"{file}: expected a pooling, found none")
     return "+".join(map(str, modes))
-
-
-def _check_prompts_pooled(file: Path) -> None:
-    if _read(file).get("include_prompt") is False:
-        raise BenchError(
-            f"{file}: include_prompt is false, and the reference pools the tokens of a prompt; take the prompts "
-            "out of a copy of the model's config_sentence_transformers.json and measure that one"
-        )
 
 
 def _dense(folder: Path) -> DenseModule:

@@ -39,6 +39,7 @@ class TextTokens:
             BenchError: no file names a maximum length.
         """
         self._tokenizer: Any = _load(source)
+        self._include_prompt = source.include_prompt
         self._tokenizer.padding_side = "right"
         self.pad_token_id = int(self._tokenizer.pad_token_id or 0)
         self.max_length = _max_length(source, int(self._tokenizer.model_max_length))
@@ -57,6 +58,16 @@ class TextTokens:
         )
         rows: list[list[int]] = encoded["input_ids"]
         return rows
+
+    def unpooled(self, prompt: str) -> int:
+        """Return how many first tokens of a text behind ``prompt`` the pooling leaves out.
+
+        As sentence-transformers counts: the prompt's own tokens, without a special one at their end.
+        """
+        if self._include_prompt or not prompt:
+            return 0
+        [ids] = self([prompt])
+        return len(ids) - (bool(ids) and ids[-1] in self._tokenizer.all_special_ids)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
         """Return ids and mask, int64 ``[batch, longest]``, padded on the right."""

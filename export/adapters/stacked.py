@@ -31,6 +31,7 @@ __all__ = ["STACKED", "stacked_adapters"]
 
 STACKED = r"\.parametrizations\.weight\.0\.lora_[AB]"
 _STACKED = re.compile(r"(?P<module>.+)\.parametrizations\.weight\.0\.lora_(?P<factor>[AB])")
+_ORIGINAL = ".parametrizations.weight.original"
 _TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")
 
 
@@ -98,9 +99,10 @@ def stacked_adapters(
         heads: starts of canonical names of modules that cannot reach the vector; they are left out.
 
     Raises:
-        CheckpointError: there are none, or of another number of tasks.
+        CheckpointError: there are none, or of another number of tasks, or a module that has them lacks its own.
     """
     stacks: dict[str, _Stack] = {}
+    adapted: set[str] = set()
     for key, file in checkpoint.stored.items():
         match = _STACKED.fullmatch(key)
         if match is None or canonical(f"{match['module']}.weight").startswith(heads):
@@ -111,6 +113,7 @@ def stacked_adapters(
                 f"{file.path}: {key} has the shape {list(shape)}, expected {len(names)} matrices, one for each "
                 f"of {', '.join(names)}, as lora_adaptations in config.json has them"
             )
+        adapted.add(match["module"])
         table = match["module"].endswith(_TABLES)
         part = "lora_embedding_" if table else "lora_"
         name = f"{PREFIX}{match['module']}.{part}{match['factor']}{'' if table else '.weight'}"
@@ -120,6 +123,15 @@ def stacked_adapters(
             f"{checkpoint.path}: expected the adapters of {', '.join(names)} among the weights, as "
             "lora_adaptations in config.json says, found none; is config.json of the same model as the weights?"
         )
+    for key, file in checkpoint.stored.items():
+        module = key.removesuffix(_ORIGINAL)
+        is_head = canonical(f"{module}.weight").startswith(heads)
+        if module != key and module not in adapted and not is_head:
+            raise CheckpointError(
+                f"{file.path}: {key} is a weight beside adapters, and there is no {module}"
+                ".parametrizations.weight.0.lora_A and lora_B; expected both: without them the tasks' vectors "
+                "are others. Fetch the weights again"
+            )
     settings = LoraSettings(
         r=rank,
         lora_alpha=alpha,

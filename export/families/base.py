@@ -18,6 +18,7 @@ from embedge.export.families.config_keys import DEFAULTS
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.values import LinearRef
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.config import ConfigReader, Shape
 from embedge.export.source.sentence_transformers import SentenceSettings
@@ -54,6 +55,10 @@ class Tower(ConfigReader, ABC):
     def streams(self) -> tuple[ResidualStream, ...]:
         """Its own residual streams that may be rotated."""
 
+    @abstractmethod
+    def check_tensors(self, names: Iterable[str]) -> None:
+        """As :meth:`Family.check_tensors`."""
+
 
 class Family(ConfigReader, ABC):
     """One architecture, for one ``config.json``.
@@ -67,8 +72,7 @@ class Family(ConfigReader, ABC):
         fused: ends of modules whose rows are those of several, and the ends of their names, in order.
         aside: ends of names of tensors that are adapters, as a regular expression; "" for none.
         aliases: other names that config.json may give a setting, and the one it is read by.
-        default_pooling: where neither the model nor the caller says.
-        guess: what to say where the default is taken, "" for nothing.
+        pooling_hint: what to say where the model's files name no pooling, "" for nothing.
         tower: what makes states of other things than texts, or ``None``.
         fits_half: whether its values fit float16, which graphs for GPUs multiply in.
         architecture: what the graph is written from.
@@ -89,8 +93,7 @@ class Family(ConfigReader, ABC):
     fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     aside: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
-    default_pooling: ClassVar[str | None] = None
-    guess: ClassVar[str] = ""
+    pooling_hint: ClassVar[str] = ""
     tower: ClassVar[type[Tower] | None] = None
     fits_half: ClassVar[bool] = True
 
@@ -117,6 +120,11 @@ class Family(ConfigReader, ABC):
     def completed(cls, settings: SentenceSettings, config: Mapping[str, Any]) -> SentenceSettings:
         """The settings with what the family knows beyond the model's files."""
         return settings
+
+    @classmethod
+    def guessed_pooling(cls, config: Mapping[str, Any]) -> str | None:
+        """What is taken, with a warning, where neither the model's files nor the caller name a pooling."""
+        return None
 
     @classmethod
     def own_tasks(cls, config: Mapping[str, Any], name: str) -> dict[str, str | None]:
@@ -190,22 +198,15 @@ class Family(ConfigReader, ABC):
         return self.architecture.shapes()
 
     def check_tensors(self, names: Iterable[str]) -> None:
-        """Refuse biases that transformers would leave out though the graph would add them.
+        """Refuse biases that config.json does not declare, and the lack of those that it does.
 
         Args:
             names: canonical names of the checkpoint's own tensors.
+
+        Raises:
+            CheckpointError: transformers would leave a bias out, or put zeros in the place of one.
         """
-        parts = self.architecture.sublayers
-        linears = (linear for part in parts for linear in (*part.linears, part.out))
-        unbiased = {linear.bias for linear in linears if not linear.has_bias}
-        for name in names:
-            if name in unbiased:
-                keys = (f"{key} {self.config.get(key)!r}" for key in ("attention_bias", "mlp_bias"))
-                raise CheckpointError(
-                    f"{name}: expected no such tensor by config.json ({self.config['model_type']}, "
-                    f"{', '.join(keys)}), so that transformers leaves it out; correct config.json, or "
-                    "delete the tensor"
-                )
+        check_biases(self.architecture.linears, names, self.config)
 
     def check_length(self, positions: int) -> None:
         """Refuse texts that are longer than the model's positions."""
@@ -237,9 +238,43 @@ class Family(ConfigReader, ABC):
         return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
+def check_biases(
+    linears: Iterable[LinearRef], names: Iterable[str], config: Mapping[str, Any]
+) -> None:
+    """Refuse a bias that the architecture does not have, and the lack of one that it has.
+
+    Args:
+        linears: the architecture's.
+        names: canonical names of the checkpoint's own tensors.
+        config: the model's settings, for the message.
+
+    Raises:
+        CheckpointError: naming the bias.
+    """
+    there = set(names)
+    for linear in linears:
+        if (linear.bias in there) == linear.has_bias:
+            continue
+        flags = (f"{key} {config[key]!r}" for key in sorted(config) if key.endswith("_bias"))
+        said = ", ".join((str(config["model_type"]), *flags))
+        if linear.has_bias:
+            raise CheckpointError(
+                f"{linear.bias}: expected this tensor by config.json ({said}), found none, and zeros in its place "
+                "would give other vectors; is config.json of the same model as the weights? Correct config.json "
+                "where the model has no such bias, or fetch the weights again"
+            )
+        raise CheckpointError(
+            f"{linear.bias}: expected no such tensor by config.json ({said}), so that transformers leaves it "
+            "out; correct config.json, or delete the tensor"
+        )
+
+
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with the settings of its ``text_config``, if it has one, at the top."""
+    """A config.json with the settings of its ``text_config``, if it has one, at the top.
+
+    A null there stands for itself, but where the top has a value.
+    """
     text = config.get("text_config")
     own = text if isinstance(text, dict) else {}
-    own = {key: value for key, value in own.items() if value is not None and key != "model_type"}
+    own = {k: v for k, v in own.items() if k != "model_type" and (v is not None or k not in config)}
     return {**config, **own}

@@ -24,6 +24,11 @@ from embedge.export.graph.values import LinearRef
 from embedge.export.source.sentence_transformers import SentenceSettings
 from embedge.export.weights.tensors import NormRef
 
+_MERGED_V5 = (
+    "If it is one task of jina-embeddings-v5-text, merged, name its folder as it is published, "
+    "jina-embeddings-v5-text-{}-TASK, by which its pooling and prompts are known"
+)
+
 
 class Decoder(Family):
     """Rotary positions, RMSNorm, grouped-query attention and a gated MLP.
@@ -40,12 +45,18 @@ class Decoder(Family):
         *("embed_tokens", "layers", "norm", "multi_vector_projector"),
         *HEAD_ROOTS,
     )
-    default_pooling: ClassVar[str | None] = "lasttoken"
     biases: ClassVar[Mapping[str, bool | str]] = {"qkv": False, "o": False, "mlp": False}
     head_norms: ClassVar[bool] = False
     default_theta: ClassVar[float | None] = 10000.0
     reads_is_causal: ClassVar[bool] = True
     causal: bool = True
+
+    @classmethod
+    def guessed_pooling(cls, config: Mapping[str, Any]) -> str | None:
+        """As sentence-transformers: the last token, of what was saved as a causal language model."""
+        classes = config.get("architectures") or [""]
+        causal = config.get("is_causal", True) is True if cls.reads_is_causal else cls.causal
+        return "lasttoken" if causal and str(classes[0]).endswith("ForCausalLM") else None
 
     def declare(self) -> Architecture:
         self.heads = self.integer("num_attention_heads")
@@ -147,9 +158,13 @@ class LlamaBidirectional(Llama):
 
     model_types = ("llama_bidirec",)
     examples: ClassVar = {"llama_bidirec": "nvidia/llama-nemotron-embed-1b-v2"}
-    default_pooling = "mean"
     reads_is_causal = False
     causal = False
+
+    @classmethod
+    def completed(cls, settings: SentenceSettings, config: Mapping[str, Any]) -> SentenceSettings:
+        # no modules.json: the published class's own ``pooling`` is "avg"
+        return settings if settings.pooling else replace(settings, pooling="mean")
 
 
 class EuroBert(Llama):
@@ -157,7 +172,7 @@ class EuroBert(Llama):
 
     model_types: ClassVar[tuple[str, ...]] = ("eurobert",)
     examples: ClassVar = {"eurobert": "EuroBERT/EuroBERT-210m"}
-    default_pooling: ClassVar[str | None] = None
+    pooling_hint = _MERGED_V5.format("nano")
     default_theta = None  # 10,000 in transformers' class, 250,000 in the published code
     reads_is_causal = False
     causal = False
@@ -193,6 +208,7 @@ class Qwen3(Qwen2):
 
     model_types = ("qwen3",)
     examples: ClassVar = {"qwen3": "Qwen/Qwen3-Embedding-0.6B"}
+    pooling_hint = _MERGED_V5.format("small")
     biases: ClassVar = {"qkv": "attention_bias", "o": "attention_bias", "mlp": False}
     head_norms = True
 
@@ -202,7 +218,6 @@ class PplxQwen3(Qwen3):
 
     model_types = ("bidirectional_pplx_qwen3",)
     examples: ClassVar = {"bidirectional_pplx_qwen3": "perplexity-ai/pplx-embed-v1-0.6b"}
-    default_pooling = None
     reads_is_causal = False
     causal = False
 
@@ -213,7 +228,6 @@ class Voyage4(Qwen3):
     model_types = ("voyage_4",)
     examples: ClassVar = {"voyage_4": "voyageai/voyage-4-nano"}
     roots = (*Qwen3.roots, "linear")
-    default_pooling = None
     reads_is_causal = False
     causal = False
 

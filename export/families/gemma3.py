@@ -8,6 +8,7 @@ Source: transformers' ``Gemma3TextModel``; Vera et al., arXiv 2509.20354.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from embedge.export.graph.architecture import Architecture, Attention, Layer, Ml
 from embedge.export.graph.rotary import Rope
 from embedge.export.graph.values import LinearRef
 from embedge.export.weights.tensors import NormRef
+from embedge.runtime.errors import EmbedgeWarning
 
 _EVERY = 6  # transformers' default: a layer of so many attends to all tokens
 
@@ -103,6 +105,7 @@ class Gemma3(GemmaLayers):
             },
         )
         spans = {kind: self._span(kind) for kind in set(types)}
+        self._tell_halved(types)
         return Architecture(
             hidden_size=self.hidden_size,
             max_length=self.max_length,
@@ -119,6 +122,25 @@ class Gemma3(GemmaLayers):
             final_norm=self.norm("norm"),
         )
 
+    def _tell_halved(self, types: list[str]) -> None:
+        """Warn of a window that transformers 4 halved as it saved the model: it and its successor halve it again."""
+        window = self.config.get("sliding_window")
+        both = self.config.get("use_bidirectional_attention") is True
+        if (
+            both
+            and "sliding_attention" in types
+            and isinstance(window, int)
+            and window > 1
+            and window % 2
+        ):
+            warnings.warn(
+                f"config.json: sliding_window is {window}, odd as transformers 4 leaves it, which halves it each time "
+                f"it saves a model that sees both sides. Tokens see {window // 2} to either side, as transformers "
+                f"loads this file; if the model was trained with {window - 1}, write {2 * (window - 1)} there",
+                EmbedgeWarning,
+                stacklevel=6,
+            )
+
     def _span(self, kind: str) -> Span:
         """What a kind of layers attends to; ``sliding_window`` counts both sides where attention has two."""
         both = self.config.get("use_bidirectional_attention")
@@ -126,7 +148,8 @@ class Gemma3(GemmaLayers):
             raise self.unsupported("use_bidirectional_attention", both, "true or false")
         if kind == "full_attention":
             return Span(causal=not both)
-        window = self.integer("sliding_window")
+        # transformers counts half of it to either side, itself included: 0 is what version 5 saves of 1
+        window = self.integer("sliding_window", minimum=0 if both else 1)
         reach = window // 2 if both else window - 1
         return Span(reach=reach if reach < self.max_length - 1 else None, causal=not both)
 

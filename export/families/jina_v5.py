@@ -27,8 +27,6 @@ _MATRYOSHKA = (32, 64, 128, 256, 512, 768, 1024)
 class _JinaV5(Family):
     """What both sizes share."""
 
-    default_pooling: ClassVar[str | None] = None
-
     @classmethod
     def completed(cls, settings: SentenceSettings, config: Mapping[str, Any]) -> SentenceSettings:
         if settings.pooling is None:  # no modules.json: as the published encode() does it

@@ -10,14 +10,14 @@ transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
 from embedge.export.errors import CheckpointError
-from embedge.export.families.base import Tower
+from embedge.export.families.base import Tower, check_biases
 from embedge.export.graph.architecture import (
     Attention,
     Layer,
@@ -36,7 +36,8 @@ from embedge.export.weights.rotated import ResidualStream
 from embedge.export.weights.tensors import NormRef, Weights
 
 OUTPUT = "image_features"
-PATCHES, MERGED = LinearRef("visual.patch_embed.proj"), LinearRef("visual.merger.mlp.0")
+PATCHES = LinearRef("visual.patch_embed.proj", has_bias=False)
+MERGED = LinearRef("visual.merger.mlp.0")
 FEATURE_WRITER = LinearRef("visual.merger.mlp.2")
 _ROTARY_THETA = 10000.0  # fixed in the model's code
 _IMAGE_AXES = ["images", "patches"]
@@ -137,6 +138,11 @@ class Qwen25Vision(Tower):
             MERGED.name: (group, group),
             FEATURE_WRITER.name: (self.out_width, group),
         }
+
+    def check_tensors(self, names: Iterable[str]) -> None:
+        parts = [part for layer in self.layers for part in layer.sublayers]
+        linears = [linear for part in parts for linear in (*part.linears, part.out)]
+        check_biases((PATCHES, *linears, MERGED, FEATURE_WRITER), names, self.config)
 
     def streams(self) -> tuple[ResidualStream, ...]:
         """The tower's own residual stream."""

@@ -36,13 +36,16 @@ class Qwen25VL(Qwen2):
     )
     roots = (*Qwen2.roots, "visual")
     ignored = (*Qwen2.ignored, Qwen25Vision.prefix)
-    default_pooling = "mean"
-    guess = (
+    pooling_hint = (
         "If it is one task of jina-embeddings-v4, merged, name its folder as it is published: "
-        "jina-embeddings-v4-vllm-TASK; otherwise give pooling= (--pooling)"
+        "jina-embeddings-v4-vllm-TASK"
     )
     default_theta = 1e6
     tower = Qwen25Vision
+
+    @classmethod
+    def guessed_pooling(cls, config: Mapping[str, Any]) -> str:
+        return "mean"
 
     def declare(self) -> Architecture:
         # the tower's last Linear writes the stream too: its features take the places of tokens

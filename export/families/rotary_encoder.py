@@ -7,10 +7,8 @@ published names, also where transformers 5 saves them, and fused tensors, whose 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import ClassVar
 
-from embedge.export.errors import CheckpointError
 from embedge.export.families.base import HEAD_ROOTS, HEADS, Family
 from embedge.export.families.ropes import rope_of
 from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp
@@ -91,14 +89,3 @@ class RotaryEncoder(Family):
             head_size=rope.head_size,
             rope=rope,
         )
-
-    def check_tensors(self, names: Iterable[str]) -> None:
-        there = set(names)
-        super().check_tensors(there)
-        for part in self.architecture.sublayers:
-            for linear in (*part.linears, part.out):
-                if linear.has_bias and linear.weight in there and linear.bias not in there:
-                    raise CheckpointError(
-                        f"{linear.bias}: expected this tensor by config.json ({self.config['model_type']}), "
-                        "found none; is config.json of the same model as the weights?"
-                    )

@@ -250,6 +250,15 @@ class Architecture:
         return (part for layer in self.layers for part in layer.sublayers)
 
     @property
+    def linears(self) -> Iterator[LinearRef]:
+        """All Linears of the model; rows of a fused one by themselves."""
+        for part in self.sublayers:
+            yield from (*part.linears, part.out)
+            if isinstance(part, TokenGate):
+                yield part.token_linear
+        yield from (one for one in (self.state_projection, self.token_head) if one is not None)
+
+    @property
     def token_gates(self) -> list[TokenGate]:
         """Those of all layers, in order."""
         return [layer.token_gate for layer in self.layers if layer.token_gate is not None]

@@ -44,7 +44,7 @@ GEMMA: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 16,
     "query_pre_attn_scalar": 24,
-    "sliding_window": 2 * WINDOW,
+    "sliding_window": 2 * (WINDOW + 1),
     "sliding_window_pattern": 2,
 }
 CONFIGS: dict[str, dict[str, Any]] = {

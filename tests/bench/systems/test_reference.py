@@ -98,6 +98,37 @@ def test_the_bare_reference_equals_sentence_transformers(model: Path) -> None:
     np.testing.assert_allclose(Reference(model).encode(TEXTS), theirs, atol=SAME)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens"),
+        *("weightedmean_tokens", "lasttoken"),
+    ],
+)
+@pytest.mark.parametrize("ends", [True, False], ids=["with an end", "without"])
+def test_a_prompt_that_is_not_pooled_is_left_out_as_sentence_transformers_does(
+    flag: str, ends: bool, model: Path, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    pooling = {"word_embedding_dimension": 32, f"pooling_mode_{flag}": True}
+    (folder / "1_Pooling/config.json").write_text(json.dumps({**pooling, "include_prompt": False}))
+    if not ends:  # the prompt is all there is of a text without characters
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["post_processor"] = None
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    reference = Reference(folder)
+    theirs = library.SentenceTransformer(str(folder), device="cpu")
+
+    for prompt in ("q ", "find this: ", ""):
+        texts = [*TEXTS, *([""] if prompt and ends else [])]
+        found = reference.encode(texts, batch_size=3, prompt=prompt)
+        np.testing.assert_allclose(found, theirs.encode(texts, prompt=prompt), atol=SAME)
+    pooled = reference.encode(["q fox"], prompt="")
+    if flag != "lasttoken":
+        assert np.abs(pooled - reference.encode(["fox"], prompt="q ")).max() > 0.001
+
+
 def test_a_prompt_is_put_before_the_text(model: Path) -> None:
     reference = Reference(model)
 

@@ -432,6 +432,15 @@ def test_voyage_of_another_kind_is_refused(
         exported(source, tmp_path / "out")
 
 
+def test_voyage_with_a_bias_of_its_projection_is_refused(tmp_path: Path) -> None:
+    _, _, source = write_voyage(tmp_path / "source")
+    file = source / "model.safetensors"
+    bias = {"linear.bias": torch.ones(48)}
+    save_file({**load_file(file), **bias}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"linear\.bias: expected no such tensor"):
+        exported(source, tmp_path / "out")
+
+
 def test_voyage_without_its_projection_is_refused(tmp_path: Path) -> None:
     _, _, source = write_voyage(tmp_path / "source")
     set_projection(source, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,14 +37,24 @@ class Kind:
         settings: of the tiny model beyond that entry.
         values: what its keys are changed to, beyond ``VALUES``.
         causal: whether tokens see only what is before them.
+        around: keys of config.json beside ``text_config``, which has the model's own; ``None`` without one.
     """
 
     model: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     causal: bool = False
+    around: Mapping[str, Any] | None = None
 
 
+EMBEDDING_GEMMA2: dict[str, Sequence[Any]] = {
+    "hidden_size_per_layer_input": [16],
+    "per_layer_config": [{}, None, {"1": {"head_dim": 8}}, {"0": {"head_dim": 4}}],
+    "embedding_dim": [24],
+    "global_head_dim": [8],
+    "num_global_key_value_heads": [2],
+    "sliding_window": [0, 9, None],
+}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 # Types that this version of transformers has no class for are left out: add yours in any case.
 KINDS: dict[str, Kind] = {
@@ -73,15 +84,12 @@ KINDS: dict[str, Kind] = {
         }
     ),
     "jina_embeddings_v3": Kind(),
-    "embedding_gemma2_text": Kind(
-        values={
-            "hidden_size_per_layer_input": [16],
-            "per_layer_config": [{}, None, {"1": {"head_dim": 8}}, {"0": {"head_dim": 4}}],
-            "embedding_dim": [24],
-            "global_head_dim": [8],
-            "num_global_key_value_heads": [2],
-            "sliding_window": [0, 9, None],
-        }
+    "embedding_gemma2_text": Kind(values=EMBEDDING_GEMMA2),
+    "embedding_gemma2": Kind(
+        model="embedding_gemma2_text",
+        values=EMBEDDING_GEMMA2
+        | {"image_token_id": [60, None], "audio_config": [], "vision_config": []},
+        around={"image_token_id": 40, "video_token_id": 41, "audio_token_id": 42},
     ),
     "gte": Kind(values={"layer_norm_type": ["rms_norm"], "pack_qkv": [False]}),
     "modernbert": Kind(
@@ -206,9 +214,21 @@ class Sources(dict[str, Path]):
         kind = KINDS[name]
         model = make_model(kind.model or name, **kind.settings)
         self[name] = save(model, self.root / name, pooling="mean", max_length=40)
-        if kind.model:
+        if kind.around is not None:
+            put_around(self[name], {"model_type": name, **kind.around})
+        elif kind.model:
             change(self[name], model_type=name, architectures=None)
         return self[name]
+
+
+def put_around(source: Path, around: Mapping[str, Any]) -> None:
+    """Make a text model the ``language_model`` of one with these keys, and its keys ``text_config``."""
+    config = json.loads((source / "config.json").read_text())
+    config.pop("architectures")
+    write_json(source / "config.json", {**around, "text_config": config})
+    file = source / "model.safetensors"
+    tensors = {f"language_model.{key}": value for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +249,27 @@ def copied(source: Path, folder: Path) -> Path:
 
 def change(source: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
     file = source / "config.json"
-    config = {**json.loads(file.read_text()), **changes}
-    write_json(file, {key: value for key, value in config.items() if key not in drop})
+    config = json.loads(file.read_text())
+    text = config.get("text_config")
+    for key, value in changes.items():
+        inner = isinstance(text, dict) and key not in config and key in known(text["model_type"])
+        (text if inner else config)[key] = value
+    for key in drop:
+        for part in (config, text or {}):
+            part.pop(key, None)
+    write_json(file, config)
+
+
+def known(kind: str) -> set[str]:
+    """The keys that are known of a model type."""
+    table = KEYS[kind]
+    return {*table.used, *table.harmless, *table.fixed, *_HARMLESS, *_FIXED, *_ELSEWHERE}
+
+
+def flat(source: Path) -> dict[str, Any]:
+    """A config.json with the keys of its ``text_config`` beside its own."""
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    return {**config.get("text_config", {}), **config}
 
 
 def theirs(source: Path) -> Any:
@@ -314,16 +353,10 @@ def others(kind: str, key: str, value: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen2_5_vl"])
 def test_every_key_of_transformers_class_has_a_meaning(kind: str) -> None:
-    table = KEYS[kind]
-    known = table.used | table.harmless | set(table.fixed) | _HARMLESS | set(_FIXED) | _ELSEWHERE
-    assert keys_of(kind) - known == set()
+    assert keys_of(kind) - known(kind) == set()
     if kind == "qwen2_5_vl":
         vision = transformers.CONFIG_MAPPING[kind]().vision_config.to_dict()
-        table = KEYS["vision"]
-        known = (
-            table.used | table.harmless | set(table.fixed) | _HARMLESS | set(_FIXED) | _ELSEWHERE
-        )
-        assert set(vision) - known - {"model_type"} == set()
+        assert set(vision) - known("vision") - {"model_type"} == set()
 
 
 def test_no_key_has_two_meanings() -> None:
@@ -337,7 +370,7 @@ def test_no_key_has_two_meanings() -> None:
 def test_a_key_changes_the_vector_as_in_transformers_or_is_refused(
     kind: str, sources: Sources, tmp_path: Path
 ) -> None:
-    config = json.loads((sources[kind] / "config.json").read_text())
+    config = flat(sources[kind])
     table = KEYS[kind]
     outcomes = {}
     for key in sorted(table.used | set(table.fixed)):
@@ -352,7 +385,7 @@ def test_a_key_changes_the_vector_as_in_transformers_or_is_refused(
 def test_a_missing_key_has_the_default_of_transformers(
     kind: str, sources: Sources, tmp_path: Path
 ) -> None:
-    config = json.loads((sources[kind] / "config.json").read_text())
+    config = flat(sources[kind])
     outcomes = {}
     for key in sorted(set(config) & KEYS[kind].used):
         outcomes[key] = outcome(sources[kind], tmp_path, drop=(key,))
@@ -387,7 +420,7 @@ def test_bookkeeping_of_all_sorts_locks_nobody_out(
         transformers_version="9.9",
         id2label={"0": "a"},
         attention_dropout=0.3,
-        initializer_range=7,
+        initializer_range=7.0,
         use_cache=False,
         tie_word_embeddings=True,
     )
@@ -471,6 +504,36 @@ def test_tensors_that_transformers_would_leave_out_are_refused_by_name(
     model = make_model(kind, **KINDS[kind].settings)
     source = save(model, tmp_path / "source", extra={name: torch.ones(32)})
     with pytest.raises(CheckpointError, match=name):
+        export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        ("bert", {}, "encoder.layer.1.attention.self.query.bias"),
+        ("distilbert", {}, "transformer.layer.0.ffn.lin1.bias"),
+        ("mpnet", {}, "encoder.layer.0.attention.attn.o.bias"),
+        pytest.param(
+            *("modernbert-with-biases", {}, "layers.1.attn.Wqkv.bias"), marks=pytest.mark.slow
+        ),
+        ("llama", {"attention_bias": True}, "layers.0.self_attn.q_proj.bias"),
+        ("llama", {"mlp_bias": True}, "layers.0.mlp.gate_proj.bias"),
+        ("qwen2", {}, "layers.1.self_attn.k_proj.bias"),
+        ("qwen3", {"attention_bias": True}, "layers.0.self_attn.q_proj.bias"),
+        ("gemma3_text", {"attention_bias": True}, "layers.0.self_attn.q_proj.bias"),
+    ],
+    ids=str,
+)
+def test_a_missing_bias_is_refused_by_name(
+    kind: str, settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    source = save(make_model(kind), tmp_path / "source")
+    file = source / "model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if not k.endswith(name)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    change(source, **settings)
+    said = ".*".join([re.escape(name), "expected this tensor", *settings])
+    with pytest.raises(CheckpointError, match=said):
         export_bundle(source, adapters={"t": None}, precisions=["fp32"], out=tmp_path / "out")
 
 

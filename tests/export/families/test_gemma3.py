@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from embedge.export import CheckpointError, export_bundle
-from embedge.runtime import Embedder, EmbedgeValueError
+from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
 from tests.helpers.gemma import (
     EMBEDDING_GEMMA,
     PROMPTS,
@@ -40,7 +41,7 @@ CAUSAL = {"use_bidirectional_attention": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "both ways": {},
     "both ways, wide": {"sliding_window": 600},
-    "both ways, odd": {"sliding_window": 33, "attention_bias": True},
+    "both ways, biases": {"sliding_window": 34, "attention_bias": True},
     "causal": CAUSAL,
 }
 
@@ -195,7 +196,7 @@ def test_prompts_and_ids_are_those_of_the_tokenizer(
     [
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, expected null"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
-        ({"sliding_window": None}, "sliding_window: expected a positive integer, found None"),
+        ({"sliding_window": None}, "sliding_window: expected an integer of at least 0, found None"),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0.0"),
         ({"is_causal": False}, "is_causal is false"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
@@ -212,6 +213,45 @@ def test_what_is_not_implemented_is_refused_by_name(
     source = shutil.copytree(sources["both ways"], tmp_path / "source")
     write_json(source / "config.json", {**read_config(source), **changes})
     with pytest.raises(CheckpointError, match=message):
+        exported(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 5, 8, 513])
+def test_a_window_means_what_it_means_to_the_loader_however_often_it_was_saved(
+    window: int, tmp_path: Path
+) -> None:
+    source = write_source(tmp_path / "source", {"sliding_window": window})
+    for times in range(3):
+        expected, found = Reference(source).encode(TEXTS[5:]), read_config(source)["sliding_window"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", EmbedgeWarning)
+            model = exported(source, tmp_path / f"out-{times}")
+        assert cosines(model.encode(TEXTS[5:]), expected).min() >= BOUND
+        said = [str(w.message) for w in caught if "sliding_window" in str(w.message)]
+        assert len(said) == (found > 1 and found % 2)
+        assert all(f"write {2 * (found - 1)} there" in line for line in said)
+        transformers.AutoModel.from_pretrained(source).save_pretrained(source)
+
+
+def test_what_the_warning_of_a_halved_window_says_to_write_gives_the_trained_model_back(
+    tmp_path: Path,
+) -> None:
+    source = write_source(tmp_path / "source", {"sliding_window": 16})
+    trained = Reference(source).encode(SHORT)
+    write_json(source / "config.json", {**read_config(source), "sliding_window": 9})  # by 4.57
+    with pytest.warns(EmbedgeWarning, match=r"sliding_window is 9, .* write 16 there"):
+        halved = exported(source, tmp_path / "halved").encode(SHORT)
+    assert cosines(halved, trained).min() < 0.9999
+    write_json(source / "config.json", {**read_config(source), "sliding_window": 16})
+    assert cosines(exported(source, tmp_path / "out").encode(SHORT), trained).min() >= BOUND
+
+
+def test_a_window_of_none_is_refused_where_attention_is_causal(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(sources["causal"], tmp_path / "source")
+    write_json(source / "config.json", {**read_config(source), "sliding_window": 0})
+    with pytest.raises(CheckpointError, match="sliding_window: expected a positive integer"):
         exported(source, tmp_path / "out")
 
 

@@ -275,6 +275,7 @@ def test_what_does_not_fit_is_refused_by_name(
         ("lora_", "expected the adapters of retrieval.query"),
         ("layers.1.mlp.fc1.parametrizations.weight.0.lora_B", "has lora_A but no lora_B"),
         ("layers.1.mlp.fc1.parametrizations.weight.original", "finds no tensor"),
+        ("layers.1.mlp.fc1.parametrizations.weight.0.", "weight beside adapters, and there is no"),
         ("layers.1.mlp.fc1.bias", r"fc1\.bias: expected this tensor"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch as st
 import torch
 import transformers
 from jina_v4_layout import SHORT
@@ -386,6 +387,24 @@ def test_without_its_preprocessor_only_texts_can_be_exported(
     (copy / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json.*modality"):
         export_bundle(copy, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["visual.blocks.0.attn.qkv.bias", "visual.merger.mlp.2.bias", "multi_vector_projector.bias"],
+)
+def test_a_missing_bias_is_refused_by_name(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    for file in copy.glob("*.safetensors"):
+        kept = {key: value for key, value in st.load_file(file).items() if key != name}
+        st.save_file(kept, file, metadata={"format": "pt"})
+    for index in copy.glob("*.index.json"):
+        content = json.loads(index.read_text())
+        content["weight_map"].pop(name, None)
+        index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"{name}: expected this tensor"):
+        export_bundle(copy, precisions=["fp32"], out=tmp_path / "out", calibration="none")
 
 
 def test_remote_code_is_never_run(checkpoint: Path, tmp_path: Path) -> None:
