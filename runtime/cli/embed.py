@@ -3,6 +3,8 @@
 A line of JSONL out is ``{"embedding": […]}``, after the members of the line in, if that was JSONL too:
 all but the text, and an ``embedding`` of its own, whose place the vector takes.
 
+With ``--multi-vector``, and of a late-interaction model, ``embedding`` is a list of vectors, one a token.
+
 Neither format has a place for the vectors' fingerprint: it goes into a file of its own, which gets its name after the
 output has.
 
@@ -39,7 +41,7 @@ __all__ = ["add_arguments", "run"]
 
 # A chunk is what is read and embedded before the next one is read; it is written meanwhile.
 _CHUNK_TEXTS = 1024
-_CHUNK_IMAGES = 64
+_CHUNK_FEW = 64  # images, or texts of a vector a token
 _CHUNK_CHARACTERS = 4_000_000
 
 
@@ -79,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: npy where the output's name ends in .npy, else jsonl",
     )  # fmt: skip
     add("--prompt-name", metavar="NAME", help="a prompt of the task")
+    add(
+        "--role", choices=("query", "document"),
+        help="embed as encode_query or encode_document do: with that prompt, and the rules of late interaction",
+    )  # fmt: skip
+    add(
+        "--multi-vector", action="store_true",
+        help="a vector a token, as JSONL; a late-interaction model gives no others",
+    )  # fmt: skip
     add("--truncate-dim", type=int, metavar="N", help="length of the vectors")
     add(
         "--normalize", action="store_true", dest="normalize_embeddings",
@@ -113,7 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   embedge embed bundle --task code < lines.txt > vectors.jsonl
   embedge embed bundle --input in.jsonl --field text --output vectors.npy
-  ls *.png | embedge embed bundle --images --precision auto > vectors.jsonl"""
+  ls *.png | embedge embed bundle --images --precision auto > vectors.jsonl
+  embedge embed colbert --role document --input in.jsonl --field text > multi-vectors.jsonl"""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,13 +142,18 @@ def run(args: argparse.Namespace) -> int:
     file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
     model = Embedder(args.bundle, **_given(args, EmbedderOptions))
     if model.similarity_fn_name in TOKEN_KINDS:
+        _check_late(args)
+    args.multi_vector |= model.similarity_fn_name in TOKEN_KINDS
+    if args.multi_vector and file_format == "npy":
         raise EmbedgeValueError(
-            f"{args.bundle}: the model has a vector a token and none a text, which this command does not write; in "
-            "Python, Embedder.encode_query and encode_document with multi_vector=True give them"
+            "--format npy: texts differ in their number of vectors, and .npy has rows of one length; expected "
+            "--format jsonl, or a name of the output that does not end in .npy"
         )
     options = _given(args, ImageOptions if args.images else EncodeOptions)
-    encode = model.encode_image if args.images else model.encode
-    dim = encode([], **options).shape[1]  # a wrong call shows before anything is read
+    options["multi_vector"] = args.multi_vector
+    encode = _encoder(args, model)
+    none = encode([], **options)  # a wrong call shows before anything is read
+    dim = 0 if args.multi_vector else none.shape[1]
     kind = _kind(args, model)
     with ExitStack() as stack:
         if kind is not None and args.fingerprint is not None:  # gets its name after the output
@@ -155,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         written: Future[Any] = thread.submit(int)
         for records in chunked(
             read_records(source, field),
-            texts=max(_CHUNK_IMAGES if args.images else _CHUNK_TEXTS, args.batch_size),
+            texts=max(_chunk(args), args.batch_size),
             characters=_CHUNK_CHARACTERS,
         ):
             with progress.counts_all():  # as they are embedded, which may take minutes a chunk
@@ -170,7 +186,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses options that do not go together."""
     if args.field is not None and args.input_format == "lines":
         raise EmbedgeValueError("--field is for JSONL; leave out --input-format lines")
-    for name in ("prompt_name", "max_batch_tokens", "on_truncate"):
+    for name in ("prompt_name", "role", "max_batch_tokens", "on_truncate"):
         if args.images and getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise EmbedgeValueError(f"--{option} is for texts; leave it out with --images")
@@ -187,6 +203,28 @@ def _check(args: argparse.Namespace) -> None:
         raise EmbedgeValueError(
             f"--output {args.output} is the input, whose texts would be lost; name another file"
         )
+
+
+def _check_late(args: argparse.Namespace) -> None:
+    """Refuses what a late-interaction model has no vectors for."""
+    if args.role is None:
+        raise EmbedgeValueError(
+            f"{args.bundle}: a late-interaction model, whose queries and documents differ; expected --role query or "
+            "--role document"
+        )
+
+
+def _encoder(args: argparse.Namespace, model: Embedder) -> Callable[..., Any]:
+    """The method that embeds the input."""
+    if args.images:
+        return model.encode_image
+    by_role = {"query": model.encode_query, "document": model.encode_document}
+    return model.encode if args.role is None else by_role[args.role]
+
+
+def _chunk(args: argparse.Namespace) -> int:
+    """How many items are held at once with their vectors, at least."""
+    return _CHUNK_FEW if args.images or args.multi_vector else _CHUNK_TEXTS
 
 
 def _kind(args: argparse.Namespace, model: Embedder) -> dict[str, Any] | None:

@@ -25,12 +25,17 @@ __all__ = ["VectorWriter", "open_output", "vector_writer"]
 
 _BLOCK_BYTES = 1 << 20
 
+Vectors = NDArray[np.float32] | Sequence[NDArray[np.float32]]
+
 
 class VectorWriter(Protocol):
     """Takes vectors chunk by chunk."""
 
-    def write(self, others: Sequence[Mapping[str, Any]], vectors: NDArray[np.float32]) -> None:
-        """Writes float32 ``[rows, dim]`` and, where the format can, the rows' other members."""
+    def write(self, others: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
+        """Writes float32 ``[rows, dim]`` and, where the format can, the rows' other members.
+
+        Of multi-vectors each row is float32 ``[tokens, dim]``.
+        """
 
 
 @contextmanager
@@ -169,14 +174,19 @@ class _JsonlWriter:
     def __init__(self, stream: _NamedStream) -> None:
         self._stream = stream
 
-    def write(self, others: Sequence[Mapping[str, Any]], vectors: NDArray[np.float32]) -> None:
+    def write(self, others: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
         for members, vector in zip(others, vectors, strict=True):
-            # The shortest digits that give the float32 back: half the bytes of Python's floats.
-            numbers = ", ".join(vector.astype(str))
             kept = {key: value for key, value in members.items() if key != "embedding"}
             head = json.dumps(kept)[:-1] + (", " if kept else "")
-            self._stream.write(f'{head}"embedding": [{numbers}]}}\n'.encode("ascii"))
+            self._stream.write(f'{head}"embedding": {_as_json(vector)}}}\n'.encode("ascii"))
         self._stream.flush()
+
+
+def _as_json(vector: NDArray[np.float32]) -> str:
+    """A vector, or the rows of one a token, as a JSON array."""
+    # the shortest digits that give the float32 back: half the bytes of Python's floats
+    parts = vector.astype(str) if vector.ndim == 1 else map(_as_json, vector)
+    return f"[{', '.join(parts)}]"
 
 
 class _NpyWriter:
@@ -184,7 +194,7 @@ class _NpyWriter:
         self._stream = stream
         self.rows = 0
 
-    def write(self, others: Sequence[Mapping[str, Any]], vectors: NDArray[np.float32]) -> None:
+    def write(self, others: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
         self._stream.write(np.ascontiguousarray(vectors, "<f4").tobytes())
         self.rows += len(vectors)
 

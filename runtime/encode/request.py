@@ -42,7 +42,10 @@ class CallOptions:
         check_flag("normalize_embeddings", self.normalize_embeddings)
         check_choice("on_truncate", self.on_truncate, ON_TRUNCATE)
         if check_flag("multi_vector", self.multi_vector) and self.truncate_dim is not None:
-            raise EmbedgeValueError("truncate_dim is for single vectors, not multi_vector=True")
+            raise EmbedgeValueError(
+                "truncate_dim is for single vectors, not multi_vector=True",
+                arguments=["truncate_dim", "multi_vector=True"],
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,8 @@ class Request:
         if options.multi_vector:
             if model.multi_vector_dim is None:
                 raise EmbedgeValueError(
-                    f"multi_vector: {source} has no multi-vector head; leave multi_vector out"
+                    f"multi_vector: {source} has no multi-vector head; leave multi_vector out",
+                    arguments=["multi_vector"],
                 )
             dim = model.multi_vector_dim
         prefix = choose_prompt(task, manifest.tasks[task], options.prompt_name, options.prompt)

@@ -113,6 +113,7 @@ def test_a_file_that_transformers_5_saves_means_the_same(
     assert np.array_equal(exported(source, tmp_path / "after").encode(SHORT), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*odd as transformers 4 leaves it")
 def test_a_model_that_transformers_saves_again_is_the_one_that_it_loads(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -342,14 +342,28 @@ def test_one_multi_vector_may_stand_alone_in_scores(bundle: Embedder) -> None:
     )
 
 
-def test_the_commands_say_what_a_late_bundle_is(
+def test_the_commands_take_a_late_bundle(
     bundle: Embedder, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     root = str(bundle._bundle.root)
-    (tmp_path / "in.txt").write_text("a\n")
-    arguments = ["embed", root, "--precision", "fp32", "--input", str(tmp_path / "in.txt")]
+    lines = tmp_path / "in.jsonl"
+    lines.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(TEXTS)))
+    arguments = ["embed", root, "--precision", "fp32", "--input", str(lines), "--field", "text"]
     assert main(arguments) == 2
-    assert "a vector a token and none a text" in capsys.readouterr().err
+    assert "expected --role query or --role document" in capsys.readouterr().err
+    for role in ("query", "document"):
+        kind = tmp_path / f"{role}.json"
+        options = ["--role", role, "--on-truncate", "ignore", "--fingerprint", str(kind)]
+        assert main([*arguments, *options]) == 0
+        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [row["id"] for row in found] == list(range(len(TEXTS)))
+        rows = [np.array(row["embedding"], np.float32) for row in found]
+        assert_same(rows, encoded(bundle, role))
+        bundle.check_fingerprint(
+            json.loads(kind.read_text()), role=cast("Any", role), multi_vector=True
+        )
+    assert main([*arguments, "--role", "query", "--output", str(tmp_path / "v.npy")]) == 2
+    assert "--format jsonl" in capsys.readouterr().err
     assert main(["inspect", root]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "truncation no multi-vectors 16" in out

@@ -59,7 +59,7 @@ class TestEmbedImages:
         stdin: SetStdin,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(embed_module, "_CHUNK_IMAGES", 2)
+        monkeypatch.setattr(embed_module, "_CHUNK_FEW", 2)
         stdin("".join(f"{path}\n" for path in paths * 3).encode())
         target = tmp_path / "out.npy"
         options = ["--images", "--task", "code", "--output", str(target), "--batch-size", "2"]
