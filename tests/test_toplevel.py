@@ -132,6 +132,7 @@ def test_it_is_a_program(package_path: Path) -> None:
 def test_an_interrupt_of_the_imports_is_a_message(package_path: Path) -> None:
     code = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Interrupt:
     def find_spec(self, name, *rest):
         if name == "embedge.runtime":
