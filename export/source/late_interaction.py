@@ -19,7 +19,9 @@ Source: Khattab and Zaharia, "ColBERT", arXiv 2004.12832.
 
 from __future__ import annotations
 
+import os
 import string
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any
 from embedge.export.errors import CheckpointError
 from embedge.export.source.config import words
 from embedge.export.source.json_files import read_json_object, read_optional
+from embedge.runtime.errors import EmbedgeWarning
 
 __all__ = [
     "LATE_KEYS",
@@ -146,8 +149,19 @@ def read_stanford(file: Path, text_length: int) -> LateInteraction:
 
     Raises:
         CheckpointError: the file is damaged, or a setting is of another type.
+
+    Warns:
+        EmbedgeWarning: the file is missing, whose defaults are taken.
     """
     metadata = read_optional(file)
+    if not os.path.lexists(file):
+        warnings.warn(
+            f"{file}: expected what a ColBERT of Stanford was trained with, found no such file; its defaults are "
+            f"taken, as sentence-transformers does: queries of {_CLASSIC_LENGTH} tokens, the markers [unused0] and "
+            "[unused1], no vectors of punctuation in documents. Fetch the file where the model has others",
+            EmbedgeWarning,
+            stacklevel=6,
+        )
     markers = []
     for key, default in (("query_token_id", "[unused0]"), ("doc_token_id", "[unused1]")):
         marker = metadata.get(key) or default

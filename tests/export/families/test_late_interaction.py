@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from embedge import Embedder
 from embedge.export import CheckpointError, export_bundle
-from embedge.runtime import EmbedgeValueError, ManifestError
+from embedge.runtime import EmbedgeValueError, EmbedgeWarning, ManifestError
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.cli.main import main
 from tests.helpers.late_models import SKIPPED, PyLate, write_native, write_pylate, write_stanford
@@ -173,9 +173,16 @@ STANFORD: dict[str, dict[str, Any] | None] = {
 
 @needs_native
 @pytest.mark.parametrize("case", STANFORD)
+@pytest.mark.filterwarnings("ignore:.*its defaults are taken")
 def test_stanfords_layout(case: str, tmp_path: Path) -> None:
     source = write_stanford(tmp_path / "source", STANFORD[case])
     assert_as_native(source, exported(source, tmp_path / "out"))
+
+
+def test_stanfords_layout_without_its_metadata_is_warned_of(tmp_path: Path) -> None:
+    source = write_stanford(tmp_path / "source", None)
+    with pytest.warns(EmbedgeWarning, match=r"artifact\.metadata: expected .* defaults are taken"):
+        exported(source, tmp_path / "out")
 
 
 def test_stanfords_layout_is_read_without_its_class_too(tmp_path: Path) -> None:
