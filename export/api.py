@@ -24,6 +24,7 @@ def export_bundle(
     int4_block_size: int | None = None,
     int4_method: str = "gptq",
     int8_method: str | None = None,
+    portable: bool = False,
     budget: int | str | None = None,
     overwrite: bool = False,
     progress: bool | None = False,
@@ -55,6 +56,10 @@ def export_bundle(
         int8_method: the same for int8; ``None``: "gptq" for decoders and ModernBERT up to a hidden
             size of 1536, where it takes a fifth to a half of the error away,
             else "rtn".
+        portable: choose 8-bit weights of which no two products exceed 16 bits together. Any session of ONNX
+            Runtime computes them exactly then, on x86-64 without VNNI too; weights keep half a bit less.
+            Other graphs that hold 8-bit products stop there, unless the session's option
+            ``session.x64quantprecision`` is "1", as embedge sets it.
         budget: most bytes of a task's tensors at int4, "2.0GB" for example: the layers whose 4
             bits cost the vectors most per byte get 8, as far as it goes. ``None``: 4 bits everywhere.
         overwrite: replace an existing bundle.

@@ -77,6 +77,7 @@ class ExportContext:
             int4_block_size=self.block_size,
             methods=self.methods(calibrated=calibrated),
             keep=self.options.keep if keep is None else keep,
+            portable=self.options.portable,
         )
 
     def calibrate(
@@ -161,6 +162,7 @@ class ExportContext:
             stated["keep"] = dict(self.options.keep)
             stated["method"] = self.methods(calibrated=calibrated)[method]
             stated["rotation"] = bool(self.model.architecture.streams())
+            stated |= {"portable": True} if self.options.portable else {}
         if method == "int4":
             stated["block_size"] = self.block_size
         return stated

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedge.export.schemes.registry import KEPT, PRECISIONS
+from embedge.export.schemes.registry import KEPT, PORTABLE, PRECISIONS
 from embedge.export.source.sentence_transformers import POOLINGS, pooling_problem
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
@@ -46,6 +46,7 @@ class ExportOptions:
     int4_block_size: int | None = None
     int4_method: str = "gptq"
     int8_method: str | None = None
+    portable: bool = False
     budget: int | None = None
     overwrite: bool = False
 
@@ -70,6 +71,7 @@ class ExportOptions:
             raise _refused("int4_block_size", f" {self.int4_block_size!r}: {expected}")
         _choice("int4_method", self.int4_method, _METHODS)
         _choice("int8_method", self.int8_method, (None, *_METHODS))
+        _check_portable(self.portable, precisions)
         if self.budget is not None and ("int4" not in precisions or self.calibration == "none"):
             raise _refused(
                 "budget",
@@ -171,6 +173,17 @@ def _precisions(precisions: object) -> tuple[str, ...]:
             ),
         )
     return tuple(dict.fromkeys(given))
+
+
+def _check_portable(portable: object, precisions: Sequence[str]) -> None:
+    if not isinstance(portable, bool):
+        raise _refused("portable", f": expected True or False, found {portable!r}")
+    if portable and not set(precisions) & set(PORTABLE):
+        raise _refused(
+            "portable",
+            f": it is about 8-bit weights, and {', '.join(precisions)} has none; leave it out, or add int8 "
+            "to the precisions",
+        )
 
 
 def _check_keep(keep: Mapping[Any, Any], precisions: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from embedge.export.errors import ExportError
 from embedge.export.options import ExportOptions, check_dims
 from embedge.export.progress import Progress
 from embedge.export.reading import read_model
-from embedge.export.schemes.registry import PRECISIONS
+from embedge.export.schemes.registry import PORTABLE, PRECISIONS
 from embedge.export.writing.bundle import additions, clear_up, new_bundle
 from embedge.export.writing.existing import check_kept, read_existing
 from embedge.export.writing.files import dump, list_files, relative_files, write_new
@@ -58,6 +58,8 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
     else:
         check_same_source(options.out, model, dims, old)
     todo = _missing(options, list(model.adapters), old)
+    if old is not None:
+        _check_as_portable(options, todo, old)
     context = ExportContext(options=options, model=model, old=old, progress=progress)
     if old is None:
         with new_bundle(options.out, overwrite=options.overwrite) as folder:
@@ -119,6 +121,18 @@ def _uses_calibration(options: ExportOptions, todo: Mapping[str, Sequence[str]])
     wanted = [PRECISIONS[name] for name in todo]
     rounded = any(precision.method == "int4" for precision in wanted)
     return any(p.smoothed for p in wanted) or (rounded and options.int4_method == "gptq")
+
+
+def _check_as_portable(options: ExportOptions, todo: Iterable[str], old: Manifest) -> None:
+    """Refuse to add tasks to a precision whose graphs promise something else of their 8-bit products."""
+    for precision in todo:
+        there = old.precisions.get(precision)
+        if precision in PORTABLE and there is not None and there.portable != options.portable:
+            found, advice = ("is", "add") if there.portable else ("is not", "leave out")
+            raise EmbedgeValueError(
+                f"{options.out}: its {precision} {found} portable, and all tasks of a precision have to be "
+                f"alike; {advice} --portable, choose another --out, or --overwrite the bundle"
+            )
 
 
 def _missing(

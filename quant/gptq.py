@@ -60,7 +60,12 @@ def inverse_cholesky(H: FloatArray) -> FloatArray:
 
 
 def quantize_columns(
-    weight: FloatArray, Hinv: FloatArray, group_size: int, grid: ChooseGrid
+    weight: FloatArray,
+    Hinv: FloatArray,
+    group_size: int,
+    grid: ChooseGrid,
+    *,
+    pair_sum: int | None = None,
 ) -> NDArray[np.int16]:
     """Round a weight column by column, each error spread over the columns still to come.
 
@@ -70,6 +75,8 @@ def quantize_columns(
         group_size: columns after which their errors reach the rest, and a new grid is asked for.
         grid: takes a group's number, its columns ``[out, group_size]`` as the errors have left them, and
             the importance ``[group_size]`` of their squared errors.
+        pair_sum: largest magnitude of what columns 2i and 2i + 1 add up to, of levels around 0, ``None``
+            for any; groups have an even size then.
 
     Returns:
         int16 ``[out, in]``: levels.
@@ -84,7 +91,7 @@ def quantize_columns(
         E = np.empty((last - first, out_features), np.float32)
         for begin in range(first, last, group_size):
             end = min(begin + group_size, in_features)
-            errors = _quantize_group(W, Hinv, levels, begin, end, group_size, grid)
+            errors = _quantize_group(W, Hinv, levels, begin, end, group_size, grid, pair_sum)
             E[begin - first : end - first] = errors
             if end < last:
                 W[:, end:last] -= errors.T @ Hinv[begin:end, end:last]
@@ -101,6 +108,7 @@ def _quantize_group(
     end: int,
     group_size: int,
     grid: ChooseGrid,
+    pair_sum: int | None,
 ) -> FloatArray:
     """Round the columns of one group into ``levels``; float32 ``[width, out]`` errors."""
     width = end - begin
@@ -109,8 +117,12 @@ def _quantize_group(
     importance = (1.0 / np.square(np.diag(corner))).astype(np.float32)
     scale, zero, lowest, highest = grid(begin // group_size, columns.T, importance)
     errors = np.empty((width, len(W)), np.float32)
+    before = np.zeros(len(W), np.float32)
     for j in range(width):
         level = np.clip(np.rint(columns[j] / scale) + zero, lowest, highest)
+        if pair_sum is not None and j % 2:
+            level = np.clip(level, -pair_sum - before, pair_sum - before)
+        before = level
         levels[:, begin + j] = level
         errors[j] = (columns[j] - (level - zero) * scale) / corner[j, j]
         if j + 1 < width:
@@ -147,18 +159,21 @@ def quantize_blocks(
     return values.reshape(out_features, blocks, block_size), scales, zeros
 
 
-def quantize_rows(weight: FloatArray, Hinv: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
+def quantize_rows(
+    weight: FloatArray, Hinv: FloatArray, *, pairs: bool = False
+) -> tuple[NDArray[np.int8], FloatArray]:
     """Quantize one Linear to int8 with a symmetric scale per output channel.
 
     Args:
         weight: float32 ``[out, in]``; not changed.
         Hinv: of the Linear's input, from :func:`inverse_cholesky`.
+        pairs: keep sums of columns within a bound, see :func:`embedge.quant.int8.row_scales`.
 
     Returns:
         ``(values, scales)``: int8 ``[out, in]`` within ±127, float32 ``[out]``.
     """
-    peak = np.abs(weight).max(axis=1)
-    scales = np.where(peak > 0, peak / int8.QMAX, 1.0).astype(np.float32)
+    scales = int8.row_scales(weight, pairs=pairs)
     fixed: Grid = (scales, np.float32(0), -int8.QMAX, int8.QMAX)
-    levels = quantize_columns(weight, Hinv, _ROW_GROUP, lambda *_: fixed)
+    bound = int8.PAIR_SUM if pairs else None
+    levels = quantize_columns(weight, Hinv, _ROW_GROUP, lambda *_: fixed, pair_sum=bound)
     return levels.astype(np.int8), scales

@@ -55,12 +55,15 @@ class Scheme(ABC):
         target: what its graphs are written for.
         row_multiple: batch × tokens is a multiple of it.
         rotates: whether residual streams are rotated first, where the family allows it.
+        saturates: whether products saturate where two of them are added in 16 bits, so that a graph stops
+            there (``saturation.py``).
     """
 
     precision: str
     target: Target = Target.CPU
     row_multiple: int = 1
     rotates: bool = False
+    saturates: bool = False
 
     @abstractmethod
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:

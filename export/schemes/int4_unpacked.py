@@ -42,6 +42,7 @@ class Int4UnpackedScheme(Int8Scheme):
         self, constants: Mapping[tuple[str, ...], SmoothingConstants], int4: Int4Scheme
     ) -> None:
         super().__init__(constants, table_bits=4)
+        self.saturates = False  # embedge alone opens these graphs, and asks for exact products
         self._int4 = int4
 
     def _weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> list[Value]:

@@ -17,7 +17,8 @@ a vector depends neither on its batch nor on its padding.
 
 The steps ``1/127`` and ``1/235`` and the zero points are initializers of their own, which the manifest
 lists with the values of 7-bit activations: enough where u8×s8 matmuls saturate in 16 bits. The runtime
-asks ONNX Runtime for exact matmuls there instead.
+asks ONNX Runtime for exact matmuls there instead. Portable weights do not saturate anywhere
+(:func:`embedge.quant.int8.row_scales`); a graph of others stops where they do (``graph/saturation.py``).
 
 Operators of such a Linear, in order (functions and their bodies: ``graph/fused_ops.py``):
     ``QuantizeRows``, ``QuantizeRowsAbove`` (never below a bound) or ``QuantizeRotated…``       ``int8_inputs.py``
@@ -61,6 +62,7 @@ class Int8Scheme(Scheme):
         constants: of Linear inputs, by the labels of the Linears that read one; empty without calibration.
         method: "gptq" or "rtn", how weights are rounded; part of the initializer keys.
         table_bits: bits of embedding tables.
+        portable: whether sums of pairs of weights are bounded, so that products fit 16 bits.
     """
 
     precision = "int8"
@@ -71,8 +73,12 @@ class Int8Scheme(Scheme):
         constants: Mapping[tuple[str, ...], SmoothingConstants],
         method: str = "rtn",
         table_bits: int = 8,
+        *,
+        portable: bool = False,
     ) -> None:
         self.method = method
+        self.saturates = not portable
+        self._portable = portable
         self._constants = constants
         self._table_bits = table_bits
         self._output_scale = {
@@ -169,7 +175,7 @@ class Int8Scheme(Scheme):
         rotation = input_rotation(g, group)
         lost = None
         if hinv is None and rotation is None:
-            result = int8.quantize_rows(weight, constants.smooth)
+            result = int8.quantize_rows(weight, constants.smooth, pairs=self._portable)
             values, scales, sqnr_db = result.values, result.scales, result.sqnr_db
         else:
             signal = float(np.square(weight).sum())
@@ -178,10 +184,10 @@ class Int8Scheme(Scheme):
             if rotation is not None:
                 weight = rotate_blocks(weight, rotation)
             if hinv is None:
-                result = int8.quantize_rows(weight)
+                result = int8.quantize_rows(weight, pairs=self._portable)
                 values, scales = result.values, result.scales
             else:
-                values, scales = gptq.quantize_rows(weight, hinv)
+                values, scales = gptq.quantize_rows(weight, hinv, pairs=self._portable)
             lost = weight - values * scales[:, None]
             own = lost if rotation is None else rotate_blocks(lost, rotation.T)
             own = own if constants.smooth is None else own / constants.smooth
@@ -206,7 +212,7 @@ class Int8Scheme(Scheme):
             facts: dict[str, Any] = {
                 "name": specs[0].name,
                 "shape": list(specs[0].shape),
-                "format": f"int8 {self.method}",
+                "format": f"int8 {self.method}{' portable' * self._portable}",
             }
             if constants.outliers is not None:
                 facts["float32_channels"] = len(constants.outliers)
@@ -215,8 +221,9 @@ class Int8Scheme(Scheme):
             return facts
 
         folded = digest(self._output_scale.get(linear.label), input_rotation(g, group))
+        kind = f"int8{'-portable' * self._portable}|{self.method}|{constants.digest}|{folded}"
         return LazyInitializer(
-            key=linear.key(g.weights, f"int8|{self.method}|{constants.digest}|{folded}"),
+            key=linear.key(g.weights, kind),
             owner=owner(g.weights, linear.weight),
             specs=specs,
             compute=compute,

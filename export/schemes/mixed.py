@@ -26,6 +26,7 @@ class MixedScheme(Scheme):
         self._kept = kept
         self.precision, self.target = default.precision, default.target
         self.row_multiple, self.rotates = default.row_multiple, default.rotates
+        self.saturates = any(scheme.saturates for scheme in (default, *kept.values()))
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
         return self._scheme_of(*group.labels).linears(g, group)

@@ -43,6 +43,7 @@ PRECISIONS = {
     "int4": Precision(method="int4", smoothed=True, beside=(UNPACKED_PRECISION,), tower="int8"),
     "int4-fp16": Precision(method="int4", tower="fp16", half=True),
 }
+PORTABLE = ("int8", "int4")  # precisions whose 8-bit weights an export can make portable
 KEPT = ("fp32", "int8")  # precisions that some layers of an int8 or int4 export may have
 
 
@@ -53,6 +54,7 @@ def make_scheme(
     int4_block_size: int,
     methods: Mapping[str, str],
     keep: Mapping[str, str],
+    portable: bool = False,
 ) -> Scheme:
     """The scheme of a precision, where layers are kept at others a mixture.
 
@@ -62,6 +64,7 @@ def make_scheme(
         int4_block_size: input channels that share a scale.
         methods: how weights are rounded, "gptq" or "rtn", for "int8" and "int4".
         keep: precisions by pattern.
+        portable: whether 8-bit weights fit products of 16 bits.
     """
     if precision == "fp32":
         return Float32Scheme()
@@ -74,7 +77,7 @@ def make_scheme(
         own = _that_hold(constants, name, precision, keep)
         schemes: dict[str, Scheme] = {
             "fp32": Float32Scheme(),
-            "int8": Int8Scheme(own, methods["int8"]),
+            "int8": Int8Scheme(own, methods["int8"], portable=portable),
             "int4": int4,
             UNPACKED_PRECISION: Int4UnpackedScheme(own, int4),
             "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4),
@@ -113,4 +116,4 @@ def _that_hold(
     }
 
 
-__all__ = ["KEPT", "PRECISIONS", "make_scheme"]
+__all__ = ["KEPT", "PORTABLE", "PRECISIONS", "make_scheme"]

@@ -3,6 +3,7 @@
 task, precision   what it is
 onnxruntime       least version that computes it right
 session_config    the session option that its 8-bit matmuls need on x86-64 without VNNI
+portable          that they need none
 output            what has been done to ``embedding`` already, or what ``token_embeddings`` are
 tokens            JSON: max_length, pad_token_id, truncation_side; rows are padded on the right
 prompts           JSON: texts by name, and the name of the default one; none: no such key
@@ -16,12 +17,13 @@ import json
 
 from embedge.export.graph.builder import Graph
 from embedge.export.model import Model
-from embedge.runtime.bundle.contract import ONNXRUNTIME, UNPACKED_PRECISION
+from embedge.runtime.bundle.contract import EXACT_OPTION, ONNXRUNTIME, UNPACKED_PRECISION
 
 __all__ = ["graph_notes", "task_notes"]
 
 _INTEGER_PRODUCT = "MatMulInteger"
-_EXACT = "session.x64quantprecision=1"
+_EXACT = f"{EXACT_OPTION}=1"
+_PORTABLE = "two of its 8-bit products fit 16 bits: exact on every processor"
 
 
 def graph_notes(g: Graph, precision: str, name: str) -> dict[str, str]:
@@ -38,7 +40,9 @@ def graph_notes(g: Graph, precision: str, name: str) -> dict[str, str]:
         "embedge.onnxruntime": ONNXRUNTIME.partition(",")[0],
     }
     if any(node.op_type.startswith(_INTEGER_PRODUCT) for node in g.nodes):
-        notes["embedge.session_config"] = _EXACT
+        portable = not g.scheme.saturates and precision != UNPACKED_PRECISION
+        key, note = ("portable", _PORTABLE) if portable else ("session_config", _EXACT)
+        notes[f"embedge.{key}"] = note
     if precision == UNPACKED_PRECISION:
         notes["embedge.runtime"] = "embedge"
     return notes

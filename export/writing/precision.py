@@ -16,7 +16,7 @@ from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import Scheme, Target
 from embedge.export.schemes.int8_inputs import ACTIVATION_CONSTANTS
-from embedge.export.schemes.registry import PRECISIONS
+from embedge.export.schemes.registry import PORTABLE, PRECISIONS
 from embedge.export.weights.tensors import BASE
 from embedge.export.writing.graph_files import (
     GRAPH,
@@ -179,6 +179,7 @@ class _PrecisionWriter:
                 **tower,
                 "options": stated,
                 "content_sha256": self._contents[name],
+                "portable": context.options.portable and name in PORTABLE,
             }
             for name, scheme in self._schemes.items()
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CARD",
+    "EXACT_OPTION",
     "FORMAT_VERSION",
     "INLINE_BYTES",
     "INTEGER_PRECISIONS",
@@ -17,6 +18,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = "1.5"  # of the manifest, see embedge.runtime.bundle.manifest
+EXACT_OPTION = (
+    "session.x64quantprecision"  # ONNX Runtime's; "1": exact 8-bit products on any x86-64
+)
 ONNXRUNTIME = ">=1.30,<1.34"  # versions that compute these graphs right, and were tested
 
 MANIFEST, CARD = "manifest.json", "README.md"  # files in a bundle's folder

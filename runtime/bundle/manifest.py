@@ -386,6 +386,8 @@ class Precision(Record):
             :mod:`embedge.runtime.bundle.packed_weights`. Empty where weights run as they are stored.
         content_sha256: by task, what its graph computes, and under ``VISION`` that of the tower; see
             :mod:`embedge.runtime.bundle.content`. Empty where an earlier embedge exported.
+        portable: no two products of its 8-bit matmuls exceed 16 bits together, so that they are exact on
+            every processor in any session of ONNX Runtime.
     """
 
     graphs: Mapping[str, BundlePath]
@@ -400,6 +402,12 @@ class Precision(Record):
     content_sha256: Annotated[Mapping[str, Sha256], Since("1.5"), SPARSE] = field(
         default_factory=dict
     )
+    portable: Annotated[bool, Since("1.5"), SPARSE] = False
+
+    @property
+    def saturates(self) -> bool:
+        """Whether its 8-bit matmuls need a session's option where two products are added in 16 bits."""
+        return bool(self.activation_constants) and not self.portable
 
 
 @dataclass(frozen=True, kw_only=True)

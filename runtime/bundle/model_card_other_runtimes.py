@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from embedge.runtime.bundle.contract import (
+    EXACT_OPTION,
     INTEGER_PRECISIONS,
     ONNXRUNTIME,
     UNPACKED_PRECISION,
@@ -26,35 +27,43 @@ _PROBE = (
 
 def other_runtimes(manifest: Manifest) -> Iterator[str]:
     """The parts of the section, none where embedge alone opens the graphs."""
-    portable = {n: p for n, p in manifest.precisions.items() if n != UNPACKED_PRECISION}
-    if not portable:
+    openable = {n: p for n, p in manifest.precisions.items() if n != UNPACKED_PRECISION}
+    if not openable:
         return
-    integer = any(name in INTEGER_PRECISIONS for name in portable)
+    saturating = [name for name, p in openable.items() if p.saturates]
+    exact = [n for n, p in openable.items() if p.activation_constants and p.portable]
     yield "## With other runtimes"
-    yield _facts(manifest, portable)
+    yield _facts(manifest, openable)
     if manifest.model.late_interaction is not None:
         yield (
             "How queries are filled up, and whose vectors are left out, is in `manifest.json` under "
             "`model.late_interaction`."
         )
         return
-    if integer:
+    if saturating:
         yield (
-            "**8-bit products on x86-64.** On processors without VNNI they saturate, and vectors are wrong "
-            "without an error, unless the session option `session.x64quantprecision` is `1`; embedge sets it "
-            "by itself. `saturates()` below tells. Elsewhere the option changes no vector, but weights are "
-            "held twice.\n\n"
-            "Where embedge runs kernels of its own, its int4 vectors differ in the last digits from these."
+            f"**8-bit products of {' and '.join(saturating)} on x86-64.** On processors without VNNI they "
+            f"saturate. A graph then ends its run with an error, unless the session option `{EXACT_OPTION}` is "
+            "`1`; embedge sets it by itself. `saturates()` below tells. Elsewhere the option changes no vector, "
+            "but weights are held twice. A tool that sets no session option takes a bundle that was exported "
+            "with `--portable`."
         )
+    if exact:
+        yield (
+            f"**8-bit products of {' and '.join(exact)}** are exact on every processor, in any session: no two "
+            "of them exceed 16 bits together."
+        )
+    if any(name in INTEGER_PRECISIONS for name in openable):
+        yield "Where embedge runs kernels of its own, its vectors differ in the last digits from these."
     yield f"Python with `onnxruntime>={_LEAST}`, `tokenizers` and `numpy`:"
-    yield _python(manifest, portable, integer=integer)
+    yield _python(manifest, openable, probe=bool(saturating))
     if "pool_mask" not in manifest.model.inputs:
         yield f"Node.js with `onnxruntime-node` ({_LEAST} or later) and `@huggingface/transformers`:"
-        yield _javascript(manifest, portable, integer=integer)
+        yield _javascript(manifest, openable)
     yield _others(manifest)
 
 
-def _facts(manifest: Manifest, portable: dict[str, Precision]) -> str:
+def _facts(manifest: Manifest, openable: dict[str, Precision]) -> str:
     model, tokenizer = manifest.model, manifest.tokenizer
     length = ", of length 1 already" if model.normalize else ""
     outputs = f"float32 `embedding` `[batch, {model.dim}]`: pooled{length}"
@@ -66,7 +75,7 @@ def _facts(manifest: Manifest, portable: dict[str, Precision]) -> str:
             f"float32 `token_embeddings` `[batch, tokens, {model.dim}]`: a vector a token{length}"
         )
     cut = "leave off the end" + (" and divide by the norm" if model.normalize else "")
-    gpu = [name for name, p in portable.items() if "cpu" not in p.devices]
+    gpu = [name for name, p in openable.items() if "cpu" not in p.devices]
     names = [*_token_inputs(model), *([] if model.include_prompt else ["pool_mask"])]
     inputs = ", ".join(f"`{name}`" for name in names)
     rows = {
@@ -123,22 +132,22 @@ def _default_prompt(task: Task) -> str:
     return task.prompts[task.default_prompt] if task.default_prompt is not None else ""
 
 
-def _first(manifest: Manifest, portable: dict[str, Precision]) -> tuple[str, str, str]:
+def _first(manifest: Manifest, openable: dict[str, Precision]) -> tuple[str, str, str]:
     """A precision, preferably of the CPU, a task of it, and the folder of its graphs."""
-    name = next((n for n, p in portable.items() if "cpu" in p.devices), next(iter(portable)))
-    task, graph = next(iter(portable[name].graphs.items()))
+    name = next((n for n, p in openable.items() if "cpu" in p.devices), next(iter(openable)))
+    task, graph = next(iter(openable[name].graphs.items()))
     return name, task, graph
 
 
-def _python(manifest: Manifest, portable: dict[str, Precision], *, integer: bool) -> str:
+def _python(manifest: Manifest, openable: dict[str, Precision], *, probe: bool) -> str:
     model, tokenizer = manifest.model, manifest.tokenizer
-    precision, task, _ = _first(manifest, portable)
-    multiple = max(p.row_multiple for p in portable.values())
+    precision, task, _ = _first(manifest, openable)
+    multiple = max(p.row_multiple for p in openable.values())
     pad = f"pad_id={tokenizer.pad_token_id}"
     if multiple > 1:
         pad += f", pad_to_multiple_of={multiple}"
     lines = [
-        *(["import base64", "import zlib"] if integer else []),
+        *(["import base64", "import zlib"] if probe else []),
         "from pathlib import Path",
         "",
         "import numpy as np",
@@ -156,15 +165,15 @@ def _python(manifest: Manifest, portable: dict[str, Precision], *, integer: bool
     if defaults:
         literal = json.dumps(defaults, indent=4, ensure_ascii=False)
         lines[-2:-2] = [f"default_prompts = {literal}"]
-    if integer:
+    if probe:
         lines += _SATURATES.format(first=_PROBE[:80], second=_PROBE[80:]).splitlines()
     lines += ["options = ort.SessionOptions()"]
-    if integer:
+    if probe:
         lines += [
             "if saturates():",
-            '    options.add_session_config_entry("session.x64quantprecision", "1")',
+            f'    options.add_session_config_entry("{EXACT_OPTION}", "1")',
         ]
-    provider = "CPU" if "cpu" in portable[precision].devices else "CUDA"
+    provider = "CPU" if "cpu" in openable[precision].devices else "CUDA"
     lines += [
         'graph = str(folder / precision / f"{task}.onnx")',
         f'session = ort.InferenceSession(graph, options, providers=["{provider}ExecutionProvider"])',
@@ -225,12 +234,12 @@ _SATURATES = '''def saturates():
 '''
 
 
-def _javascript(manifest: Manifest, portable: dict[str, Precision], *, integer: bool) -> str:
+def _javascript(manifest: Manifest, openable: dict[str, Precision]) -> str:
     model, tokenizer = manifest.model, manifest.tokenizer
-    _, task, graph = _first(manifest, portable)
+    precision, task, graph = _first(manifest, openable)
     prompt = json.dumps(_default_prompt(manifest.tasks[task]), ensure_ascii=False)
     options = "{}"
-    if integer:
+    if openable[precision].saturates:
         options = '{ extra: { session: { x64quantprecision: "1" } } }'
     types = (
         "\n  const token_type_ids = row(input_ids.map(() => 0));"
@@ -276,10 +285,8 @@ def _others(manifest: Manifest) -> str:
         "`tokenizer.json`, and the graph with its weights under `onnx/` as `model.onnx`; `AutoModel` gives "
         '`embedding`. `pipeline("feature-extraction")` wants token states, which there are none of. It cuts '
         "texts after special tokens were added and loses the last one: give it shorter ones.",
-        "- fastembed: `add_custom_model(…, pooling=PoolingType.DISABLED, normalization=False)`, as "
-        f"{pooled}; it needs `config.json`, `tokenizer_config.json` and `special_tokens_map.json` of the "
-        f"source, with `model_max_length` {model.max_length}, and sets no session option.",
-        "- sentence-transformers, optimum: their ONNX backends want token states and `config.json`; call "
-        "`encode` above, or embedge's `Embedder`, which takes the same calls.",
+        "- sentence-transformers, optimum, fastembed: embedge's guide *Without embedge* has a script that writes "
+        f"the folder that they open, and a call of each; {pooled}. fastembed sets no session option, so it "
+        "wants graphs that need none.",
     ]
     return "\n".join(lines)

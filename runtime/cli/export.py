@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gptq or rtn (default: gptq for decoders and ModernBERT up to a hidden size of 1536, else rtn)",
     )  # fmt: skip
     parser.add_argument(
+        "--portable", action="store_true",
+        help="8-bit weights that ONNX Runtime multiplies exactly on every processor, without embedge too; "
+        "half a bit less exact",
+    )  # fmt: skip
+    parser.add_argument(
         "--budget", metavar="SIZE",
         help="at int4: most bytes of a task, e.g. 2.0GB; the most sensitive layers get 8 bits",
     )  # fmt: skip

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from embedge.runtime.bundle.contract import EXACT_OPTION, UNPACKED_PRECISION
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.bundle.manifest import Model
+from embedge.runtime.bundle.manifest import Model, Precision
 from embedge.runtime.cli.messages import printable
 from embedge.runtime.cli.table import named_value, table
 from embedge.runtime.encode.fingerprint import fingerprint_of, parts_of
@@ -113,10 +114,18 @@ def _summary(bundle: Bundle) -> list[str]:
         )
         rows.append([name, adapter, prompts or "none"])
     lines += ["", *table(rows)]
-    rows = [["precision", "devices", "bytes", "tasks"]]
+    rows = [["precision", "devices", "bytes", "without embedge", "tasks"]]
     for name, precision in manifest.precisions.items():
         size = f"{manifest.folder_bytes(name):,}"
-        rows.append([name, ", ".join(precision.devices), size, ", ".join(precision.graphs)])
+        rows.append(
+            [
+                name,
+                ", ".join(precision.devices),
+                size,
+                _elsewhere(name, precision),
+                ", ".join(precision.graphs),
+            ]
+        )
     lines += ["", *table(rows)]
     rows = [["precision", "task", "fingerprint of a call without options"]]
     rows += [
@@ -137,6 +146,13 @@ def _summary(bundle: Bundle) -> list[str]:
         ]
         lines += table(rows)
     return lines
+
+
+def _elsewhere(name: str, precision: Precision) -> str:
+    """Whether other programs open a precision's graphs, or the option that they need for it."""
+    if name == UNPACKED_PRECISION:
+        return "no"
+    return f"{EXACT_OPTION}=1" if precision.saturates else "as it is"
 
 
 def _fingerprints(bundle: Bundle) -> dict[str, dict[str, str]]:

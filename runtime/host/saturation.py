@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from embedge.runtime.bundle.contract import EXACT_OPTION
 from embedge.runtime.bundle.onnx_model import INT32, UINT8
 from embedge.runtime.errors import InferenceError
 from embedge.runtime.host.fork import no_fork
@@ -52,7 +53,7 @@ def keep_matmuls_exact(options: Any) -> None:
 
 def ask_for_exact_matmuls(options: Any) -> None:
     """Asks for exact integer matmuls on any processor; where they are exact, they stay the same."""
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry(EXACT_OPTION, "1")
 
 
 def saturates_u8s8() -> bool:

@@ -89,9 +89,12 @@ def _open(
 ) -> GraphSession:
     with bundle.reading(bundle.graph_files(precision, name)):
         file = prepared or bundle.graph(precision, name)
-        options = new_options(threads=threads, optimize=prepared is None, arena=config.arena)
+        saturates = bundle.manifest.precisions[precision].saturates
+        options = new_options(
+            threads=threads, exact=saturates, optimize=prepared is None, arena=config.arena
+        )
         own = config.device == "cpu" and bundle.multiplies_integers(precision) and own_kernels()
-        if config.device == "cpu" and bundle.manifest.precisions[precision].activation_constants:
+        if config.device == "cpu" and saturates:
             require_exact_matmuls()
         unpacked: Initializers = {}
         if prepared is None and name in bundle.manifest.precisions[precision].unpack:
@@ -115,11 +118,12 @@ def _open(
     return GraphSession(file, session, device=config.device, threads=threads)
 
 
-def new_options(*, threads: int, optimize: bool = True, arena: bool = True) -> Any:
+def new_options(*, threads: int, exact: bool, optimize: bool = True, arena: bool = True) -> Any:
     """ONNX Runtime's ``SessionOptions``, with exact integer matmuls.
 
     Args:
         threads: of a run.
+        exact: ask for exact matmuls where they saturate; portable graphs have them anyway, faster.
         optimize: rewrite the graph when it opens; ``False`` for one that was rewritten already.
         arena: as in :class:`SessionConfig`.
     """
@@ -131,7 +135,8 @@ def new_options(*, threads: int, optimize: bool = True, arena: bool = True) -> A
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = arena
     options.log_severity_level = 4  # what it logs at 3 it also raises
-    keep_matmuls_exact(options)
+    if exact:
+        keep_matmuls_exact(options)
     return options
 
 

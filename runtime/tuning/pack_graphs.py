@@ -92,7 +92,8 @@ def _write(
             given = initializers_of(
                 bundle, precision, name, threads=available_cores(), panels=panels, scratch=partial
             )
-            _save(bundle.graph(precision, name), given, partial, panels=panels)
+            exact = bundle.manifest.precisions[precision].saturates
+            _save(bundle.graph(precision, name), given, partial, panels=panels, exact=exact)
             del given
         files = {path.name: FileEntry.of(path) for path in sorted(partial.iterdir())}
         record = PreparedRecord(source=source, files=files, layout=layout)
@@ -101,9 +102,9 @@ def _write(
     return files
 
 
-def _save(graph: Path, given: Initializers, folder: Path, *, panels: bool) -> None:
+def _save(graph: Path, given: Initializers, folder: Path, *, panels: bool, exact: bool) -> None:
     """Has ONNX Runtime open a graph, and write what it made of it."""
-    options = new_options(threads=0)
+    options = new_options(threads=0, exact=exact)
     options.optimized_model_filepath = str(folder / GRAPH)
     prefix = "session.optimized_model_external_initializers"
     options.add_session_config_entry(f"{prefix}_file_name", _DATA)

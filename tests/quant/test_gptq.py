@@ -65,6 +65,20 @@ def test_int8_rows_have_a_smaller_output_error_than_rounding() -> None:
     assert ours < 0.7 * output_error(x, weight, rounded.values * rounded.scales[:, None])
 
 
+@pytest.mark.parametrize("width", [200, 201, 385])
+def test_gptq_keeps_sums_of_pairs_and_still_beats_rounding(width: int) -> None:
+    x, weight = inputs(600, width), weights(40, width)
+    weight[:8] = np.abs(weight[:8])
+    hinv = gptq.inverse_cholesky(x.T @ x)
+    values, scales = gptq.quantize_rows(weight, hinv, pairs=True)
+    wide = values.astype(int)
+    assert np.abs(wide[:, :-1:2] + wide[:, 1::2]).max() == int8.PAIR_SUM
+    assert np.abs(wide).max() <= int8.QMAX
+    rounded = int8.quantize_rows(weight, pairs=True)
+    ours = output_error(x, weight, values * scales[:, None])
+    assert ours < 0.85 * output_error(x, weight, rounded.values * rounded.scales[:, None])
+
+
 def test_the_weight_is_not_changed() -> None:
     x, weight = inputs(100, 32), weights(8, 32)
     before = weight.copy()
