@@ -19,7 +19,7 @@ from embedge.export.graph.ops import CONTRIB, OpBuilder
 from embedge.export.graph.values import Value
 from embedge.runtime.bundle.contract import EXACT_OPTION
 
-__all__ = ["ADVICE", "unless_saturating"]
+__all__ = ["ADVICE", "stops_where_it_saturates", "unless_saturating"]
 
 ADVICE = (
     "8-bit products saturate on this processor, and vectors would be wrong: open the session with the option "
@@ -44,3 +44,8 @@ def unless_saturating(g: OpBuilder, lengths: Value) -> Value:
     index = g.op("Cast", g.op("Squeeze", product, zero), to=TensorProto.INT32)
     nothing = g.op("Gather", zero, index, name=ADVICE, axis=0)
     return g.op("Add", lengths, nothing)
+
+
+def stops_where_it_saturates(g: OpBuilder) -> bool:
+    """Whether a graph still holds what :func:`unless_saturating` wrote."""
+    return any(node.name == ADVICE for node in g.nodes)

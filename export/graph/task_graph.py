@@ -16,6 +16,7 @@ from embedge.export.graph.pooling import (
     rotated_back,
     unit_length,
 )
+from embedge.export.graph.saturation import stops_where_it_saturates
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.transformer import TransformerGraph
 from embedge.export.graph.values import FloatArray, Value
@@ -57,8 +58,7 @@ def task_graph(
     hidden = transformer.final(hidden)
     if pooling is None:
         token_vectors(transformer, hidden, dense=dense, normalize=normalize)
-        g.prune()
-        return g
+        return _finished(g)
     embedding(
         transformer,
         hidden,
@@ -72,7 +72,13 @@ def task_graph(
         g.output(
             rows, "token_embeddings", TensorProto.FLOAT, [*TOKENS, architecture.multi_vector_dim]
         )
+    return _finished(g)
+
+
+def _finished(g: Graph) -> Graph:
+    """The graph without what no output needs."""
     g.prune()
+    assert stops_where_it_saturates(g) or not g.scheme.saturates, "no output depends on the lengths"
     return g
 
 
