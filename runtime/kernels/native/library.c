@@ -51,8 +51,9 @@ OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*
   return NULL;
 }
 
-/* Tasks of a matmul, up to some 32 threads enough to balance them; several rows and neighbouring slabs in each. */
-enum { TASKS = 64, MIN_TASK_ROWS = 64 };
+/* Tasks of a matmul, enough to balance 64 threads; several rows and neighbouring slabs in each. One has enough strips
+   to fetch the next slab in, and takes the time of many claims of a task. bench/studies/tasks.py compares such rules. */
+enum { TASKS = 512, MIN_TASK_ROWS = 32, MIN_TASK_PRODUCTS = 1 << 20 };
 
 /* Rows from .. to of a slab, in strips of equal height as far as possible. */
 static void run_strips(const Work *work, int64_t slab, int64_t from, int64_t to) {
@@ -83,8 +84,10 @@ OrtStatus *run_work(const OrtApi *api, const OrtKernelContext *context, Work *wo
   work->slabs = (work->columns + width - 1) / width;
   work->slabs_per_task = (work->slabs + TASKS - 1) / TASKS;
   const int64_t groups = (work->slabs + work->slabs_per_task - 1) / work->slabs_per_task;
-  const int64_t wanted = (TASKS + groups - 1) / groups, most = (work->rows + MIN_TASK_ROWS - 1) / MIN_TASK_ROWS;
-  work->row_blocks = wanted < most ? wanted : most;
+  const int64_t wanted = (TASKS + groups - 1) / groups, most = work->rows / MIN_TASK_ROWS;
+  const int64_t worth = work->rows * work->depth * work->slabs_per_task * width / MIN_TASK_PRODUCTS;
+  const int64_t fit = most < worth ? most : worth;
+  work->row_blocks = fit < 1 ? 1 : wanted < fit ? wanted : fit;
   const int64_t tasks = groups * work->row_blocks;
   return run_tasks(api, context, run_task, (size_t)tasks, tasks == 1 || is_small(work), work);
 }
