@@ -8,29 +8,33 @@
     scores = model.similarity(queries, passages)  # float32 [1, 2]
 
 This package imports neither torch, transformers, onnx nor peft, and nothing of embedge's other
-parts.
+parts. A name is looked up when it is first used: a process that embeds a text loads what that takes, and no more.
 """
 
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from embedge.runtime.bundle.subset import subset_bundle
-from embedge.runtime.embedder import Embedder
-from embedge.runtime.errors import (
-    BundleError,
-    DeviceError,
-    EmbedgeError,
-    EmbedgeImportError,
-    EmbedgeValueError,
-    EmbedgeWarning,
-    FingerprintError,
-    ImageError,
-    InferenceError,
-    ManifestError,
-    TextTooLongError,
-)
+if TYPE_CHECKING:
+    from embedge.runtime.bundle.subset import subset_bundle
+    from embedge.runtime.embedder import Embedder
+    from embedge.runtime.errors import (
+        BundleError,
+        DeviceError,
+        EmbedgeError,
+        EmbedgeImportError,
+        EmbedgeValueError,
+        EmbedgeWarning,
+        FingerprintError,
+        ImageError,
+        InferenceError,
+        ManifestError,
+        TextTooLongError,
+    )
+
+    __version__: str
 
 __all__ = [
     "BundleError",
@@ -49,11 +53,34 @@ __all__ = [
     "subset_bundle",
 ]
 
-try:
-    __version__ = version("embedge")
-except PackageNotFoundError:  # a folder of sources that was never installed
-    __version__ = "0+unknown"
-
 # ONNX Runtime, which is imported when it is first needed, reports nothing to its makers unless it was told to.
 # From 1.29 on it does so by a thread of its own, for which a forked child waits forever at its end.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+_NOT_OF_ERRORS = {"Embedder": "embedder", "subset_bundle": "bundle.subset"}
+
+if not TYPE_CHECKING:  # type checkers would take any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "__version__":
+            value: Any = _installed_version()
+        else:
+            module = _NOT_OF_ERRORS.get(name, "errors")
+            value = getattr(import_module(f"{__name__}.{module}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("embedge")
+    except PackageNotFoundError:  # a folder of sources that was never installed
+        return "0+unknown"

@@ -20,7 +20,6 @@ from embedge.runtime.encode.lookup import choose_prompt
 from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.images.mixed import encode_mixed
-from embedge.runtime.images.patches import pixel_range
 from embedge.runtime.inputs import as_images, as_items, as_texts, warn_of_paths
 from embedge.runtime.open_bundle import OpenBundle
 from embedge.runtime.options import (
@@ -335,6 +334,8 @@ class Embedder(OpenBundle):
             normalize_embeddings=normalize_embeddings,
             multi_vector=multi_vector,
         )
+        from embedge.runtime.images.patches import pixel_range  # few bundles take images
+
         pixels = pixel_range(self._model.image, min_pixels, max_pixels)
         results = no_results(request, len(items))
         vectors = self._images.encode(

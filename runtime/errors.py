@@ -38,6 +38,7 @@ __all__ = [
     "InferenceError",
     "ManifestError",
     "TextTooLongError",
+    "log_info",
     "warn",
 ]
 
@@ -150,3 +151,10 @@ def warn(message: str, *, arguments: Iterable[str] = ()) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").startswith("embedge."):
         level, frame = level + 1, frame.f_back
     warnings.warn(EmbedgeWarning(message, arguments=arguments), stacklevel=level)
+
+
+def log_info(message: str, *arguments: object) -> None:
+    """Tells the logger ``embedge.runtime`` something, at the level INFO."""
+    logging = sys.modules.get("logging")  # slow to load; who reads what is logged has loaded it
+    if logging is not None:
+        logging.getLogger("embedge.runtime").info(message, *arguments)

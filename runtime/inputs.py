@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from embedge.runtime.errors import EmbedgeValueError, warn
-from embedge.runtime.images.load import is_image
 
-__all__ = ["as_images", "as_items", "as_texts", "warn_of_paths"]
+__all__ = ["as_images", "as_items", "as_texts", "is_image", "warn_of_paths"]
 
 _MOST_PATH_CHARACTERS = 4096
 _SUFFIX = r"\.(?:avif|bmp|gif|heic|heif|jp2|jpe?g|jxl|png|tiff?|webp)"
@@ -22,6 +21,13 @@ _IMAGE_URL = re.compile(
     rf"data:image/|(?:https?|ftp|file|s3|gs)://\S+{_SUFFIX}(?:[?#]\S*)?$", re.IGNORECASE
 )
 _IMAGE_NAME = re.compile(rf"[^\n]*{_SUFFIX}$", re.IGNORECASE)
+
+
+def is_image(value: object) -> bool:
+    """Whether a value in a list of texts and images is meant as an image; strings are texts."""
+    if isinstance(value, (os.PathLike, bytes, bytearray, memoryview, np.ndarray)):
+        return True
+    return any(cls.__module__.startswith("PIL.") for cls in type(value).__mro__)
 
 
 def as_texts(inputs: Any) -> tuple[list[str], bool]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,6 @@ from embedge.runtime.encode.tokenizer import read_tokenizer
 from embedge.runtime.encode.vectors import Vectors
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime
-from embedge.runtime.images.encode import ImagePipeline
 from embedge.runtime.options import EmbedderOptions
 from embedge.runtime.sessions.device import choose_device, split_device
 from embedge.runtime.sessions.graphs import Graphs
@@ -36,6 +35,9 @@ from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 from embedge.runtime.sessions.session import SessionConfig
 from embedge.runtime.tuning.cache import read_tuning
 from embedge.runtime.tuning.choose_precision import AUTO, choose_automatically
+
+if TYPE_CHECKING:
+    from embedge.runtime.images.encode import ImagePipeline
 
 __all__ = ["OpenBundle"]
 
@@ -115,6 +117,8 @@ class OpenBundle:
         self._texts = TextPipeline(self._tokenizer, self._runner, self._model)
         self._images: ImagePipeline | None = None
         if self._model.image is not None and self._settings.vision is not None:
+            from embedge.runtime.images.encode import ImagePipeline  # few bundles take images
+
             self._images = ImagePipeline(
                 graphs,
                 self._runner,

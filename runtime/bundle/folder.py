@@ -324,11 +324,23 @@ class Bundle:
                 f"{graph}: expects other weights to be unpacked than {listed.name} lists: {differing[0]}; "
                 f"{AGAIN}"
             )
-        stored = (tensor for weight in weights.values() for tensor, _, _ in weight.tensors)
+        packed_in = (
+            t for w in weights.values() for t, _, _ in w.tensors if not isinstance(t, bytes)
+        )
         files = {graph, listed}
-        files |= {self.external_file(graph, place) for place in checked.places}
-        files |= {self.external_file(listed, t) for t in stored if not isinstance(t, bytes)}
+        files |= {self.external_file(graph, place) for place in _last_of_each(checked.places)}
+        files |= {self.external_file(listed, place) for place in _last_of_each(packed_in)}
         return sorted(path.relative_to(self.root).as_posix() for path in files)
+
+
+def _last_of_each(places: Iterable[ExternalData]) -> Iterable[ExternalData]:
+    """Of each file, the place that ends last: where that is in the file, so are the others."""
+    last: dict[str, ExternalData] = {}
+    for place in places:
+        known = last.setdefault(place.location, place)
+        if place.offset + place.length > known.offset + known.length:
+            last[place.location] = place
+    return last.values()
 
 
 def _sha256_at(file: Path, place: ExternalData) -> str:

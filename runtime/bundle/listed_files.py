@@ -21,6 +21,7 @@ from embedge.runtime.bundle.files import (
     kind_of,
     no_permission,
     sha256_of,
+    size_of,
     state_of,
     system_reason,
 )
@@ -63,7 +64,7 @@ class ListedFiles:
             BundleError: if it is not what the manifest says.
         """
         (path, state), expected = self._find(name), self._entries[name]
-        size = path.stat().st_size
+        size = size_of(state)
         if size != expected.size:
             raise BundleError(f"{path}: expected {expected.size} bytes, found {size}; {AGAIN}")
         if hashes:
@@ -113,8 +114,7 @@ class ListedFiles:
         """The path of a file, and its state."""
         path = self._root / name
         try:
-            real = path.resolve(strict=True)
-            status = real.stat()
+            real, status = self._resolved(path, name)
         except FileNotFoundError as error:
             raise BundleError(
                 f"{path}: missing; {AGAIN}, or a part of it with `embedge subset` where it is whole"
@@ -139,6 +139,21 @@ class ListedFiles:
             reason = os.strerror(errno.EACCES)
             raise BundleError(f"{path}: cannot be read: {reason}; {self._let_in}")
         return path, state_of(status)
+
+    def _resolved(self, path: Path, name: str) -> tuple[Path, os.stat_result]:
+        """A file's path without links, and its status; the folder of the bundle has none.
+
+        Raises:
+            OSError: if there is none, or it cannot be read.
+        """
+        at = str(self._root)
+        for part in name.split("/"):
+            at = os.path.join(at, part)
+            status = os.lstat(at)
+            if stat.S_ISLNK(status.st_mode):
+                real = path.resolve(strict=True)
+                return real, real.stat()
+        return path, status
 
     @property
     def _let_in(self) -> str:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from embedge.runtime.bundle.files import kind_of, system_reason
-from embedge.runtime.bundle.writing import partial_of, replaced_of
 from embedge.runtime.errors import BundleError, EmbedgeValueError
 
 __all__ = ["find_bundle"]
@@ -53,6 +52,8 @@ def _check_unfinished(given: Path, found: str) -> None:
         BundleError: if it left something.
         OSError: if that cannot be seen.
     """
+    from embedge.runtime.bundle.writing import partial_of, replaced_of  # for messages alone
+
     left = replaced_of(given)
     if left.is_dir():
         raise BundleError(

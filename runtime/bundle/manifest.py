@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -33,6 +33,7 @@ from embedge.runtime.bundle.schema import (
     Since,
     Within,
     finite,
+    record,
 )
 from embedge.runtime.errors import warn
 
@@ -82,7 +83,7 @@ Number: TypeAlias = Annotated[int | float, ReadBy(finite)]
 Channels: TypeAlias = Annotated[tuple[float, ...], _channel_problem]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Producer(Record):
     """What wrote the bundle."""
 
@@ -90,7 +91,7 @@ class Producer(Record):
     version: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Source(Record):
     """The model that was exported.
 
@@ -112,7 +113,7 @@ class Source(Record):
     hub_id: Annotated[str | None, Since("1.5"), SPARSE] = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ImageSettings(Record):
     """How images become patches, and what tokens stand around them: Qwen2-VL's image processor and prompt.
 
@@ -180,7 +181,7 @@ class ImageSettings(Record):
             yield "pooled_after", f"expected at most {len(self.after_ids)}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class QueryExpansion(Record):
     """What short queries are filled up with: tokens that are scored like a query's own.
 
@@ -195,7 +196,7 @@ class QueryExpansion(Record):
     attend: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class LateInteraction(Record):
     """How queries and documents become vectors of tokens (ColBERT, arXiv 2004.12832).
 
@@ -233,7 +234,7 @@ class LateInteraction(Record):
                 yield f"skipped_in[{index}]", f"expected query or document, found {role[:80]!r}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Model(Record):
     """What the graphs compute.
 
@@ -302,7 +303,7 @@ class Model(Record):
             yield "image", f"found {found}, where modalities are {list(self.modalities)}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class TokenizerSettings(Record):
     """The tokenizer file and what it does not say.
 
@@ -323,7 +324,7 @@ class TokenizerSettings(Record):
     special_token_ids: Annotated[tuple[TokenId, ...], Since("1.5"), SPARSE] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Adapter(Record):
     """The adapter a task was merged from; ``None`` for what was not recorded.
 
@@ -339,7 +340,7 @@ class Adapter(Record):
     own_prompts: Annotated[bool, Since("1.4"), SPARSE] = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Task(Record):
     """A task's prompts by name, the one used when none is named, and its adapter (``None``: bare)."""
 
@@ -353,7 +354,7 @@ class Task(Record):
             yield "default_prompt", f"{self.default_prompt!r} is not in prompts ({known})"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ActivationConstant(Record):
     """A scalar initializer with one value for 8-bit and one for 7-bit activations."""
 
@@ -368,7 +369,7 @@ class ActivationConstant(Record):
                 yield key, f"expected a value of {self.dtype}, found {value:.6g}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Precision(Record):
     """The graphs of one precision.
 
@@ -410,7 +411,7 @@ class Precision(Record):
         return bool(self.activation_constants) and not self.portable
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class FileEntry(Record):
     """A file's size in bytes and its SHA-256 in lower-case hexadecimal."""
 
@@ -424,7 +425,7 @@ class FileEntry(Record):
         return cls(size=size_of(state), sha256=sha256)
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Manifest(Record):
     """A parsed ``manifest.json``."""
 
@@ -484,7 +485,7 @@ class Manifest(Record):
                 yield key, f"{path!r} is not listed in files"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class _Version(Record):
     """What is read of a document before anything else."""
 

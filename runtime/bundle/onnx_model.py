@@ -7,7 +7,6 @@ attributes and shapes fit each other is not looked at here (:mod:`embedge.runtim
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from embedge.runtime.bundle.names import is_path
 from embedge.runtime.bundle.protobuf import Message, spec
-from embedge.runtime.bundle.schema import MOST_BYTES, Record, Within
+from embedge.runtime.bundle.schema import MOST_BYTES, Record, Within, record
 
 __all__ = [
     "BOOL",
@@ -75,7 +74,7 @@ _DIMENSION = spec(numbers=(1,), data=(2,))
 _ENTRY = spec(data=(1, 2))
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class ExternalData(Record):
     """Where a tensor's bytes lie: ``location`` is relative to the folder of the graph."""
 

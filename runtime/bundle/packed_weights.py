@@ -19,7 +19,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -28,7 +27,7 @@ import numpy as np
 
 from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.onnx_model import FLOAT, INT8, ExternalData
-from embedge.runtime.bundle.schema import Place, ReadBy, Record, Within
+from embedge.runtime.bundle.schema import Place, ReadBy, Record, Within, record
 
 __all__ = ["PackedWeight", "Tensor", "read_packed"]
 
@@ -45,12 +44,12 @@ def _tensor(value: Any, place: Place) -> ExternalData | bytes:
 Tensor: TypeAlias = Annotated[ExternalData | bytes, ReadBy(_tensor)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class _Inline(Record):
     base64: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class PackedWeight(Record):
     """One Linear's 4-bit weight, and what becomes of it.
 
@@ -112,7 +111,7 @@ class PackedWeight(Record):
         yield f"{name}.scales", (FLOAT, (self.out_features,))
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class _List(Record):
     weights: Mapping[str, PackedWeight]
 

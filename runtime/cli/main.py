@@ -21,7 +21,6 @@ from embedge.runtime import __version__
 from embedge.runtime.cli.messages import failed, report, show_warning
 from embedge.runtime.cli.streams import any_streams, drop_output, output_fails
 from embedge.runtime.errors import EmbedgeError, EmbedgeImportError
-from embedge.runtime.host.install_advice import install_command
 
 __all__ = ["main"]
 
@@ -134,9 +133,14 @@ def _load(command: str) -> _Module:
     try:
         return cast("_Module", importlib.import_module(f"embedge.runtime.cli.{command}"))
     except ImportError as error:
-        if command not in _EXTRAS or isinstance(error, EmbedgeError):
+        if isinstance(error, EmbedgeError):
             raise
+        if command not in _EXTRAS:
+            advice = "install embedge again, with what it depends on"
+            raise EmbedgeImportError(f"{error}; {advice}") from error
         name = (error.name or "").partition(".")[0]
+        from embedge.runtime.host.install_advice import install_command
+
         advice = install_command(_EXTRAS[command], [name] if name else [])
         raise EmbedgeImportError(
             f"`embedge {command}` needs {error.name or error}, which cannot be imported; run `{advice}`"

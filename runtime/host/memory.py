@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from pathlib import Path
 
 from embedge.runtime.errors import EmbedgeValueError
@@ -49,4 +48,6 @@ def parse_bytes(name: str, value: int | str) -> int:
             f"{name} {value!r}: expected a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB",
             arguments=[name],
         )
+    from fractions import Fraction  # seldom needed, and slow to load
+
     return int(Fraction(found[1]) * units[found[2].upper()])

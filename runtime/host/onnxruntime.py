@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -144,6 +143,8 @@ def _lists_package(record: str) -> bool:
 
 
 def _missing() -> str:
+    import importlib.metadata  # of use for messages alone, and slow to load
+
     left = sorted(
         str(one.metadata["Name"]).lower()
         for one in importlib.metadata.distributions()

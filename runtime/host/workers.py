@@ -11,7 +11,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -25,6 +24,10 @@ _LOOK_AGAIN_S = 0.05  # whether what an error or interrupt left under way has en
 
 Task = Callable[[], object]
 _Tasks = queue.SimpleQueue[Task | None]
+
+
+class _NotStarted(Exception):
+    """Stands for the result of an item that nobody waited for any more."""
 
 
 class Workers:
@@ -74,7 +77,7 @@ class Workers:
         def run(item: Item) -> None:
             result: tuple[Item, Result] | BaseException
             try:
-                result = (item, work(item)) if wanted.locked() else CancelledError()
+                result = (item, work(item)) if wanted.locked() else _NotStarted()
             except BaseException as error:
                 result = error
             ended.append(None)

@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from embedge.runtime.errors import EmbedgeImportError, EmbedgeValueError
-from embedge.runtime.host.install_advice import install_command
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FORMATS", "is_image", "load_image"]
+__all__ = ["FORMATS", "load_image"]
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -44,13 +43,6 @@ _KINDS = "a path, bytes, a PIL image or a numpy array"
 _ARRAYS = (
     "uint8, uint16, bool or floats in 0…1 of shape [height, width] or [height, width, 1, 3 or 4]"
 )
-
-
-def is_image(value: object) -> bool:
-    """Whether a value in a list of texts and images is meant as an image; strings are texts."""
-    if isinstance(value, (os.PathLike, bytes, bytearray, memoryview, np.ndarray)):
-        return True
-    return any(cls.__module__.startswith("PIL.") for cls in type(value).__mro__)
 
 
 def load_image(source: Any, where: str) -> Image:
@@ -106,6 +98,8 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
+        from embedge.runtime.host.install_advice import install_command
+
         raise EmbedgeImportError(
             f"images need Pillow, which is not installed; run: {install_command('images')}"
         ) from error

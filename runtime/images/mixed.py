@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedge.runtime.encode.request import Request
 from embedge.runtime.encode.texts import TextPipeline
 from embedge.runtime.encode.vectors import Results, Vectors
-from embedge.runtime.images.encode import ImagePipeline
+
+if TYPE_CHECKING:
+    from embedge.runtime.images.encode import ImagePipeline
 
 __all__ = ["encode_mixed"]
 

@@ -8,7 +8,6 @@ lie in panels already: those that are made when it opens, and those of prepared 
 from __future__ import annotations
 
 import mmap
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +47,8 @@ def in_panels(weight: Weight, scratch: Path | None = None) -> Weight:
     if scratch is None:
         memory = mmap.mmap(-1, weight.size)
     else:
+        import tempfile  # seldom needed, and slow to load
+
         with tempfile.TemporaryFile(dir=scratch) as file:
             file.truncate(weight.size)
             memory = mmap.mmap(file.fileno(), weight.size)

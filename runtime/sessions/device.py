@@ -9,14 +9,13 @@ Rules:
 from __future__ import annotations
 
 import ctypes
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedge.runtime.errors import DeviceError, EmbedgeValueError
+from embedge.runtime.errors import DeviceError, EmbedgeValueError, log_info
 from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import command_for_cuda, load_onnxruntime, open_session
 from embedge.runtime.host.saturation import probe_model
@@ -25,8 +24,6 @@ __all__ = ["DEVICES", "PROVIDERS", "choose_device", "split_device"]
 
 DEVICES = ("auto", "cpu", "cuda")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-_logger = logging.getLogger("embedge.runtime")
 
 
 def split_device(device: Any) -> tuple[str, int]:
@@ -72,7 +69,7 @@ def choose_device(requested: str, precision: str, supported: Sequence[str]) -> s
     if why_not and "cpu" not in supported:
         raise DeviceError(f"precision {precision!r} runs on cuda only: {why_not}")
     chosen = "cpu" if why_not else "cuda"
-    _logger.info("device auto: %s for %s%s", chosen, precision, f" ({why_not})" if why_not else "")
+    log_info("device auto: %s for %s%s", chosen, precision, f" ({why_not})" if why_not else "")
     return chosen
 
 

@@ -15,7 +15,6 @@ import errno
 import hashlib
 import os
 import shlex
-import shutil
 import stat
 import sys
 from pathlib import Path
@@ -80,6 +79,8 @@ class PreparedFolders:
 
     def forget_cached(self, *parts: str) -> None:
         """Deletes what the cache holds of something that was just written into the bundle."""
+        import shutil  # seldom needed, and slow to load
+
         *cached, _ = self.to_read
         for folder in cached:
             path = folder.joinpath(*parts)
@@ -95,6 +96,8 @@ class PreparedFolders:
             BundleError: if the folder is a link.
             OSError: if it cannot be deleted.
         """
+        import shutil  # seldom needed, and slow to load
+
         inside = self._root / PREPARED
         self.check_no_links(inside)
         *cached, _ = self.to_read

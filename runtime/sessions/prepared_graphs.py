@@ -21,7 +21,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.bundle.names import is_path
-from embedge.runtime.bundle.schema import Place, Record
+from embedge.runtime.bundle.schema import Place, Record, record
 from embedge.runtime.errors import BundleError, warn
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 from embedge.runtime.host.processor import processor_identity
@@ -49,7 +49,7 @@ def _file_problem(name: str) -> str | None:
     return None if is_path(name) else f"{name[:80]!r} is no name of a file beside it"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class PreparedRecord(Record):
     """What stands beside a prepared graph, in ``prepared.json``.
 

@@ -12,11 +12,10 @@ Which way is faster is decided elsewhere: :mod:`embedge.runtime.encode.batch_siz
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, TypeVar
 
-from embedge.runtime.bundle.schema import Record, Within
+from embedge.runtime.bundle.schema import Record, Within, record
 from embedge.runtime.host.workers import Workers
 from embedge.runtime.sessions.pool import OpenGraph
 from embedge.runtime.sessions.session import GraphSession
@@ -27,7 +26,7 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class RunSettings(Record):
     """How the batches of a graph run.
 

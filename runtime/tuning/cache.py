@@ -15,15 +15,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.manifest import Manifest
-from embedge.runtime.bundle.schema import MOST_BYTES, Place, Record, Within
-from embedge.runtime.bundle.writing import replace_file
+from embedge.runtime.bundle.schema import MOST_BYTES, Place, Record, Within, record
 from embedge.runtime.errors import BundleError, warn
 from embedge.runtime.sessions.prepared_folders import PreparedFolders
 from embedge.runtime.sessions.prepared_graphs import machine_name
@@ -43,7 +41,7 @@ def _threads_problem(count: str) -> str | None:
     return None if re.fullmatch("[0-9]{1,9}", count) else f"{count!r} is no number of threads"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class TunedPrecision(Record):
     """A precision as it was measured, with its fastest settings.
 
@@ -67,7 +65,7 @@ class TunedPrecision(Record):
         return graph is not None and manifest.files[graph].sha256 == self.graph_sha256
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class _Head(Record):
     """What is read of the file before anything else."""
 
@@ -81,7 +79,7 @@ class _Head(Record):
             yield "machine", f"measured on another, {self.machine}; this is {machine_name()}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class _Document(_Head):
     threads: Mapping[Annotated[str, _threads_problem], Mapping[str, TunedPrecision]]
 
@@ -139,6 +137,8 @@ def add_tuning(bundle: Bundle, threads: int, measured: Tuning) -> Path:
         EmbedgeError: if neither the bundle nor the user's cache can be written.
         OSError: if it cannot be written.
     """
+    from embedge.runtime.bundle.writing import replace_file  # who reads needs none of it
+
     folders = _folders(bundle)
     file = folders.to_write() / _NAME
     try:

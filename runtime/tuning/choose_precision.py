@@ -14,7 +14,6 @@ Rules:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from math import exp, log
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import Manifest
-from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.errors import EmbedgeValueError, log_info
 from embedge.runtime.sessions.device import cuda_problem
 from embedge.runtime.tuning.cache import Tuning
 
@@ -38,8 +37,6 @@ ORDER = {
 }
 
 _UNRECORDED = "has no recorded fidelity of"
-
-_logger = logging.getLogger("embedge.runtime")
 
 
 def choose_automatically(
@@ -80,7 +77,7 @@ def choose_automatically(
     on = next(d for d in devices if any(d in manifest.precisions[p].devices for p in fitting))
     fitting = [p for p in fitting if on in manifest.precisions[p].devices]
     chosen, why = _fastest(_in_order(fitting, on), tuning if on == "cpu" else {})
-    _logger.info("precision auto: %s on %s, %s", chosen, on, "; ".join([why, *left_out]))
+    log_info("precision auto: %s on %s, %s", chosen, on, "; ".join([why, *left_out]))
     return chosen
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,14 +37,15 @@ FIRST = """
 import numpy, sys
 before = set(sys.modules)
 import embedge.runtime, json
+embedge.runtime.Embedder
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def child(script: str) -> str:
+def child(script: str, *arguments: str) -> str:
     """What a script prints in a Python of its own with this one's import path."""
     return subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -67,7 +70,46 @@ def test_the_import_alone_loads_numpy_and_the_standard_library() -> None:
     assert loaded - sys.stdlib_module_names == {"embedge", "numpy"}
 
 
+# Slow to load, and of no use for embedding texts; or of other parts of the runtime.
+NOT_FOR_TEXTS = {
+    *(
+        "concurrent.futures",
+        "ctypes.util",
+        "decimal",
+        "email",
+        "fractions",
+        "importlib.metadata",
+        "inspect",
+    ),
+    *("logging", "numpy.random", "random", "shutil", "socket", "subprocess", "tempfile", "zipfile"),
+    *("embedge.runtime.bundle.model_card", "embedge.runtime.bundle.subset"),
+    *("embedge.runtime.bundle.writing", "embedge.runtime.host.install_advice"),
+    *("embedge.runtime.images.encode", "embedge.runtime.images.load"),
+    *("embedge.runtime.images.patches", "embedge.runtime.tuning.pack_graphs"),
+}
+
+VECTOR = """
+import numpy, onnxruntime, sys, tokenizers
+before = set(sys.modules)
+from embedge import Embedder
+import json
+Embedder(sys.argv[1], precision="int8", verify="none").encode("w0 w1")
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+@pytest.mark.slow
+def test_a_first_vector_loads_what_it_takes_and_no_more(int8_bundle: tuple[Path, Any]) -> None:
+    loaded = set(json.loads(child(VECTOR, str(int8_bundle[0]))))
+    assert "embedge.runtime.sessions.session" in loaded
+    assert loaded & NOT_FOR_TEXTS == set()
+
+
 def test_what_is_exposed_is_what_is_listed() -> None:
+    for name in embedge.runtime.__all__:
+        getattr(embedge.runtime, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Embeder'"):
+        _ = embedge.runtime.Embeder  # type: ignore[attr-defined]
     exposed = {
         name
         for name, value in vars(embedge.runtime).items()

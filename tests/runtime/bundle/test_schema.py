@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import pytest
 
 from embedge.runtime import ManifestError
-from embedge.runtime.bundle.schema import SPARSE, Place, ReadBy, Record, Within
+from embedge.runtime.bundle.schema import SPARSE, Place, ReadBy, Record, Within, record
 
 
 def lower_problem(text: str) -> str | None:
@@ -23,12 +23,12 @@ def read_hex(value: Any, place: Place) -> int:
         place.fail("no hexadecimal number")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Inner(Record):
     size: Annotated[int, Within(1, 9)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Outer(Record):
     name: Annotated[str, lower_problem]
     kind: Literal["a", "b"] = "a"

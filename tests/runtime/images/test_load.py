@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from embedge.runtime import EmbedgeValueError
-from embedge.runtime.images.load import is_image, load_image
+from embedge.runtime.images.load import load_image
+from embedge.runtime.inputs import is_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), np.uint8)
