@@ -108,7 +108,8 @@ def make_plan(options: BenchOptions) -> Plan:
     if bundle.manifest.model.late_interaction is not None:
         raise BenchArgumentError(
             f"{options.bundle}: a late-interaction model, whose vectors are of tokens; expected one of a vector a "
-            "text, which is all that the bench measures"
+            f"text. For this one run: python -m embedge.bench.studies.late_interaction {options.bundle} --reference "
+            f"{options.reference}"
         )
     declared = bundle.manifest.tasks
     tasks = _chosen("task", options.tasks, list(declared))

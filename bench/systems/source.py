@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from embedge.bench.errors import BenchArgumentError, BenchError
 
-__all__ = ["DenseModule", "Source", "read_source", "source_of_task"]
+__all__ = ["DenseModule", "Source", "model_folder", "read_source", "source_of_task"]
 
 _POOLING_FLAGS = {  # in the order in which vectors of several are concatenated
     "pooling_mode_cls_token": "cls",
@@ -116,7 +116,7 @@ def read_source(source: str | Path, pooling: str | None = None) -> Source:
     Raises:
         BenchError: no such model, or its files ask for something the reference does not do.
     """
-    path = _folder(source)
+    path = model_folder(source)
     return _source(path, pooling)
 
 
@@ -181,7 +181,12 @@ def _own_rule(transformer: Path, modules: list[dict[str, Any]]) -> str | None:
     )
 
 
-def _folder(source: str | Path) -> Path:
+def model_folder(source: str | Path) -> Path:
+    """Return the folder ``source``, or the hub id's snapshot.
+
+    Raises:
+        BenchError: no such model.
+    """
     path = Path(source)
     if path.is_dir():
         return path.resolve()
