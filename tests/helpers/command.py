@@ -36,7 +36,7 @@ def program(arguments: list[str], **options: Any) -> subprocess.CompletedProcess
         [sys.executable, "-m", "embedge.runtime", *arguments],
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, **variables},
-        timeout=60,
+        timeout=600,
         check=False,
         **options,
     )

@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _embed(options: argparse.Namespace) -> None:
     texts = some_texts(options.texts)
     print(describe_kernels())
-    vectors: dict[str, Any] = {
-        precision: Embedder(options.bundle, precision=precision, threads=1).encode(texts)
-        for precision in options.precision
-    }
-    np.savez(options.out, **vectors)
+    vectors: dict[str, Any] = {}
+    for precision in options.precision:
+        embedder = Embedder(options.bundle, precision=precision, threads=1)
+        vectors[precision] = embedder.encode(texts)
+        np.savez(options.out, **vectors)  # what is done, as the next takes minutes under emulation
 
 
 def some_texts(count: int) -> list[str]:

@@ -368,7 +368,7 @@ class TestEmbed:
         )
         assert process.stdout is not None
         process.stdout.close()
-        _, err = process.communicate(b"w1\n" * 5000, timeout=60)
+        _, err = process.communicate(b"w1\n" * 5000, timeout=600)
         assert err == b""
         assert process.returncode == 1
 

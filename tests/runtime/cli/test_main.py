@@ -168,7 +168,7 @@ class TestStreams:
             env={**os.environ, "PYTHONPATH": path, **variables},
             input=b"w1\n",
             capture_output=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
 

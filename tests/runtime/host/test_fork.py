@@ -50,7 +50,7 @@ def run(*arguments: str, **variables: str) -> str:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **variables},
     ).stdout
 

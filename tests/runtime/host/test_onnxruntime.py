@@ -86,7 +86,7 @@ def python(site: Path, *arguments: str, real: bool = True) -> subprocess.Complet
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
 
