@@ -21,9 +21,21 @@ fetch_python() {
   apt-get "${options[@]}" --download-only install python3 libstdc++6
   for package in "$apt"/archives/*.deb; do dpkg-deb -x "$package" "$root"; done
   rm -r "$apt"
-  # Without it programs for Arm would read of which processor this machine's is.
+}
+
+# qemu passes this machine's /proc/cpuinfo on. ONNX Runtime takes a processor's dot products from its part's number, and
+# ends where none is given.
+describe_processor() {
+  local part features="fp asimd"
+  case "${QEMU_CPU:-max}" in
+    max) part=0xd40 features="fp asimd asimddp i8mm" ;; # as a Neoverse V1
+    cortex-a76) part=0xd0b features="fp asimd asimddp" ;;
+    cortex-a72) part=0xd08 ;;
+    *) echo "QEMU_CPU=$QEMU_CPU: expected max, cortex-a76 or cortex-a72" >&2; exit 1 ;;
+  esac
   mkdir -p "$root/proc"
-  printf 'processor\t: 0\nBogoMIPS\t: 100.00\nCPU implementer\t: 0x41\nCPU architecture: 8\n\n' > "$root/proc/cpuinfo"
+  printf 'processor\t: 0\nFeatures\t: %s\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: %s\nCPU revision\t: 1\n\n' \
+    "$features" "$part" > "$root/proc/cpuinfo"
 }
 
 # An environment whose Python is a script: the kernel runs it for child processes too, without binfmt_misc.
@@ -62,6 +74,7 @@ PYTHON
 
 command -v qemu-aarch64-static > /dev/null || { echo "apt-get install qemu-user-static" >&2; exit 1; }
 [ -d "$root/usr" ] || fetch_python
+describe_processor
 make_environment
 install_packages
 EMBEDGE_LIGHT_TESTS=1 exec "$place/bin/python" -m pytest -p no:cacheprovider tests/runtime tests/quant "$@"
