@@ -44,7 +44,9 @@ make_environment() {
   python=$(basename "$(ls "$root"/usr/bin/python3.[0-9][0-9])")
   mkdir -p "$place/bin" "$place/lib/$python/site-packages"
   printf 'home = /usr/bin\ninclude-system-site-packages = false\n' > "$place/pyvenv.cfg"
-  printf '#!/bin/sh\nexec qemu-aarch64-static -L %q -0 "$0" %q "$@"\n' "$root" "$root/usr/bin/$python" > "$place/bin/python"
+  # Compiled modules are kept here: their own folders may be this machine's.
+  printf '#!/bin/sh\nexec qemu-aarch64-static -L %q -0 "$0" %q -X pycache_prefix=%q "$@"\n' \
+    "$root" "$root/usr/bin/$python" "$place/pycache" > "$place/bin/python"
   chmod +x "$place/bin/python"
 }
 
