@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the runtime and of the number formats on 64-bit Arm, by qemu: tests/processors/aarch64.sh [OF PYTEST]
+# The tests of the runtime and of the number formats on 64-bit Arm, by qemu:
+#   tests/processors/aarch64.sh [OPTIONS AND PATHS OF PYTEST]
 #
 # Needs Debian with qemu-user-static, python3 with pip, and no root. build/aarch64 gets Debian's Python for Arm and the
 # wheels for Arm that the extra "light" names; build/aarch64/bin/python runs anything else there.
@@ -55,7 +56,7 @@ install_packages() {
   local site version
   site=$(echo "$place"/lib/python3.*/site-packages)
   version=$(basename "$(dirname "$site")")
-  python3 - > "$place/requirements.txt" <<'PYTHON'
+  python3 - > "$place/wanted.txt" <<'PYTHON'
 import re, tomllib
 
 with open("pyproject.toml", "rb") as file:
@@ -68,9 +69,11 @@ def of(requirements):
 
 print(*dict.fromkeys(of([*project["dependencies"], "embedge[light]"])), sep="\n")
 PYTHON
-  python3 -m pip install --quiet --target "$site" --upgrade --python-version "${version#python}" --implementation cp \
-    --only-binary :all: --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
-    --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 --requirement "$place/requirements.txt"
+  cmp -s "$place/wanted.txt" "$place/requirements.txt" ||
+    python3 -m pip install --quiet --target "$site" --upgrade --python-version "${version#python}" --implementation cp \
+      --only-binary :all: --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
+      --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 --requirement "$place/wanted.txt"
+  mv "$place/wanted.txt" "$place/requirements.txt"
   CC=false python3 -m pip install --quiet --target "$site" --upgrade --no-deps .
 }
 
@@ -79,4 +82,6 @@ command -v qemu-aarch64-static > /dev/null || { echo "apt-get install qemu-user-
 describe_processor
 make_environment
 install_packages
-EMBEDGE_LIGHT_TESTS=1 exec "$place/bin/python" -m pytest -p no:cacheprovider tests/runtime tests/quant "$@"
+paths=(tests/runtime tests/quant)
+for argument; do if [ -e "${argument%%::*}" ]; then paths=(); fi; done
+EMBEDGE_LIGHT_TESTS=1 exec "$place/bin/python" -m pytest -p no:cacheprovider "${paths[@]}" "$@"
