@@ -31,6 +31,7 @@ _LEVEL = 0.51  # of rounding to a level
 _SILU = 1e-3  # of products up to 20
 _HEADS, _HEAD_SIZE, _SCALE = 2, 24, 0.2
 _ROUNDING = 0.04  # of a mean of values up to 2, of factors in bfloat16
+_PERIOD = 4099
 _ONE_THREAD = 1 << 18  # multiplications that OpenBLAS does not share
 
 Array: TypeAlias = NDArray[Any]
@@ -95,6 +96,8 @@ def _opened(library: str, cases: list[_Case], *, panels: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 2
+    options.enable_cpu_mem_arena = False  # of use from the second run of a size on
+    options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     register(options, library, panels=panels)
@@ -322,9 +325,12 @@ def _nibbles(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _bytes(name: str, *shape: int) -> NDArray[np.uint8]:
-    """Numbers without a pattern, always the same for a name; numpy's generators take long to import."""
-    drawn = hashlib.shake_128(name.encode()).digest(math.prod(shape))
-    return np.frombuffer(drawn, np.uint8).reshape(shape)
+    """Numbers without a pattern, always the same for a name; numpy's generators take long to import.
+
+    They repeat after a prime number, so that no two rows are alike.
+    """
+    drawn = hashlib.shake_128(name.encode()).digest(_PERIOD)
+    return np.resize(np.frombuffer(drawn, np.uint8), shape)
 
 
 def _integers(name: str, *shape: int) -> NDArray[np.int8]:
