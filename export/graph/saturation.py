@@ -19,7 +19,7 @@ from embedge.export.graph.ops import CONTRIB, OpBuilder
 from embedge.export.graph.values import Value
 from embedge.runtime.bundle.contract import EXACT_OPTION
 
-__all__ = ["ADVICE", "stops_where_it_saturates", "unless_saturating"]
+__all__ = ["ADVICE", "unless_saturating"]
 
 ADVICE = (
     "8-bit products saturate on this processor, and vectors would be wrong: open the session with the option "
@@ -30,8 +30,19 @@ _MOST = np.full(8, 255)
 _PAIRS = np.array([127, 127, -127, 0, -127, 0, 0, 0])
 
 
-def unless_saturating(g: OpBuilder, lengths: Value) -> Value:
-    """``lengths`` int64 ``[batch]`` as they are; where products saturate, the run fails with :data:`ADVICE`."""
+def unless_saturating(g: OpBuilder, value: Value, lengths: Value) -> Value:
+    """``value`` as it is; where products saturate, the run fails with :data:`ADVICE`.
+
+    Args:
+        g: the graph.
+        value: float32, what an output gives.
+        lengths: int64 ``[batch]``, what depends on an input.
+    """
+    return g.op("Add", value, g.once(ADVICE, lambda: _nothing(g, lengths)))
+
+
+def _nothing(g: OpBuilder, lengths: Value) -> Value:
+    """float32 ``[1]``, 0."""
     zero, one = g.const([0], "int64"), g.const([1], "int64")
     some = g.op("Cast", g.op("Slice", lengths, zero, one, zero), to=TensorProto.UINT8)
     most = g.op("Max", some, g.const(_MOST[None], "uint8"))  # of any number 255, but not constant
@@ -42,10 +53,4 @@ def unless_saturating(g: OpBuilder, lengths: Value) -> Value:
         domain=CONTRIB,
     )
     index = g.op("Cast", g.op("Squeeze", product, zero), to=TensorProto.INT32)
-    nothing = g.op("Gather", zero, index, name=ADVICE, axis=0)
-    return g.op("Add", lengths, nothing)
-
-
-def stops_where_it_saturates(g: OpBuilder) -> bool:
-    """Whether a graph still holds what :func:`unless_saturating` wrote."""
-    return any(node.name == ADVICE for node in g.nodes)
+    return g.op("Gather", g.const([0.0]), index, name=ADVICE, axis=0)

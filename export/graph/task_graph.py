@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx import TensorProto
@@ -16,7 +17,7 @@ from embedge.export.graph.pooling import (
     rotated_back,
     unit_length,
 )
-from embedge.export.graph.saturation import stops_where_it_saturates
+from embedge.export.graph.saturation import unless_saturating
 from embedge.export.graph.scheme import Scheme
 from embedge.export.graph.transformer import TransformerGraph
 from embedge.export.graph.values import FloatArray, Value
@@ -58,7 +59,8 @@ def task_graph(
     hidden = transformer.final(hidden)
     if pooling is None:
         token_vectors(transformer, hidden, dense=dense, normalize=normalize)
-        return _finished(g)
+        g.prune()
+        return g
     embedding(
         transformer,
         hidden,
@@ -69,17 +71,17 @@ def task_graph(
     )
     if architecture.multi_vector_dim is not None:
         rows = transformer.token_embeddings(hidden)
-        g.output(
-            rows, "token_embeddings", TensorProto.FLOAT, [*TOKENS, architecture.multi_vector_dim]
-        )
-    return _finished(g)
-
-
-def _finished(g: Graph) -> Graph:
-    """The graph without what no output needs."""
+        _output(transformer, rows, "token_embeddings", [*TOKENS, architecture.multi_vector_dim])
     g.prune()
-    assert stops_where_it_saturates(g) or not g.scheme.saturates, "no output depends on the lengths"
     return g
+
+
+def _output(transformer: TransformerGraph, x: Value, name: str, shape: Sequence[int | str]) -> None:
+    """Declare a float32 output, which no run gives where 8-bit products would have spoiled it."""
+    g = transformer.g
+    if g.scheme.saturates:
+        x = unless_saturating(g, x, transformer.lengths)
+    g.output(x, name, TensorProto.FLOAT, shape)
 
 
 def embedding(
@@ -115,7 +117,7 @@ def embedding(
     if tanh_int8:
         x = g.op("Round", g.op("Mul", g.op("Tanh", x), g.const(127.0)))
     width = dense[-1].out_features if dense else architecture.vector_size * len(modes)
-    g.output(x, "embedding", TensorProto.FLOAT, ["batch", width])
+    _output(transformer, x, "embedding", ["batch", width])
 
 
 def _in_own_axes(transformer: TransformerGraph, x: Value, *, by_token: bool) -> Value:
@@ -141,7 +143,7 @@ def token_vectors(
     if normalize:
         x = unit_length(g, x)
     width = dense[-1].out_features if dense else transformer.model.vector_size
-    g.output(x, "token_embeddings", TensorProto.FLOAT, [*TOKENS, width])
+    _output(transformer, x, "token_embeddings", [*TOKENS, width])
 
 
 def _of_rotated(weights: RotatedWeights, norm: str, layer: DenseLayer) -> DenseLayer:

@@ -10,7 +10,6 @@ from embedge.export.graph.attention import seen_by
 from embedge.export.graph.block import block, normalized
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.rotary import rotary
-from embedge.export.graph.saturation import unless_saturating
 from embedge.export.graph.values import LinearRef, Value
 
 
@@ -56,9 +55,7 @@ class TransformerGraph:
         }
 
     def _count_lengths(self) -> Value:
-        g = self.g
-        lengths = g.op("ReduceSum", "attention_mask", g.const([1], "int64"), keepdims=0)
-        return unless_saturating(g, lengths) if g.scheme.saturates else lengths
+        return self.g.op("ReduceSum", "attention_mask", self.g.const([1], "int64"), keepdims=0)
 
     def _count_tokens(self) -> Value:
         shape = self.g.op("Shape", "attention_mask")
