@@ -9,28 +9,35 @@ The library of ``runtime/kernels/native`` takes the place of ONNX Runtime's kern
 The precisions that use it, on the CPU, are int8, int4 and int4-unpacked: ``INTEGER_PRECISIONS`` of
 :mod:`embedge.runtime.bundle.contract`. The others run on ONNX Runtime's kernels.
 
-It is compiled when embedge is installed and a C compiler is at hand. Without it, on other processors and under
-``EMBEDGE_KERNELS=onnxruntime``, sessions are ONNX Runtime's alone, which inlines the functions.
+It is compiled when embedge is installed and a C compiler is at hand. One text of each operator runs with AVX512-VNNI,
+AVX-VNNI or AVX2, the best that the processor has; ``EMBEDGE_KERNELS=avx2`` and the like choose one, for tests and
+comparisons. Without the library, on other processors and under ``EMBEDGE_KERNELS=onnxruntime``, sessions are ONNX
+Runtime's alone, which inlines the functions.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedge.runtime.errors import EmbedgeValueError, warn
-from embedge.runtime.host.fork import no_fork
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 from embedge.runtime.host.processor import has_amx
 from embedge.runtime.kernels import self_check
-from embedge.runtime.kernels.register import register
+from embedge.runtime.kernels.register import INSTRUCTION_SETS, choose, register
 
-__all__ = ["describe_kernels", "kernel_library", "own_kernels", "use_own_kernels"]
+__all__ = [
+    "describe_kernels",
+    "kernel_instructions",
+    "kernel_library",
+    "own_kernels",
+    "use_own_kernels",
+]
 
 _SWITCH, _OFF, _ON = "EMBEDGE_KERNELS", "onnxruntime", "embedge"
+_THEIRS = "ONNX Runtime's"
 
 
 def own_kernels() -> bool:
@@ -40,55 +47,81 @@ def own_kernels() -> bool:
 
 def kernel_library() -> str | None:
     """The library's file; ``None``: ONNX Runtime's kernels are used."""
-    return _find()[0]
+    return _find().library
+
+
+def kernel_instructions() -> str | None:
+    """The instruction set of the kernels, such as "avx2"; ``None``: ONNX Runtime's kernels are used."""
+    return _find().instructions
 
 
 def describe_kernels() -> str:
     """Whose kernels run integer matmuls here, and why: a line for people."""
-    return _find()[1]
+    return _find().description
+
+
+class _Found(NamedTuple):
+    """Whose kernels there are."""
+
+    description: str
+    library: str | None = None
+    instructions: str | None = None
 
 
 @functools.cache
-def _find() -> tuple[str | None, str]:
-    """The library, found and tried once per process, and what :func:`describe_kernels` says of it.
+def _find() -> _Found:
+    """The library, found and tried once per process.
 
     With AMX, ONNX Runtime multiplies tiles of 8 bits, which these kernels do not; what the 4-bit one would be
     worth there was not measured.
     """
-    theirs = "ONNX Runtime's"
     asked = os.environ.get(_SWITCH) or _ON
-    if asked not in (_ON, _OFF):
-        raise EmbedgeValueError(f"{_SWITCH}: expected {_ON} or {_OFF}, found {asked!r}")
+    if asked not in (_ON, _OFF, *INSTRUCTION_SETS):
+        raise EmbedgeValueError(
+            f"{_SWITCH}: expected {_ON}, {_OFF}, {', '.join(INSTRUCTION_SETS[:-1])} or {INSTRUCTION_SETS[-1]}, "
+            f"found {asked!r}"
+        )
     if asked == _OFF:
-        return None, f"{theirs}: {_SWITCH}={_OFF} is set"
-    if has_amx():
-        return None, f"{theirs}, which use AMX"
+        return _Found(f"{_THEIRS}: {_SWITCH}={_OFF} is set")
+    if asked == _ON and has_amx():
+        return _Found(f"{_THEIRS}, which use AMX")
     load_onnxruntime()
     found = importlib.util.find_spec("embedge.runtime.kernels._native")
     if found is None or found.origin is None:
-        return (
-            None,
-            f"{theirs}: embedge's own are for Linux on x86-64, and take a C compiler to install",
-        )
+        reason = "embedge's own are for x86-64, and take a C compiler to install"
+        return _missing(asked, reason)
     file = found.origin
     try:
-        with no_fork():
-            runs_here = ctypes.CDLL(file).embedge_kernels_run_here()
-        if not runs_here:
-            return (
-                None,
-                f"{theirs}: embedge's own take AVX512-VNNI, which the processor does not have",
-            )
+        instructions = choose(file, None if asked == _ON else asked)
+        if instructions is None:
+            if asked == _ON:
+                return _missing(asked, "embedge's own take AVX2, which the processor does not have")
+            return _missing(asked, "the processor does not have these instructions")
         if self_check.is_right(file):
-            return file, "embedge's own"
+            return _Found(f"embedge's own, with {instructions}", file, instructions)
         problem = "it computes wrong values"
+    except EmbedgeValueError:
+        raise
     except Exception as error:  # ONNX Runtime's errors have no common base
         problem = " ".join(str(error).split())
     warn(
         f"{file}: not used: {problem}; ONNX Runtime's own kernels run instead, slower; install embedge "
         f"again, or set {_SWITCH}={_OFF} to keep it out"
     )
-    return None, f"{theirs}: {problem} ({file})"
+    return _Found(f"{_THEIRS}: {problem} ({file})")
+
+
+def _missing(asked: str, reason: str) -> _Found:
+    """Without kernels that nobody asked for by name; those are an error.
+
+    Raises:
+        EmbedgeValueError: an instruction set was asked for.
+    """
+    if asked in INSTRUCTION_SETS:
+        raise EmbedgeValueError(
+            f"{_SWITCH}={asked}: {reason}; unset it, or take {_SWITCH}={_OFF} for ONNX Runtime's kernels"
+        )
+    return _Found(f"{_THEIRS}: {reason}")
 
 
 def use_own_kernels(options: Any, *, panels: bool = False) -> None:

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from embedge.runtime.host.fork import no_fork
 
-__all__ = ["OPERATORS", "register"]
+__all__ = ["INSTRUCTION_SETS", "OPERATORS", "choose", "register"]
+
+INSTRUCTION_SETS = ("avx512-vnni", "avx-vnni", "avx2")  # of the kernels, the best first
 
 # Changes with what the library runs: graphs that were prepared with another do not open.
 OPERATORS = "2"
+
+
+def choose(library: str, instruction_set: str | None = None) -> str | None:
+    """Chooses the instruction set of the kernels in sessions that open from now on, in the whole process.
+
+    Args:
+        library: the library's file.
+        instruction_set: one of :data:`INSTRUCTION_SETS`; ``None``: the best that the processor has.
+
+    Returns:
+        The set; ``None`` if the processor does not have it, and nothing changes.
+    """
+    with no_fork():  # the system's loader has locks of its own
+        function = ctypes.CDLL(library).embedge_kernels_choose
+    function.restype = ctypes.c_char_p
+    function.argtypes = [ctypes.c_char_p]
+    chosen: bytes | None = function(instruction_set.encode() if instruction_set else None)
+    return chosen.decode() if chosen else None
 
 
 def register(options: Any, library: str, *, panels: bool) -> None:

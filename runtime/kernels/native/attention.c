@@ -1,4 +1,4 @@
-/* Attention of ONNX Runtime sessions on x86-64 processors with AVX512, of embedge's graphs of integer matmuls,
+/* Attention of ONNX Runtime sessions on x86-64 processors, of embedge's graphs of integer matmuls,
 
        y[i] = sum over j of softmax over j of (scale * q[i] . k[j]) * v[j],
 
@@ -21,57 +21,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
-
-enum {
-  TILE_ROWS = 12,
-  TILE_PANELS = 2,
-  BLOCK_ROWS = 96,  /* queries of a task */
-  BLOCK_KEYS = 256, /* that pass over those rows while the cache holds them */
-  KEY_STEP = TILE_PANELS * LANES,
-};
-
-typedef struct Attention Attention;
-
-/* Keys and values of a head: units [padded / 16, units, 16] and [panels, padded / per_unit, 16]. */
-typedef struct {
-  uint32_t *keys, *values;
-} Packed;
-
-typedef struct {
-  float top, sum; /* of the keys so far: the largest score, and the sum of 2^(score - top) */
-} Running;
-
-typedef struct {
-  void (*pack)(const Attention *attention, int64_t head, int64_t from, int64_t to, Packed packed);
-  void (*pack_rows)(const Attention *attention, const float *q, int64_t rows, uint32_t *to);
-  float (*weigh)(const float *scores, int64_t begin, int64_t from, int64_t to, int64_t end, Running *running,
-                 uint32_t *weights);
-  void (*tile)(const uint32_t *a, int64_t a_step, const uint32_t *b, int64_t b_panel, int64_t steps, float *c,
-               int64_t c_step, const float *keep, int rows, int panels);
-  int per_unit; /* values of a unit */
-} Typed;
+#include "attention.h"
 
 typedef struct {
   const OrtApi *api;
   const Typed *typed;
-  int64_t heads, kv_heads, window; /* window: 0 for none */
+  int64_t heads, kv_heads, window;
   float scale;
   int causal, padded;
 } Kernel;
-
-struct Attention {
-  const Kernel *kernel;
-  const float *q, *k, *v;
-  const int64_t *lengths; /* of the texts, or null: as many as there are tokens */
-  float *y;
-  int64_t texts, tokens, size; /* size: of a head */
-  int64_t padded;              /* tokens, up to whole tiles */
-  int64_t units, panels;       /* of a row of queries or keys; of a row of values */
-  int64_t row_blocks, key_tasks;
-  Packed packed; /* of all heads, where they are packed before */
-  int failed;
-};
 
 enum {
   PACKED_KEYS = 128, /* of a task */
@@ -84,37 +42,9 @@ enum {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t up_to(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 static inline int64_t key_units(const Attention *a) { return a->padded * a->units; }
-static inline int64_t value_units(const Attention *a) {
-  return a->panels * LANES * (a->padded / a->kernel->typed->per_unit);
-}
-
-#define TYPED(name) name##_float32
-#define TARGET AVX512
-#define PER_UNIT 1
-#include "attention_typed.h"
-#undef TYPED
-#undef TARGET
-#undef PER_UNIT
-
-#ifdef HAS_BFLOAT16
-#define TYPED(name) name##_bfloat16
-#define TARGET AVX512_BF16
-#define PER_UNIT 2
-#include "attention_typed.h"
-#endif
-
-/* What multiplies here; `floats` asks for float32, which tests do. */
-static const Typed *typed_here(int floats) {
-#ifdef HAS_BFLOAT16
-  __builtin_cpu_init();
-  if (!floats && __builtin_cpu_supports("avx512bf16")) return &typed_bfloat16;
-#endif
-  (void)floats;
-  return &typed_float32;
-}
+static inline int64_t value_units(const Attention *a) { return a->panels * LANES * (a->padded / a->typed->per_unit); }
 
 /* ---- Rows ---- */
 
@@ -124,7 +54,7 @@ typedef struct {
 } Seen;
 
 static inline Seen seen_by(const Attention *a, int64_t text, int64_t row) {
-  if (a->kernel->causal) return (Seen){a->kernel->window > 0 ? most(0, row - a->kernel->window + 1) : 0, row + 1};
+  if (a->causal) return (Seen){a->window > 0 ? most(0, row - a->window + 1) : 0, row + 1};
   return (Seen){0, a->lengths == NULL ? a->tokens : most(0, least(a->lengths[text], a->tokens))};
 }
 
@@ -141,7 +71,7 @@ typedef struct {
 /* Adds to what rows first .. first + rows of the block at row0 have taken what they take from a block of keys. */
 static void run_tile(const Attention *a, Scratch *s, int64_t text, int64_t row0, int64_t first, int rows,
                      int64_t block) {
-  const Typed *typed = a->kernel->typed;
+  const Typed *typed = a->typed;
   const int64_t per_unit = typed->per_unit, row = row0 + first;
   const int64_t lowest = seen_by(a, text, row).first, highest = seen_by(a, text, row + rows - 1).end;
   const int64_t begin = most(block, lowest) / KEY_STEP * KEY_STEP, end = least(block + BLOCK_KEYS, highest);
@@ -166,27 +96,20 @@ static void run_tile(const Attention *a, Scratch *s, int64_t text, int64_t row0,
                 (int)padded_rows, (int)least(TILE_PANELS, a->panels - panel));
 }
 
-static AVX512 void store_row(const float *result, float sum, int64_t size, float *y) {
-  const __m512 share = _mm512_set1_ps(sum == 0 ? 0 : 1 / sum); /* 0: of no tokens */
-  for (int64_t d = 0; d < size; d += LANES) {
-    const __mmask16 mask = lanes_left(size - d);
-    _mm512_mask_storeu_ps(y + d, mask, _mm512_mul_ps(_mm512_loadu_ps(result + d), share));
-  }
-}
-
 /* Some rows of one head of one text. */
 static void attend(const Attention *a, Scratch *s, int64_t text, int64_t head, int64_t block) {
   const int64_t row0 = block * BLOCK_ROWS, rows = least(BLOCK_ROWS, a->tokens - row0);
-  const int64_t step = a->kernel->heads * a->size, width = a->panels * LANES;
+  const int64_t step = a->heads * a->size, width = a->panels * LANES;
   const int64_t at = (text * a->tokens + row0) * step + head * a->size;
   const int64_t lowest = seen_by(a, text, row0).first, highest = seen_by(a, text, row0 + rows - 1).end;
   for (int64_t i = 0; i < rows; i++) s->running[i] = (Running){-INFINITY, 0};
-  a->kernel->typed->pack_rows(a, a->q + at, rows, s->q);
+  a->typed->pack_rows(a, a->q + at, rows, s->q);
   if (lowest >= highest) memset(s->result, 0, (size_t)(rows * width) * sizeof *s->result);
   for (int64_t key = lowest / BLOCK_KEYS * BLOCK_KEYS; key < highest; key += BLOCK_KEYS)
     for (int64_t first = 0; first < rows; first += TILE_ROWS)
       run_tile(a, s, text, row0, first, (int)least(TILE_ROWS, rows - first), key);
-  for (int64_t i = 0; i < rows; i++) store_row(s->result + i * width, s->running[i].sum, a->size, a->y + at + i * step);
+  for (int64_t i = 0; i < rows; i++)
+    a->typed->store_row(s->result + i * width, s->running[i].sum, a->size, a->y + at + i * step);
 }
 
 /* ---- Tasks ---- */
@@ -216,12 +139,11 @@ static Scratch *new_scratch(Attention *a, int64_t heads) {
 /* All that reads one head of keys and values, which no other task needs. */
 static void head_task(void *data, size_t index) {
   Attention *a = data;
-  const Kernel *kernel = a->kernel;
-  const int64_t kv = (int64_t)index, text = kv / kernel->kv_heads, group = kernel->heads / kernel->kv_heads;
+  const int64_t kv = (int64_t)index, text = kv / a->kv_heads, group = a->heads / a->kv_heads;
   Scratch *s = new_scratch(a, 1);
   if (s == NULL) return;
-  kernel->typed->pack(a, kv, 0, a->padded, s->packed);
-  for (int64_t head = kv % kernel->kv_heads * group, end = head + group; head < end; head++)
+  a->typed->pack(a, kv, 0, a->padded, s->packed);
+  for (int64_t head = kv % a->kv_heads * group, end = head + group; head < end; head++)
     for (int64_t block = 0; block < a->row_blocks; block++) attend(a, s, text, head, block);
   free(s);
 }
@@ -233,18 +155,17 @@ static Packed packed_of(const Attention *a, int64_t kv) {
 static void keys_task(void *data, size_t index) {
   const Attention *a = data;
   const int64_t kv = (int64_t)index / a->key_tasks, from = (int64_t)index % a->key_tasks * PACKED_KEYS;
-  a->kernel->typed->pack(a, kv, from, least(from + PACKED_KEYS, a->padded), packed_of(a, kv));
+  a->typed->pack(a, kv, from, least(from + PACKED_KEYS, a->padded), packed_of(a, kv));
 }
 
 /* Some rows of one head of one text. Those with the most keys come first. */
 static void rows_task(void *data, size_t index) {
   Attention *a = data;
-  const Kernel *kernel = a->kernel;
-  const int64_t heads = a->texts * kernel->heads, block = a->row_blocks - 1 - (int64_t)index / heads;
-  const int64_t text = (int64_t)index % heads / kernel->heads, head = (int64_t)index % kernel->heads;
+  const int64_t heads = a->texts * a->heads, block = a->row_blocks - 1 - (int64_t)index / heads;
+  const int64_t text = (int64_t)index % heads / a->heads, head = (int64_t)index % a->heads;
   Scratch *s = new_scratch(a, 0);
   if (s == NULL) return;
-  s->packed = packed_of(a, text * kernel->kv_heads + head / (kernel->heads / kernel->kv_heads));
+  s->packed = packed_of(a, text * a->kv_heads + head / (a->heads / a->kv_heads));
   attend(a, s, text, head, block);
   free(s);
 }
@@ -269,7 +190,7 @@ OrtStatus *create_attention(const OrtCustomOp *op, const OrtApi *api, const OrtK
   Kernel *kernel = malloc(sizeof *kernel);
   if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge attention: out of memory");
   kernel->api = api;
-  kernel->typed = typed_here(known->floats);
+  kernel->typed = isa_in_use()->attention(known->floats);
   kernel->heads = heads;
   kernel->kv_heads = kv_heads;
   kernel->window = window < 0 ? 0 : window;
@@ -281,15 +202,14 @@ OrtStatus *create_attention(const OrtCustomOp *op, const OrtApi *api, const OrtK
 }
 
 static OrtStatus *run(const OrtApi *api, OrtKernelContext *context, Attention *a) {
-  const Kernel *kernel = a->kernel;
-  const int64_t kvs = a->texts * kernel->kv_heads;
-  a->units = up_to(a->size, kernel->typed->per_unit) / kernel->typed->per_unit;
+  const int64_t kvs = a->texts * a->kv_heads;
+  a->units = up_to(a->size, a->typed->per_unit) / a->typed->per_unit;
   a->panels = up_to(a->size, LANES) / LANES;
   a->padded = up_to(a->tokens, KEY_STEP);
   a->row_blocks = up_to(a->tokens, BLOCK_ROWS) / BLOCK_ROWS;
   a->key_tasks = up_to(a->padded, PACKED_KEYS) / PACKED_KEYS;
   const int64_t head = key_units(a) + value_units(a);
-  const int small = a->texts * kernel->heads * a->padded * a->padded * a->size < SMALL;
+  const int small = a->texts * a->heads * a->padded * a->padded * a->size < SMALL;
   OrtStatus *status = NULL;
   const int64_t enough = a->tokens <= SHORT_TEXT ? ENOUGH_HEADS : MANY_HEADS;
   if (small || (kvs >= enough && 4 * head <= HEAD_BYTES)) {
@@ -299,7 +219,7 @@ static OrtStatus *run(const OrtApi *api, OrtKernelContext *context, Attention *a
     if (units == NULL) return api->CreateStatus(ORT_FAIL, "embedge attention: out of memory");
     a->packed = packed_in(units, a, kvs);
     status = run_tasks(api, context, keys_task, (size_t)(kvs * a->key_tasks), 0, a);
-    const int64_t tasks = a->texts * kernel->heads * a->row_blocks;
+    const int64_t tasks = a->texts * a->heads * a->row_blocks;
     if (status == NULL) status = run_tasks(api, context, rows_task, (size_t)tasks, 0, a);
     free(units);
   }
@@ -331,12 +251,17 @@ OrtStatus *compute_attention(void *data, OrtKernelContext *context) {
   void *y = NULL;
   if ((status = make_output(api, context, 0, q.dims, q.rank, &y)) != NULL) return status;
   if (q.elements == 0) return NULL;
-  Attention attention = {.kernel = kernel,
+  Attention attention = {.typed = kernel->typed,
                          .q = q.data,
                          .k = k.data,
                          .v = v.data,
                          .lengths = lengths.data,
                          .y = y,
+                         .scale = kernel->scale,
+                         .causal = kernel->causal,
+                         .heads = kernel->heads,
+                         .kv_heads = kernel->kv_heads,
+                         .window = kernel->window,
                          .texts = q.dims[0],
                          .tokens = q.dims[1],
                          .size = size};

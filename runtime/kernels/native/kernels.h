@@ -8,7 +8,9 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-tree-pre") /* partial redundancy elimination copies every accumulator in every step */
+/* Partial redundancy elimination copies every accumulator in every step; reassociation adds pairs of products before they
+   are added to a sum, for which there are no registers. */
+#pragma GCC optimize("no-tree-pre", "no-tree-reassoc")
 #endif
 
 #include <immintrin.h>
@@ -18,13 +20,7 @@
 #include "onnxruntime_abi.h"
 #include "system.h"
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
-#define HAS_BFLOAT16 1 /* the compiler knows its instructions */
-#endif
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")))
-
-enum { LANES = 16, MAX_DIMS = 8 }; /* floats of a register */
+enum { LANES = 16, MAX_DIMS = 8 }; /* columns of a panel */
 
 /* An input: `data` is null where an optional one is left out. */
 typedef struct {
@@ -44,40 +40,6 @@ OrtStatus *invalid(const OrtApi *api, const char *message);
 /* An input that is a constant; `data` is null where it is left out or is none. */
 OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, Tensor *out);
 
-static AVX512 inline __mmask16 lanes_left(int64_t left) {
-  return left >= LANES ? (__mmask16)0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : (__mmask16)0;
-}
-
-/* max |x|. Magnitudes are compared as integers, among which a NaN is the largest. */
-static AVX512 inline float peak_of(const float *x, int64_t width) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i peak = _mm512_setzero_si512();
-  for (int64_t i = 0; i < width; i += LANES) {
-    const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes_left(width - i), x + i));
-    peak = _mm512_max_epi32(peak, _mm512_and_si512(bits, magnitude));
-  }
-  const union {
-    int32_t bits;
-    float value;
-  } found = {.bits = _mm512_reduce_max_epi32(peak)};
-  return found.value;
-}
-
-/* 2^x, to some 2^-23 of it; NaN for a NaN and for both infinities. The power is split into a whole number and a part
-   of [-1/2, 1/2], of which Taylor's polynomial is taken. */
-static AVX512 inline __m512 power_of_2(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 part = _mm512_sub_ps(x, whole);
-  __m512 y = _mm512_set1_ps(1.5403530394e-4f);
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.3333558146e-3f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.6181291076e-3f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.5504108665e-2f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4022650696e-1f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9314718056e-1f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, whole);
-}
-
 /* Runs task(data, 0 .. tasks - 1), with the session's threads unless `small`. */
 OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*task)(void *, size_t), size_t tasks,
                      int small, void *data);
@@ -87,7 +49,7 @@ typedef struct {
   int64_t row, rows, column; /* column: the slab's first */
   int64_t next;              /* the panel, of all, to fetch meanwhile; -1: none */
   int panels;                /* of the slab, 16 columns each */
-  __mmask16 last;            /* columns of the last panel that exist */
+  int last;                  /* columns of the last panel that exist */
 } Strip;
 
 /* A matmul in tasks: slabs of columns, in the order they lie in memory, by blocks of rows in strips. */

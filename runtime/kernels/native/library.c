@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-#include "kernels.h"
+#include "isa.h"
 
 /* ---- Tensors ---- */
 
@@ -61,7 +61,7 @@ static void run_strips(const Work *work, int64_t slab, int64_t from, int64_t to)
   const int64_t left = panels - first, strips = (to - from + work->strip_rows - 1) / work->strip_rows;
   Strip strip = {.row = from, .column = first * LANES};
   strip.panels = (int)(left < work->slab_panels ? left : work->slab_panels);
-  strip.last = left > work->slab_panels ? (__mmask16)0xffff : lanes_left(work->columns - (panels - 1) * LANES);
+  strip.last = (int)(left > work->slab_panels ? LANES : work->columns - (panels - 1) * LANES);
   for (int64_t i = 0; i < strips; i++) {
     const int64_t next = first + work->slab_panels + i;
     strip.rows = (to - strip.row + strips - i - 1) / (strips - i);
@@ -117,11 +117,21 @@ int operator_output_kind(const OrtCustomOp *op, size_t index) { return (void)op,
 
 /* ---- Registration ---- */
 
-/* Whether the processor has the instructions; to be asked first, the kernels do not look. */
-EXPORT int embedge_kernels_run_here(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+/* The best first. */
+static const Isa *const SETS[] = {&isa_avx512vnni, &isa_avxvnni, &isa_avx2, &isa_avxvnni_evex};
+static const Isa *in_use;
+
+const Isa *isa_in_use(void) { return __atomic_load_n(&in_use, __ATOMIC_ACQUIRE); }
+
+/* Chooses the instruction set of sessions that open from now on: the best, or the one of this name. To be asked first,
+   the kernels do not look. Returns its name; null where the processor does not have it, and nothing changes. */
+EXPORT const char *embedge_kernels_choose(const char *name) {
+  for (size_t i = 0; i < sizeof SETS / sizeof *SETS; i++)
+    if ((name == NULL ? SETS[i] != &isa_avxvnni_evex : strcmp(name, SETS[i]->name) == 0) && SETS[i]->runs_here()) {
+      __atomic_store_n(&in_use, SETS[i], __ATOMIC_RELEASE);
+      return SETS[i]->name;
+    }
+  return NULL;
 }
 
 enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8, I = ONNX_INT32, L = ONNX_INT64 };
@@ -196,6 +206,8 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   static OrtCustomOpDomain *contrib[2], *own[4];
   const OrtApi *api = base->GetApi(ORT_API_VERSION);
   if (api == NULL) return NULL; /* older than the interface: ONNX Runtime keeps its own kernels */
+  if (isa_in_use() == NULL && embedge_kernels_choose(NULL) == NULL)
+    return invalid(api, "embedge: the processor has none of the kernels' instruction sets");
   int panels = 0, floats = 0;
   OrtStatus *status = is_set(api, options, "embedge.weights", "panels", &panels);
   if (status == NULL) status = is_set(api, options, "embedge.attention", "float32", &floats);

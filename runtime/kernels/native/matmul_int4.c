@@ -1,5 +1,4 @@
-/* Matmuls of floats and 4-bit weights: com.microsoft.MatMulNBits at accuracy level 4, for processors with
-   AVX512-VNNI.
+/* Matmuls of floats and 4-bit weights: com.microsoft.MatMulNBits at accuracy level 4.
 
    A row of the left side is quantized to int8 block by block, as ONNX Runtime does at this level, and
 
@@ -16,176 +15,36 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "isa.h"
 
-enum { ROWS = 8, PANELS = 2, GROUP = 8 }; /* of a tile; GROUP: values of a column in a line */
+enum { GROUP = 8, NO_ZERO_POINT = 8 }; /* values of a column in a line; what is subtracted where there are none */
 enum { A, B, SCALES, ZERO_POINTS, GROUPS, BIAS };
-
-#define NO_ZERO_POINT 8 /* what is subtracted where there are none */
 
 typedef struct {
   const OrtApi *api;
-  int64_t depth, columns, block, blocks; /* blocks of a column */
-  int64_t lines;                         /* of a block in a panel */
-  const uint8_t *panels;
-  uint8_t *owned;
-  float *scales;  /* [panels, blocks, 16] */
-  uint8_t *zeros; /* likewise */
+  const Int4 *isa;
+  Int4Weight weight;
   int with_zeros; /* whether the operator has constant zero points */
 } Kernel;
 
 typedef struct {
-  const Kernel *kernel;
-  const float *a, *bias; /* bias: null for none; ONNX Runtime puts the one that is added behind into the operator */
-  float *y;
-  int8_t *values;  /* [rows, blocks * block] */
-  float *a_scales; /* [rows, blocks, 2]: scale, and scale times the sum of the values */
-} MatMul;
-
-typedef struct {
-  const int8_t *a;
-  const float *a_scales;
-  const uint8_t *b, *next;
-  int64_t next_step;
-  const float *scales, *bias;
-  const uint8_t *zeros;
-  float *y;
-} Tile;
-
-static inline __attribute__((always_inline)) AVX512 void run_tile(const MatMul *p, const Tile *t, const int rows,
-                                                                  const int panels, __mmask16 last) {
-  const Kernel *kernel = p->kernel;
-  const int64_t width = kernel->blocks * kernel->block, panel = kernel->blocks * kernel->lines * LINE;
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512 total[ROWS][PANELS];
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < panels; j++) total[i][j] = _mm512_setzero_ps();
-
-  const uint8_t *line = t->b, *next = t->next;
-  const int8_t *a = t->a;
-  for (int64_t block = 0; block < kernel->blocks; block++) {
-    __m512i sum[ROWS][PANELS];
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-      for (int j = 0; j < panels; j++) sum[i][j] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < kernel->lines; k++) {
-      __m512i first[PANELS], second[PANELS];
-      _mm_prefetch((const char *)next, _MM_HINT_T1);
-      next += t->next_step;
-#pragma GCC unroll 2
-      for (int j = 0; j < panels; j++) {
-        const __m512i both = _mm512_loadu_si512(line + j * panel);
-        first[j] = _mm512_and_si512(both, low);
-        second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < rows; i++) {
-        int32_t four[2];
-        memcpy(four, a + i * width, sizeof four);
-        const __m512i a0 = _mm512_set1_epi32(four[0]), a1 = _mm512_set1_epi32(four[1]);
-#pragma GCC unroll 2
-        for (int j = 0; j < panels; j++) {
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], first[j], a0);
-          sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], second[j], a1);
-        }
-      }
-      line += LINE;
-      a += GROUP;
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < panels; j++) {
-      const int64_t at = (j * kernel->blocks + block) * LANES;
-      const __m512 scale = _mm512_loadu_ps(t->scales + at);
-      const __m128i zeros = _mm_loadu_si128((const __m128i *)(t->zeros + at));
-      const __m512 zero = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros)));
-#pragma GCC unroll 8
-      for (int i = 0; i < rows; i++) {
-        const float *of_row = t->a_scales + (i * kernel->blocks + block) * 2;
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][j]), _mm512_set1_ps(of_row[0]));
-        total[i][j] = _mm512_fmadd_ps(scaled, scale, total[i][j]);
-        total[i][j] = _mm512_fnmadd_ps(_mm512_set1_ps(of_row[1]), zero, total[i][j]);
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int j = 0; j < panels; j++) {
-    const __mmask16 mask = j == panels - 1 ? last : (__mmask16)0xffff;
-    const __m512 bias = t->bias == NULL ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, t->bias + j * LANES);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
-      _mm512_mask_storeu_ps(t->y + i * kernel->columns + j * LANES, mask, _mm512_add_ps(total[i][j], bias));
-  }
-}
-
-typedef void (*RunTile)(const MatMul *, const Tile *, __mmask16);
-#define TILE(rows, panels) \
-  static AVX512 void tile_##rows##_##panels(const MatMul *p, const Tile *t, __mmask16 last) { \
-    run_tile(p, t, rows, panels, last); \
-  }
-#define TILES(rows) TILE(rows, 1) TILE(rows, 2)
-/* clang-format off */
-TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
-/* clang-format on */
-#define NAMES(rows) {tile_##rows##_1, tile_##rows##_2}
-    static const RunTile RUN_TILE[ROWS][PANELS] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4),
-                                                   NAMES(5), NAMES(6), NAMES(7), NAMES(8)};
-
-static void run_strip(const void *matmul, const Strip *s) {
-  const MatMul *p = matmul;
-  const Kernel *kernel = p->kernel;
-  const int64_t width = kernel->blocks * kernel->block, panel = kernel->blocks * kernel->lines * LINE;
-  const uint8_t *b = kernel->panels + s->column / LANES * panel;
-  const Tile tile = {
-      .a = p->values + s->row * width,
-      .a_scales = p->a_scales + s->row * kernel->blocks * 2,
-      .b = b,
-      .next = s->next < 0 ? b : kernel->panels + s->next * panel,
-      .next_step = s->next < 0 ? 0 : LINE,
-      .scales = kernel->scales + s->column * kernel->blocks,
-      .bias = p->bias == NULL ? NULL : p->bias + s->column,
-      .zeros = kernel->zeros + s->column * kernel->blocks,
-      .y = p->y + s->row * kernel->columns + s->column,
-  };
-  RUN_TILE[s->rows - 1][s->panels - 1](p, &tile, s->last);
-}
-
-/* A block of a row to int8: round(a / scale), scale = max |a| / 127. */
-static AVX512 void quantize_block(const float *a, int64_t count, int64_t block, int8_t *values, float *scales) {
-  const float peak = peak_of(a, count), scale = peak / 127.0f;
-  const __m512 inverse = _mm512_set1_ps(peak != 0 ? 127.0f / peak : 0.0f);
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t i = 0; i < block; i += LANES) {
-    const __m512 x = _mm512_maskz_loadu_ps(lanes_left(count - i), a + i);
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
-    sum = _mm512_add_epi32(sum, q);
-    _mm_storeu_si128((__m128i *)(values + i), _mm512_cvtsepi32_epi8(q));
-  }
-  scales[0] = scale;
-  scales[1] = scale * (float)_mm512_reduce_add_epi32(sum);
-}
+  const Int4 *isa;
+  const Int4Product *product;
+} Quantizing;
 
 static void quantize_task(void *data, size_t row) {
-  const MatMul *p = data;
-  const Kernel *kernel = p->kernel;
-  for (int64_t block = 0; block < kernel->blocks; block++) {
-    const int64_t from = block * kernel->block, left = kernel->depth - from;
-    quantize_block(p->a + (int64_t)row * kernel->depth + from, left < kernel->block ? left : kernel->block,
-                   kernel->block, p->values + ((int64_t)row * kernel->blocks + block) * kernel->block,
-                   p->a_scales + ((int64_t)row * kernel->blocks + block) * 2);
-  }
+  const Quantizing *q = data;
+  q->isa->quantize_row(q->product, (int64_t)row);
 }
 
 /* ---- Weights ---- */
 
 /* ONNX Runtime's [columns, blocks, block / 2], two neighbours along the depth in a byte, into panels. */
-static void pack(Kernel *kernel, const uint8_t *b) {
-  const int64_t bytes = kernel->blocks * kernel->block / 2, lines = kernel->blocks * kernel->lines;
-  for (int64_t column = 0; column < kernel->columns; column++) {
+static void pack(Int4Weight *weight, const uint8_t *b) {
+  const int64_t bytes = weight->blocks * weight->block / 2, lines = weight->blocks * weight->lines;
+  for (int64_t column = 0; column < weight->columns; column++) {
     const uint8_t *from = b + column * bytes;
-    uint8_t *to = kernel->owned + column / LANES * lines * LINE + column % LANES * 4;
+    uint8_t *to = weight->owned + column / LANES * lines * LINE + column % LANES * 4;
     for (int64_t line = 0; line < lines; line++, from += 4, to += LINE) {
       to[0] = (uint8_t)((from[0] & 15) | (from[2] & 15) << 4);
       to[1] = (uint8_t)(from[0] >> 4 | (from[2] & 0xf0));
@@ -195,14 +54,16 @@ static void pack(Kernel *kernel, const uint8_t *b) {
   }
 }
 
-static void pack_scales(Kernel *kernel, const float *scales, const uint8_t *zero_points) {
-  const int64_t blocks = kernel->blocks, bytes = (blocks + 1) / 2;
-  for (int64_t column = 0; column < kernel->columns; column++)
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t at = (column / LANES * blocks + block) * LANES + column % LANES;
-      kernel->scales[at] = scales[column * blocks + block];
+/* Scales and zero points of `parts` blocks for each that the operator has. */
+static void pack_scales(Int4Weight *weight, const float *scales, const uint8_t *zero_points, int64_t parts) {
+  const int64_t blocks = weight->blocks / parts, bytes = (blocks + 1) / 2;
+  for (int64_t column = 0; column < weight->columns; column++)
+    for (int64_t part = 0; part < weight->blocks; part++) {
+      const int64_t block = part / parts;
+      const int64_t at = (column / LANES * weight->blocks + part) * LANES + column % LANES;
+      weight->scales[at] = scales[column * blocks + block];
       const uint8_t *pair = zero_points == NULL ? NULL : zero_points + column * bytes + block / 2;
-      kernel->zeros[at] = pair == NULL ? NO_ZERO_POINT : block % 2 == 0 ? *pair & 15 : *pair >> 4;
+      weight->zeros[at] = pair == NULL ? NO_ZERO_POINT : block % 2 == 0 ? *pair & 15 : *pair >> 4;
     }
 }
 
@@ -211,10 +72,15 @@ static void pack_scales(Kernel *kernel, const float *scales, const uint8_t *zero
 void destroy_matmul_int4(void *data) {
   Kernel *kernel = data;
   if (kernel == NULL) return;
-  free(kernel->owned);
-  free(kernel->scales);
-  free(kernel->zeros);
+  free(kernel->weight.owned);
+  free(kernel->weight.scales);
+  free(kernel->weight.zeros);
   free(kernel);
+}
+
+/* Into how many parts a block is cut, each with the block's scale, so that the sums of an instruction set hold one. */
+static int64_t parts_of(const Int4 *isa, int64_t block) {
+  return isa->largest_block == 0 || block <= isa->largest_block ? 1 : block / isa->largest_block;
 }
 
 OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
@@ -225,9 +91,9 @@ OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const Or
   if (status == NULL) status = api->KernelInfoGetAttribute_int64(info, "block_size", &block);
   if (status == NULL) status = api->KernelInfoGetAttribute_int64(info, "accuracy_level", &level);
   if (status != NULL) return status;
-  if (bits != 4 || level != 4 || block < LANES || block % LANES != 0 || block > INT32_MAX || depth < 1 ||
+  if (bits != 4 || level != 4 || block < LANES || (block & (block - 1)) != 0 || block > INT32_MAX || depth < 1 ||
       depth > INT32_MAX || columns < 1 || columns > INT32_MAX)
-    return invalid(api, "embedge matmul: expected 4 bits, accuracy level 4 and blocks of 16 or more");
+    return invalid(api, "embedge matmul: expected 4 bits, accuracy level 4 and blocks of 16, 32, 64 ...");
   const int64_t blocks = (depth + block - 1) / block, panels = (columns + LANES - 1) / LANES;
   Tensor b, scales, zero_points;
   if ((status = read_constant(api, info, B, &b)) != NULL) return status;
@@ -241,30 +107,34 @@ OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const Or
   Kernel *kernel = calloc(1, sizeof *kernel);
   if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory");
   kernel->api = api;
-  kernel->depth = depth;
-  kernel->columns = columns;
-  kernel->block = block;
-  kernel->blocks = blocks;
-  kernel->lines = block / GROUP;
+  kernel->isa = isa_in_use()->int4;
+  Int4Weight *weight = &kernel->weight;
+  weight->depth = depth;
+  weight->columns = columns;
+  const int64_t parts = parts_of(kernel->isa, block);
+  weight->block = block / parts;
+  weight->blocks = blocks * parts;
+  weight->lines = weight->block / GROUP;
   kernel->with_zeros = zero_points.data != NULL;
   const int stored = ((const Operator *)op)->panels && b.elements > SMALL_WEIGHT && columns % LANES == 0;
-  const size_t lanes = (size_t)(panels * blocks * LANES), size = (size_t)(panels * blocks * kernel->lines * LINE);
-  kernel->scales = allocate(lanes * sizeof(float));
-  kernel->zeros = allocate(lanes);
-  if (!stored) kernel->owned = allocate(size);
-  if (kernel->scales == NULL || kernel->zeros == NULL || (!stored && kernel->owned == NULL)) {
+  const size_t lanes = (size_t)(panels * weight->blocks * LANES);
+  const size_t size = (size_t)(panels * weight->blocks * weight->lines * LINE);
+  weight->scales = allocate(lanes * sizeof(float));
+  weight->zeros = allocate(lanes);
+  if (!stored) weight->owned = allocate(size);
+  if (weight->scales == NULL || weight->zeros == NULL || (!stored && weight->owned == NULL)) {
     destroy_matmul_int4(kernel);
     return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for a weight");
   }
-  memset(kernel->scales, 0, lanes * sizeof(float)); /* columns that fill up the last panel */
-  memset(kernel->zeros, 0, lanes);
-  pack_scales(kernel, scales.data, zero_points.data);
+  memset(weight->scales, 0, lanes * sizeof(float)); /* columns that fill up the last panel */
+  memset(weight->zeros, 0, lanes);
+  pack_scales(weight, scales.data, zero_points.data, parts);
   drop_pages(scales.data, (size_t)scales.elements * sizeof(float));
   if (zero_points.data != NULL) drop_pages(zero_points.data, (size_t)zero_points.elements);
-  kernel->panels = stored ? b.data : kernel->owned;
+  weight->panels = stored ? b.data : weight->owned;
   if (!stored) {
-    memset(kernel->owned, 0, size);
-    pack(kernel, b.data);
+    memset(weight->owned, 0, size);
+    pack(weight, b.data);
     drop_pages(b.data, (size_t)b.elements);
   }
   *out = kernel;
@@ -284,27 +154,30 @@ OrtStatus *compute_matmul_int4(void *data, OrtKernelContext *context) {
     return invalid(api, "embedge matmul: zero points have to be constant");
   if (groups.data != NULL)
     return api->CreateStatus(ORT_NOT_IMPLEMENTED, "embedge matmul: g_idx, the order of columns, is not implemented");
-  if (bias.data != NULL && bias.elements != kernel->columns)
+  if (bias.data != NULL && bias.elements != kernel->weight.columns)
     return invalid(api, "embedge matmul: expected a bias for each column");
-  if (a.rank < 1 || a.dims[a.rank - 1] != kernel->depth)
+  if (a.rank < 1 || a.dims[a.rank - 1] != kernel->weight.depth)
     return invalid(api, "embedge matmul: rows and weight differ in depth");
-  const int64_t rows = a.elements / kernel->depth, columns = kernel->columns;
+  const int64_t rows = a.elements / kernel->weight.depth, columns = kernel->weight.columns;
   void *y = NULL;
   a.dims[a.rank - 1] = columns;
   if ((status = make_output(api, context, 0, a.dims, a.rank, &y)) != NULL) return status;
   if (rows == 0) return NULL;
 
-  MatMul matmul = {.kernel = kernel, .a = a.data, .bias = bias.data, .y = y};
-  matmul.values = allocate((size_t)(rows * kernel->blocks * kernel->block));
-  matmul.a_scales = allocate((size_t)(rows * kernel->blocks * 2) * sizeof(float));
-  if (matmul.values == NULL || matmul.a_scales == NULL) {
+  const int64_t blocks = kernel->weight.blocks;
+  const Int4 *isa = kernel->isa;
+  Int4Product product = {.weight = &kernel->weight, .a = a.data, .bias = bias.data, .y = y};
+  product.values = allocate((size_t)(rows * blocks * kernel->weight.block));
+  product.a_scales = allocate((size_t)(rows * blocks * 2) * sizeof(float));
+  if (product.values == NULL || product.a_scales == NULL) {
     status = api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for the rows");
   } else {
-    Work work = {run_strip, &matmul, rows, kernel->depth, columns, PANELS, ROWS, 0, 0, 0};
-    status = run_tasks(api, context, quantize_task, (size_t)rows, is_small(&work) || rows < 4, &matmul);
+    Work work = {isa->strip, &product, rows, kernel->weight.depth, columns, isa->panels, isa->rows, 0, 0, 0};
+    Quantizing quantizing = {isa, &product};
+    status = run_tasks(api, context, quantize_task, (size_t)rows, is_small(&work) || rows < 4, &quantizing);
     if (status == NULL) status = run_work(api, context, &work);
   }
-  free(matmul.values);
-  free(matmul.a_scales);
+  free(product.values);
+  free(product.a_scales);
   return status;
 }
