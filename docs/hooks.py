@@ -90,7 +90,8 @@ def command_line() -> str:
         "",
         "- Exit codes: 0 for success, 1 for a failure, 2 for a wrong call, 130 after Ctrl-C.",
         "- An error is one line on standard error. `EMBEDGE_TRACEBACK=1` shows where it was raised.",
-        "- `EMBEDGE_KERNELS=onnxruntime` leaves embedge's own [kernels](../explanation/kernels.md) out.",
+        "- `EMBEDGE_KERNELS=onnxruntime` leaves embedge's own [kernels](../explanation/kernels.md) out; `avx2`,",
+        "  `avx-vnni` or `avx512-vnni` chooses their instruction set.",
         "",
         "This page is made from the command's own help by `python docs/hooks.py`.",
     ]

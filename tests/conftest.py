@@ -29,6 +29,15 @@ def _nothing_waits_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The one of embedge's kernels that a test runs with: ``with_each_instruction_set`` of tests/helpers/kernel.py."""
+    from tests.helpers.kernel import using
+
+    with using(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="module")
 def one_core() -> bool:
     """Whether a worker of pytest-xdist keeps to a core of its own; the conftest of a folder says so."""

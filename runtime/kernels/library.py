@@ -75,12 +75,7 @@ def _find() -> _Found:
     With AMX, ONNX Runtime multiplies tiles of 8 bits, which these kernels do not; what the 4-bit one would be
     worth there was not measured.
     """
-    asked = os.environ.get(_SWITCH) or _ON
-    if asked not in (_ON, _OFF, *INSTRUCTION_SETS):
-        raise EmbedgeValueError(
-            f"{_SWITCH}: expected {_ON}, {_OFF}, {', '.join(INSTRUCTION_SETS[:-1])} or {INSTRUCTION_SETS[-1]}, "
-            f"found {asked!r}"
-        )
+    asked = _asked()
     if asked == _OFF:
         return _Found(f"{_THEIRS}: {_SWITCH}={_OFF} is set")
     if asked == _ON and has_amx():
@@ -94,9 +89,8 @@ def _find() -> _Found:
     try:
         instructions = choose(file, None if asked == _ON else asked)
         if instructions is None:
-            if asked == _ON:
-                return _missing(asked, "embedge's own take AVX2, which the processor does not have")
-            return _missing(asked, "the processor does not have these instructions")
+            needed = "avx2" if asked == _ON else asked
+            return _missing(asked, f"the processor does not have the instructions of {needed}")
         if self_check.is_right(file):
             return _Found(f"embedge's own, with {instructions}", file, instructions)
         problem = "it computes wrong values"
@@ -109,6 +103,21 @@ def _find() -> _Found:
         f"again, or set {_SWITCH}={_OFF} to keep it out"
     )
     return _Found(f"{_THEIRS}: {problem} ({file})")
+
+
+def _asked() -> str:
+    """What the environment asks for.
+
+    Raises:
+        EmbedgeValueError: it is not known.
+    """
+    asked = os.environ.get(_SWITCH) or _ON
+    if asked not in (_ON, _OFF, *INSTRUCTION_SETS):
+        *others, last = (_ON, _OFF, *INSTRUCTION_SETS)
+        raise EmbedgeValueError(
+            f"{_SWITCH}: expected {', '.join(others)} or {last}, found {asked!r}"
+        )
+    return asked
 
 
 def _missing(asked: str, reason: str) -> _Found:

@@ -145,7 +145,7 @@ static void head_task(void *data, size_t index) {
   a->typed->pack(a, kv, 0, a->padded, s->packed);
   for (int64_t head = kv % a->kv_heads * group, end = head + group; head < end; head++)
     for (int64_t block = 0; block < a->row_blocks; block++) attend(a, s, text, head, block);
-  free(s);
+  release(s);
 }
 
 static Packed packed_of(const Attention *a, int64_t kv) {
@@ -167,7 +167,7 @@ static void rows_task(void *data, size_t index) {
   if (s == NULL) return;
   s->packed = packed_of(a, text * a->kv_heads + head / (a->heads / a->kv_heads));
   attend(a, s, text, head, block);
-  free(s);
+  release(s);
 }
 
 /* ---- The operator ---- */
@@ -221,7 +221,7 @@ static OrtStatus *run(const OrtApi *api, OrtKernelContext *context, Attention *a
     status = run_tasks(api, context, keys_task, (size_t)(kvs * a->key_tasks), 0, a);
     const int64_t tasks = a->texts * a->heads * a->row_blocks;
     if (status == NULL) status = run_tasks(api, context, rows_task, (size_t)tasks, 0, a);
-    free(units);
+    release(units);
   }
   if (status == NULL && a->failed) status = api->CreateStatus(ORT_FAIL, "embedge attention: out of memory");
   return status;

@@ -45,6 +45,7 @@ typedef struct {
 
 typedef struct {
   int64_t depth, columns, block, blocks; /* blocks of a column, each of `block` values */
+  int64_t parts;                         /* how many blocks have a scale, and that of rows, in common */
   int64_t lines;                         /* of a block in a panel */
   const uint8_t *panels;
   uint8_t *owned;

@@ -54,9 +54,9 @@ static void pack(Int4Weight *weight, const uint8_t *b) {
   }
 }
 
-/* Scales and zero points of `parts` blocks for each that the operator has. */
-static void pack_scales(Int4Weight *weight, const float *scales, const uint8_t *zero_points, int64_t parts) {
-  const int64_t blocks = weight->blocks / parts, bytes = (blocks + 1) / 2;
+/* Scales and zero points, each for all parts of a block of the operator's. */
+static void pack_scales(Int4Weight *weight, const float *scales, const uint8_t *zero_points) {
+  const int64_t parts = weight->parts, blocks = weight->blocks / parts, bytes = (blocks + 1) / 2;
   for (int64_t column = 0; column < weight->columns; column++)
     for (int64_t part = 0; part < weight->blocks; part++) {
       const int64_t block = part / parts;
@@ -72,9 +72,9 @@ static void pack_scales(Int4Weight *weight, const float *scales, const uint8_t *
 void destroy_matmul_int4(void *data) {
   Kernel *kernel = data;
   if (kernel == NULL) return;
-  free(kernel->weight.owned);
-  free(kernel->weight.scales);
-  free(kernel->weight.zeros);
+  release(kernel->weight.owned);
+  release(kernel->weight.scales);
+  release(kernel->weight.zeros);
   free(kernel);
 }
 
@@ -111,9 +111,9 @@ OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const Or
   Int4Weight *weight = &kernel->weight;
   weight->depth = depth;
   weight->columns = columns;
-  const int64_t parts = parts_of(kernel->isa, block);
-  weight->block = block / parts;
-  weight->blocks = blocks * parts;
+  weight->parts = parts_of(kernel->isa, block);
+  weight->block = block / weight->parts;
+  weight->blocks = blocks * weight->parts;
   weight->lines = weight->block / GROUP;
   kernel->with_zeros = zero_points.data != NULL;
   const int stored = ((const Operator *)op)->panels && b.elements > SMALL_WEIGHT && columns % LANES == 0;
@@ -128,7 +128,7 @@ OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const Or
   }
   memset(weight->scales, 0, lanes * sizeof(float)); /* columns that fill up the last panel */
   memset(weight->zeros, 0, lanes);
-  pack_scales(weight, scales.data, zero_points.data, parts);
+  pack_scales(weight, scales.data, zero_points.data);
   drop_pages(scales.data, (size_t)scales.elements * sizeof(float));
   if (zero_points.data != NULL) drop_pages(zero_points.data, (size_t)zero_points.elements);
   weight->panels = stored ? b.data : weight->owned;
@@ -177,7 +177,7 @@ OrtStatus *compute_matmul_int4(void *data, OrtKernelContext *context) {
     status = run_tasks(api, context, quantize_task, (size_t)rows, is_small(&work) || rows < 4, &quantizing);
     if (status == NULL) status = run_work(api, context, &work);
   }
-  free(product.values);
-  free(product.a_scales);
+  release(product.values);
+  release(product.a_scales);
   return status;
 }

@@ -167,25 +167,34 @@ static void int4_strip(const void *product, const Strip *s) {
   RUN_INT4_TILE[s->rows - 1][s->panels - 1](p, &tile, s->last);
 }
 
-/* A block of a row to int8: round(a / scale), scale = max |a| / 127. */
-static TARGET void int4_quantize_block(const float *a, int64_t count, int64_t block, int8_t *values, float *scales) {
-  const float peak = peak_of(a, count), scale = peak / 127.0f;
-  const Floats inverse = floats_of(peak != 0 ? 127.0f / peak : 0.0f);
+/* A part of a block to int8: round(a * inverse), zeros behind its `count` values; and their sum. */
+static TARGET int32_t int4_quantize(const float *a, int64_t count, int64_t size, float inverse, int8_t *values) {
+  const Floats factor = floats_of(inverse);
   Ints sum = no_ints();
-  for (int64_t i = 0; i < block; i += LANES) {
-    const Ints q = rounded(mul(load_some(a + i, count - i), inverse));
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Ints q = rounded(mul(load_some(a + i, count - i), factor));
     sum = add_ints(sum, q);
     store_signed_bytes(values + i, q);
   }
-  scales[0] = scale;
-  scales[1] = scale * (float)sum_of_ints(sum);
+  return sum_of_ints(sum);
 }
 
+static TARGET float int4_peak(const float *a, int64_t count) { return peak_of(a, count); }
+
+/* A row, block by block: the scale is max |a| / 127, for all parts of a block. */
 static void int4_quantize_row(const Int4Product *p, int64_t row) {
   const Int4Weight *weight = p->weight;
-  for (int64_t block = 0; block < weight->blocks; block++) {
-    const int64_t from = block * weight->block, left = weight->depth - from, at = row * weight->blocks + block;
-    int4_quantize_block(p->a + row * weight->depth + from, left < weight->block ? left : weight->block, weight->block,
-                        p->values + at * weight->block, p->a_scales + at * 2);
+  const float *a = p->a + row * weight->depth;
+  for (int64_t part = 0; part < weight->blocks; part += weight->parts) {
+    const int64_t whole = weight->block * weight->parts, left = weight->depth - part * weight->block;
+    const float peak = int4_peak(a + part * weight->block, left < whole ? left : whole), scale = peak / 127.0f;
+    const float inverse = peak != 0 ? 127.0f / peak : 0.0f;
+    for (int64_t i = part; i < part + weight->parts; i++) {
+      const int64_t from = i * weight->block, at = row * weight->blocks + i;
+      const int32_t sum =
+          int4_quantize(a + from, weight->depth - from, weight->block, inverse, p->values + at * weight->block);
+      p->a_scales[at * 2] = scale;
+      p->a_scales[at * 2 + 1] = scale * (float)sum;
+    }
   }
 }

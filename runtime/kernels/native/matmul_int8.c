@@ -88,10 +88,10 @@ static void add_panels(const Int8 *isa, Int8Weight *weight, int64_t panels) {
 void destroy_matmul_int8(void *data) {
   Kernel *kernel = data;
   if (kernel == NULL) return;
-  free(kernel->weight.owned);
-  free(kernel->weight.sums);
-  free(kernel->weight.starts);
-  free(kernel->weight.sources);
+  release(kernel->weight.owned);
+  release(kernel->weight.sums);
+  release(kernel->weight.starts);
+  release(kernel->weight.sources);
   free(kernel);
 }
 
@@ -200,6 +200,6 @@ OrtStatus *compute_matmul_int8(void *data, OrtKernelContext *context) {
   product.a_step = step;
   status = run_tasks(api, context, arrange_task, (size_t)rows, is_small(&work) || rows < 4, &arranging);
   if (status == NULL) status = run_work(api, context, &work);
-  free(arranging.to);
+  release(arranging.to);
   return status;
 }

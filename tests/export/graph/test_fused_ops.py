@@ -5,6 +5,8 @@ Of attention, whose kernel rounds otherwise, see ``tests/runtime/kernels/test_at
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,11 @@ from embedge.export.graph.fused_ops import functions_of
 from embedge.export.graph.onnx_model import IR_VERSION, OPSET
 from embedge.export.graph.ops import CONTRIB, DOMAIN, VERSION
 from embedge.quant.rotation import block_rotation
-from embedge.runtime.kernels.library import kernel_library
 from embedge.runtime.kernels.register import register
+from tests.helpers.kernel import LIBRARY, SETS, using, with_each_instruction_set
 from tests.helpers.sessions import open_graph, session_options
 
 Array = NDArray[Any]
-LIBRARY = kernel_library()
-needs_kernels = pytest.mark.skipif(
-    LIBRARY is None, reason="no embedge kernels on this processor or installation"
-)
 DRAW = np.random.default_rng(3)
 
 
@@ -251,21 +249,21 @@ def agree(
     before = results(model(nodes, inputs, constants, outputs), inputs, own=False)
     expected = dict(zip(outputs, before, strict=True))
     proto = model(called, inputs, constants, outputs)
-    for own in (False, True) if LIBRARY else (False,):
-        for threads in (1, 2):
-            after = results(proto, inputs, own=own, threads=threads)
-            found = dict(zip(outputs, after, strict=True))
-            for name, value in found.items():
-                wanted = expected[name]
-                if value.dtype == np.uint8:  # of a row of zeros they stand for nothing
-                    real = expected[name.replace("values", "scale")] > 0
-                    assert np.array_equal(value[real[..., 0]], wanted[real[..., 0]]), (name, own)
-                else:
-                    assert np.array_equal(value, wanted), (name, own, threads)
-                assert value.shape == wanted.shape, name
+    for kernels, threads in itertools.product((None, *SETS), (1, 2)):
+        with using(kernels) if kernels else contextlib.nullcontext():
+            after = results(proto, inputs, own=kernels is not None, threads=threads)
+        found = dict(zip(outputs, after, strict=True))
+        for name, value in found.items():
+            wanted = expected[name]
+            if value.dtype == np.uint8:  # of a row of zeros they stand for nothing
+                real = expected[name.replace("values", "scale")] > 0
+                assert np.array_equal(value[real[..., 0]], wanted[real[..., 0]]), (name, kernels)
+            else:
+                assert np.array_equal(value, wanted), (name, kernels, threads)
+            assert value.shape == wanted.shape, name
 
 
-@needs_kernels
+@with_each_instruction_set
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_makes_its_rows_scale_so_and_no_other(broken: float) -> None:
     x = floats(1, 3, 64)
@@ -297,7 +295,7 @@ def test_onnx_inlines_what_is_called() -> None:
         assert np.array_equal(value, wanted)
 
 
-@needs_kernels
+@with_each_instruction_set
 @pytest.mark.parametrize(
     ("outputs", "inputs", "message"),
     [
@@ -314,7 +312,7 @@ def test_the_kernels_refuse_what_does_not_fit(
         results(proto, inputs, own=True)
 
 
-@needs_kernels
+@with_each_instruction_set
 @pytest.mark.parametrize(
     ("rotation", "rows", "message"),
     [
@@ -333,7 +331,7 @@ def test_a_rotation_that_does_not_fit_is_refused(rotation: Array, rows: int, mes
         results(proto, inputs, own=True)
 
 
-@needs_kernels
+@with_each_instruction_set
 def test_what_is_added_has_the_size_of_a_row_or_of_the_product() -> None:
     called = [node("MatMulIntegerToFloatAdd", "a w s t other", "y", DOMAIN)]
     constants: dict[str, Array] = {

@@ -15,7 +15,7 @@ from embedge.export.graph.fused_ops import functions_of
 from embedge.export.graph.onnx_model import IR_VERSION, OPSET
 from embedge.export.graph.ops import CONTRIB, DOMAIN, VERSION
 from embedge.runtime.kernels.register import register
-from tests.helpers.kernel import LIBRARY, needs_kernel
+from tests.helpers.kernel import LIBRARY, with_each_instruction_set
 from tests.helpers.sessions import open_graph, session_options
 
 Array = NDArray[Any]
@@ -116,7 +116,7 @@ def error(found: Array, expected: Array) -> float:
 
 
 @pytest.mark.slow
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_attention_is_the_definitions(tokens: int) -> None:
     place = TOKENS.index(tokens)  # each number of tokens takes its share of what there is besides
@@ -132,7 +132,7 @@ def test_attention_is_the_definitions(tokens: int) -> None:
             assert np.abs(found - expected).max() < 5 * bound, case
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_attention_is_that_of_onnx_runtime_but_for_rounding(heads: Heads, window: int) -> None:
@@ -144,7 +144,7 @@ def test_attention_is_that_of_onnx_runtime_but_for_rounding(heads: Heads, window
             assert error(run(own, operands), run(theirs, operands)) < bound, (variant, tokens)
 
 
-@needs_kernel
+@with_each_instruction_set
 @each_variant
 @pytest.mark.parametrize(("window", "size"), [(-1, 24), (-1, 33), (7, 64), (128, 33)])
 def test_a_row_has_the_same_bits_whatever_comes_after_it_and_in_any_batch(
@@ -162,7 +162,7 @@ def test_a_row_has_the_same_bits_whatever_comes_after_it_and_in_any_batch(
         assert np.array_equal(run(session, others)[:, :tokens], together[:, :tokens])
 
 
-@needs_kernel
+@with_each_instruction_set
 @each_variant
 @pytest.mark.parametrize("window", [-1, 7])
 @pytest.mark.parametrize("spread", [False, True])
@@ -179,7 +179,7 @@ def test_large_scores_do_not_overflow(spread: bool, window: int, variant: str) -
     assert error(run(open_session(variant, window=window), [q, k, v]), expected) < BOUNDS[variant]
 
 
-@needs_kernel
+@with_each_instruction_set
 @each_variant
 @pytest.mark.parametrize(("query", "key"), [(0, None), (None, 0), (1e3, 1e3), (-1e15, 1e15)])
 def test_equal_scores_give_the_mean_of_the_values_seen(query: Any, key: Any, variant: str) -> None:
@@ -190,7 +190,7 @@ def test_equal_scores_give_the_mean_of_the_values_seen(query: Any, key: Any, var
     assert error(run(open_session(variant, (2, 2)), operands), expected) < BOUNDS[variant]
 
 
-@needs_kernel
+@with_each_instruction_set
 @each_variant
 @pytest.mark.parametrize("window", [-1, 7])
 def test_a_query_with_a_nan_makes_its_row_nan_alone(window: int, variant: str) -> None:
@@ -201,7 +201,7 @@ def test_a_query_with_a_nan_makes_its_row_nan_alone(window: int, variant: str) -
     assert np.array_equal(run(session, operands), expected, equal_nan=True)
 
 
-@needs_kernel
+@with_each_instruction_set
 @each_variant
 @pytest.mark.parametrize(("texts", "tokens"), [(0, 5), (3, 0), (0, 0)])
 def test_no_texts_and_no_tokens_have_no_results(texts: int, tokens: int, variant: str) -> None:
@@ -209,7 +209,7 @@ def test_no_texts_and_no_tokens_have_no_results(texts: int, tokens: int, variant
     assert found.shape == (texts, tokens, 96) and found.dtype == np.float32
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -227,14 +227,14 @@ def test_inputs_that_do_not_fit_are_refused(shapes: list[tuple[int, ...]], messa
         run(open_session(), [np.ones(shape, np.float32) for shape in shapes])
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("heads", [(4, 3), (2, 4), (4, 0), (0, 1)])
 def test_heads_that_do_not_divide_are_refused(heads: Heads) -> None:
     with pytest.raises(Exception, match="attention: the heads are no multiple of those of keys"):
         open_session(heads=heads)
 
 
-@needs_kernel
+@with_each_instruction_set
 @each_variant
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_session_may_run_in_several_threads(threads: int, variant: str) -> None:
@@ -308,7 +308,7 @@ def test_an_encoders_attention_is_the_definitions(tokens: int) -> None:
                 assert error(found, expected) < BOUNDS.get(variant, 1e-6), (variant, kind, heads)
 
 
-@needs_kernel
+@with_each_instruction_set
 @each_variant
 @pytest.mark.parametrize("size", [24, 33, 64])
 def test_padding_changes_no_bit_of_a_row(variant: str, size: int) -> None:
@@ -327,7 +327,7 @@ def test_padding_changes_no_bit_of_a_row(variant: str, size: int) -> None:
         assert np.array_equal(again[[0, 2]], found[[0, 2]])
 
 
-@needs_kernel
+@with_each_instruction_set
 def test_a_text_without_tokens_has_zeros_and_its_length_is_needed() -> None:
     session = open_encoder("bfloat16", "PaddedAttention", (4, 2), 0.25)
     found = run_encoder(session, drawn(2, 20), np.array([20, 0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import itertools
 import threading
@@ -19,10 +18,24 @@ from onnx import TensorProto, helper, numpy_helper
 
 from embedge.runtime import Embedder, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.kernels import library as library_module
-from embedge.runtime.kernels.library import kernel_library, own_kernels, use_own_kernels
+from embedge.runtime.kernels.library import (
+    describe_kernels,
+    kernel_instructions,
+    kernel_library,
+    own_kernels,
+    use_own_kernels,
+)
 from embedge.runtime.kernels.register import register
 from embedge.runtime.kernels.repack import in_panels
-from tests.helpers.kernel import LIBRARY, asked_anew, layouts_seen, needs_kernel, without_kernel
+from tests.helpers.kernel import (
+    LIBRARY,
+    SETS,
+    asked_anew,
+    layouts_seen,
+    needs_kernel,
+    with_each_instruction_set,
+    without_kernel,
+)
 from tests.helpers.sessions import open_graph, session_options
 
 Array = NDArray[Any]
@@ -95,7 +108,7 @@ def exact(a: Array, weight: Array, a_scale: Array, w_scale: Array, zero_point: i
 
 
 @pytest.mark.slow
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_matmuls_are_those_of_onnx_runtime_to_the_bit(columns: int, threads: int) -> None:
@@ -117,7 +130,7 @@ def test_matmuls_are_those_of_onnx_runtime_to_the_bit(columns: int, threads: int
                 assert np.array_equal(found, expected), (depth, zero_point, shape, rows)
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("columns", [1, 50, 64])
 def test_one_scale_for_all_rows_gives_the_same_bits(columns: int) -> None:
     """ONNX Runtime multiplies it by the columns' scales first."""
@@ -131,7 +144,7 @@ def test_one_scale_for_all_rows_gives_the_same_bits(columns: int) -> None:
             assert np.array_equal(found, expected)
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("value", [127, -127, -128])
 def test_the_largest_values_do_not_saturate(value: int) -> None:
     weight, w_scale = np.full((1023, 50), value, np.int8), np.full(50, 0.37, np.float32)
@@ -145,7 +158,7 @@ def test_the_largest_values_do_not_saturate(value: int) -> None:
             assert np.array_equal(run(session, left, a_scale), expected)
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"),
@@ -159,7 +172,7 @@ def test_matmuls_of_many_tasks_are_exact(rows: int, depth: int, columns: int, th
     assert np.array_equal(run(session, a, a_scale), exact(a, weight, a_scale, w_scale))
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("shape", PANELLED + LEFT)
 def test_weights_in_panels_give_the_same_matmuls(shape: tuple[int, int]) -> None:
     draw = np.random.default_rng(shape)
@@ -173,7 +186,7 @@ def test_weights_in_panels_give_the_same_matmuls(shape: tuple[int, int]) -> None
         assert np.array_equal(run(panels, a, a_scale), expected)
 
 
-@needs_kernel
+@with_each_instruction_set
 def test_no_rows_have_no_result() -> None:
     session = open_session(product_model(np.ones((130, 50), np.int8), np.ones(50, np.float32)))
     for leading in ((0,), (0, 3), (3, 0)):
@@ -199,7 +212,7 @@ def test_a_weight_of_three_dimensions_is_refused() -> None:
         open_session(model)
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize(
     ("depth", "rows", "columns", "message"),
     [
@@ -219,7 +232,7 @@ def test_inputs_that_do_not_fit_the_weight_are_refused(
 # -- sessions -----------------------------------------------------------------------------------------
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_session_may_run_in_several_threads(threads: int) -> None:
     draw = np.random.default_rng(2)
@@ -252,7 +265,7 @@ def test_sessions_come_and_go() -> None:
         assert np.array_equal(run(session, a, a_scale), expected)
 
 
-@needs_kernel
+@with_each_instruction_set
 def test_a_session_without_the_kernel_may_lie_beside_one_with_it() -> None:
     weight, w_scale = np.ones((8, 16), np.int8), np.ones(16, np.float32)
     a, a_scale = np.ones((3, 8), np.uint8), np.ones((2, 1), np.float32)
@@ -338,18 +351,10 @@ def test_the_environment_turns_it_off() -> None:
 
 def test_with_amx_onnx_runtime_multiplies() -> None:
     with asked_anew() as patch:
+        patch.delenv("EMBEDGE_KERNELS", raising=False)
         patch.setattr(library_module, "has_amx", lambda: True)
         assert not own_kernels()
-
-
-class Library:
-    """A library whose every function gives one number."""
-
-    def __init__(self, runs_here: int) -> None:
-        self._runs_here = runs_here
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda: self._runs_here
+        assert kernel_instructions() is None
 
 
 def find_library(patch: pytest.MonkeyPatch, file: Path | str | None) -> None:
@@ -379,8 +384,11 @@ def test_where_it_was_not_built_a_bundle_embeds_all_the_same(int8_bundle: tuple[
 def test_a_processor_without_its_instructions_goes_without_it() -> None:
     with asked_anew() as patch:
         find_library(patch, "kernel.so")
-        patch.setattr(ctypes, "CDLL", lambda file: Library(runs_here=0))
+        patch.setattr(library_module, "choose", lambda file, name: None)
         assert kernel_library() is None
+        assert describe_kernels() == (
+            "ONNX Runtime's: the processor does not have the instructions of avx2"
+        )
 
 
 @pytest.mark.parametrize(
@@ -399,7 +407,7 @@ def test_a_kernel_that_fails_its_check_is_left_out_with_a_warning(
         expected = Embedder(path, verify="none").encode(WORDS)
     with asked_anew() as patch:
         find_library(patch, "kernel.so")
-        patch.setattr(ctypes, "CDLL", lambda file: Library(runs_here=1))
+        patch.setattr(library_module, "choose", lambda file, name: "avx2")
         patch.setattr("embedge.runtime.kernels.self_check.is_right", is_right)
         message = (
             rf"^kernel\.so: not used: {problem}; ONNX Runtime's own kernels run instead, "
@@ -421,16 +429,46 @@ def test_a_file_that_is_no_library_is_left_out_with_a_warning(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_switch_takes_two_values() -> None:
+def test_the_switch_takes_names_alone() -> None:
     with asked_anew() as patch:
         patch.setenv("EMBEDGE_KERNELS", "off")
-        message = "^EMBEDGE_KERNELS: expected embedge or onnxruntime, found 'off'$"
+        message = "^EMBEDGE_KERNELS: expected embedge, onnxruntime, avx512-vnni, avx-vnni or avx2, found 'off'$"
         with pytest.raises(EmbedgeValueError, match=message):
             own_kernels()
     for value in ("", "embedge"):
         with asked_anew() as patch:
             patch.setenv("EMBEDGE_KERNELS", value)
             assert kernel_library() == LIBRARY
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", SETS)
+def test_the_switch_chooses_an_instruction_set(name: str) -> None:
+    with asked_anew() as patch:
+        patch.setenv("EMBEDGE_KERNELS", name)
+        assert kernel_instructions() == name
+        assert kernel_library() is not None
+        assert describe_kernels() == f"embedge's own, with {name}"
+    kernel_library()  # the one of the other tests again
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    """Without it nothing else would run than what was asked for."""
+    message = (
+        "^EMBEDGE_KERNELS=avx2: the processor does not have the instructions of avx2; unset it, or take "
+        "EMBEDGE_KERNELS=onnxruntime for ONNX Runtime's kernels$"
+    )
+    with asked_anew() as patch:
+        find_library(patch, "kernel.so")
+        patch.setenv("EMBEDGE_KERNELS", "avx2")
+        patch.setattr(library_module, "choose", lambda file, name: None)
+        with pytest.raises(EmbedgeValueError, match=message):
+            own_kernels()
+    with asked_anew() as patch:
+        find_library(patch, None)
+        patch.setenv("EMBEDGE_KERNELS", "avx2")
+        with pytest.raises(EmbedgeValueError, match="take a C compiler to install; unset it"):
+            own_kernels()
 
 
 @pytest.mark.parametrize("shape", [(256, 64), (64, 4, 32)])
@@ -444,7 +482,7 @@ def test_panels_may_lie_on_a_disk_and_leave_nothing(shape: tuple[int, ...], tmp_
 
 
 @pytest.mark.slow
-@needs_kernel
+@with_each_instruction_set
 def test_an_int8_bundle_has_the_same_vectors_with_and_without_it(
     int8_bundle: tuple[Path, Any],
 ) -> None:

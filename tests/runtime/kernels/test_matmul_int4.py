@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from embedge.runtime.kernels.register import register
 from embedge.runtime.kernels.repack import in_panels
-from tests.helpers.kernel import LIBRARY, needs_kernel
+from tests.helpers.kernel import LIBRARY, with_each_instruction_set
 from tests.helpers.sessions import open_graph, session_options
 
 Array = NDArray[Any]
@@ -112,7 +112,7 @@ def exact(values: dict[str, Array], a: Array, block: int) -> Array:
     return np.asarray(quantized.reshape(len(a), -1) @ matrix.T)
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize(("depth", "columns", "block"), SHAPES)
 def test_matmuls_are_those_of_onnx_runtime_but_for_the_order_of_their_sums(
@@ -130,7 +130,7 @@ def test_matmuls_are_those_of_onnx_runtime_but_for_the_order_of_their_sums(
             assert (np.abs(found - expected) < 1e-6 * terms).all()
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize(("depth", "columns", "block"), SHAPES)
 def test_matmuls_are_the_definitions(depth: int, columns: int, block: int) -> None:
     values = operands(depth, columns, block)
@@ -142,7 +142,7 @@ def test_matmuls_are_the_definitions(depth: int, columns: int, block: int) -> No
     assert np.median(error) < 3e-6
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize(("depth", "columns", "block"), [(576, 192, 64), (300, 50, 32)])
 def test_a_row_has_the_same_bits_in_any_batch(depth: int, columns: int, block: int) -> None:
     session = open_session(operands(depth, columns, block), depth, block, threads=2)
@@ -152,7 +152,7 @@ def test_a_row_has_the_same_bits_in_any_batch(depth: int, columns: int, block: i
         assert np.array_equal(run(session, a[list(rows)]), together[list(rows)])
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize(("depth", "columns", "block"), PANELLED)
 def test_weights_in_panels_give_the_same_matmuls(depth: int, columns: int, block: int) -> None:
     values = operands(depth, columns, block)
@@ -163,7 +163,7 @@ def test_weights_in_panels_give_the_same_matmuls(depth: int, columns: int, block
     assert np.array_equal(run(open_session(laid_out, depth, block, panels=True), a), expected)
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize(("depth", "columns", "block"), [(64, 16, 32), (700, 300, 128)])
 def test_weights_that_fill_no_panels_are_left(depth: int, columns: int, block: int) -> None:
     values = operands(depth, columns, block)
@@ -191,7 +191,7 @@ def test_the_layout_of_panels() -> None:
             assert found == value(column, depth)
 
 
-@needs_kernel
+@with_each_instruction_set
 def test_rows_of_zeros_no_rows_and_more_dimensions() -> None:
     values = operands(64, 16, 32)
     session = open_session(values, 64, 32)
@@ -203,7 +203,7 @@ def test_rows_of_zeros_no_rows_and_more_dimensions() -> None:
     assert run(session, a[:0]).shape == (0, 16)
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_stays_so_in_its_row_alone(broken: float) -> None:
     session = open_session(operands(64, 16, 32), 64, 32)
@@ -212,7 +212,7 @@ def test_a_value_that_is_not_finite_stays_so_in_its_row_alone(broken: float) -> 
     assert np.isfinite(run(session, a)).all(1).tolist() == [True, False, True]
 
 
-@needs_kernel
+@with_each_instruction_set
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,7 +226,7 @@ def test_what_the_kernel_does_not_do_is_refused(options: dict[str, Any], message
         open_session(operands(64, 16, 32), 64, 32, **options)
 
 
-@needs_kernel
+@with_each_instruction_set
 def test_a_bias_is_added_as_onnx_runtime_fuses_it() -> None:
     values = operands(64, 50, 32)
     a, bias = rows_of(9, 64), DRAW.standard_normal(50).astype(np.float32)
@@ -235,7 +235,7 @@ def test_a_bias_is_added_as_onnx_runtime_fuses_it() -> None:
     assert np.array_equal(run(open_session(fused, 64, 32), a), expected)
 
 
-@needs_kernel
+@with_each_instruction_set
 def test_another_depth_is_refused() -> None:
     with pytest.raises(Exception, match="rows and weight differ in depth"):
         run(open_session(operands(64, 16, 32), 64, 32), rows_of(2, 32))
