@@ -89,7 +89,7 @@ def describe_processor() -> str:
     found = [name for name in _INSTRUCTIONS if name in flags]
     name = ", ".join(found) or platform.machine() or "unknown"
     if saturates_u8s8():
-        return f"{name}; u8×s8 matmuls saturate, so u8×u8 ones are used: exact, slower"
+        return f"{name}; u8×s8 matmuls of ONNX Runtime saturate, and are kept exact"
     return f"{name}; 8-bit matmuls are exact"
 
 

@@ -90,11 +90,12 @@ def _open(
     with bundle.reading(bundle.graph_files(precision, name)):
         file = prepared or bundle.graph(precision, name)
         saturates = bundle.manifest.precisions[precision].saturates
-        options = new_options(
-            threads=threads, exact=saturates, optimize=prepared is None, arena=config.arena
-        )
         own = config.device == "cpu" and bundle.multiplies_integers(precision) and own_kernels()
-        if config.device == "cpu" and saturates:
+        exact = saturates and not own  # embedge's products are exact on any processor
+        options = new_options(
+            threads=threads, exact=exact, optimize=prepared is None, arena=config.arena
+        )
+        if config.device == "cpu" and exact:
             require_exact_matmuls()
         unpacked: Initializers = {}
         if prepared is None and name in bundle.manifest.precisions[precision].unpack:

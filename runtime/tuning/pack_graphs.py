@@ -92,7 +92,7 @@ def _write(
             given = initializers_of(
                 bundle, precision, name, threads=available_cores(), panels=panels, scratch=partial
             )
-            exact = bundle.manifest.precisions[precision].saturates
+            exact = bundle.manifest.precisions[precision].saturates and not panels
             _save(bundle.graph(precision, name), given, partial, panels=panels, exact=exact)
             del given
         files = {path.name: FileEntry.of(path) for path in sorted(partial.iterdir())}
