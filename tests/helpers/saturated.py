@@ -25,11 +25,12 @@ def found(int8: str, exported: list[list[str]]) -> dict[str, Any]:
     """What this processor gives, as JSON has it.
 
     Args:
-        int8: a bundle of ``write_int8_bundle``, embedded asked for exact matmuls and not.
+        int8: a bundle of ``write_int8_bundle``, embedded by ONNX Runtime's kernels, asked for exact matmuls and
+            not.
         exported: bundles and precisions.
     """
     return {
-        "kernels": library.own_kernels(),
+        "kernels": library.kernel_instructions(),
         "saturates": saturates_u8s8(),
         "line": describe_processor(),
         "int8": _asked_and_not(int8),
@@ -43,7 +44,10 @@ def _asked_and_not(bundle: str) -> dict[str, Any]:
     texts = [f"w{i}" for i in range(30)]
     vectors: dict[str, Any] = {}
     for name, ask in (("asked", keep_matmuls_exact), ("not asked", lambda options: None)):
-        with mock.patch.object(sessions, "keep_matmuls_exact", ask):
+        with (
+            mock.patch.object(sessions, "keep_matmuls_exact", ask),
+            mock.patch.object(sessions, "own_kernels", return_value=False),
+        ):
             model = Embedder(bundle, verify="none", threads=1)
             vectors[name] = model.encode(texts, batch_size=30).tolist()
             vectors[f"{name} alone"] = [model.encode(text).tolist() for text in texts]
