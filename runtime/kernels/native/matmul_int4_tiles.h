@@ -51,57 +51,56 @@ INLINE void int4_tile(const Int4Product *p, const Int4Tile *t, const int rows, c
   }
 #endif
   for (int64_t block = 0; block < weight->blocks; block++) {
-      Ints sum[INT4_ROWS][INT4_PANELS];
+    Ints sum[INT4_ROWS][INT4_PANELS];
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
-        for (int j = 0; j < panels; j++) sum[i][j] = no_ints();
+      for (int j = 0; j < panels; j++) sum[i][j] = no_ints();
 #pragma GCC unroll 1
-      for (int64_t left = weight->lines; left > 0; left--, line += LINE, a += GROUP) {
-        Ints low[INT4_PANELS], high[INT4_PANELS];
-        _mm_prefetch((const char *)next, _MM_HINT_T1);
-        next += t->next_step;
+    for (int64_t left = weight->lines; left > 0; left--, line += LINE, a += GROUP) {
+      Ints low[INT4_PANELS], high[INT4_PANELS];
+      _mm_prefetch((const char *)next, _MM_HINT_T1);
+      next += t->next_step;
 #if WIDE
-        const int64_t panel = weight->blocks * weight->lines * LINE;
-#pragma GCC unroll 2
-        for (int j = 0; j < panels; j++) {
-          const Ints both = load_ints(line + j * panel);
-          low[j] = low_halves(both);
-          high[j] = high_halves(both);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-          const Ints first = int4_four(a + i * width), second = int4_four(a + i * width + GROUP / 2);
-#pragma GCC unroll 2
-          for (int j = 0; j < panels; j++)
-            sum[i][j] = dot_short(dot_short(sum[i][j], low[j], first), high[j], second);
-        }
-#else /* one half after the other, for want of registers */
-        const int64_t at = a - t->a;
-        low[0] = low_halves(load_ints(line));
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) sum[i][0] = dot_short(sum[i][0], low[0], int4_four(row[i] + at));
-        high[0] = high_halves(load_ints(line));
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) sum[i][0] = dot_short(sum[i][0], high[0], int4_four(row[i] + at + GROUP / 2));
-#endif
-      }
-      KEEP_TOTALS;
+      const int64_t panel = weight->blocks * weight->lines * LINE;
 #pragma GCC unroll 2
       for (int j = 0; j < panels; j++) {
-        const int64_t of_block = (j * weight->blocks + block) * LANES;
-        const Floats scale = load(t->scales + of_block);
-        const Floats zero = mul(scale, floats_from(ints_from_bytes(t->zeros + of_block)));
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-          const float *of_row = t->a_scales + (i * weight->blocks + block) * 2;
-          const Floats scaled = mul(floats_from(widened(sum[i][j])), floats_of(of_row[0]));
-          const Floats sum_so_far = multiply_add(scaled, scale, TOTAL(i, j));
-          SET_TOTAL(i, j, subtract_product(floats_of(of_row[1]), zero, sum_so_far));
-        }
+        const Ints both = load_ints(line + j * panel);
+        low[j] = low_halves(both);
+        high[j] = high_halves(both);
       }
-      KEEP_TOTALS;
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) {
+        const Ints first = int4_four(a + i * width), second = int4_four(a + i * width + GROUP / 2);
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++) sum[i][j] = dot_short(dot_short(sum[i][j], low[j], first), high[j], second);
+      }
+#else /* one half after the other, for want of registers */
+      const int64_t at = a - t->a;
+      low[0] = low_halves(load_ints(line));
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) sum[i][0] = dot_short(sum[i][0], low[0], int4_four(row[i] + at));
+      high[0] = high_halves(load_ints(line));
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) sum[i][0] = dot_short(sum[i][0], high[0], int4_four(row[i] + at + GROUP / 2));
+#endif
     }
+    KEEP_TOTALS;
+#pragma GCC unroll 2
+    for (int j = 0; j < panels; j++) {
+      const int64_t of_block = (j * weight->blocks + block) * LANES;
+      const Floats scale = load(t->scales + of_block);
+      const Floats zero = mul(scale, floats_from(ints_from_bytes(t->zeros + of_block)));
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) {
+        const float *of_row = t->a_scales + (i * weight->blocks + block) * 2;
+        const Floats scaled = mul(floats_from(widened(sum[i][j])), floats_of(of_row[0]));
+        const Floats sum_so_far = multiply_add(scaled, scale, TOTAL(i, j));
+        SET_TOTAL(i, j, subtract_product(floats_of(of_row[1]), zero, sum_so_far));
+      }
+    }
+    KEEP_TOTALS;
+  }
 #pragma GCC unroll 2
   for (int j = 0; j < panels; j++) {
     const int count = j == panels - 1 ? last : LANES;
