@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from embedge.runtime.host.processor import instruction_sets
-from embedge.runtime.kernels.library import own_kernels
+from embedge.runtime.kernels.library import kernel_library
+from embedge.runtime.kernels.register import uses_bfloat16
 
 __all__ = ["CLASSES", "numerics_class"]
 
@@ -42,6 +42,7 @@ def numerics_class(*, device: str, integers: bool, attention: bool) -> str:
         return CUDA
     if not integers:
         return FLOAT32
-    if not own_kernels():
+    library = kernel_library()
+    if library is None:
         return ONNXRUNTIME
-    return BFLOAT16 if attention and "avx512_bf16" in instruction_sets() else EMBEDGE
+    return BFLOAT16 if attention and uses_bfloat16(library) else EMBEDGE

@@ -7,7 +7,7 @@ from typing import Any
 
 from embedge.runtime.host.fork import no_fork
 
-__all__ = ["INSTRUCTION_SETS", "OPERATORS", "choose", "register"]
+__all__ = ["INSTRUCTION_SETS", "OPERATORS", "choose", "register", "uses_bfloat16"]
 
 INSTRUCTION_SETS = ("avx512-vnni", "avx-vnni", "avx2")  # of the kernels, the best first
 
@@ -31,6 +31,15 @@ def choose(library: str, instruction_set: str | None = None) -> str | None:
     function.argtypes = [ctypes.c_char_p]
     chosen: bytes | None = function(instruction_set.encode() if instruction_set else None)
     return chosen.decode() if chosen else None
+
+
+def uses_bfloat16(library: str) -> bool:
+    """Whether the attention of a library's chosen instruction set multiplies bfloat16.
+
+    What the processor has does not say: another set may have been chosen, or the compiler may not know bfloat16.
+    """
+    with no_fork():
+        return bool(ctypes.CDLL(library).embedge_kernels_use_bfloat16())
 
 
 def register(options: Any, library: str, *, panels: bool) -> None:

@@ -134,6 +134,12 @@ EXPORT const char *embedge_kernels_choose(const char *name) {
   return NULL;
 }
 
+/* Whether attention multiplies bfloat16 in sessions that do not ask for float32. */
+EXPORT int embedge_kernels_use_bfloat16(void) {
+  const Isa *isa = isa_in_use();
+  return isa != NULL && isa->attention(0) != isa->attention(1);
+}
+
 enum { F = ONNX_FLOAT, U = ONNX_UINT8, S = ONNX_INT8, I = ONNX_INT32, L = ONNX_INT64 };
 
 /* clang-format off */

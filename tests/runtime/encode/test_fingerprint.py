@@ -316,14 +316,14 @@ def test_precisions_and_prompts_of_the_embedder_count(two_tasks: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "integers", "attention", "own", "flags", "expected"),
+    ("device", "integers", "attention", "own", "bfloat16", "expected"),
     [
-        ("cuda:1", True, True, True, {"avx512_bf16"}, "cuda"),
-        ("cpu", False, False, True, {"avx512_bf16"}, "cpu-float32"),
-        ("cpu", True, True, False, {"avx512_bf16"}, "cpu-onnxruntime"),
-        ("cpu", True, True, True, set(), "cpu-embedge"),
-        ("cpu", True, False, True, {"avx512_bf16"}, "cpu-embedge"),
-        ("cpu", True, True, True, {"avx512_bf16"}, "cpu-embedge-bfloat16"),
+        ("cuda:1", True, True, True, True, "cuda"),
+        ("cpu", False, False, True, True, "cpu-float32"),
+        ("cpu", True, True, False, True, "cpu-onnxruntime"),
+        ("cpu", True, True, True, False, "cpu-embedge"),
+        ("cpu", True, False, True, True, "cpu-embedge"),
+        ("cpu", True, True, True, True, "cpu-embedge-bfloat16"),
     ],
 )
 def test_the_class_of_arithmetic_is_the_machines(
@@ -332,11 +332,11 @@ def test_the_class_of_arithmetic_is_the_machines(
     integers: bool,
     attention: bool,
     own: bool,
-    flags: set[str],
+    bfloat16: bool,
     expected: str,
 ) -> None:
-    monkeypatch.setattr(numerics, "own_kernels", lambda: own)
-    monkeypatch.setattr(numerics, "instruction_sets", lambda: frozenset(flags))
+    monkeypatch.setattr(numerics, "kernel_library", lambda: "library" if own else None)
+    monkeypatch.setattr(numerics, "uses_bfloat16", lambda library: bfloat16)
     assert numerics_class(device=device, integers=integers, attention=attention) == expected
     assert expected in CLASSES
 
@@ -345,10 +345,10 @@ def test_a_machine_of_another_class_is_told_from_the_fingerprint_alone(
     int8_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Embedder(int8_bundle[0], verify="none")
-    monkeypatch.setattr(numerics, "own_kernels", lambda: False)
+    monkeypatch.setattr(numerics, "kernel_library", lambda: None)
     without = model.fingerprint()
-    monkeypatch.setattr(numerics, "own_kernels", lambda: True)
-    monkeypatch.setattr(numerics, "instruction_sets", frozenset)
+    monkeypatch.setattr(numerics, "kernel_library", lambda: "library")
+    monkeypatch.setattr(numerics, "uses_bfloat16", lambda library: False)
     with pytest.raises(
         FingerprintError, match='numerics: "cpu-onnxruntime" stored, "cpu-embedge" here'
     ):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.helpers.kernel import SETS, needs_kernel, using
+from embedge.runtime.host.processor import instruction_sets
+from embedge.runtime.kernels.register import uses_bfloat16
+from tests.helpers.kernel import LIBRARY, SETS, needs_kernel, using
 from tests.runtime.kernels import test_attention, test_matmul_int4
 
 Array = NDArray[Any]
@@ -64,3 +66,11 @@ def test_larger_blocks_are_added_in_parts_with_avx2_alone(block: int) -> None:
     for other in found.values():
         assert np.array_equal(other, next(iter(found.values())))
         assert np.abs(avx2 - other).max() < 1e-5 * np.abs(other).max()
+
+
+def test_one_set_alone_multiplies_bfloat16_where_the_processor_does() -> None:
+    assert LIBRARY is not None
+    for name in SETS:
+        with using(name):
+            has_it = name == "avx512-vnni" and "avx512_bf16" in instruction_sets()
+            assert uses_bfloat16(LIBRARY) == has_it
