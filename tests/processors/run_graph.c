@@ -4,6 +4,7 @@
    run_graph ONNXRUNTIME LIBRARY GRAPH ROWS COLUMNS OUTPUT INPUT=FILE ...
 
    Inputs are int64 [ROWS, COLUMNS], OUTPUT is float32; files and what is printed hold their bytes. LIBRARY "-": none.
+   EMBEDGE_KERNELS names the kernels' instruction set; without it they are of the best.
    Positions are those of OrtApi in ONNX Runtime's onnxruntime_c_api.cc, which never change. */
 
 #include <stdint.h>
@@ -46,6 +47,12 @@ static void check(void *status) {
     call(thing); \
   } while (0)
 
+static void choose(const char *library, const char *set) {
+  const char *(*function)(const char *);
+  *(void **)&function = (void *)(uintptr_t)GetProcAddress(LoadLibraryA(library), "embedge_kernels_choose");
+  if (function == NULL || function(set) == NULL) fail("the kernels do not run with what EMBEDGE_KERNELS names");
+}
+
 static void *read_file(const char *path, size_t size) {
   FILE *file = fopen(path, "rb");
   char *bytes = malloc(size + 1);
@@ -70,6 +77,7 @@ int main(int count, char **arguments) {
   CALL(10, (void **), &options);
   CALL(24, (void *, int), options, 2);
   if (strcmp(arguments[2], "-") != 0) {
+    if (getenv("EMBEDGE_KERNELS") != NULL) choose(arguments[2], getenv("EMBEDGE_KERNELS"));
     CALL(130, (void *, const char *, const char *), options, "embedge.weights", "rows");
     CALL(29, (void *, const char *, void **), options, arguments[2], &library);
   }

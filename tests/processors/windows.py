@@ -1,7 +1,8 @@
 """Runs a bundle's graphs with the kernels on Windows: ``python -m tests.processors.windows BUNDLE``.
 
 mingw-w64 compiles the kernels, and Wine runs them in ONNX Runtime's own build for Windows. The vectors have to be those
-of this machine with its kernels, to the bit, and no memory may be freed in a wrong way. Debian:
+of this machine with its kernels, to the bit, and no memory may be freed in a wrong way. ``EMBEDGE_KERNELS=avx2`` takes
+the kernels of this instruction set on both. Debian:
 ``apt-get install gcc-mingw-w64-x86-64 wine wine64``. ONNX Runtime and Microsoft's C++ library come from PyPI.
 """
 
