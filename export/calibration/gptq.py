@@ -27,8 +27,6 @@ from embedge.export.graph.values import LinearGroup, LinearRef
 from embedge.export.weights.tensors import Weights
 from embedge.quant import gptq
 
-_ERROR_ROWS = 512
-
 Quantized = tuple[LazyInitializer, Sequence[NDArray[Any]], dict[str, Any]]
 """What is stored of a Linear, its tensors, and further columns of the layer report."""
 
@@ -109,39 +107,34 @@ def _quantize_group(
     g: Graph, linears: Sequence[GptqLinear], statistics: InputStatistics
 ) -> Iterator[Quantized]:
     """Round Linears that share an input, with its Hessian."""
-    first, hessian = linears[0], statistics.hessian
+    first, hessian, statistics.hessian = linears[0], statistics.hessian, None
     assert hessian is not None
     first.scheme.smooth_hessian(g, first.group, hessian)
     try:
-        hinv = gptq.inverse_cholesky(hessian)  # also damps the Hessian's diagonal a little
+        factor = gptq.cholesky(hessian)
     except ArithmeticError as problem:
         raise CheckpointError(
             f"{first.linear.label}: GPTQ is not possible here: {problem}"
         ) from problem
+    del hessian
     matrices = dict(zip(first.group.linears, statistics.matrices, strict=True))
     for item in linears:
         weight = np.array(matrices[item.linear].T, order="C")
-        rounded = item.scheme.round(g, item.group, item.linear, weight, hinv)
+        rounded = item.scheme.round(g, item.group, item.linear, weight, factor)
         del weight
-        if item is linears[-1]:
-            del hinv
         facts = {
             "sqnr_db": reported_db(rounded.sqnr_db),
-            "output_error": _output_error(rounded, hessian),
+            "output_error": _output_error(rounded, factor),
         }
         arrays = rounded.arrays
         del rounded  # the next weight is as large
+        if item is linears[-1]:
+            del factor
         yield item.initializer, arrays, facts
         del arrays
-    statistics.hessian = None
 
 
-def _output_error(rounded: Rounded, hessian: NDArray[np.float32]) -> float:
+def _output_error(rounded: Rounded, factor: NDArray[np.float32]) -> float:
     """``‖(W - W_q)·X‖ / ‖W·X‖`` over the calibration tokens."""
-    assert rounded.lost is not None
-    noise = signal = 0.0
-    for start in range(0, len(rounded.weight), _ERROR_ROWS):  # bounds the memory of the matmuls
-        rows = slice(start, start + _ERROR_ROWS)
-        noise += float(np.einsum("ij,ij->", rounded.lost[rows] @ hessian, rounded.lost[rows]))
-        signal += float(np.einsum("ij,ij->", rounded.weight[rows] @ hessian, rounded.weight[rows]))
-    return round(float(np.sqrt(max(noise, 0.0) / signal)), 6) if signal > 0 else 0.0
+    signal = gptq.energy(rounded.weight, factor)
+    return round(float(np.sqrt(rounded.noise / signal)), 6) if signal > 0 else 0.0

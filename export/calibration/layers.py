@@ -86,6 +86,7 @@ def calibrate(
             del values
         del layer
         for label, value in statistics.items():
+            value.finish()
             if not (np.isfinite(value.low) & np.isfinite(value.high)).all():
                 raise CheckpointError(
                     f"{label}: expected finite inputs for the calibration texts, found NaN or "

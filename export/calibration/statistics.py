@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import blas
 
 from embedge.export.calibration.scratch import mapped_zeros
 from embedge.export.graph.values import LinearGroup
 
 FloatArray = NDArray[np.float32]
 
-_HESSIAN_ROWS = 1024
+_TILE = 256  # rows and columns that a core's cache holds
 
 
 class InputStatistics:
@@ -24,7 +25,8 @@ class InputStatistics:
         high: float32 ``[in]``, largest value.
         rows: tokens seen.
         total: float64 ``[in]``, sum of every channel.
-        hessian: float32 ``[in, in]`` ``Σ x xᵀ``, or ``None`` when it was not asked for.
+        hessian: float32 ``[in, in]`` ``Σ x xᵀ``, whole after :meth:`finish`, or ``None`` when it was not
+            asked for.
         sample: float32 ``[rows, in]`` parts, some of the rows, where they were asked for.
         weight_peak: float32 ``[in]``, largest magnitude of every row of the matrices.
         matrices: float32 ``[in, out]`` weights of the Linears that read the input, until the next layer.
@@ -52,7 +54,19 @@ class InputStatistics:
         np.minimum(self.low, x.min(axis=0), out=self.low)
         np.maximum(self.high, x.max(axis=0), out=self.high)
         self.total += x.sum(axis=0, dtype=np.float64)
-        if self.hessian is not None:
-            for start in range(0, len(self.hessian), _HESSIAN_ROWS):  # bounds the matmul's memory
-                rows = slice(start, start + _HESSIAN_ROWS)
-                self.hessian[rows] += x[:, rows].T @ x
+        if self.hessian is not None:  # the lower half, in place: seen from Fortran, the upper
+            x = np.ascontiguousarray(x, np.float32)
+            blas.ssyrk(1.0, x.T, 1.0, self.hessian.T, overwrite_c=1)
+
+    def finish(self) -> None:
+        """Fill the upper half of the Hessian, once all tokens are added."""
+        hessian = self.hessian
+        if hessian is None:
+            return
+        for start in range(0, len(hessian), _TILE):
+            stop = start + _TILE
+            corner = hessian[start:stop, start:stop]
+            corner += np.tril(corner, -1).T
+            for row in range(stop, len(hessian), _TILE):
+                rows = slice(row, row + _TILE)
+                hessian[start:stop, rows] = hessian[rows, start:stop].T

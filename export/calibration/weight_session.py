@@ -42,6 +42,8 @@ class WeightSession:
         options = load_onnxruntime().SessionOptions()
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
+        # between runs numpy works, and threads that wait by spinning would take a core from it
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         model = to_model(g, [], "calibration", {})
         self._session = open_session(model.SerializeToString(), options, ["CPUExecutionProvider"])
         self._inputs = {i.name for i in self._session.get_inputs()}

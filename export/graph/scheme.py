@@ -38,13 +38,14 @@ class Rounded:
         arrays: the stored tensors, in the order of the initializer's specs.
         sqnr_db: signal to noise of the weight in decibels.
         weight: float32 ``[out, in]``, what was quantized.
-        lost: float32 ``[out, in]``, what of it was lost; ``None`` where nobody asked.
+        noise: of its outputs, the squares that GPTQ's rounding added up over the calibration tokens; 0
+            where there were none.
     """
 
     arrays: list[NDArray[Any]]
     sqnr_db: float
     weight: FloatArray
-    lost: FloatArray | None
+    noise: float = 0.0
 
 
 class Scheme(ABC):
@@ -101,7 +102,7 @@ class RoundingScheme(Protocol):
         group: LinearGroup,
         linear: LinearRef,
         weight: FloatArray,
-        hinv: FloatArray | None = None,
+        factor: FloatArray | None = None,
     ) -> Rounded:
         """Quantize one of the Linears that share an input, to nearest or by GPTQ.
 
@@ -110,7 +111,7 @@ class RoundingScheme(Protocol):
             group: the input.
             linear: one of the Linears that read it.
             weight: its merged weight, float32 ``[out, in]``, which may be changed.
-            hinv: what :func:`embedge.quant.gptq.inverse_cholesky` made of the smoothed Hessian.
+            factor: what :func:`embedge.quant.gptq.cholesky` made of the smoothed Hessian.
         """
 
     def weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> LazyInitializer:

@@ -103,20 +103,18 @@ class Int4Scheme(Scheme):
         group: LinearGroup,
         linear: LinearRef,
         weight: FloatArray,
-        hinv: FloatArray | None = None,
+        factor: FloatArray | None = None,
     ) -> Rounded:
         channels = self._outliers.get(group.labels)
         if channels is not None:
             weight[:, channels] = 0
         parts = int4.split_blocks(weight, self.block_size)
-        if hinv is None:
+        noise = 0.0
+        if factor is None:
             scales, zeros = int4.block_grid(parts)
             values = int4.quantize(parts, scales, zeros)
-            lost = None
         else:
-            values, scales, zeros = gptq.quantize_blocks(weight, hinv, self.block_size)
-            restored = int4.dequantize(values, scales, zeros).reshape(len(weight), -1)
-            lost = weight - restored[:, : weight.shape[1]]
+            values, scales, zeros, noise = gptq.quantize_blocks(weight, factor, self.block_size)
         half = self.scale_type == TensorProto.FLOAT16
         arrays = [
             int4.pack_pairs(values),
@@ -124,7 +122,7 @@ class Int4Scheme(Scheme):
             int4.pack_pairs(zeros),
         ]
         sqnr_db = int4.blocks_sqnr_db(parts, values, scales, zeros)
-        return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
+        return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, noise=noise)
 
     def restored(self, group: LinearGroup, weight: FloatArray) -> FloatArray:
         """What rounding to nearest leaves of a weight, outlier channels exact.

@@ -167,14 +167,14 @@ class Int8Scheme(Scheme):
         group: LinearGroup,
         linear: LinearRef,
         weight: FloatArray,
-        hinv: FloatArray | None = None,
+        factor: FloatArray | None = None,
     ) -> Rounded:
         constants = self.constants_of(group)
         if constants.outliers is not None:
             weight[:, constants.outliers] = 0
         rotation = input_rotation(g, group)
-        lost = None
-        if hinv is None and rotation is None:
+        noise = 0.0
+        if factor is None and rotation is None:
             result = int8.quantize_rows(weight, constants.smooth, pairs=self._portable)
             values, scales, sqnr_db = result.values, result.scales, result.sqnr_db
         else:
@@ -183,11 +183,11 @@ class Int8Scheme(Scheme):
                 weight *= constants.smooth
             if rotation is not None:
                 weight = rotate_blocks(weight, rotation)
-            if hinv is None:
+            if factor is None:
                 result = int8.quantize_rows(weight, pairs=self._portable)
                 values, scales = result.values, result.scales
             else:
-                values, scales = gptq.quantize_rows(weight, hinv, pairs=self._portable)
+                values, scales, noise = gptq.quantize_rows(weight, factor, pairs=self._portable)
             lost = weight - values * scales[:, None]
             own = lost if rotation is None else rotate_blocks(lost, rotation.T)
             own = own if constants.smooth is None else own / constants.smooth
@@ -196,7 +196,7 @@ class Int8Scheme(Scheme):
         if output_scale is not None:
             scales = scales * output_scale
         arrays: list[NDArray[Any]] = [np.ascontiguousarray(values.T), scales]
-        return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, lost=lost)
+        return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, noise=noise)
 
     def weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> LazyInitializer:
         constants = self.constants_of(group)
