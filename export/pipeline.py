@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from embedge.export.calibration.texts import calibration_texts, with_prompts
 from embedge.export.calibration.tokens import MAX_TOKENS_PER_TEXT, TokenBatch, token_batches
 from embedge.export.context import ExportContext
@@ -28,13 +30,14 @@ from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.writing import check_replaceable, replace_file, sync_files
 from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime
 
 
 def export(options: ExportOptions, progress: Progress) -> Path:
     """Run an export; see :func:`embedge.export.export_bundle`."""
     try:
-        with sole_exporter(options.out):
+        with sole_exporter(options.out), threadpool_limits(_blas_threads(), user_api="blas"):
             _export_alone(options, progress)
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
@@ -43,6 +46,11 @@ def export(options: ExportOptions, progress: Progress) -> Path:
             "that path and who may read it, and export again"
         ) from error
     return options.out if options.out.is_dir() else Path(os.path.realpath(options.out))
+
+
+def _blas_threads() -> int:
+    """Of numpy's BLAS and of scipy's: half of the cores, as each has threads that wait for work by spinning."""
+    return max(1, available_cores() // 2)
 
 
 def _export_alone(options: ExportOptions, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from importlib import util
 from embedge.runtime.errors import EmbedgeImportError
 from embedge.runtime.host.install_advice import install_command
 
-_PACKAGES = ("onnx", "safetensors", "scipy")
+_PACKAGES = ("onnx", "safetensors", "scipy", "threadpoolctl")
 
 
 def check_requirements() -> None:

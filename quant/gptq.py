@@ -164,7 +164,8 @@ def _quantize_group(
             level /= scale
             np.rint(level, out=level)
             level += zero
-            np.clip(level, lowest, highest, out=level)
+            np.maximum(level, lowest, out=level)
+            np.minimum(level, highest, out=level)
             if pair_sum is not None and j % 2:
                 before = levels[j - 1].astype(np.float32)
                 np.clip(level, -pair_sum - before, pair_sum - before, out=level)

@@ -229,7 +229,9 @@ def test_a_row_of_padding_gives_numbers_and_changes_no_other_row(
     both = session.run(None, feeds(session, ids, mask))[0]
     alone = session.run(None, feeds(session, ids[:1, :4], mask[:1, :4]))[0]
     assert np.isfinite(both).all()
-    assert cosines(both[:1], alone).min() > (EXACT if precision != "fp16" else 0.9999)
+    # padding changes a float32 sum in its last bits; a level of a quantized input may flip by that
+    bound = 0.9999 if precision in ("fp16", "int4") else EXACT
+    assert cosines(both[:1], alone).min() > bound
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
