@@ -36,7 +36,12 @@ import sys
 from embedge.export import export_bundle
 source, adapter, precision, out, texts = sys.argv[1:]
 export_bundle(
-    source, adapters={"task": adapter}, precisions=[precision], out=out, calibration=texts
+    source,
+    adapters={"task": adapter},
+    precisions=[precision],
+    out=out,
+    calibration=texts,
+    pooling="mean",
 )
 """
 
