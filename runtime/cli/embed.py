@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   embedge embed bundle --task code < lines.txt > vectors.jsonl
   embedge embed bundle --input in.jsonl --field text --output vectors.npy
   ls *.png | embedge embed bundle --images --precision auto > vectors.jsonl
-  embedge embed colbert --role document --input in.jsonl --field text > multi-vectors.jsonl"""
+  embedge embed colbert --role document --input in.jsonl --field text > mv.jsonl"""
 
 
 def run(args: argparse.Namespace) -> int:
