@@ -152,7 +152,8 @@ def _elsewhere(name: str, precision: Precision) -> str:
     """Whether other programs open a precision's graphs, or the option that they need for it."""
     if name == UNPACKED_PRECISION:
         return "no"
-    return f"{EXACT_OPTION}=1" if precision.saturates else "as it is"
+    option = EXACT_OPTION.removeprefix("session.")  # a line has 80 columns
+    return f"{option}=1" if precision.saturates else "as it is"
 
 
 def _fingerprints(bundle: Bundle) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -76,10 +77,11 @@ def test_where_the_system_does_not_tell(cpu_info: Any) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_this_process_and_of_one_that_ended() -> None:
+    gc.collect()
     before = process_memory()
     assert 0 < before["RssAnon"] <= before["VmRSS"] <= before["VmHWM"]
-    block = np.ones(1 << 23)  # 64 MiB, written
-    assert process_memory(os.getpid())["RssAnon"] > before["RssAnon"] + 0.9 * block.nbytes
+    block = np.ones(1 << 25)  # 256 MiB, written; what other tests left may be freed meanwhile
+    assert process_memory(os.getpid())["RssAnon"] > before["RssAnon"] + 0.5 * block.nbytes
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert process_memory(ended.pid) == {}

@@ -29,13 +29,14 @@ PANELLED = [(576, 192, 64), (700, 304, 128), (1536, 576, 32)]
 
 
 def operands(depth: int, columns: int, block: int, *, zero_points: bool = True) -> dict[str, Array]:
+    draw = np.random.default_rng((depth, columns, block))
     blocks = -(-depth // block)
     values: dict[str, Array] = {
-        "w": DRAW.integers(0, 256, (columns, blocks, block // 2), np.uint8),
-        "scales": DRAW.uniform(0.001, 0.01, (columns, blocks)).astype(np.float32),
+        "w": draw.integers(0, 256, (columns, blocks, block // 2), np.uint8),
+        "scales": draw.uniform(0.001, 0.01, (columns, blocks)).astype(np.float32),
     }
     if zero_points:
-        values["zeros"] = DRAW.integers(0, 256, (columns, (blocks + 1) // 2), np.uint8)
+        values["zeros"] = draw.integers(0, 256, (columns, (blocks + 1) // 2), np.uint8)
     return values
 
 
@@ -86,7 +87,8 @@ def run(session: Any, a: Array) -> Array:
 
 
 def rows_of(rows: int, depth: int) -> NDArray[np.float32]:
-    a = DRAW.standard_normal((rows, depth)) * 10.0 ** DRAW.integers(-2, 3, (rows, 1))
+    draw = np.random.default_rng((rows, depth))
+    a = draw.standard_normal((rows, depth)) * 10.0 ** draw.integers(-2, 3, (rows, 1))
     a[:, ::97] *= 50
     return a.astype(np.float32)
 
