@@ -19,8 +19,13 @@ from embedge.runtime.host.saturation import ask_for_exact_matmuls, keep_matmuls_
 EXACT_MODES = [pytest.param(False, id="as-the-runtime"), pytest.param(True, id="asked-for-exact")]
 
 
-def session_options(*, always_exact: bool = False, threads: int | None = None) -> Any:
-    """Options of a session whose integer matmuls are exact on any processor."""
+def session_options(
+    *, own: bool = False, always_exact: bool = False, threads: int | None = None
+) -> Any:
+    """Options of a session whose integer matmuls are exact on any processor.
+
+    ``own``: embedge's kernels will run them. They are exact, and ONNX Runtime must not be asked to change them.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if threads is not None:
@@ -30,7 +35,7 @@ def session_options(*, always_exact: bool = False, threads: int | None = None) -
         )  # tests share cores
     if always_exact:
         ask_for_exact_matmuls(options)
-    else:
+    elif not own:
         keep_matmuls_exact(options)
     return options
 

@@ -62,6 +62,9 @@ typedef struct {
 
 OrtStatus *run_work(const OrtApi *api, const OrtKernelContext *context, Work *work);
 
+/* Values of rows that are brought into another form in less time than waking a second thread takes. */
+enum { FEW_VALUES = 1 << 15 };
+
 /* Whether a matmul takes less time than waking a second thread. */
 static inline int is_small(const Work *work) { return work->rows * work->depth * work->columns < 1 << 20; }
 

@@ -198,7 +198,7 @@ OrtStatus *compute_matmul_int8(void *data, OrtKernelContext *context) {
   if (arranging.to == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for the rows");
   product.a = arranging.to;
   product.a_step = step;
-  status = run_tasks(api, context, arrange_task, (size_t)rows, is_small(&work) || rows < 4, &arranging);
+  status = run_tasks(api, context, arrange_task, (size_t)rows, rows * kernel->weight.depth < FEW_VALUES, &arranging);
   if (status == NULL) status = run_work(api, context, &work);
   release(arranging.to);
   return status;

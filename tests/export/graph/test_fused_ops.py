@@ -64,7 +64,7 @@ def model(
 def results(
     proto: onnx.ModelProto, inputs: dict[str, Array], *, own: bool, threads: int = 2
 ) -> list[Array]:
-    options = session_options(threads=threads)
+    options = session_options(own=own, threads=threads)
     if own:
         assert LIBRARY is not None
         register(options, LIBRARY, panels=False)

@@ -151,8 +151,10 @@ GROWTH = """
 import sys
 import numpy as np, onnxruntime
 from embedge.runtime.host.memory import process_memory
+from embedge.runtime.host.saturation import keep_matmuls_exact
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
+keep_matmuls_exact(options)
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 
 def run(tokens):

@@ -192,7 +192,12 @@ def test_embedge_asks_for_exact_products_of_others_alone(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(sessions, "keep_matmuls_exact", lambda options: asked.append("asked"))
+
+    def ask(options: Any) -> None:
+        asked.append("asked")
+        saturation.ask_for_exact_matmuls(options)
+
+    monkeypatch.setattr(sessions, "keep_matmuls_exact", ask)
     monkeypatch.setattr(saturation, "saturates_u8s8", lambda: True)
     monkeypatch.setattr(sessions, "own_kernels", lambda: False)  # whose products are exact
     for kind, expected in (("portable", []), ("usual", ["asked"])):

@@ -69,7 +69,7 @@ def open_session(
 
 def session_of(model: Any, variant: str, threads: int) -> Any:
     """With the kernels, unless the variant is ``"none"``."""
-    options = session_options(threads=threads)
+    options = session_options(own=variant != "none", threads=threads)
     if variant != "none":
         assert LIBRARY is not None
         options.add_session_config_entry("embedge.attention", variant)

@@ -86,7 +86,7 @@ def product_model(
 
 
 def open_session(model: bytes, *, own: bool = True, panels: bool = False, threads: int = 1) -> Any:
-    options = session_options(threads=threads)
+    options = session_options(own=own, threads=threads)
     if own:
         assert LIBRARY is not None
         register(options, LIBRARY, panels=panels)

@@ -75,7 +75,7 @@ def open_session(
     graph = helper.make_graph([node], "product", inputs, [output], tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = session_options(threads=threads)
+    options = session_options(own=own, threads=threads)
     if own:
         assert LIBRARY is not None
         register(options, LIBRARY, panels=panels)
