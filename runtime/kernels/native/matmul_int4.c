@@ -174,7 +174,8 @@ OrtStatus *compute_matmul_int4(void *data, OrtKernelContext *context) {
   } else {
     Work work = {isa->strip, &product, rows, kernel->weight.depth, columns, isa->panels, isa->rows, 0, 0, 0};
     Quantizing quantizing = {isa, &product};
-    status = run_tasks(api, context, quantize_task, (size_t)rows, rows * kernel->weight.depth < FEW_VALUES, &quantizing);
+    status =
+        run_tasks(api, context, quantize_task, (size_t)rows, rows * kernel->weight.depth < FEW_VALUES, &quantizing);
     if (status == NULL) status = run_work(api, context, &work);
   }
   release(product.values);
