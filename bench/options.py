@@ -94,7 +94,7 @@ class Profile:
 FULL = Profile(texts=None, rows=None, rounds=15, singles=100, invariance=96)
 QUICK = Profile(
     texts=64,
-    rows=150,
+    rows=120,
     rounds=3,
     singles=24,
     invariance=16,
