@@ -1,5 +1,5 @@
-/* The part of attention.c that knows the instruction set, and what a unit of 32 bits holds: included by the isa_*.c, with
-   PER_UNIT 1, a float32, and 2, a pair of bfloat16, which AVX512-BF16 alone multiplies. */
+/* The part of attention.c that knows the instruction set, and what a unit of 32 bits holds: included by the isa_*.c,
+   with PER_UNIT 1, a float32, and 2, a pair of bfloat16, which AVX512-BF16 alone multiplies. */
 
 /* Values of a row as units, of which the last is filled up with zero. */
 static TYPED_TARGET void TYPED(pack_row)(const float *x, int64_t width, Floats scale, uint32_t *units) {

@@ -1,11 +1,11 @@
 /* The operators with AVX2 and FMA: processors since 2013 (Intel) and 2015 (AMD).
 
    vpmaddubsw multiplies 32 bytes and adds pairs in 16 bits, where 255 * (w0 + w1) may not fit. It does where the
-   positive weights of a pair sum up to 128 at most, and the negative ones to -128 at least, which is so for all but some
-   percent of a model's. So the lines of a weight are arranged once, when a session opens: a line whose pairs
-   do not fit is taken with its 4 rows of the depth paired in another way, of three; where none fits, it becomes two
-   lines whose sum it is. Each line says which of a row's values it is multiplied with. The products are exact, by three
-   instructions for 32 of them; int16 factors (vpmaddwd) take four. */
+   positive weights of a pair sum up to 128 at most, and the negative ones to -128 at least: so do all but some percent
+   of a model's. So the lines of a weight are arranged once, when a session opens. A line whose pairs do not fit is
+   taken with its 4 rows of the depth paired in another way, of three; where none fits, it becomes two lines whose sum
+   it is. Each line says which of a row's values it is multiplied with. The products are exact, by three instructions
+   for 32 of them; int16 factors (vpmaddwd) take four. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -33,7 +33,8 @@ INLINE Ints dot(Ints sum, Ints a, Ints b) {
   return sum;
 }
 
-/* For 4-bit weights: adds 2 products to each of 32 sums of 16 bits, which those of a block fill (8 * 2 * 15 * 127 < 2^15). */
+/* For 4-bit weights: adds 2 products to each of 32 sums of 16 bits, which hold those of a block:
+   8 * 2 * 15 * 127 < 2^15. */
 enum { LARGEST_BLOCK = 32 };
 INLINE Ints dot_short(Ints sum, Ints a, Ints b) {
   sum.low = added_short(sum.low, _mm256_maddubs_epi16(a.low, b.low));

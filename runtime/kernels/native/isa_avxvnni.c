@@ -1,4 +1,4 @@
-/* The operators with AVX-VNNI: Intel's client processors since the 12th generation, small ones such as N100, and Zen 5. */
+/* The operators with AVX-VNNI: Intel's client processors since the 12th generation, small ones such as N100, Zen 5. */
 
 #include "kernels.h"
 

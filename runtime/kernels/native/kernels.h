@@ -8,8 +8,8 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-/* Partial redundancy elimination copies every accumulator in every step; reassociation adds pairs of products before they
-   are added to a sum, for which there are no registers. */
+/* Partial redundancy elimination copies every accumulator in every step; reassociation adds pairs of products before
+   they are added to a sum, for which there are no registers. */
 #pragma GCC optimize("no-tree-pre", "no-tree-reassoc")
 #endif
 

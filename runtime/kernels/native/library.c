@@ -52,7 +52,7 @@ OrtStatus *run_tasks(const OrtApi *api, const OrtKernelContext *context, void (*
 }
 
 /* Tasks of a matmul, enough to balance 64 threads; several rows and neighbouring slabs in each. One has enough strips
-   to fetch the next slab in, and takes the time of many claims of a task. bench/studies/tasks.py compares such rules. */
+   to fetch the next slab in, and takes the time of many claims of a task. bench/studies/tasks.py compares rules. */
 enum { TASKS = 512, MIN_TASK_ROWS = 32, MIN_TASK_PRODUCTS = 1 << 20 };
 
 /* Rows from .. to of a slab, in strips of equal height as far as possible. */
