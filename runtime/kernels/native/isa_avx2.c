@@ -47,17 +47,7 @@ INLINE Ints widened(Ints sum) {
 }
 
 #define ARRANGED 1
-#include "vectors_common.h"
-
-#include "matmul_int4_tiles.h"
-#include "matmul_int8_tiles.h"
-#include "quantize_rows.h"
-
-#define TYPED(name) name##_float32
-#define TYPED_TARGET TARGET
-#define INLINE_TYPED INLINE
-#define PER_UNIT 1
-#include "attention_typed.h"
+#include "isa_operators.h"
 
 /* ---- Lines of weights whose pairs fit into 16 bits ---- */
 
@@ -170,7 +160,6 @@ static const Int8 INT8 = {
     INT8_ROWS, INT8_PANELS, int8_strip, int8_add_sums, arrange_weight, arrange_row, ROW_BYTES,
 };
 static const Int4 INT4 = {INT4_ROWS, INT4_PANELS, int4_strip, int4_quantize_row, LARGEST_BLOCK};
-static const RowFunctions ROWS = {quantize_row_of, multiply, rotate};
 
 static const Typed *attention(int floats) { return (void)floats, &typed_float32; }
 

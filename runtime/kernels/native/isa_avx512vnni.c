@@ -19,17 +19,7 @@ INLINE Ints dot(Ints sum, Ints a, Ints b) { return _mm512_dpbusd_epi32(sum, a, b
 INLINE Ints dot_short(Ints sum, Ints a, Ints b) { return dot(sum, a, b); }
 INLINE Ints widened(Ints sum) { return sum; }
 
-#include "vectors_common.h"
-
-#include "matmul_int4_tiles.h"
-#include "matmul_int8_tiles.h"
-#include "quantize_rows.h"
-
-#define TYPED(name) name##_float32
-#define TYPED_TARGET TARGET
-#define INLINE_TYPED INLINE
-#define PER_UNIT 1
-#include "attention_typed.h"
+#include "isa_operators.h"
 
 #ifdef HAS_BFLOAT16
 #define TYPED(name) name##_bfloat16
@@ -56,6 +46,5 @@ static const Typed *attention(int floats) {
 
 static const Int8 INT8 = {INT8_ROWS, INT8_PANELS, int8_strip, int8_add_sums, NULL, NULL, 0};
 static const Int4 INT4 = {INT4_ROWS, INT4_PANELS, int4_strip, int4_quantize_row, 0};
-static const RowFunctions ROWS = {quantize_row_of, multiply, rotate};
 
 const Isa isa_avx512vnni = {"avx512-vnni", runs_here, &INT8, &INT4, &ROWS, attention};

@@ -16,20 +16,9 @@ INLINE Ints dot(Ints sum, Ints a, Ints b) {
 INLINE Ints dot_short(Ints sum, Ints a, Ints b) { return dot(sum, a, b); }
 INLINE Ints widened(Ints sum) { return sum; }
 
-#include "vectors_common.h"
-
-#include "matmul_int4_tiles.h"
-#include "matmul_int8_tiles.h"
-#include "quantize_rows.h"
-
-#define TYPED(name) name##_float32
-#define TYPED_TARGET TARGET
-#define INLINE_TYPED INLINE
-#define PER_UNIT 1
-#include "attention_typed.h"
+#include "isa_operators.h"
 
 static const Typed *attention(int floats) { return (void)floats, &typed_float32; }
 
 static const Int8 INT8 = {INT8_ROWS, INT8_PANELS, int8_strip, int8_add_sums, NULL, NULL, 0};
 static const Int4 INT4 = {INT4_ROWS, INT4_PANELS, int4_strip, int4_quantize_row, 0};
-static const RowFunctions ROWS = {quantize_row_of, multiply, rotate};
