@@ -20,6 +20,23 @@ round otherwise. (ONNX IR, "Functions"; onnx/docs/IR.md.)
                                                    padding comes last, rotary positions are done
     PaddedAttention(q, k, v, lengths)              ``Attention`` of ONNX to the tokens before the padding
     FullAttention(q, k, v)                         ``MultiHeadAttention`` to all tokens
+
+A *branch* is a product of low rank beside a Linear's own, ``x · D · U``. Its values, int8 of at most 63 in size so
+that no processor saturates, lie in the kernels' panels: an int8 matrix ``[depth, columns]`` as ``[columns / 16,
+depth / 4, 16, 4]``. ``depth`` is a multiple of 4, ``columns`` and the rank are multiples of 16.
+
+    BranchRows(values, scale, zero_point, down, down_scale, step, zero_points)
+                                                   values, scale: rows of ``x · D``, whose rows ``x`` are integers,
+                                                   quantized as ``QuantizeRows`` does; ``width`` is the rank
+    MatMulIntegerToFloatBranch(a, b, a_scale, b_scale, a_zero_point, BRANCH)
+                                                   the product plus the branch's
+    MatMulIntegerToFloatBranchAdd(a, b, a_scale, b_scale, other, a_zero_point, BRANCH), …BranchSub(…)
+                                                   the product plus, or minus, ``other``; then plus the branch's
+    MatMulNBitsBranch(x, weight, scales, zero_points, BRANCH)
+                                                   ``MatMulNBits`` plus the branch's product
+
+``BRANCH`` are five inputs: ``branch_values, branch_scale, branch_zero_point, up, up_scale``. The branch's own zero
+point is that of ``BranchRows``, around which its rows lie also where those of ``a`` are bounded below.
 """
 
 from __future__ import annotations
@@ -94,21 +111,27 @@ def _integers(output: str, *values: int) -> NodeProto:
     return helper.make_node("Constant", [], [output], value_ints=list(values))
 
 
-def _quantized(x: str) -> list[NodeProto]:
+def _quantized(x: str, prefix: str = "") -> list[NodeProto]:
+    scale, values = f"{prefix}scale", f"{prefix}values"
     return [
-        _node("Mul", "peak step", "scale"),
+        _node("Mul", "peak step", scale),
         _node(
-            "QuantizeLinear", f"{x} scale zero_points", "values", axis=-1, given="block_size=width"
+            "QuantizeLinear",
+            f"{x} {scale} zero_points",
+            values,
+            axis=-1,
+            given="block_size=width",
         ),
     ]
 
 
-def _rows(x: str) -> list[NodeProto]:
+def _rows(x: str, prefix: str = "") -> list[NodeProto]:
+    """Nodes that give the values and the scale of rows, under these names behind a prefix."""
     return [
         _integers("last", -1),
         _node("Abs", x, "magnitude"),
         _node("ReduceMax", "magnitude last", "peak", keepdims=1),
-        *_quantized(x),
+        *_quantized(x, prefix),
     ]
 
 
@@ -134,13 +157,82 @@ def _rotated(*, gated: bool, outputs: str) -> Function:
     return Function("x y rotation blocks step zero_points", outputs, "width", body)
 
 
+def _integer_product(output: str) -> NodeProto:
+    inputs = "a b a_scale b_scale a_zero_point"
+    return _node("MatMulIntegerToFloat", inputs, output, domain=CONTRIB)
+
+
 def _matmul_and(op_type: str) -> Function:
-    matmul = _node(
-        "MatMulIntegerToFloat", "a b a_scale b_scale a_zero_point", "product", domain=CONTRIB
-    )
-    body = [matmul, _node(op_type, "product other", "y")]
+    body = [_integer_product("product"), _node(op_type, "product other", "y")]
     return Function("a b a_scale b_scale other a_zero_point", "y", "", body)
 
+
+def _from_panels(panels: str, scales: str, matrix: str) -> list[NodeProto]:
+    """Nodes that give the matrix ``[depth, columns]`` of panels; ``scales`` has a value for each column."""
+    return [
+        _node("Transpose", panels, "lines", perm=[1, 3, 0, 2]),  # [depth / 4, 4, columns / 16, 16]
+        _integers("rest", -1),
+        _node("Shape", scales, "columns"),
+        _node("Concat", "rest columns", "shape", axis=0),
+        _node("Reshape", "lines shape", matrix),
+    ]
+
+
+_BRANCH = "branch_values branch_scale branch_zero_point up up_scale"
+
+
+def _with_branch(inputs: str, attributes: str, *product: NodeProto) -> Function:
+    """A function whose nodes give ``product``, to which it adds the branch's."""
+    branch = _node(
+        "MatMulIntegerToFloat",
+        "branch_values right branch_scale up_scale branch_zero_point",
+        "branch",
+        domain=CONTRIB,
+    )
+    body = [
+        *product,
+        *_from_panels("up", "up_scale", "right"),
+        branch,
+        _node("Add", "product branch", "y"),
+    ]
+    return Function(f"{inputs} {_BRANCH}", "y", attributes, body)
+
+
+def _matmul_branch_and(op_type: str) -> Function:
+    product = _integer_product("own"), _node(op_type, "own other", "product")
+    return _with_branch("a b a_scale b_scale other a_zero_point", "", *product)
+
+
+_BLOCKS = "K N bits block_size accuracy_level"
+_BRANCHES = {
+    "BranchRows": Function(
+        "values scale zero_point down down_scale step zero_points",
+        "branch_values branch_scale",
+        "width",
+        [
+            *_from_panels("down", "down_scale", "right"),
+            _node(
+                "MatMulIntegerToFloat",
+                "values right scale down_scale zero_point",
+                "product",
+                domain=CONTRIB,
+            ),
+            *_rows("product", "branch_"),
+        ],
+    ),
+    "MatMulIntegerToFloatBranch": _with_branch(
+        "a b a_scale b_scale a_zero_point", "", _integer_product("product")
+    ),
+    "MatMulIntegerToFloatBranchAdd": _matmul_branch_and("Add"),
+    "MatMulIntegerToFloatBranchSub": _matmul_branch_and("Sub"),
+    "MatMulNBitsBranch": _with_branch(
+        "x weight scales zero_points",
+        _BLOCKS,
+        _node(
+            "MatMulNBits", "x weight scales zero_points", "product", domain=CONTRIB, given=_BLOCKS
+        ),
+    ),
+}
 
 _ATTENTIONS = {
     "CausalAttention": Function(
@@ -189,5 +281,6 @@ FUNCTIONS: dict[str, Function] = {
     "QuantizeRotatedSwiGLUAndProduct": _rotated(gated=True, outputs="values scale product"),
     "MatMulIntegerToFloatAdd": _matmul_and("Add"),
     "MatMulIntegerToFloatSub": _matmul_and("Sub"),
+    **_BRANCHES,
     **_ATTENTIONS,
 }

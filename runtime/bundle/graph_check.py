@@ -333,7 +333,7 @@ _FLOATS = (FLOAT, FLOAT16)
 
 
 def _check_blocks(node: Node, graph: Initializers) -> None:
-    """MatMulNBits."""
+    """MatMulNBits, alone or with a branch."""
     depth, columns, block = (node.size(name) for name in ("K", "N", "block_size"))
     blocks = -(-depth // block)
     _expect(node, 1, graph, [UINT8], (columns, blocks, block // 2))
@@ -344,7 +344,7 @@ def _check_blocks(node: Node, graph: Initializers) -> None:
 
 
 def _check_matmul(node: Node, graph: Initializers) -> None:
-    """MatMulIntegerToFloat, alone or with what is added."""
+    """MatMulIntegerToFloat, alone or with what is added, a branch too."""
     depth, columns, *more = (*_expect(node, 1, graph, [INT8]).shape, 0, 0)
     if len(more) != 2 or not depth or not columns:
         raise ValueError(f"{node} has a weight without two dimensions")
@@ -379,6 +379,10 @@ _OPERANDS: Mapping[tuple[str, str], Callable[[Node, Initializers], None]] = {
     (CONTRIB, "MatMulIntegerToFloat"): _check_matmul,
     (EMBEDGE, "MatMulIntegerToFloatAdd"): _check_matmul,
     (EMBEDGE, "MatMulIntegerToFloatSub"): _check_matmul,
+    (EMBEDGE, "MatMulIntegerToFloatBranch"): _check_matmul,
+    (EMBEDGE, "MatMulIntegerToFloatBranchAdd"): _check_matmul,
+    (EMBEDGE, "MatMulIntegerToFloatBranchSub"): _check_matmul,
+    (EMBEDGE, "MatMulNBitsBranch"): _check_blocks,
     (CONTRIB, "GatherBlockQuantized"): _check_table,
     ("", "LayerNormalization"): _check_norm,
     ("", "RMSNormalization"): _check_norm,

@@ -107,6 +107,10 @@ _ATTENTION: dict[str, Kind] = {"num_heads": _HEADS, "scale": _SCALE}
 _GROUPED: dict[str, Kind] = {**_ATTENTION, "kv_num_heads": _HEADS}
 _WINDOWED: dict[str, Kind] = {**_GROUPED, "local_window_size": Whole(-1, _MOST)}
 _ROTARY: dict[str, Kind] = {"interleaved": _NOTHING, "num_heads": _HEADS}
+_BLOCKS: dict[str, Kind] = {
+    **{"K": _SIZE, "N": _SIZE, "accuracy_level": Whole(0, 4)},
+    **{"bits": Whole(4, 4), "block_size": _BLOCK},
+}
 
 OPERATORS: Mapping[tuple[str, str], Operator] = {
     **_of("", "Abs Cos Identity Relu Round Sigmoid Sin Tanh", 1),
@@ -134,8 +138,7 @@ OPERATORS: Mapping[tuple[str, str], Operator] = {
           block_size=_BLOCK, gather_axis=_NOTHING, quantize_axis=Whole(1, 1)),
     **_of(CONTRIB, "GroupQueryAttention", 7, outputs=3, common=_WINDOWED),
     **_of(CONTRIB, "MatMulIntegerToFloat", 4, 5),
-    **_of(CONTRIB, "MatMulNBits", 3, 4, needed="K N bits block_size", K=_SIZE, N=_SIZE,
-          accuracy_level=Whole(0, 4), bits=Whole(4, 4), block_size=_BLOCK),
+    **_of(CONTRIB, "MatMulNBits", 3, 4, needed="K N bits block_size", common=_BLOCKS),
     **_of(CONTRIB, "MultiHeadAttention", *range(3, 7), common=_ATTENTION),
     **_of(CONTRIB, "QuickGelu", 1, alpha=Real(-100, 100)),
     **_of(CONTRIB, "RotaryEmbedding", 4, common=_ROTARY),
@@ -146,6 +149,10 @@ FUNCTIONS: Mapping[tuple[str, str], Operator] = {
     **_of(EMBEDGE, "QuantizeRotated QuantizeRotatedSwiGLU", 6, outputs=2, width=_SIZE),
     **_of(EMBEDGE, "QuantizeRotatedAndProduct QuantizeRotatedSwiGLUAndProduct", 6, outputs=3, width=_SIZE),
     **_of(EMBEDGE, "MatMulIntegerToFloatAdd MatMulIntegerToFloatSub", 6),
+    **_of(EMBEDGE, "BranchRows", 7, outputs=2, width=_SIZE),
+    **_of(EMBEDGE, "MatMulIntegerToFloatBranch", 10),
+    **_of(EMBEDGE, "MatMulIntegerToFloatBranchAdd MatMulIntegerToFloatBranchSub", 11),
+    **_of(EMBEDGE, "MatMulNBitsBranch", 9, common=_BLOCKS),
     **_of(EMBEDGE, "CausalAttention", 5, common=_WINDOWED),
     **_of(EMBEDGE, "PaddedAttention", 4, common=_GROUPED),
     **_of(EMBEDGE, "FullAttention", 3, common=_ATTENTION),
