@@ -12,7 +12,7 @@ __all__ = ["INSTRUCTION_SETS", "OPERATORS", "choose", "register", "uses_bfloat16
 INSTRUCTION_SETS = ("avx512-vnni", "avx-vnni", "avx2")  # of the kernels, the best first
 
 # Changes with what the library runs: graphs that were prepared with another do not open.
-OPERATORS = "2"
+OPERATORS = "3"
 
 
 def choose(library: str, instruction_set: str | None = None) -> str | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from embedge.runtime.bundle.contract import INLINE_BYTES
 
-__all__ = ["PANELS", "in_panels"]
+__all__ = ["PANELS", "in_panels", "panels_of"]
 
 Weight = TypeVar("Weight", bound=NDArray[Any])
 
@@ -58,13 +58,17 @@ def in_panels(weight: Weight, scratch: Path | None = None) -> Weight:
     return laid_out
 
 
-def _lines_of_8_bits(weight: NDArray[np.int8]) -> NDArray[np.int8] | None:
-    """A view ``[columns / 16, depth / 4, 16, 4]``; ``None`` where panels are not full."""
+def panels_of(weight: NDArray[np.int8]) -> NDArray[np.int8]:
+    """A view ``[columns / 16, depth / 4, 16, 4]`` of a weight ``[depth, columns]`` that fills its panels."""
     depth, columns = weight.shape
-    if depth % _GROUP or columns % _LANES:
-        return None
     lines = weight.reshape(depth // _GROUP, _GROUP, columns // _LANES, _LANES)
     return lines.transpose(2, 0, 3, 1)
+
+
+def _lines_of_8_bits(weight: NDArray[np.int8]) -> NDArray[np.int8] | None:
+    """Its panels; ``None`` where they are not full."""
+    depth, columns = weight.shape
+    return None if depth % _GROUP or columns % _LANES else panels_of(weight)
 
 
 def _lines_of_4_bits(weight: NDArray[np.uint8]) -> NDArray[np.uint8] | None:

@@ -18,12 +18,13 @@ from embedge.runtime.bundle.onnx_model import FLOAT, INT32, INT64, UINT8
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 from embedge.runtime.host.probe_models import ProbeNode, ValueType, model_of_nodes
 from embedge.runtime.kernels.register import register
-from embedge.runtime.kernels.repack import in_panels
+from embedge.runtime.kernels.repack import in_panels, panels_of
 
 __all__ = ["is_right"]
 
 _ROWS = (1, 21, 260)  # the last ones in tasks, for two threads
 _SIZES = ((130, 50), (256, 64))  # depth and columns: neither fills its panels; both do
+_RANK = 16  # of branches, beside matmuls that fill their panels
 _BLOCK = 32
 _WIDTH, _BLOCK_ROTATED = 128, 16  # of quantized rows
 _STEP = np.float32(1 / 127)
@@ -60,7 +61,7 @@ class _Case(NamedTuple):
 def is_right(library: str) -> bool:
     """Whether the kernels give the known results: matmuls in both layouts, and quantized rows, to the bit."""
     matmuls = [of(*size) for size in _SIZES for of in (_matmuls_of_8_bits, _matmuls_of_4_bits)]
-    all_cases = [*matmuls, _quantized_rows(), _rotated_rows(), _attention()]
+    all_cases = [*matmuls, _rows_of_branches(), _quantized_rows(), _rotated_rows(), _attention()]
     sessions = [
         _opened(library, cases, panels=panels)
         for cases, panels in ((all_cases, False), (matmuls, True))
@@ -114,7 +115,7 @@ def _opened(library: str, cases: list[_Case], *, panels: bool) -> Any:
 
 
 def _matmuls_of_8_bits(depth: int, columns: int) -> _Case:
-    """Alone, and with a value for each column added or subtracted."""
+    """Alone, with a value for each column added or subtracted, and each of them with a branch."""
     a, w, a_scale, w_scale, other, zero, y = (
         f"int8/{depth}/{name}" for name in ("a", "w", "a_scale", "w_scale", "other", "zero", "y")
     )
@@ -134,16 +135,31 @@ def _matmuls_of_8_bits(depth: int, columns: int) -> _Case:
         )
         for how in signs
     ]
+    branch = _branch(f"int8/{depth}", columns)
+    nodes += [
+        ProbeNode(
+            f"MatMulIntegerToFloatBranch{how}",
+            [a, w, a_scale, w_scale, *([other] if how else []), zero, *branch.inputs],
+            {f"{y}{how}/branch": (FLOAT, columns)},
+            "embedge",
+        )
+        for how in (signs if branch.inputs else [])
+    ]
 
     def feed(rows: int) -> Arrays:
-        return {a: _bytes(a, rows, depth), a_scale: _powers_of_2(rows)[:, None]}
+        return {
+            **{a: _bytes(a, rows, depth), a_scale: _powers_of_2(rows)[:, None]},
+            **branch.feed(rows),
+        }
 
     def expected(fed: Arrays) -> Expected:
         product = _product(fed[a].astype(np.float32) - 128, weights[w].astype(np.float32))
         product *= weights[w_scale] * fed[a_scale]
-        return {y + how: (product + sign * weights[other], 0) for how, sign in signs.items()}
+        values = {y + how: product + sign * weights[other] for how, sign in signs.items()}
+        return _and_branches(values, branch, fed)
 
-    return _Case(nodes, {a: (UINT8, depth), a_scale: (FLOAT, 1)}, weights, feed, expected)
+    types: dict[str, ValueType] = {a: (UINT8, depth), a_scale: (FLOAT, 1), **branch.types}
+    return _Case(nodes, types, {**weights, **branch.weights}, feed, expected)
 
 
 def _matmuls_of_4_bits(depth: int, columns: int) -> _Case:
@@ -157,21 +173,114 @@ def _matmuls_of_4_bits(depth: int, columns: int) -> _Case:
         zeros: _bytes(zeros, columns, (blocks + 1) // 2),
     }
     attributes = {"K": depth, "N": columns, "bits": 4, "block_size": _BLOCK, "accuracy_level": 4}
-    node = ProbeNode(
-        "MatMulNBits", [a, w, scales, zeros], {y: (FLOAT, columns)}, "com.microsoft", attributes
-    )
+    takes, branch = [a, w, scales, zeros], _branch(f"int4/{depth}", columns)
+    nodes = [ProbeNode("MatMulNBits", takes, {y: (FLOAT, columns)}, "com.microsoft", attributes)]
+    if branch.inputs:
+        takes = takes + branch.inputs
+        gives: Mapping[str, ValueType] = {f"{y}/branch": (FLOAT, columns)}
+        nodes.append(ProbeNode("MatMulNBitsBranch", takes, gives, "embedge", attributes))
     values = _nibbles(weights[w]).astype(np.float32) - _nibbles(weights[zeros])[:, :blocks, None]
     values *= weights[scales][..., None]
 
     def feed(rows: int) -> Arrays:
         x = _floats(a, rows, blocks, _BLOCK)
         x[..., 5] = 127
-        return {a: x.reshape(rows, depth) * _powers_of_2(rows)[:, None]}
+        return {a: x.reshape(rows, depth) * _powers_of_2(rows)[:, None], **branch.feed(rows)}
 
     def expected(fed: Arrays) -> Expected:
-        return {y: (_product(fed[a], values.reshape(columns, depth).T), 0)}
+        return _and_branches({y: _product(fed[a], values.reshape(columns, depth).T)}, branch, fed)
 
-    return _Case([node], {a: (FLOAT, depth)}, weights, feed, expected)
+    types = {a: (FLOAT, depth), **branch.types}
+    return _Case(nodes, types, {**weights, **branch.weights}, feed, expected)
+
+
+class _Branch(NamedTuple):
+    """What is added to a matmul's result.
+
+    Attributes:
+        inputs: of an operator, the last ones; none: there is no branch.
+        types: of those that are no constants, by name.
+        weights: the others.
+        feed: rows of a number.
+        product: what is added, of the rows.
+    """
+
+    inputs: list[str]
+    types: Mapping[str, ValueType]
+    weights: Arrays
+    feed: Callable[[int], Arrays]
+    product: Callable[[Arrays], Array]
+
+
+def _branch(prefix: str, columns: int) -> _Branch:
+    """A branch for so many columns, if they fill panels."""
+    if columns % 16:
+        return _Branch([], {}, {}, lambda rows: {}, lambda fed: np.zeros(0))
+    values, scale, zero, up, up_scale = inputs = [
+        f"{prefix}/branch/{name}" for name in ("values", "scale", "zero", "up", "up_scale")
+    ]
+    matrix = _integers(up, _RANK, columns) // 2
+    weights: Arrays = {
+        **{zero: np.full(1, 100, np.uint8), up: panels_of(matrix)},
+        up_scale: _powers_of_2(columns)[::-1].copy(),
+    }
+
+    def feed(rows: int) -> Arrays:
+        return {values: _bytes(values, rows, _RANK), scale: _powers_of_2(rows)[:, None]}
+
+    def product(fed: Arrays) -> Array:
+        whole = _product(fed[values].astype(np.float32) - 100, matrix.astype(np.float32))
+        return np.asarray(whole * weights[up_scale] * fed[scale])
+
+    types: Mapping[str, ValueType] = {values: (UINT8, _RANK), scale: (FLOAT, 1)}
+    return _Branch(inputs, types, weights, feed, product)
+
+
+def _and_branches(values: Arrays, branch: _Branch, fed: Arrays) -> Expected:
+    """Exact results, and those with a branch, if there is one."""
+    found: dict[str, tuple[Array, float]] = {name: (value, 0) for name, value in values.items()}
+    if branch.inputs:
+        added = branch.product(fed)
+        found |= {f"{name}/branch": (value + added, 0) for name, value in values.items()}
+    return found
+
+
+def _rows_of_branches() -> _Case:
+    """Rows times a matrix in panels, quantized."""
+    down, down_scale = _integers("down", _WIDTH, _RANK) // 2, _powers_of_2(_RANK)
+    weights: dict[str, Array] = {
+        **{"branch/down": panels_of(down), "branch/down_scale": down_scale},
+        **{"branch/zero": np.full(1, 100, np.uint8), "branch/step": np.array(_STEP)},
+    }
+    takes = [
+        f"branch/{name}" for name in ("x", "scale", "zero", "down", "down_scale", "step", "zeros")
+    ]
+    gives: Mapping[str, ValueType] = {"branch/y": (UINT8, _RANK), "branch/y/scale": (FLOAT, 1)}
+    node = ProbeNode("BranchRows", takes, gives, "embedge", {"width": _RANK})
+
+    def feed(rows: int) -> Arrays:
+        return {
+            "branch/x": _bytes("branch/x", rows, _WIDTH),
+            "branch/scale": _powers_of_2(rows)[:, None],
+            "branch/zeros": 120 + _bytes("zero", rows, 1) % 16,
+        }
+
+    def expected(fed: Arrays) -> Expected:
+        y = _product(fed["branch/x"].astype(np.float32) - 100, down.astype(np.float32))
+        return _levels("branch/y", y * down_scale * fed["branch/scale"], fed["branch/zeros"])
+
+    types: Mapping[str, ValueType] = {
+        **{"branch/x": (UINT8, _WIDTH), "branch/scale": (FLOAT, 1), "branch/zeros": (UINT8, 1)}
+    }
+    return _Case([node], types, weights, feed, expected)
+
+
+def _levels(name: str, x: Array, zeros: Array, floor: Array | None = None) -> Expected:
+    """Rows as integers, by the largest of their values either way, or of those above a floor; and their scales."""
+    peak = np.max(np.abs(x) if floor is None else x, axis=1, keepdims=True)
+    scale = (peak if floor is None else np.maximum(peak, floor)) * _STEP
+    values = (np.rint(x / scale) + zeros).clip(0, 255)
+    return {name: (values, 0), f"{name}/scale": (scale, 0)}
 
 
 def _quantized_rows() -> _Case:
@@ -189,13 +298,8 @@ def _quantized_rows() -> _Case:
         return {"x": x, "zero": 120 + _bytes("zero", rows, 1) % 16}
 
     def expected(fed: Arrays) -> Expected:
-        x = fed["x"]
-        either, top = (np.max(of, axis=1, keepdims=True) for of in (np.abs(x), x))
-        values: dict[str, tuple[Array, float]] = {}
-        for name, peak in (("plain", either), ("above", np.maximum(top, floor))):
-            levels = np.rint(x / (peak * _STEP)) + fed["zero"]
-            values |= {name: (levels.clip(0, 255), 0), f"{name}/scale": (peak * _STEP, 0)}
-        return values
+        x, zeros = fed["x"], fed["zero"]
+        return {**_levels("plain", x, zeros), **_levels("above", x, zeros, floor)}
 
     types = {"x": (FLOAT, _WIDTH), "zero": (UINT8, 1)}
     return _Case(nodes, types, {"floor": floor, "step": np.array(_STEP)}, feed, expected)

@@ -16,7 +16,8 @@ typedef struct {
   int8_t *owned;        /* the panels, where they are a copy */
   int32_t *sums;        /* of each column, [panels * 16] */
   int64_t *starts;      /* only where lines are `arranged`: the first line of each panel, and of none behind them */
-  uint32_t *sources;    /* likewise: of each line, where its 4 values of a row lie among the row's arranged bytes */
+  uint32_t *sources;    /* likewise: of each line, where its 4 values of a row lie among the row's arranged bytes;
+                           without `starts`, of each line of any panel */
 } Int8Weight;
 
 typedef struct {
@@ -38,8 +39,13 @@ typedef struct {
   /* Null, or: brings the panels of a weight into the lines that this set multiplies exactly; 0: out of memory. */
   int (*arrange_weight)(Int8Weight *weight);
   void (*arrange_row)(const uint8_t *row, int64_t depth, uint8_t *arranged);
-  int64_t arranged; /* bytes of a row for each line */
+  int64_t arranged;                                 /* bytes of a row for each line */
+  int (*exact)(const int8_t *lines, int64_t count); /* likewise: whether it multiplies lines exactly as they lie */
 } Int8;
+
+/* Brings a product's rows, all of a matmul, into the order that an instruction set reads: a copy, to be released. */
+OrtStatus *arrange_rows(const OrtApi *api, const OrtKernelContext *context, const Int8 *isa, Int8Product *product,
+                        int64_t rows, uint8_t **arranged);
 
 /* ---- 4-bit matmuls: matmul_int4.c ---- */
 
@@ -88,6 +94,9 @@ typedef struct RowFunctions {
   void (*multiply)(const float *x, const float *y, int64_t width, int gated, float *product); /* x * y, silu(x) * y */
   void (*rotate)(const float *x, int64_t width, const float *rotation, int block, float *to);
 } RowFunctions;
+
+/* Quantizes rows of x as they are. */
+OrtStatus *quantize_all(const OrtApi *api, OrtKernelContext *context, Rows *rows);
 
 /* ---- Attention: attention.c ---- */
 

@@ -100,6 +100,18 @@ static TARGET int arrange_line(const int8_t *from, int pairing, int8_t *to) {
   return 2;
 }
 
+/* Whether lines fit as they lie: no value is above 64 in size, so no pair above 128. */
+static TARGET int exact(const int8_t *lines, int64_t count) {
+  const __m256i offset = _mm256_set1_epi8(64), most = _mm256_set1_epi8((char)128);
+  __m256i largest = most;
+  for (int64_t k = 0; k < count; k++) {
+    const Ints weights = load_ints(lines + k * LINE);
+    largest = _mm256_max_epu8(largest, _mm256_add_epi8(weights.low, offset));
+    largest = _mm256_max_epu8(largest, _mm256_add_epi8(weights.high, offset));
+  }
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest, most)) == -1;
+}
+
 enum { ROW_BYTES = 4 * PAIRINGS }; /* of a row, for each line: its 4 values in each of the pairings */
 
 static int arrange_weight(Int8Weight *weight) {
@@ -157,7 +169,7 @@ static int runs_here(void) {
 }
 
 static const Int8 INT8 = {
-    INT8_ROWS, INT8_PANELS, int8_strip, int8_add_sums, arrange_weight, arrange_row, ROW_BYTES,
+    INT8_ROWS, INT8_PANELS, int8_strip, int8_add_sums, arrange_weight, arrange_row, ROW_BYTES, exact,
 };
 static const Int4 INT4 = {INT4_ROWS, INT4_PANELS, int4_strip, int4_quantize_row, LARGEST_BLOCK};
 

@@ -20,5 +20,5 @@ INLINE Ints widened(Ints sum) { return sum; }
 
 static const Typed *attention(int floats) { return (void)floats, &typed_float32; }
 
-static const Int8 INT8 = {INT8_ROWS, INT8_PANELS, int8_strip, int8_add_sums, NULL, NULL, 0};
+static const Int8 INT8 = {INT8_ROWS, INT8_PANELS, int8_strip, int8_add_sums, NULL, NULL, 0, NULL};
 static const Int4 INT4 = {INT4_ROWS, INT4_PANELS, int4_strip, int4_quantize_row, 0};

@@ -84,6 +84,7 @@ typedef struct {
   int subtracts, panels; /* see matmul_int8.c */
   int floats;            /* see attention.c */
   int gated;             /* see quantize.c */
+  int branch;            /* whether a branch's inputs are the last: branch.c */
 } Operator;
 
 const char *operator_name(const OrtCustomOp *op);
@@ -126,6 +127,11 @@ void destroy_matmul_int8(void *kernel);
 OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
 OrtStatus *compute_matmul_int4(void *kernel, OrtKernelContext *context);
 void destroy_matmul_int4(void *kernel);
+
+/* branch.c */
+OrtStatus *create_branch_rows(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);
+OrtStatus *compute_branch_rows(void *kernel, OrtKernelContext *context);
+void destroy_branch_rows(void *kernel);
 
 /* quantize.c */
 OrtStatus *create_quantizer(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out);

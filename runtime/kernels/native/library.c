@@ -158,6 +158,22 @@ static const Operator MATMUL_INT8_ADD[2] = {INT8_AND("MatMulIntegerToFloatAdd", 
 static const Operator MATMUL_INT8_SUB[2] = {INT8_AND("MatMulIntegerToFloatSub", 1, 0),
                                             INT8_AND("MatMulIntegerToFloatSub", 1, 1)};
 static const Operator MATMUL_INT4[2] = {INT4(0), INT4(1)};
+#define BRANCH U, F, U, S, F
+#define INT8_BRANCH(in_panels) \
+  {OPERATOR(create_matmul_int8, compute_matmul_int8, destroy_matmul_int8), "MatMulIntegerToFloatBranch", 10, 10, 1, \
+   {U, S, F, F, U, BRANCH, F}, .panels = in_panels, .branch = 1}
+#define INT8_BRANCH_AND(what, minus, in_panels) \
+  {OPERATOR(create_matmul_int8, compute_matmul_int8, destroy_matmul_int8), what, 11, 11, 1, \
+   {U, S, F, F, F, U, BRANCH, F}, .subtracts = minus, .panels = in_panels, .branch = 1}
+#define INT4_BRANCH(in_panels) \
+  {OPERATOR(create_matmul_int4, compute_matmul_int4, destroy_matmul_int4), "MatMulNBitsBranch", 9, 9, 1, \
+   {F, U, F, U, BRANCH, F}, .panels = in_panels, .branch = 1}
+#define BRANCHES(in_panels) \
+  {INT8_BRANCH(in_panels), INT8_BRANCH_AND("MatMulIntegerToFloatBranchAdd", 0, in_panels), \
+   INT8_BRANCH_AND("MatMulIntegerToFloatBranchSub", 1, in_panels), INT4_BRANCH(in_panels)}
+static const Operator BRANCHED[2][4] = {BRANCHES(0), BRANCHES(1)};
+static const Operator BRANCH_ROWS = {OPERATOR(create_branch_rows, compute_branch_rows, destroy_branch_rows),
+                                     "BranchRows", 7, 7, 2, {BRANCH, F, U, U, F}, .gated = 0};
 static const Operator ROWS = {OPERATOR(create_quantizer, compute_rows, destroy_quantizer),
                               "QuantizeRows", 3, 3, 2, {F, F, U, U, F}, .gated = 0};
 static const Operator ROWS_ABOVE = {OPERATOR(create_quantizer, compute_rows_above, destroy_quantizer),
@@ -222,7 +238,8 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
   /* clang-format off */
   const Operator *const functions[] = {
       &MATMUL_INT8_ADD[panels], &MATMUL_INT8_SUB[panels],
-      &ROWS, &ROWS_ABOVE,
+      &BRANCHED[panels][0], &BRANCHED[panels][1], &BRANCHED[panels][2], &BRANCHED[panels][3],
+      &ROWS, &ROWS_ABOVE, &BRANCH_ROWS,
       &ROTATED_ROWS[0], &ROTATED_ROWS[1], &ROTATED_ROWS[2], &ROTATED_ROWS[3],
       &ATTENTION[floats][0], &ATTENTION[floats][1], &ATTENTION[floats][2],
   };

@@ -6,7 +6,8 @@
                                     * a_scale[m, block] * scale[n, block]
 
    with the inner sum in integers. ONNX Runtime adds the blocks in another order, so the last bits of a float
-   differ. Here a row's result does not depend on the rows beside it.
+   differ. Here a row's result does not depend on the rows beside it. MatMulNBitsBranch, a function of embedge's graphs,
+   then adds a product of low rank: branch.c.
 
    A line of weights is unpacked once for all rows of a strip, and multiplied at once: what is read from memory are
    4 bits. Weights lie in panels of 16 columns, [columns / 16, depth / 8, 16, 4] bytes. Of 8 values along the depth
@@ -15,16 +16,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "isa.h"
+#include "branch.h"
 
 enum { GROUP = 8, NO_ZERO_POINT = 8 }; /* values of a column in a line; what is subtracted where there are none */
-enum { A, B, SCALES, ZERO_POINTS, GROUPS, BIAS };
+enum { A, B, SCALES, ZERO_POINTS, GROUPS, BIAS, BRANCH = GROUPS }; /* inputs; a branch's in the place of the last */
 
 typedef struct {
   const OrtApi *api;
   const Int4 *isa;
+  const Int8 *branch_isa;
   Int4Weight weight;
   int with_zeros; /* whether the operator has constant zero points */
+  int with_branch;
 } Kernel;
 
 typedef struct {
@@ -108,6 +111,7 @@ OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const Or
   if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory");
   kernel->api = api;
   kernel->isa = isa_in_use()->int4;
+  kernel->branch_isa = isa_in_use()->int8;
   Int4Weight *weight = &kernel->weight;
   weight->depth = depth;
   weight->columns = columns;
@@ -116,6 +120,7 @@ OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const Or
   weight->blocks = blocks * weight->parts;
   weight->lines = weight->block / GROUP;
   kernel->with_zeros = zero_points.data != NULL;
+  kernel->with_branch = ((const Operator *)op)->branch;
   const int stored = ((const Operator *)op)->panels && b.elements > SMALL_WEIGHT && columns % LANES == 0;
   const size_t lanes = (size_t)(panels * weight->blocks * LANES);
   const size_t size = (size_t)(panels * weight->blocks * weight->lines * LINE);
@@ -144,11 +149,11 @@ OrtStatus *create_matmul_int4(const OrtCustomOp *op, const OrtApi *api, const Or
 OrtStatus *compute_matmul_int4(void *data, OrtKernelContext *context) {
   const Kernel *kernel = data;
   const OrtApi *api = kernel->api;
-  Tensor a, zero_points, groups, bias;
+  Tensor a, zero_points, groups = {0}, bias = {0};
   OrtStatus *status = read_input(api, context, A, &a);
   if (status == NULL) status = read_input(api, context, ZERO_POINTS, &zero_points);
-  if (status == NULL) status = read_input(api, context, GROUPS, &groups);
-  if (status == NULL) status = read_input(api, context, BIAS, &bias);
+  if (status == NULL && !kernel->with_branch) status = read_input(api, context, GROUPS, &groups);
+  if (status == NULL && !kernel->with_branch) status = read_input(api, context, BIAS, &bias);
   if (status != NULL) return status;
   if (zero_points.data != NULL && !kernel->with_zeros)
     return invalid(api, "embedge matmul: zero points have to be constant");
@@ -173,10 +178,17 @@ OrtStatus *compute_matmul_int4(void *data, OrtKernelContext *context) {
     status = api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for the rows");
   } else {
     Work work = {isa->strip, &product, rows, kernel->weight.depth, columns, isa->panels, isa->rows, 0, 0, 0};
+    BranchedProduct both = {.strip = isa->strip, .product = &product, .isa = kernel->branch_isa};
+    if (kernel->with_branch) {
+      status = open_branch(api, context, BRANCH, rows, columns, y, &both);
+      work.strip = branched_strip;
+      work.matmul = &both;
+    }
     Quantizing quantizing = {isa, &product};
-    status =
-        run_tasks(api, context, quantize_task, (size_t)rows, rows * kernel->weight.depth < FEW_VALUES, &quantizing);
+    const int few = rows * kernel->weight.depth < FEW_VALUES;
+    if (status == NULL) status = run_tasks(api, context, quantize_task, (size_t)rows, few, &quantizing);
     if (status == NULL) status = run_work(api, context, &work);
+    close_branch(&both);
   }
   release(product.values);
   release(product.a_scales);

@@ -6,7 +6,8 @@
        y[m, n] = float(sum over k of (a[m, k] - a_zero_point) * b[k, n]) * b_scale[n] * a_scale[m],
 
    and it runs the functions MatMulIntegerToFloatAdd and ...Sub of embedge's graphs, which add or subtract a
-   tensor of y's shape, or one value for each column.
+   tensor of y's shape, or one value for each column. Those whose names have Branch in them then add another product, of
+   low rank: branch.c.
 
    What differs from ONNX Runtime's kernel is the order of the work:
 
@@ -25,22 +26,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "isa.h"
+#include "branch.h"
 
-enum { A, B, A_SCALE, B_SCALE }; /* inputs; then what is added, where it is, and the zero point */
+enum { A, B, A_SCALE, B_SCALE }; /* inputs; then what is added, where it is, the zero point, and a branch's */
 
 typedef struct {
   const OrtApi *api;
   const Int8 *isa;
-  int with_added, subtracts;
+  int with_added, subtracts, with_branch;
   Int8Weight weight;
 } Kernel;
 
 typedef struct {
-  const Kernel *kernel;
+  const Int8 *isa;
   const uint8_t *rows;
   uint8_t *to;
-  int64_t step; /* bytes of a row there */
+  int64_t depth, step; /* bytes of a row, here and there */
 } Arranging;
 
 /* ---- Weights ---- */
@@ -106,8 +107,9 @@ OrtStatus *create_matmul_int8(const OrtCustomOp *op, const OrtApi *api, const Or
   Kernel *kernel = calloc(1, sizeof *kernel);
   if (kernel == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory");
   kernel->api = api;
-  kernel->with_added = known->inputs == 6;
+  kernel->with_added = known->inputs - known->branch * BRANCH_INPUTS == 6;
   kernel->subtracts = known->subtracts;
+  kernel->with_branch = known->branch;
   kernel->isa = isa_in_use()->int8;
   Int8Weight *weight = &kernel->weight;
   weight->depth = b.dims[0];
@@ -139,11 +141,20 @@ OrtStatus *create_matmul_int8(const OrtCustomOp *op, const OrtApi *api, const Or
   return NULL;
 }
 
-/* Rows in the order that an instruction set reads; with the threads, if they are worth it. */
 static void arrange_task(void *data, size_t row) {
   const Arranging *a = data;
-  const int64_t depth = a->kernel->weight.depth;
-  a->kernel->isa->arrange_row(a->rows + (int64_t)row * depth, depth, a->to + (int64_t)row * a->step);
+  a->isa->arrange_row(a->rows + (int64_t)row * a->depth, a->depth, a->to + (int64_t)row * a->step);
+}
+
+OrtStatus *arrange_rows(const OrtApi *api, const OrtKernelContext *context, const Int8 *isa, Int8Product *product,
+                        int64_t rows, uint8_t **arranged) {
+  const int64_t depth = product->weight->depth, step = product->weight->lines * isa->arranged;
+  *arranged = allocate((size_t)(rows * step));
+  if (*arranged == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for the rows");
+  Arranging arranging = {isa, product->a, *arranged, depth, step};
+  product->a = *arranged;
+  product->a_step = step;
+  return run_tasks(api, context, arrange_task, (size_t)rows, rows * depth < FEW_VALUES, &arranging);
 }
 
 OrtStatus *compute_matmul_int8(void *data, OrtKernelContext *context) {
@@ -191,15 +202,16 @@ OrtStatus *compute_matmul_int8(void *data, OrtKernelContext *context) {
   };
   const Int8 *isa = kernel->isa;
   Work work = {isa->strip, &product, rows, kernel->weight.depth, columns, isa->panels, isa->rows, 0, 0, 0};
-  if (isa->arrange_row == NULL) return run_work(api, context, &work);
-
-  const int64_t step = kernel->weight.lines * isa->arranged;
-  Arranging arranging = {kernel, a.data, allocate((size_t)(rows * step)), step};
-  if (arranging.to == NULL) return api->CreateStatus(ORT_FAIL, "embedge matmul: out of memory for the rows");
-  product.a = arranging.to;
-  product.a_step = step;
-  status = run_tasks(api, context, arrange_task, (size_t)rows, rows * kernel->weight.depth < FEW_VALUES, &arranging);
+  BranchedProduct both = {.strip = isa->strip, .product = &product, .isa = isa};
+  if (kernel->with_branch) {
+    status = open_branch(api, context, (size_t)(B_SCALE + 2 + kernel->with_added), rows, columns, y, &both);
+    work.strip = branched_strip;
+    work.matmul = &both;
+  }
+  uint8_t *arranged = NULL;
+  if (status == NULL && isa->arrange_row != NULL) status = arrange_rows(api, context, isa, &product, rows, &arranged);
   if (status == NULL) status = run_work(api, context, &work);
-  release(arranging.to);
+  release(arranged);
+  close_branch(&both);
   return status;
 }

@@ -116,7 +116,7 @@ static const RunInt8Tile RUN_INT8_TILE[INT8_ROWS][INT8_PANELS] = {
 /* clang-format on */
 
 static int64_t int8_first_line(const Int8Weight *weight, int64_t panel) {
-  return ARRANGED ? weight->starts[panel] : panel * weight->lines;
+  return ARRANGED && weight->starts != NULL ? weight->starts[panel] : panel * weight->lines;
 }
 
 static void int8_strip(const void *product, const Strip *s) {
@@ -128,7 +128,9 @@ static void int8_strip(const void *product, const Strip *s) {
       .a = p->a + s->row * p->a_step,
       .b = b,
       .lines = int8_first_line(weight, panel + 1) - line,
-      .sources = ARRANGED ? weight->sources + line : NULL,
+      .sources = !ARRANGED                ? NULL
+                 : weight->starts != NULL ? weight->sources + line
+                                          : weight->sources,
       .next = s->next < 0 ? b : weight->panels + int8_first_line(weight, s->next) * LINE,
       .next_step = s->next < 0 ? 0 : LINE,
       .sums = weight->sums + s->column,

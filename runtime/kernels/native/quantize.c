@@ -66,6 +66,10 @@ static OrtStatus *run(const OrtApi *api, OrtKernelContext *context, Rows *r, voi
   return status;
 }
 
+OrtStatus *quantize_all(const OrtApi *api, OrtKernelContext *context, Rows *rows) {
+  return run(api, context, rows, rows_task);
+}
+
 static OrtStatus *quantize_rows(const Quantizer *kernel, OrtKernelContext *context, int above) {
   enum { VALUES, SCALE };
   const OrtApi *api = kernel->api;
@@ -89,7 +93,7 @@ static OrtStatus *quantize_rows(const Quantizer *kernel, OrtKernelContext *conte
   if (status != NULL) return status;
   r.values = values;
   r.scales = scales;
-  return run(api, context, &r, rows_task);
+  return quantize_all(api, context, &r);
 }
 
 /* QuantizeRows(x, step, zero_points) -> values, scale */

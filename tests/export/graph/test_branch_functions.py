@@ -19,6 +19,7 @@ from tests.export.graph.test_fused_ops import model, node, results
 Array = NDArray[Any]
 BRANCH = "branch_values branch_scale branch_zero_point up up_scale"
 STEP = np.float32(1 / 127)
+A_ZERO_POINT = 20  # of an int8 product's rows, as behind GELU
 NAMES = {
     "": "MatMulIntegerToFloatBranch",
     "Add": "MatMulIntegerToFloatBranchAdd",
@@ -140,12 +141,12 @@ def int8_case(
     fixed: dict[str, Array] = {
         "w": draw.integers(-127, 128, (shape.depth, shape.columns), np.int8),
         "w_scale": scales(draw, shape.columns),
-        "a_zero_point": np.array(20, np.uint8),
+        "a_zero_point": np.array(A_ZERO_POINT, np.uint8),
     }
     built, fed = proto(
         [int8_call(how)], own | rows, laid_out(matrix), fixed, "y", constant=constant
     )
-    expected = product(own["a"], fixed["w"], own["a_scale"], fixed["w_scale"], 20)
+    expected = product(own["a"], fixed["w"], own["a_scale"], fixed["w_scale"], A_ZERO_POINT)
     if how:
         expected = expected + own["other"] if how == "Add" else expected - own["other"]
     return built, fed, expected + branch_of(rows, matrix)
