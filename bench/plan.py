@@ -22,10 +22,11 @@ from embedge.bench.measure.texts import (
     read_texts,
     subset,
 )
-from embedge.bench.options import BenchOptions
+from embedge.bench.options import SHAPES, BenchOptions
 from embedge.bench.peers.registry import chosen_peers
 from embedge.bench.systems.backbone import adapter_folder
-from embedge.bench.systems.source import Source, read_source
+from embedge.bench.systems.multi_vector import native_class
+from embedge.bench.systems.source import Source, read_multi_vector_source, read_source
 from embedge.bench.systems.torch_types import choose_torch_types
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import Manifest
@@ -34,6 +35,12 @@ from embedge.runtime.host.cores import available_cores
 from embedge.runtime.sessions.device import cuda_problem
 
 __all__ = ["Plan", "make_plan"]
+
+_LATE_NOTE = (
+    "late interaction: cosines are of the vectors of all tokens, each text embedded as a query and as a document; "
+    "top-10 and quality go by the model's score of a query for a document; 1 text: a query; times of batches are "
+    "not measured, and no other runtime gives these vectors"
+)
 
 
 @dataclass(kw_only=True)
@@ -74,6 +81,11 @@ class Plan:
         return self.bundle.manifest
 
     @property
+    def late_interaction(self) -> bool:
+        """Whether vectors are of tokens."""
+        return self.manifest.model.late_interaction is not None
+
+    @property
     def timed_tasks(self) -> list[str]:
         """The tasks whose latency is measured."""
         return self.tasks[: self.options.profile.latency_tasks]
@@ -90,7 +102,8 @@ class Plan:
         systems = 1 + len(self.torch_types) + len(self.precisions)
         systems += len(self.peers) + bool(self.peers)
         processes = (len(self.precisions) + 1) * bool(self.options.profile.process_repeats)
-        timed = len(self.options.shapes) + bool(self.options.profile.singles)
+        shapes = 0 if self.late_interaction else len(self.options.shapes)
+        timed = shapes + bool(self.options.profile.singles)
         return len(self.tasks) * systems + timed * len(self.timed_tasks) + processes
 
 
@@ -105,12 +118,9 @@ def make_plan(options: BenchOptions) -> Plan:
     bundle = Bundle(options.bundle)
     threads = options.threads or available_cores()
     notes = _busy(threads)
-    if bundle.manifest.model.late_interaction is not None:
-        raise BenchArgumentError(
-            f"{options.bundle}: a late-interaction model, whose vectors are of tokens; expected one of a vector a "
-            f"text. For this one run: python -m embedge.bench.studies.late_interaction {options.bundle} --reference "
-            f"{options.reference}"
-        )
+    late = bundle.manifest.model.late_interaction is not None
+    if late:
+        _check_late(options)
     declared = bundle.manifest.tasks
     tasks = _chosen("task", options.tasks, list(declared))
     device = options.device
@@ -118,17 +128,21 @@ def make_plan(options: BenchOptions) -> Plan:
     plan = Plan(
         options=options,
         bundle=bundle,
-        source=read_source(options.reference, options.pooling),
+        source=read_multi_vector_source(options.reference)
+        if late
+        else read_source(options.reference, options.pooling),
         threads=threads,
         tasks=tasks,
         precisions=_precisions(options, runnable),
         adapters=_adapters(options, bundle, tasks),
-        peers=_peers(options, notes),
-        torch_types=choose_torch_types(_named(options, options.torch_types), device, notes),
+        peers=[] if late else _peers(options, notes),
+        torch_types=_torch_types(options, notes, late),
         texts=_texts(options, notes),
         evaluations=_evaluations(options, list(declared), tasks, notes),
         notes=notes,
     )
+    if late:
+        notes.append(_LATE_NOTE)
     untimed = [task for task in tasks if task not in plan.timed_tasks]
     if plan.timed_tasks and untimed:
         notes.append(
@@ -140,6 +154,37 @@ def make_plan(options: BenchOptions) -> Plan:
             "fidelity and quality of torch fp32 are the yardstick's own, not measured again merged"
         )
     return plan
+
+
+def _check_late(options: BenchOptions) -> None:
+    """Refuse what is not measured of a late-interaction bundle.
+
+    Raises:
+        BenchArgumentError: naming the option.
+        BenchError: sentence-transformers is too old to be the reference.
+    """
+    other_peers, other_types = set(options.peers or ()) - {"none"}, set(options.torch_types or ())
+    refused = {
+        f"--peers {' '.join(sorted(other_peers))}": bool(other_peers),
+        f"--torch-types {' '.join(sorted(other_types))}": bool(other_types - {"float32", "none"}),
+        f"--shapes {' '.join(shape.name for shape in options.shapes)}": tuple(options.shapes)
+        != SHAPES,
+        f"--pooling {options.pooling}": options.pooling is not None,
+    }
+    for option, given in refused.items():
+        if given:
+            raise BenchArgumentError(
+                f"{option}: {options.bundle} is a late-interaction model, which is compared by the vectors of its "
+                "tokens with sentence-transformers in float32; leave the option out"
+            )
+    native_class()
+
+
+def _torch_types(options: BenchOptions, notes: list[str], late: bool) -> tuple[str, ...]:
+    named = _named(options, options.torch_types)
+    if late and named is None:
+        return ("float32",)
+    return choose_torch_types(named, options.device, notes)
 
 
 def _check_device(device: str) -> None:

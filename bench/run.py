@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import sys
@@ -17,12 +18,14 @@ import torch
 from tqdm import tqdm
 
 from embedge.bench.measure.machine import machine, versions
+from embedge.bench.measure.multi_vector import multi_vectors, multi_vectors_against
 from embedge.bench.measure.process import measure_process
 from embedge.bench.measure.task import (
     TORCH_FP32,
     TaskData,
     latency,
     reference_vectors,
+    single_texts,
     vectors_against,
 )
 from embedge.bench.options import BenchOptions
@@ -30,6 +33,11 @@ from embedge.bench.peers.context import PeerContext, kept_folder
 from embedge.bench.peers.registry import build_peers
 from embedge.bench.plan import Plan, make_plan
 from embedge.bench.report.report import Report, Row
+from embedge.bench.systems.multi_vector import (
+    EmbedgeMultiVectors,
+    MultiVectorReference,
+    MultiVectorSystem,
+)
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.source import Source
 from embedge.bench.systems.system import EmbedgeSystem, System, TorchSystem
@@ -99,6 +107,11 @@ class _Run:
 
     def task_rows(self, task: str) -> Iterator[Row]:
         """Yield the row of every system on a task."""
+        rows = self._multi_vector_rows if self._plan.late_interaction else self._vector_rows
+        yield from rows(task)
+        gc.collect()  # models with reference cycles, before the next task's
+
+    def _vector_rows(self, task: str) -> Iterator[Row]:
         plan = self._plan
         data = TaskData(
             texts=plan.texts,
@@ -128,15 +141,42 @@ class _Run:
                 )
                 figures = {name: values | times[name] for name, values in figures.items()}
             for system in systems:
-                yield Row(
-                    task=task,
-                    system=system.name,
-                    role=system.role,
-                    precision=system.precision,
-                    bytes_on_disk=system.bytes_on_disk,
-                    **figures[system.name],
-                )
-        gc.collect()  # models with reference cycles, before the next task's
+                yield _row(task, system, figures[system.name])
+
+    def _multi_vector_rows(self, task: str) -> Iterator[Row]:
+        plan = self._plan
+        data = TaskData(texts=plan.texts, evaluations=plan.evaluations[task], dims=plan.dims)
+        self._step(f"{task}: reference")
+        adapter, device = plan.adapters.get(task), plan.options.device
+        reference = multi_vectors(MultiVectorReference(plan.source, adapter, device=device), data)
+        systems: list[MultiVectorSystem] = [
+            MultiVectorReference(
+                plan.source,
+                adapter,
+                merged=True,
+                device=device,
+                name=TORCH_FP32,
+                bytes_on_disk=_weights_bytes(plan.source),
+            )
+            for _ in plan.torch_types
+        ]
+        systems += [
+            EmbedgeMultiVectors(plan.bundle.root, task, precision, plan.threads, device)
+            for precision in plan.precisions
+            if task in plan.manifest.precisions[precision].graphs
+        ]
+        figures = {}
+        for system in systems:
+            self._step(f"{task}: {system.name}")
+            figures[system.name] = multi_vectors_against(system, data, reference, self._profile)
+        if task in plan.timed_tasks and self._profile.singles:
+            self._step(f"{task}: single texts")
+            texts = [text.text for text in plan.texts]
+            calls = {s.name: functools.partial(s.encode, role="query") for s in systems}
+            for name, single in single_texts(calls, texts, self._profile).items():
+                figures[name]["single"] = single
+        for system in systems:
+            yield _row(task, system, figures[system.name])
 
     @contextmanager
     def _systems(self, task: str, merged: Reference) -> Iterator[list[System]]:
@@ -176,6 +216,7 @@ class _Run:
         batch = ([text for text in all_texts if 300 < len(text) < 900] or all_texts)[:32]
         common = {"text": "how do I sort a dict", "batch": batch, "threads": plan.threads}
         common["device"] = plan.options.device
+        common["multi_vector"] = plan.late_interaction
         result = {}
         for precision in plan.precisions:
             self._step(f"cold start, {precision}")
@@ -209,6 +250,17 @@ class _Run:
         self._steps += 1
         if self._lines is not None:
             self._lines.say(lambda: f"step {self._steps} of {self._plan.steps}: {name}")
+
+
+def _row(task: str, system: System | MultiVectorSystem, figures: dict[str, Any]) -> Row:
+    return Row(
+        task=task,
+        system=system.name,
+        role=system.role,
+        precision=system.precision,
+        bytes_on_disk=system.bytes_on_disk,
+        **figures,
+    )
 
 
 def _sizes(plan: Plan) -> dict[str, int]:

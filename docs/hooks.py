@@ -54,7 +54,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for fence in FENCE.finditer(markdown):
         parts += [_moved(markdown[end : fence.start()], origin, uri), fence[0]]
         end = fence.end()
-    return "".join([*parts, _moved(markdown[end:], origin, uri)])
+    text = "".join([*parts, _moved(markdown[end:], origin, uri)])
+    return f"{_back(page.meta)}\n\n{text}" if "number" in page.meta else text
+
+
+def _back(note: Any) -> str:
+    """The line above a lab note, which the navigation does not list."""
+    return f"[Lab notes](index.md) · {note['number']} · {note['date']}"
 
 
 def _moved(text: str, origin: Path, uri: str) -> str:
@@ -187,14 +193,15 @@ def lab_notes() -> str:
     lines = [
         "# Lab notes",
         "",
-        "What was measured, newest first. Each note has a question, a set-up, a result, and what was",
-        "decided. Failures stay in. Paths and names in a note are those of its day; the",
-        "[glossary](../glossary.md) says how they are called now.",
+        "Each note has a question, a set-up, a result, and what was decided. Failures stay in. Paths and",
+        "names in a note are those of its day; the [glossary](../glossary.md) says how they are called now.",
         "",
         "- *kept*: the code works so. *dropped*: tried, and not taken. *measured*: nothing to decide.",
         '- "Busy" means that another job held the processor. Ratios of alternating runs are usable',
         "  then, times are not.",
         '- Numbers stay: "lab note 49" in code and documents is the note of that number here.',
+        "",
+        "## Newest first",
         "",
     ]
     for path, note in notes():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from embedge.runtime.host.memory import process_memory
@@ -33,13 +34,14 @@ def embedge_steps(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
     options: dict[str, Any] = {k: job[k] for k in ("precision", "threads", "device")}
     model = Embedder(job["bundle"], **options)
-    model.encode(job["text"], task=job["tasks"][0])
+    rows = {"multi_vector": job.get("multi_vector", False)}
+    model.encode(job["text"], task=job["tasks"][0], **rows)
     result["first_vector_ms"] = milliseconds_since(job["started"])
     result["after_first_vector"] = memory()
     if len(job["tasks"]) > 1:
         result |= switches(model, Embedder(job["bundle"], max_sessions=1, **options), job)
     for task in job["tasks"]:
-        model.encode(job["batch"], task=task, batch_size=32, on_truncate="ignore")
+        model.encode(job["batch"], task=task, batch_size=32, on_truncate="ignore", **rows)
     result["after_batches"] = memory()
     return result
 
@@ -51,7 +53,7 @@ def switches(all_open: Any, one_open: Any, job: dict[str, Any]) -> dict[str, Any
     for task in (first, second) * 3:
         for name, model in (("all", all_open), ("one", one_open)):
             start = time.monotonic()
-            model.encode(job["text"], task=task)
+            model.encode(job["text"], task=task, multi_vector=job.get("multi_vector", False))
             times[name].append(milliseconds_since(start))
     # Of the six turns, the first of each task opens its graph in either case.
     return {
@@ -60,13 +62,35 @@ def switches(all_open: Any, one_open: Any, job: dict[str, Any]) -> dict[str, Any
     }
 
 
-def torch_steps(job: dict[str, Any]) -> dict[str, Any]:
-    """Load the source with its adapter, embed a text, embed a batch: what the reference costs."""
+def reference() -> Callable[[dict[str, Any]], Any]:
+    """Import the reference; return what loads a job's."""
     from embedge.bench import Reference
 
+    options = ("pooling", "threads", "device")
+    return lambda job: Reference(job["source"], job["adapter"], **{k: job[k] for k in options})
+
+
+def late_reference() -> Callable[[dict[str, Any]], Any]:
+    """Import that of late-interaction models; return what loads a job's."""
+    import torch
+
+    from embedge.bench.systems.multi_vector import MultiVectorReference
+    from embedge.bench.systems.source import read_multi_vector_source
+
+    def load(job: dict[str, Any]) -> Any:
+        torch.set_num_threads(job["threads"])
+        source = read_multi_vector_source(job["source"])
+        return MultiVectorReference(source, job["adapter"], device=job["device"])
+
+    return load
+
+
+def torch_steps(job: dict[str, Any]) -> dict[str, Any]:
+    """Load the source with its adapter, embed a text, embed a batch: what the reference costs."""
+    load = late_reference if job.get("multi_vector", False) else reference
+    imported = load()
     result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
-    options = {key: job[key] for key in ("pooling", "threads", "device")}
-    model = Reference(job["source"], job["adapter"], **options)
+    model = imported(job)
     model.encode([job["text"]])
     result["first_vector_ms"] = milliseconds_since(job["started"])
     result["after_first_vector"] = memory()

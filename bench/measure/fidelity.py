@@ -51,12 +51,14 @@ def by_kind(ours: Vectors, reference: Vectors, kinds: Sequence[str]) -> dict[str
 
 
 def batch_invariance(
-    encode: Callable[[Sequence[str], int], Vectors], texts: Sequence[str], seed: int = 0
+    encode: Callable[[Sequence[str], int], Sequence[Vectors] | Vectors],
+    texts: Sequence[str],
+    seed: int = 0,
 ) -> dict[str, float]:
     """Return how much a text's vector depends on its batch: alone, among others, in other order.
 
     Args:
-        encode: texts and batch size to float32 ``[n, dim]``.
+        encode: texts and batch size to float32 ``[n, dim]``, or ``[tokens, dim]`` a text.
         texts: of mixed lengths.
         seed: of the other orders.
 
@@ -64,14 +66,13 @@ def batch_invariance(
         ``cosine_min`` and ``max_difference`` (largest absolute difference of a component) over all
         texts and settings against the text encoded alone.
     """
-    alone = np.concatenate([encode([text], 1) for text in texts])
+    alone = np.vstack([encode([text], 1)[0] for text in texts])
     generator = np.random.default_rng(seed)
     lowest, largest = 1.0, 0.0
     for batch_size in (3, 8, 32):  # odd and even numbers of rows
         order = generator.permutation(len(texts))
         shuffled = encode([texts[i] for i in order], batch_size)
-        vectors = np.empty_like(shuffled)
-        vectors[order] = shuffled
+        vectors = np.vstack([shuffled[place] for place in np.argsort(order)])
         lowest = min(lowest, float(cosine_rows(vectors, alone).min()))
         largest = max(largest, float(np.abs(vectors - alone).max()))
     return {"cosine_min": lowest, "max_difference": largest, "texts": float(len(texts))}

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from embedge.bench.measure.texts import EvalSet
 from embedge.quant.fidelity import cosine_rows, spearman
 
-__all__ = ["Interval", "Quality", "compare", "ndcg_at_10", "truncated"]
+__all__ = ["Interval", "Quality", "compare", "ndcg_at_10", "ndcg_of_scores", "truncated"]
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -72,11 +72,22 @@ def ndcg_at_10(evaluation: EvalSet, queries: Floats, passages: Floats) -> Floats
         queries: float64 ``[rows, dim]``.
         passages: float64 ``[rows, dim]``.
     """
-    query_rows, query_of = _unique(evaluation.first)
-    passage_rows, passage_of = _unique(evaluation.second)
-    relevant = np.zeros((len(query_rows), len(passage_rows)), dtype=bool)
+    query_rows, _ = _unique(evaluation.first)
+    passage_rows, _ = _unique(evaluation.second)
+    return ndcg_of_scores(evaluation, queries[query_rows] @ passages[passage_rows].T)
+
+
+def ndcg_of_scores(evaluation: EvalSet, scores: Floats) -> Floats:
+    """Return nDCG@10 of each different query, float64 ``[queries]``.
+
+    Args:
+        evaluation: the rows; every passage that some row gives for a query is relevant, with gain 1.
+        scores: float64 ``[queries, passages]``, of each different query and passage in order of appearance.
+    """
+    _, query_of = _unique(evaluation.first)
+    _, passage_of = _unique(evaluation.second)
+    relevant = np.zeros(scores.shape, dtype=bool)
     relevant[query_of, passage_of] = True
-    scores = queries[query_rows] @ passages[passage_rows].T
     top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
     discount = 1.0 / np.log2(np.arange(10) + 2.0)
     gain = np.take_along_axis(relevant, top, axis=1) @ discount[: top.shape[1]]

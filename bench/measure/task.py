@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,14 @@ from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.system import System, TorchSystem
 from embedge.bench.systems.tokens import TextTokens
 
-__all__ = ["TORCH_FP32", "TaskData", "latency", "reference_vectors", "vectors_against"]
+__all__ = [
+    "TORCH_FP32",
+    "TaskData",
+    "latency",
+    "reference_vectors",
+    "single_texts",
+    "vectors_against",
+]
 
 TORCH_FP32 = "torch fp32"
 Vectors = NDArray[np.float32]
@@ -129,17 +136,38 @@ def latency(
     if not profile.singles:
         return result
     step("single texts")
-    chosen = texts[:: max(1, len(texts) // profile.singles)][: profile.singles]
-    for name, values in _single_times(systems, chosen).items():
-        result[name]["single"] = percentiles(values) | {"texts": len(chosen)}
+    encode = {s.name: s.encode for s in systems}
+    for name, figures in single_texts(encode, texts, profile).items():
+        result[name]["single"] = figures
     return result
 
 
-def _single_times(systems: Sequence[System], texts: Sequence[str]) -> dict[str, Times]:
-    """Return the time of each text alone by each system, its tokenization included."""
-    parts: dict[str, list[Times]] = {system.name: [] for system in systems}
+def single_texts(
+    encode: Mapping[str, Callable[[Sequence[str], int], object]],
+    texts: Sequence[str],
+    profile: Profile,
+) -> dict[str, Figures]:
+    """Return ``p50_ms``, ``p95_ms`` and ``texts`` of texts one by one, tokenization included, by system.
+
+    Args:
+        encode: by the system's name, from texts and a batch size.
+        texts: from which those of the profile are drawn.
+        profile: how many.
+    """
+    chosen = texts[:: max(1, len(texts) // profile.singles)][: profile.singles]
+    return {
+        name: percentiles(values) | {"texts": len(chosen)}
+        for name, values in _single_times(encode, chosen).items()
+    }
+
+
+def _single_times(
+    encode: Mapping[str, Callable[[Sequence[str], int], object]], texts: Sequence[str]
+) -> dict[str, Times]:
+    """Return the time of each text alone by each system."""
+    parts: dict[str, list[Times]] = {name: [] for name in encode}
     for number, text in enumerate(texts):
-        runs = {s.name: functools.partial(s.encode, [text], 1) for s in systems}
+        runs = {name: functools.partial(call, [text], 1) for name, call in encode.items()}
         for name, times in alternate(
             runs, 1, warm_up=0, pause_s=0.01, block_s=0, seed=number
         ).items():

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 
 from embedge.bench.errors import BenchArgumentError, BenchError
 
-__all__ = ["DenseModule", "Source", "model_folder", "read_source", "source_of_task"]
+__all__ = [
+    "DenseModule",
+    "Source",
+    "model_folder",
+    "read_multi_vector_source",
+    "read_source",
+    "source_of_task",
+]
 
 _POOLING_FLAGS = {  # in the order in which vectors of several are concatenated
     "pooling_mode_cls_token": "cls",
@@ -75,7 +82,8 @@ class Source:
     Attributes:
         path: the model's folder.
         transformer: the folder with config.json, weights and tokenizer.
-        pooling: ``"mean"`` or another of sentence-transformers', or several joined by ``"+"``.
+        pooling: ``"mean"`` or another of sentence-transformers', or several joined by ``"+"``; ``"none"`` of a
+            late-interaction model.
         normalize: whether vectors end with length 1.
         dense: layers between pooling and normalization.
         max_length: the most tokens of a text, special tokens included; ``None`` when only the
@@ -118,6 +126,24 @@ def read_source(source: str | Path, pooling: str | None = None) -> Source:
     """
     path = model_folder(source)
     return _source(path, pooling)
+
+
+def read_multi_vector_source(source: str | Path) -> Source:
+    """Read where a late-interaction model's transformer lies; its rules are left to sentence-transformers.
+
+    Args:
+        source: a model folder, or a hub id where there is a hub or a cache of it.
+
+    Returns:
+        The source, with the pooling ``"none"``.
+
+    Raises:
+        BenchError: no such model.
+    """
+    path = model_folder(source)
+    modules = _read(path / "modules.json", default=[])
+    inner = next((m["path"] for m in modules if str(m["type"]).endswith(".Transformer")), "")
+    return Source(path=path, transformer=path / inner, pooling="none")
 
 
 def source_of_task(source: Source, adapter: str | Path | None) -> Source:

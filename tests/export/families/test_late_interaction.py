@@ -371,9 +371,6 @@ def test_the_commands_take_a_late_bundle(
         )
     assert main([*arguments, "--role", "query", "--output", str(tmp_path / "v.npy")]) == 2
     assert "--format jsonl" in capsys.readouterr().err
-    assert main(["bench", root, "--reference", "MODEL"]) == 2
-    next_step = f"python -m embedge.bench.studies.late_interaction {root} --reference MODEL"
-    assert next_step in capsys.readouterr().err
     assert main(["inspect", root]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "truncation no multi-vectors 16" in out
