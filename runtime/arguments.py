@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from embedge.runtime.errors import EmbedgeValueError
@@ -14,6 +15,7 @@ __all__ = [
     "check_flag",
     "check_positive",
     "check_threads",
+    "in_options",
     "listed",
 ]
 
@@ -63,6 +65,24 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _refusal(name, value, "True or False")
     return value
+
+
+def in_options(message: str, arguments: Iterable[str], options: Mapping[str, str]) -> str:
+    """A message with options in the place of arguments: ``batch_size``, ``precision="auto"``.
+
+    Args:
+        message: names arguments, where a quoted name is another thing.
+        arguments: as the message has them.
+        options: ``--batch-size`` by ``batch_size``; arguments without one stay.
+    """
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in options:
+            option = " ".join([options[name], *([value.strip('"')] if value else [])])
+            pattern = rf"""(?<![\w'"/.]){re.escape(argument)}(?![\w'"])"""
+            only_first = argument.isalpha()  # "keep" may come again as a verb
+            message = option.join(re.split(pattern, message, maxsplit=int(only_first)))
+    return message
 
 
 def listed(names: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from embedge.runtime.encode.fingerprint import (
     parts_of,
 )
 from embedge.runtime.encode.lookup import choose_prompt
+from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.images.mixed import encode_mixed
@@ -394,6 +395,77 @@ class Embedder(OpenBundle):
         counts = self._tokenizer.count([prefix + text for text in texts])
         return counts[0] if single else np.array(counts, np.int64)
 
+    def tokenize(
+        self,
+        texts: str | Sequence[str],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        role: Literal["query", "document"] | None = None,
+    ) -> list[TokenIds]:
+        """The tokens that :meth:`encode` would run for some texts, for :meth:`encode_tokens`.
+
+        With them a server counts and joins the texts of several calls before the graph runs.
+
+        Args:
+            texts: texts, or one.
+            task: as for :meth:`encode`.
+            prompt_name: as for :meth:`encode`.
+            prompt: as for :meth:`encode`.
+            role: "query" or "document": as :meth:`encode_query` or :meth:`encode_document` has them.
+
+        Returns:
+            the tokens of each text with its prompt, cut at the model's limit: int64 ``ids`` ``[tokens]``, and
+            whether they were ``truncated``.
+
+        Raises:
+            EmbedgeValueError: for an argument that cannot be used, or a token that the model's table lacks.
+        """
+        named = {"task": task, "prompt_name": prompt_name, "prompt": prompt, "role": role}
+        late = self._model.late_interaction is not None
+        request = self._request(multi_vector=late, **self._in_role(named))
+        return self._texts.tokenize(as_texts(texts)[0], request)
+
+    def encode_tokens(
+        self,
+        tokens: Sequence[TokenIds],
+        *,
+        task: str | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        multi_vector: bool = False,
+    ) -> Vectors | list[Vectors]:
+        """Vectors of what :meth:`tokenize` gave, those of :meth:`encode` to the bit.
+
+        Args:
+            tokens: of texts, with any prompts and roles.
+            task: as for :meth:`encode`.
+            truncate_dim: as for :meth:`encode`.
+            normalize_embeddings: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
+
+        Returns:
+            float32 ``[texts, dim]``, or with ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``.
+            A text without a token has a zero vector.
+
+        Raises:
+            EmbedgeValueError: for an argument that cannot be used.
+            BundleError: if the task's graph cannot be opened.
+            InferenceError: if the graph fails.
+        """
+        request = self._request(
+            task=task,
+            prompt="",  # among the tokens already
+            truncate_dim=truncate_dim,
+            normalize_embeddings=normalize_embeddings,
+            multi_vector=multi_vector,
+        )
+        results = no_results(request, len(tokens))
+        sequences = [(index, text) for index, text in enumerate(tokens) if len(text)]
+        collect(self._runner.run(sequences, request), results, shown=False)
+        return results
+
     def fingerprint(self, **options: Unpack[FingerprintOptions]) -> str:
         """Of which kind the vectors of a call are, as a short string to store beside them.
 
@@ -428,16 +500,7 @@ class Embedder(OpenBundle):
             EmbedgeValueError: likewise.
             BundleError: likewise.
         """
-        call: dict[str, Any] = {"task": None, "truncate_dim": None, **options}
-        role = call.pop("role", None)
-        if role is not None:
-            check_choice("role", role, ("query", "document"))
-            asked = EncodeOptions(
-                task=call["task"], prompt_name=call.get("prompt_name"), prompt=call.get("prompt")
-            )
-            call |= self._query_role(asked) if role == "query" else self._document_role(asked)
-            call["role"] = role
-        request = self._request(**call)
+        request = self._request(**self._in_role({"truncate_dim": None, **options}))
         return parts_of(self._bundle, self._manifest, self._precision, self._device, request)
 
     def check_fingerprint(
@@ -489,6 +552,19 @@ class Embedder(OpenBundle):
             EmbedgeValueError: if the two differ in kind, number or dimension.
         """
         return similarity_pairwise(a, b, self._model.similarity)
+
+    def _in_role(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's options with the prompt of its ``role``, which may be left out."""
+        call: dict[str, Any] = {"task": None, **options}
+        role = call.pop("role", None)
+        if role is None:
+            return call
+        check_choice("role", role, ("query", "document"))
+        asked = EncodeOptions(
+            task=call["task"], prompt_name=call.get("prompt_name"), prompt=call.get("prompt")
+        )
+        call |= self._query_role(asked) if role == "query" else self._document_role(asked)
+        return {**call, "role": role}
 
     def _query_role(self, options: EncodeOptions) -> EncodeOptions:
         return self._with_role(options, ("query",))

@@ -160,6 +160,11 @@ class OpenBundle:
         """Length of a vector where a call names no ``truncate_dim``."""
         return self._dim
 
+    @property
+    def multi_vector_dim(self) -> int | None:
+        """Length of each of a text's vectors with ``multi_vector``; ``None``: there is no such head."""
+        return self._model.multi_vector_dim
+
     def get_embedding_dimension(self) -> int:
         """Same as :attr:`dim`, under sentence-transformers' name."""
         return self.dim

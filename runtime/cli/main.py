@@ -18,22 +18,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
 from embedge.runtime import __version__
+from embedge.runtime.cli.extras import missing_package
 from embedge.runtime.cli.messages import failed, report, show_warning
 from embedge.runtime.cli.streams import any_streams, drop_output, output_fails
-from embedge.runtime.errors import EmbedgeError, EmbedgeImportError
+from embedge.runtime.errors import EmbedgeError
 
 __all__ = ["main"]
 
 _COMMANDS = {
     "export": "make a bundle from a model and its task adapters",
     "embed": "turn lines or JSONL into vectors",
+    "serve": "answer requests over HTTP, in the form of OpenAI's embeddings",
     "prepare": "pack a bundle's graphs for this machine, and measure what is fastest on it",
     "subset": "write a smaller bundle of some precisions and tasks",
     "inspect": "show what a bundle holds, and check its files",
     "families": "list the architectures that can be exported, with a published model of each",
     "bench": "measure quality, latency and memory against the unquantized model",
 }
-_EXTRAS = {"export": "export", "families": "export", "bench": "bench"}  # that a command needs
 _EXAMPLES = """examples:
   embedge export MODEL --adapter code=FOLDER --precision int8 --out bundle
   embedge embed bundle --task code < lines.txt > vectors.jsonl
@@ -135,13 +136,4 @@ def _load(command: str) -> _Module:
     except ImportError as error:
         if isinstance(error, EmbedgeError):
             raise
-        if command not in _EXTRAS:
-            advice = "install embedge again, with what it depends on"
-            raise EmbedgeImportError(f"{error}; {advice}") from error
-        name = (error.name or "").partition(".")[0]
-        from embedge.runtime.host.install_advice import install_command
-
-        advice = install_command(_EXTRAS[command], [name] if name else [])
-        raise EmbedgeImportError(
-            f"`embedge {command}` needs {error.name or error}, which cannot be imported; run `{advice}`"
-        ) from error
+        raise missing_package(command, error) from error

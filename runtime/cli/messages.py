@@ -9,36 +9,18 @@ Rules:
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TextIO
 
+from embedge.runtime.arguments import in_options
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 
 __all__ = ["failed", "in_options", "printable", "report", "show_warning"]
 
 _SMALLER = "ask for less at once, as with --threads 1 or --max-batch-tokens"
-
-
-def in_options(message: str, arguments: Iterable[str], options: Mapping[str, str]) -> str:
-    """A message with options in the place of arguments: ``batch_size``, ``precision="auto"``.
-
-    Args:
-        message: names arguments, where a quoted name is another thing.
-        arguments: as the message has them.
-        options: ``--batch-size`` by ``batch_size``; arguments without one stay.
-    """
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in options:
-            option = " ".join([options[name], *([value.strip('"')] if value else [])])
-            pattern = rf"""(?<![\w'"/.]){re.escape(argument)}(?![\w'"])"""
-            only_first = argument.isalpha()  # "keep" may come again as a verb
-            message = option.join(re.split(pattern, message, maxsplit=int(only_first)))
-    return message
 
 
 def printable(text: str) -> str:

@@ -65,8 +65,7 @@ class BatchRunner:
             return
         graphs, task = self._graphs, request.task
         table_rows = graphs.token_rows(task)
-        if table_rows is not None:
-            self._check_ids(items, table_rows)
+        self.check_ids(items, task)
         batches = plan_batches(
             [len(sequence) for _, sequence in items],
             batch_size=request.options.batch_size,
@@ -87,8 +86,19 @@ class BatchRunner:
                 for i, vector in zip(batch, vectors, strict=True):
                     yield items[i][0], vector
 
-    def _check_ids(self, items: Sequence[tuple[int, TokenSequence]], table_rows: int) -> None:
-        """Refuses tokens that the model's table lacks: operators give another row for them, or none."""
+    def check_ids(self, items: Sequence[tuple[int, TokenSequence]], task: str) -> None:
+        """Refuses tokens that the model's table lacks: operators give another row for them, or none.
+
+        Args:
+            items: as for :meth:`run`.
+            task: whose graph is to run.
+
+        Raises:
+            EmbedgeValueError: for the first of them.
+        """
+        table_rows = self._graphs.token_rows(task)
+        if table_rows is None:
+            return
         for index, sequence in items:
             largest = int(sequence.ids.max())
             if largest >= table_rows:

@@ -85,6 +85,21 @@ class TextPipeline:
                 f"vectors; the first is inputs[{without_tokens[0]}]"
             )
 
+    def tokenize(self, texts: Sequence[str], request: Request) -> list[TokenIds]:
+        """The tokens of each text, all of them at once.
+
+        Args:
+            texts: without their prefix.
+            request: the call.
+
+        Raises:
+            EmbedgeValueError: for a token that the model's table lacks.
+        """
+        tokens = self._reader(request)([request.prefix + text for text in texts])
+        with_any = [(index, text) for index, text in enumerate(tokens) if len(text)]
+        self._runner.check_ids(with_any, request.task)
+        return tokens
+
     def _windows(
         self, texts: Sequence[str], request: Request
     ) -> Generator[list[TokenIds], None, None]:

@@ -1,0 +1,277 @@
+"""The ASGI application: routes, keys, limits, and every error as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from embedge.runtime.errors import EmbedgeError
+from embedge.runtime.server.api import Api
+from embedge.runtime.server.errors import ApiError, invalid, of_embedge, overloaded
+from embedge.runtime.server.keys import Keys
+from embedge.runtime.server.limits import Limits
+from embedge.runtime.server.metrics import Metrics
+from embedge.runtime.server.models import Models, ServedModel
+from embedge.runtime.server.queue import Queue
+
+__all__ = ["Service"]
+
+_JSON = "application/json"
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_GONE = 499  # nginx' status for a client that went away; nobody reads it
+_DRAIN_SECONDS = 0.05
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+log = logging.getLogger("embedge.server")
+
+Endpoint = Callable[[Any], Awaitable[bytes]]
+
+
+class Service:
+    """Some models, and the application that serves them.
+
+    Args:
+        models: what is served.
+        limits: of what is taken at once.
+        keys: that requests have to carry.
+
+    Attributes:
+        app: the ASGI application.
+        stopping: refuses new work; what is under way goes on.
+    """
+
+    def __init__(
+        self, models: Models, *, limits: Limits | None = None, keys: Keys | None = None
+    ) -> None:
+        self.stopping = False
+        self._models = models
+        self._limits = limits or Limits()
+        self._keys = keys or Keys(())
+        self._metrics = Metrics()
+        self._queue = Queue(self._limits.max_queued_tokens, self._metrics.ran)
+        self._metrics.watch(self._queue)
+        self._api = Api(models, self._queue, self._limits)
+        self._requests = self._held_bytes = 0
+        self._reloading = asyncio.Lock()
+        api = self._api
+        self.app = Starlette(
+            routes=[
+                Route("/v1/embeddings", self._posted(api.embeddings), methods=["POST"]),
+                Route("/v1/rerank", self._posted(api.rerank), methods=["POST"]),
+                Route("/rerank", self._posted(api.rerank), methods=["POST"]),
+                Route("/v1/models", self._asked(self._list), methods=["GET"]),
+                Route("/v1/models/{name:path}", self._asked(self._one), methods=["GET"]),
+                Route("/metrics", self._asked(self._show_metrics), methods=["GET"]),
+                Route("/health", self._health, methods=["GET"]),
+                Route("/ready", self._ready, methods=["GET"]),
+            ],
+            exception_handlers={HTTPException: _of_http, Exception: _of_bug},
+            lifespan=self._lifespan,
+        )
+
+    async def reload(self) -> None:
+        """Opens bundles that changed; requests go on with what was there until it is open."""
+        async with self._reloading:
+            loop = asyncio.get_running_loop()
+            replaced = await loop.run_in_executor(None, self._models.reload)
+            self._metrics.reloaded(len(replaced))
+            for model in replaced:
+                await self._close(model)
+
+    async def _close(self, model: ServedModel) -> None:
+        """Closes a model's graphs once nothing runs on it any more."""
+        while self._queue.holds(model):
+            await asyncio.sleep(_DRAIN_SECONDS)
+        await asyncio.get_running_loop().run_in_executor(None, model.embedder.close)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        yield
+        self.stopping = True
+        await self._queue.close()
+        self._api.close()
+        self._models.close()
+
+    # -- endpoints -----------------------------------------------------------------------------------
+
+    def _list(self, _: Request) -> Response:
+        return Response(self._api.models(), media_type=_JSON)
+
+    def _one(self, request: Request) -> Response:
+        return Response(self._api.model(request.path_params["name"]), media_type=_JSON)
+
+    def _show_metrics(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type=_TEXT)
+
+    async def _health(self, _: Request) -> Response:
+        """Whether the process answers at all."""
+        return Response(b'{"status":"ok"}', media_type=_JSON)
+
+    async def _ready(self, _: Request) -> Response:
+        """Whether new requests are welcome."""
+        if self.stopping:
+            return Response(b'{"status":"stopping"}', 503, media_type=_JSON)
+        return Response(b'{"status":"ready"}', media_type=_JSON)
+
+    # -- what all have in common ---------------------------------------------------------------------
+
+    def _asked(self, answer: Callable[[Request], Response]) -> Callable[..., Awaitable[Response]]:
+        """An endpoint that takes no body."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                self._keys.check(request.headers.get("authorization"))
+                return answer(request)
+            except ApiError as error:
+                return _response(error)
+
+        return endpoint
+
+    def _posted(self, answer: Endpoint) -> Callable[..., Awaitable[Response]]:
+        """An endpoint that takes JSON, within the limits."""
+
+        async def endpoint(request: Request) -> Response:
+            start = time.perf_counter()
+            self._requests += 1
+            try:
+                response = await self._answered(request, answer)
+            finally:
+                self._requests -= 1
+            path = request.scope["path"]
+            self._metrics.answered(path, response.status_code, time.perf_counter() - start)
+            return response
+
+        return endpoint
+
+    async def _answered(self, request: Request, answer: Endpoint) -> Response:
+        held = 0
+        try:
+            self._admit(request)
+            async with asyncio.timeout(self._limits.timeout):
+                held, body = await self._body(request)
+                content = await self._unless_gone(request, answer(_parsed(body)))
+            return Response(content, media_type=_JSON)
+        except ApiError as error:
+            return _response(error)
+        except TimeoutError:
+            message = f"no answer within {self._limits.timeout} s; send less at once, or try again"
+            return _response(ApiError(503, message, kind="server_error", code="timeout"))
+        except ClientDisconnect:
+            self._metrics.client_gone()
+            return Response(status_code=_GONE)
+        except EmbedgeError as error:
+            return _response(of_embedge(error))
+        finally:
+            self._held_bytes -= held
+
+    def _admit(self, request: Request) -> None:
+        """Refuses a request before its body is read."""
+        self._keys.check(request.headers.get("authorization"))
+        if self.stopping:
+            raise ApiError(
+                503, "the server is stopping; try another", kind="server_error", code="stopping"
+            )
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != _JSON:
+            # With another type a page of any site could send requests from its reader's machine.
+            raise ApiError(
+                415, f"expected the header Content-Type: {_JSON}, found {kind[:80] or 'none'}"
+            )
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._limits.max_body:
+            raise self._too_large()
+        if self._requests > self._limits.max_requests:
+            raise overloaded(f"{self._limits.max_requests} requests are under way", self._seconds())
+
+    async def _body(self, request: Request) -> tuple[int, bytearray]:
+        """The request's body, and how many bytes are held for it."""
+        body = bytearray()
+        held = 0
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self._limits.max_body:
+                    raise self._too_large()
+                if self._held_bytes + len(chunk) > self._limits.max_held and self._requests > 1:
+                    raise overloaded(
+                        "the bodies of other requests fill the memory", self._seconds()
+                    )
+                held += len(chunk)
+                self._held_bytes += len(chunk)
+        except BaseException:
+            self._held_bytes -= held
+            raise
+        return held, body
+
+    async def _unless_gone(self, request: Request, answer: Awaitable[bytes]) -> bytes:
+        """An answer, which is given up when the client goes away.
+
+        Raises:
+            ClientDisconnect: it did.
+        """
+        work = asyncio.ensure_future(answer)
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            return work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+
+    def _too_large(self) -> ApiError:
+        most = self._limits.max_body
+        return ApiError(413, f"expected a body of at most {most} bytes; send several requests")
+
+    def _seconds(self) -> int:
+        return max(self._queue.seconds(model) for model in self._models)
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client went away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _parsed(body: bytearray) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"the body is not JSON: {error}", None, "invalid_json") from error
+
+
+def _response(error: ApiError) -> Response:
+    return Response(
+        orjson.dumps(error.document()), error.status, headers=error.headers, media_type=_JSON
+    )
+
+
+async def _of_http(request: Request, error: Exception) -> Response:
+    """What Starlette refuses: an unknown path, another method."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path
+    message = {
+        404: f"no path {path[:80]}; there are /v1/embeddings, /v1/rerank, /v1/models, /health, /ready, /metrics",
+        405: f"{path[:80]} does not take {method}",
+    }.get(error.status_code, error.detail)
+    answer = ApiError(
+        error.status_code, message, code=_CODES.get(error.status_code), headers=error.headers
+    )
+    return _response(answer)
+
+
+async def _of_bug(_: Request, error: Exception) -> Response:
+    message = f"unexpected {type(error).__name__}; the server's log has more"
+    return _response(ApiError(500, message, kind="server_error"))

@@ -1,0 +1,144 @@
+"""Which task and which prompt a request means, in the words of several interfaces.
+
+What says so:
+    * ``model``: ``NAME:TASK``; ``task``: a task of the bundle, or Jina's ``TASK.query`` and ``TASK.passage``.
+    * ``input_type``: Cohere's ``search_query`` and ``search_document``, Voyage's ``query`` and ``document``,
+      ``passage``: as ``Embedder.encode_query`` and ``encode_document`` have them. Any other is the name of a prompt of
+      the task, or of a task.
+    * ``prompt_name``, ``prompt``: as ``Embedder.encode`` has them.
+
+What agrees with nothing in the bundle is an error, and so are two that say different things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from embedge.runtime.arguments import listed
+from embedge.runtime.server.errors import ApiError, invalid
+from embedge.runtime.server.fields import MeaningFields
+from embedge.runtime.server.models import ServedModel
+
+__all__ = ["Meaning", "meaning_of"]
+
+Role = Literal["query", "document"]
+
+_ROLES: dict[str, Role] = {
+    "query": "query",
+    "search_query": "query",
+    "document": "document",
+    "search_document": "document",
+    "passage": "document",
+}
+_ROLE_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """What the texts of a request are embedded as.
+
+    Attributes:
+        task: of the bundle.
+        prompt_name: as ``Embedder.encode`` has it.
+        prompt: likewise.
+        role: as ``Embedder.tokenize`` has it.
+    """
+
+    task: str
+    prompt_name: str | None = None
+    prompt: str | None = None
+    role: Role | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For ``Embedder.tokenize``."""
+        return dict(vars(self))
+
+
+def meaning_of(model: ServedModel, task: str | None, fields: MeaningFields) -> Meaning:
+    """What a request means.
+
+    Args:
+        model: that it names.
+        task: that it names with the model; ``None``: none.
+        fields: of the request.
+
+    Raises:
+        ApiError: 400, with the field and what the bundle has.
+    """
+    said = [
+        f"{name} {value!r}"
+        for name in ("input_type", "prompt_name", "prompt")
+        if (value := getattr(fields, name)) is not None
+    ]
+    named, role = _task_named(model, fields.task)
+    if role is not None:
+        said.insert(0, f"task {fields.task!r}")
+    if len(said) > 1:
+        raise invalid(f"{' and '.join(said)} both choose a prompt; send one of them", "input_type")
+    if task is not None and named is not None and task != named:
+        raise invalid(f"model names the task {task!r} and task names {named!r}; send one", "task")
+    chosen = task or named or model.embedder.task
+    prompt_name = fields.prompt_name
+    if fields.input_type is not None:
+        chosen, role, prompt_name = _of_input_type(model, chosen, fields.input_type)
+    if chosen is None:
+        raise _several(model)
+    if model.late and role is None:
+        raise invalid(
+            f"{model.name} is a late-interaction model, whose queries and documents differ; expected input_type "
+            '"query" or "document"',
+            "input_type",
+        )
+    return Meaning(task=chosen, prompt_name=prompt_name, prompt=fields.prompt, role=role)
+
+
+def _task_named(model: ServedModel, task: str | None) -> tuple[str | None, Role | None]:
+    """The task of the bundle, and the role, that ``task`` names."""
+    tasks = model.embedder.tasks
+    if task is None or task in tasks:
+        return task, None
+    base, _, last = task.rpartition(".")
+    role = _ROLES.get(last)
+    if base in tasks and role is not None:
+        prompts = model.embedder.get_prompts(base)
+        if model.late or any(name in prompts for name in _ROLE_PROMPTS[role]):
+            return base, role
+        raise invalid(
+            f"task {task!r}: the task {base!r} of {model.name} has no prompt of {role}s; it has "
+            f"{listed(prompts)}",
+            "task",
+        )
+    raise invalid(f"{model.name} has no task {task!r}; it has {listed(tasks)}", "task")
+
+
+def _of_input_type(
+    model: ServedModel, task: str | None, input_type: str
+) -> tuple[str | None, Role | None, str | None]:
+    """The task, the role and the name of the prompt that ``input_type`` means."""
+    role = _ROLES.get(input_type)
+    if role is not None:
+        return task, role, None
+    tasks = model.embedder.tasks
+    if task is None and input_type in tasks:
+        return input_type, None, None
+    prompts = model.embedder.get_prompts(task) if task is not None else {}
+    if input_type in prompts:
+        return task, None, input_type
+    where = f"task {task!r}" if task is not None else "tasks"
+    known = prompts if task is not None else tasks
+    raise invalid(
+        f"input_type {input_type!r} is none of {', '.join(_ROLES)}, nor of the {where} of {model.name}, which has "
+        f"{listed(known)}",
+        "input_type",
+    )
+
+
+def _several(model: ServedModel) -> ApiError:
+    tasks = model.embedder.tasks
+    return invalid(
+        f"{model.name} has several tasks: {listed(tasks)}; choose one, such as model "
+        f'"{model.name}:{tasks[0]}"',
+        "task",
+    )

@@ -1,0 +1,136 @@
+"""A process that serves: its socket, its signals, its end.
+
+SIGTERM and SIGINT end it: no new connection is taken, what is under way is answered, within a limit of time; a second
+one ends it at once. SIGHUP opens bundles that changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from embedge.runtime.bundle.files import system_reason
+from embedge.runtime.errors import EmbedgeError
+from embedge.runtime.server.app import Service
+
+__all__ = ["bound", "is_loopback", "run", "url_of"]
+
+# Longer than clients keep a connection that they mean to use again, so that they do not find it closed.
+_KEEP_ALIVE_SECONDS = 75
+
+
+def is_loopback(host: str) -> bool:
+    """Whether no other machine reaches a host's address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address, and listens.
+
+    Args:
+        host: a name or an address.
+        port: 0 for any that is free.
+
+    Raises:
+        EmbedgeError: if it cannot be bound.
+    """
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = system_reason(error) if isinstance(error, OSError) else str(error)
+        raise EmbedgeError(
+            f"{host}:{port} cannot be listened at: {reason}; choose another --host or --port"
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(
+    service: Service,
+    listener: socket.socket,
+    *,
+    stop_seconds: int,
+    started: Callable[[], object] = lambda: None,
+) -> None:
+    """Serves until a signal ends it.
+
+    Args:
+        service: what is served.
+        listener: where; closed at the end.
+        stop_seconds: that requests under way get at the end.
+        started: is called when requests are taken.
+    """
+    config = uvicorn.Config(
+        service.app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=stop_seconds,
+    )
+    _Server(config, service, started).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, with signals that end it with the exit code 0, and one that opens bundles anew."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, started: Callable[[], object]
+    ) -> None:
+        super().__init__(config)
+        self._service = service
+        self._tell = started
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int, _: FrameType | None) -> None:
+            self.force_exit = self.should_exit
+            self.should_exit = self._service.stopping = True
+
+        def reload(number: int, _: FrameType | None) -> None:
+            loop.call_soon_threadsafe(self._reload)
+
+        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop}
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            handlers[signal.SIGHUP] = reload
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _reload(self) -> None:
+        task = asyncio.ensure_future(self._service.reload())
+        self._reloads.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._reloads.discard)
