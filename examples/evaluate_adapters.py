@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,26 +142,10 @@ def table(results: Result) -> str:
     Args:
         results: From ``evaluate``.
     """
-    lines = ["| task | against | own | other | difference | 95 % interval |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for name, result in results.items():
-        for rival, row in result["against"].items():
-            lines.append(
-                f"| {name} ({result['metric']}) | {rival} | {result['own']:.4f} "
-                f"| {row['quality']:.4f} | {row['difference']:+.4f} "
-                f"| {row['low']:+.4f} to {row['high']:+.4f} |"
-            )
-    late = {name: result["late"] for name, result in results.items() if "late" in result}
+    lines = _rivals("task", [(f"{n} ({r['metric']})", r) for n, r in results.items()])
+    late = [(f"{n} (ndcg@10)", r["late"]) for n, r in results.items() if "late" in r]
     if late:
-        lines += ["", "| late interaction | against | own | other | difference | 95 % interval |"]
-        lines += ["|---|---|---|---|---|---|"]
-    for name, result in late.items():
-        for rival, row in result["against"].items():
-            lines.append(
-                f"| {name} (ndcg@10) | {rival} | {result['own']:.4f} "
-                f"| {row['quality']:.4f} | {row['difference']:+.4f} "
-                f"| {row['low']:+.4f} to {row['high']:+.4f} |"
-            )
+        lines += ["", *_rivals("late interaction", late)]
     if any(result["other_kinds"] for result in results.values()):
         lines += ["", "| adapter | other kind | bare | own | difference | 95 % interval |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -178,6 +163,19 @@ def table(results: Result) -> str:
             cells = " | ".join(f"{row[width]:.4f}" for width in widths)
             lines.append(f"| {name} | {model} | {cells} | {row[widths[0]] / row[widths[-1]]:.1%} |")
     return "\n".join(lines)
+
+
+def _rivals(kind: str, results: Sequence[tuple[str, Result]]) -> list[str]:
+    """A table of each result's quality beside that of every rival."""
+    lines = [f"| {kind} | against | own | other | difference | 95 % interval |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, result in results:
+        for rival, row in result["against"].items():
+            lines.append(
+                f"| {name} | {rival} | {result['own']:.4f} | {row['quality']:.4f} "
+                f"| {row['difference']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} |"
+            )
+    return lines
 
 
 def main() -> None:

@@ -16,167 +16,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from outlier_channels import ENERGY, NOISE, OUTLIERS, Floats, Outliers
 from published_configs import EMBEDDING_GEMMA, NOMIC
+from published_sizes import SIZES, Size
 from random_text_tower import write_json, write_tokenizer
 from safetensors.torch import save_file
 
-Floats = NDArray[np.float32]
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 V5_TASKS = ("retrieval", "text-matching", "clustering", "classification")
-OUTLIERS = 6
-LARGEST = 50.0  # of the outlier channels; the smallest is a quarter of it
-ENERGY = 0.4  # of all outlier channels behind a norm, relative to that of the others
-NOISE = 0.25  # of what varies in an outlier channel, relative to its size
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """Widths and depths.
-
-    Attributes:
-        hidden: channels of the residual stream.
-        inner: of the MLP.
-        layers: in number.
-        heads: query heads.
-        kv_heads: key heads.
-        head_size: channels of a head.
-        vocabulary: rows of the token table.
-        positions: most tokens of a text.
-    """
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    positions: int
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Linears of a Llama-like layer: name, then out and in features."""
-        rows, kv_rows = self.heads * self.head_size, self.kv_heads * self.head_size
-        sizes = {
-            "self_attn.q_proj": (rows, self.hidden),
-            "self_attn.k_proj": (kv_rows, self.hidden),
-            "self_attn.v_proj": (kv_rows, self.hidden),
-            "self_attn.o_proj": (self.hidden, rows),
-        }
-        sizes |= {f"mlp.{name}_proj": (self.inner, self.hidden) for name in ("gate", "up")}
-        return sizes | {"mlp.down_proj": (self.hidden, self.inner)}
-
-
-SIZES = {
-    "v5-nano": Size(
-        hidden=768,
-        inner=3072,
-        layers=12,
-        heads=12,
-        kv_heads=12,
-        head_size=64,
-        vocabulary=128256,
-        positions=8192,
-    ),
-    "v5-small": Size(
-        hidden=1024,
-        inner=3072,
-        layers=28,
-        heads=16,
-        kv_heads=8,
-        head_size=128,
-        vocabulary=151936,
-        positions=32768,
-    ),
-    "embeddinggemma": Size(
-        hidden=768,
-        inner=1152,
-        layers=24,
-        heads=3,
-        kv_heads=1,
-        head_size=256,
-        vocabulary=262144,
-        positions=2048,
-    ),
-    "nomic": Size(
-        hidden=768,
-        inner=3072,
-        layers=12,
-        heads=12,
-        kv_heads=12,
-        head_size=64,
-        vocabulary=30528,
-        positions=8192,
-    ),
-}
-
-
-class Outliers:
-    """The channels that are larger than others, and draws of tensors that have or damp them.
-
-    Args:
-        width: channels of the residual stream.
-        seed: of all values.
-    """
-
-    def __init__(self, width: int, seed: int) -> None:
-        self.width, self.seed = width, seed
-        generator = self.generator("outliers")
-        self.channels = np.sort(generator.choice(width, OUTLIERS, replace=False))
-        self.sizes = np.geomspace(LARGEST / 4, LARGEST, OUTLIERS).astype(np.float32)
-        self.shifts = self.sizes * generator.choice(np.array([-1, 1], np.float32), OUTLIERS)
-        rest = width - OUTLIERS
-        self.damping = math.sqrt(ENERGY * rest / OUTLIERS) / self.sizes
-        # by what a norm divides the stream, whose other channels have size 1
-        self.norm = math.sqrt((rest + float(np.sum(self.sizes**2))) / width)
-
-    def soften(self, factor: float) -> None:
-        """Make the outlier channels smaller, as they are where norms follow the sum."""
-        self.sizes /= np.float32(factor)
-        self.shifts /= np.float32(factor)
-        self.damping *= factor
-
-    def generator(self, name: str) -> np.random.Generator:
-        """Random numbers of a tensor, the same whatever else is made."""
-        return np.random.Generator(np.random.SFC64([self.seed, zlib.crc32(name.encode())]))
-
-    def draw(self, name: str, shape: tuple[int, ...], std: float = 1.0) -> Floats:
-        """Normally distributed values."""
-        values: Floats = self.generator(name).standard_normal(shape, np.float32)
-        values *= np.float32(std)
-        return values
-
-    def table(self, name: str, shape: tuple[int, ...], scale: float = 1.0) -> Floats:
-        """Rows of size 1 with the outlier channels, times ``scale``."""
-        rows = self.draw(name, shape)
-        rows[:, self.channels] = rows[:, self.channels] * (NOISE * self.sizes) + self.shifts
-        rows *= np.float32(scale)
-        return rows
-
-    def writer(self, name: str, shape: tuple[int, ...], size: float) -> Floats:
-        """A Linear that adds ``size`` to the stream, and its share to the outlier channels."""
-        weight = self.draw(name, shape, size / math.sqrt(shape[1]))
-        weight[self.channels] *= (NOISE * self.sizes)[:, None]
-        return weight
-
-    def reader_norm(self, name: str) -> Floats:
-        """Weights of a norm that damps the outlier channels."""
-        weight = self.draw(name, (self.width,), 0.2) + 1
-        weight[self.channels] *= self.damping
-        return weight
-
-    def reader_gain(self, inputs: int) -> float:
-        """The size of a Linear's weights that makes outputs of size 1 behind such a norm."""
-        return self.norm / math.sqrt((1 + ENERGY) * inputs)
 
 
 def _decoder_value(

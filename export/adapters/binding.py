@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from embedge.export.adapters.base_tensors import BaseTensors
 from embedge.export.adapters.config import LoraSettings
 from embedge.export.adapters.heads import without_heads
-from embedge.export.adapters.keys import PREFIX, AdapterKeys
+from embedge.export.adapters.keys import AdapterKeys
 from embedge.export.adapters.merge import MergeRule, block_rows, output_norms
 from embedge.export.adapters.problems import OTHER_CONFIG, OTHER_TARGETS, Problems
 from embedge.export.errors import AdapterError
 from embedge.export.source.checkpoint import Checkpoint
 from embedge.export.source.safetensors_file import TensorSource
-from embedge.export.source.tensor_parts import part_names
 
 __all__ = ["Binding", "bind"]
 
-# transformers' families whose layers of these names are Conv1D, with weights [in, out]. PEFT goes
-# by the layer's class and corrects fan_in_fan_out where it says otherwise; so the flag in the
-# config decides nothing here.
-_CONV1D_FAMILIES = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
-_CONV1D_LAYERS = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 _TOKEN_TABLES = ("embed_tokens", "tok_embeddings", "word_embeddings")
 # How far an untrained magnitude may be from the norm that it was saved as, by its dtype.
 _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
@@ -73,14 +68,14 @@ def bind(
         )
     for problem in keys.problems:
         problems.add(problem)
-    keys, left_out = without_heads(keys, heads, binder.canonical_path, binder.trained)
+    keys, left_out = without_heads(keys, heads, binder.base.canonical_path, binder.trained)
     for key in file.keys():
         if key not in keys.others:
             binder.check_numbers(key)
     for targets, sources in keys.full.items():
         binder.replace(targets, sources)
     for path, key in keys.originals.items():
-        if binder.target(path) not in binder.rules:
+        if binder.base.only(path) not in binder.rules:
             problems.add(f"{key}: a copy of the base's tensor without the trained one")
     for module, parts in keys.lora.items():
         binder.low_rank(module, parts)
@@ -105,19 +100,11 @@ class _Binder:
         self.file = file
         self.settings = settings
         self.checkpoint = checkpoint
-        self.canonical = canonical
+        self.base = BaseTensors(checkpoint, canonical)
         self.rules: dict[str, MergeRule] = {}
         self.problems = Problems()
         self._zero: set[str] = set()
         self._lora_targets: dict[str, str] = {}
-        self._targets: dict[str, list[str]] = {}
-        for key in checkpoint.keys():
-            self._targets.setdefault(canonical(key), []).append(key)
-        self._conv1d_family = checkpoint.config.get("model_type") in _CONV1D_FAMILIES
-
-    def canonical_path(self, path: str) -> str:
-        """The canonical name of a parameter path of the adapter."""
-        return self.canonical(f"{PREFIX}{path}").removeprefix(PREFIX)
 
     def trained(self, key: str) -> bool:
         """Whether a tensor of the adapter is anything but zero."""
@@ -134,17 +121,10 @@ class _Binder:
         except AdapterError as problem:
             self.problems.add(str(problem))
 
-    def target(self, path: str) -> str | None:
-        """Return the one checkpoint key for a parameter path, ``None`` for none or several."""
-        found = self._find(path)
-        return found[0] if len(found) == 1 else None
-
     def replace(self, targets: tuple[str, ...], sources: list[str]) -> None:
         """``sources`` (several if stored twice) take the place of the base's tensor."""
-        whole = next(
-            (t for t in targets if self._find(part_names(t, self.checkpoint.fused)[0])), None
-        )
-        for path, block in self._blocks(whole or targets[0]):
+        whole = next((t for t in targets if self.base.has(t)), targets[0])
+        for path, block in self.base.blocks(whole):
             self._replace(path, sources, block)
 
     def _replace(self, path: str, sources: list[str], block: tuple[int, int]) -> None:
@@ -206,8 +186,8 @@ class _Binder:
             )
             return
         pair = parts[name_a], parts[name_b]
-        transposed = embedding or self._is_conv1d(module)
-        for path, block in self._blocks(f"{module}.weight"):
+        transposed = embedding or self.base.is_conv1d(module)
+        for path, block in self.base.blocks(f"{module}.weight"):
             self._low_rank(module, parts, pair, path, block, transposed)
 
     def _low_rank(
@@ -298,34 +278,18 @@ class _Binder:
                 "trainable_token_indices in adapter_config.json: the adapter has no rows for them"
             )
         for name in self.settings.modules_to_save:
-            for key in self._tensors_of(name):
+            for key in self.base.of_module(name):
                 if not self.checkpoint.is_float(key):
                     continue
                 saved = key in self.rules and self.rules[key].replacement is not None
-                if not saved and not self.canonical(key).startswith(heads):
+                if not saved and not self.base.canonical(key).startswith(heads):
                     self.problems.add(
                         f"{key}: belongs to modules_to_save {name!r}, but "
                         "the adapter has no tensor for it"
                     )
 
-    def _tensors_of(self, module: str) -> Iterator[str]:
-        """The checkpoint's tensors of a module, by any of its names: as stored, of rows alone, or canonical."""
-        for stored in self.checkpoint.stored:
-            for key in part_names(stored, self.checkpoint.fused):
-                names = (stored, key, self.canonical(key))
-                if any(f".{module}." in f".{name}" for name in names) and self.checkpoint.has(key):
-                    yield key
-
-    def _blocks(self, path: str) -> list[tuple[str, tuple[int, int]]]:
-        """The parameter paths that a tensor of the adapter is for, and which block of its rows is whose."""
-        paths = part_names(path, self.checkpoint.fused)
-        return [(part, (number, len(paths))) for number, part in enumerate(paths)]
-
-    def _find(self, path: str) -> list[str]:
-        return self._targets.get(self.canonical_path(path), [])
-
     def _target_or_problem(self, path: str, key: str) -> str | None:
-        found = self._find(path)
+        found = self.base.find(path)
         self.problems.found |= bool(found)
         if len(found) == 1:
             return found[0]
@@ -397,14 +361,11 @@ class _Binder:
                 )
         return len(self.problems) == before
 
-    def _is_conv1d(self, module: str) -> bool:
-        return self._conv1d_family and module.rpartition(".")[2] in _CONV1D_LAYERS
-
     def _shift(
         self, weight_target: str, module: str, key: str, path: str, block: tuple[int, int]
     ) -> None:
         """The bias of lora_B: added to the base's bias, or new where the base has none."""
-        own = self.target(f"{path.removesuffix('weight')}bias")
+        own = self.base.only(f"{path.removesuffix('weight')}bias")
         target = own or f"{weight_target.removesuffix('weight')}bias"
         shape = _block_shape(self.file.shape(key), block)
         before = self.rules.get(target) or MergeRule(shape=shape, changes=False)

@@ -1,6 +1,6 @@
 """Model families, chosen by ``config.json``: each reads one and declares an architecture.
 
-A new one is a file here, its model types and keys in ``config_keys.py``, and its class in :data:`FAMILIES`.
+A new one is a file here, its model types and keys in ``known_keys.py``, and its class in :data:`FAMILIES`.
 """
 
 from __future__ import annotations

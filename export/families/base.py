@@ -2,7 +2,7 @@
 
 A family reads ``config.json``, refuses what it does not implement, names the checkpoint's tensors canonically, and
 declares its :class:`~embedge.export.graph.architecture.Architecture`, from which the graph is written. It
-declares its keys of config.json in ``config_keys.py``.
+declares its keys of config.json in ``known_keys.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from embedge.export.adapters.adapter import Adapter
 from embedge.export.errors import CheckpointError
-from embedge.export.families.config_keys import DEFAULTS
+from embedge.export.families.key_defaults import DEFAULTS
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.scheme import Scheme

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from embedge.export.errors import CheckpointError
 from embedge.export.families.base import Family, flat_config
-from embedge.export.families.config_keys import KEYS
+from embedge.export.families.known_keys import KEYS
 
 __all__ = ["HOW_TO_ADD", "Kin", "check_no_variant", "not_supported"]
 

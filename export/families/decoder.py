@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from embedge.export.families.base import HEAD_ROOTS, Family
-from embedge.export.families.config_keys import KEYS
+from embedge.export.families.known_keys import KEYS
 from embedge.export.families.ropes import rope_of
 from embedge.export.graph.architecture import Architecture, Attention, Layer, Mlp, Span
 from embedge.export.graph.rotary import Rope

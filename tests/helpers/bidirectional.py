@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,15 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from peft import PeftModel
 from tokenizers import Tokenizer
 
-from tests.helpers.models import random_texts
+from embedge.export import export_bundle
+from embedge.runtime import Embedder
+from tests.helpers.models import cosines, load_base, make_model, random_texts, write_json
 
+BOUND = 0.999999
+LONG = 1000
 Pool = Callable[[torch.Tensor], torch.Tensor]
 POOLS: dict[str, Pool] = {"mean": lambda x: x.mean(0), "lasttoken": lambda x: x[-1]}
 NATIVE = (
@@ -64,3 +71,42 @@ def vectors(
     ]
     found = np.stack(rows)
     return found / np.linalg.norm(found, axis=1, keepdims=True) if normalize else found
+
+
+def change(source: Path, **changes: Any) -> Path:
+    """Change a model's config.json; ``...`` takes a key away."""
+    file = source / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    write_json(file, {key: value for key, value in config.items() if value is not ...})
+    return source
+
+
+def long_model(name: str, **changes: Any) -> Any:
+    rope: dict[str, Any] = {"rope_scaling": None} if name == "llama" else {}
+    return make_model(name, max_position_embeddings=1024, **rope, **changes)
+
+
+def exported(source: Path, out: Path, **options: Any) -> Embedder:
+    settings: dict[str, Any] = {
+        "adapters": {"task": None},
+        "precisions": ["fp32"],
+        "calibration": "none",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_bundle(source, out=out, **{**settings, **options})
+    return Embedder(out, precision="fp32", threads=1)
+
+
+def assert_parity(model: Embedder, expected: Any, texts: list[str] = TEXTS) -> None:
+    """In padded batches, and alone."""
+    found = model.encode(texts, batch_size=8, on_truncate="error")
+    assert cosines(found, expected).min() >= BOUND
+    alone = np.stack([model.encode(text) for text in texts[:10]])
+    assert cosines(alone, expected[:10]).min() >= BOUND
+
+
+def adapted(source: Path, adapter: Path, base: Any = None) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(base or load_base(source), adapter).eval()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import random_checkpoint
+from published_sizes import SIZES as PUBLISHED_SIZES
 from random_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -282,8 +282,8 @@ def test_outlier_channels_leave_int8_and_int4_near(
         {"heads": 4, "kv_heads": 4 if size == "nano" else 2, "head_size": 32},
     )
     few: dict[str, Any] = {"hidden": 128, "inner": 256, "vocabulary": 1000, "positions": 1024}
-    tiny = replace(random_checkpoint.SIZES[name], layers=2, **heads, **few)
-    monkeypatch.setitem(random_checkpoint.SIZES, name, tiny)
+    tiny = replace(PUBLISHED_SIZES[name], layers=2, **heads, **few)
+    monkeypatch.setitem(PUBLISHED_SIZES, name, tiny)
     source = write_checkpoint(name, tmp_path / name)
     texts = random_texts(60)
     out = export_bundle(

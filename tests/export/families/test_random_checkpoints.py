@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_checkpoint import OUTLIERS, V5_TASKS, WRITERS, write_checkpoint
+from outlier_channels import OUTLIERS
+from random_checkpoint import V5_TASKS, WRITERS, write_checkpoint
 from safetensors.torch import load_file
 
 from embedge.export import export_bundle
