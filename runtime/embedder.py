@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.arguments import check_choice
+from embedge.runtime.base_embedder import BaseEmbedder
 from embedge.runtime.encode.fingerprint import (
     check_fingerprint,
     fingerprint_of,
@@ -22,7 +23,6 @@ from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.images.mixed import encode_mixed
 from embedge.runtime.inputs import as_images, as_items, as_texts, warn_of_paths
-from embedge.runtime.open_bundle import OpenBundle
 from embedge.runtime.options import (
     EmbedderOptions,
     EncodeOptions,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Embedder"]
 
 
-class Embedder(OpenBundle):
+class Embedder(BaseEmbedder):
     """Embeds texts and images with a bundle, without torch. Safe to share between threads.
 
     A graph, of a task or of the vision tower, is opened at its first use. ``max_sessions`` and

@@ -18,7 +18,7 @@ from embedge.runtime.sessions.session import SessionConfig, open_graph
 from embedge.runtime.sessions.session_workers import RunSettings
 from embedge.runtime.tuning.autotune import measure_precisions
 from embedge.runtime.tuning.cache import TunedPrecision, Tuning, add_tuning, tuning_file
-from embedge.runtime.tuning.pack_graphs import pack_graph
+from embedge.runtime.tuning.prepack_graphs import prepack_graph
 
 __all__ = ["add_arguments", "run"]
 
@@ -79,7 +79,7 @@ def _pack(bundle: Bundle, graphs: Iterable[tuple[str, str]]) -> None:
         print(f"{bundle.root} cannot be written: into {place}, where this user's programs find it")
     for precision, name in graphs:
         before = _seconds_to_open(bundle, precision, name, None)
-        size = pack_graph(prepared, precision, name)
+        size = prepack_graph(prepared, precision, name)
         after = _seconds_to_open(bundle, precision, name, prepared)
         print(f"{precision}/{name}: {size / 1e6:.0f} MB, opens in {after:.2f} s (was {before:.2f})")
 

@@ -1,9 +1,9 @@
-"""Graphs as ONNX Runtime optimized and packed them on this machine: found, and checked.
+"""Graphs as ONNX Runtime optimized and prepacked them on this machine: found, and checked.
 
-Opening a session, ONNX Runtime optimizes the graph and packs every weight into the layout that the
+Opening a session, ONNX Runtime optimizes the graph and prepacks every weight into the layout that the
 processor's matmuls want: time and memory that each process spends again. A prepared graph is its result on
-disk, written by `embedge prepare` (:mod:`embedge.runtime.tuning.pack_graphs`). The next session maps it:
-nothing is packed, the pages are shared by all processes and can be dropped under pressure.
+disk, written by `embedge prepare` (:mod:`embedge.runtime.tuning.prepack_graphs`). The next session maps it:
+nothing is prepacked, the pages are shared by all processes and can be dropped under pressure.
 
 Rules:
     * They lie in ``MACHINE/PRECISION/NAME/`` of one of two folders (:mod:`embedge.runtime.sessions.prepared_folders`).
@@ -56,7 +56,7 @@ class PreparedRecord(Record):
     Attributes:
         source: SHA-256 of the bundle's files that it was made from.
         files: its own.
-        layout: how embedge's kernels read its weights; ``None``: as ONNX Runtime packs them.
+        layout: how embedge's kernels read its weights; ``None``: as ONNX Runtime prepacks them.
     """
 
     source: Any = None
@@ -164,7 +164,7 @@ class PreparedGraphs:
         return None
 
     def layout(self, precision: str) -> str | None:
-        """How embedge's kernels read the weights; ``None``: as ONNX Runtime packs them."""
+        """How embedge's kernels read the weights; ``None``: as ONNX Runtime prepacks them."""
         return PANELS if self.bundle.multiplies_integers(precision) and own_kernels() else None
 
     def source(self, precision: str, name: str) -> dict[str, str]:
@@ -176,8 +176,8 @@ class PreparedGraphs:
 
 def machine_name() -> str:
     """A folder name for what prepared graphs depend on: ONNX Runtime, the processor and the kernels."""
-    packed_by = processor_identity()
+    prepacked_by = processor_identity()
     if own_kernels():
-        packed_by += f"\n{PANELS}\n{OPERATORS}"
-    digest = hashlib.sha256(packed_by.encode()).hexdigest()[:12]
+        prepacked_by += f"\n{PANELS}\n{OPERATORS}"
+    digest = hashlib.sha256(prepacked_by.encode()).hexdigest()[:12]
     return f"onnxruntime-{load_onnxruntime().__version__}-{platform.machine()}-{digest}"

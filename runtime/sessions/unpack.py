@@ -108,6 +108,7 @@ def unpack(weights: Mapping[str, PackedWeight], resolve: Resolve, *, threads: in
     return result
 
 
+@np.errstate(all="ignore")  # what is not finite is refused in the end
 def _unpack_rows(
     weight: PackedWeight,
     stored: list[NDArray[Any]],
@@ -117,17 +118,7 @@ def _unpack_rows(
     start: int,
 ) -> None:
     """Fills the columns of ``matrix`` and the scales that some rows of the weight make."""
-    with np.errstate(all="ignore"):  # what is not finite is refused in the end
-        _unpack_quietly(weight, stored, matrix, scales, slice(start, start + step))
-
-
-def _unpack_quietly(
-    weight: PackedWeight,
-    stored: list[NDArray[Any]],
-    matrix: NDArray[np.int8],
-    scales: NDArray[np.float32],
-    rows: slice,
-) -> None:
+    rows = slice(start, start + step)
     values, block_scales, zero_points, *others = stored
     packed = values[rows]
     count, blocks, _ = packed.shape

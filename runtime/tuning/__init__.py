@@ -1,4 +1,4 @@
-"""What is fastest on this machine: graphs packed for it, ways of running timed and kept, ``precision="auto"``.
+"""What is fastest on this machine: graphs prepacked for it, ways of running timed and kept, ``precision="auto"``.
 
 Uses sessions and encode; neither knows of it.
 """

@@ -19,7 +19,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.host.saturation import saturates_u8s8
 from embedge.runtime.kernels.library import own_kernels
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
-from embedge.runtime.tuning.pack_graphs import pack_graph
+from embedge.runtime.tuning.prepack_graphs import prepack_graph
 
 __all__ = ["TASK", "found", "plain", "without_guard"]
 
@@ -55,7 +55,7 @@ def _of(bundle: Path, texts: list[str]) -> dict[str, Any]:
         given["without guard"] = plain(bundle, bare, texts).tolist()
         bare.unlink()
     prepared = PreparedGraphs(Bundle(bundle))
-    pack_graph(prepared, "int8", TASK)
+    prepack_graph(prepared, "int8", TASK)
     given["prepared"] = Embedder(bundle, threads=1).encode(texts, batch_size=len(texts)).tolist()
     prepared.folders.remove()  # a masked processor has the name of the whole one
     return given

@@ -85,7 +85,7 @@ NOT_FOR_TEXTS = {
     *("embedge.runtime.bundle.model_card", "embedge.runtime.bundle.subset"),
     *("embedge.runtime.bundle.writing", "embedge.runtime.host.install_advice"),
     *("embedge.runtime.images.encode", "embedge.runtime.images.load"),
-    *("embedge.runtime.images.patches", "embedge.runtime.tuning.pack_graphs"),
+    *("embedge.runtime.images.patches", "embedge.runtime.tuning.prepack_graphs"),
 }
 
 VECTOR = """

@@ -19,7 +19,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
-from embedge.runtime.tuning.pack_graphs import pack_graph
+from embedge.runtime.tuning.prepack_graphs import prepack_graph
 from tests.helpers.models import linears, make_model, random_texts, save, save_adapter
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_a_prepared_graph_gives_the_same_vectors_and_unpacks_nothing(
 
 
 def test_a_prepared_graph_of_other_weights_is_not_used(bundle: Path) -> None:
-    pack_graph(PreparedGraphs(Bundle(bundle)), UNPACKED, "one")
+    prepack_graph(PreparedGraphs(Bundle(bundle)), UNPACKED, "one")
     record = next(bundle.glob(f"prepared/*/{UNPACKED}/one/prepared.json"))
     listed = next(name for name in Bundle(bundle).manifest.files if name.endswith("shared.bin"))
     assert listed in record.read_text()

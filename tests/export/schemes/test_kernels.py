@@ -17,7 +17,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
 from embedge.runtime.kernels.repack import PANELS
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs, machine_name
-from embedge.runtime.tuning.pack_graphs import pack_graph
+from embedge.runtime.tuning.prepack_graphs import prepack_graph
 from tests.helpers.jina_v4 import write_checkpoint
 from tests.helpers.kernel import layouts_seen, needs_kernel, without_kernel
 from tests.helpers.models import cosines, make_model, random_texts, save
@@ -110,7 +110,7 @@ def test_a_graph_without_integer_products_does_without_it(tmp_path: Path) -> Non
     )
     with layouts_seen() as seen:
         encode(out, precision)
-        pack_graph(PreparedGraphs(Bundle(out)), precision, "task")
+        prepack_graph(PreparedGraphs(Bundle(out)), precision, "task")
         encode(out, precision)
     assert seen == []
 
@@ -139,13 +139,13 @@ def test_a_prepared_graph_has_its_weights_once(bundle: Path, precision: str) -> 
     opened = Bundle(bundle)
     stored = opened.matmul_weights(precision, "task").values()
     weights = sum(weight.nbytes for weight in stored)
-    pack_graph(PreparedGraphs(opened), precision, "task")
+    prepack_graph(PreparedGraphs(opened), precision, "task")
     file = prepared(bundle, precision)
     assert file is not None
     most = 1.6 if precision == "int4" else 1.3  # with the scales and zero points of the blocks
     assert weights < file.with_name("graph.bin").stat().st_size < most * weights
     with without_kernel():
-        pack_graph(PreparedGraphs(opened), precision, "task")
+        prepack_graph(PreparedGraphs(opened), precision, "task")
         packed = prepared(bundle, precision)
     assert packed is not None and packed != file
     assert packed.with_name("graph.bin").stat().st_size > 1.8 * weights
@@ -156,7 +156,7 @@ def test_a_graph_prepared_with_the_kernel_is_not_used_without_it(
     bundle: Path, precision: str
 ) -> None:
     expected = encode(bundle, precision)
-    pack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
+    prepack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
     name = machine_name()
     with without_kernel():
         assert machine_name() != name
@@ -171,7 +171,7 @@ def test_a_graph_prepared_without_the_kernel_is_not_used_with_it(
 ) -> None:
     expected = encode(bundle, precision)
     with without_kernel():
-        pack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
+        prepack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
         assert close(encode(bundle, precision), expected)
     assert prepared(bundle, precision) is None
     with layouts_seen() as seen:
@@ -184,7 +184,7 @@ def test_a_graph_whose_weights_are_laid_out_otherwise_is_left_out(
     bundle: Path, precision: str
 ) -> None:
     expected = encode(bundle, precision)
-    pack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
+    prepack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
     record = PreparedGraphs(Bundle(bundle)).folders.inside / precision / "task" / "prepared.json"
     found = json.loads(record.read_text())
     assert found["layout"] == PANELS
@@ -198,7 +198,7 @@ def test_a_graph_prepared_for_other_operators_is_not_used(
     bundle: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It calls operators that the library may not have any more, and has no bodies of its functions."""
-    pack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
+    prepack_graph(PreparedGraphs(Bundle(bundle)), precision, "task")
     assert prepared(bundle, precision) is not None
     monkeypatch.setattr("embedge.runtime.sessions.prepared_graphs.OPERATORS", "1")
     assert prepared(bundle, precision) is None

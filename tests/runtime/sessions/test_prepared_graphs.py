@@ -18,7 +18,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.main import main
 from embedge.runtime.host.onnxruntime import open_session
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs, machine_name
-from embedge.runtime.tuning.pack_graphs import pack_graph
+from embedge.runtime.tuning.prepack_graphs import prepack_graph
 
 TEXTS = ["w1 w2 w3", "w4", "", "w5 w6"]
 
@@ -30,7 +30,7 @@ def prepared_folder(path: Path, task: str = "retrieval", precision: str = "fp32"
 @pytest.mark.slow
 def test_a_prepared_graph_is_opened_in_place_of_the_bundles(bundle: Any, monkeypatch: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     opened = []
 
     def open_(file: str, *options: Any) -> Any:
@@ -91,7 +91,7 @@ def test_remove(bundle: Any, capsys: Any) -> None:
 )
 def test_a_damaged_one_is_left_out_with_a_warning(bundle: Any, spoil: Any, reason: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     spoil(prepared_folder(bundle.path))
     model = Embedder(bundle.path)
     with pytest.warns(EmbedgeWarning, match=f"not used: .*{reason}.*embedge prepare"):
@@ -102,20 +102,20 @@ def test_a_damaged_one_is_left_out_with_a_warning(bundle: Any, spoil: Any, reaso
 @pytest.mark.slow
 def test_one_of_other_weights_is_left_out_until_prepared_again(make_bundle: Any) -> None:
     first, second = make_bundle("first"), make_bundle("second", tasks=("code", "retrieval"))
-    pack_graph(PreparedGraphs(Bundle(first.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(first.path)), "fp32", "retrieval")
     shutil.copytree(first.path / "prepared", second.path / "prepared")
     model = Embedder(second.path)
     with pytest.warns(EmbedgeWarning, match="made from other files"):
         found = model.encode("w1", task="retrieval")
     np.testing.assert_allclose(found, second.expected("retrieval", [2, 5, 3]), atol=1e-6)
-    pack_graph(PreparedGraphs(Bundle(second.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(second.path)), "fp32", "retrieval")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Embedder(second.path).encode("w1", task="retrieval")
 
 
 def test_another_machine_does_not_see_it(bundle: Any, monkeypatch: Any) -> None:
-    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     monkeypatch.setattr(
         "embedge.runtime.sessions.prepared_graphs.processor_identity", lambda: "another processor"
     )
@@ -125,20 +125,20 @@ def test_another_machine_does_not_see_it(bundle: Any, monkeypatch: Any) -> None:
 def test_a_full_disk_is_told_before_anything_is_written(bundle: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(EmbedgeError, match="the disk has 10; free some"):
-        pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+        prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     assert not prepared_folder(bundle.path).exists()
     assert list(prepared_folder(bundle.path).parent.iterdir()) == []
 
 
 def test_a_graph_that_cannot_be_prepared_leaves_the_earlier_one(bundle: Any) -> None:
     graphs = PreparedGraphs(Bundle(bundle.path))
-    pack_graph(graphs, "fp32", "retrieval")
+    prepack_graph(graphs, "fp32", "retrieval")
     before = json.loads((prepared_folder(bundle.path) / "prepared.json").read_text())
     weights = bundle.path / "fp32" / "retrieval.bin"
     kept = weights.read_bytes()
     weights.write_bytes(b"")
     with pytest.raises(EmbedgeError, match="changed since the bundle was opened"):
-        pack_graph(graphs, "fp32", "retrieval")
+        prepack_graph(graphs, "fp32", "retrieval")
     weights.write_bytes(kept)
     assert json.loads((prepared_folder(bundle.path) / "prepared.json").read_text()) == before
     assert graphs.find("fp32", "retrieval") is not None
@@ -158,7 +158,7 @@ def test_packed_weights_are_mapped(tmp_path: Path, bundle: Any) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin")
-    from embedge.runtime.tuning.pack_graphs import _save
+    from embedge.runtime.tuning.prepack_graphs import _save
 
     (tmp_path / "packed").mkdir()
     _save(tmp_path / "m.onnx", {}, tmp_path / "packed", panels=False, exact=False)
@@ -212,7 +212,7 @@ def test_nothing_is_written_or_deleted_through_a_link(
 
 @pytest.mark.parametrize("name", ["../../../../manifest.json", "/etc/passwd", "a/../b", ""])
 def test_a_record_names_files_of_its_folder_alone(bundle: Any, name: Any) -> None:
-    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     record_file = prepared_folder(bundle.path) / "prepared.json"
     record = json.loads(record_file.read_text())
     record["files"][name] = 1
@@ -235,7 +235,7 @@ def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(
     bundle: Any, capsys: Any, file: Any, verify: Any
 ) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     assert main(["inspect", str(bundle.path), "--verify"]) == 0
     assert "verified: 1 prepared graphs match theirs" in capsys.readouterr().out
     flip_a_bit(prepared_folder(bundle.path) / file)
@@ -252,7 +252,7 @@ def test_a_flipped_bit_is_seen_and_the_bundles_graph_opened(
 
 
 def test_a_file_is_hashed_once_until_it_changes(bundle: Any, monkeypatch: Any) -> None:
-    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     graphs = PreparedGraphs(Bundle(bundle.path, verify="full"))
     assert graphs.find("fp32", "retrieval") is not None
     with monkeypatch.context() as patch:
@@ -267,7 +267,7 @@ def test_a_file_is_hashed_once_until_it_changes(bundle: Any, monkeypatch: Any) -
 
 def test_one_that_onnxruntime_refuses_is_left_out(bundle: Any) -> None:
     expected = Embedder(bundle.path).encode(TEXTS)
-    pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+    prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
     folder = prepared_folder(bundle.path)
     (folder / "graph.onnx").write_bytes(b"no graph")
     record = json.loads((folder / "prepared.json").read_text())
@@ -328,9 +328,9 @@ class TestInTheUsersCache:
     ) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
-            pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+            prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
         assert len(list(cache.rglob("graph.onnx"))) == 1
-        pack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
+        prepack_graph(PreparedGraphs(Bundle(bundle.path)), "fp32", "retrieval")
         assert list(cache.rglob("graph.onnx")) == []
         found = PreparedGraphs(Bundle(bundle.path)).find("fp32", "retrieval")
         assert found == prepared_folder(bundle.path) / "graph.onnx"

@@ -39,10 +39,10 @@ from embedge.runtime.tuning.choose_precision import AUTO, choose_automatically
 if TYPE_CHECKING:
     from embedge.runtime.images.encode import ImagePipeline
 
-__all__ = ["OpenBundle"]
+__all__ = ["BaseEmbedder"]
 
 
-class OpenBundle:
+class BaseEmbedder:
     """What ``Embedder`` knows of its bundle, and runs it with; its graphs are opened when they are used.
 
     Args:

@@ -1,7 +1,7 @@
-"""Stores a graph as ONNX Runtime optimizes and packs it for this machine.
+"""Stores a graph as ONNX Runtime optimizes it and prepacks its weights for this machine.
 
 What is stored, and when it is used: :mod:`embedge.runtime.sessions.prepared_graphs`. A graph takes its weights
-twice on disk, as they were and packed; those of integer matmuls once where embedge's own kernels run
+twice on disk, as they were and prepacked; those of integer matmuls once where embedge's own kernels run
 (:mod:`embedge.runtime.kernels.library`). The session options that do it are ONNX Runtime's
 ``session.save_external_prepacked_constant_initializers`` and ``optimized_model_filepath``.
 """
@@ -31,7 +31,7 @@ from embedge.runtime.sessions.prepared_graphs import GRAPH, RECORD, PreparedGrap
 from embedge.runtime.sessions.session import give_initializers, new_options
 from embedge.runtime.sessions.unpack import Initializers, initializers_of
 
-__all__ = ["pack_graph"]
+__all__ = ["prepack_graph"]
 
 _DATA = "graph.bin"
 _LOCK = ".prepare.lock"
@@ -39,8 +39,8 @@ _INLINE_BYTES = "1024"  # small tensors stay in the graph
 _SPACE = 2.5  # of a graph's bytes, while it is written
 
 
-def pack_graph(prepared: PreparedGraphs, precision: str, name: str) -> int:
-    """Packs a graph, in place of an earlier one.
+def prepack_graph(prepared: PreparedGraphs, precision: str, name: str) -> int:
+    """Prepack a graph, in place of an earlier one.
 
     Args:
         prepared: of the bundle.
