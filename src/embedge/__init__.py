@@ -67,11 +67,23 @@ if not TYPE_CHECKING:  # type checkers would take any name
             return import_module(f"embedge.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        part = "embedge.export" if name in _OF_EXPORT else "embedge.runtime"
-        value = getattr(import_module(part), name)
+        if name == "__version__":
+            value: Any = _installed_version()
+        else:
+            part = "embedge.export" if name in _OF_EXPORT else "embedge.runtime"
+            value = getattr(import_module(part), name)
         globals()[name] = value
         return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("embedge")
+    except PackageNotFoundError:  # it runs from a source folder
+        return "0+unknown"
