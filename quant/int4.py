@@ -114,15 +114,24 @@ def blocks_sqnr_db(
     values: NDArray[np.uint8],
     scales: NDArray[np.float32],
     zero_points: NDArray[np.uint8],
+    smooth: NDArray[np.float32] | None = None,
 ) -> float:
-    """Signal to quantization noise of quantized float32 ``[rows, blocks, block_size]`` in decibels."""
+    """Signal to quantization noise of quantized float32 ``[rows, blocks, block_size]`` in decibels.
+
+    Both are those of the blocks divided by ``smooth``, float32 ``[blocks, block_size]``, where it is given.
+    """
+    if smooth is not None:
+        smooth = np.where(smooth > 0, smooth, np.float32(1))  # what pads a row
     noise = signal = 0.0
     step = max(1, _CACHED_ELEMENTS // (blocks.shape[1] * blocks.shape[2]))
     for start in range(0, len(blocks), step):
         rows = slice(start, start + step)
-        error = dequantize(values[rows], scales[rows], zero_points[rows]) - blocks[rows]
+        part = blocks[rows]
+        error = dequantize(values[rows], scales[rows], zero_points[rows]) - part
+        if smooth is not None:
+            part, error = part / smooth, error / smooth
         noise += float(np.square(error, out=error).sum(dtype=np.float64))
-        signal += float(np.square(blocks[rows]).sum(dtype=np.float64))
+        signal += float(np.square(part).sum(dtype=np.float64))
     return decibels(signal, noise)
 
 

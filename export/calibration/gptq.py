@@ -107,7 +107,11 @@ def _quantize_group(
     g: Graph, linears: Sequence[GptqLinear], statistics: InputStatistics
 ) -> Iterator[Quantized]:
     """Round Linears that share an input, with its Hessian."""
-    first, hessian, statistics.hessian = linears[0], statistics.hessian, None
+    first = linears[0]
+    shift = first.scheme.input_shift(first.group)
+    if shift is not None:
+        statistics.shift(shift)
+    hessian, statistics.hessian = statistics.hessian, None
     assert hessian is not None
     first.scheme.smooth_hessian(g, first.group, hessian)
     try:

@@ -70,3 +70,14 @@ class InputStatistics:
             for row in range(stop, len(hessian), _TILE):
                 rows = slice(row, row + _TILE)
                 hessian[start:stop, rows] = hessian[rows, start:stop].T
+
+    def shift(self, shift: FloatArray) -> None:
+        """Make the finished Hessian that of inputs less float32 ``[in]``, ``Σ (x - shift)(x - shift)ᵀ``.
+
+        What a Linear adds for its shift is exact (it is in the bias), so that only the rest is to be rounded well.
+        """
+        assert self.hessian is not None
+        total = self.total.astype(np.float32)
+        both = np.float32(self.rows) * shift - total
+        for row in range(len(shift)):  # mapped from a file: row by row
+            self.hessian[row] += shift[row] * both - total[row] * shift

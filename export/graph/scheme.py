@@ -93,8 +93,11 @@ class Scheme(ABC):
 class RoundingScheme(Protocol):
     """A scheme whose weights are rounded to integers."""
 
+    def input_shift(self, group: LinearGroup) -> FloatArray | None:
+        """float32 ``[in]`` that is subtracted from a Linear input before it is quantized, or ``None``."""
+
     def smooth_hessian(self, g: OpBuilder, group: LinearGroup, hessian: FloatArray) -> None:
-        """Turn ``Σ x xᵀ`` of a Linear input into that of what is quantized, in place."""
+        """Turn ``Σ x xᵀ`` of a Linear input, shifted already, into that of what is quantized, in place."""
 
     def round(
         self,

@@ -1,9 +1,9 @@
 """int4 Linears: ``MatMulNBits`` with 4-bit blocks, a scale and a zero point each.
 
 On the CPU the operator quantizes its input per row and block (accuracy level 4), so outliers stay in
-their block; on GPUs (int4-fp16) it takes float16 inputs and scales. Where calibration ran, the values come
-from GPTQ, stored under the same initializer key; this scheme's own ``compute`` is the data-free
-fallback with error-minimising grids.
+their block. What a LayerNorm makes is shifted and smoothed as for int8, by a second norm. On GPUs (int4-fp16)
+the operator takes float16 inputs and scales. Where calibration ran, the values come from GPTQ, stored under
+the same initializer key; this scheme's own ``compute`` is the data-free fallback with error-minimising grids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Valu
 from embedge.export.schemes.embedding_tables import quantized_rows
 from embedge.export.schemes.floats import to_half
 from embedge.export.schemes.outlier_channels import beside, outliers
+from embedge.export.schemes.smoothed_inputs import divide_hessian, norm_with_bias, smoothed
+from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.quant import gptq, int4
+
+_NONE = SmoothingConstants()
 
 
 class Int4Scheme(Scheme):
@@ -33,6 +37,8 @@ class Int4Scheme(Scheme):
         method: "gptq" or "rtn", part of the initializer keys.
         table_bits: bits of embedding tables.
         outliers: channels that are multiplied in float32, by the labels of the Linears that read them.
+        norms: shift and smoothing of inputs that a norm makes, by the labels of the Linears that read them; they
+            cost another norm, and a bias less.
     """
 
     precision = "int4"
@@ -45,8 +51,10 @@ class Int4Scheme(Scheme):
         method: str,
         table_bits: int,
         outliers: Mapping[tuple[str, ...], NDArray[np.int64]] | None = None,
+        norms: Mapping[tuple[str, ...], SmoothingConstants] | None = None,
     ) -> None:
         self._outliers = outliers or {}
+        self._norms = norms or {}
         self.block_size = block_size
         self.method = method
         self._table_bits = table_bits
@@ -55,10 +63,11 @@ class Int4Scheme(Scheme):
         self.row_multiple = 1 if block_size <= 32 else 2
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
-        results = [
-            self._matmul(g, group.value, group, linear, accuracy_level=4)
-            for linear in group.linears
-        ]
+        constants = self.norm_constants(group)
+        x = smoothed(g, group, constants)
+        results = [self._matmul(g, x, group, linear, accuracy_level=4) for linear in group.linears]
+        for y in results:
+            y.input_shift = constants.shift
         channels = self._outliers.get(group.labels)
         if channels is None:
             return results
@@ -86,16 +95,38 @@ class Int4Scheme(Scheme):
     def embedding(self, g: OpBuilder, name: str, ids: str) -> Value:
         return quantized_rows(g, name, ids, self._table_bits)
 
+    def shifted_norm(self, g: OpBuilder, x: Value, bias: str) -> Value | None:
+        """The residual's norm with the bias in its own, where the Linears read another one."""
+        return norm_with_bias(g, x, bias) if self._norms else None
+
+    def norm_constants(self, group: LinearGroup) -> SmoothingConstants:
+        """The shift and smoothing of an input, none unless a norm makes it."""
+        return self._norms.get(group.labels, _NONE)
+
     # -- rounding -----------------------------------------------------------------------------------
 
     def gptq(self, group: LinearGroup) -> RoundingScheme | None:
         return self if self.method == "gptq" else None
 
+    def input_shift(self, group: LinearGroup) -> FloatArray | None:
+        return self.norm_constants(group).shift
+
     def smooth_hessian(self, g: OpBuilder, group: LinearGroup, hessian: FloatArray) -> None:
-        channels = self._outliers.get(group.labels)
+        channels, smooth = self._outliers.get(group.labels), self.norm_constants(group).smooth
         if channels is not None:
             hessian[channels] = 0
             hessian[:, channels] = 0
+        if smooth is not None:
+            divide_hessian(hessian, smooth)
+
+    def _for_input(self, group: LinearGroup, weight: FloatArray) -> FloatArray:
+        """A weight for the input as it is quantized, float32 ``[out, in]``, the same array changed."""
+        channels, smooth = self._outliers.get(group.labels), self.norm_constants(group).smooth
+        if channels is not None:
+            weight[:, channels] = 0
+        if smooth is not None:
+            weight *= smooth
+        return weight
 
     def round(
         self,
@@ -105,10 +136,7 @@ class Int4Scheme(Scheme):
         weight: FloatArray,
         factor: FloatArray | None = None,
     ) -> Rounded:
-        channels = self._outliers.get(group.labels)
-        if channels is not None:
-            weight[:, channels] = 0
-        parts = int4.split_blocks(weight, self.block_size)
+        parts = int4.split_blocks(self._for_input(group, weight), self.block_size)
         noise = 0.0
         if factor is None:
             scales, zeros = int4.block_grid(parts)
@@ -121,11 +149,13 @@ class Int4Scheme(Scheme):
             to_half(scales, linear.weight) if half else scales,
             int4.pack_pairs(zeros),
         ]
-        sqnr_db = int4.blocks_sqnr_db(parts, values, scales, zeros)
+        smooth = self.norm_constants(group).smooth
+        columns = None if smooth is None else int4.split_blocks(smooth[None], self.block_size)[0]
+        sqnr_db = int4.blocks_sqnr_db(parts, values, scales, zeros, columns)
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, noise=noise)
 
     def restored(self, group: LinearGroup, weight: FloatArray) -> FloatArray:
-        """What rounding to nearest leaves of a weight, outlier channels exact.
+        """What rounding to nearest leaves of a weight: exact for outlier channels and for the input's shift.
 
         Args:
             group: the Linear's input.
@@ -135,13 +165,19 @@ class Int4Scheme(Scheme):
             float32 ``[in, out]``.
         """
         channels: Sequence[int] | NDArray[np.int64] = self._outliers.get(group.labels, [])
-        exact = weight[:, channels]
-        weight[:, channels] = 0
-        parts = int4.split_blocks(weight, self.block_size)
+        exact, constants = weight[:, channels], self.norm_constants(group)
+        shift = constants.shift
+        along = None if shift is None else weight @ shift
+        parts = int4.split_blocks(self._for_input(group, weight), self.block_size)
         scales, zeros = int4.block_grid(parts)
         values = int4.dequantize(int4.quantize(parts, scales, zeros), scales, zeros)
         result = values.reshape(len(weight), -1)[:, : weight.shape[1]]
         result[:, channels] = exact
+        if constants.smooth is not None:
+            result /= constants.smooth
+        if shift is not None and along is not None:
+            # the layer that runs it has no other bias for it; one column more is exact along the shift
+            result += np.outer(along - result @ shift, shift / max(float(shift @ shift), 1e-30))
         return np.ascontiguousarray(result.T)
 
     def weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> LazyInitializer:
@@ -163,7 +199,9 @@ class Int4Scheme(Scheme):
         def spec(part: str, elem_type: int, *shape: int) -> TensorSpec:
             return TensorSpec(name=f"{linear.label}.{part}", elem_type=elem_type, shape=shape)
 
-        kept = digest(self._outliers.get(group.labels))
+        kept, constants = digest(self._outliers.get(group.labels)), self.norm_constants(group)
+        if constants.smooth is not None:
+            kept += f"|{constants.digest}|{digest(constants.shift)}"
         return LazyInitializer(
             key=linear.key(g.weights, f"{self.precision}|{self.block_size}|{self.method}|{kept}"),
             owner=owner(g.weights, linear.weight),

@@ -47,8 +47,8 @@ from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Valu
 from embedge.export.schemes.embedding_tables import quantized_rows
 from embedge.export.schemes.int8_inputs import int8_input
 from embedge.export.schemes.outlier_channels import beside, outliers
+from embedge.export.schemes.smoothed_inputs import divide_hessian, norm_with_bias
 from embedge.export.schemes.smoothing_constants import SmoothingConstants, producer_channels
-from embedge.export.weights.tensors import BASE
 from embedge.quant import gptq, int8
 from embedge.quant.rotation import block_rotation, rotate_blocks
 
@@ -123,23 +123,9 @@ class Int8Scheme(Scheme):
 
     def shifted_norm(self, g: OpBuilder, x: Value, bias: str) -> Value | None:
         """The residual's norm with the bias in its own; the Linears read another norm anyway."""
-        norm = x.norm
-        if norm is None or norm.rms or norm.bias is None:
-            return None
         if not self._constants:
             return None  # without constants the Linears read x itself
-        gamma = g.param(norm.weight)
-        own, added = norm.bias, g.initializers[bias]
-        owners = {owner(g.weights, own), added.owner} - {BASE}
-        beta = g.computed(
-            f"{own}+{bias}",
-            g.weights.shape(own),
-            lambda: g.weights.read(own) + np.asarray(added.compute()[0], np.float32),
-            own,
-            detail=added.key,
-            owned_by=owners.pop() if owners else BASE,
-        )
-        return g.op("LayerNormalization", norm.source, gamma, beta, axis=-1, epsilon=norm.epsilon)
+        return norm_with_bias(g, x, bias)
 
     def constants_of(self, group: LinearGroup) -> SmoothingConstants:
         """The constants of an input."""
@@ -147,11 +133,13 @@ class Int8Scheme(Scheme):
 
     # -- rounding -----------------------------------------------------------------------------------
 
+    def input_shift(self, group: LinearGroup) -> FloatArray | None:
+        return self.constants_of(group).shift
+
     def smooth_hessian(self, g: OpBuilder, group: LinearGroup, hessian: FloatArray) -> None:
         constants, rotation = self.constants_of(group), input_rotation(g, group)
         if constants.smooth is not None:
-            for row, divisor in enumerate(constants.smooth):  # mapped from a file: row by row
-                hessian[row] /= divisor * constants.smooth
+            divide_hessian(hessian, constants.smooth)
         if constants.outliers is not None:
             hessian[constants.outliers] = 0
             hessian[:, constants.outliers] = 0

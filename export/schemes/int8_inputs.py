@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from embedge.export.graph.ops import DOMAIN, OpBuilder
 from embedge.export.graph.values import FloatArray, LinearGroup, Value
+from embedge.export.schemes.smoothed_inputs import smoothed
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 
 __all__ = ["ACTIVATION_CONSTANTS", "Int8Input", "int8_input"]
@@ -48,7 +47,7 @@ def int8_input(
         constants: what it is smoothed by.
         rotation: by which each block of a gated product is multiplied, float32 ``[n, n]``, or ``None``.
     """
-    x, lower_bound = _smoothed(g, group, constants), group.value.lower_bound
+    x, lower_bound = smoothed(g, group, constants), group.value.lower_bound
     suffix = "" if lower_bound is None else "_bounded"
     step = _constant(g, f"embedge.act_step{suffix}")
     zero_point = _constant(g, f"embedge.act_zero_point{suffix}")
@@ -92,46 +91,6 @@ def _gated(g: OpBuilder, product: Value) -> tuple[str, tuple[str, str]]:
     if gate.node is None or gate.node.op_type != "QuickGelu":
         return "QuantizeRotated", (gate, up)
     return "QuantizeRotatedSwiGLU", (g.take_back(gate).input[0], up)
-
-
-def _smoothed(g: OpBuilder, group: LinearGroup, constants: SmoothingConstants) -> Value:
-    """``(x - shift) / smooth``, by the cheapest way there is."""
-    x = group.value
-    if constants.smooth is None and constants.shift is None:
-        return x
-    smooth = np.float32(1) if constants.smooth is None else constants.smooth
-    shift = np.float32(0) if constants.shift is None else constants.shift
-    norm = x.norm
-    if norm is not None:
-        weight, bias = norm.weight, norm.bias
-        size = g.weights.shape(weight)
-        gamma = g.computed(
-            f"{group.label}.smoothed.weight",
-            size,
-            lambda: g.weights.read(weight) / smooth,
-            weight,
-            detail=constants.digest,
-        )
-        if norm.rms:
-            return g.op("RMSNormalization", norm.source, gamma, axis=-1, epsilon=norm.epsilon)
-
-        def beta() -> FloatArray:
-            own = g.weights.read(bias) if bias else np.zeros(size, np.float32)
-            return ((own - shift) / smooth).astype(np.float32)
-
-        offset = g.computed(
-            f"{group.label}.smoothed.bias",
-            size,
-            beta,
-            *([bias] if bias else []),
-            detail=constants.digest,
-        )
-        return g.op("LayerNormalization", norm.source, gamma, offset, axis=-1, epsilon=norm.epsilon)
-    if constants.shift is not None:
-        x = g.op("Sub", x, g.const(constants.shift))
-    if constants.smooth is not None and constants.sink is None:
-        x = g.op("Mul", x, g.const(1.0 / constants.smooth))
-    return x
 
 
 def _constant(g: OpBuilder, name: str) -> Value:

@@ -71,7 +71,8 @@ def make_scheme(
     if precision == "fp16":
         return Float16Scheme()
     outliers = {labels: of.outliers for labels, of in constants.items() if of.outliers is not None}
-    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers)
+    norms = {labels: of for labels, of in constants.items() if of.shift is not None}
+    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms)
 
     def make(name: str) -> Scheme:
         own = _that_hold(constants, name, precision, keep)
