@@ -58,14 +58,19 @@ def fit(error: FloatArray, R: FloatArray | None, rank: int) -> tuple[FloatArray,
         error: float32 ``[out, in]``, what the weights lack; Linears that share an input one below the other.
             Not changed.
         R: of the input, from :func:`embedge.quant.gptq.cholesky`; ``None`` weighs all channels alike.
-        rank: of the branch; what exceeds the rank of the error is zero.
+        rank: of the branch, at least 1; what exceeds the rank of the error is zero.
 
     Returns:
         ``(down, up)``: float32 ``[in, rank]`` and ``[rank, out]``.
 
     Raises:
         ArithmeticError: the error or the factor holds NaN or infinity.
+        ValueError: the rank is below 1.
     """
+    if rank < 1:
+        raise ValueError(
+            f"rank {rank}: expected at least 1; a Linear without a branch needs no fit"
+        )
     out_features, in_features = error.shape
     seen = error if R is None else blas.strmm(1.0, R, error.T, trans_a=1).T
     vectors, values = _left_singular(seen, rank)

@@ -113,6 +113,11 @@ def test_values_that_are_not_finite_are_an_error() -> None:
             branch.fit(error, None, 16)
 
 
+def test_a_branch_has_a_rank() -> None:
+    with pytest.raises(ValueError, match="rank 0: expected at least 1"):
+        branch.fit(errors(32, 32), None, 0)
+
+
 def test_rounding_costs_little_beside_what_the_branch_leaves() -> None:
     hessian, R = damped(inputs(500, 64))
     error = errors(80, 64)
