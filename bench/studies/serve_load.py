@@ -9,8 +9,9 @@ A server is started, and asked by clients of this process, each with a connectio
   the end of the first minute and the most of it later.
 * *full queue*: many large requests at once to a server that holds few tokens: some are answered by 429.
 
-Each vector is compared with the library's, from which its last bit may differ with the rows of its batch. The clients' own time on the cores is part of what is measured; its share is
-shown. The last line is the same as one JSON document.
+Each vector is compared with the library's, from which its last bit may differ with the rows of its batch. The
+clients' own time on the cores is part of what is measured; its share is shown. The last line is the same as one JSON
+document.
 """
 
 from __future__ import annotations

@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(error, EmbedgeError):
             raise
         raise missing_package("serve", error) from error
+    # Requests come one by one, and to wake the tokenizers' threads for a text takes longer than to read it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     limits = Limits(
         max_body=parse_bytes("max_body", args.max_body),
         max_inputs=args.max_inputs,

@@ -273,6 +273,9 @@ class Api:
 
 async def _all(runs: Sequence[Awaitable[None]]) -> None:
     """Awaits all; the first error gives the others up."""
+    if len(runs) == 1:
+        await runs[0]
+        return
     tasks = [asyncio.ensure_future(run) for run in runs]
     try:
         await asyncio.gather(*tasks)
@@ -283,6 +286,8 @@ async def _all(runs: Sequence[Awaitable[None]]) -> None:
 
 def _check(kind: Kind) -> None:
     """Refuses what the model has no vectors for, before anything waits."""
+    if kind in kind.model.checked:
+        return
     try:
         kind.model.embedder.encode_tokens(
             [],
@@ -293,6 +298,7 @@ def _check(kind: Kind) -> None:
         )
     except EmbedgeValueError as error:
         raise of_embedge(error) from error
+    kind.model.checked.add(kind)
 
 
 def _check_images(model: ServedModel, items: Sequence[Any], images: Sequence[int]) -> None:

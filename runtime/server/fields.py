@@ -126,6 +126,8 @@ def rerank(document: Any) -> RerankFields:
 
 Check = Callable[[Any], bool]
 
+_MEANING = [field.name for field in dataclasses.fields(MeaningFields) if field.name != "truncate"]
+
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -191,8 +193,7 @@ def _meaning(given: Mapping[str, Any]) -> dict[str, Any]:
     if len(ways) > 1:
         raise invalid("truncate and truncation say the same; send one of them", "truncation")
     truncate = given[ways[0]] if ways else False
-    names = {field.name for field in dataclasses.fields(MeaningFields)} - {"truncate"}
-    meaning = {name: given[name] for name in names if name in given}
+    meaning = {name: given[name] for name in _MEANING if name in given}
     cut = _TRUNCATES[truncate] if isinstance(truncate, str) else truncate
     return meaning | {"truncate": cut}
 

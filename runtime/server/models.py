@@ -69,6 +69,7 @@ class ServedModel:
     def __post_init__(self) -> None:
         self.late = self.embedder.similarity_fn_name in TOKEN_KINDS
         self.fingerprints: dict[tuple[Any, ...], str] = {}
+        self.checked: set[Any] = set()  # of requests' forms, those that were found right
         self.around = _around(self.embedder)
 
     def ids(self, task: str | None, precision: bool) -> str:
