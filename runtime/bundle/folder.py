@@ -83,6 +83,7 @@ class Bundle:
         self.verify = verify
         self.root = find_bundle(path)
         self._opened: dict[tuple[str, str], _Opened] = {}
+        self._content_sha256: dict[tuple[str, str], str] = {}
         file = self.root / MANIFEST
         try:
             before = state_of(os.stat(file))
@@ -230,7 +231,7 @@ class Bundle:
     def content_sha256(self, precision: str, name: str) -> str:
         """What a graph computes, see :mod:`embedge.runtime.bundle.content`.
 
-        Bundles of 1.5 on have it in the manifest. For older ones every byte that the graph reads is read.
+        Bundles of 1.5 on have it in the manifest. For older ones every byte that the graph reads is read, once.
 
         Raises:
             BundleError: as :meth:`graph_files`.
@@ -238,6 +239,11 @@ class Bundle:
         known = self.manifest.precisions[precision].content_sha256.get(name)
         if known is not None:
             return known
+        if (precision, name) not in self._content_sha256:
+            self._content_sha256[precision, name] = self._read_content(precision, name)
+        return self._content_sha256[precision, name]
+
+    def _read_content(self, precision: str, name: str) -> str:
         graph, packed = self.graph(precision, name), self.packed_weights(precision, name)
         try:
             with self.reading(self.graph_files(precision, name)):

@@ -99,7 +99,7 @@ class Api:
             "model": fields.model,
             "data": vectors,
             "usage": {"prompt_tokens": count, "total_tokens": count},
-            "fingerprint": await self._fingerprint(kind, meaning),
+            "fingerprint": _fingerprint(kind, meaning),
         }
         values = sum(vector.size for vector in vectors)
         as_base64 = fields.base64
@@ -249,20 +249,6 @@ class Api:
             raise _of_failed(failed, where) from failed
         for index, vector in zip(where, found, strict=True):
             vectors[index] = vector
-
-    async def _fingerprint(self, kind: Kind, meaning: Meaning) -> str:
-        """Of which kind the vectors of an answer are; weights of older bundles are read for it, once."""
-        call = meaning.options | {
-            "truncate_dim": kind.dim,
-            "normalize_embeddings": kind.normalize,
-            "multi_vector": kind.multi_vector,
-        }
-        known, key = kind.model.fingerprints, tuple(call.values())
-        if key not in known:
-            if len(known) >= _KNOWN_FINGERPRINTS:
-                known.clear()
-            known[key] = await self._away(True, lambda: kind.model.embedder.fingerprint(**call))
-        return known[key]
 
     async def _away(self, long: bool, work: Callable[[], Result]) -> Result:
         """What some work gives; long work is done in another thread, so that other requests go on."""
@@ -423,6 +409,21 @@ def _scores(model: ServedModel, query: Vectors, documents: Sequence[Vectors]) ->
     several: Any = list(documents) if query.ndim == 2 else np.stack(documents)
     scores: Vectors = model.embedder.similarity([query], several)[0]
     return scores
+
+
+def _fingerprint(kind: Kind, meaning: Meaning) -> str:
+    """Of which kind the vectors of an answer are."""
+    call = meaning.options | {
+        "truncate_dim": kind.dim,
+        "normalize_embeddings": kind.normalize,
+        "multi_vector": kind.multi_vector,
+    }
+    known, key = kind.model.fingerprints, tuple(call.values())
+    if key not in known:
+        if len(known) >= _KNOWN_FINGERPRINTS:
+            known.clear()
+        known[key] = kind.model.embedder.fingerprint(**call)
+    return known[key]
 
 
 def _encoded(answer: dict[str, Any], as_base64: bool) -> bytes:

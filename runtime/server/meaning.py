@@ -106,7 +106,7 @@ def _task_named(model: ServedModel, task: str | None) -> tuple[str | None, Role 
         if model.late or any(name in prompts for name in _ROLE_PROMPTS[role]):
             return base, role
         raise invalid(
-            f"task {task!r}: the task {base!r} of {model.name} has no prompt of {role}s; it has "
+            f"task {task!r}: the task {base!r} of {model.name} has no prompt for the role {role}; it has "
             f"{listed(prompts)}",
             "task",
         )

@@ -21,6 +21,9 @@ __all__ = ["Models", "ServedModel", "Source", "source_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
+# A text that all threads share, and texts that make batches which run at the same time.
+_LONG, _SEVERAL = 128, 64
+
 log = logging.getLogger("embedge.server")
 
 
@@ -78,14 +81,20 @@ class ServedModel:
         return f"{self.name}{at}" + (f":{task}" if task is not None else "")
 
     def warm_up(self) -> None:
-        """Opens each task's graph and runs it once, so that what is broken shows now.
+        """Opens each task's graph in every way that requests do, so that what is broken shows now.
+
+        Nothing of the bundle's folder is read later, but what a memory limit has closed.
 
         Raises:
             EmbedgeError: if one cannot be opened, or fails.
         """
-        for task in self.embedder.tasks:
-            few = self.embedder.tokenize("warm", task=task, prompt="")
-            self.embedder.encode_tokens(few, task=task, multi_vector=self.late)
+        embedder, late = self.embedder, self.late
+        for task in embedder.tasks:
+            [short] = embedder.tokenize("warm", task=task, prompt="")
+            [long] = embedder.tokenize("warm " * _LONG, task=task, prompt="")
+            for tokens in ([short], [long], [short] * _SEVERAL):  # each may run on another session
+                embedder.encode_tokens(tokens, task=task, multi_vector=late)
+            embedder.fingerprint(task=task, multi_vector=late)
 
 
 class Models:

@@ -18,13 +18,14 @@ from types import FrameType
 import uvicorn
 
 from embedge.runtime.bundle.files import system_reason
-from embedge.runtime.errors import EmbedgeError
+from embedge.runtime.errors import EmbedgeError, EmbedgeValueError
 from embedge.runtime.server.app import Service
 
 __all__ = ["bound", "is_loopback", "run", "url_of"]
 
 # Longer than clients keep a connection that they mean to use again, so that they do not find it closed.
 _KEEP_ALIVE_SECONDS = 75
+_LAST_PORT = 65535
 
 
 def is_loopback(host: str) -> bool:
@@ -43,14 +44,20 @@ def bound(host: str, port: int) -> socket.socket:
         port: 0 for any that is free.
 
     Raises:
+        EmbedgeValueError: for a port that no address has.
         EmbedgeError: if it cannot be bound.
     """
+    if not 0 <= port <= _LAST_PORT:
+        raise EmbedgeValueError(
+            f"port is {port}; expected 0 for any that is free, or a number up to {_LAST_PORT}",
+            arguments=["port"],
+        )
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else str(error)
         raise EmbedgeError(
             f"{host}:{port} cannot be listened at: {reason}; choose another --host or --port"

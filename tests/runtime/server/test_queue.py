@@ -1,0 +1,253 @@
+"""How requests become batches: joined, shared fairly, refused, given up, and kept apart when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.helpers.serving import Client, Http, error_of, served, vectors_in
+from tests.runtime.conftest import TinyBundle
+
+Runs = list[list[int]]  # of each batch, the numbers of its texts
+
+
+class Gate:
+    """Holds the first batch until it is opened, and writes down which texts each batch has."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.started = threading.Event()
+        self.runs: Runs = []
+        self.fails: Callable[[Sequence[Any]], bool] = lambda items: False
+
+    def run(self, original: Callable[..., Any], kind: Any, items: Sequence[Any]) -> Any:
+        self.runs.append([int(item.ids[1]) - 4 for item in items])
+        self.started.set()
+        assert self.opened.wait(30)
+        if self.fails(items):
+            raise MemoryError("no room")
+        return original(kind, items)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    from embedge.runtime.server import queue
+
+    gate = Gate()
+    original = queue.Kind.run
+    monkeypatch.setattr(queue.Kind, "run", lambda kind, items: gate.run(original, kind, items))
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def small(tasks_bundle: TinyBundle) -> Iterator[Client]:
+    """A server that holds 100 tokens."""
+    with served(str(tasks_bundle.path), max_queued_tokens=100) as client:
+        yield client
+
+
+def asks(http: Http, texts: Sequence[str], task: str = "code") -> asyncio.Task[Any]:
+    body = {"model": f"bundle:{task}", "input": list(texts)}
+    return asyncio.ensure_future(http.post("/v1/embeddings", json=body))
+
+
+async def settled(done: Callable[[], bool]) -> None:
+    """Waits until something is so."""
+    for _ in range(2000):
+        if done():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not come to that")
+
+
+def holds(client: Client, tokens: int) -> bool:
+    return held(client) == tokens
+
+
+def held(client: Client) -> int:
+    return client.service._queue.tokens
+
+
+def test_what_came_while_a_batch_ran_is_the_next_batch(client: Client, gate: Gate) -> None:
+    async def scenario(http: Http) -> list[Any]:
+        first = asks(http, ["w0"])
+        await settled(gate.started.is_set)
+        others = [asks(http, [f"w{number}"]) for number in (1, 2, 3)]
+        await settled(lambda: held(client) == 12)
+        gate.opened.set()
+        return await asyncio.gather(first, *others)
+
+    for response in client.run(scenario):
+        vectors_in(response)
+    assert gate.runs == [[0], [1, 2, 3]]
+    assert held(client) == 0
+
+
+def test_tasks_take_turns(client: Client, gate: Gate) -> None:
+    async def scenario(http: Http) -> None:
+        waiting = [asks(http, ["w0"])]
+        await settled(gate.started.is_set)
+        for number, task in enumerate(("code", "retrieval", "code"), 1):
+            waiting.append(asks(http, [f"w{number}"], task))
+            await settled(partial(holds, client, 3 * (number + 1)))
+        gate.opened.set()
+        await asyncio.gather(*waiting)
+
+    client.run(scenario)
+    assert gate.runs == [[0], [1, 3], [2]]
+
+
+def test_a_text_does_not_wait_for_a_requests_hundreds(
+    client: Client, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedge.runtime.server.queue import Queue
+
+    monkeypatch.setattr(Queue, "_budget", staticmethod(lambda model: 30))  # of 10 texts
+
+    async def scenario(http: Http) -> None:
+        first = asks(http, ["w0"])
+        await settled(gate.started.is_set)
+        many = asks(http, [f"w{number}" for number in range(1, 21)])
+        await settled(lambda: held(client) == 63)
+        one = asks(http, ["w50"])
+        await settled(lambda: held(client) == 66)
+        gate.opened.set()
+        await one
+        assert not many.done()
+        await asyncio.gather(first, many)
+
+    client.run(scenario)
+    assert gate.runs[1] == [*range(1, 10), 50]  # the rest of its share goes to who came first
+    assert sorted(number for run in gate.runs for number in run) == [*range(21), 50]
+
+
+def test_a_full_queue_is_429(small: Client, gate: Gate) -> None:
+    async def scenario(http: Http) -> tuple[Any, Any, Any]:
+        large = asks(http, ["w1"] * 33)  # 99 tokens
+        await settled(gate.started.is_set)
+        refused = await asks(http, ["w2"])
+        gate.opened.set()
+        return await large, refused, await asks(http, ["w2"])
+
+    large, refused, later = small.run(scenario)
+    error = error_of(refused, 429)
+    assert error["message"].startswith("99 tokens wait and 3 more would pass the 100")
+    assert error["type"] == "rate_limit_error"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert (len(vectors_in(large)), len(vectors_in(later))) == (33, 1)
+
+
+def test_a_request_that_is_larger_than_the_queue_fits_when_nothing_waits(small: Client) -> None:
+    assert len(vectors_in(small.embed(["w1"] * 50, "bundle:code"))) == 50
+
+
+def test_a_client_that_goes_away_gives_its_texts_up(client: Client, gate: Gate) -> None:
+    async def scenario(http: Http) -> Any:
+        first = asks(http, ["w0"])
+        await settled(gate.started.is_set)
+        gone, stays = asks(http, ["w1"] * 30), asks(http, ["w2"])
+        await settled(lambda: held(client) == 96)
+        gone.cancel()
+        await settled(lambda: held(client) == 6)
+        gate.opened.set()
+        return await asyncio.gather(first, stays)
+
+    for response in client.run(scenario):
+        vectors_in(response)
+    assert gate.runs == [[0], [2]]
+
+
+def test_a_connection_that_closes_is_told_by_asgi(client: Client, gate: Gate) -> None:
+    body = json.dumps({"model": "bundle:code", "input": ["w1"] * 30}).encode()
+    closed = asyncio.Event()
+    sent: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    headers = [(b"content-type", b"application/json")]
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "headers": headers,
+    }
+    scope |= {"query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http"}
+
+    async def receive() -> dict[str, Any]:
+        if sent:
+            return sent.pop()
+        await closed.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    async def scenario(http: Http) -> str:
+        first = asks(http, ["w0"])
+        await settled(gate.started.is_set)
+        gone = asyncio.ensure_future(client.service.app(scope, receive, send))  # type: ignore[arg-type]
+        await settled(lambda: held(client) == 93)
+        closed.set()
+        await gone
+        assert held(client) == 3
+        gate.opened.set()
+        vectors_in(await first)
+        return (await http.get("/metrics")).text
+
+    assert "embedge_clients_gone_total 1.0" in client.run(scenario).splitlines()
+    assert gate.runs == [[0]]
+
+
+def test_one_requests_fault_is_not_anothers(client: Client, gate: Gate) -> None:
+    gate.fails = lambda items: any(int(item.ids[1]) == 4 + 7 for item in items)
+
+    async def scenario(http: Http) -> list[Any]:
+        first = asks(http, ["w0"])
+        await settled(gate.started.is_set)
+        others = [asks(http, ["w1"]), asks(http, ["w7"]), asks(http, ["w2"])]
+        await settled(lambda: held(client) == 12)
+        gate.opened.set()
+        return await asyncio.gather(first, *others)
+
+    zero, one, seven, two = client.run(scenario)
+    assert gate.runs == [[0], [1, 7, 2], [1], [7], [2]]
+    for response in (zero, one, two):
+        vectors_in(response)
+    error = error_of(seven, 500)
+    assert (error["type"], error["message"]) == ("server_error", "unexpected MemoryError: no room")
+    assert held(client) == 0
+
+
+def test_a_request_without_an_answer_in_time(tasks_bundle: TinyBundle, gate: Gate) -> None:
+    with served(str(tasks_bundle.path), timeout=1) as client:
+
+        async def scenario(http: Http) -> Any:
+            response = await asks(http, ["w0"])
+            gate.opened.set()
+            await settled(lambda: held(client) == 0)
+            return response
+
+        error = error_of(client.run(scenario), 503)
+    assert (error["code"], error["type"]) == ("timeout", "server_error")
+
+
+def test_a_server_that_stops_refuses_new_work(tasks_bundle: TinyBundle, gate: Gate) -> None:
+    with served(str(tasks_bundle.path)) as client:
+
+        async def scenario(http: Http) -> tuple[Any, Any, Any]:
+            under_way = asks(http, ["w0"])
+            await settled(gate.started.is_set)
+            client.service.stopping = True
+            refused = await asks(http, ["w1"])
+            ready = await http.get("/ready")
+            gate.opened.set()
+            return await under_way, refused, ready
+
+        under_way, refused, ready = client.run(scenario)
+    assert len(vectors_in(under_way)) == 1
+    assert error_of(refused, 503)["code"] == "stopping"
+    assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})

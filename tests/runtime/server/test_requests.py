@@ -1,0 +1,318 @@
+"""What requests mean, and what they are refused for: tasks, prompts, models, forms, keys, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from embedge.runtime import Embedder
+from tests.helpers.serving import Client, Http, error_of, served, vectors_in
+from tests.runtime.conftest import DIM, MakeBundle, TinyBundle
+
+
+class TestMeaning:
+    @pytest.mark.parametrize(
+        ("fields", "method", "options"),
+        [
+            ({}, "encode", {}),
+            ({"input_type": "query"}, "encode_query", {}),
+            ({"input_type": "search_query"}, "encode_query", {}),
+            ({"input_type": "document"}, "encode_document", {}),
+            ({"input_type": "search_document"}, "encode_document", {}),
+            ({"input_type": "passage"}, "encode_document", {}),
+            ({"task": "code.query"}, "encode_query", {}),
+            ({"task": "code.passage"}, "encode_document", {}),
+            ({"task": "code", "prompt_name": "passage"}, "encode", {"prompt_name": "passage"}),
+            ({"prompt": "w7 "}, "encode", {"prompt": "w7 "}),
+            ({"prompt": ""}, "encode", {"prompt": ""}),
+        ],
+    )
+    def test_words_of_several_interfaces(
+        self,
+        client: Client,
+        tasks_bundle: TinyBundle,
+        fields: dict[str, str],
+        method: str,
+        options: dict[str, str],
+    ) -> None:
+        [vector] = vectors_in(client.embed("w1 w2", "bundle:code", **fields))
+        expected = getattr(Embedder(tasks_bundle.path, task="code"), method)("w1 w2", **options)
+        np.testing.assert_array_equal(vector, expected)
+
+    @pytest.mark.parametrize(
+        ("model", "fields"),
+        [
+            ("bundle:code", {}),
+            ("bundle", {"task": "code"}),
+            ("bundle", {"input_type": "code"}),
+            ("bundle@fp32:code", {}),
+            ("bundle:code", {"task": "code"}),
+        ],
+    )
+    def test_ways_to_name_a_task(
+        self, client: Client, tasks_bundle: TinyBundle, model: str, fields: dict[str, str]
+    ) -> None:
+        [vector] = vectors_in(client.embed("w1", model, **fields))
+        np.testing.assert_allclose(vector, tasks_bundle.expected("code", [2, 5, 3]), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("model", "fields", "status", "said"),
+        [
+            ("bundle", {}, 400, 'has several tasks: retrieval, code; choose one, such as model "b'),
+            ("bundle", {"task": "sts"}, 400, "bundle has no task 'sts'; it has retrieval, code"),
+            ("bundle:sts", {}, 404, "bundle has no task 'sts'"),
+            ("other", {}, 404, "no model 'other'; there are bundle"),
+            ("bundle@int8", {}, 404, "not served at 'int8', but fp32"),
+            ("bundle:code", {"task": "retrieval"}, 400, "names the task 'code' and task names"),
+            ("bundle:code", {"task": "retrieval.query"}, 400, "names the task 'code'"),
+            ("bundle:code", {"input_type": "clustering"}, 400, "input_type 'clustering' is none"),
+            ("bundle:code", {"prompt_name": "sts"}, 400, "has no prompt 'sts'; it has query"),
+            ("bundle:code", {"prompt_name": "query", "input_type": "query"}, 400, "both choose"),
+            ("bundle", {"task": "code.query", "prompt": "a"}, 400, "both choose a prompt"),
+        ],
+    )
+    def test_what_agrees_with_nothing_is_refused(
+        self, client: Client, model: str, fields: dict[str, str], status: int, said: str
+    ) -> None:
+        assert said in error_of(client.embed("w1", model, **fields), status)["message"]
+
+    def test_a_role_that_a_task_has_no_prompt_for(self, make_bundle: MakeBundle) -> None:
+        bundle = make_bundle("bare")
+        with served(str(bundle.path)) as client:
+            error = error_of(client.embed("w1", "bare", task="retrieval.query"), 400)
+        assert "has no prompt for the role query; it has none" in error["message"]
+
+
+class TestRerank:
+    def test_documents_in_the_order_of_their_scores(
+        self, client: Client, tasks_bundle: TinyBundle
+    ) -> None:
+        documents = [f"w{i} w{i + 3}" for i in range(9)]
+        model = Embedder(tasks_bundle.path, task="code")
+        expected = model.encode_document(documents) @ model.encode_query("w1")
+        answer = client.rerank("w1", documents, "bundle:code", return_documents=True).json()
+        assert answer["scoring"] == "cosine"
+        found = [result["index"] for result in answer["results"]]
+        assert found == list(np.argsort(-expected))
+        for result in answer["results"]:
+            assert result["relevance_score"] == pytest.approx(expected[result["index"]], abs=1e-5)
+            assert result["document"] == {"text": documents[result["index"]]}
+
+    def test_the_best_and_documents_as_objects(self, client: Client) -> None:
+        documents = [{"text": "w1"}, "w2", {"text": "w3"}]
+        answer = client.rerank("w2", documents, "bundle:code", top_n=1).json()
+        assert [set(result) for result in answer["results"]] == [{"index", "relevance_score"}]
+        assert answer["usage"]["total_tokens"] == 4 + 3 * 4
+
+    def test_late_interaction_where_there_is_a_vector_a_token(
+        self, make_bundle: MakeBundle
+    ) -> None:
+        bundle = make_bundle("multi", multi_vector=True)
+        with served(str(bundle.path)) as client:
+            answer = client.rerank("w1 w2", ["w3", "w4 w5"], "multi").json()
+        assert answer["scoring"] == "maxsim"
+        model = Embedder(bundle.path)
+        query, *documents = model.encode(["w1 w2", "w3", "w4 w5"], multi_vector=True)
+        expected = [(query @ document.T).max(1).sum() for document in documents]
+        scores = {result["index"]: result["relevance_score"] for result in answer["results"]}
+        assert [scores[0], scores[1]] == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"query": 3}, "query"),
+            ({"documents": []}, "documents"),
+            ({"documents": "w1"}, "documents"),
+            ({"documents": [["w1"]]}, "documents"),
+            ({"top_n": 0}, "top_n"),
+            ({"input_type": "query"}, "input_type"),
+            ({"prompt": "w1"}, "prompt"),
+        ],
+    )
+    def test_refusals(self, client: Client, fields: dict[str, Any], param: str) -> None:
+        body = {"model": "bundle:code", "query": "w1", "documents": ["w2"], **fields}
+        response = client.post("/v1/rerank", json=body)
+        assert error_of(response, 400)["param"] == param
+
+
+class TestForm:
+    @pytest.mark.parametrize(
+        ("fields", "param", "said"),
+        [
+            ({"model": None}, "model", "model is missing"),
+            ({"input": None}, "input", "input is missing"),
+            ({"input": []}, "input", "found an empty list"),
+            ({"input": 3}, "input", "found 3"),
+            ({"input": ["w1", 3.5]}, "input", "input[1]: expected a text"),
+            ({"input": ["w1", None]}, "input", "input[1]: expected a text"),
+            ({"input": [{"video": "a"}]}, "input", "found an object with 'video'"),
+            ({"model": 3}, "model", "model: expected a string, found 3"),
+            ({"dimensions": "4"}, "dimensions", "expected a whole number, found '4'"),
+            ({"dimensions": True}, "dimensions", "expected a whole number"),
+            ({"dimensions": 1e40}, "dimensions", "expected a whole number"),
+            ({"encoding_format": "hex"}, "encoding_format", "expected float or base64"),
+            ({"truncate": "START"}, "truncate", 'expected true, false, "NONE" or "END"'),
+            ({"truncate": []}, "truncate", 'expected true, false, "NONE" or "END"'),
+            ({"truncate": True, "truncation": True}, "truncation", "say the same"),
+            ({"late_chunking": True}, "late_chunking", "unknown field 'late_chunking'; known are"),
+        ],
+    )
+    def test_each_refusal_names_the_field(
+        self, client: Client, fields: dict[str, Any], param: str, said: str
+    ) -> None:
+        body = {"model": "bundle:code", "input": "w1", **fields}
+        error = error_of(client.post(json=body), 400)
+        assert said in error["message"]
+        assert (error["param"], error["type"]) == (param, "invalid_request_error")
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 5000, b'"\\ud800"'])
+    def test_what_is_no_json_object(self, client: Client, body: bytes) -> None:
+        response = client.post(content=body, headers={"content-type": "application/json"})
+        assert error_of(response, 400)["code"] == "invalid_json"
+
+    def test_pages_of_other_sites_cannot_send_requests(self, client: Client) -> None:
+        body = json.dumps({"model": "bundle:code", "input": "w1"})
+        response = client.post(content=body, headers={"content-type": "text/plain"})
+        error = error_of(response, 415)
+        assert error["message"].endswith("Content-Type: application/json, found text/plain")
+
+    def test_other_paths_and_methods(self, client: Client) -> None:
+        assert "/v1/embeddings" in error_of(client.get("/v1/nothing"), 404)["message"]
+        assert error_of(client.get("/v1/embeddings"), 405)["code"] == "method_not_allowed"
+
+    def test_models(self, client: Client) -> None:
+        listed = client.get("/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["bundle", "bundle:retrieval", "bundle:code"]
+        assert listed[2]["embedge"]["dim"] == DIM
+        assert client.get("/v1/models/bundle@fp32:code").json()["embedge"]["task"] == "code"
+        error_of(client.get("/v1/models/other"), 404)
+
+    def test_health_and_readiness(self, client: Client) -> None:
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/ready").json() == {"status": "ready"}
+
+    def test_metrics(self, tasks_bundle: TinyBundle) -> None:
+        with served(str(tasks_bundle.path)) as client:
+            client.embed("w1 w2", "bundle:code")
+            client.embed("w1 w2", "other")
+            lines = client.get("/metrics").text.splitlines()
+        where = 'model="bundle",precision="fp32",task="code"'
+        assert f"embedge_tokens_total{{{where}}} 4.0" in lines
+        assert f"embedge_inputs_total{{{where}}} 1.0" in lines
+        for status in (200, 404):
+            counted = f'embedge_requests_total{{path="/v1/embeddings",status="{status}"}} 1.0'
+            assert counted in lines
+        assert "embedge_queued_tokens 0.0" in lines
+
+
+class TestKeys:
+    @pytest.mark.parametrize("sent", [None, "Bearer other", "Basic first", "Bearer", "Bearer é"])
+    def test_a_request_without_a_key(self, tasks_bundle: TinyBundle, sent: str | None) -> None:
+        headers = {} if sent is None else {"authorization": sent.encode()}
+        with served(str(tasks_bundle.path), keys=("first", "second")) as client:
+            for response in (
+                client.post(json={"model": "bundle:code", "input": "w1"}, headers=headers),
+                client.get("/v1/models", headers=headers),
+                client.get("/metrics", headers=headers),
+            ):
+                assert error_of(response, 401)["code"] == "invalid_api_key"
+                assert response.headers["www-authenticate"] == "Bearer"
+            assert client.get("/health").status_code == 200
+
+    @pytest.mark.parametrize("key", ["first", "second"])
+    def test_any_of_the_keys_opens(self, tasks_bundle: TinyBundle, key: str) -> None:
+        with served(str(tasks_bundle.path), keys=("first", "second")) as client:
+            headers = {"authorization": f"Bearer {key}"}
+            response = client.post(json={"model": "bundle:code", "input": "w1"}, headers=headers)
+        assert len(vectors_in(response)) == 1
+
+
+class TestLimits:
+    def test_a_body_that_is_too_large(self, tasks_bundle: TinyBundle) -> None:
+        async def in_parts(http: Http) -> Any:
+            async def parts() -> Any:
+                for _ in range(100):
+                    yield b" " * 100
+
+            headers = {"content-type": "application/json"}
+            return await http.post("/v1/embeddings", content=parts(), headers=headers)
+
+        with served(str(tasks_bundle.path), max_body=1000) as client:
+            error = error_of(client.embed("w1 " * 1000, "bundle:code"), 413)
+            assert "at most 1000 bytes" in error["message"]
+            error_of(client.run(in_parts), 413)  # of a length that is not told before
+            assert len(vectors_in(client.embed("w1", "bundle:code"))) == 1
+
+    def test_inputs_and_tokens_of_a_request(self, tasks_bundle: TinyBundle) -> None:
+        with served(str(tasks_bundle.path), max_inputs=3, max_request_tokens=10) as client:
+            error = error_of(client.embed(["w1"] * 4, "bundle:code"), 400)
+            assert "at most 3, found 4" in error["message"]
+            error = error_of(client.embed(["w1 w2"] * 3, "bundle:code"), 400)
+            assert "at most 10 tokens, found 12" in error["message"]
+            assert len(vectors_in(client.embed(["w1"] * 3, "bundle:code"))) == 3
+
+    def test_too_many_requests_at_once(self, tasks_bundle: TinyBundle) -> None:
+        async def many(http: Http) -> list[Any]:
+            body = {"model": "bundle:code", "input": "w1"}
+            return await asyncio.gather(*(http.post("/v1/embeddings", json=body) for _ in range(9)))
+
+        with served(str(tasks_bundle.path), max_requests=2) as client:
+            responses = client.run(many)
+        statuses = [response.status_code for response in responses]
+        assert statuses.count(200) >= 2
+        refused = [response for response in responses if response.status_code != 200]
+        assert refused
+        for response in refused:
+            assert error_of(response, 429)["code"] == "rate_limit_exceeded"
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+
+
+EXAMPLES = 60 * int(os.environ.get("EMBEDGE_FUZZ", "1"))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+FIELDS = (
+    *("model", "input", "task", "input_type", "prompt_name", "prompt", "truncate", "truncation"),
+    *("user", "dimensions", "encoding_format", "normalize_embeddings", "multi_vector"),
+    *("query", "documents", "top_n", "return_documents"),
+)
+BODIES = st.fixed_dictionaries(
+    {}, optional={name: JSON | st.sampled_from(["bundle:code", "code", "w1"]) for name in FIELDS}
+)
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(body=BODIES | JSON, path=st.sampled_from(["/v1/embeddings", "/v1/rerank"]))
+def test_any_json_is_answered(client: Client, body: Any, path: str) -> None:
+    content = json.dumps(body).encode()
+    response = client.post(path, content=content, headers={"content-type": "application/json"})
+    if response.status_code == 200:
+        assert response.json()["object"] == "list"
+    else:
+        error = error_of(response, response.status_code)
+        assert response.status_code in (400, 404)
+        assert error["message"]
+
+
+@pytest.mark.slow
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(body=st.binary(max_size=200))
+def test_any_bytes_are_answered(client: Client, body: bytes) -> None:
+    response = client.post(content=body, headers={"content-type": "application/json"})
+    assert error_of(response, 400)["message"]
