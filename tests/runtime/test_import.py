@@ -23,11 +23,15 @@ BANNED = (
     "onnx_ir",
     "safetensors",
     "PIL",
+    "orjson",
+    "prometheus_client",
+    "starlette",
+    "uvicorn",
 )
 
 LOADED = """
 import embedge.runtime, embedge.runtime.cli.main, embedge.runtime.cli.embed
-import embedge.runtime.cli.inspect, json, sys
+import embedge.runtime.cli.inspect, embedge.runtime.cli.serve, json, sys
 from embedge.runtime.host.saturation import saturates_u8s8
 saturates_u8s8()
 print(json.dumps(sorted(sys.modules)))
