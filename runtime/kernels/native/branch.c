@@ -5,9 +5,9 @@
    each run, of D's `depth * rank` and U's `rank * columns` bytes.
 
    embedge.BranchRows gives the rows of x * D quantized. The functions MatMulIntegerToFloatBranch, ...BranchAdd,
-   ...BranchSub and MatMulNBitsBranch add the product of these rows and U to their own: the strip of an 8-bit matmul goes
-   over the same rows and columns again, while the result is in the cache. Results equal those of the functions' own nodes
-   to the bit, as far as the matmul's own do.
+   ...BranchSub and MatMulNBitsBranch add the product of these rows and U to their own. Before each of their strips that of
+   an 8-bit matmul gives the branch's result for the same rows and columns. It stays in the first cache until it is added,
+   as the strip's is stored. Results equal those of the functions' own nodes to the bit, as far as the matmul's own do.
 
    A branch's values are 63 at most in size, and sums of two products fit into 16 bits. Of others AVX2's lines are
    arranged in each run, as isa_avx2.c says: exact too, but slow. */
@@ -19,6 +19,8 @@
 
 /* Panels that are looked through in less time than waking a second thread takes. */
 enum { FEW_BYTES = 1 << 18 };
+
+enum { MOST_ROWS = 8, MOST_PANELS = 3 }; /* of a tile, of all instruction sets */
 
 typedef struct {
   const Int8 *isa;
@@ -107,7 +109,7 @@ static OrtStatus *read_product(const OrtApi *api, const OrtKernelContext *contex
 /* ---- A branch's product, added to a matmul's ---- */
 
 OrtStatus *open_branch(const OrtApi *api, const OrtKernelContext *context, size_t first, int64_t rows, int64_t columns,
-                       float *y, BranchedProduct *both) {
+                       BranchedProduct *both) {
   PanelProduct *p = &both->branch;
   OrtStatus *status = read_product(api, context, first, p);
   if (status != NULL) return status;
@@ -116,20 +118,23 @@ OrtStatus *open_branch(const OrtApi *api, const OrtKernelContext *context, size_
     return invalid(api, "embedge branch: expected panels of as many columns as the matmul has");
   if (p->weight.depth % LANES != 0) return invalid(api, "embedge branch: expected a rank that is a multiple of 16");
   p->product.weight = &p->weight;
-  p->product.y = y;
-  p->product.added = y;
-  p->product.added_step = columns;
   return rows == 0 ? NULL : prepare(api, context, both->isa, p);
 }
 
 void close_branch(BranchedProduct *both) { close_product(&both->branch); }
 
-void branched_strip(const void *data, const Strip *strip) {
+void branched_strip(const void *data, Strip *strip) {
   const BranchedProduct *both = data;
-  Strip again = *strip;
-  again.next = -1;
+  const int64_t next = strip->next;
+  float branch[MOST_ROWS * MOST_PANELS * LANES] __attribute__((aligned(LINE)));
+  strip->next = -1;
+  strip->into = branch;
+  both->isa->strip(&both->branch.product, strip);
+  strip->next = next;
+  strip->into = NULL;
+  strip->branch = branch;
   both->strip(both->product, strip);
-  both->isa->strip(&both->branch.product, &again);
+  strip->branch = NULL;
 }
 
 /* ---- Rows of a branch ---- */

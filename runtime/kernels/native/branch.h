@@ -18,18 +18,18 @@ typedef struct {
 
 /* A matmul, and the branch that is added to its result. */
 typedef struct {
-  void (*strip)(const void *product, const Strip *strip); /* of the matmul */
+  void (*strip)(const void *product, Strip *strip); /* of the matmul */
   const void *product;
   const Int8 *isa; /* of the branch */
   PanelProduct branch;
 } BranchedProduct;
 
-/* Reads the branch's inputs, from `first` on, for a result y[rows, columns]. Then, whatever came of it, close_branch. */
+/* Reads the branch's inputs, from `first` on, for a result [rows, columns]. Then, whatever came of it, close_branch. */
 OrtStatus *open_branch(const OrtApi *api, const OrtKernelContext *context, size_t first, int64_t rows, int64_t columns,
-                       float *y, BranchedProduct *both);
+                       BranchedProduct *both);
 void close_branch(BranchedProduct *both);
 
-/* A strip of the matmul, then of the branch. */
-void branched_strip(const void *both, const Strip *strip);
+/* A strip of the branch, then of the matmul. */
+void branched_strip(const void *both, Strip *strip);
 
 #endif

@@ -34,7 +34,7 @@ typedef struct {
 
 typedef struct {
   int rows, panels; /* of a tile */
-  void (*strip)(const void *product, const Strip *strip);
+  void (*strip)(const void *product, Strip *strip);
   void (*add_sums)(const int8_t *lines, int64_t count, int32_t *sums); /* of the 16 columns of a panel's lines */
   /* Null, or: brings the panels of a weight into the lines that this set multiplies exactly; 0: out of memory. */
   int (*arrange_weight)(Int8Weight *weight);
@@ -69,7 +69,7 @@ typedef struct {
 
 typedef struct {
   int rows, panels;
-  void (*strip)(const void *product, const Strip *strip);
+  void (*strip)(const void *product, Strip *strip);
   void (*quantize_row)(const Int4Product *product, int64_t row);
   int64_t largest_block; /* that its sums hold; 0: any */
 } Int4;

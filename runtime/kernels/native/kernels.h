@@ -50,11 +50,15 @@ typedef struct {
   int64_t next;              /* the panel, of all, to fetch meanwhile; -1: none */
   int panels;                /* of the slab, 16 columns each */
   int last;                  /* columns of the last panel that exist */
+  /* [rows, panels * 16] of a branch, which is added to a matmul's result; or where the branch's own goes, instead of
+     into y. Null: there is none. See branch.c. */
+  const float *branch;
+  float *into;
 } Strip;
 
 /* A matmul in tasks: slabs of columns, in the order they lie in memory, by blocks of rows in strips. */
 typedef struct {
-  void (*strip)(const void *matmul, const Strip *strip);
+  void (*strip)(const void *matmul, Strip *strip);
   const void *matmul;
   int64_t rows, depth, columns, slab_panels, strip_rows; /* the last two: at most */
   int64_t slabs, slabs_per_task, row_blocks;             /* filled in */

@@ -180,7 +180,7 @@ OrtStatus *compute_matmul_int4(void *data, OrtKernelContext *context) {
     Work work = {isa->strip, &product, rows, kernel->weight.depth, columns, isa->panels, isa->rows, 0, 0, 0};
     BranchedProduct both = {.strip = isa->strip, .product = &product, .isa = kernel->branch_isa};
     if (kernel->with_branch) {
-      status = open_branch(api, context, BRANCH, rows, columns, y, &both);
+      status = open_branch(api, context, BRANCH, rows, columns, &both);
       work.strip = branched_strip;
       work.matmul = &both;
     }

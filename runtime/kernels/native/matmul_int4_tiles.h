@@ -7,7 +7,7 @@ typedef struct {
   const float *a_scales;
   const uint8_t *b, *next;
   int64_t next_step;
-  const float *scales, *bias;
+  const float *scales, *bias, *branch;
   const uint8_t *zeros;
   float *y;
 } Int4Tile;
@@ -39,6 +39,11 @@ INLINE void int4_tile(const Int4Product *p, const Int4Tile *t, const int rows, c
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
     for (int j = 0; j < panels; j++) SET_TOTAL(i, j, no_floats());
+
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < panels; j++) fetch_result(t->y + i * weight->columns + j * LANES);
 
   const uint8_t *line = t->b, *next = t->next;
   const int8_t *a = t->a;
@@ -106,7 +111,11 @@ INLINE void int4_tile(const Int4Product *p, const Int4Tile *t, const int rows, c
     const int count = j == panels - 1 ? last : LANES;
     const Floats bias = t->bias == NULL ? no_floats() : load_some(t->bias + j * LANES, count);
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) store_some(t->y + i * weight->columns + j * LANES, add(TOTAL(i, j), bias), count);
+    for (int i = 0; i < rows; i++) {
+      Floats y = add(TOTAL(i, j), bias);
+      if (t->branch != NULL) y = add(y, load(t->branch + (i * panels + j) * LANES));
+      store_some(t->y + i * weight->columns + j * LANES, y, count);
+    }
   }
 }
 
@@ -147,7 +156,7 @@ static const RunInt4Tile RUN_INT4_TILE[INT4_ROWS][INT4_PANELS] = {
 };
 /* clang-format on */
 
-static void int4_strip(const void *product, const Strip *s) {
+static void int4_strip(const void *product, Strip *s) {
   const Int4Product *p = product;
   const Int4Weight *weight = p->weight;
   const int64_t width = weight->blocks * weight->block, panel = weight->blocks * weight->lines * LINE;
@@ -160,6 +169,7 @@ static void int4_strip(const void *product, const Strip *s) {
       .next_step = s->next < 0 ? 0 : LINE,
       .scales = weight->scales + s->column * weight->blocks,
       .bias = p->bias == NULL ? NULL : p->bias + s->column,
+      .branch = s->branch,
       .zeros = weight->zeros + s->column * weight->blocks,
       .y = p->y + s->row * weight->columns + s->column,
   };

@@ -204,7 +204,7 @@ OrtStatus *compute_matmul_int8(void *data, OrtKernelContext *context) {
   Work work = {isa->strip, &product, rows, kernel->weight.depth, columns, isa->panels, isa->rows, 0, 0, 0};
   BranchedProduct both = {.strip = isa->strip, .product = &product, .isa = isa};
   if (kernel->with_branch) {
-    status = open_branch(api, context, (size_t)(B_SCALE + 2 + kernel->with_added), rows, columns, y, &both);
+    status = open_branch(api, context, (size_t)(B_SCALE + 2 + kernel->with_added), rows, columns, &both);
     work.strip = branched_strip;
     work.matmul = &both;
   }

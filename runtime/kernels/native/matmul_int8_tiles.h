@@ -12,8 +12,10 @@ typedef struct {
   const int8_t *next;
   int64_t next_step; /* bytes to fetch ahead a step: a line, or 0 */
   const int32_t *sums;
-  const float *a_scale, *b_scale, *added;
+  const float *a_scale, *b_scale, *added, *branch;
   float *y;
+  int64_t y_step;
+  int fetch_y; /* whether what is stored may lie far away */
 } Int8Tile;
 
 INLINE Ints four_values(const uint8_t *a, size_t count) {
@@ -27,11 +29,20 @@ INLINE void int8_tile(const Int8Product *p, const Int8Tile *t, const int rows, c
   const Int8Weight *weight = p->weight;
   const int64_t a_step = p->a_step, lines = t->lines, whole = ARRANGED ? lines : weight->depth / 4;
   const size_t tail = ARRANGED ? 0 : (size_t)(weight->depth % 4);
+  const Ints minus_zero_point = ints_of(-p->zero_point);
   Ints sum[INT8_ROWS][INT8_PANELS];
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-    for (int j = 0; j < panels; j++) sum[i][j] = no_ints();
+  for (int j = 0; j < panels; j++) {
+    const Ints shift = mul_ints(minus_zero_point, load_ints(t->sums + j * LANES));
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) sum[i][j] = shift;
+  }
+
+  if (t->fetch_y)
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+      for (int j = 0; j < panels; j++) fetch_result(t->y + i * t->y_step + j * LANES);
 
   const uint8_t *row[INT8_ROWS];
 #pragma GCC unroll 8
@@ -64,23 +75,28 @@ INLINE void int8_tile(const Int8Product *p, const Int8Tile *t, const int rows, c
     }
   }
 
-  const Ints zero_point = ints_of(p->zero_point);
 #pragma GCC unroll 3
   for (int j = 0; j < panels; j++) {
     const int count = j == panels - 1 ? last : LANES;
-    const Ints shift = mul_ints(zero_point, load_ints(t->sums + j * LANES));
     const Floats scale = p->one_b_scale ? floats_of(*t->b_scale) : load_some(t->b_scale + j * LANES, count);
     const Floats scales = p->one_a_scale ? mul(floats_of(*p->a_scale), scale) : scale;
+    Floats y[INT8_ROWS];
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) {
-      Floats y = mul(floats_from(sub_ints(sum[i][j], shift)), scales);
-      if (!p->one_a_scale) y = mul(y, floats_of(t->a_scale[i * p->a_scale_step]));
-      if (t->added != NULL) {
-        const Floats added = load_some(t->added + i * p->added_step + j * LANES, count);
-        y = p->subtracts ? sub(y, added) : add(y, added);
-      }
-      store_some(t->y + i * weight->columns + j * LANES, y, count);
-    }
+    for (int i = 0; i < rows; i++) y[i] = mul(floats_from(sum[i][j]), scales);
+    if (!p->one_a_scale)
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) y[i] = mul(y[i], floats_of(t->a_scale[i * p->a_scale_step]));
+    if (t->added != NULL && p->subtracts)
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) y[i] = sub(y[i], load_some(t->added + i * p->added_step + j * LANES, count));
+    else if (t->added != NULL)
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) y[i] = add(y[i], load_some(t->added + i * p->added_step + j * LANES, count));
+    if (t->branch != NULL)
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) y[i] = add(y[i], load(t->branch + (i * panels + j) * LANES));
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) store_some(t->y + i * t->y_step + j * LANES, y[i], count);
   }
 }
 
@@ -119,7 +135,7 @@ static int64_t int8_first_line(const Int8Weight *weight, int64_t panel) {
   return ARRANGED && weight->starts != NULL ? weight->starts[panel] : panel * weight->lines;
 }
 
-static void int8_strip(const void *product, const Strip *s) {
+static void int8_strip(const void *product, Strip *s) {
   const Int8Product *p = product;
   const Int8Weight *weight = p->weight;
   const int64_t panel = s->column / LANES, line = int8_first_line(weight, panel);
@@ -137,7 +153,10 @@ static void int8_strip(const void *product, const Strip *s) {
       .a_scale = p->a_scale + s->row * p->a_scale_step,
       .b_scale = p->one_b_scale ? p->b_scale : p->b_scale + s->column,
       .added = p->added == NULL ? NULL : p->added + s->row * p->added_step + s->column,
-      .y = p->y + s->row * weight->columns + s->column,
+      .branch = s->branch,
+      .y = s->into != NULL ? s->into : p->y + s->row * weight->columns + s->column,
+      .fetch_y = s->into == NULL,
+      .y_step = s->into != NULL ? s->panels * LANES : weight->columns,
   };
   RUN_INT8_TILE[s->rows - 1][s->panels - 1](p, &tile, s->last);
 }

@@ -26,3 +26,6 @@ INLINE Floats power_of_2(Floats x) {
   y = multiply_add(y, part, floats_of(1.0f));
   return scaled_by_power(y, whole);
 }
+
+/* Brings what a tile will store near while it multiplies: stores that wait for memory would hold up the next tile's. */
+INLINE void fetch_result(const float *y) { _mm_prefetch((const char *)y, _MM_HINT_T0); }
