@@ -25,6 +25,8 @@ def export_bundle(
     int4_method: str = "gptq",
     int8_method: str | None = None,
     portable: bool = False,
+    layout: str = "merged",
+    branch_rank: int | None = None,
     budget: int | str | None = None,
     overwrite: bool = False,
     progress: bool | None = False,
@@ -60,6 +62,11 @@ def export_bundle(
             Runtime computes them exactly then, on x86-64 without VNNI too; weights keep half a bit less.
             Other graphs that hold 8-bit products stop there, unless the session's option
             ``session.x64quantprecision`` is "1", as embedge sets it.
+        layout: "merged", a graph for each task with its adapter in the weights; or "shared", one graph of the
+            quantized backbone, and for each task low-rank branches that hold its adapter and what
+            quantization lost. For int8 and int4. Tasks that are added later leave the others as they are.
+        branch_rank: columns of each branch, a multiple of 16. ``None``: what was measured to do, with "shared",
+            and no branches with "merged". A higher rank is closer and larger.
         budget: most bytes of a task's tensors at int4, "2.0GB" for example: the layers whose 4
             bits cost the vectors most per byte get 8, as far as it goes. ``None``: 4 bits everywhere.
         overwrite: replace an existing bundle.

@@ -15,9 +15,10 @@ from embedge.export.graph.scheme import Scheme
 from embedge.export.model import Model
 from embedge.export.options import ExportOptions
 from embedge.export.progress import Progress
+from embedge.export.schemes.branch import default_branch_rank
 from embedge.export.schemes.floats import Float16Scheme
 from embedge.export.schemes.int4 import Int4Scheme
-from embedge.export.schemes.registry import PRECISIONS, make_scheme
+from embedge.export.schemes.registry import BRANCHED, PRECISIONS, make_scheme
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.errors import EmbedgeValueError
@@ -53,6 +54,17 @@ class ExportContext:
         """Input channels that share a scale at int4."""
         return self.options.int4_block_size or (128 if self.wide else 32)
 
+    @property
+    def shared(self) -> bool:
+        """Whether tasks share a graph."""
+        return self.options.layout == "shared"
+
+    @property
+    def branch_rank(self) -> int:
+        """Columns of each branch, 0: none."""
+        default = default_branch_rank(self.model.architecture.hidden_size) if self.shared else 0
+        return default if self.options.branch_rank is None else self.options.branch_rank
+
     def methods(self, *, calibrated: bool) -> dict[str, str]:
         """How weights are rounded, "gptq" or "rtn", for "int8" and "int4"."""
         if not calibrated:
@@ -78,6 +90,7 @@ class ExportContext:
             methods=self.methods(calibrated=calibrated),
             keep=self.options.keep if keep is None else keep,
             portable=self.options.portable,
+            branch_rank=self.branch_rank if precision in BRANCHED else 0,
         )
 
     def calibrate(
@@ -128,7 +141,8 @@ class ExportContext:
             )
             eight_bit = sorted(within_budget(gains, smallest, budget))
         keep = {**self.options.keep, **{glob.escape(label): "int8" for label in eight_bit}}
-        names = (precision, *PRECISIONS[precision].beside)
+        beside = () if self.branch_rank else PRECISIONS[precision].beside
+        names = (precision, *beside)
         schemes = {n: self.scheme(n, keep=keep, calibrated=bool(batches)) for n in names}
         return schemes, eight_bit
 
@@ -163,6 +177,8 @@ class ExportContext:
             stated["method"] = self.methods(calibrated=calibrated)[method]
             stated["rotation"] = bool(self.model.architecture.streams())
             stated |= {"portable": True} if self.options.portable else {}
+            stated |= {"layout": "shared"} if self.shared else {}
+            stated |= {"branch_rank": self.branch_rank} if self.branch_rank else {}
         if method == "int4":
             stated["block_size"] = self.block_size
         return stated

@@ -87,8 +87,14 @@ class Model:
             streams += self.tower.streams()
         return RotatedWeights(weights, streams) if streams else weights
 
-    def graph(self, weights: Weights, scheme: Scheme) -> Graph:
-        """The graph of a task at a precision, of tensors as :meth:`weights` gives them."""
+    def graph(self, weights: Weights, scheme: Scheme, backbone: Weights | None = None) -> Graph:
+        """The graph of a task at a precision, of tensors as :meth:`weights` gives them.
+
+        Args:
+            weights: the task's.
+            scheme: the precision.
+            backbone: the backbone's, where tasks share its Linears.
+        """
         return task_graph(
             self.architecture,
             weights,
@@ -97,6 +103,7 @@ class Model:
             dense=self.settings.dense,
             normalize=self.settings.normalize,
             tanh_int8=self.settings.tanh_int8,
+            backbone=backbone,
         )
 
     @cached_property

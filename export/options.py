@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedge.export.schemes.registry import KEPT, PORTABLE, PRECISIONS
+from embedge.export.schemes.registry import BRANCHED, KEPT, PORTABLE, PRECISIONS
 from embedge.export.source.sentence_transformers import POOLINGS, pooling_problem
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
@@ -17,8 +17,11 @@ from embedge.runtime.host.memory import parse_bytes
 __all__ = ["POOLINGS", "ExportOptions", "check_dims", "check_tasks"]
 
 _MODALITIES = ("all", "text")
+_LAYOUTS = ("merged", "shared")
 _METHODS = ("gptq", "rtn")
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
+RANK_MULTIPLE = 16  # columns of a panel
+_MOST_RANKS = 512
 _RESERVED = ("base", "shared", "vision")
 _RESERVED_END = ".unpacked"
 
@@ -47,6 +50,8 @@ class ExportOptions:
     int4_method: str = "gptq"
     int8_method: str | None = None
     portable: bool = False
+    layout: str = "merged"
+    branch_rank: int | None = None
     budget: int | None = None
     overwrite: bool = False
 
@@ -72,11 +77,19 @@ class ExportOptions:
         _choice("int4_method", self.int4_method, _METHODS)
         _choice("int8_method", self.int8_method, (None, *_METHODS))
         _check_portable(self.portable, precisions)
+        _choice("layout", self.layout, _LAYOUTS)
+        self._check_branches(precisions)
         if self.budget is not None and ("int4" not in precisions or self.calibration == "none"):
             raise _refused(
                 "budget",
                 f" {self.budget!r}: it chooses between 4 and 8 bits by calibration; add int4 to the "
                 "precisions and leave the calibration texts on",
+            )
+        if self.layout == "shared" and (keep or self.budget is not None):
+            raise _refused(
+                "keep" if keep else "budget",
+                ": tasks that share a backbone share its layers' precisions too, and have a branch in each; leave "
+                "it out, or choose the layout merged",
             )
         converted: dict[str, Any] = {
             "source": str(self.source),
@@ -94,6 +107,27 @@ class ExportOptions:
             converted["calibration"] = _path("calibration", self.calibration)
         for name, value in converted.items():
             object.__setattr__(self, name, value)
+
+    def _check_branches(self, precisions: Sequence[str]) -> None:
+        rank = self.branch_rank
+        if rank is not None and (
+            isinstance(rank, bool)
+            or not isinstance(rank, int)
+            or rank % RANK_MULTIPLE
+            or not 0 < rank <= _MOST_RANKS
+        ):
+            raise _refused(
+                "branch_rank",
+                f" {rank!r}: expected a multiple of {RANK_MULTIPLE} up to {_MOST_RANKS}",
+            )
+        argument = "layout" if self.layout == "shared" else "branch_rank"
+        plain = [precision for precision in precisions if precision not in BRANCHED]
+        if plain and (self.layout == "shared" or rank is not None):
+            raise _refused(
+                argument,
+                f": branches are of {' and '.join(BRANCHED)}, and {', '.join(plain)} has none; export that in a "
+                "call of its own",
+            )
 
 
 def check_tasks(adapters: Iterable[str]) -> None:

@@ -144,6 +144,12 @@ def pack_pairs(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return result
 
 
+def unpack_pairs(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """Inverse of :func:`pack_pairs`: uint8 ``[..., count]`` of the two values in each byte."""
+    pairs = np.stack([packed & LEVELS, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
 def split_blocks(weight: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
     """View float32 ``[out, in]`` as ``[out, blocks, block_size]``, zero-padded at the end of a row."""
     out_features, in_features = weight.shape

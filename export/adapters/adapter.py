@@ -215,6 +215,20 @@ class BoundAdapter:
         parts = [(r.replacement, r.a, r.b, r.magnitude, r.shift, r.rows) for r in rules]
         return sorted({part for listed in parts for part in listed if part is not None})
 
+    def beyond_low_rank(self) -> frozenset[str]:
+        """Return the keys that change by something else than ``s · B·A``: replaced, or of DoRA."""
+
+        def is_more(rule: MergeRule) -> bool:
+            parts = rule.replacement, rule.magnitude, rule.shift, rule.rows
+            return rule.changes and any(part is not None for part in parts)
+
+        return frozenset(key for key, rule in self._rules.items() if is_more(rule))
+
+    def largest_rank(self) -> int:
+        """Return the largest rank of its products ``B·A``, 0 without any."""
+        factors = (rule.a for rule in self._rules.values() if rule.changes)
+        return max((min(self.adapter.file.shape(a)) for a in factors if a is not None), default=0)
+
     def keys(self) -> tuple[str, ...]:
         """Return the names of the tensors, sorted: the checkpoint's and ``added``."""
         return tuple(sorted({*self.checkpoint.keys(), *self.added}))

@@ -113,7 +113,7 @@ class Graph(OpBuilder):
         linear, scale, shift = linears[0], matmul.output_scale, matmul.input_shift
         plain = upstream is None and shift is None and scale is None and not negated
         if plain and linear.start is None:
-            return self.param(linear.bias)
+            return self.param(linear.bias, by_task=True)
         sources = [p.weight for p in linears] + [p.bias for p in linears if weights.has(p.bias)]
 
         def compute() -> FloatArray:
@@ -132,6 +132,7 @@ class Graph(OpBuilder):
             compute,
             *sources,
             detail="|".join(digest(a) for a in (*(p.input_shift for p in chain), scale)),
+            by_task=True,
         )
 
     def _full_bias(self, linear: LinearRef, constant: FloatArray | None) -> FloatArray:

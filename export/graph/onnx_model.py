@@ -27,10 +27,19 @@ def to_model(
     """Put a pruned graph and its initializers into an ONNX model."""
     constants = sorted(g.constants.values(), key=lambda c: c.name)
     unpacked = [_unpacked(spec) for u in g.unpacked.values() for spec in u.specs]
+    by_task = [
+        helper.make_tensor_value_info(spec.name, spec.elem_type, spec.shape)
+        for initializer in g.task_tensors.values()
+        for spec in initializer.specs
+    ]
     opset = CUDA_OPSET if g.scheme.target is Target.CUDA else OPSET
     functions = functions_of(g.nodes, opset)
     graph = helper.make_graph(
-        g.nodes, name, g.inputs, g.outputs, initializer=[*constants, *initializers, *unpacked]
+        g.nodes,
+        name,
+        [*g.inputs, *by_task],
+        g.outputs,
+        initializer=[*constants, *initializers, *unpacked],
     )
     domains = {"": opset, CONTRIB: 1, **({DOMAIN: VERSION} if functions else {})}
     model = helper.make_model(

@@ -19,7 +19,8 @@ from embedge.export.weights.tensors import Weights
 
 DOMAIN, VERSION = "embedge", 1  # of embedge's functions, see fused_ops.py
 CONTRIB = "com.microsoft"
-_INTEGER_MATMUL = "MatMulIntegerToFloat"
+_INTEGER_MATMULS = ("MatMulIntegerToFloat", "MatMulIntegerToFloatBranch")  # the second is embedge's
+_OPERANDS = 4  # of both: what is multiplied, and its scales
 
 T = TypeVar("T")
 
@@ -30,21 +31,26 @@ class OpBuilder:
 
     Attributes:
         weights: where parameters are read from.
+        backbone: where the weights of Linears are, which all tasks share, in the layout "shared"; ``None``: each
+            task's graph has its own.
         nodes: in the order in which they run; those of branches lie in their ``If``.
         inputs: declared by :meth:`input`.
         outputs: declared by :meth:`output`.
         initializers: tensors made when they are written, by the name of the first that is made together.
         constants: small tensors that are there already, by name.
         unpacked: by Linear, weights that the runtime makes from stored 4-bit ones.
+        task_tensors: with a backbone, what differs by task: inputs of the graph, by the name of the first.
     """
 
     weights: Weights
+    backbone: Weights | None = field(default=None, kw_only=True)
     nodes: list[NodeProto] = field(default_factory=list, kw_only=True)
     inputs: list[ValueInfoProto] = field(default_factory=list, kw_only=True)
     outputs: list[ValueInfoProto] = field(default_factory=list, kw_only=True)
     initializers: dict[str, LazyInitializer] = field(default_factory=dict, kw_only=True)
     constants: dict[str, TensorProto] = field(default_factory=dict, kw_only=True)
     unpacked: dict[str, UnpackedWeight] = field(default_factory=dict, kw_only=True)
+    task_tensors: dict[str, LazyInitializer] = field(default_factory=dict, kw_only=True)
     _constant_names: dict[tuple[str, tuple[int, ...], bytes], Value] = field(
         default_factory=dict, kw_only=True
     )
@@ -126,12 +132,11 @@ class OpBuilder:
         return self._combined("Sub", a, b)
 
     def _combined(self, op_type: str, a: Value, b: str) -> Value:
-        if a.node is None or a.node.op_type != _INTEGER_MATMUL:
+        if a.node is None or a.node.op_type not in _INTEGER_MATMULS:
             return self.op(op_type, a, b)
         matmul = self.take_back(a)
-        x, weight, x_scale, scale, zero_point = matmul.input
-        arguments = x, weight, x_scale, scale, b, zero_point
-        y = self.op(f"{_INTEGER_MATMUL}{op_type}", *arguments, domain=DOMAIN)
+        arguments = [*matmul.input[:_OPERANDS], b, *matmul.input[_OPERANDS:]]
+        y = self.op(f"{matmul.op_type}{op_type}", *arguments, domain=DOMAIN)
         self.nodes[-1].name = matmul.name  # the Linear's
         return y
 
@@ -171,9 +176,21 @@ class OpBuilder:
 
     # -- parameters -----------------------------------------------------------------------------
 
-    def initializer(self, initializer: LazyInitializer) -> list[Value]:
-        """Register an initializer once and return the names of its tensors."""
-        self.initializers.setdefault(initializer.specs[0].name, initializer)
+    @property
+    def stored(self) -> Weights:
+        """The tensors that the weights of Linears are made of: the backbone's where tasks share them."""
+        return self.weights if self.backbone is None else self.backbone
+
+    def initializer(self, initializer: LazyInitializer, *, by_task: bool = False) -> list[Value]:
+        """Register an initializer once and return the names of its tensors.
+
+        Args:
+            initializer: makes them.
+            by_task: adapters change them, so that they are inputs where tasks share a graph.
+        """
+        shared = self.backbone is not None
+        place = self.task_tensors if shared and by_task else self.initializers
+        place.setdefault(initializer.specs[0].name, initializer)
         return [Value(spec.name) for spec in initializer.specs]
 
     def computed(
@@ -185,8 +202,12 @@ class OpBuilder:
         detail: str = "",
         owned_by: str | None = None,
         key: str | None = None,
+        by_task: bool = False,
     ) -> Value:
-        """A float32 initializer made from other tensors; ``sources`` and ``detail``, or ``key``, identify it."""
+        """A float32 initializer made from other tensors; ``sources`` and ``detail``, or ``key``, identify it.
+
+        ``by_task`` is that of :meth:`initializer`.
+        """
         versions = ",".join(f"{s}@{self.weights.version(s)}" for s in sources)
         initializer = LazyInitializer(
             key=key or f"{name}|{versions}|{detail}",
@@ -194,11 +215,12 @@ class OpBuilder:
             specs=(TensorSpec(name=name, elem_type=TensorProto.FLOAT, shape=shape),),
             compute=lambda: [np.asarray(compute(), np.float32)],
         )
-        return self.initializer(initializer)[0]
+        return self.initializer(initializer, by_task=by_task)[0]
 
-    def param(self, name: str) -> Value:
-        """The tensor ``name`` as a float32 initializer of the same name."""
-        return self.computed(name, self.weights.shape(name), lambda: self.weights.read(name), name)
+    def param(self, name: str, *, by_task: bool = False) -> Value:
+        """The tensor ``name`` as a float32 initializer of the same name; ``by_task`` as in :meth:`initializer`."""
+        shape = self.weights.shape(name)
+        return self.computed(name, shape, lambda: self.weights.read(name), name, by_task=by_task)
 
     # -- finishing ------------------------------------------------------------------------------
 
@@ -212,11 +234,10 @@ class OpBuilder:
                 needed.update(names_read(node))
         self.nodes = kept[::-1]
         self.constants = {n: c for n, c in self.constants.items() if n in needed}
-        self.initializers = {
-            n: i
-            for n, i in self.initializers.items()
-            if needed.intersection(s.name for s in i.specs)
-        }
+        for made in (self.initializers, self.task_tensors):
+            unread = [n for n, i in made.items() if needed.isdisjoint(s.name for s in i.specs)]
+            for name in unread:
+                del made[name]
         self.unpacked = {n: u for n, u in self.unpacked.items() if u.specs[0].name in needed}
 
 

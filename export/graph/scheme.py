@@ -6,6 +6,7 @@ The schemes themselves lie in :mod:`embedge.export.schemes`, one file each.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import isfinite
@@ -89,6 +90,10 @@ class Scheme(ABC):
         """The scheme that rounds the Linears of an input by GPTQ, ``None`` where none does."""
         return None
 
+    def branched(self, group: LinearGroup) -> BranchedScheme | None:
+        """The scheme that gives the Linears of an input a branch, ``None`` where none does."""
+        return None
+
 
 class RoundingScheme(Protocol):
     """A scheme whose weights are rounded to integers."""
@@ -119,6 +124,40 @@ class RoundingScheme(Protocol):
 
     def weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> LazyInitializer:
         """The initializer of one of the Linears; its ``compute`` rounds to nearest."""
+
+
+class BranchedScheme(RoundingScheme, Protocol):
+    """A scheme whose Linears have a branch (``schemes/branch.py``).
+
+    Attributes:
+        branch_rank: columns of ``down``, a multiple of 16.
+    """
+
+    branch_rank: int
+
+    def lost(
+        self,
+        g: OpBuilder,
+        group: LinearGroup,
+        linear: LinearRef,
+        weight: FloatArray,
+        arrays: Sequence[NDArray[Any]],
+    ) -> FloatArray:
+        """What stored tensors lack of a weight, for the input as it is quantized.
+
+        Args:
+            g: the graph that the Linear is in.
+            group: the input.
+            linear: one of the Linears that read it.
+            weight: float32 ``[out, in]``, which may be changed.
+            arrays: what is stored, of :meth:`weight`.
+
+        Returns:
+            float32 ``[out, in]``.
+        """
+
+    def row_factors(self, linear: LinearRef) -> FloatArray | None:
+        """float32 ``[out]`` by which a Linear's results are multiplied besides, or ``None``."""
 
 
 def reported_db(value: float) -> float | None:

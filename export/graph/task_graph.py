@@ -35,6 +35,7 @@ def task_graph(
     dense: tuple[DenseLayer, ...],
     normalize: bool,
     tanh_int8: bool = False,
+    backbone: Weights | None = None,
 ) -> Graph:
     """Write the graph from token ids to ``embedding`` float32 ``[batch, dim]``.
 
@@ -50,8 +51,10 @@ def task_graph(
         dense: layers after pooling, or of every token, in order, run in float32.
         normalize: whether vectors end with length 1.
         tanh_int8: whether they end as whole numbers, round(127 · tanh(x)), kept as float32.
+        backbone: the tensors that weights of Linears are of, where tasks share them; what differs by task is an
+            input then. ``None``: they are the task's own.
     """
-    g = Graph(weights=weights, scheme=scheme)
+    g = Graph(weights=weights, scheme=scheme, backbone=backbone)
     transformer = TransformerGraph(g, architecture)
     hidden = transformer.embed()
     for index in range(len(architecture.layers)):

@@ -16,11 +16,20 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export.graph.initializers import LazyInitializer, TensorSpec, digest
-from embedge.export.graph.ops import CONTRIB, OpBuilder
-from embedge.export.graph.scheme import Rounded, RoundingScheme, Scheme, Target, reported_db
+from embedge.export.graph.ops import CONTRIB, DOMAIN, OpBuilder
+from embedge.export.graph.scheme import (
+    BranchedScheme,
+    Rounded,
+    RoundingScheme,
+    Scheme,
+    Target,
+    reported_db,
+)
 from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Value, owner
+from embedge.export.schemes.branch import BranchInput, branch_input
 from embedge.export.schemes.embedding_tables import quantized_rows
 from embedge.export.schemes.floats import to_half
+from embedge.export.schemes.int8_inputs import quantized_rows_of
 from embedge.export.schemes.outlier_channels import beside, outliers
 from embedge.export.schemes.smoothed_inputs import divide_hessian, norm_with_bias, smoothed
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
@@ -39,6 +48,7 @@ class Int4Scheme(Scheme):
         outliers: channels that are multiplied in float32, by the labels of the Linears that read them.
         norms: shift and smoothing of inputs that a norm makes, by the labels of the Linears that read them; they
             cost another norm, and a bias less.
+        branch_rank: columns of the branch of each input, a multiple of 16; 0: none has one.
     """
 
     precision = "int4"
@@ -52,9 +62,11 @@ class Int4Scheme(Scheme):
         table_bits: int,
         outliers: Mapping[tuple[str, ...], NDArray[np.int64]] | None = None,
         norms: Mapping[tuple[str, ...], SmoothingConstants] | None = None,
+        branch_rank: int = 0,
     ) -> None:
         self._outliers = outliers or {}
         self._norms = norms or {}
+        self.branch_rank = branch_rank
         self.block_size = block_size
         self.method = method
         self._table_bits = table_bits
@@ -63,12 +75,14 @@ class Int4Scheme(Scheme):
         self.row_multiple = 1 if block_size <= 32 else 2
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
-        constants = self.norm_constants(group)
+        constants, channels = self.norm_constants(group), self._outliers.get(group.labels)
         x = smoothed(g, group, constants)
-        results = [self._matmul(g, x, group, linear, accuracy_level=4) for linear in group.linears]
+        branch = self._branch(g, group, x, channels) if self.branch_rank else None
+        results = [
+            self._matmul(g, x, group, linear, branch, accuracy_level=4) for linear in group.linears
+        ]
         for y in results:
             y.input_shift = constants.shift
-        channels = self._outliers.get(group.labels)
         if channels is None:
             return results
         return [
@@ -76,14 +90,31 @@ class Int4Scheme(Scheme):
             for y, linear in zip(results, group.linears, strict=True)
         ]
 
+    def _branch(
+        self, g: OpBuilder, group: LinearGroup, x: Value, channels: NDArray[np.int64] | None
+    ) -> BranchInput:
+        """The branch of an input, which it reads as 8-bit rows: without the channels set apart."""
+        if channels is not None:
+            kept = np.ones(group.linears[0].in_features(g.weights), np.float32)
+            kept[channels] = 0
+            x = g.op("Mul", x, g.const(kept))
+        return branch_input(g, group, self, *quantized_rows_of(g, group, x))
+
     def _matmul(
-        self, g: OpBuilder, x: str, group: LinearGroup, linear: LinearRef, **options: int
+        self,
+        g: OpBuilder,
+        x: str,
+        group: LinearGroup,
+        linear: LinearRef,
+        branch: BranchInput | None = None,
+        **options: int,
     ) -> Value:
         return g.op(
-            "MatMulNBits",
+            "MatMulNBits" if branch is None else "MatMulNBitsBranch",
             x,
             *g.initializer(self.weight(g, group, linear)),
-            domain=CONTRIB,
+            *(() if branch is None else branch.operands(linear)),
+            domain=CONTRIB if branch is None else DOMAIN,
             name=linear.label,
             K=linear.in_features(g.weights),
             N=linear.out_features(g.weights),
@@ -97,6 +128,8 @@ class Int4Scheme(Scheme):
 
     def shifted_norm(self, g: OpBuilder, x: Value, bias: str) -> Value | None:
         """The residual's norm with the bias in its own, where the Linears read another one."""
+        if bias in g.task_tensors:
+            return None  # a norm has its weights in the graph
         return norm_with_bias(g, x, bias) if self._norms else None
 
     def norm_constants(self, group: LinearGroup) -> SmoothingConstants:
@@ -107,6 +140,9 @@ class Int4Scheme(Scheme):
 
     def gptq(self, group: LinearGroup) -> RoundingScheme | None:
         return self if self.method == "gptq" else None
+
+    def branched(self, group: LinearGroup) -> BranchedScheme | None:
+        return self if self.branch_rank else None
 
     def input_shift(self, group: LinearGroup) -> FloatArray | None:
         return self.norm_constants(group).shift
@@ -154,6 +190,25 @@ class Int4Scheme(Scheme):
         sqnr_db = int4.blocks_sqnr_db(parts, values, scales, zeros, columns)
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, noise=noise)
 
+    def lost(
+        self,
+        g: OpBuilder,
+        group: LinearGroup,
+        linear: LinearRef,
+        weight: FloatArray,
+        arrays: Sequence[NDArray[Any]],
+    ) -> FloatArray:
+        packed, scales, zeros = arrays
+        weight = self._for_input(group, weight)
+        values = int4.unpack_pairs(packed, self.block_size)
+        stored = int4.dequantize(
+            values, scales.astype(np.float32), int4.unpack_pairs(zeros, scales.shape[1])
+        )
+        return weight - stored.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+    def row_factors(self, linear: LinearRef) -> FloatArray | None:
+        return None
+
     def restored(self, group: LinearGroup, weight: FloatArray) -> FloatArray:
         """What rounding to nearest leaves of a weight: exact for outlier channels and for the input's shift.
 
@@ -186,7 +241,7 @@ class Int4Scheme(Scheme):
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, group, linear, linear.read(g.weights))
+            rounded = self.round(g, group, linear, linear.read(g.stored))
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 
@@ -203,8 +258,8 @@ class Int4Scheme(Scheme):
         if constants.smooth is not None:
             kept += f"|{constants.digest}|{digest(constants.shift)}"
         return LazyInitializer(
-            key=linear.key(g.weights, f"{self.precision}|{self.block_size}|{self.method}|{kept}"),
-            owner=owner(g.weights, linear.weight),
+            key=linear.key(g.stored, f"{self.precision}|{self.block_size}|{self.method}|{kept}"),
+            owner=owner(g.stored, linear.weight),
             specs=(
                 spec("weight", TensorProto.UINT8, rows, blocks, self.block_size // 2),
                 spec("scales", self.scale_type, rows, blocks),

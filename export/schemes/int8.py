@@ -24,6 +24,7 @@ Operators of such a Linear, in order (functions and their bodies: ``graph/fused_
     ``QuantizeRows``, ``QuantizeRowsAbove`` (never below a bound) or ``QuantizeRotated…``       ``int8_inputs.py``
     ``MatMulIntegerToFloat``, ``MatMulIntegerToFloatAdd`` or ``…Sub``                           here
     ``MatMul`` in float32 of outlier channels, added                                            ``outlier_channels.py``
+    the same with a branch: ``BranchRows``, ``MatMulIntegerToFloatBranch``, …                   ``branch.py``
 
 A scale per row is a block of ``QuantizeLinear`` as wide as the row. ``MatMulIntegerToFloat`` takes
 one too, ``[batch, tokens, 1]``, on the CPU (undocumented; a test holds it), but only without its bias
@@ -41,9 +42,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from embedge.export.graph.initializers import LazyInitializer, TensorSpec, digest
-from embedge.export.graph.ops import CONTRIB, OpBuilder
-from embedge.export.graph.scheme import Rounded, RoundingScheme, Scheme, reported_db
+from embedge.export.graph.ops import CONTRIB, DOMAIN, OpBuilder
+from embedge.export.graph.scheme import BranchedScheme, Rounded, RoundingScheme, Scheme, reported_db
 from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Value, owner
+from embedge.export.schemes.branch import branch_input
 from embedge.export.schemes.embedding_tables import quantized_rows
 from embedge.export.schemes.int8_inputs import int8_input
 from embedge.export.schemes.outlier_channels import beside, outliers
@@ -63,6 +65,7 @@ class Int8Scheme(Scheme):
         method: "gptq" or "rtn", how weights are rounded; part of the initializer keys.
         table_bits: bits of embedding tables.
         portable: whether sums of pairs of weights are bounded, so that products fit 16 bits.
+        branch_rank: columns of the branch of each input, a multiple of 16; 0: none has one.
     """
 
     precision = "int8"
@@ -75,8 +78,10 @@ class Int8Scheme(Scheme):
         table_bits: int = 8,
         *,
         portable: bool = False,
+        branch_rank: int = 0,
     ) -> None:
         self.method = method
+        self.branch_rank = branch_rank
         self.saturates = not portable
         self._portable = portable
         self._constants = constants
@@ -93,14 +98,22 @@ class Int8Scheme(Scheme):
         row_scale = group.value.row_scale
         if row_scale is not None:
             scale = g.op("Mul", scale, row_scale)
+        branch = (
+            branch_input(g, group, self, values, scale, zero_point) if self.branch_rank else None
+        )
         results = []
         for linear in group.linears:
             weight, weight_scale = self._weight(g, group, linear)
             waits = linear == group.multiplied and not g.weights.has(linear.bias)
             waits = waits and constants.shift is None and constants.outliers is None
+            waits = waits and branch is None
             rows = g.const(1.0) if waits else scale
             arguments = [values, weight, rows, weight_scale, zero_point]
-            y = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=linear.label)
+            if branch is None:
+                y = g.op("MatMulIntegerToFloat", *arguments, domain=CONTRIB, name=linear.label)
+            else:
+                arguments += branch.operands(linear)
+                y = g.op("MatMulIntegerToFloatBranch", *arguments, domain=DOMAIN, name=linear.label)
             output_scale = self._output_scale.get(linear.label)
             if constants.outliers is not None:
                 columns = outliers(
@@ -113,7 +126,7 @@ class Int8Scheme(Scheme):
         return results
 
     def scales_rows(self, group: LinearGroup) -> bool:
-        return group.gated
+        return group.gated and not self.branch_rank
 
     def embedding(self, g: OpBuilder, name: str, ids: str) -> Value:
         return quantized_rows(g, name, ids, self._table_bits)
@@ -121,10 +134,15 @@ class Int8Scheme(Scheme):
     def gptq(self, group: LinearGroup) -> RoundingScheme | None:
         return self if self.method == "gptq" else None
 
+    def branched(self, group: LinearGroup) -> BranchedScheme | None:
+        return self if self.branch_rank else None
+
     def shifted_norm(self, g: OpBuilder, x: Value, bias: str) -> Value | None:
         """The residual's norm with the bias in its own; the Linears read another norm anyway."""
         if not self._constants:
             return None  # without constants the Linears read x itself
+        if bias in g.task_tensors:
+            return None  # a norm has its weights in the graph
         return norm_with_bias(g, x, bias)
 
     def constants_of(self, group: LinearGroup) -> SmoothingConstants:
@@ -167,10 +185,7 @@ class Int8Scheme(Scheme):
             values, scales, sqnr_db = result.values, result.scales, result.sqnr_db
         else:
             signal = float(np.square(weight).sum())
-            if constants.smooth is not None:
-                weight *= constants.smooth
-            if rotation is not None:
-                weight = rotate_blocks(weight, rotation)
+            weight = self._for_input(g, group, weight)
             if factor is None:
                 result = int8.quantize_rows(weight, pairs=self._portable)
                 values, scales = result.values, result.scales
@@ -186,13 +201,39 @@ class Int8Scheme(Scheme):
         arrays: list[NDArray[Any]] = [np.ascontiguousarray(values.T), scales]
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, noise=noise)
 
+    def _for_input(self, g: OpBuilder, group: LinearGroup, weight: FloatArray) -> FloatArray:
+        """A weight for the input as it is quantized: smoothed and rotated; float32 ``[out, in]``, changed."""
+        constants, rotation = self.constants_of(group), input_rotation(g, group)
+        if constants.outliers is not None:
+            weight[:, constants.outliers] = 0
+        if constants.smooth is not None:
+            weight *= constants.smooth
+        return weight if rotation is None else rotate_blocks(weight, rotation)
+
+    def lost(
+        self,
+        g: OpBuilder,
+        group: LinearGroup,
+        linear: LinearRef,
+        weight: FloatArray,
+        arrays: Sequence[NDArray[Any]],
+    ) -> FloatArray:
+        values, scales = arrays
+        factors = self.row_factors(linear)
+        scales = scales if factors is None else scales / factors
+        stored: FloatArray = values.T * scales[:, None]
+        return self._for_input(g, group, weight) - stored
+
+    def row_factors(self, linear: LinearRef) -> FloatArray | None:
+        return self._output_scale.get(linear.label)
+
     def weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> LazyInitializer:
         constants = self.constants_of(group)
         specs = weight_specs(g, linear)
         noise: list[float] = []
 
         def compute() -> list[NDArray[Any]]:
-            rounded = self.round(g, group, linear, linear.read(g.weights))
+            rounded = self.round(g, group, linear, linear.read(g.stored))
             noise[:] = [rounded.sqnr_db]
             return rounded.arrays
 
@@ -211,8 +252,8 @@ class Int8Scheme(Scheme):
         folded = digest(self._output_scale.get(linear.label), input_rotation(g, group))
         kind = f"int8{'-portable' * self._portable}|{self.method}|{constants.digest}|{folded}"
         return LazyInitializer(
-            key=linear.key(g.weights, kind),
-            owner=owner(g.weights, linear.weight),
+            key=linear.key(g.stored, kind),
+            owner=owner(g.stored, linear.weight),
             specs=specs,
             compute=compute,
             describe=describe,

@@ -9,7 +9,13 @@ from embedge.export.graph.values import FloatArray, LinearGroup, Value
 from embedge.export.schemes.smoothed_inputs import smoothed
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 
-__all__ = ["ACTIVATION_CONSTANTS", "Int8Input", "int8_input"]
+__all__ = [
+    "ACTIVATION_CONSTANTS",
+    "Int8Input",
+    "int8_input",
+    "quantized_rows_of",
+    "row_zero_points",
+]
 
 ACTIVATION_CONSTANTS: dict[str, dict[str, Any]] = {
     "embedge.act_step": {"dtype": "float32", "full": 1 / 127, "reduced": 1 / 63},
@@ -53,11 +59,7 @@ def int8_input(
     zero_point = _constant(g, f"embedge.act_zero_point{suffix}")
     rows = x if x.factors is None else x.factors[1]
 
-    def zero_points() -> Value:
-        shape = g.op("Concat", g.op("Shape", rows, end=-1), g.const([1], "int64"), axis=0)
-        return g.op("Expand", zero_point, shape)
-
-    zeros = g.once(f"{zero_point}.{group.rows}", zero_points)
+    zeros = row_zero_points(g, group, rows, zero_point)
     options: dict[str, Any] = {
         "domain": DOMAIN,
         "width": group.linears[0].in_features(g.weights),
@@ -81,6 +83,38 @@ def int8_input(
         floor = g.const(-lower_bound * _BOUNDED_RATIO)
         values, scale = g.op_n("QuantizeRowsAbove", 2, x, floor, step, zeros, **options)
     return Int8Input(x, values, scale, zero_point)
+
+
+def row_zero_points(g: OpBuilder, group: LinearGroup, rows: Value, zero_point: Value) -> Value:
+    """A zero point for each row of an input, ``[batch, tokens, 1]``; written once for all inputs.
+
+    Args:
+        g: the graph.
+        group: the input.
+        rows: a value with its rows.
+        zero_point: uint8 scalar.
+    """
+
+    def write() -> Value:
+        shape = g.op("Concat", g.op("Shape", rows, end=-1), g.const([1], "int64"), axis=0)
+        return g.op("Expand", zero_point, shape)
+
+    return g.once(f"{zero_point}.{group.rows}", write)
+
+
+def quantized_rows_of(g: OpBuilder, group: LinearGroup, x: Value) -> tuple[Value, Value, Value]:
+    """A value's rows as integers: values, scales and zero point as in :class:`Int8Input`.
+
+    Args:
+        g: the graph.
+        group: the input whose rows the value has.
+        x: float32 ``[batch, tokens, in]``.
+    """
+    step, zero_point = g.const(1 / 127), g.const(128, "uint8")
+    zeros = row_zero_points(g, group, x, zero_point)
+    width = group.linears[0].in_features(g.weights)
+    values, scale = g.op_n("QuantizeRows", 2, x, step, zeros, domain=DOMAIN, width=width)
+    return values, scale, zero_point
 
 
 def _gated(g: OpBuilder, product: Value) -> tuple[str, tuple[str, str]]:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.ops import OpBuilder
-from embedge.export.graph.scheme import RoundingScheme, Scheme
+from embedge.export.graph.scheme import BranchedScheme, RoundingScheme, Scheme
 from embedge.export.graph.values import LinearGroup, Value
 
 
@@ -39,6 +39,9 @@ class MixedScheme(Scheme):
 
     def gptq(self, group: LinearGroup) -> RoundingScheme | None:
         return self._scheme_of(*group.labels).gptq(group)
+
+    def branched(self, group: LinearGroup) -> BranchedScheme | None:
+        return self._scheme_of(*group.labels).branched(group)
 
     def _scheme_of(self, *names: str) -> Scheme:
         """The scheme of the first pattern that one of the names matches."""

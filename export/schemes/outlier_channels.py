@@ -51,6 +51,7 @@ def outliers(
         compute,
         linear.weight,
         detail=digest(channels, columns, rows),
+        by_task=True,
     )
     return g.op("Gather", x, g.const(channels, "int64"), axis=-1), matrix
 

@@ -43,6 +43,7 @@ PRECISIONS = {
     "int4": Precision(method="int4", smoothed=True, beside=(UNPACKED_PRECISION,), tower="int8"),
     "int4-fp16": Precision(method="int4", tower="fp16", half=True),
 }
+BRANCHED = ("int8", "int4")  # precisions whose Linears can have a branch
 PORTABLE = ("int8", "int4")  # precisions whose 8-bit weights an export can make portable
 KEPT = ("fp32", "int8")  # precisions that some layers of an int8 or int4 export may have
 
@@ -55,6 +56,7 @@ def make_scheme(
     methods: Mapping[str, str],
     keep: Mapping[str, str],
     portable: bool = False,
+    branch_rank: int = 0,
 ) -> Scheme:
     """The scheme of a precision, where layers are kept at others a mixture.
 
@@ -65,6 +67,7 @@ def make_scheme(
         methods: how weights are rounded, "gptq" or "rtn", for "int8" and "int4".
         keep: precisions by pattern.
         portable: whether 8-bit weights fit products of 16 bits.
+        branch_rank: columns of the branch of each input, 0: none.
     """
     if precision == "fp32":
         return Float32Scheme()
@@ -72,13 +75,13 @@ def make_scheme(
         return Float16Scheme()
     outliers = {labels: of.outliers for labels, of in constants.items() if of.outliers is not None}
     norms = {labels: of for labels, of in constants.items() if of.shift is not None}
-    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms)
+    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms, branch_rank)
 
     def make(name: str) -> Scheme:
         own = _that_hold(constants, name, precision, keep)
         schemes: dict[str, Scheme] = {
             "fp32": Float32Scheme(),
-            "int8": Int8Scheme(own, methods["int8"], portable=portable),
+            "int8": Int8Scheme(own, methods["int8"], portable=portable, branch_rank=branch_rank),
             "int4": int4,
             UNPACKED_PRECISION: Int4UnpackedScheme(own, int4),
             "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4),
@@ -117,4 +120,4 @@ def _that_hold(
     }
 
 
-__all__ = ["KEPT", "PORTABLE", "PRECISIONS", "make_scheme"]
+__all__ = ["BRANCHED", "KEPT", "PORTABLE", "PRECISIONS", "make_scheme"]

@@ -92,6 +92,15 @@ class TaskWeights:
         touched = self._adapter.touched if self._adapter else frozenset()
         return [name for name, key in self._keys.items() if key in touched]
 
+    def beyond_low_rank(self) -> list[str]:
+        """Canonical names of the tensors that the adapter changes by something else than LoRA's product."""
+        beyond = self._adapter.beyond_low_rank() if self._adapter else frozenset()
+        return [name for name, key in self._keys.items() if key in beyond]
+
+    def largest_rank(self) -> int:
+        """The largest rank of the adapter's products, 0 without any."""
+        return self._adapter.largest_rank() if self._adapter else 0
+
     def unread(self, asked: set[str]) -> tuple[list[str], list[str]]:
         """Floating-point tensors that are not among ``asked``, ``(changed by the adapter, others)``."""
         changed = self._adapter.touched if self._adapter else frozenset()

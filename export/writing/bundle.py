@@ -33,6 +33,7 @@ from embedge.runtime.bundle.writing import (
 from embedge.runtime.errors import BundleError
 
 JOURNAL = ".export.partial"
+_KINDS = (".onnx", ".bin", ".layers.json", ".unpack.json", ".safetensors")
 _EARLIER = tuple(f".{name}.partial" for name in (JOURNAL, MANIFEST, CARD))  # of earlier versions
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -149,7 +150,7 @@ def roll_back(out: Path) -> None:
         if inside.is_symlink():
             continue  # nothing is added through a link
         for path in sorted(inside.glob("*")):
-            ours = path.name.endswith((".onnx", ".bin", ".layers.json", ".unpack.json"))
+            ours = path.name.endswith(_KINDS)
             if ours and path.is_file() and f"{precision}/{path.name}" not in known:
                 path.unlink()
         if inside.is_dir() and not any(inside.iterdir()):

@@ -46,8 +46,14 @@ def write_graph(
         name: the task, or that of the vision tower.
         notes: the file's metadata.
     """
+    write_new(path, graph_content(g, store, name, notes))
+
+
+def graph_content(g: Graph, store: TensorStore, name: str, notes: Mapping[str, str]) -> bytes:
+    """What :func:`write_graph` writes."""
     tensors = [tensor for i in g.initializers.values() for tensor in store.tensors(i)]
-    write_new(path, to_model(g, tensors, name, notes).SerializeToString(deterministic=True))
+    content: bytes = to_model(g, tensors, name, notes).SerializeToString(deterministic=True)
+    return content
 
 
 def write_layer_report(path: Path, g: Graph, store: TensorStore) -> None:

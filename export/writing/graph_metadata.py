@@ -1,6 +1,7 @@
 """What a graph's metadata say to whoever opens it without embedge, under keys ``embedge.…``.
 
 task, precision   what it is
+inputs            where those lie that are no tokens, of a graph that tasks share
 onnxruntime       least version that computes it right
 session_config    the session option that its 8-bit matmuls need on x86-64 without VNNI
 portable          that they need none
@@ -48,14 +49,14 @@ def graph_notes(g: Graph, precision: str, name: str) -> dict[str, str]:
     return notes
 
 
-def task_notes(model: Model, g: Graph, precision: str, task: str) -> dict[str, str]:
+def task_notes(model: Model, g: Graph, precision: str, task: str | None) -> dict[str, str]:
     """Notes of a task's graph.
 
     Args:
         model: what is exported.
         g: the graph.
         precision: its precision.
-        task: its name.
+        task: its name; ``None`` of the graph that all tasks share.
     """
     normalized = ", of length 1" if model.settings.normalize else ""
     normalized += ", round(127 · tanh(x))" if model.settings.tanh_int8 else ""
@@ -65,11 +66,14 @@ def task_notes(model: Model, g: Graph, precision: str, task: str) -> dict[str, s
         "truncation_side": model.tokenizer.truncation_side,
     }
     pooled = f"pooled ({model.pooling})" if model.pooling else "a vector a token"
-    notes = graph_notes(g, precision, task) | {
+    notes = graph_notes(g, precision, task or "") | {
         "embedge.output": f"{pooled}{normalized}",
         "embedge.tokens": json.dumps(tokens),
     }
-    prompts = model.prompts(task)
+    if task is None:
+        del notes["embedge.task"]
+        notes["embedge.inputs"] = "those of a task: PRECISION/TASK.safetensors"
+    prompts = {} if task is None else model.prompts(task)
     if prompts:
         said = {"texts": prompts, "default": model.settings.default_prompt_name}
         notes["embedge.prompts"] = json.dumps(said, sort_keys=True)

@@ -91,7 +91,8 @@ def model_section(model: Model, matryoshka_dims: tuple[int, ...] | None) -> dict
 def _joined(before: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """A precision's entry after tasks were added, safe for the old and the new graphs."""
     joined = {**before, **new}
-    for key in ("graphs", "layers", "fidelity", "activation_constants", "unpack", "content_sha256"):
+    by_name = ("graphs", "layers", "fidelity", "activation_constants", "unpack", "content_sha256")
+    for key in (*by_name, "task_tensors"):
         joined[key] = {**before.get(key, {}), **new.get(key, {})}
     joined["devices"] = [d for d in before["devices"] if d in new["devices"]]
     joined["row_multiple"] = lcm(before.get("row_multiple", 1), new["row_multiple"])

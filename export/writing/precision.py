@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from embedge.export.calibration.branches import branch_initializers
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.context import ExportContext
 from embedge.export.families.base import Tower
@@ -17,22 +18,35 @@ from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import Scheme, Target
 from embedge.export.schemes.int8_inputs import ACTIVATION_CONSTANTS
 from embedge.export.schemes.registry import PORTABLE, PRECISIONS
-from embedge.export.weights.tensors import BASE
+from embedge.export.weights.tensors import BASE, Weights
 from embedge.export.writing.graph_files import (
     GRAPH,
     LAYERS,
     UNPACK_LIST,
     UNPACKED_GRAPH,
     check_names_free,
+    graph_content,
     write_graph,
     write_layer_report,
 )
 from embedge.export.writing.graph_metadata import graph_notes, task_notes
+from embedge.export.writing.shared_layout import (
+    CONSTANTS,
+    SHARED,
+    TASK_TENSORS,
+    check_fits,
+    check_same_graph,
+    fitted_branches,
+    read_constants,
+    write_constants,
+    write_task_tensors,
+)
 from embedge.export.writing.unpack_list import write_unpack_list
 from embedge.export.writing.weight_store import TensorStore
 from embedge.export.writing.weights import store_computed, store_quantized
 from embedge.runtime.bundle.content import content_sha256
 from embedge.runtime.bundle.contract import UNPACKED_PRECISION, VISION
+from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.bundle.packed_weights import read_packed
 from embedge.runtime.errors import EmbedgeValueError
 
@@ -64,7 +78,7 @@ def write_precision(
     place = _open_folder(folder / precision, tasks)
     with TensorStore(place) as store:
         if context.old is not None and precision in context.old.precisions:
-            for path in context.old.precisions[precision].graphs.values():
+            for path in sorted(set(context.old.precisions[precision].graphs.values())):
                 store.adopt(folder / path)
         writer = _PrecisionWriter(context, precision, store, batches)
         for task in tasks:
@@ -95,17 +109,73 @@ class _PrecisionWriter:
         self._constants: dict[str, set[str]] = {}  # names of the small ones, by scheme
         self._contents: dict[str, dict[str, str]] = {}  # hashes by scheme and graph
         self._has_tower = (store.folder / _VISION_GRAPH).exists()
+        self._has_shared = (store.folder / f"{SHARED}{GRAPH}").exists()
+        if self._has_shared:
+            self._take_constants()
+        stated = context.stated_options(precision, calibrated=bool(batches))
+        _check_same_layout(context, precision, stated)
         if self._has_tower:
             _check_same_rotation(context, precision)
 
     def write_task(self, task: str) -> None:
         """Calibrate, once for all tasks; quantize and store weights; write the graphs that read them."""
-        context, model, store = self._context, self._context.model, self._store
+        self._calibrate()
+        if self._context.shared:
+            self._write_shared(task)
+        else:
+            self._write_merged(task)
+
+    def _take_constants(self) -> None:
+        """Use the constants of int8 inputs that the shared graph was written with."""
+        path = self._store.folder / CONSTANTS
+        groups = self._context.model.plain_graphs[0].linear_groups.values()
+        if path.exists() and not self._context.constants:
+            found = read_constants(path, {group.labels: group.sink for group in groups})
+            self._context.constants.update(found)
+
+    def _calibrate(self) -> None:
         if not self._schemes:
-            self._schemes, self._eight_bit = context.calibrate(
-                self._precision, self._batches, store.folder
+            self._schemes, self._eight_bit = self._context.calibrate(
+                self._precision, self._batches, self._store.folder
             )
             self._constants = {name: set() for name in self._schemes}
+
+    def _write_shared(self, task: str) -> None:
+        """Write a task's own tensors, and before those of the first the graph."""
+        context, model, store = self._context, self._context.model, self._store
+        scheme = self._schemes[self._precision]
+        backbone = model.weights(model.base, scheme)
+        weights = model.weights(model.tasks[task], scheme)
+        g = model.graph(weights, scheme, backbone)
+        check_fits(task, model.tasks[task], g, context.branch_rank)
+        needed = _initializers(g)
+        new = [*g.task_tensors.values(), *([] if self._has_shared else needed)]
+        context.progress.expect(sum(i.nbytes for i in new))
+        path = store.folder / f"{SHARED}{GRAPH}"
+        notes = task_notes(model, g, self._precision, None)
+        if self._has_shared:
+            store.adopt_named(path, needed)
+            check_same_graph(path, task, graph_content(g, store, SHARED, notes))
+        else:
+            files = {BASE: self._shared}
+            if self._batches:
+                store_quantized(context, store, g, scheme, weights, self._batches, files)
+            store_computed(context.progress, store, needed, files)
+            write_graph(path, g, store, SHARED, notes)
+            write_layer_report(store.folder / f"{SHARED}{LAYERS}", g, store)
+            write_constants(store.folder / CONSTANTS, context.constants)
+            self._has_shared = True
+        self._constants[self._precision] |= set(g.constants)
+        own = store.folder / f"{task}{TASK_TENSORS}"
+        write_task_tensors(context, own, g, scheme, weights, self._batches, store)
+        content = content_sha256(
+            path.read_bytes(), {}, store.sha256_at, tensors_sha256=FileEntry.of(own).sha256
+        )
+        self._contents.setdefault(self._precision, {})[task] = content
+
+    def _write_merged(self, task: str) -> None:
+        """Quantize and store a task's weights; write the graphs that read them."""
+        context, model, store = self._context, self._context.model, self._store
         scheme = self._schemes[self._precision]
         weights = model.weights(model.tasks[task], scheme)
         graphs = {name: model.graph(weights, scheme) for name, scheme in self._schemes.items()}
@@ -115,6 +185,7 @@ class _PrecisionWriter:
         if self._batches:
             g = graphs[self._precision]
             store_quantized(context, store, g, scheme, weights, self._batches, files)
+            self._store_branches(g, scheme, weights, needed[self._precision], files)
         for name, g in graphs.items():
             store_computed(context.progress, store, needed[name], files)
             path = store.folder / f"{task}{UNPACKED_GRAPH if name == UNPACKED_PRECISION else GRAPH}"
@@ -125,6 +196,25 @@ class _PrecisionWriter:
                 write_layer_report(store.folder / f"{task}{LAYERS}", g, store)
             self._constants[name] |= set(g.constants)
             self._note_content(name, task, path)
+
+    def _store_branches(
+        self,
+        g: Graph,
+        scheme: Scheme,
+        weights: Weights,
+        needed: Sequence[LazyInitializer],
+        files: Mapping[str, str],
+    ) -> None:
+        """Fit the branches of a merged graph beside its weights, which are stored before."""
+        branches = {i.key: i for i in branch_initializers(g, scheme).values()}
+        if not branches or all(self._store.has(key) for key in branches):
+            return
+        others = [initializer for initializer in needed if initializer.key not in branches]
+        store_computed(self._context.progress, self._store, others, files)
+        fitted = fitted_branches(self._context, g, scheme, weights, self._batches, self._store)
+        for key, arrays in fitted:
+            if not self._store.has(key):
+                self._store.put(branches[key], arrays, files[branches[key].owner])
 
     def write_tower(self, tower: Tower) -> None:
         """Write the vision tower, which all tasks share, where it is not there yet."""
@@ -164,11 +254,20 @@ class _PrecisionWriter:
         def paths(end: str) -> dict[str, str]:
             return {task: f"{precision}/{task}{end}" for task in tasks}
 
+        def of_all(end: str) -> dict[str, str]:
+            return dict.fromkeys(tasks, f"{precision}/{SHARED}{end}")
+
         return {
             name: {
                 **(
                     {"graphs": paths(UNPACKED_GRAPH), "unpack": paths(UNPACK_LIST)}
                     if name == UNPACKED_PRECISION
+                    else {
+                        "graphs": of_all(GRAPH),
+                        "layers": of_all(LAYERS),
+                        "task_tensors": paths(TASK_TENSORS),
+                    }
+                    if context.shared
                     else {"graphs": paths(GRAPH), "layers": paths(LAYERS)}
                 ),
                 "devices": ["cuda" if scheme.target is Target.CUDA else "cpu"],
@@ -183,6 +282,29 @@ class _PrecisionWriter:
             }
             for name, scheme in self._schemes.items()
         }
+
+
+def _check_same_layout(context: ExportContext, precision: str, stated: Mapping[str, Any]) -> None:
+    """Tasks are added to a precision as those that it has were written."""
+    old = context.old.precisions.get(precision) if context.old else None
+    if old is None:
+        return
+    shared = bool(old.task_tensors)
+    if shared != context.shared:
+        layout = "shared" if shared else "merged"
+        raise EmbedgeValueError(
+            f"{context.options.out}: its {precision} has the layout {layout}; add --layout {layout}, choose "
+            "another --out, or --overwrite the bundle"
+        )
+    options = {name: value for name, value in old.options.items() if name != "by_task"}
+    differing = sorted(n for n in {**options, **stated} if options.get(n) != stated.get(n))
+    if shared and differing:
+        name = differing[0]
+        raise EmbedgeValueError(
+            f"{context.options.out}: its {precision} was exported with {name} {options.get(name)!r}, and this call "
+            f"has {stated.get(name)!r}; the tasks of a shared graph need the same: change that, choose another "
+            "--out, or --overwrite the bundle"
+        )
 
 
 def _initializers(g: Graph) -> list[LazyInitializer]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +64,7 @@ class TensorStore:
         for tensor in model.graph.initializer:
             if tensor.data_location != TensorProto.EXTERNAL:
                 continue
-            entry = {e.key: e.value for e in tensor.external_data}
-            stored = Stored(
-                file=entry["location"], offset=int(entry["offset"]), length=int(entry["length"])
-            )
+            stored = _place_of(tensor)
             self._closed.add(stored.file)
             with open(self.folder / stored.file, "rb") as file:
                 file.seek(stored.offset)
@@ -83,6 +80,26 @@ class TensorStore:
                     left -= len(chunk)
                     state.update(chunk)
             self._remember(state.hexdigest(), stored)
+
+    def adopt_named(self, graph_file: Path, initializers: Iterable[LazyInitializer]) -> None:
+        """Take the tensors of a graph in the folder for those of the same names, types and shapes.
+
+        For a graph that is written again from the same source with the same options: equal names are equal bytes.
+
+        Args:
+            graph_file: the graph; its tensors were adopted.
+            initializers: what is to be stored.
+        """
+        model = onnx.load(str(graph_file), load_external_data=False)
+        there = {tensor.name: tensor for tensor in model.graph.initializer}
+        for initializer in initializers:
+            found = [there.get(spec.name) for spec in initializer.specs]
+            if all(
+                tensor is not None
+                and (tensor.data_type, tuple(tensor.dims)) == (spec.elem_type, spec.shape)
+                for tensor, spec in zip(found, initializer.specs, strict=True)
+            ):
+                self._by_key[initializer.key] = tuple(_place_of(t) for t in found if t is not None)
 
     def has(self, key: str) -> bool:
         """Whether an initializer of this key was stored."""
@@ -123,6 +140,21 @@ class TensorStore:
     def places(self, initializer: LazyInitializer) -> tuple[Stored, ...]:
         """Where each tensor of a stored initializer lies."""
         return self._by_key[initializer.key]
+
+    def arrays(self, initializer: LazyInitializer) -> list[NDArray[Any]]:
+        """The tensors of a stored initializer, read again."""
+        result = []
+        for spec, stored in zip(initializer.specs, self.places(initializer), strict=True):
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(spec.elem_type)
+            if stored.inline is not None:
+                array = np.frombuffer(stored.inline, dtype)
+            else:
+                if stored.file in self._open:
+                    self._open[stored.file].flush()
+                count = stored.length // dtype.itemsize
+                array = np.fromfile(self.folder / stored.file, dtype, count, offset=stored.offset)
+            result.append(array.reshape(spec.shape))
+        return result
 
     def tensors(self, initializer: LazyInitializer) -> list[TensorProto]:
         """The stored initializers of an initializer as ONNX tensors."""
@@ -185,6 +217,14 @@ class TensorStore:
         self._by_hash[digest] = stored
         self._digests[stored.file, stored.offset] = digest
         return stored
+
+
+def _place_of(tensor: TensorProto) -> Stored:
+    """Where a tensor of a graph lies."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return Stored(inline=tensor.raw_data)
+    entry = {e.key: e.value for e in tensor.external_data}
+    return Stored(file=entry["location"], offset=int(entry["offset"]), length=int(entry["length"]))
 
 
 def _check(spec: TensorSpec, array: NDArray[Any]) -> None:

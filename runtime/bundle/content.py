@@ -35,6 +35,8 @@ def content_sha256(
     data: bytes,
     packed: Mapping[str, PackedWeight],
     digest: Callable[[ExternalData], str],
+    *,
+    tensors_sha256: str | None = None,
 ) -> str:
     """The hash of a graph.
 
@@ -42,6 +44,7 @@ def content_sha256(
         data: its file.
         packed: weights that are unpacked when it opens, by the name of their Linear.
         digest: gives the SHA-256 of bytes beside the graph, in hexadecimal.
+        tensors_sha256: that of the file with the task's tensors, where tasks share the graph.
 
     Raises:
         ValueError: the file is no ONNX model that `embedge export` writes.
@@ -56,6 +59,8 @@ def content_sha256(
     for name, weight in sorted(packed.items()):
         shape = weight.out_features, weight.in_features, weight.block_size
         _add(state, "packed", name, *shape, _digests(weight, digest))
+    if tensors_sha256 is not None:
+        _add(state, "task_tensors", tensors_sha256)
     return state.hexdigest()
 
 

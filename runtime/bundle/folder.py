@@ -13,7 +13,9 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from embedge.runtime.bundle.content import content_sha256
 from embedge.runtime.bundle.contract import INTEGER_PRECISIONS, MANIFEST, VISION
@@ -31,6 +33,7 @@ from embedge.runtime.bundle.graph_check import (
     VISION_INPUTS,
     VISION_OUTPUTS,
     CheckedGraph,
+    ValueTypes,
     check_graph,
 )
 from embedge.runtime.bundle.json_object import read_json_object
@@ -40,6 +43,7 @@ from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.names import is_path
 from embedge.runtime.bundle.onnx_model import ExternalData, StoredTensor
 from embedge.runtime.bundle.packed_weights import PackedWeight, read_packed
+from embedge.runtime.bundle.task_tensors import TaskTensors, read_task_tensors
 from embedge.runtime.errors import BundleError, EmbedgeValueError
 
 __all__ = ["VERIFY_MODES", "Bundle"]
@@ -126,6 +130,7 @@ class Bundle:
             for name in (*settings.graphs, *([VISION] if settings.vision else [])):
                 try:
                     self.graph_files(precision, name)
+                    self.task_tensors(precision, name)
                 except BundleError as error:
                     found.append(str(error))
         return found
@@ -160,7 +165,9 @@ class Bundle:
             BundleError: as :meth:`graph_files`.
         """
         made = self._look_at(precision, name).graph.made
-        return self._stored_bytes(precision, name) + sum(t.nbytes for t in made.values())
+        size = self._stored_bytes(precision, name) + sum(t.nbytes for t in made.values())
+        sharing = self._sharing(precision, name)
+        return size + sum(self._tensors_bytes(precision, task) for task in sharing)
 
     def disk_bytes(self, precision: str, name: str) -> int:
         """Bytes on disk of a graph and of the data it uses.
@@ -168,7 +175,7 @@ class Bundle:
         Raises:
             BundleError: as :meth:`graph_files`.
         """
-        stored = self._stored_bytes(precision, name)
+        stored = self._stored_bytes(precision, name) + self._tensors_bytes(precision, name)
         packed = self.packed_weights(precision, name)
         if packed is None:
             return stored
@@ -189,6 +196,43 @@ class Bundle:
                 the graph is none that embedge runs.
         """
         return self._look_at(precision, name).files
+
+    def graph_key(self, precision: str, name: str) -> str:
+        """The name of a graph among those of a precision: of tasks that share one, the first."""
+        return self._sharing(precision, name)[0]
+
+    def graph_inputs(self, precision: str, name: str) -> tuple[str, ...]:
+        """Names of a graph's inputs, those that are a task's tensors included.
+
+        Raises:
+            BundleError: as :meth:`task_tensors`.
+        """
+        return tuple(self._inputs_of(precision, name))
+
+    def task_tensors(self, precision: str, name: str) -> TaskTensors | None:
+        """What a task brings to a graph that others share; ``None`` where the graph is its own.
+
+        Raises:
+            BundleError: if the file cannot be read, or has other tensors than that of the first such task.
+        """
+        settings = self.manifest.precisions[precision]
+        path = settings.task_tensors.get(name)
+        if path is None:
+            return None
+        file = self.file(path)
+        with self.reading([path]):
+            tensors = read_task_tensors(file)
+        first = self.graph_key(precision, name)
+        if first != name and (expected := self.task_tensors(precision, first)) is not None:
+            shapes = {n: (a.dtype, a.shape) for n, a in tensors.arrays.items()}
+            wanted = {n: (a.dtype, a.shape) for n, a in expected.arrays.items()}
+            for tensor in sorted(shapes.keys() | wanted.keys()):
+                if shapes.get(tensor) != wanted.get(tensor):
+                    raise BundleError(
+                        f"{file}: {tensor}: expected {_described(wanted.get(tensor))}, as {first} has, found "
+                        f"{_described(shapes.get(tensor))}; {AGAIN}"
+                    )
+        return tensors
 
     def token_rows(self, precision: str, name: str) -> int | None:
         """Rows of the table in which a task's graph looks up token ids; ``None`` without such a table.
@@ -245,12 +289,14 @@ class Bundle:
 
     def _read_content(self, precision: str, name: str) -> str:
         graph, packed = self.graph(precision, name), self.packed_weights(precision, name)
+        tensors = self.manifest.precisions[precision].task_tensors.get(name)
         try:
             with self.reading(self.graph_files(precision, name)):
                 return content_sha256(
                     read_regular_file(graph, GRAPH_BYTES),
                     packed[1] if packed else {},
                     lambda place: _sha256_at(self.external_file(graph, place), place),
+                    tensors_sha256=None if tensors is None else self.manifest.files[tensors].sha256,
                 )
         except OSError as error:
             raise BundleError(
@@ -290,6 +336,26 @@ class Bundle:
         settings = self.manifest.precisions[precision]
         return settings.vision if name == VISION and settings.vision else settings.graphs[name]
 
+    def _sharing(self, precision: str, name: str) -> list[str]:
+        """Tasks that have the graph of a task, itself included; of ``VISION``, that alone."""
+        settings = self.manifest.precisions[precision]
+        if name == VISION and settings.vision:
+            return [name]
+        return [task for task, path in settings.graphs.items() if path == settings.graphs[name]]
+
+    def _tensors_bytes(self, precision: str, name: str) -> int:
+        """Bytes of the file of a task's own tensors; 0 without one."""
+        path = self.manifest.precisions[precision].task_tensors.get(name)
+        return 0 if path is None else self.manifest.files[path].size
+
+    def _inputs_of(self, precision: str, name: str) -> ValueTypes:
+        """Element type and rank of a graph's inputs."""
+        if name == VISION and self.manifest.precisions[precision].vision:
+            return VISION_INPUTS
+        inputs = {i: TASK_INPUTS[i] for i in self.manifest.model.inputs}
+        tensors = self.task_tensors(precision, name)
+        return inputs if tensors is None else {**inputs, **tensors.inputs}
+
     def _stored_bytes(self, precision: str, name: str) -> int:
         """Bytes of a graph's file, and of the stored data that it uses."""
         places = self._look_at(precision, name).graph.places
@@ -298,16 +364,14 @@ class Bundle:
 
     def _look_at(self, precision: str, name: str) -> _Opened:
         """A graph, checked once, and again where its file has changed."""
+        name = self.graph_key(precision, name)
         file = self._graph_name(precision, name)
         graph, state = self.file(file), self._files.state(file)
         opened = self._opened.get((precision, name))
         if opened is None or opened.state != state:
             tower = file == self.manifest.precisions[precision].vision
-            inputs = (
-                VISION_INPUTS if tower else {i: TASK_INPUTS[i] for i in self.manifest.model.inputs}
-            )
             outputs = VISION_OUTPUTS if tower else TASK_OUTPUTS
-            checked = check_graph(graph, inputs=inputs, outputs=outputs)
+            checked = check_graph(graph, inputs=self._inputs_of(precision, name), outputs=outputs)
             files = self._files_of(graph, checked, self.packed_weights(precision, name))
             opened = self._opened[precision, name] = _Opened(state, checked, files)
         return opened
@@ -337,6 +401,11 @@ class Bundle:
         files |= {self.external_file(graph, place) for place in _last_of_each(checked.places)}
         files |= {self.external_file(listed, place) for place in _last_of_each(packed_in)}
         return sorted(path.relative_to(self.root).as_posix() for path in files)
+
+
+def _described(tensor: tuple[np.dtype[Any], tuple[int, ...]] | None) -> str:
+    """A tensor's type and shape in words."""
+    return "none" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
 def _last_of_each(places: Iterable[ExternalData]) -> Iterable[ExternalData]:

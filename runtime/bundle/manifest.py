@@ -4,7 +4,8 @@ Rules:
     * ``format_version`` is "major.minor". Another major version is refused, a newer minor one warns. 1.1
       added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
       ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256``, the
-      licences of adapters, the source's ``hub_id``, ``late_interaction`` and ``special_token_ids``.
+      licences of adapters, the source's ``hub_id``, ``late_interaction`` and ``special_token_ids``, 1.6
+      ``task_tensors``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -387,6 +388,8 @@ class Precision(Record):
             :mod:`embedge.runtime.bundle.packed_weights`. Empty where weights run as they are stored.
         content_sha256: by task, what its graph computes, and under ``VISION`` that of the tower; see
             :mod:`embedge.runtime.bundle.content`. Empty where an earlier embedge exported.
+        task_tensors: path, by task, of what it brings to a graph that tasks share, see
+            :mod:`embedge.runtime.bundle.task_tensors`. Empty where each has its own.
         portable: no two products of its 8-bit matmuls exceed 16 bits together, so that they are exact on
             every processor in any session of ONNX Runtime.
     """
@@ -404,6 +407,9 @@ class Precision(Record):
         default_factory=dict
     )
     portable: Annotated[bool, Since("1.5"), SPARSE] = False
+    task_tensors: Annotated[Mapping[str, BundlePath], Since("1.6"), SPARSE] = field(
+        default_factory=dict
+    )
 
     @property
     def saturates(self) -> bool:
@@ -474,7 +480,7 @@ class Manifest(Record):
                 if VISION in self.tasks:
                     yield key, f"a task has the name {VISION!r} as well"
                 named[key] = precision.vision
-            for kind in ("graphs", "layers", "unpack"):
+            for kind in ("graphs", "layers", "unpack", "task_tensors"):
                 for task, path in getattr(precision, kind).items():
                     key = f"precisions.{name}.{kind}.{task}"
                     if task not in self.tasks:

@@ -43,7 +43,7 @@ from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError,
 
 __all__ = ["subset_bundle"]
 
-_BY_TASK = ("graphs", "layers", "fidelity", "unpack", "content_sha256")
+_BY_TASK = ("graphs", "layers", "fidelity", "unpack", "content_sha256", "task_tensors")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -159,7 +159,8 @@ def _document(source: Bundle, chosen: Mapping[str, list[str]]) -> dict[str, Any]
         settings = source.manifest.precisions[precision]
         for name in (*names, *([VISION] if settings.vision else [])):
             files.update(source.graph_files(precision, name))
-        files.update(path for task, path in settings.layers.items() if task in names)
+        for by_task in (settings.layers, settings.task_tensors):
+            files.update(path for task, path in by_task.items() if task in names)
     document["files"] = {name: f for name, f in document["files"].items() if name in files}
     return document
 

@@ -66,6 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "half a bit less exact",
     )  # fmt: skip
     parser.add_argument(
+        "--layout", metavar="L",
+        help="merged, a graph for each task; or shared, one quantized backbone and a low-rank branch for each "
+        "task (default: merged)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--branch-rank", type=int, metavar="R",
+        help="columns of the low-rank branches beside int8 and int4 weights, a multiple of 16: closer and "
+        "larger (default: by measurement with --layout shared, else none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--budget", metavar="SIZE",
         help="at int4: most bytes of a task, e.g. 2.0GB; the most sensitive layers get 8 bits",
     )  # fmt: skip

@@ -153,7 +153,8 @@ def _chosen(
             )
     for precision, settings in manifest.precisions.items():
         if precisions is None or precision in precisions:
-            names = [name for name in settings.graphs if tasks is None or name in tasks]
+            chosen = [name for name in settings.graphs if tasks is None or name in tasks]
+            names = list(dict.fromkeys(bundle.graph_key(precision, name) for name in chosen))
             vision = [VISION] if settings.vision and names else []
             yield from ((precision, name) for name in [*names, *vision])
 

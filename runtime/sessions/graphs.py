@@ -14,6 +14,7 @@ from embedge.runtime.host.workers import Workers
 from embedge.runtime.sessions.pool import GraphPool
 from embedge.runtime.sessions.session import SessionConfig, open_graph
 from embedge.runtime.sessions.session_workers import RunSettings, SessionWorkers
+from embedge.runtime.sessions.task_inputs import TaskInputs, task_inputs
 
 __all__ = ["Graphs"]
 
@@ -47,6 +48,8 @@ class Graphs:
         self.device = config.device
         self.settings = settings
         self._threads = config.threads
+        self._key_of = partial(bundle.graph_key, precision)
+        self._tensors_of = partial(bundle.task_tensors, precision)
         self._token_rows = functools.cache(partial(bundle.token_rows, precision))
         self._new_pool = partial(
             GraphPool,
@@ -61,6 +64,7 @@ class Graphs:
     def _start(self) -> None:
         self._workers = Workers(self._threads)
         self._pool = self._new_pool()
+        self._inputs: dict[str, TaskInputs] = {}
 
     def restart(self) -> None:
         """In a forked child: without open graphs, those of the parent stay as they are."""
@@ -75,8 +79,17 @@ class Graphs:
             EmbedgeError: if one session of the graph is above the memory limit.
         """
         settings, threads, workers = self.settings(name), self._threads, self._workers
-        with self._pool.use(name) as graph:
-            yield SessionWorkers(graph, settings, threads=threads, workers=workers)
+        given = self._task_inputs(name)
+        with self._pool.use(self._key_of(name)) as graph:
+            yield SessionWorkers(graph, settings, threads=threads, workers=workers, given=given)
+
+    def _task_inputs(self, name: str) -> TaskInputs:
+        """What a task brings to the graph that it shares; read once, and nothing where it has its own."""
+        known = self._inputs.get(name)
+        if known is None:  # two threads may both read them, and one copy stays
+            tensors = self._tensors_of(name)
+            known = self._inputs[name] = {} if tensors is None else task_inputs(tensors)
+        return known
 
     def with_settings(self, settings: Callable[[str], RunSettings]) -> Graphs:
         """The same graphs, sharing what is open, whose batches run in another way."""
@@ -86,6 +99,7 @@ class Graphs:
 
     def close(self) -> None:
         """Closes the open graphs that are not in use."""
+        self._inputs.clear()
         self._pool.close_unused()
 
     def concurrency(self, name: str) -> int:

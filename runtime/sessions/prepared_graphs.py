@@ -124,7 +124,8 @@ class PreparedGraphs:
 
     def _existing(self) -> Iterator[tuple[Path, str, str]]:
         for precision, settings in self.bundle.manifest.precisions.items():
-            for name in (*settings.graphs, *([VISION] if settings.vision else [])):
+            own = [t for t in settings.graphs if self.bundle.graph_key(precision, t) == t]
+            for name in (*own, *([VISION] if settings.vision else [])):
                 for folder in self._recorded(precision, name):
                     yield folder, precision, name
 

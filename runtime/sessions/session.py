@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.graph_check import VISION_INPUTS
 from embedge.runtime.errors import BundleError, EmbedgeError, InferenceError
 from embedge.runtime.host.onnxruntime import load_onnxruntime, open_session
 from embedge.runtime.host.saturation import keep_matmuls_exact, require_exact_matmuls
 from embedge.runtime.kernels.library import own_kernels, use_own_kernels
 from embedge.runtime.sessions.device import PROVIDERS
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
+from embedge.runtime.sessions.task_inputs import TaskInputs
 from embedge.runtime.sessions.unpack import Initializers, initializers_of
 
 __all__ = ["GraphSession", "SessionConfig", "give_initializers", "new_options", "open_graph"]
@@ -69,6 +68,7 @@ def open_graph(
         EmbedgeError: if the path is no UTF-8.
     """
     threads = threads or config.threads
+    name = bundle.graph_key(precision, name)
     if config.prepared is not None and config.device == "cpu":
         file = config.prepared.find(precision, name)
         if file is not None:
@@ -113,9 +113,7 @@ def _open(
                 f"{_one_line(error)}; `embedge inspect --verify` checks the bundle's files"
             ) from error
         del held, unpacked  # what is not read in place has been copied
-    is_tower = name == VISION and bundle.manifest.precisions[precision].vision is not None
-    inputs = tuple(VISION_INPUTS) if is_tower else bundle.manifest.model.inputs
-    _check_inputs(file, session, inputs)
+    _check_inputs(file, session, bundle.graph_inputs(precision, name))
     return GraphSession(file, session, device=config.device, threads=threads)
 
 
@@ -162,14 +160,30 @@ class GraphSession:
         session: ONNX Runtime's.
         device: "cpu" or "cuda".
         threads: threads of one run.
+        given: inputs that are the same in every run.
     """
 
-    def __init__(self, file: Path, session: Any, *, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        session: Any,
+        *,
+        device: str,
+        threads: int,
+        given: TaskInputs | None = None,
+    ) -> None:
         self.file = file
+        self._given = given or {}
         self.device = device
         self.threads = threads
         self._session = session
         self.outputs = tuple(value.name for value in session.get_outputs())
+
+    def of_task(self, given: TaskInputs) -> GraphSession:
+        """The same session, whose runs get a task's inputs."""
+        return GraphSession(
+            self.file, self._session, device=self.device, threads=self.threads, given=given
+        )
 
     def run(self, output: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """One output for a batch, as float32.
@@ -186,6 +200,8 @@ class GraphSession:
         try:
             if self.device == "cuda":
                 result = self._run_bound(output, inputs)
+            elif self._given:
+                result = self._run_with_given(output, inputs)
             else:
                 (result,) = self._session.run([output], dict(inputs))
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -205,6 +221,13 @@ class GraphSession:
                 "the bundle's files"
             )
         return np.asarray(result, np.float32)
+
+    def _run_with_given(self, output: str, inputs: Mapping[str, NDArray[Any]]) -> Any:
+        """A run with inputs that are ONNX Runtime's values already."""
+        value_of = load_onnxruntime().OrtValue.ortvalue_from_numpy
+        values = {name: value_of(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        (result,) = self._session.run_with_ort_values([output], {**values, **self._given})
+        return result.numpy()
 
     def _run_bound(self, output: str, inputs: Mapping[str, NDArray[Any]]) -> Any:
         """A run with its inputs copied to the device first and its output fetched once."""

@@ -19,6 +19,7 @@ from embedge.runtime.bundle.schema import Record, Within, record
 from embedge.runtime.host.workers import Workers
 from embedge.runtime.sessions.pool import OpenGraph
 from embedge.runtime.sessions.session import GraphSession
+from embedge.runtime.sessions.task_inputs import TaskInputs
 
 __all__ = ["RunSettings", "SessionWorkers"]
 
@@ -50,12 +51,20 @@ class SessionWorkers:
         graph: in use by the call.
         settings: how its batches run.
         threads: of the session on which batches run one by one.
+        given: inputs of every run, of a task whose graph others share.
         workers: as many, for batches that run at the same time.
     """
 
     def __init__(
-        self, graph: OpenGraph, settings: RunSettings, *, threads: int, workers: Workers
+        self,
+        graph: OpenGraph,
+        settings: RunSettings,
+        *,
+        threads: int,
+        workers: Workers,
+        given: TaskInputs | None = None,
     ) -> None:
+        self._given = given
         self._graph = graph
         self._settings = settings
         self._threads = threads
@@ -84,6 +93,8 @@ class SessionWorkers:
             several or tokens <= settings.single_thread_tokens
         )
         session = self._graph.session(1 if single_thread else self._threads)
+        if self._given:
+            session = session.of_task(self._given)
         if settings.single_thread and several and session.threads < self._threads:
             yield from self._workers.run(partial(work, session), batches, most=2 * self._threads)
             return
