@@ -55,9 +55,12 @@ def other_runtimes(manifest: Manifest) -> Iterator[str]:
         )
     if any(name in INTEGER_PRECISIONS for name in openable):
         yield "Where embedge runs kernels of its own, its vectors differ in the last digits from these."
-    yield f"Python with `onnxruntime>={_LEAST}`, `tokenizers` and `numpy`:"
+    shared = any(p.task_tensors for p in openable.values())
+    packages = f"`onnxruntime>={_LEAST}`, `tokenizers`{', `safetensors`' * shared} and `numpy`"
+    yield f"Python with {packages}:"
     yield _python(manifest, openable, probe=bool(saturating))
-    if "pool_mask" not in manifest.model.inputs:
+    openable = {name: p for name, p in openable.items() if not p.task_tensors}
+    if openable and "pool_mask" not in manifest.model.inputs:
         yield f"Node.js with `onnxruntime-node` ({_LEAST} or later) and `@huggingface/transformers`:"
         yield _javascript(manifest, openable)
     yield _others(manifest)
@@ -90,6 +93,12 @@ def _facts(manifest: Manifest, openable: dict[str, Precision]) -> str:
     }
     if late is not None:
         del rows["fewer dimensions"]
+    shared = [name for name, p in openable.items() if p.task_tensors]
+    if shared:
+        rows[f"one graph, {', '.join(shared)}"] = (
+            "`PRECISION/shared.onnx` for all tasks; it takes the tensors of `PRECISION/TASK.safetensors` too, each as "
+            "the input of its name"
+        )
     if gpu:
         rows["on GPUs alone"] = f"{', '.join(gpu)}: `onnxruntime-gpu` with `CUDAExecutionProvider`"
     if UNPACKED_PRECISION in manifest.precisions:
@@ -146,12 +155,26 @@ def _python(manifest: Manifest, openable: dict[str, Precision], *, probe: bool) 
     pad = f"pad_id={tokenizer.pad_token_id}"
     if multiple > 1:
         pad += f", pad_to_multiple_of={multiple}"
+    shared = any(p.task_tensors for p in openable.values())
+    graph = 'graph = str(folder / precision / f"{task}.onnx")'
+    if shared:
+        graph = 'graph = str(folder / precision / "shared.onnx")'
+        if not all(p.task_tensors for p in openable.values()):
+            graph = (
+                'graph = folder / precision / "shared.onnx"\n'
+                'graph = str(graph if graph.exists() else folder / precision / f"{task}.onnx")'
+            )
+        graph += (
+            '\nown = folder / precision / f"{task}.safetensors"'
+            "\ngiven = load_file(own) if own.exists() else {}"
+        )
     lines = [
         *(["import base64", "import zlib"] if probe else []),
         "from pathlib import Path",
         "",
         "import numpy as np",
         "import onnxruntime as ort",
+        *(["from safetensors.numpy import load_file"] if shared else []),
         "from tokenizers import Tokenizer",
         "",
         'folder = Path("path/to/this/folder")',
@@ -175,7 +198,7 @@ def _python(manifest: Manifest, openable: dict[str, Precision], *, probe: bool) 
         ]
     provider = "CPU" if "cpu" in openable[precision].devices else "CUDA"
     lines += [
-        'graph = str(folder / precision / f"{task}.onnx")',
+        *graph.split("\n"),
         f'session = ort.InferenceSession(graph, options, providers=["{provider}ExecutionProvider"])',
         f'tokenizer = Tokenizer.from_file(str(folder / "{tokenizer.file}"))',
         f'tokenizer.enable_truncation({model.max_length}, direction="{tokenizer.truncation_side}")',
@@ -210,7 +233,8 @@ def _python(manifest: Manifest, openable: dict[str, Precision], *, probe: bool) 
             "        of_prompt = of_prompt[:-1]",
             '    inputs["pool_mask"] = mask * (np.arange(ids.shape[1]) >= len(of_prompt) * bool(prompt))',
         ]
-    lines += ['    (vectors,) = session.run(["embedding"], inputs)']
+    inputs = "{**inputs, **given}" if shared else "inputs"
+    lines += [f'    (vectors,) = session.run(["embedding"], {inputs})']
     if model.truncate_dim:
         lines.append(f"    dim = dim or {model.truncate_dim}")
     lines += ["    if dim:", "        vectors = vectors[:, :dim]"]

@@ -119,7 +119,7 @@ def _summary(bundle: Bundle) -> list[str]:
         size = f"{manifest.folder_bytes(name):,}"
         rows.append(
             [
-                name,
+                f"{name}, shared" if precision.task_tensors else name,
                 ", ".join(precision.devices),
                 size,
                 _elsewhere(name, precision),
@@ -152,6 +152,8 @@ def _elsewhere(name: str, precision: Precision) -> str:
     """Whether other programs open a precision's graphs, or the option that they need for it."""
     if name == UNPACKED_PRECISION:
         return "no"
+    if precision.task_tensors:
+        return "by its README"  # a graph that takes a task's tensors
     option = EXACT_OPTION.removeprefix("session.")  # a line has 80 columns
     return f"{option}=1" if precision.saturates else "as it is"
 

@@ -109,6 +109,23 @@ def test_the_cards_python_gives_embedges_vectors_to_the_bit(
 
 
 @pytest.mark.slow
+def test_the_cards_python_gives_a_shared_graph_its_tasks_tensors(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    adapters = {
+        name: save_adapter(source, tmp_path / name, target=["query", "value"], seed=seed)
+        for seed, name in enumerate(("first", "second"))
+    }
+    options: dict[str, Any] = {"adapters": adapters, "calibration": "none", "out": out}
+    export_bundle(source, precisions=["int8"], layout="shared", branch_rank=16, **options)
+    compare(out, "int8", "second")
+    export_bundle(source, precisions=["fp32"], **options)
+    compare(out, "int8", "second")
+    compare(out, "fp32", "second")
+
+
+@pytest.mark.slow
 def test_the_cards_python_takes_texts_of_a_bundle_with_images(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "v4")
     out = export_bundle(
