@@ -96,11 +96,11 @@ class TestProcess:
     def test_what_is_under_way_is_answered_before_the_end(
         self, tasks_bundle: TinyBundle, tmp_path: Path, number: int
     ) -> None:
-        texts = [f"w{i % 60} w{i % 7}" for i in range(2000)]
+        texts = [f"w{i % 60} w{i % 7}" for i in range(1000)]
         expected = Embedder(tasks_bundle.path, task="code").encode(texts)
         with serving(tmp_path / "log", str(tasks_bundle.path)) as server:
-            with ThreadPoolExecutor(6) as pool:
-                asked = [pool.submit(server.embed, input=texts) for _ in range(6)]
+            with ThreadPoolExecutor(3) as pool:
+                asked = [pool.submit(server.embed, input=texts) for _ in range(3)]
                 metrics = f"{server.url}/metrics"
                 while "embedge_batch_tokens_count 0.0" in httpx.get(metrics).text:
                     time.sleep(0.01)
@@ -141,8 +141,8 @@ class TestProcess:
         expected = Embedder(tasks_bundle.path, task="code").encode("w1 w2")
         with serving(tmp_path / "log", str(copied)) as server, httpx.Client() as http:
             url, replaced = f"{server.url}/v1/embeddings", 0
-            for number in range(60):
-                if number % 20 == 10:
+            for number in range(30):
+                if number % 10 == 5:
                     document = json.loads((copied / "manifest.json").read_text())
                     document["producer"]["version"] = f"0.1.{number}"
                     (copied / "new").write_text(json.dumps(document))
