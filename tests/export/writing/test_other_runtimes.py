@@ -109,10 +109,9 @@ def test_the_cards_python_gives_embedges_vectors_to_the_bit(
 
 
 @pytest.mark.slow
-def test_the_cards_python_gives_a_shared_graph_its_tasks_tensors(
-    source: Path, tmp_path: Path
-) -> None:
+def test_the_cards_python_gives_a_shared_graph_its_tasks_tensors(tmp_path: Path) -> None:
     out = tmp_path / "out"
+    source = save(make_model("bert", intermediate_size=64), tmp_path / "tiny-bert-2")
     adapters = {
         name: save_adapter(source, tmp_path / name, target=["query", "value"], seed=seed)
         for seed, name in enumerate(("first", "second"))
