@@ -209,6 +209,7 @@ class TestMultiVectors:
 
 
 class TestManyAtOnce:
+    @pytest.mark.slow
     def test_each_of_many_concurrent_requests_gets_its_own_vectors(
         self, client: Client, tasks_bundle: TinyBundle
     ) -> None:

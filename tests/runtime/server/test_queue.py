@@ -222,6 +222,7 @@ def test_one_requests_fault_is_not_anothers(client: Client, gate: Gate) -> None:
     assert held(client) == 0
 
 
+@pytest.mark.slow  # a second is the shortest limit
 def test_a_request_without_an_answer_in_time(tasks_bundle: TinyBundle, gate: Gate) -> None:
     with served(str(tasks_bundle.path), timeout=1) as client:
 
