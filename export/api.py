@@ -55,9 +55,8 @@ def export_bundle(
             or 128 from a hidden size of 1536 on, where that is 1.8 times as fast as 32 and nearly as close.
         int4_method: "gptq" rounds with the calibration texts' activations; "rtn" rounds every weight
             to nearest on an error-minimising grid, several times faster and less exact.
-        int8_method: the same for int8; ``None``: "gptq" for decoders and ModernBERT up to a hidden
-            size of 1536, where it takes a fifth to a half of the error away,
-            else "rtn".
+        int8_method: the same for int8; ``None``: "gptq" below a hidden size of 1536, where it takes a
+            fifth to a half of the error away, else "rtn".
         portable: choose 8-bit weights of which no two products exceed 16 bits together. Any session of ONNX
             Runtime computes them exactly then, on x86-64 without VNNI too; weights keep half a bit less.
             Other graphs that hold 8-bit products stop there, unless the session's option

@@ -69,8 +69,7 @@ class ExportContext:
         """How weights are rounded, "gptq" or "rtn", for "int8" and "int4"."""
         if not calibrated:
             return dict.fromkeys(("int8", "int4"), "rtn")
-        pays = bool(self.model.architecture.streams()) and not self.wide
-        int8 = self.options.int8_method or ("gptq" if pays else "rtn")
+        int8 = self.options.int8_method or ("rtn" if self.wide else "gptq")
         return {"int8": int8, "int4": self.options.int4_method}
 
     def scheme(

@@ -48,9 +48,10 @@ class Int4UnpackedScheme(Int8Scheme):
     def _weight(self, g: OpBuilder, group: LinearGroup, linear: LinearRef) -> list[Value]:
         constants, name = self.constants_of(group), linear.label
         columns = constants.smooth
-        if self._int4.norm_constants(group).smooth is not None:
-            columns = None  # the stored weight is smoothed already
-        elif columns is not None and constants.outliers is not None:
+        stored = self._int4.norm_constants(group).smooth
+        if stored is not None:  # the stored weight is smoothed already
+            columns = 1 / stored if columns is None else columns / stored
+        if columns is not None and constants.outliers is not None:
             columns = columns.copy()
             columns[constants.outliers] = 0  # multiplied in float32 beside it
         g.unpacked[name] = UnpackedWeight(

@@ -74,7 +74,11 @@ def make_scheme(
     if precision == "fp16":
         return Float16Scheme()
     outliers = {labels: of.outliers for labels, of in constants.items() if of.outliers is not None}
-    norms = {labels: of for labels, of in constants.items() if of.shift is not None}
+    norms = {
+        labels: SmoothingConstants(shift=of.shift, smooth=of.int4_smooth)
+        for labels, of in constants.items()
+        if of.shift is not None
+    }
     int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms, branch_rank)
 
     def make(name: str) -> Scheme:

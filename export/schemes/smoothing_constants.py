@@ -18,6 +18,7 @@ class SmoothingConstants:
     Attributes:
         shift: float32 ``[in]`` subtracted from the input, or ``None``.
         smooth: float32 ``[in]`` by which the input is divided, or ``None``.
+        int4_smooth: what ``smooth`` is at int4, for an input that is shifted, or ``None``.
         sink: the producer that takes ``1 / smooth`` into its scales, or ``None``.
         outliers: int64, channels that are multiplied in float32; ``smooth`` makes them vanish among
             the others, or ``None``.
@@ -25,12 +26,13 @@ class SmoothingConstants:
 
     shift: FloatArray | None = None
     smooth: FloatArray | None = None
+    int4_smooth: FloatArray | None = None
     sink: ScaleSink | None = None
     outliers: NDArray[np.int64] | None = None
 
     @property
     def digest(self) -> str:
-        """Identifies the constants in initializer keys."""
+        """Identifies the constants of int8 in initializer keys."""
         return digest(self.shift, self.smooth, self.outliers)
 
 

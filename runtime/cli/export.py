@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--int8-method", metavar="M",
-        help="gptq or rtn (default: gptq for decoders and ModernBERT up to a hidden size of 1536, else rtn)",
+        help="gptq or rtn (default: gptq below a hidden size of 1536, else rtn)",
     )  # fmt: skip
     parser.add_argument(
         "--portable", action="store_true",

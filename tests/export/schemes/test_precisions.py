@@ -166,6 +166,18 @@ def test_gptq_is_closer_than_rounding_on_the_texts_it_saw(export: Export, root: 
     assert calibrated.mean() > rounded.mean()
 
 
+def test_an_encoders_int8_weights_are_rounded_by_gptq(export: Export, root: Path) -> None:
+    file = root / "seen.txt"
+    file.write_text("\n".join(TEXTS * 4), "utf-8")
+    exact = vectors(export("bert", "fp32"), "fp32")
+    bundle = export("bert", "int8", calibration=file)
+    to_nearest = export("bert", "int8", calibration=file, int8_method="rtn")
+    stated = json.loads((bundle / "manifest.json").read_text())["precisions"]["int8"]
+    assert stated["options"]["method"] == "gptq"
+    lost = [1 - cosines(exact, vectors(b, "int8")).mean() for b in (bundle, to_nearest)]
+    assert lost[0] < lost[1]
+
+
 def test_outlier_channels_do_not_spoil_int8(tmp_path: Path, few_texts: Path) -> None:
     model = make_model("qwen2", **WIDE)
     for layer in model.layers:  # the same function, computed through large values

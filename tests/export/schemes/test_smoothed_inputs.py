@@ -132,12 +132,13 @@ def test_gptq_is_told_of_inputs_less_their_shift(precision: str, tmp_path: Path)
     assert np.allclose(statistics.hessian, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_weights_that_are_smoothed_already_are_not_smoothed_when_they_are_unpacked() -> None:
+def test_unpacked_weights_get_the_smoothing_that_the_stored_ones_lack() -> None:
     block = Block()
-    smoothed = Int4Scheme(32, "rtn", 4, norms=block.constants)
-    for int4, smooths in ((Int4Scheme(32, "rtn", 4), True), (smoothed, False)):
-        g = block.graph(Int4UnpackedScheme(block.constants, int4))
-        assert (g.unpacked["linear"].columns is not None) is smooths
+    half = Int4Scheme(32, "rtn", 4, norms=constants(block.shift, block.smooth / 2))
+    for int4, lacks in ((Int4Scheme(32, "rtn", 4), block.smooth), (half, np.full(WIDTH, 2))):
+        columns = block.graph(Int4UnpackedScheme(block.constants, int4)).unpacked["linear"].columns
+        assert columns is not None
+        assert np.allclose(columns.compute()[0], lacks, rtol=1e-6)
 
 
 def test_rounding_alone_leaves_a_weight_exact_along_the_shift() -> None:
