@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import CheckpointError
+from embedge.export.source.bitsandbytes import check_quantization, dequantized
 from embedge.export.source.card import read_card
 from embedge.export.source.fingerprint import weights_sha256
 from embedge.export.source.hub import is_hub_id, local_folder
 from embedge.export.source.json_files import read_json_object
 from embedge.export.source.modules import transformer_folder
 from embedge.export.source.names import base_name, cached_hub_id, known_names, model_name
-from embedge.export.source.safetensors_file import SafetensorsFile
-from embedge.export.source.tensor_parts import TensorPart, parts_of
+from embedge.export.source.safetensors_file import SafetensorsFile, StoredTensors
+from embedge.export.source.tensor_parts import parts_of
 from embedge.export.source.weight_files import partly, weight_files
 
 __all__ = ["Checkpoint", "ModelFolder"]
@@ -54,7 +55,7 @@ class ModelFolder:
 
         Raises:
             CheckpointError: if there is no such model, a file is missing, truncated or not what it
-                should be, or the weights are quantized.
+                should be, or the weights are quantized by another method than bitsandbytes'.
         """
         self.path = local_folder(source)
         is_fetched = isinstance(source, str) and is_hub_id(source) and not Path(source).exists()
@@ -94,7 +95,9 @@ class Checkpoint(ModelFolder):
         else:
             super().__init__(source)
         self._stored = weight_files(self.transformer_path, self.hub_id)
-        self._files: Mapping[str, SafetensorsFile | TensorPart] = self._stored
+        file = self.transformer_path / "config.json"
+        self._whole: Mapping[str, StoredTensors] = dequantized(self._stored, self.config, file)
+        self._files = self._whole
         self.fused: Mapping[str, tuple[str, ...]] = {}
         self._sha256: str | None = None
 
@@ -106,7 +109,7 @@ class Checkpoint(ModelFolder):
             aside: ends of the names of tensors that are left out, as a regular expression; "" for none.
         """
         split = copy.copy(self)
-        split._files, split.fused = parts_of(self._stored, fused, aside), fused
+        split._files, split.fused = parts_of(self._whole, fused, aside), fused
         return split
 
     @property
@@ -137,6 +140,8 @@ class Checkpoint(ModelFolder):
     def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Return ``key``, or some of its rows, as a fresh array; 16-bit floats become float32 exactly.
 
+        What bitsandbytes has quantized is restored, see :mod:`embedge.export.source.bitsandbytes`.
+
         Raises:
             CheckpointError: if there is no such tensor, it is not a float or holds NaN or infinity.
         """
@@ -148,7 +153,7 @@ class Checkpoint(ModelFolder):
             self._sha256 = weights_sha256(self._stored)
         return self._sha256
 
-    def _file(self, key: str) -> SafetensorsFile | TensorPart:
+    def _file(self, key: str) -> StoredTensors:
         try:
             return self._files[key]
         except KeyError:
@@ -175,9 +180,5 @@ def _read_config(folder: Path, hub_id: str | None) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: architectures is {classes!r}, expected a list of class names"
         )
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{file}: the weights are already quantized (quantization_config is set); export from "
-            "the original float weights"
-        )
+    check_quantization(config, file)
     return config

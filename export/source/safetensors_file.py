@@ -28,7 +28,14 @@ from embedge.export.errors import ExportError
 from embedge.runtime.bundle.files import open_regular_file
 from embedge.runtime.bundle.json_object import parse_json
 
-__all__ = ["SafetensorsFile", "TensorSource", "first_not_finite"]
+__all__ = [
+    "SafetensorsFile",
+    "StoredTensors",
+    "TensorSource",
+    "check_finite",
+    "first_not_finite",
+    "row_range",
+]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit that the format sets
 _ITEM_BYTES = {
@@ -61,6 +68,16 @@ class TensorSource(Protocol):
     def shape(self, key: str) -> tuple[int, ...]: ...
     def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]: ...
     def chunks(self, key: str) -> Iterator[bytes]: ...
+
+
+class StoredTensors(Protocol):
+    """What gives a checkpoint's tensors by their names: a file, a part of a tensor, or one that is restored."""
+
+    @property
+    def path(self) -> Path: ...
+    def shape(self, key: str) -> tuple[int, ...]: ...
+    def is_float(self, key: str) -> bool: ...
+    def read(self, key: str, rows: slice | None = None) -> NDArray[np.float32]: ...
 
 
 class SafetensorsFile:
@@ -181,9 +198,9 @@ class SafetensorsFile:
                 f"{self.path}: tensor {key!r} is {tensor.dtype}, expected F16, BF16, F32 or F64 "
                 "(quantized weights cannot be exported: start from the original model)"
             )
+        first, last = row_range(rows, tensor.shape)
         shape, begin = tensor.shape, tensor.begin
         if rows is not None:
-            first, last, _ = rows.indices(shape[0])
             shape = (last - first, *shape[1:])
             begin += first * prod(shape[1:]) * _ITEM_BYTES[tensor.dtype]
         count = prod(shape)
@@ -196,22 +213,51 @@ class SafetensorsFile:
             stored = np.frombuffer(self._map, _FLOATS[tensor.dtype], count, begin)
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, refused below
                 values = stored.astype(np.float32)
-        bad = first_not_finite(values)
-        if bad is not None:
-            place = [int(i) for i in np.unravel_index(bad, shape)]
-            if rows is not None:
-                place[0] += first
-            raise self._error(
-                f"{self.path}: tensor {key!r} holds {values[bad]} at "
-                f"{place}, expected finite numbers"
-            )
-        return values.reshape(shape)
+        return check_finite(
+            values.reshape(shape), f"{self.path}: tensor {key!r}", first, self._error
+        )
+
+    def stored_bytes(self, key: str) -> NDArray[np.uint8]:
+        """Return the bytes of ``key`` as they are stored, mapped and read-only, whatever its dtype."""
+        tensor = self._tensors[key]
+        return np.frombuffer(self._map, np.uint8, tensor.end - tensor.begin, tensor.begin)
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """Yield the stored bytes of ``key`` a few MB at a time."""
         tensor = self._tensors[key]
         for begin in range(tensor.begin, tensor.end, _CHUNK_BYTES):
             yield self._map[begin : min(begin + _CHUNK_BYTES, tensor.end)]
+
+
+def row_range(rows: slice | None, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the first row of a slice and that after its last; without a slice those of all, 0 of a scalar."""
+    if rows is None:
+        return 0, shape[0] if shape else 0
+    first, last, _ = rows.indices(shape[0])
+    return first, last
+
+
+def check_finite(
+    values: NDArray[np.float32], name: str, first: int, error: type[ExportError]
+) -> NDArray[np.float32]:
+    """Return ``values``, rows of a tensor.
+
+    Args:
+        values: float32, of any shape.
+        name: the tensor's, for the message.
+        first: number of its first row.
+        error: what is raised.
+
+    Raises:
+        ExportError: as ``error``, naming the first place of a NaN or infinity.
+    """
+    bad = first_not_finite(values.reshape(-1))
+    if bad is None:
+        return values
+    place = [int(i) for i in np.unravel_index(bad, values.shape)]
+    if place:
+        place[0] += first
+    raise error(f"{name} holds {values.reshape(-1)[bad]} at {place}, expected finite numbers")
 
 
 def first_not_finite(values: NDArray[np.float32]) -> int | None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import CheckpointError
-from embedge.export.source.safetensors_file import SafetensorsFile
+from embedge.export.source.safetensors_file import StoredTensors, row_range
 
 __all__ = ["TensorPart", "part_names", "parts_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPart:
-    """One of several equal blocks of rows of a tensor, read as :class:`SafetensorsFile` reads.
+    """One of several equal blocks of rows of a tensor, read as its file reads.
 
     Attributes:
         file: that of the whole tensor.
@@ -26,10 +27,15 @@ class TensorPart:
         count: of blocks.
     """
 
-    file: SafetensorsFile
+    file: StoredTensors
     key: str
     number: int
     count: int
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it."""
+        return self.file.path
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The block's shape, whatever its ``key`` is; uneven rows are the last block's."""
@@ -48,9 +54,7 @@ class TensorPart:
             ExportError: as the file's error class, if it is not a float or holds NaN or infinity.
         """
         first, last = self._ends(self.file.shape(self.key)[0])
-        begin, end, _ = (
-            slice(None).indices(last - first) if rows is None else rows.indices(last - first)
-        )
+        begin, end = row_range(rows, (last - first,))
         return self.file.read(self.key, slice(first + begin, first + end))
 
     def _ends(self, rows: int) -> tuple[int, int]:
@@ -60,10 +64,10 @@ class TensorPart:
 
 
 def parts_of(
-    files: Mapping[str, SafetensorsFile],
+    files: Mapping[str, StoredTensors],
     fused: Mapping[str, tuple[str, ...]],
     aside: str = "",
-) -> dict[str, SafetensorsFile | TensorPart]:
+) -> dict[str, StoredTensors]:
     """The file or the block of every tensor.
 
     Args:
@@ -74,7 +78,7 @@ def parts_of(
     Raises:
         CheckpointError: a tensor is stored both alone and in a fused one.
     """
-    found: dict[str, SafetensorsFile | TensorPart] = {}
+    found: dict[str, StoredTensors] = {}
     for key, file in files.items():
         if aside and re.search(f"(?:{aside})$", key):
             continue
