@@ -28,6 +28,7 @@ def export_bundle(
     layout: str = "merged",
     branch_rank: int | None = None,
     budget: int | str | None = None,
+    base_quantization: str | None = None,
     overwrite: bool = False,
     progress: bool | None = False,
 ) -> Path:
@@ -68,6 +69,11 @@ def export_bundle(
             and no branches with "merged". A higher rank is closer and larger.
         budget: most bytes of a task's tensors at int4, "2.0GB" for example: the layers whose 4
             bits cost the vectors most per byte get 8, as far as it goes. ``None``: 4 bits everywhere.
+        base_quantization: how bitsandbytes had quantized the base when the adapters were trained on it (QLoRA):
+            "nf4", "fp4" or "int8", after which may stand "double_quant", "block_size=64", "dtype=bfloat16" (in
+            which the base was loaded; else the one that its config.json or its weights have) and
+            "skip=lm_head+NAME" (``llm_int8_skip_modules``), as in "nf4,double_quant,dtype=float16". Adapters
+            are merged into the base as they saw it. ``None``: they were trained on the weights as stored.
         overwrite: replace an existing bundle.
         progress: draw progress bars on stderr; ``None``: only on a terminal.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export.schemes.registry import BRANCHED, KEPT, PORTABLE, PRECISIONS
+from embedge.export.source.base_quantization import BaseQuantization
 from embedge.export.source.sentence_transformers import POOLINGS, pooling_problem
 from embedge.runtime.bundle.names import A_NAME, is_name
 from embedge.runtime.errors import EmbedgeValueError
@@ -53,6 +54,7 @@ class ExportOptions:
     layout: str = "merged"
     branch_rank: int | None = None
     budget: int | None = None
+    base_quantization: BaseQuantization | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -102,6 +104,9 @@ class ExportOptions:
             "matryoshka_dims": None if dims is None else tuple(dims),
             "keep": dict(keep),
             "budget": None if self.budget is None else parse_bytes("budget", self.budget),
+            "base_quantization": None
+            if self.base_quantization is None
+            else BaseQuantization.parse(self.base_quantization),
         }
         if self.calibration not in ("default", "none"):
             converted["calibration"] = _path("calibration", self.calibration)

@@ -21,7 +21,7 @@ from embedge.export.writing.bundle import additions, clear_up, new_bundle
 from embedge.export.writing.existing import check_kept, read_existing
 from embedge.export.writing.files import dump, list_files, relative_files, write_new
 from embedge.export.writing.lock import sole_exporter
-from embedge.export.writing.manifest import manifest_of
+from embedge.export.writing.manifest import base_quantization, manifest_of
 from embedge.export.writing.model_card import write_card
 from embedge.export.writing.precision import write_precision
 from embedge.export.writing.same_source import check_same_source
@@ -60,6 +60,8 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
     texts = calibration_texts(options.calibration)
     model = read_model(options)
     progress.tell(f"licence of {model.checkpoint.name}: {model.described_licences()}")
+    if (how := base_quantization(model)) is not None:
+        progress.tell(f"base of {model.checkpoint.name}: as bitsandbytes quantizes it, {how}")
     dims = check_dims(options.matryoshka_dims or model.settings.matryoshka_dims or None, model.dim)
     if old is None:
         check_replaceable("out", options.out)

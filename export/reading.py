@@ -20,6 +20,7 @@ from embedge.export.model import Model
 from embedge.export.options import POOLINGS, ExportOptions, check_tasks
 from embedge.export.schemes.mixed import unmatched
 from embedge.export.schemes.registry import PRECISIONS
+from embedge.export.source.base_quantization import BaseQuantization
 from embedge.export.source.checkpoint import Checkpoint, ModelFolder
 from embedge.export.source.image_processor import image_settings
 from embedge.export.source.names import base_name
@@ -38,8 +39,7 @@ def read_model(options: ExportOptions) -> Model:
         AdapterError: an adapter does not fit, or changes what no vector depends on.
     """
     folder = ModelFolder(options.source)
-    names = sorted(folder.names)
-    name = next((n for n in names if _is_merged(folder.config, n)), folder.name)
+    name = next((n for n in sorted(folder.names) if _is_merged(folder.config, n)), folder.name)
     file = folder.transformer_path / "config.json"
     family_class = family_of(folder.config, name, folder.tensor_names, file)
     check_config(folder.config, family_class.kind(folder.config), file)
@@ -58,6 +58,7 @@ def read_model(options: ExportOptions) -> Model:
     _check_half(options, family)
     _tell_left_out(options, checkpoint.name, family)
     architecture = family.architecture
+    checkpoint = _quantized(checkpoint, options.base_quantization, family)
     _check_dense(checkpoint, settings, architecture.vector_size * len(poolings(pooling)))
     tokenizer = _read_tokenizer(checkpoint, config, settings)
     tokenizer, rules = late_rules(options, checkpoint.path, architecture, settings.late, tokenizer)
@@ -113,6 +114,20 @@ def read_model(options: ExportOptions) -> Model:
 
 def _is_merged(config: Mapping[str, Any], name: str) -> bool:
     return any(family.serves(config, name) for family in MERGED)
+
+
+def _quantized(checkpoint: Checkpoint, how: BaseQuantization | None, family: Family) -> Checkpoint:
+    """The base that adapters of QLoRA saw: its Linears quantized, those of a vision tower among them."""
+    if how is None:
+        return checkpoint
+    linears = {linear.weight for linear in family.architecture.linears}
+    tower = () if family.tower is None else (family.tower.prefix,)
+
+    def is_linear(key: str) -> bool:
+        name = family.canonical(key)
+        return name in linears or name.startswith(tower)
+
+    return checkpoint.with_base_quantization(how, is_linear)
 
 
 def _choose_pooling(

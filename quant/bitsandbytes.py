@@ -208,9 +208,8 @@ def int8_rows(weight: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
     """
     half = to_float16(weight)
     absmax = np.abs(half).max(axis=1)
-    factor = (
-        np.float32(1) / np.maximum(absmax, _SMALLEST) * np.float32(127)
-    )  # torch divides a number so
+    inverse = np.divide(1, absmax, out=np.zeros_like(absmax), where=absmax > 0)
+    factor = inverse * np.float32(127)  # torch divides a number so
     return np.rint(half * factor[:, None]).astype(np.int8), absmax
 
 

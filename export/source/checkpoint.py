@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import CheckpointError
+from embedge.export.source.base_quantization import BaseQuantization, loaded_dtype
 from embedge.export.source.bitsandbytes import check_quantization, dequantized
 from embedge.export.source.card import read_card
 from embedge.export.source.fingerprint import weights_sha256
@@ -27,7 +28,7 @@ from embedge.export.source.json_files import read_json_object
 from embedge.export.source.modules import transformer_folder
 from embedge.export.source.names import base_name, cached_hub_id, known_names, model_name
 from embedge.export.source.safetensors_file import SafetensorsFile, StoredTensors
-from embedge.export.source.tensor_parts import parts_of
+from embedge.export.source.tensor_parts import part_names, parts_of
 from embedge.export.source.weight_files import partly, weight_files
 
 __all__ = ["Checkpoint", "ModelFolder"]
@@ -82,6 +83,7 @@ class Checkpoint(ModelFolder):
 
     Attributes:
         fused: modules whose rows are read as those of several, as :meth:`with_parts` was told.
+        quantization: of the base, as :meth:`with_base_quantization` was told, ``None`` without.
     """
 
     def __init__(self, source: str | Path | ModelFolder) -> None:
@@ -99,6 +101,8 @@ class Checkpoint(ModelFolder):
         self._whole: Mapping[str, StoredTensors] = dequantized(self._stored, self.config, file)
         self._files = self._whole
         self.fused: Mapping[str, tuple[str, ...]] = {}
+        self._aside = ""
+        self.quantization: BaseQuantization | None = None
         self._sha256: str | None = None
 
     def with_parts(self, fused: Mapping[str, tuple[str, ...]], aside: str = "") -> Checkpoint:
@@ -109,8 +113,38 @@ class Checkpoint(ModelFolder):
             aside: ends of the names of tensors that are left out, as a regular expression; "" for none.
         """
         split = copy.copy(self)
-        split._files, split.fused = parts_of(self._whole, fused, aside), fused
+        split._files = parts_of(self._whole, fused, aside)
+        split.fused, split._aside = fused, aside
         return split
+
+    def with_base_quantization(
+        self, how: BaseQuantization, is_linear: Callable[[str], bool]
+    ) -> Checkpoint:
+        """Return the same model as bitsandbytes quantizes it when it is loaded.
+
+        Args:
+            how: the format and its settings.
+            is_linear: whether a tensor of :meth:`keys` is the weight of a Linear.
+
+        Raises:
+            CheckpointError: the weights are stored quantized, or config.json names a dtype that is none of
+                bitsandbytes'.
+            EmbedgeValueError: a module to skip is none of the model's.
+        """
+        if self.config.get("quantization_config"):
+            raise CheckpointError(
+                f"{self.transformer_path}: its weights are stored as bitsandbytes quantized them, and "
+                f"base_quantization {how.kind!r} asks to quantize them again; leave it out, or name the original model"
+            )
+        linears = [
+            key
+            for key, file in self._stored.items()
+            if len(file.shape(key)) == 2 and any(map(is_linear, part_names(key, self.fused)))
+        ]
+        dtype = loaded_dtype(self.config, (self._stored[key].dtype(key) for key in linears))
+        quantized = copy.copy(self)
+        quantized.quantization, quantized._whole = how.restored(self._whole, linears, dtype)
+        return quantized.with_parts(self.fused, self._aside)
 
     @property
     def stored(self) -> Mapping[str, SafetensorsFile]:

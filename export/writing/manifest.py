@@ -9,7 +9,13 @@ from typing import Any
 
 from embedge.export.model import Model
 from embedge.runtime.bundle.contract import FORMAT_VERSION
-from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.bundle.manifest import BaseQuantization, Manifest
+
+
+def base_quantization(model: Model) -> BaseQuantization | None:
+    """What the manifest says of how the base was quantized, ``None`` where it was not."""
+    how = model.checkpoint.quantization
+    return None if how is None else BaseQuantization.parse(how.to_dict())
 
 
 def manifest_of(
@@ -36,6 +42,7 @@ def manifest_of(
                 "own_prompts": task in model.settings.task_defaults,
             },
         }
+    quantization = base_quantization(model)
     special_ids = [] if model.settings.include_prompt else model.tokenizer.special_ids
     merged = {p: v.to_dict() for p, v in old.precisions.items()} if old else {}
     for name, value in precisions.items():
@@ -52,6 +59,7 @@ def manifest_of(
                 "sha256": model.checkpoint.sha256(),
                 "graph_sha256": model.graph_sha256,
                 "dense_sha256": model.dense_sha256(),
+                "base_quantization": None if quantization is None else quantization.to_dict(),
             },
             "model": model_section(model, matryoshka_dims),
             "tokenizer": {

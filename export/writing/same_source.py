@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from embedge.export.model import Model
-from embedge.export.writing.manifest import model_section
+from embedge.export.writing.manifest import base_quantization, model_section
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.manifest import Model as ManifestModel
 from embedge.runtime.bundle.schema import Record
@@ -60,11 +60,15 @@ def _differences(model: Model, dims: tuple[int, ...] | None, old: Manifest) -> I
     name = model.checkpoint.name
     if old.source.sha256 != model.checkpoint.sha256():
         yield f"is a bundle of {old.source.name} with other weights than {name}"
+    before, now = old.source.base_quantization, base_quantization(model)
+    if before != now:
+        asked = [f"quantized as {how}" if how else "not quantized" for how in (before, now)]
+        yield f"has adapters merged into a base {asked[0]} (--base-quantization), this export into one {asked[1]}"
     section = model_section(model, dims or old.model.matryoshka_dims)
-    before, now = old.model, ManifestModel.parse(section)
-    same_modalities = before.modalities == now.modalities
+    model_before, model_now = old.model, ManifestModel.parse(section)
+    same_modalities = model_before.modalities == model_now.modalities
     for key in section:
-        one, other = getattr(before, key), getattr(now, key)
+        one, other = getattr(model_before, key), getattr(model_now, key)
         if one != other and (same_modalities or key not in _BY_MODALITY):
             label = _LABELS.get(key, key.replace("_", " "))
             yield f"has {label} {_shown(one)}, this export {_shown(other)}"

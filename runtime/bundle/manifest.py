@@ -42,6 +42,7 @@ __all__ = [
     "IMAGE_INPUTS",
     "ActivationConstant",
     "Adapter",
+    "BaseQuantization",
     "FileEntry",
     "ImageSettings",
     "LateInteraction",
@@ -93,6 +94,35 @@ class Producer(Record):
 
 
 @record
+class BaseQuantization(Record):
+    """How the base was quantized, as bitsandbytes does it, before adapters were merged into it.
+
+    Attributes:
+        kind: "nf4", "fp4" or "int8".
+        block_size: weights that share a scale, ``None`` where rows do.
+        double_quant: whether the scales are quantized as well.
+        dtype: that of the weights before and after, by its name in torch.
+        skip: modules that were left as they are.
+    """
+
+    kind: str
+    block_size: Count | None = None
+    double_quant: bool = False
+    dtype: str
+    skip: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In words: ``"nf4 in blocks of 64, double-quantized, loaded in bfloat16"``."""
+        parts = [
+            self.kind if self.block_size is None else f"{self.kind} in blocks of {self.block_size}"
+        ]
+        parts += ["double-quantized"] if self.double_quant else []
+        parts += [f"loaded in {self.dtype}"]
+        parts += [f"without {', '.join(self.skip)}"] if self.skip else []
+        return ", ".join(parts)
+
+
+@record
 class Source(Record):
     """The model that was exported.
 
@@ -103,6 +133,7 @@ class Source(Record):
             recorded; an export compares it before it adds to the bundle.
         dense_sha256: hash of the Dense layers, ``None`` without any.
         hub_id: its id on the hub, ``None`` where the export was not told.
+        base_quantization: how it was quantized before adapters were merged, ``None`` where it was not.
     """
 
     name: str
@@ -112,6 +143,7 @@ class Source(Record):
     graph_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
     dense_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
     hub_id: Annotated[str | None, Since("1.5"), SPARSE] = None
+    base_quantization: Annotated[BaseQuantization | None, Since("1.5"), SPARSE] = None
 
 
 @record

@@ -131,6 +131,11 @@ def _about(manifest: Manifest) -> str:
         f"Exported from {source.name} ({source.model_type}). "
         f"Licence of the weights: {described_licences(source.license, stated)}."
     )
+    if source.base_quantization is not None:
+        about += (
+            "\nIts Linears were quantized as bitsandbytes does it before adapters were merged into them, which were "
+            f"trained so: {source.base_quantization}."
+        )
     if model.late_interaction is not None:
         return about
     return (

@@ -79,6 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", metavar="SIZE",
         help="at int4: most bytes of a task, e.g. 2.0GB; the most sensitive layers get 8 bits",
     )  # fmt: skip
+    parser.add_argument(
+        "--base-quantization", metavar="HOW",
+        help="how bitsandbytes had quantized the base when the adapters were trained on it (QLoRA): nf4, fp4 or "
+        "int8, and after commas double_quant, block_size=64, dtype=bfloat16, skip=MODULE+MODULE",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument(
         "--quiet",

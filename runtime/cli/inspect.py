@@ -11,7 +11,7 @@ from typing import Any
 from embedge.runtime.bundle.contract import EXACT_OPTION, UNPACKED_PRECISION
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.bundle.manifest import Model, Precision
+from embedge.runtime.bundle.manifest import Model, Precision, Source
 from embedge.runtime.cli.messages import printable
 from embedge.runtime.cli.table import named_value, table
 from embedge.runtime.encode.fingerprint import fingerprint_of, parts_of
@@ -79,6 +79,7 @@ def _summary(bundle: Bundle) -> list[str]:
     facts = [
         ("bundle", str(bundle.root)),
         ("source", f"{manifest.source.name} ({manifest.source.model_type})"),
+        *_base(manifest.source),
         ("license", manifest.source.license or "not stated"),
         (
             "format",
@@ -172,6 +173,11 @@ def _fingerprints(bundle: Bundle) -> dict[str, dict[str, str]]:
                 parts = parts_of(bundle, bundle.manifest, precision, device, request)
                 found.setdefault(precision, {})[task] = fingerprint_of(parts)
     return found
+
+
+def _base(source: Source) -> list[tuple[str, str]]:
+    how = source.base_quantization
+    return [] if how is None else [("base", f"as bitsandbytes quantizes it: {how}")]
 
 
 def _late(model: Model) -> list[tuple[str, str]]:
