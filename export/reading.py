@@ -120,7 +120,13 @@ def _quantized(checkpoint: Checkpoint, how: BaseQuantization | None, family: Fam
     """The base that adapters of QLoRA saw: its Linears quantized, those of a vision tower among them."""
     if how is None:
         return checkpoint
-    linears = {linear.weight for linear in family.architecture.linears}
+    architecture = family.architecture
+    linears = {linear.weight for linear in architecture.linears}
+    last = architecture.token_head or architecture.state_projection
+    if last is not None and not how.skip:
+        linears.remove(
+            last.weight
+        )  # transformers leaves a model's last module as it is, unless it is told which
     tower = () if family.tower is None else (family.tower.prefix,)
 
     def is_linear(key: str) -> bool:
