@@ -6,7 +6,7 @@ Everything a call can get wrong is found here, before the first model is loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -128,9 +128,12 @@ def make_plan(options: BenchOptions) -> Plan:
     plan = Plan(
         options=options,
         bundle=bundle,
-        source=read_multi_vector_source(options.reference)
-        if late
-        else read_source(options.reference, options.pooling),
+        source=replace(
+            read_multi_vector_source(options.reference)
+            if late
+            else read_source(options.reference, options.pooling),
+            base_quantization=bundle.manifest.source.base_quantization,
+        ),
         threads=threads,
         tasks=tasks,
         precisions=_precisions(options, runnable),

@@ -13,6 +13,12 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel
 
 from embedge.bench.errors import BenchArgumentError, BenchError
+from embedge.bench.systems.quantized_base import (
+    check_readable,
+    quantize_linears,
+    restore_linears,
+)
+from embedge.runtime.bundle.manifest import BaseQuantization
 
 __all__ = ["adapter_folder", "load_backbone", "merge"]
 
@@ -52,21 +58,28 @@ def adapter_folder(name: str, folder: str | Path) -> Path:
     )
 
 
-def load_backbone(transformer: Path, adapter: str | Path | None = None) -> Any:
+def load_backbone(
+    transformer: Path,
+    adapter: str | Path | None = None,
+    quantization: BaseQuantization | None = None,
+) -> Any:
     """Return the model in float32, the adapter applied by PEFT and not merged.
 
     Args:
         transformer: the folder with config.json and the weights.
         adapter: a folder in PEFT's format, ``None`` for none.
+        quantization: how bitsandbytes had quantized the base when the adapter was trained, ``None``: not.
 
     Raises:
-        BenchError: tensors of the adapter that find no place in the model.
+        BenchError: tensors of the adapter that find no place in the model, or bitsandbytes is needed and missing.
     """
     if adapter is None:
-        return _backbone(transformer)
+        return _backbone(transformer, quantization)
     attempts = []
     for wrap in (lambda model: model, lambda model: _Inner(model, transformer)):
-        model, left_over = _apply(wrap(_backbone(transformer)), Path(adapter), transformer)
+        model, left_over = _apply(
+            wrap(_backbone(transformer, quantization)), Path(adapter), transformer
+        )
         if not left_over:
             return model
         attempts.append(left_over)
@@ -107,11 +120,23 @@ def _multi_vector_head(transformer: Path) -> torch.nn.Linear:
     return head
 
 
-def _backbone(transformer: Path) -> Any:
+def _backbone(transformer: Path, quantization: BaseQuantization | None) -> Any:
     config = json.loads((transformer / "config.json").read_text("utf-8"))
     if config.get("model_type") == "jina_embeddings_v5":
+        if quantization is not None:
+            raise BenchError(
+                f"{transformer}: transformers has no class of its own for {config['model_type']} that bitsandbytes "
+                "could quantize, so that there is no reference for a base that was; expected a bundle without "
+                "--base-quantization"
+            )
         return _jina_v5(transformer, config)
-    return AutoModel.from_pretrained(transformer, dtype=torch.float32).eval()
+    stored_quantized = bool(config.get("quantization_config"))
+    if stored_quantized:
+        check_readable(transformer)
+    model = AutoModel.from_pretrained(transformer, dtype=torch.float32).eval()
+    if stored_quantized:
+        return restore_linears(model)
+    return model if quantization is None else quantize_linears(model, transformer, quantization)
 
 
 def _jina_v5(transformer: Path, config: dict[str, Any]) -> Any:

@@ -63,7 +63,7 @@ class Reference:
         base = source if isinstance(source, Source) else read_source(source, pooling)
         self.source = source_of_task(base, adapter)
         self.tokens = TextTokens(self.source)
-        model = load_backbone(self.source.transformer, adapter)
+        model = load_backbone(self.source.transformer, adapter, self.source.base_quantization)
         if merged and adapter is not None:
             model = merge(model)
         self._device = torch.device(device)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedge.bench.errors import BenchArgumentError, BenchError
+from embedge.runtime.bundle.manifest import BaseQuantization
 
 __all__ = [
     "DenseModule",
@@ -91,6 +92,7 @@ class Source:
         prompts: prompt name to text.
         default_prompt_name: the prompt when none is named, ``None`` for no prompt.
         include_prompt: whether the tokens of a prompt are pooled like all others.
+        base_quantization: how its Linears were quantized when adapters were trained, ``None``: they were not.
     """
 
     path: Path
@@ -102,6 +104,7 @@ class Source:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     include_prompt: bool = True
+    base_quantization: BaseQuantization | None = None
 
     def prompt(self, role: str | None = None) -> str:
         """Return the text put before a text of a role.
@@ -159,7 +162,12 @@ def source_of_task(source: Source, adapter: str | Path | None) -> Source:
     if adapter is None or not (Path(adapter) / "modules.json").is_file():
         return source
     own = _source(Path(adapter), None)
-    return replace(own, path=source.path, transformer=source.transformer)
+    return replace(
+        own,
+        path=source.path,
+        transformer=source.transformer,
+        base_quantization=source.base_quantization,
+    )
 
 
 def _source(path: Path, pooling: str | None) -> Source:
