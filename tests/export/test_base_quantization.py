@@ -131,7 +131,7 @@ def test_weights_that_are_stored_quantized_are_not_quantized_again(
     tensors = load_file(source / "model.safetensors")
     key = next(k for k in tensors if k.endswith("query.weight"))
     rows, absmax = quant.int8_rows(tensors[key])
-    tensors |= {key: rows, key.replace(".weight", ".SCB"): absmax}  # type: ignore[dict-item]
+    tensors |= {key: rows, key.replace(".weight", ".SCB"): absmax}
     folder = tmp_path / "stored"
     shutil.copytree(source, folder)
     settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -277,7 +277,7 @@ def test_an_adapter_trained_on_a_quantized_base_loses_nothing(
         first = embed(model, tokenizer, [a for a, _ in halves])
         second = embed(model, tokenizer, [b for _, b in halves])
         loss = torch.nn.functional.cross_entropy(first @ second.T * 20, torch.arange(len(TEXTS)))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     model.eval().save_pretrained(tmp_path / "adapter")

@@ -62,7 +62,7 @@ def test_blocks_of_zeros_stay_zeros() -> None:
 def test_a_part_is_that_of_the_whole(first: int, last: int) -> None:
     weight, table = wave(7, 50).reshape(-1), quant.CODES["nf4"]
     codes, absmax = quant.quantize(weight, table, 64)
-    packed = codes[::2] << 4 | codes[1::2]
+    packed = (codes[::2] << 4 | codes[1::2]).astype(np.uint8)
     part = quant.unpack(packed, first, last)
     whole = quant.dequantize(codes, absmax, table, 64)
     assert np.array_equal(part, codes[first:last])
@@ -73,7 +73,9 @@ def test_rounding_to_16_bits_is_numpys_and_ml_dtypes() -> None:
     import ml_dtypes
 
     values = np.random.default_rng(0).integers(0, 1 << 32, 20000, np.uint32).view(np.float32)
-    values = np.append(values[np.isfinite(values)], np.float32([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38]))
+    values = np.append(
+        values[np.isfinite(values)], np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38], np.float32)
+    )
     with np.errstate(over="ignore"):
         bfloat16, float16 = values.astype(ml_dtypes.bfloat16), values.astype(np.float16)
     assert np.array_equal(bits(quant.to_bfloat16(values)), bits(bfloat16.astype(np.float32)))
