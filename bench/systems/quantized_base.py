@@ -75,7 +75,8 @@ def restore_linears(model: Any) -> Any:
     """Return a model with float32 Linears in the place of bitsandbytes'; changed in place."""
     for name, weight in _restored(model):
         old = model.get_submodule(name)
-        linear = torch.nn.Linear(*reversed(weight.shape), bias=old.bias is not None, device="meta")
+        outputs, inputs = weight.shape
+        linear = torch.nn.Linear(inputs, outputs, bias=old.bias is not None, device="meta")
         linear.weight = torch.nn.Parameter(weight)
         if old.bias is not None:
             linear.bias = torch.nn.Parameter(old.bias.data.float())
@@ -90,7 +91,7 @@ def _restored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, module in list(model.named_modules()):
-            weight = getattr(module, "weight", None)
+            weight: Any = getattr(module, "weight", None)
             if isinstance(module, nn.Linear4bit):
                 yield name, functional.dequantize_4bit(weight.data, weight.quant_state).float()
             elif isinstance(module, nn.Linear8bitLt):
