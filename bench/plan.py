@@ -119,8 +119,14 @@ def make_plan(options: BenchOptions) -> Plan:
     threads = options.threads or available_cores()
     notes = _busy(threads)
     late = bundle.manifest.model.late_interaction is not None
+    quantization = bundle.manifest.source.base_quantization
     if late:
         _check_late(options)
+        if quantization is not None:
+            raise BenchArgumentError(
+                f"{options.bundle}: adapters of a late-interaction model on a base quantized as {quantization}, which "
+                "sentence-transformers' reference does not load; expected a bundle without --base-quantization"
+            )
     declared = bundle.manifest.tasks
     tasks = _chosen("task", options.tasks, list(declared))
     device = options.device
@@ -132,7 +138,7 @@ def make_plan(options: BenchOptions) -> Plan:
             read_multi_vector_source(options.reference)
             if late
             else read_source(options.reference, options.pooling),
-            base_quantization=bundle.manifest.source.base_quantization,
+            base_quantization=quantization,
         ),
         threads=threads,
         tasks=tasks,

@@ -60,12 +60,14 @@ def quantize_linears(model: Any, transformer: Path, how: BaseQuantization) -> An
         settings["bnb_4bit_use_double_quant"] = how.double_quant
     make: Any = BitsAndBytesConfig  # untyped
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    loaded = AutoModel.from_pretrained(
-        transformer,
-        quantization_config=make(**settings),
-        dtype=getattr(torch, how.dtype),
-        device_map="cpu",
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bitsandbytes' own, of torch
+        loaded = AutoModel.from_pretrained(
+            transformer,
+            quantization_config=make(**settings),
+            dtype=getattr(torch, how.dtype),
+            device_map="cpu",
+        )
     for name, weight in _restored(loaded):
         model.get_submodule(name).weight.data = weight
     return model
@@ -81,7 +83,9 @@ def restore_linears(model: Any) -> Any:
         if old.bias is not None:
             linear.bias = torch.nn.Parameter(old.bias.data.float())
         model.set_submodule(name, linear)
-    return model.float()
+    for parameter in model.parameters():  # transformers refuses float() of such a model
+        parameter.data = parameter.data.float()
+    return model
 
 
 def _restored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
