@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -74,18 +75,21 @@ def quantize_linears(model: Any, transformer: Path, how: BaseQuantization) -> An
 
 
 def restore_linears(model: Any) -> Any:
-    """Return a model with float32 Linears in the place of bitsandbytes'; changed in place."""
-    for name, weight in _restored(model):
-        old = model.get_submodule(name)
-        outputs, inputs = weight.shape
-        linear = torch.nn.Linear(inputs, outputs, bias=old.bias is not None, device="meta")
-        linear.weight = torch.nn.Parameter(weight)
-        if old.bias is not None:
-            linear.bias = torch.nn.Parameter(old.bias.data.float())
-        model.set_submodule(name, linear)
-    for parameter in model.parameters():  # transformers refuses float() of such a model
-        parameter.data = parameter.data.float()
-    return model
+    """Return a model that was loaded quantized as one in float32, with its Linears restored."""
+    from transformers import AutoModel
+
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = AutoModel.from_config(config, dtype=torch.float32)
+    restored = {f"{name}.weight": weight for name, weight in _restored(model)}
+    stored = model.state_dict()
+    plain.load_state_dict(
+        {
+            name: restored[name] if name in restored else stored[name].to(value.dtype)
+            for name, value in plain.state_dict().items()
+        }
+    )
+    return plain.eval()
 
 
 def _restored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

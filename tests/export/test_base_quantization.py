@@ -81,6 +81,9 @@ def test_rows_are_those_of_the_whole_tensor(how: str, tmp_path: Path) -> None:
     for first in range(12):
         for last in range(first, 13):
             assert np.array_equal(quantized.read("x.weight", slice(first, last)), whole[first:last])
+    skipped = original.with_base_quantization(BaseQuantization.parse(f"{how},skip=x"), bool)
+    assert np.array_equal(skipped.read("x.weight"), WEIGHT)
+    assert np.array_equal(skipped.read("y.weight"), whole)
     split = quantized.with_parts({"x": ("q", "k", "v")})
     assert np.array_equal(split.read("k.weight"), whole[4:8])
 

@@ -21,7 +21,7 @@ from tests.helpers.exports import small
 from tests.helpers.models import make_model, random_texts, save
 
 TEXTS = random_texts(8)
-HOW = ("nf4,double_quant,dtype=bfloat16", "fp4,skip=query", "int8")
+HOW = ("nf4,double_quant,dtype=bfloat16", "fp4", "int8")
 
 
 @pytest.fixture(scope="module")
