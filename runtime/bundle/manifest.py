@@ -5,7 +5,7 @@ Rules:
       added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
       ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256``, the
       licences of adapters, the source's ``hub_id``, ``late_interaction`` and ``special_token_ids``, 1.6
-      ``task_tensors``.
+      ``task_tensors`` and ``base_quantization``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -143,7 +143,7 @@ class Source(Record):
     graph_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
     dense_sha256: Annotated[str | None, Since("1.3"), SPARSE] = None
     hub_id: Annotated[str | None, Since("1.5"), SPARSE] = None
-    base_quantization: Annotated[BaseQuantization | None, Since("1.5"), SPARSE] = None
+    base_quantization: Annotated[BaseQuantization | None, Since("1.6"), SPARSE] = None
 
 
 @record
