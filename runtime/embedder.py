@@ -427,6 +427,28 @@ class Embedder(BaseEmbedder):
         request = self._request(multi_vector=late, **self._in_role(named))
         return self._texts.tokenize(as_texts(texts)[0], request)
 
+    @overload
+    def encode_tokens(
+        self,
+        tokens: Sequence[TokenIds],
+        *,
+        task: str | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        multi_vector: Literal[False] = ...,
+    ) -> Vectors: ...
+
+    @overload
+    def encode_tokens(
+        self,
+        tokens: Sequence[TokenIds],
+        *,
+        task: str | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        multi_vector: bool,
+    ) -> Vectors | list[Vectors]: ...
+
     def encode_tokens(
         self,
         tokens: Sequence[TokenIds],

@@ -122,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     sources = [source_of(argument) for argument in args.bundles]
     logging.basicConfig(format="embedge: %(message)s", level=logging.WARNING)
     logging.getLogger("embedge.server").setLevel(logging.INFO)
+    # It warns of each request that is no HTTP, by which a stranger could fill the disk.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     with bound(args.host, args.port) as listener:
         if not is_loopback(args.host) and not keys:
             warn(f"--host {args.host}: any machine that reaches it may use it; set --api-key-file")

@@ -252,3 +252,33 @@ class TestDamagedGraphs:
         bundle.edit(lambda m: m["model"]["inputs"].append("token_type_ids"))
         with pytest.raises(BundleError, match=r"expected inputs .*token_type_ids, found"):
             Embedder(bundle.path).encode("w1")
+
+
+class TestTokens:
+    def test_tokens_of_several_calls_run_together(self, two_tasks: Any) -> None:
+        model = Embedder(two_tasks.path, precision="fp32", task="code")
+        tokens = [
+            *model.tokenize(["w1 w2", "w3"]),
+            *model.tokenize("w4", role="document"),
+            *model.tokenize("w5", prompt=""),
+        ]
+        assert [len(text) for text in tokens] == [5, 4, 4, 3]
+        vectors = model.encode_tokens(tokens, truncate_dim=4)
+        expected = [
+            *model.encode(["w1 w2", "w3"], truncate_dim=4),
+            model.encode_document("w4", truncate_dim=4),
+            model.encode("w5", prompt="", truncate_dim=4),
+        ]
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)
+        assert model.encode_tokens([]).shape == (0, 8)
+
+    def test_tokens_say_whether_they_were_cut(self, two_tasks: Any) -> None:
+        model = Embedder(two_tasks.path, precision="fp32", task="code")
+        short, long = model.tokenize(["w1", "w1 " * 30])
+        assert (short.truncated, long.truncated, len(long)) == (False, True, 16)
+
+    def test_a_text_without_tokens_is_a_zero_vector(self, make_bundle: Any) -> None:
+        model = Embedder(make_bundle("bare", special_tokens=False).path)
+        assert model.multi_vector_dim is None
+        vectors = model.encode_tokens(model.tokenize(["", "w1"]))
+        assert (vectors[0] == 0).all() and (vectors[1] != 0).any()

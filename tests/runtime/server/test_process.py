@@ -175,6 +175,13 @@ class TestProcess:
                 half.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n")
                 half.sendall(b"Content-Type: application/json\r\n\r\n{")
                 assert server.embed().status_code == 200
+                for _ in range(3):
+                    with socket.create_connection((host, int(port))) as other:
+                        other.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+                        assert other.recv(1000).startswith(b"HTTP/1.1 400")
+                assert (
+                    "Invalid HTTP request" not in server.log.read_text()
+                )  # it would fill the disk
                 assert server.end() == 0
 
     def test_several_bundles_and_precisions(
