@@ -59,11 +59,14 @@ class ExportContext:
         """Whether tasks share a graph."""
         return self.options.layout == "shared"
 
-    @property
-    def branch_rank(self) -> int:
-        """Columns of each branch, 0: none."""
-        default = default_branch_rank(self.model.architecture.hidden_size) if self.shared else 0
-        return default if self.options.branch_rank is None else self.options.branch_rank
+    def branch_rank(self, precision: str) -> int:
+        """Columns of each branch of a precision's graphs, 0: none."""
+        if precision not in BRANCHED:
+            return 0
+        if self.options.branch_rank is not None:
+            return self.options.branch_rank
+        width = self.model.architecture.hidden_size
+        return default_branch_rank(width, precision) if self.shared else 0
 
     def methods(self, *, calibrated: bool) -> dict[str, str]:
         """How weights are rounded, "gptq" or "rtn", for "int8" and "int4"."""
@@ -89,7 +92,7 @@ class ExportContext:
             methods=self.methods(calibrated=calibrated),
             keep=self.options.keep if keep is None else keep,
             portable=self.options.portable,
-            branch_rank=self.branch_rank if precision in BRANCHED else 0,
+            branch_rank=self.branch_rank(precision),
         )
 
     def calibrate(
@@ -140,7 +143,7 @@ class ExportContext:
             )
             eight_bit = sorted(within_budget(gains, smallest, budget))
         keep = {**self.options.keep, **{glob.escape(label): "int8" for label in eight_bit}}
-        beside = () if self.branch_rank else PRECISIONS[precision].beside
+        beside = () if self.branch_rank(precision) else PRECISIONS[precision].beside
         names = (precision, *beside)
         schemes = {n: self.scheme(n, keep=keep, calibrated=bool(batches)) for n in names}
         return schemes, eight_bit
@@ -177,7 +180,8 @@ class ExportContext:
             stated["rotation"] = bool(self.model.architecture.streams())
             stated |= {"portable": True} if self.options.portable else {}
             stated |= {"layout": "shared"} if self.shared else {}
-            stated |= {"branch_rank": self.branch_rank} if self.branch_rank else {}
+            rank = self.branch_rank(precision)
+            stated |= {"branch_rank": rank} if rank else {}
         if method == "int4":
             stated["block_size"] = self.block_size
         return stated

@@ -147,7 +147,7 @@ class _PrecisionWriter:
         backbone = model.weights(model.base, scheme)
         weights = model.weights(model.tasks[task], scheme)
         g = model.graph(weights, scheme, backbone)
-        check_fits(task, model.tasks[task], g, context.branch_rank)
+        check_fits(task, model.tasks[task], g, context.branch_rank(self._precision))
         needed = _initializers(g)
         new = [*g.task_tensors.values(), *([] if self._has_shared else needed)]
         context.progress.expect(sum(i.nbytes for i in new))

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from embedge.export import export_bundle
 from embedge.export.errors import AdapterError
+from embedge.export.schemes.branch import default_branch_rank
 from embedge.runtime import Embedder, subset_bundle
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.task_tensors import read_task_tensors
 from embedge.runtime.errors import BundleError, EmbedgeValueError
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
-from embedge.runtime.tuning.pack_graphs import pack_graph
+from embedge.runtime.tuning.prepack_graphs import prepack_graph
 from tests.helpers.exports import WIDE, contents, manifest
 from tests.helpers.models import (
     Reference,
@@ -94,6 +95,30 @@ def test_one_graph_serves_all_tasks(shared: Path, kind: str) -> None:
         assert listed[precision]["options"]["branch_rank"] == 16
     assert set(listed) == {"int8", "int4"}  # int4-unpacked has no branches
     Embedder(shared, precision="int8", verify="full")
+
+
+@pytest.mark.slow
+def test_int4_has_twice_the_ranks_where_none_is_named(
+    model: Path, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    name = TASKS[0]
+    out = export_bundle(
+        model,
+        adapters={name: loras[name]},
+        precisions=["int8", "int4"],
+        calibration="none",
+        layout="shared",
+        out=tmp_path / "out",
+    )
+    listed = manifest(out)["precisions"]
+    ranks = {precision: of["options"]["branch_rank"] for precision, of in listed.items()}
+    assert ranks == {"int8": 16, "int4": 32}
+
+
+@pytest.mark.parametrize(("width", "rank"), [(384, 16), (511, 16), (512, 32), (2048, 32)])
+def test_ranks_grow_with_the_width(width: int, rank: int) -> None:
+    assert default_branch_rank(width, "int8") == rank
+    assert default_branch_rank(width, "int4") == 2 * rank
 
 
 @pytest.mark.slow
@@ -181,7 +206,7 @@ def test_subset_prepare_and_fingerprints(shared: Path, tmp_path: Path) -> None:
     expected = vectors(shared, "int8", "third")
     np.testing.assert_array_equal(vectors(small, "int8", "third"), expected)
     prepared = PreparedGraphs(Bundle(small))
-    pack_graph(prepared, "int8", "third")
+    prepack_graph(prepared, "int8", "third")
     assert prepared.count == 1
     np.testing.assert_array_equal(vectors(small, "int8", "third"), expected)
     with Embedder(shared, precision="int8") as embedder:
