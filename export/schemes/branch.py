@@ -47,7 +47,7 @@ _NARROW = 512  # hidden size
 def default_branch_rank(hidden_size: int, precision: str) -> int:
     """Columns of a branch where the user names none, see lab note 58."""
     rank = 16 if hidden_size < _NARROW else 32
-    return rank if precision == "int8" else 2 * rank
+    return rank if precision == "int8" else 3 * rank
 
 
 @dataclass(frozen=True, kw_only=True)
