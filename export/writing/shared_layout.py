@@ -197,6 +197,7 @@ def read_constants(path: Path, sinks: Mapping[tuple[str, ...], ScaleSink | None]
         constants[names] = SmoothingConstants(
             shift=parts.get("shift"),
             smooth=parts.get("smooth", parts.get("smooth_in_sink")),
+            int4_smooth=parts.get("int4_smooth"),
             sink=sinks[names] if "smooth_in_sink" in parts else None,
             outliers=None if outliers is None else outliers.astype(np.int64),
         )
@@ -214,7 +215,13 @@ def write_constants(path: Path, constants: Constants) -> None:
     for labels, of in constants.items():
         smooth = "smooth" if of.sink is None else "smooth_in_sink"
         outliers = None if of.outliers is None else of.outliers.astype(np.float32)
-        for part, array in (("shift", of.shift), (smooth, of.smooth), ("outliers", outliers)):
+        parts = {
+            "shift": of.shift,
+            smooth: of.smooth,
+            "int4_smooth": of.int4_smooth,
+            "outliers": outliers,
+        }
+        for part, array in parts.items():
             if array is not None:
                 tensors[f"{_LABEL.join(labels)}{_PART}{part}"] = array
     write_new(path, save(tensors))
