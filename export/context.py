@@ -11,16 +11,17 @@ from typing import Any
 from embedge.export.calibration.sensitivity import candidates, check_budget, within_budget
 from embedge.export.calibration.smoothing import smoothing_constants
 from embedge.export.calibration.tokens import TokenBatch
-from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.scheme import BranchRanks, Scheme
 from embedge.export.model import Model
 from embedge.export.options import ExportOptions
 from embedge.export.progress import Progress
-from embedge.export.schemes.branch import default_branch_rank
+from embedge.export.schemes.branch import default_branch_rank, joint_rank, padded_rank, ranks_of
 from embedge.export.schemes.floats import Float16Scheme
 from embedge.export.schemes.int4 import Int4Scheme
 from embedge.export.schemes.registry import BRANCHED, PRECISIONS, make_scheme
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.bundle.task_tensors import read_task_tensors
 from embedge.runtime.errors import EmbedgeValueError
 
 _WIDE = 1536  # hidden size
@@ -59,14 +60,26 @@ class ExportContext:
         """Whether tasks share a graph."""
         return self.options.layout == "shared"
 
-    def branch_rank(self, precision: str) -> int:
-        """Columns of each branch of a precision's graphs, 0: none."""
+    def branch_ranks(self, precision: str) -> BranchRanks:
+        """Columns of the branches of a precision.
+
+        Where the call names none, tasks that share a graph have those of the tasks that are there; else what was
+        measured to do, and what holds the adapters of all Linears that read an input.
+        """
         if precision not in BRANCHED:
-            return 0
-        if self.options.branch_rank is not None:
-            return self.options.branch_rank
-        width = self.model.architecture.hidden_size
-        return default_branch_rank(width, precision) if self.shared else 0
+            return BranchRanks()
+        if self.options.branch_rank is not None or not self.shared:
+            return BranchRanks(least=self.options.branch_rank or 0)
+        there = self.old.precisions.get(precision) if self.old else None
+        if there is not None and there.task_tensors:
+            file = self.options.out / next(iter(there.task_tensors.values()))
+            return ranks_of(read_task_tensors(file), int(there.options.get("branch_rank", 0)))
+        least = default_branch_rank(self.model.architecture.hidden_size, precision)
+        needed = {
+            group.label: padded_rank(max(joint_rank(w, group) for w in self.model.tasks.values()))
+            for group in self.model.plain_graphs[0].linear_groups.values()
+        }
+        return BranchRanks(least=least, larger={n: r for n, r in needed.items() if r > least})
 
     def methods(self, *, calibrated: bool) -> dict[str, str]:
         """How weights are rounded, "gptq" or "rtn", for "int8" and "int4"."""
@@ -92,7 +105,7 @@ class ExportContext:
             methods=self.methods(calibrated=calibrated),
             keep=self.options.keep if keep is None else keep,
             portable=self.options.portable,
-            branch_rank=self.branch_rank(precision),
+            branch_ranks=self.branch_ranks(precision),
         )
 
     def calibrate(
@@ -143,7 +156,7 @@ class ExportContext:
             )
             eight_bit = sorted(within_budget(gains, smallest, budget))
         keep = {**self.options.keep, **{glob.escape(label): "int8" for label in eight_bit}}
-        beside = () if self.branch_rank(precision) else PRECISIONS[precision].beside
+        beside = () if self.branch_ranks(precision).least else PRECISIONS[precision].beside
         names = (precision, *beside)
         schemes = {n: self.scheme(n, keep=keep, calibrated=bool(batches)) for n in names}
         return schemes, eight_bit
@@ -180,7 +193,7 @@ class ExportContext:
             stated["rotation"] = bool(self.model.architecture.streams())
             stated |= {"portable": True} if self.options.portable else {}
             stated |= {"layout": "shared"} if self.shared else {}
-            rank = self.branch_rank(precision)
+            rank = self.branch_ranks(precision).least
             stated |= {"branch_rank": rank} if rank else {}
         if method == "int4":
             stated["block_size"] = self.block_size

@@ -224,10 +224,13 @@ class BoundAdapter:
 
         return frozenset(key for key, rule in self._rules.items() if is_more(rule))
 
-    def largest_rank(self) -> int:
-        """Return the largest rank of its products ``B·A``, 0 without any."""
-        factors = (rule.a for rule in self._rules.values() if rule.changes)
-        return max((min(self.adapter.file.shape(a)) for a in factors if a is not None), default=0)
+    def rank(self, key: str) -> int:
+        """Return the rank of the product ``B·A`` that is added to ``key``, 0 without one."""
+        rule = self._rules.get(key)
+        return 0 if rule is None or rule.a is None or not rule.changes else self._rank_of(rule.a)
+
+    def _rank_of(self, factor: str) -> int:
+        return min(self.adapter.file.shape(factor))
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the tensors, sorted: the checkpoint's and ``added``."""

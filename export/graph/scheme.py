@@ -6,8 +6,8 @@ The schemes themselves lie in :mod:`embedge.export.schemes`, one file each.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 from typing import Any, Protocol
@@ -126,14 +126,31 @@ class RoundingScheme(Protocol):
         """The initializer of one of the Linears; its ``compute`` rounds to nearest."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BranchRanks:
+    """Columns of the branches of a graph, multiples of 16.
+
+    Attributes:
+        least: of any input; 0: none has a branch.
+        larger: of some, by the label of the input.
+    """
+
+    least: int = 0
+    larger: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, label: str) -> int:
+        """Columns of the branch of an input."""
+        return self.larger.get(label, self.least)
+
+
 class BranchedScheme(RoundingScheme, Protocol):
     """A scheme whose Linears have a branch (``schemes/branch.py``).
 
     Attributes:
-        branch_rank: columns of ``down``, a multiple of 16.
+        branch_ranks: columns of ``down`` by input.
     """
 
-    branch_rank: int
+    branch_ranks: BranchRanks
 
     def lost(
         self,

@@ -26,10 +26,12 @@ from onnx import TensorProto
 
 from embedge.export.graph.initializers import LazyInitializer, TensorSpec
 from embedge.export.graph.ops import DOMAIN, OpBuilder
-from embedge.export.graph.scheme import BranchedScheme
+from embedge.export.graph.scheme import BranchedScheme, BranchRanks
 from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Value, owner
 from embedge.export.schemes.int8_inputs import row_zero_points
+from embedge.export.weights.task import TaskWeights
 from embedge.quant import branch
+from embedge.runtime.bundle.task_tensors import TaskTensors
 from embedge.runtime.errors import EmbedgeValueError
 
 __all__ = [
@@ -38,6 +40,9 @@ __all__ = [
     "branch_input",
     "branch_tensors",
     "default_branch_rank",
+    "joint_rank",
+    "padded_rank",
+    "ranks_of",
 ]
 
 _COLUMNS, _ROWS = 16, 4  # of a panel's line
@@ -48,6 +53,30 @@ def default_branch_rank(hidden_size: int, precision: str) -> int:
     """Columns of a branch where the user names none, see lab note 58."""
     rank = 16 if hidden_size < _NARROW else 32
     return rank if precision == "int8" else 3 * rank
+
+
+def ranks_of(tensors: TaskTensors, least: int) -> BranchRanks:
+    """The ranks of a shared graph, by what a task brings to it.
+
+    Args:
+        tensors: of one of its tasks.
+        least: of any input.
+    """
+    end = ".branch_down_scale"
+    ranks = {
+        n.removesuffix(end): len(array) for n, array in tensors.arrays.items() if n.endswith(end)
+    }
+    return BranchRanks(least=least, larger={n: r for n, r in ranks.items() if r > least})
+
+
+def joint_rank(weights: TaskWeights, group: LinearGroup) -> int:
+    """The rank that a branch needs to hold what a task's adapter adds to the Linears of an input."""
+    return sum(weights.rank(name) for name in {linear.weight for linear in group.linears})
+
+
+def padded_rank(rank: int) -> int:
+    """The smallest number of columns, whole panels of them, for a product of a rank."""
+    return -(-rank // _COLUMNS) * _COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +123,7 @@ def branch_input(
         2,
         *(values, scale, zero_point, down, down_scale, step, zeros),
         domain=DOMAIN,
-        width=scheme.branch_rank,
+        width=scheme.branch_ranks.of(group.label),
     )
     pairs = zip(ups[::2], ups[1::2], strict=True)
     return BranchInput(
@@ -110,7 +139,7 @@ def branch_initializer(g: OpBuilder, group: LinearGroup, scheme: BranchedScheme)
     Raises:
         EmbedgeValueError: a Linear has channels that do not fill lines of panels.
     """
-    rank, depth = scheme.branch_rank, group.linears[0].in_features(g.weights)
+    rank, depth = scheme.branch_ranks.of(group.label), group.linears[0].in_features(g.weights)
     _check_sizes(g, group)
 
     def spec(name: str, elem_type: int, *shape: int) -> TensorSpec:
@@ -165,7 +194,7 @@ def branch_tensors(
         The tensors of :func:`branch_initializer`.
     """
     error = np.concatenate(lost) if len(lost) > 1 else lost[0]
-    fitted = branch.quantize(*branch.fit(error, factor, scheme.branch_rank))
+    fitted = branch.quantize(*branch.fit(error, factor, scheme.branch_ranks.of(group.label)))
     arrays: list[NDArray[Any]] = [branch.panels_of(fitted.down), fitted.down_scale]
     start = 0
     for linear, part in zip(group.linears, lost, strict=True):

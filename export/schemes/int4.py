@@ -19,6 +19,7 @@ from embedge.export.graph.initializers import LazyInitializer, TensorSpec, diges
 from embedge.export.graph.ops import CONTRIB, DOMAIN, OpBuilder
 from embedge.export.graph.scheme import (
     BranchedScheme,
+    BranchRanks,
     Rounded,
     RoundingScheme,
     Scheme,
@@ -35,7 +36,7 @@ from embedge.export.schemes.smoothed_inputs import divide_hessian, norm_with_bia
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.quant import gptq, int4
 
-_NONE = SmoothingConstants()
+_NONE, _NO_BRANCHES = SmoothingConstants(), BranchRanks()
 
 
 class Int4Scheme(Scheme):
@@ -48,7 +49,7 @@ class Int4Scheme(Scheme):
         outliers: channels that are multiplied in float32, by the labels of the Linears that read them.
         norms: shift and smoothing of inputs that a norm makes, by the labels of the Linears that read them; they
             cost another norm, and a bias less.
-        branch_rank: columns of the branch of each input, a multiple of 16; 0: none has one.
+        branch_ranks: columns of the branches of inputs.
     """
 
     precision = "int4"
@@ -62,11 +63,11 @@ class Int4Scheme(Scheme):
         table_bits: int,
         outliers: Mapping[tuple[str, ...], NDArray[np.int64]] | None = None,
         norms: Mapping[tuple[str, ...], SmoothingConstants] | None = None,
-        branch_rank: int = 0,
+        branch_ranks: BranchRanks = _NO_BRANCHES,
     ) -> None:
         self._outliers = outliers or {}
         self._norms = norms or {}
-        self.branch_rank = branch_rank
+        self.branch_ranks = branch_ranks
         self.block_size = block_size
         self.method = method
         self._table_bits = table_bits
@@ -77,7 +78,7 @@ class Int4Scheme(Scheme):
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:
         constants, channels = self.norm_constants(group), self._outliers.get(group.labels)
         x = smoothed(g, group, constants)
-        branch = self._branch(g, group, x, channels) if self.branch_rank else None
+        branch = self._branch(g, group, x, channels) if self.branch_ranks.least else None
         results = [
             self._matmul(g, x, group, linear, branch, accuracy_level=4) for linear in group.linears
         ]
@@ -142,7 +143,7 @@ class Int4Scheme(Scheme):
         return self if self.method == "gptq" else None
 
     def branched(self, group: LinearGroup) -> BranchedScheme | None:
-        return self if self.branch_rank else None
+        return self if self.branch_ranks.least else None
 
     def input_shift(self, group: LinearGroup) -> FloatArray | None:
         return self.norm_constants(group).shift

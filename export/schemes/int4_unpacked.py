@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from onnx import TensorProto
 
 from embedge.export.graph.initializers import (
@@ -50,7 +51,7 @@ class Int4UnpackedScheme(Int8Scheme):
         columns = constants.smooth
         stored = self._int4.norm_constants(group).smooth
         if stored is not None:  # the stored weight is smoothed already
-            columns = 1 / stored if columns is None else columns / stored
+            columns = ((1 if columns is None else columns) / stored).astype(np.float32)
         if columns is not None and constants.outliers is not None:
             columns = columns.copy()
             columns[constants.outliers] = 0  # multiplied in float32 beside it

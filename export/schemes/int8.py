@@ -43,7 +43,14 @@ from onnx import TensorProto
 
 from embedge.export.graph.initializers import LazyInitializer, TensorSpec, digest
 from embedge.export.graph.ops import CONTRIB, DOMAIN, OpBuilder
-from embedge.export.graph.scheme import BranchedScheme, Rounded, RoundingScheme, Scheme, reported_db
+from embedge.export.graph.scheme import (
+    BranchedScheme,
+    BranchRanks,
+    Rounded,
+    RoundingScheme,
+    Scheme,
+    reported_db,
+)
 from embedge.export.graph.values import FloatArray, LinearGroup, LinearRef, Value, owner
 from embedge.export.schemes.branch import branch_input
 from embedge.export.schemes.embedding_tables import quantized_rows
@@ -54,7 +61,7 @@ from embedge.export.schemes.smoothing_constants import SmoothingConstants, produ
 from embedge.quant import gptq, int8
 from embedge.quant.rotation import block_rotation, rotate_blocks
 
-_NONE = SmoothingConstants()
+_NONE, _NO_BRANCHES = SmoothingConstants(), BranchRanks()
 
 
 class Int8Scheme(Scheme):
@@ -65,7 +72,7 @@ class Int8Scheme(Scheme):
         method: "gptq" or "rtn", how weights are rounded; part of the initializer keys.
         table_bits: bits of embedding tables.
         portable: whether sums of pairs of weights are bounded, so that products fit 16 bits.
-        branch_rank: columns of the branch of each input, a multiple of 16; 0: none has one.
+        branch_ranks: columns of the branches of inputs.
     """
 
     precision = "int8"
@@ -78,10 +85,10 @@ class Int8Scheme(Scheme):
         table_bits: int = 8,
         *,
         portable: bool = False,
-        branch_rank: int = 0,
+        branch_ranks: BranchRanks = _NO_BRANCHES,
     ) -> None:
         self.method = method
-        self.branch_rank = branch_rank
+        self.branch_ranks = branch_ranks
         self.saturates = not portable
         self._portable = portable
         self._constants = constants
@@ -99,7 +106,9 @@ class Int8Scheme(Scheme):
         if row_scale is not None:
             scale = g.op("Mul", scale, row_scale)
         branch = (
-            branch_input(g, group, self, values, scale, zero_point) if self.branch_rank else None
+            branch_input(g, group, self, values, scale, zero_point)
+            if self.branch_ranks.least
+            else None
         )
         results = []
         for linear in group.linears:
@@ -126,7 +135,7 @@ class Int8Scheme(Scheme):
         return results
 
     def scales_rows(self, group: LinearGroup) -> bool:
-        return group.gated and not self.branch_rank
+        return group.gated and not self.branch_ranks.least
 
     def embedding(self, g: OpBuilder, name: str, ids: str) -> Value:
         return quantized_rows(g, name, ids, self._table_bits)
@@ -135,7 +144,7 @@ class Int8Scheme(Scheme):
         return self if self.method == "gptq" else None
 
     def branched(self, group: LinearGroup) -> BranchedScheme | None:
-        return self if self.branch_rank else None
+        return self if self.branch_ranks.least else None
 
     def shifted_norm(self, g: OpBuilder, x: Value, bias: str) -> Value | None:
         """The residual's norm with the bias in its own; the Linears read another norm anyway."""

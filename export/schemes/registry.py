@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.scheme import BranchRanks, Scheme
 from embedge.export.schemes.floats import Float16Scheme, Float32Scheme
 from embedge.export.schemes.int4 import Int4Float16Scheme, Int4Scheme
 from embedge.export.schemes.int4_unpacked import Int4UnpackedScheme
@@ -56,7 +56,7 @@ def make_scheme(
     methods: Mapping[str, str],
     keep: Mapping[str, str],
     portable: bool = False,
-    branch_rank: int = 0,
+    branch_ranks: BranchRanks = BranchRanks(),  # noqa: B008 - it cannot be changed
 ) -> Scheme:
     """The scheme of a precision, where layers are kept at others a mixture.
 
@@ -67,7 +67,7 @@ def make_scheme(
         methods: how weights are rounded, "gptq" or "rtn", for "int8" and "int4".
         keep: precisions by pattern.
         portable: whether 8-bit weights fit products of 16 bits.
-        branch_rank: columns of the branch of each input, 0: none.
+        branch_ranks: columns of the branches of inputs.
     """
     if precision == "fp32":
         return Float32Scheme()
@@ -79,13 +79,13 @@ def make_scheme(
         for labels, of in constants.items()
         if of.shift is not None
     }
-    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms, branch_rank)
+    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms, branch_ranks)
 
     def make(name: str) -> Scheme:
         own = _that_hold(constants, name, precision, keep)
         schemes: dict[str, Scheme] = {
             "fp32": Float32Scheme(),
-            "int8": Int8Scheme(own, methods["int8"], portable=portable, branch_rank=branch_rank),
+            "int8": Int8Scheme(own, methods["int8"], portable=portable, branch_ranks=branch_ranks),
             "int4": int4,
             UNPACKED_PRECISION: Int4UnpackedScheme(own, int4),
             "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4),

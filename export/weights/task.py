@@ -97,9 +97,10 @@ class TaskWeights:
         beyond = self._adapter.beyond_low_rank() if self._adapter else frozenset()
         return [name for name, key in self._keys.items() if key in beyond]
 
-    def largest_rank(self) -> int:
-        """The largest rank of the adapter's products, 0 without any."""
-        return self._adapter.largest_rank() if self._adapter else 0
+    def rank(self, name: str) -> int:
+        """The rank of what the adapter adds to a tensor, 0 where that is nothing or no product."""
+        key = self._keys.get(name)
+        return self._adapter.rank(key) if self._adapter and key else 0
 
     def unread(self, asked: set[str]) -> tuple[list[str], list[str]]:
         """Floating-point tensors that are not among ``asked``, ``(changed by the adapter, others)``."""

@@ -147,7 +147,8 @@ class _PrecisionWriter:
         backbone = model.weights(model.base, scheme)
         weights = model.weights(model.tasks[task], scheme)
         g = model.graph(weights, scheme, backbone)
-        check_fits(task, model.tasks[task], g, context.branch_rank(self._precision))
+        ranks = context.branch_ranks(self._precision)
+        check_fits(task, model.tasks[task], g, ranks, context.progress)
         needed = _initializers(g)
         new = [*g.task_tensors.values(), *([] if self._has_shared else needed)]
         context.progress.expect(sum(i.nbytes for i in new))

@@ -25,8 +25,10 @@ from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.context import ExportContext
 from embedge.export.errors import AdapterError, ExportError
 from embedge.export.graph.builder import Graph
-from embedge.export.graph.scheme import Scheme
+from embedge.export.graph.scheme import BranchRanks, Scheme
 from embedge.export.graph.values import ScaleSink
+from embedge.export.progress import Progress
+from embedge.export.schemes.branch import joint_rank, padded_rank
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.export.source.safetensors_file import SafetensorsFile
 from embedge.export.weights.task import TaskWeights
@@ -55,14 +57,17 @@ _INSTEAD = "export it in a bundle of its own, with --layout merged"
 _SHOWN = 5
 
 
-def check_fits(task: str, weights: TaskWeights, g: Graph, rank: int) -> None:
+def check_fits(
+    task: str, weights: TaskWeights, g: Graph, ranks: BranchRanks, progress: Progress
+) -> None:
     """Refuse an adapter that branches cannot hold.
 
     Args:
         task: its name.
         weights: the task's tensors.
         g: the task's graph.
-        rank: of the branches.
+        ranks: of the branches.
+        progress: told of adapters that branches hold in part.
 
     Raises:
         AdapterError: naming what it changes.
@@ -78,12 +83,23 @@ def check_fits(task: str, weights: TaskWeights, g: Graph, rank: int) -> None:
             f"task {task!r}: with --layout shared an adapter may change Linears by LoRA, and their biases; this one "
             f"changes {', '.join(beyond[:_SHOWN])}{more}; {_INSTEAD}"
         )
-    largest = weights.largest_rank()
-    if largest > rank:
-        needed = -(-largest // 16) * 16
-        raise AdapterError(
-            f"task {task!r}: its adapter has rank {largest}, above the branches' {rank}; export with --branch-rank "
-            f"{needed} or more"
+    in_part: list[str] = []
+    for group in g.linear_groups.values():
+        rank = ranks.of(group.label)
+        largest = max(weights.rank(linear.weight) for linear in group.linears)
+        if largest > rank:
+            raise AdapterError(
+                f"task {task!r}: its adapter has rank {largest} in {group.label}, above the branch's {rank}; export "
+                f"with --branch-rank {padded_rank(largest)} or more, all tasks anew where some are there"
+            )
+        joint = joint_rank(weights, group)
+        if joint > rank:
+            in_part.append(f"{group.label} (rank {joint} of all that read the input, {rank} held)")
+    if in_part:
+        more = f" and {len(in_part) - 1} more" if len(in_part) > 1 else ""
+        progress.tell(
+            f"task {task}: branches hold the larger part of its adapter in {in_part[0]}{more}; a higher "
+            "--branch-rank holds all"
         )
 
 

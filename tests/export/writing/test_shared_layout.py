@@ -357,3 +357,22 @@ def test_biases_that_an_adapter_trains_are_a_tasks_own(source: Path, tmp_path: P
     for task, folder in (("task", adapter), ("bare", None)):
         expected = Reference(source, folder).encode(TEXTS)
         assert cosines(vectors(out, "int8", task), expected).min() > 0.995
+
+
+@pytest.mark.slow
+def test_the_rank_holds_the_adapters_and_stays_that_of_the_graph(
+    source: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    wide = save_adapter(source, tmp_path / "wide", target=["query"], r=20)
+    options: dict[str, Any] = {"layout": "shared", "calibration": "none", "out": tmp_path / "out"}
+    export_bundle(source, adapters={"wide": wide}, **options)
+    tensors = read_task_tensors(tmp_path / "out/int8/wide.safetensors").arrays
+    ranks = {n: len(array) for n, array in tensors.items() if n.endswith("branch_down_scale")}
+    assert {n: r for n, r in ranks.items() if r != 16} == {
+        f"encoder.layer.{i}.attention.self.query.branch_down_scale": 32 for i in (0, 1)
+    }
+    export_bundle(source, adapters={"first": adapters["first"]}, **options)  # of rank 3
+    assert vectors(tmp_path / "out", "int8", "first").shape == (len(TEXTS), 96)
+    widest = save_adapter(source, tmp_path / "widest", target=["query"], r=40)
+    with pytest.raises(AdapterError, match="--branch-rank 48"):
+        export_bundle(source, adapters={"widest": widest}, **options)
