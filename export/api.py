@@ -66,8 +66,8 @@ def export_bundle(
             quantized backbone, and for each task low-rank branches that hold its adapter and what
             quantization lost. For int8 and int4. Tasks that are added later leave the others as they are.
         branch_rank: columns of each branch, a multiple of 16. ``None``: with "shared" 16 at int8 below a hidden
-            size of 512 and 32 from there on, three times that at int4; no branches with "merged". A higher rank is
-            closer and larger.
+            size of 512 and 32 from there on, three times that at int4, and more where that holds the adapters of
+            all Linears of an input; no branches with "merged". A higher rank is closer and larger.
         budget: most bytes of a task's tensors at int4, "2.0GB" for example: the layers whose 4
             bits cost the vectors most per byte get 8, as far as it goes. ``None``: 4 bits everywhere.
         base_quantization: how bitsandbytes had quantized the base when the adapters were trained on it (QLoRA):

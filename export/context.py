@@ -25,6 +25,7 @@ from embedge.runtime.bundle.task_tensors import read_task_tensors
 from embedge.runtime.errors import EmbedgeValueError
 
 _WIDE = 1536  # hidden size
+ARITHMETIC = 1  # of shared graphs: changes with rotation, smoothing or folding, which added tasks have to match
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ class ExportContext:
             stated["method"] = self.methods(calibrated=calibrated)[method]
             stated["rotation"] = bool(self.model.architecture.streams())
             stated |= {"portable": True} if self.options.portable else {}
-            stated |= {"layout": "shared"} if self.shared else {}
+            stated |= {"layout": "shared", "arithmetic": ARITHMETIC} if self.shared else {}
             rank = self.branch_ranks(precision).least
             stated |= {"branch_rank": rank} if rank else {}
         if method == "int4":

@@ -6,7 +6,7 @@ that reach it in the unquantized model, here with the task's adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def fit_branches(
     batches: Sequence[TokenBatch],
     stored: Callable[[LazyInitializer], Sequence[NDArray[Any]]],
     *,
+    wanted: Collection[str] | None = None,
     scratch: Path,
     report: Callable[[int], None],
 ) -> Iterator[Fitted]:
@@ -61,26 +62,32 @@ def fit_branches(
         scheme: its precision.
         batches: calibration tokens, at least one.
         stored: gives the tensors of an initializer of :meth:`BranchedScheme.weight`.
+        wanted: keys of the branches to fit; ``None``: all.
         scratch: folder for a layer's weights.
         report: takes the number of each layer that was run.
 
     Raises:
         CheckpointError: inputs are not finite, or a Hessian is not positive definite.
     """
+    initializers = {
+        label: initializer
+        for label, initializer in branch_initializers(g, scheme).items()
+        if wanted is None or initializer.key in wanted
+    }
     passes = calibrate(
         architecture,
         weights,
         batches,
         scratch=scratch,
-        wants_hessian=lambda group: scheme.branched(g.linear_groups[group.label]) is not None,
+        wants_hessian=lambda group: group.label in initializers,
     )
     for index, statistics in passes:
         report(index + 1)
         for label, value in statistics.items():
             group = g.linear_groups[label]
             of = scheme.branched(group)
-            if of is not None:
-                yield branch_initializer(g, group, of), _fitted(g, group, of, value, stored)
+            if of is not None and label in initializers:
+                yield initializers[label], _fitted(g, group, of, value, stored)
             value.matrices.clear()
 
 

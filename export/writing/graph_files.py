@@ -16,6 +16,7 @@ from embedge.runtime.errors import EmbedgeValueError
 
 GRAPH, LAYERS = ".onnx", ".layers.json"
 UNPACKED_GRAPH, UNPACK_LIST = ".unpacked.onnx", ".unpack.json"
+TASK_TENSORS = ".safetensors"
 
 
 def check_names_free(place: Path, tasks: Iterable[str]) -> None:
@@ -25,7 +26,7 @@ def check_names_free(place: Path, tasks: Iterable[str]) -> None:
         EmbedgeValueError: naming the file.
     """
     for task in tasks:
-        for end in (GRAPH, LAYERS, UNPACKED_GRAPH, UNPACK_LIST):
+        for end in (GRAPH, LAYERS, UNPACKED_GRAPH, UNPACK_LIST, TASK_TENSORS):
             name = task + end
             if os.path.lexists(place / name):
                 raise EmbedgeValueError(

@@ -22,6 +22,7 @@ from embedge.export.weights.tensors import BASE, Weights
 from embedge.export.writing.graph_files import (
     GRAPH,
     LAYERS,
+    TASK_TENSORS,
     UNPACK_LIST,
     UNPACKED_GRAPH,
     check_names_free,
@@ -33,7 +34,6 @@ from embedge.export.writing.graph_metadata import graph_notes, task_notes
 from embedge.export.writing.shared_layout import (
     CONSTANTS,
     SHARED,
-    TASK_TENSORS,
     check_fits,
     check_same_graph,
     fitted_branches,
@@ -109,11 +109,10 @@ class _PrecisionWriter:
         self._constants: dict[str, set[str]] = {}  # names of the small ones, by scheme
         self._contents: dict[str, dict[str, str]] = {}  # hashes by scheme and graph
         self._has_tower = (store.folder / _VISION_GRAPH).exists()
-        self._has_shared = (store.folder / f"{SHARED}{GRAPH}").exists()
+        stated = context.stated_options(precision, calibrated=bool(batches))
+        self._has_shared = _check_same_layout(context, precision, stated)
         if self._has_shared:
             self._take_constants()
-        stated = context.stated_options(precision, calibrated=bool(batches))
-        _check_same_layout(context, precision, stated)
         if self._has_tower:
             _check_same_rotation(context, precision)
 
@@ -128,10 +127,16 @@ class _PrecisionWriter:
     def _take_constants(self) -> None:
         """Use the constants of int8 inputs that the shared graph was written with."""
         path = self._store.folder / CONSTANTS
+        if not path.exists():
+            raise EmbedgeValueError(
+                f"{path}: expected the constants that the shared graph was written with, found no such file, and a "
+                "task that is added needs them; copy the whole bundle again, or --overwrite it"
+            )
         groups = self._context.model.plain_graphs[0].linear_groups.values()
-        if path.exists() and not self._context.constants:
-            found = read_constants(path, {group.labels: group.sink for group in groups})
-            self._context.constants.update(found)
+        self._context.constants.clear()  # another precision may have others
+        self._context.constants.update(
+            read_constants(path, {group.labels: group.sink for group in groups})
+        )
 
     def _calibrate(self) -> None:
         if not self._schemes:
@@ -156,6 +161,12 @@ class _PrecisionWriter:
         notes = task_notes(model, g, self._precision, None)
         if self._has_shared:
             store.adopt_named(path, needed)
+            missing = [initializer for initializer in needed if not store.has(initializer.key)]
+            if missing:
+                raise EmbedgeValueError(
+                    f"{path}: expected {missing[0].specs[0].name} of this type and shape, which the graph of task "
+                    f"{task!r} needs, found none; export with the embedge that wrote it, or choose another --out"
+                )
             check_same_graph(path, task, graph_content(g, store, SHARED, notes))
         else:
             files = {BASE: self._shared}
@@ -207,15 +218,23 @@ class _PrecisionWriter:
         files: Mapping[str, str],
     ) -> None:
         """Fit the branches of a merged graph beside its weights, which are stored before."""
+        context, store = self._context, self._store
         branches = {i.key: i for i in branch_initializers(g, scheme).values()}
-        if not branches or all(self._store.has(key) for key in branches):
-            return
         others = [initializer for initializer in needed if initializer.key not in branches]
-        store_computed(self._context.progress, self._store, others, files)
-        fitted = fitted_branches(self._context, g, scheme, weights, self._batches, self._store)
-        for key, arrays in fitted:
-            if not self._store.has(key):
-                self._store.put(branches[key], arrays, files[branches[key].owner])
+        if branches:
+            store_computed(context.progress, store, others, files)
+        for (
+            owner,
+            file,
+        ) in files.items():  # as GPTQ: what an adapter changes by the task's activations
+            own = {k: i for k, i in branches.items() if i.owner == owner and not store.has(k)}
+            if not own:
+                continue
+            of = context.model.weights(context.model.base, scheme) if owner == BASE else weights
+            for key, arrays in fitted_branches(
+                context, g, scheme, of, self._batches, store, wanted=own.keys()
+            ):
+                store.put(own[key], arrays, file)
 
     def write_tower(self, tower: Tower) -> None:
         """Write the vision tower, which all tasks share, where it is not there yet."""
@@ -285,11 +304,11 @@ class _PrecisionWriter:
         }
 
 
-def _check_same_layout(context: ExportContext, precision: str, stated: Mapping[str, Any]) -> None:
-    """Tasks are added to a precision as those that it has were written."""
+def _check_same_layout(context: ExportContext, precision: str, stated: Mapping[str, Any]) -> bool:
+    """Tasks are added to a precision as those that it has were written; whether it has a shared graph."""
     old = context.old.precisions.get(precision) if context.old else None
     if old is None:
-        return
+        return False
     shared = bool(old.task_tensors)
     if shared != context.shared:
         layout = "shared" if shared else "merged"
@@ -306,6 +325,7 @@ def _check_same_layout(context: ExportContext, precision: str, stated: Mapping[s
             f"has {stated.get(name)!r}; the tasks of a shared graph need the same: change that, choose another "
             "--out, or --overwrite the bundle"
         )
+    return shared
 
 
 def _initializers(g: Graph) -> list[LazyInitializer]:

@@ -11,7 +11,7 @@ changes is in the graph, and refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ from embedge.export.weights.task import TaskWeights
 from embedge.export.weights.tensors import Weights
 from embedge.export.writing.files import write_new
 from embedge.export.writing.weight_store import TensorStore
+from embedge.runtime.bundle.contract import SHARED_CONSTANTS
 from embedge.runtime.errors import EmbedgeValueError
 
 __all__ = [
     "CONSTANTS",
     "SHARED",
-    "TASK_TENSORS",
     "check_fits",
     "check_same_graph",
     "fitted_branches",
@@ -51,7 +51,7 @@ __all__ = [
 
 Constants = Mapping[tuple[str, ...], SmoothingConstants]
 
-SHARED, TASK_TENSORS, CONSTANTS = "shared", ".safetensors", "shared.constants.safetensors"
+SHARED, CONSTANTS = "shared", SHARED_CONSTANTS
 _LABEL, _PART = "|", "/"
 _INSTEAD = "export it in a bundle of its own, with --layout merged"
 _SHOWN = 5
@@ -89,8 +89,8 @@ def check_fits(
         largest = max(weights.rank(linear.weight) for linear in group.linears)
         if largest > rank:
             raise AdapterError(
-                f"task {task!r}: its adapter has rank {largest} in {group.label}, above the branch's {rank}; export "
-                f"with --branch-rank {padded_rank(largest)} or more, all tasks anew where some are there"
+                f"task {task!r}: its adapter has rank {largest} in {group.label}, above the branch's {rank}; leave "
+                f"--branch-rank out, or give {padded_rank(largest)} or more; where tasks are there, export all anew"
             )
         joint = joint_rank(weights, group)
         if joint > rank:
@@ -99,7 +99,7 @@ def check_fits(
         more = f" and {len(in_part) - 1} more" if len(in_part) > 1 else ""
         progress.tell(
             f"task {task}: branches hold the larger part of its adapter in {in_part[0]}{more}; a higher "
-            "--branch-rank holds all"
+            "--branch-rank holds all, with all tasks exported anew where some are there"
         )
 
 
@@ -118,13 +118,19 @@ def check_same_graph(path: Path, task: str, content: bytes) -> None:
     if before == content:
         return
     one, other = (onnx.ModelProto.FromString(data) for data in (before, content))
+    for model in (one, other):  # they name versions
+        del model.metadata_props[:]
+    if one == other:
+        return
     inputs = [
         {i.name: i.type.SerializeToString() for i in model.graph.input} for model in (one, other)
     ]
     names = sorted(n for n in {**inputs[0], **inputs[1]} if inputs[0].get(n) != inputs[1].get(n))
     what = f"inputs: {', '.join(names[:_SHOWN])}" if names else "operators or constants"
+    of_branches = bool(names) and all(".branch_" in name for name in names)
+    advice = "leave --branch-rank out: added tasks take the graph's" if of_branches else _INSTEAD
     raise EmbedgeValueError(
-        f"{path}: the graph of task {task!r} has other {what}; the tasks of a shared graph need the same; {_INSTEAD}"
+        f"{path}: the graph of task {task!r} has other {what}; the tasks of a shared graph need the same; {advice}"
     )
 
 
@@ -167,6 +173,7 @@ def fitted_branches(
     weights: Weights,
     batches: Sequence[TokenBatch],
     store: TensorStore,
+    wanted: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Sequence[NDArray[Any]]]]:
     """The branches of a task that calibration fits, their tensors by the initializer's key.
 
@@ -177,6 +184,7 @@ def fitted_branches(
         weights: the task's tensors.
         batches: calibration tokens; none: nothing is fitted.
         store: has the weights beside which the branches are.
+        wanted: keys of those to fit; ``None``: all.
     """
     if not batches or not branch_initializers(g, scheme):
         return
@@ -188,6 +196,7 @@ def fitted_branches(
         scheme,
         batches,
         store.arrays,
+        wanted=wanted,
         scratch=store.folder,
         report=context.progress.layers("fitting branches", len(architecture.layers)),
     )

@@ -12,6 +12,7 @@ __all__ = [
     "MANIFEST",
     "ONNXRUNTIME",
     "PREPARED",
+    "SHARED_CONSTANTS",
     "UNPACKED",
     "UNPACKED_PRECISION",
     "VISION",
@@ -24,6 +25,9 @@ EXACT_OPTION = (
 ONNXRUNTIME = ">=1.30,<1.34"  # versions that compute these graphs right, and were tested
 
 MANIFEST, CARD = "manifest.json", "README.md"  # files in a bundle's folder
+SHARED_CONSTANTS = (
+    "shared.constants.safetensors"  # beside a graph that tasks share, for the export alone
+)
 PREPARED = "prepared"  # the folder of what `embedge prepare` adds to them
 
 VISION = "vision"  # what the graph of the vision tower is called among those of the tasks

@@ -221,7 +221,8 @@ class Bundle:
             return None
         file = self.file(path)
         with self.reading([path]):
-            tensors = read_task_tensors(file)
+            mapped = read_task_tensors(file).arrays
+            tensors = TaskTensors({name: np.array(array) for name, array in mapped.items()})
         first = self.graph_key(precision, name)
         if first != name and (expected := self.task_tensors(precision, first)) is not None:
             shapes = {n: (a.dtype, a.shape) for n, a in tensors.arrays.items()}

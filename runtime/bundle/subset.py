@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedge.runtime.bundle.contract import CARD, MANIFEST, VISION
+from embedge.runtime.bundle.contract import CARD, MANIFEST, SHARED_CONSTANTS, VISION
 from embedge.runtime.bundle.files import (
     JSON_BYTES,
     open_regular_file,
@@ -159,6 +159,8 @@ def _document(source: Bundle, chosen: Mapping[str, list[str]]) -> dict[str, Any]
         settings = source.manifest.precisions[precision]
         for name in (*names, *([VISION] if settings.vision else [])):
             files.update(source.graph_files(precision, name))
+        if settings.task_tensors:
+            files.add(f"{precision}/{SHARED_CONSTANTS}")
         for by_task in (settings.layers, settings.task_tensors):
             files.update(path for task, path in by_task.items() if task in names)
     document["files"] = {name: f for name, f in document["files"].items() if name in files}

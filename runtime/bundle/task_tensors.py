@@ -35,13 +35,16 @@ _TYPES: Mapping[str, tuple[np.dtype[Any], int]] = {
 }
 _AGAIN = "copy or export the bundle again"
 
+_MOST_AXES, _SHOWN = 4, 80
+
 Size: TypeAlias = Annotated[int, Within(0, 1 << 40)]
+Length: TypeAlias = Annotated[int, Within(1, 1 << 40)]
 
 
 @record
 class _Tensor(Record):
     dtype: str
-    shape: tuple[Size, ...]
+    shape: tuple[Length, ...]
     data_offsets: tuple[Size, ...]
 
 
@@ -95,18 +98,20 @@ def read_task_tensors(file: Path) -> TaskTensors:
     entries.pop("__metadata__", None)
     arrays, end = {}, 0
     for name, value in sorted(entries.items(), key=_begin):
-        tensor = _Tensor.parse(value, place.member(name))
+        at = place.member(name[:_SHOWN])
+        tensor = _Tensor.parse(value, at)
         dtype, _ = _TYPES.get(tensor.dtype, (None, 0))
         size = 0 if dtype is None else prod(tensor.shape) * dtype.itemsize
-        if dtype is None or tensor.data_offsets != (end, end + size):
-            place.member(name).fail(
-                f"expected {' or '.join(_TYPES)} at {end}, found {tensor.dtype[:80]} of shape "
-                f"{list(tensor.shape)} at {list(tensor.data_offsets)}; {_AGAIN}"
+        fits = len(tensor.shape) <= _MOST_AXES
+        if dtype is None or not fits or tensor.data_offsets != (end, end + size):
+            at.fail(
+                f"expected {' or '.join(_TYPES)} of at most {_MOST_AXES} axes at {end}, found {tensor.dtype[:_SHOWN]} "
+                f"of shape {list(tensor.shape[:8])} at {list(tensor.data_offsets[:8])}; {_AGAIN}"
             )
         end += size
         if start + end > len(data):
             raise BundleError(
-                f"{file}: truncated: {name} ends at byte {start + end}, found {len(data)}; {_AGAIN}"
+                f"{file}: truncated: {name[:_SHOWN]} ends at byte {start + end}, found {len(data)}; {_AGAIN}"
             )
         arrays[name] = data[start + end - size : start + end].view(dtype).reshape(tensor.shape)
     if start + end != len(data):

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--branch-rank", type=int, metavar="R",
         help="columns of the low-rank branches beside int8 and int4 weights, a multiple of 16: closer and "
         "larger (default with --layout shared: 16 at int8 below a hidden size of 512, else 32, three times that at "
-        "int4; else none)",
+        "int4, and what holds the adapters; else none)",
     )  # fmt: skip
     parser.add_argument(
         "--budget", metavar="SIZE",

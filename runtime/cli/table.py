@@ -67,5 +67,6 @@ def _width() -> int:
 
 def named_value(name: str, value: str) -> list[str]:
     """A named value, its further lines below its first."""
-    lines = textwrap.wrap(value, max(_width() - _NAME, 20)) or [""]
+    width = max(_width() - _NAME, 20)
+    lines = textwrap.wrap(value, width, break_on_hyphens=False) or [""]
     return [f"{label:{_NAME}}{line}" for label, line in zip_longest([name], lines, fillvalue="")]

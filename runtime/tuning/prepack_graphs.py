@@ -54,6 +54,7 @@ def prepack_graph(prepared: PreparedGraphs, precision: str, name: str) -> int:
         BundleError: if the folder, or one above it inside the bundle, is a link.
         EmbedgeError: if the disk has no room, nothing can be written, or ONNX Runtime refuses.
     """
+    name = prepared.bundle.graph_key(precision, name)
     source, place = prepared.source(precision, name), prepared.folders.to_write()
     folder = place / precision / name
     if place == prepared.folders.inside:

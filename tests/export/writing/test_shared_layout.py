@@ -254,10 +254,19 @@ def test_a_header_that_is_no_json_or_no_table_is_refused(tmp_path: Path) -> None
     overlapping = {
         name: {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]} for name in ("one", "other")
     }
-    header = json.dumps(overlapping).encode()
-    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(BundleError, match="expected F32 or I8 at 4"):
-        read_task_tensors(file)
+    for entries, message in (
+        (overlapping, "of at most 4 axes at 4"),
+        ({"a": {"dtype": "I8", "shape": [1] * 100, "data_offsets": [0, 1]}}, "axes"),
+        (
+            "no values",
+            {"a": {"dtype": "I8", "shape": [0, 1 << 40], "data_offsets": [0, 0]}},
+            "shape",
+        ),
+    ):
+        header = json.dumps(entries).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with pytest.raises(BundleError, match=message):
+            read_task_tensors(file)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -278,7 +287,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_branches_is_refused(case: str, source: Path, tmp_path: Path) -> None:
     options, message = REFUSED[case]
-    settings = {"precisions": ["int8"], "layout": "shared", "calibration": "none", **options}
+    settings: dict[str, Any] = {
+        "precisions": ["int8"],
+        "layout": "shared",
+        "calibration": "none",
+        **options,
+    }
     with pytest.raises(EmbedgeValueError, match=message):
         export_bundle(source, adapters={"task": None}, out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
@@ -289,7 +303,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "a saved module": ({"modules_to_save": ["key"]}, r"key\.weight \(not by LoRA alone\)"),
     "a norm": ({"modules_to_save": ["LayerNorm"]}, "LayerNorm"),
     "the embeddings": ({"target": ["query", "word_embeddings"]}, "word_embeddings"),
-    "a rank above the branches'": ({"r": 20}, "--branch-rank 32"),
+    "a rank above the branches'": ({"r": 20}, "or give 32 or more"),
 }
 
 
@@ -299,7 +313,7 @@ def test_an_adapter_that_branches_cannot_hold_is_refused(
     case: str, source: Path, tmp_path: Path
 ) -> None:
     options, message = ADAPTERS[case]
-    settings = {"target": ["query", "value"], **options}
+    settings: dict[str, Any] = {"target": ["query", "value"], **options}
     adapter = save_adapter(source, tmp_path / "adapter", **settings)
     with pytest.raises(AdapterError, match=message):
         export_bundle(
@@ -320,14 +334,15 @@ def test_tasks_are_added_as_the_others_were_written(
 ) -> None:
     out = tmp_path / "out"
     options: dict[str, Any] = {"precisions": ["int8"], "calibration": "none", "out": out}
-    shared = {"layout": "shared", "branch_rank": 16}
+    shared: dict[str, Any] = {"layout": "shared", "branch_rank": 16}
     export_bundle(source, adapters={"first": adapters["first"]}, **options, **shared)
     before = contents(out)
-    for changed, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({}, "has the layout shared"),
         ({"layout": "shared", "branch_rank": 32}, "branch_rank 16"),
         ({**shared, "portable": True}, "portable"),
-    ):
+    )
+    for changed, message in cases:
         with pytest.raises(EmbedgeValueError, match=message):
             export_bundle(source, adapters={"second": adapters["second"]}, **options, **changed)
         assert contents(out) == before
@@ -374,5 +389,72 @@ def test_the_rank_holds_the_adapters_and_stays_that_of_the_graph(
     export_bundle(source, adapters={"first": adapters["first"]}, **options)  # of rank 3
     assert vectors(tmp_path / "out", "int8", "first").shape == (len(TEXTS), 96)
     widest = save_adapter(source, tmp_path / "widest", target=["query"], r=40)
-    with pytest.raises(AdapterError, match="--branch-rank 48"):
+    with pytest.raises(AdapterError, match="or give 48 or more"):
         export_bundle(source, adapters={"widest": widest}, **options)
+
+
+@pytest.mark.slow
+def test_a_part_of_a_bundle_is_added_to_as_the_whole(
+    source: Path, adapters: dict[str, Path], few_texts: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"layout": "shared", "calibration": few_texts}
+    first, second = ({name: adapters[name]} for name in ("first", "second"))
+    whole = export_bundle(
+        source, adapters={**first, "bare": None}, out=tmp_path / "whole", **options
+    )
+    part = subset_bundle(whole, tmp_path / "part", tasks=["first"])
+    for bundle in (whole, part):
+        export_bundle(source, adapters=second, out=bundle, **options)
+    name = "int8/second.safetensors"
+    assert (part / name).read_bytes() == (whole / name).read_bytes()
+    np.testing.assert_array_equal(vectors(part, "int8", "second"), vectors(whole, "int8", "second"))
+    document = manifest(part)
+    del document["files"]["int8/shared.constants.safetensors"]
+    (part / "manifest.json").write_text(json.dumps(document), "utf-8")
+    (part / "int8/shared.constants.safetensors").unlink()
+    with pytest.raises(EmbedgeValueError, match="copy the whole bundle again"):
+        export_bundle(source, adapters={"bare": None}, out=part, **options)
+
+
+@pytest.mark.slow
+def test_each_precision_keeps_its_own_constants(
+    source: Path, adapters: dict[str, Path], few_texts: Path, tmp_path: Path
+) -> None:
+    """Two precisions that were exported apart, with other texts in files of one name."""
+    other = tmp_path / "other" / few_texts.name
+    other.parent.mkdir()
+    other.write_text("one two three\nab ab ab\n" * 10, "utf-8")
+    first, second = ({name: adapters[name]} for name in ("first", "second"))
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    for out in (together, apart):
+        for precision, texts in (("int8", few_texts), ("int4", other)):
+            export_bundle(
+                source,
+                adapters=first,
+                precisions=[precision],
+                calibration=texts,
+                layout="shared",
+                out=out,
+            )
+    options: dict[str, Any] = {"adapters": second, "calibration": few_texts, "layout": "shared"}
+    export_bundle(source, precisions=["int8", "int4"], out=together, **options)
+    for precision in ("int4", "int8"):
+        export_bundle(source, precisions=[precision], out=apart, **options)
+    assert {n: d for n, d in contents(together).items() if n not in RENEWED} == {
+        n: d for n, d in contents(apart).items() if n not in RENEWED
+    }
+
+
+@pytest.mark.slow
+def test_branches_of_what_no_adapter_changes_are_the_backbones(
+    source: Path, adapters: dict[str, Path], few_texts: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"branch_rank": 16, "calibration": few_texts}
+    orders = {"one": ("first", "second"), "other": ("second", "first")}
+    for name, order in orders.items():
+        tasks = {task: adapters[task] for task in order}
+        export_bundle(source, adapters=tasks, out=tmp_path / name, **options)
+    for task in adapters:
+        np.testing.assert_array_equal(
+            vectors(tmp_path / "one", "int8", task), vectors(tmp_path / "other", "int8", task)
+        )
