@@ -257,11 +257,7 @@ def test_a_header_that_is_no_json_or_no_table_is_refused(tmp_path: Path) -> None
     for entries, message in (
         (overlapping, "of at most 4 axes at 4"),
         ({"a": {"dtype": "I8", "shape": [1] * 100, "data_offsets": [0, 1]}}, "axes"),
-        (
-            "no values",
-            {"a": {"dtype": "I8", "shape": [0, 1 << 40], "data_offsets": [0, 0]}},
-            "shape",
-        ),
+        ({"a": {"dtype": "I8", "shape": [0, 1 << 40], "data_offsets": [0, 0]}}, "shape"),
     ):
         header = json.dumps(entries).encode()
         file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
