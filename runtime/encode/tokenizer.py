@@ -6,8 +6,7 @@ the manifest names, with their special tokens kept, and padded later, per batch.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,31 +34,30 @@ class TextTokenizer:
         file: path of ``tokenizer.json``.
         settings: what the manifest says about it.
         max_length: most tokens of a text, special tokens included.
+        other_lengths: limits for :meth:`cut_at`, whose tokenizers are read now as well.
 
     Raises:
         BundleError: if the file is not a tokenizer, or cannot keep to the limit.
     """
 
-    def __init__(self, file: Path, settings: TokenizerSettings, max_length: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        settings: TokenizerSettings,
+        max_length: int,
+        other_lengths: Iterable[int] = (),
+    ) -> None:
         self._eos = settings.append_eos_token_id
         self._special = frozenset(settings.special_token_ids)
         self._file = file
-        self._settings = settings
         limit = max_length - (self._eos is not None)
         self._tokenizer = _load(file, limit, settings.truncation_side)
-        self._others: dict[int, TextTokenizer] = {max_length: self}
-        self._lock = threading.Lock()
+        others = sorted(set(other_lengths) - {max_length})
+        self._by_length = {n: TextTokenizer(file, settings, n) for n in others} | {max_length: self}
 
     def cut_at(self, max_length: int) -> TextTokenizer:
-        """The same tokenizer with another limit, read from the file at the first call.
-
-        Raises:
-            BundleError: as for the first.
-        """
-        with self._lock:
-            if max_length not in self._others:
-                self._others[max_length] = TextTokenizer(self._file, self._settings, max_length)
-            return self._others[max_length]
+        """The same tokenizer with another limit, one of those that it was opened with."""
+        return self._by_length[max_length]
 
     def prompt_tokens(self, prompt: str) -> int:
         """How many of the first tokens of a text are its prompt's: those of the prompt alone.
@@ -130,16 +128,16 @@ class TextTokenizer:
 
 
 def read_tokenizer(bundle: Bundle) -> TextTokenizer:
-    """The tokenizer of a bundle.
+    """The tokenizer of a bundle, at the lengths of all roles; nothing of its file is read later.
 
     Raises:
         BundleError: as :class:`TextTokenizer`, or if the file is not the bundle's any more.
     """
-    settings = bundle.manifest.tokenizer
+    settings, model = bundle.manifest.tokenizer, bundle.manifest.model
+    rules = model.late_interaction
+    lengths = [] if rules is None else [rules.length(role) for role in (None, "query", "document")]
     with bundle.reading([settings.file]):
-        return TextTokenizer(
-            bundle.root / settings.file, settings, bundle.manifest.model.max_length
-        )
+        return TextTokenizer(bundle.root / settings.file, settings, model.max_length, lengths)
 
 
 def is_library_error(error: BaseException) -> bool:

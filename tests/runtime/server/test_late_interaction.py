@@ -94,3 +94,13 @@ def test_rerank(client: Client, late: TinyBundle) -> None:
     ]
     scores = {result["index"]: result["relevance_score"] for result in answer["results"]}
     assert [scores[0], scores[1]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tokenizer_that_replaces_another_is_not_read(late: TinyBundle) -> None:
+    text, model = "w1 w7 w2", Embedder(late.path)
+    (late.path / "new").write_text("{}")
+    (late.path / "new").replace(late.path / "tokenizer.json")
+    for role, tokens in (("query", 6), ("document", 5), (None, 5)):
+        [found] = model.tokenize(text, role=role)  # type: ignore[arg-type]
+        assert found.ids[:5].tolist() == [2, 5, COMMA, 6, 3]
+        assert len(found) == tokens
