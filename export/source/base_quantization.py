@@ -105,19 +105,27 @@ class BaseQuantization:
             dtype: what ``None`` stands for.
 
         Raises:
-            EmbedgeValueError: ``skip`` names a module that is none of the Linears.
+            EmbedgeValueError: ``skip`` names a module that is none of the Linears, or one that depends on the
+                version of transformers; or no Linear is left.
         """
         how = replace(self, dtype=self.dtype or dtype)
         weights = sorted(linears)
         for name in self.skip:
-            if not any(_names(name, weight) for weight in weights):
+            _check_versions_agree(name, weights)
+            if not any(_skips_in_4(name, weight) for weight in weights):
                 raise EmbedgeValueError(
                     f"base_quantization skip={name}: expected a module among the model's Linears, of which none is "
                     f"called so; they are {', '.join(w.removesuffix('.weight') for w in weights[:6])}, …; leave it "
                     "out where it is an output head, which no vector depends on",
                     arguments=["base_quantization"],
                 )
-        chosen = [w for w in weights if not any(_names(name, w) for name in self.skip)]
+        chosen = [w for w in weights if not any(_skips_in_4(name, w) for name in self.skip)]
+        if not chosen:
+            left = " that skip leaves" if self.skip else ""
+            raise EmbedgeValueError(
+                f"base_quantization {self.kind!r}: expected a Linear to quantize, found none{left}; leave it out",
+                arguments=["base_quantization"],
+            )
         return how, {**files, **{w: _Quantized(files[w], w, how) for w in chosen}}
 
 
@@ -196,18 +204,35 @@ class _Quantized:
         return ROUND[how.dtype](values[(first - begin) * width : (last - begin) * width])
 
 
-def _names(name: str, weight: str) -> bool:
-    """Whether transformers leaves the Linear of a weight out for a name in ``llm_int8_skip_modules``.
+def _check_versions_agree(name: str, weights: Iterable[str]) -> None:
+    """Refuse a name in ``llm_int8_skip_modules`` which the versions of transformers read as other modules."""
+    for weight in weights:
+        in_4, in_5 = _skips_in_4(name, weight), _skips_in_5(name, weight)
+        if in_4 != in_5:
+            module = weight.removesuffix(".weight")
+            skips, quantizes = (4, 5) if in_4 else (5, 4)
+            raise EmbedgeValueError(
+                f"base_quantization skip={name}: transformers {skips} skips {module} by this name, transformers "
+                f"{quantizes} quantizes it; give the last parts or the whole paths of the modules that yours skipped, "
+                f"such as skip={module.rpartition('.')[2]} or skip={module}",
+                arguments=["base_quantization"],
+            )
 
-    Version 5 takes a regular expression that fits the start of the path up to a dot, or the path's end; version 4
-    the whole path, or a part of it before a dot.
-    """
+
+def _skips_in_4(name: str, weight: str) -> bool:
+    """Whether transformers 4 leaves a Linear out: by its path, its last part, or an end of a part before a dot."""
+    module = weight.removesuffix(".weight")
+    return name in (module, module.rpartition(".")[2]) or f"{name}." in module
+
+
+def _skips_in_5(name: str, weight: str) -> bool:
+    """Whether transformers 5 does: by a regular expression that fits the path up to a dot, or by the path's end."""
     module = weight.removesuffix(".weight")
     try:
         fits = re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", module) is not None
     except re.error:
         fits = False
-    return fits or module.endswith(name) or f"{name}." in module
+    return fits or module.endswith(name)
 
 
 def _block_size(text: str | None) -> int | None:

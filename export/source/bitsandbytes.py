@@ -22,8 +22,9 @@ that belongs to the arithmetic of a run, and is not repeated here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _SCALES = ".SCB"
 _ORIGINAL = "export from the original float weights"
 
+Numbers = Callable[[], NDArray[np.float32]]  # read when they are asked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class _FourBits:
@@ -67,7 +70,12 @@ class _FourBits:
     size: tuple[int, ...]
     dtype: str
     block_size: int
-    absmax: NDArray[np.float32]
+    maxima: Numbers
+
+    @cached_property
+    def absmax(self) -> NDArray[np.float32]:
+        """Of the blocks, float32 ``[blocks]``."""
+        return self.maxima()
 
     @property
     def path(self) -> Path:
@@ -175,16 +183,17 @@ def dequantized(
             kinds.setdefault("int8", weight)
             _drop(found, (key, f"{weight}_format"))
     asked = _asked(settings)
+    named = asked or "neither 4 nor 8 bits"
     if not kinds:
         raise CheckpointError(
-            f"{file}: quantization_config says that bitsandbytes quantized the weights ({asked}), and none of them "
+            f"{file}: quantization_config says that bitsandbytes quantized the weights ({named}), and none of them "
             "is in its format; delete quantization_config where they are the original floats, and give "
             f"--base-quantization {asked or 'nf4'} where adapters were trained on them quantized"
         )
     if other := {kind: weight for kind, weight in kinds.items() if kind != asked}:
         kind, weight = next(iter(other.items()))
         raise CheckpointError(
-            f"{file}: quantization_config asks for {asked}, and {weight} is stored as {kind}; expected one format: "
+            f"{file}: quantization_config asks for {named}, and {weight} is stored as {kind}; expected one format: "
             "is config.json of the same model as the weights? Fetch the model again"
         )
     return found
@@ -235,16 +244,16 @@ def _four_bits(files: Mapping[str, SafetensorsFile], weight: str, kind: str) -> 
             f"{file.path}: {weight} has {packed} bytes, expected {-(-prod(shape) // 2)} for the shape "
             f"{list(shape)} in {state_key}; fetch the model again"
         )
-    table = _part(files, weight, "quant_map", 16)
+    table = _part(files, weight, "quant_map", 16)()
     if not np.array_equal(table, CODES[kind]):
         raise CheckpointError(
             f"{file.path}: {weight}.quant_map is {table.tolist()}, expected bitsandbytes' {kind}, "
             f"{CODES[kind].tolist()}; {_ORIGINAL}"
         )
     if "nested_offset" in state:
-        absmax = _nested(files, weight, state, blocks, place)
+        maxima = _nested(files, weight, state, blocks, place)
     else:
-        absmax = _part(files, weight, "absmax", blocks)
+        maxima = _part(files, weight, "absmax", blocks)
     return _FourBits(
         file=file,
         key=weight,
@@ -252,7 +261,7 @@ def _four_bits(files: Mapping[str, SafetensorsFile], weight: str, kind: str) -> 
         size=shape,
         dtype=state["dtype"],
         block_size=block_size,
-        absmax=absmax,
+        maxima=maxima,
     )
 
 
@@ -262,8 +271,8 @@ def _nested(
     state: Mapping[str, Any],
     blocks: int,
     place: str,
-) -> NDArray[np.float32]:
-    """The blocks' maxima, float32 ``[blocks]``, restored from double quantization."""
+) -> Numbers:
+    """What restores the blocks' maxima, float32 ``[blocks]``, from double quantization."""
     size, offset = state.get("nested_blocksize"), state["nested_offset"]
     if size != NESTED_BLOCK or state.get("nested_dtype") != "float32" or type(offset) is not float:
         raise CheckpointError(
@@ -279,7 +288,7 @@ def _nested(
         )
     nested = _part(files, weight, "nested_absmax", -(-blocks // size))
     table = _part(files, weight, "nested_quant_map", 256)
-    return dequantize(codes, nested, table, size) + np.float32(offset)
+    return lambda: dequantize(codes, nested(), table(), size) + np.float32(offset)
 
 
 def _file(files: Mapping[str, SafetensorsFile], weight: str, key: str) -> SafetensorsFile:
@@ -290,10 +299,8 @@ def _file(files: Mapping[str, SafetensorsFile], weight: str, key: str) -> Safete
     return files[key]
 
 
-def _part(
-    files: Mapping[str, SafetensorsFile], weight: str, part: str, count: int
-) -> NDArray[np.float32]:
-    """A float32 ``[count]`` beside the weight."""
+def _part(files: Mapping[str, SafetensorsFile], weight: str, part: str, count: int) -> Numbers:
+    """What reads a float32 ``[count]`` beside the weight."""
     key = f"{weight}.{part}"
     file = _file(files, weight, key)
     if file.dtype(key) != "F32" or prod(file.shape(key)) != count:
@@ -301,7 +308,7 @@ def _part(
             f"{file.path}: {key} is {file.dtype(key)} of shape {list(file.shape(key))}, expected {count} numbers "
             "of F32; fetch the model again"
         )
-    return file.read(key).reshape(-1)
+    return lambda: file.read(key).reshape(-1)
 
 
 def _state(text: bytes, kind: str, place: str) -> dict[str, Any]:

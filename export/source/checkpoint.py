@@ -129,7 +129,7 @@ class Checkpoint(ModelFolder):
         Raises:
             CheckpointError: the weights are stored quantized, or config.json names a dtype that is none of
                 bitsandbytes'.
-            EmbedgeValueError: a module to skip is none of the model's.
+            EmbedgeValueError: a module to skip is none of the model's, or no Linear is left to quantize.
         """
         if self.config.get("quantization_config"):
             raise CheckpointError(
@@ -141,7 +141,8 @@ class Checkpoint(ModelFolder):
             for key, file in self._stored.items()
             if len(file.shape(key)) == 2 and any(map(is_linear, part_names(key, self.fused)))
         ]
-        dtype = loaded_dtype(self.config, (self._stored[key].dtype(key) for key in linears))
+        stored = (self._stored[key].dtype(key) for key in linears)
+        dtype = how.dtype or loaded_dtype(self.config, stored)
         quantized = copy.copy(self)
         quantized.quantization, quantized._whole = how.restored(self._whole, linears, dtype)
         return quantized.with_parts(self.fused, self._aside)

@@ -196,7 +196,8 @@ class SafetensorsFile:
         if not self.is_float(key):
             raise self._error(
                 f"{self.path}: tensor {key!r} is {tensor.dtype}, expected F16, BF16, F32 or F64 "
-                "(quantized weights cannot be exported: start from the original model)"
+                "(of quantized weights, bitsandbytes' are read where config.json has their quantization_config; start "
+                "from the original model else)"
             )
         first, last = row_range(rows, tensor.shape)
         shape, begin = tensor.shape, tensor.begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -126,6 +127,48 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_module_that_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(EmbedgeValueError, match="skip=lm_head: expected a module among"):
         small(source, tmp_path / "out", base_quantization="nf4,skip=lm_head")
+
+
+@pytest.mark.parametrize(
+    ("skip", "skips", "quantizes"),
+    [("attn", 4, 5), ("proj", 5, 4), ("a.0", 4, 5), ("layers.*q_proj", 5, 4)],
+)
+def test_a_name_that_versions_of_transformers_read_differently_is_refused(
+    skip: str, skips: int, quantizes: int, tmp_path: Path
+) -> None:
+    names = ("layers.0.attn.q_proj", "layers.0.attn.o_proj", "x.a.0.fc")
+    checkpoint = Checkpoint(write_model(tmp_path, {f"{name}.weight": WEIGHT for name in names}))
+    how = BaseQuantization.parse(f"nf4,skip={skip}")
+    said = rf"skip={re.escape(skip)}: transformers {skips} skips \S+ by this name, transformers {quantizes} quan"
+    with pytest.raises(EmbedgeValueError, match=said) as caught:
+        checkpoint.with_base_quantization(how, lambda key: True)
+    [last, whole] = re.findall(r"skip=(\S+)", str(caught.value).partition("such as")[2])
+    for advised in (last, whole):
+        how = BaseQuantization.parse(f"nf4,skip={advised}")
+        quantized = checkpoint.with_base_quantization(how, lambda key: True)
+        same = [n for n in names if np.array_equal(quantized.read(f"{n}.weight"), WEIGHT)]
+        assert same == [whole]
+
+
+@pytest.mark.parametrize(
+    ("how", "linears", "said"),
+    [("nf4", [], "found none; leave"), ("nf4,skip=x", ["x.weight"], "none that skip leaves")],
+)
+def test_a_base_without_a_linear_to_quantize_is_refused(
+    how: str, linears: list[str], said: str, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(write_model(tmp_path, {"x.weight": WEIGHT}))
+    with pytest.raises(EmbedgeValueError, match=said):
+        checkpoint.with_base_quantization(BaseQuantization.parse(how), linears.__contains__)
+
+
+def test_a_dtype_that_is_given_is_not_looked_for(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {"x.weight": WEIGHT}, dtype="float8_e4m3fn")
+    checkpoint = Checkpoint(folder)
+    with pytest.raises(CheckpointError, match="dtype is 'float8_e4m3fn'"):
+        checkpoint.with_base_quantization(BaseQuantization.parse("nf4"), bool)
+    how = BaseQuantization.parse("nf4,dtype=bfloat16")
+    assert checkpoint.with_base_quantization(how, bool).quantization == how
 
 
 def test_weights_that_are_stored_quantized_are_not_quantized_again(

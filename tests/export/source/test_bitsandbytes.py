@@ -167,7 +167,36 @@ def test_another_format_than_the_configurations_is_refused(tmp_path: Path) -> No
         Checkpoint(folder)
 
 
+def test_a_configuration_that_asks_for_nothing(tmp_path: Path) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": False}
+    folder = write_model(tmp_path, four_bits(), quantization_config=settings)
+    with pytest.raises(CheckpointError, match="asks for neither 4 nor 8 bits, and x"):
+        Checkpoint(folder)
+
+
+def test_maxima_are_restored_when_a_tensor_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedge.export.source.safetensors_file import SafetensorsFile
+
+    read: list[str] = []
+    original = SafetensorsFile.read
+
+    def noted(file: SafetensorsFile, key: str, rows: slice | None = None) -> Any:
+        read.append(key)
+        return original(file, key, rows)
+
+    monkeypatch.setattr(SafetensorsFile, "read", noted)
+    checkpoint = Checkpoint(write_model(tmp_path, four_bits(), quantization_config=FOUR_BITS))
+    assert read == ["x.weight.quant_map"]
+    for _ in range(2):
+        assert np.array_equal(checkpoint.read("x.weight"), expected())
+    assert read == ["x.weight.quant_map", "x.weight.absmax"]
+
+
 def test_codes_without_a_configuration_are_refused_where_they_are_read(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_model(tmp_path, four_bits()))
-    with pytest.raises(CheckpointError, match=r"'x\.weight' is U8, expected F16"):
+    with pytest.raises(
+        CheckpointError, match=r"'x\.weight' is U8, expected F16.*quantization_config"
+    ):
         checkpoint.read("x.weight")
