@@ -138,7 +138,7 @@ class Embedder(BaseEmbedder):
         """Vectors of some texts, and images where the bundle takes them, in their order.
 
         A text without a single token is a zero vector, with a warning. Lone surrogates are read as
-        U+FFFD. A vector does not depend on the others of the call.
+        U+FFFD. A vector does not depend on the others of the call, but for its last bit, which padding may change.
 
         Args:
             inputs: texts and images, or one. A string is always a text; an image is a path
@@ -458,7 +458,9 @@ class Embedder(BaseEmbedder):
         normalize_embeddings: bool = False,
         multi_vector: bool = False,
     ) -> Vectors | list[Vectors]:
-        """Vectors of what :meth:`tokenize` gave, those of :meth:`encode` to the bit.
+        """Vectors of what :meth:`tokenize` gave: those of :meth:`encode`, but for the last bit.
+
+        That bit may differ with the padding of a batch, which the other texts of a call decide.
 
         Args:
             tokens: of texts, with any prompts and roles.

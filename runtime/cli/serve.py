@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+from embedge.runtime.arguments import check_positive
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file, system_reason
 from embedge.runtime.cli.extras import missing_package
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, warn
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--precision", nargs="+", metavar="P",
-        help="serve these; requests that name none get the first. May be left out where a bundle has exactly one",
+        help="serve these, not auto; requests that name none get the first. Needless where a bundle has exactly one",
     )  # fmt: skip
     add(
         "--host", default="127.0.0.1", metavar="ADDRESS",
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--max-request-tokens", type=int, default=most.max_request_tokens, metavar="N",
-        help=f"most tokens of a request ({most.max_request_tokens})",
+        help=f"most tokens of a request, 1024 for an image ({most.max_request_tokens})",
     )  # fmt: skip
     add(
         "--max-queued-tokens", type=int, default=most.max_queued_tokens, metavar="N",
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--timeout", type=int, default=most.timeout, metavar="SECONDS",
-        help=f"for a request, from its arrival to its answer ({most.timeout})",
+        help=f"for a request, from its arrival to its answer; and for the client to take that ({most.timeout})",
     )  # fmt: skip
     add(
         "--stop-timeout", type=int, default=_STOP_SECONDS, metavar="SECONDS",
@@ -101,9 +102,10 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         from embedge.runtime.server.app import Service
+        from embedge.runtime.server.hosts import is_loopback
         from embedge.runtime.server.keys import Keys
         from embedge.runtime.server.models import Models, source_of
-        from embedge.runtime.server.process import bound, is_loopback, run, url_of
+        from embedge.runtime.server.process import bound, run, url_of
     except ImportError as error:
         if isinstance(error, EmbedgeError):
             raise
@@ -118,14 +120,16 @@ def run(args: argparse.Namespace) -> int:
         max_requests=args.max_requests,
         timeout=args.timeout,
     )
+    check_positive("stop_timeout", args.stop_timeout)
     keys = Keys(_keys(args.api_key_file))
+    local = is_loopback(args.host)
     sources = [source_of(argument) for argument in args.bundles]
     logging.basicConfig(format="embedge: %(message)s", level=logging.WARNING)
     logging.getLogger("embedge.server").setLevel(logging.INFO)
     # It warns of each request that is no HTTP, by which a stranger could fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     with bound(args.host, args.port) as listener:
-        if not is_loopback(args.host) and not keys:
+        if not local and not keys:
             warn(f"--host {args.host}: any machine that reaches it may use it; set --api-key-file")
         models = Models(
             sources,
@@ -137,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
                 "verify": args.verify,
             },
         )
-        service = Service(models, limits=limits, keys=keys)
+        service = Service(models, limits=limits, keys=keys, local=local and not keys)
         url = url_of(listener)
         run(
             service,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,24 +16,32 @@ from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.vectors import Vectors
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, ImageError
 from embedge.runtime.server import fields as read
-from embedge.runtime.server.errors import ApiError, invalid, of_embedge
+from embedge.runtime.server.errors import ApiError, invalid, of_error
 from embedge.runtime.server.limits import Limits
 from embedge.runtime.server.meaning import Meaning, meaning_of
 from embedge.runtime.server.models import Models, ServedModel
-from embedge.runtime.server.queue import FailedItems, Kind, Queue
+from embedge.runtime.server.queue import FailedItems, Inputs, Kind, Queue
 
 __all__ = ["Api"]
 
 Result = TypeVar("Result")
+Place = Callable[[int], str]  # of an input among those that are read together, as messages name it
 
 # What takes longer than to hand it to another thread.
+_MANY_BYTES = 64_000
 _MANY_CHARACTERS = 8_000
 _MANY_VALUES = 100_000
 _HELPERS = 2
-_KNOWN_FINGERPRINTS = 256  # a model; prompts of requests are without number
+_KNOWN_FINGERPRINTS = 256  # a model
 # Of an image, before it was read. Its real number decides neither vectors nor usage.
 _IMAGE_TOKENS = 1024
+_MOST_CHARACTERS = 64  # a token; words of languages and lines of code have 2 to 8
 _AT_INDEX = re.compile(r"^inputs\[(\d+)\]")
+# What a caller of the library can set and a request cannot, and what a client can do.
+_ADVICE = {
+    "lower max_pixels": "send it cut, or scaled down",
+    ", or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it": "",
+}
 
 
 class Api:
@@ -55,11 +63,11 @@ class Api:
         """Ends the threads."""
         self._helpers.shutdown()
 
-    async def embeddings(self, document: Any) -> bytes:
+    async def embeddings(self, body: bytes | bytearray) -> bytes:
         """``POST /v1/embeddings``.
 
         Args:
-            document: the request's JSON, parsed.
+            body: the request's JSON.
 
         Returns:
             the answer's JSON.
@@ -67,8 +75,17 @@ class Api:
         Raises:
             ApiError: for a request that cannot be answered.
         """
-        fields = read.embeddings(document)
+        most = self._limits.max_inputs
+        fields = await self._away(
+            len(body) > _MANY_BYTES, lambda: read.embeddings(_parsed(body), most)
+        )
         model, task = self._models.find(fields.model)
+        with model.in_use():
+            return await self._embeddings(model, task, fields)
+
+    async def _embeddings(
+        self, model: ServedModel, task: str | None, fields: read.EmbeddingsFields
+    ) -> bytes:
         meaning = meaning_of(model, task, fields)
         kind = Kind(
             model,
@@ -78,41 +95,56 @@ class Api:
             multi_vector=fields.multi_vector or model.late,
         )
         _check(kind)
-        self._check_count(fields.items, "input")
         items = fields.items
-        vectors: list[Any] = [None] * len(items)
         images = [i for i, item in enumerate(items) if isinstance(item, bytes)]
         texts = [i for i, item in enumerate(items) if not isinstance(item, bytes)]
         _check_images(model, items, images)
-        tokens = await self._tokens(model, meaning, [items[i] for i in texts], texts, fields)
-        runs = []
-        if texts:
-            runs.append(self._run(kind, tokens, [len(text) for text in tokens], texts, vectors))
-        if images:
-            of_images = Kind(model, kind.task, True, kind.dim, kind.normalize, kind.multi_vector)
-            files = [items[i] for i in images]
-            runs.append(self._run(of_images, files, [_IMAGE_TOKENS] * len(files), images, vectors))
-        await _all(runs)
+        tokens = await self._tokens(
+            model, meaning, [items[i] for i in texts], lambda i: f"input[{texts[i]}]", fields
+        )
         count = sum(map(len, tokens))
+        self._check_tokens("input", count, len(images))
+        parts: list[Inputs] = []
+        places: list[list[int]] = []
+        if texts:
+            parts.append(Inputs(kind, tokens, [len(text) for text in tokens]))
+            places.append(texts)
+        if images:
+            kind_of_images = Kind(
+                model, kind.task, True, kind.dim, kind.normalize, kind.multi_vector
+            )
+            files = [items[i] for i in images]
+            parts.append(Inputs(kind_of_images, files, [_IMAGE_TOKENS] * len(files)))
+            places.append(images)
+        found = await self._run(
+            parts, lambda of_images, i: f"input[{(images if of_images else texts)[i]}]"
+        )
+        vectors: list[Any] = [None] * len(items)
+        for where, of_part in zip(places, found, strict=True):
+            for index, vector in zip(where, of_part, strict=True):
+                vectors[index] = vector
+        prompt = len(meaning.prompt or "")
         answer = {
             "object": "list",
             "model": fields.model,
             "data": vectors,
             "usage": {"prompt_tokens": count, "total_tokens": count},
-            "fingerprint": _fingerprint(kind, meaning),
+            "fingerprint": await self._away(
+                prompt > _MANY_CHARACTERS, lambda: _fingerprint(kind, meaning)
+            ),
         }
         values = sum(vector.size for vector in vectors)
         as_base64 = fields.base64
         return await self._away(values > _MANY_VALUES, lambda: _encoded(answer, as_base64))
 
-    async def rerank(self, document: Any) -> bytes:
+    async def rerank(self, body: bytes | bytearray) -> bytes:
         """``POST /v1/rerank``, in Jina's and Cohere's form.
 
         Scores are late interaction's (MaxSim) where the model has a vector a token, else the similarity that it
         declares: ``scoring`` in the answer says which.
 
         Args:
-            document: as for :meth:`embeddings`.
+            body: as for :meth:`embeddings`.
 
         Returns:
             likewise.
@@ -120,25 +152,33 @@ class Api:
         Raises:
             ApiError: likewise.
         """
-        fields = read.rerank(document)
+        most = self._limits.max_inputs
+        fields = await self._away(len(body) > _MANY_BYTES, lambda: read.rerank(_parsed(body), most))
         model, task = self._models.find(fields.model)
+        with model.in_use():
+            return await self._rerank(model, task, fields)
+
+    async def _rerank(
+        self, model: ServedModel, task: str | None, fields: read.RerankFields
+    ) -> bytes:
         if fields.input_type is not None:
             raise invalid(
                 "input_type: a query and documents are what they are; leave it out", "input_type"
             )
         roles = _rerank_meanings(model, task, fields)
-        self._check_count(fields.documents, "documents")
         multi = model.embedder.multi_vector_dim is not None
         kind = Kind(model, roles[0].task, multi_vector=multi)
-        where = list(range(len(fields.documents)))
-        query = await self._tokens(model, roles[0], [fields.query], [0], fields, "query")
+        query = await self._tokens(model, roles[0], [fields.query], lambda i: "query", fields)
         documents = await self._tokens(
-            model, roles[1], fields.documents, where, fields, "documents"
+            model, roles[1], fields.documents, lambda i: f"documents[{i}]", fields
         )
         tokens = [*query, *documents]
         count = sum(map(len, tokens))
-        vectors: list[Any] = [None] * len(tokens)
-        await self._run(kind, tokens, [len(text) for text in tokens], range(len(tokens)), vectors)
+        self._check_tokens("documents", count, 0)
+        [vectors] = await self._run(
+            [Inputs(kind, tokens, [len(text) for text in tokens])],
+            lambda _, i: f"documents[{i - 1}]" if i else "query",
+        )
         scores = await self._away(len(tokens) > 1, lambda: _scores(model, vectors[0], vectors[1:]))
         order = np.argsort(-scores, kind="stable")[: fields.top_n]
         results: list[dict[str, Any]] = [
@@ -174,11 +214,14 @@ class Api:
             listed[name] = {**listed[model.ids(task, False)], "id": name}
         return orjson.dumps(listed[name])
 
-    def _check_count(self, items: Sequence[Any], name: str) -> None:
-        most = self._limits.max_inputs
-        if len(items) > most:
+    def _check_tokens(self, name: str, of_texts: int, images: int) -> None:
+        """Refuses more tokens than a request may have."""
+        most, count = self._limits.max_request_tokens, of_texts + images * _IMAGE_TOKENS
+        if count > most:
+            counted = f" (an image counts as {_IMAGE_TOKENS})" if images else ""
             raise invalid(
-                f"{name}: expected at most {most}, found {len(items)}; send several requests", name
+                f"{name}: expected at most {most} tokens, found {count}{counted}; send several requests",
+                name,
             )
 
     async def _tokens(
@@ -186,9 +229,8 @@ class Api:
         model: ServedModel,
         meaning: Meaning,
         items: Sequence[Any],
-        where: Sequence[int],
+        place: Place,
         fields: read.MeaningFields,
-        name: str = "input",
     ) -> list[TokenIds]:
         """The tokens of texts and of token ids, in their order, none too long.
 
@@ -196,59 +238,54 @@ class Api:
             model: whose tokenizer.
             meaning: of the request.
             items: texts and token ids.
-            where: their indices in the request, for messages.
+            place: of each in the request.
             fields: of the request.
-            name: of the field that they came in.
         """
         if not items:
             return []
-        characters = sum(len(item) for item in items)
+        length = sum(map(len, items))
+        self._check_prompt(meaning, length, len(items))
+        if not fields.truncate:
+            _check_lengths(model, items, place)
+        characters = length + len(items) * _prompt_length(model, meaning)
         tokens = await self._away(
-            characters > _MANY_CHARACTERS, lambda: _tokenized(model, meaning, items, where, name)
+            characters > _MANY_CHARACTERS, lambda: _tokenized(model, meaning, items, place)
         )
-        for index, text in zip(where, tokens, strict=True):
+        for index, text in enumerate(tokens):
             if text.truncated and not fields.truncate:
-                raise invalid(
-                    f"{name}[{index}] is longer than the {len(text)} tokens that the model takes; shorten it, or "
-                    'send "truncate": true',
-                    name,
-                    "context_length_exceeded",
-                )
+                raise _too_long(place(index), f"{len(text)} tokens")
             if not len(text):
-                raise invalid(
-                    f"{name}[{index}] has no tokens, and so no vector; leave it out", name
+                raise _at(
+                    place(index), f"{place(index)} has no tokens, and so no vector; leave it out"
                 )
-        most, count = self._limits.max_request_tokens, sum(map(len, tokens))
-        if count > most:
-            raise invalid(
-                f"{name}: expected at most {most} tokens, found {count}; send several requests",
-                name,
-            )
         return tokens
 
+    def _check_prompt(self, meaning: Meaning, length: int, count: int) -> None:
+        """Refuses a prompt that makes more of a request, as it stands before each text, than a body may hold."""
+        prompt = len(meaning.prompt or "")
+        if prompt and length + count * prompt > self._limits.max_body:
+            raise invalid(
+                f"prompt: {prompt} characters before each of {count} texts make {length + count * prompt}, expected at "
+                f"most {self._limits.max_body}; shorten it, or send several requests",
+                "prompt",
+            )
+
     async def _run(
-        self,
-        kind: Kind,
-        items: Sequence[Any],
-        costs: Sequence[int],
-        where: Sequence[int],
-        vectors: list[Any],
-    ) -> None:
-        """Puts the vectors of some inputs where they belong.
+        self, parts: Sequence[Inputs], place: Callable[[bool, int], str]
+    ) -> list[list[Vectors]]:
+        """The vectors of each part of a request.
 
         Args:
-            kind: of all of them.
-            items: as :meth:`Queue.submit` takes them.
-            costs: likewise.
-            where: their indices in ``vectors``.
-            vectors: get them.
+            parts: as :meth:`Queue.submit` takes them.
+            place: of an input in the request, by whether it is an image, and its index among those.
         """
         try:
-            found = await self._queue.submit(kind, items, costs)
+            return await self._queue.submit(*parts)
         except FailedItems as failed:
-            raise _of_failed(failed, where) from failed
-        for index, vector in zip(where, found, strict=True):
-            vectors[index] = vector
+            images, indices = failed.kind.images, failed.indices
+            raise _placed(
+                failed.error, lambda i: place(images, indices[i]), place(images, 0)
+            ) from failed
 
     async def _away(self, long: bool, work: Callable[[], Result]) -> Result:
         """What some work gives; long work is done in another thread, so that other requests go on."""
@@ -257,17 +294,11 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self._helpers, work)
 
 
-async def _all(runs: Sequence[Awaitable[None]]) -> None:
-    """Awaits all; the first error gives the others up."""
-    if len(runs) == 1:
-        await runs[0]
-        return
-    tasks = [asyncio.ensure_future(run) for run in runs]
+def _parsed(body: bytes | bytearray) -> Any:
     try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"the body is not JSON: {error}", None, "invalid_json") from error
 
 
 def _check(kind: Kind) -> None:
@@ -283,7 +314,7 @@ def _check(kind: Kind) -> None:
             multi_vector=kind.multi_vector,
         )
     except EmbedgeValueError as error:
-        raise of_embedge(error) from error
+        raise of_error(error) from error
     kind.model.checked.add(kind)
 
 
@@ -306,85 +337,130 @@ def _check_images(model: ServedModel, items: Sequence[Any], images: Sequence[int
             )
 
 
+def _check_lengths(model: ServedModel, items: Sequence[Any], place: Place) -> None:
+    """Refuses texts that no tokenizer makes so few tokens of as the model takes, before they are read."""
+    most = _MOST_CHARACTERS * model.embedder.max_seq_length
+    for index, item in enumerate(items):
+        if isinstance(item, str) and len(item) > most:
+            raise _too_long(place(index), f"{most} characters")
+
+
+def _too_long(place: str, most: str) -> ApiError:
+    return _at(
+        place,
+        f'{place} is longer than the {most} that the model takes; shorten it, or send "truncate": true',
+        "context_length_exceeded",
+    )
+
+
+def _at(place: str, message: str, code: str | None = None) -> ApiError:
+    """An input is wrong; the field is that which it came in."""
+    return invalid(message, place.partition("[")[0], code)
+
+
+def _prompt_length(model: ServedModel, meaning: Meaning) -> int:
+    """Most characters of what is put before each text."""
+    if meaning.prompt is not None:
+        return len(meaning.prompt)
+    return max(map(len, model.embedder.get_prompts(meaning.task).values()), default=0)
+
+
 def _tokenized(
-    model: ServedModel, meaning: Meaning, items: Sequence[Any], where: Sequence[int], name: str
+    model: ServedModel, meaning: Meaning, items: Sequence[Any], place: Place
 ) -> list[TokenIds]:
     """The tokens of texts and of token ids."""
-    texts = [
-        (index, item) for index, item in zip(where, items, strict=True) if isinstance(item, str)
-    ]
+    where = [index for index, item in enumerate(items) if isinstance(item, str)]
     try:
-        of_texts = iter(model.embedder.tokenize([text for _, text in texts], **meaning.options))
+        of_texts = iter(
+            model.embedder.tokenize([items[index] for index in where], **meaning.options)
+        )
     except EmbedgeError as error:
-        raise _at_index(error, [index for index, _ in texts], name) from error
+        raise _placed(error, lambda i: place(where[i]), place(0)) from error
+    if len(where) < len(items):
+        first = next(i for i, item in enumerate(items) if not isinstance(item, str))
+        _check_takes_ids(model, meaning, place(first))
     return [
-        next(of_texts) if isinstance(item, str) else _given_ids(model, meaning, item, index)
-        for index, item in zip(where, items, strict=True)
+        next(of_texts) if isinstance(item, str) else _given_ids(model, item, place(index))
+        for index, item in enumerate(items)
     ]
 
 
-def _given_ids(model: ServedModel, meaning: Meaning, ids: list[int], index: int) -> TokenIds:
-    """Token ids of the model's own tokenizer, as they are.
+def _check_takes_ids(model: ServedModel, meaning: Meaning, place: str) -> None:
+    """Refuses token ids where the model's could not be told from another's, or a prompt would be left out.
 
-    Those of another tokenizer, such as OpenAI's, would give vectors without sense: they are told by the special
-    tokens that the model's puts around each text.
+    Args:
+        model: whose tokenizer.
+        meaning: of the request.
+        place: of the first of them.
     """
-    where = f"input[{index}]"
-    before, behind = model.around
-    embedder = model.embedder
-    if model.late or not (before or behind):
+    if model.late or not any(model.around):
         why = (
             "queries and documents differ in their tokens"
             if model.late
             else "its tokenizer puts nothing around a text by which its ids can be told from another's"
         )
-        raise invalid(f"{where}: {model.name} takes no token ids, as {why}; send texts", "input")
-    if _has_prompt(model, meaning):
-        raise invalid(
-            f'{where}: token ids take no prompt; send "prompt": "" where they hold it already, or texts',
-            "input",
+        raise _at(place, f"{place}: {model.name} takes no token ids, as {why}; send texts")
+    tokenize = model.embedder.tokenize
+    [alone], [after] = tokenize("", task=meaning.task, prompt=""), tokenize("", **meaning.options)
+    if np.array_equal(alone.ids, after.ids):
+        return
+    if after.unpooled:
+        raise _at(
+            place,
+            f"{place}: token ids take no prompt, whose tokens {model.name} leaves out of its pooling; send texts",
         )
+    raise _at(
+        place,
+        f'{place}: token ids take no prompt; send "prompt": "" where they hold it already, or texts',
+    )
+
+
+def _given_ids(model: ServedModel, ids: list[int], place: str) -> TokenIds:
+    """Token ids of the model's own tokenizer, as they are.
+
+    Those of another tokenizer, such as OpenAI's, would give vectors without sense: they are told by the special
+    tokens that the model's puts around each text.
+    """
+    before, behind = model.around
+    most = model.embedder.max_seq_length
     ends = ids[len(ids) - len(behind) :] if behind else []
     if len(ids) < len(before) + len(behind) or ids[: len(before)] != before or ends != behind:
-        raise invalid(
-            f"{where}: expected ids of {model.name}'s tokenizer, which begin with {before} and end with {behind}; "
+        raise _at(
+            place,
+            f"{place}: expected ids of {model.name}'s tokenizer, which begin with {before} and end with {behind}; "
             "those of another tokenizer give vectors without sense (in LangChain's OpenAIEmbeddings pass "
             "check_embedding_ctx_length=False); send texts",
-            "input",
         )
-    if len(ids) > embedder.max_seq_length:
-        raise invalid(
-            f"{where}: expected at most {embedder.max_seq_length} token ids, found {len(ids)}",
-            "input",
+    if len(ids) > most:
+        raise _at(
+            place,
+            f"{place}: expected at most {most} token ids, found {len(ids)}",
             "context_length_exceeded",
         )
     rows = np.array(ids, np.int64)
     return TokenIds(rows, np.zeros_like(rows), truncated=False)
 
 
-def _has_prompt(model: ServedModel, meaning: Meaning) -> bool:
-    tokenize = model.embedder.tokenize
-    [alone], [after] = tokenize("", task=meaning.task, prompt=""), tokenize("", **meaning.options)
-    return not np.array_equal(alone.ids, after.ids)
+def _placed(error: Exception, place: Place, first: str) -> ApiError:
+    """An error of the library as an answer, naming the input by its place in the request.
 
-
-def _of_failed(failed: FailedItems, where: Sequence[int]) -> ApiError:
-    """What inputs that could not be embedded are answered with."""
-    return _at_index(failed.error, [where[index] for index in failed.indices], "input")
-
-
-def _at_index(error: Exception, indices: Sequence[int], name: str) -> ApiError:
-    """An error of the library, whose message names inputs by their place in ``indices``."""
+    Args:
+        error: names inputs by their indices.
+        place: of each index.
+        first: a place, where the error names no input.
+    """
     if isinstance(error, ImageError):
-        return invalid(f"{name}[{indices[error.index]}]: {error.reason}", name)
-    if not isinstance(error, EmbedgeError):
-        return ApiError(500, f"unexpected {type(error).__name__}: {error}", kind="server_error")
-    answer = of_embedge(error, name)
+        where = place(error.index)
+        reason = error.reason
+        for advice, other in _ADVICE.items():
+            reason = reason.replace(advice, other)
+        return _at(where, f"{where}: {reason}")
+    answer = of_error(error, first.partition("[")[0])
     found = _AT_INDEX.match(str(answer))
     if found is None:
         return answer
-    answer.args = (f"{name}[{indices[int(found[1])]}]" + str(answer)[found.end() :],)
-    return answer
+    where = place(int(found[1]))
+    return _at(where, where + str(answer)[found.end() :])
 
 
 def _rerank_meanings(
@@ -418,6 +494,8 @@ def _fingerprint(kind: Kind, meaning: Meaning) -> str:
         "normalize_embeddings": kind.normalize,
         "multi_vector": kind.multi_vector,
     }
+    if meaning.prompt:  # clients may send any number of them
+        return kind.model.embedder.fingerprint(**call)
     known, key = kind.model.fingerprints, tuple(call.values())
     if key not in known:
         if len(known) >= _KNOWN_FINGERPRINTS:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import orjson
 from starlette.applications import Starlette
@@ -15,10 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from embedge.runtime.errors import EmbedgeError
 from embedge.runtime.server.api import Api
-from embedge.runtime.server.errors import ApiError, invalid, of_embedge, overloaded
+from embedge.runtime.server.errors import ApiError, fault, overloaded
+from embedge.runtime.server.hosts import check_local
 from embedge.runtime.server.keys import Keys
 from embedge.runtime.server.limits import Limits
 from embedge.runtime.server.metrics import Metrics
@@ -31,11 +32,12 @@ _JSON = "application/json"
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _GONE = 499  # nginx' status for a client that went away; nobody reads it
 _DRAIN_SECONDS = 0.05
+_PIECE_BYTES = 256 << 10  # of an answer, of which the connection holds one at a time
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 log = logging.getLogger("embedge.server")
 
-Endpoint = Callable[[Any], Awaitable[bytes]]
+Endpoint = Callable[[bytes | bytearray], Awaitable[bytes]]
 
 
 class Service:
@@ -45,6 +47,7 @@ class Service:
         models: what is served.
         limits: of what is taken at once.
         keys: that requests have to carry.
+        local: refuse requests that were sent to a name which is not this machine's own.
 
     Attributes:
         app: the ASGI application.
@@ -52,12 +55,18 @@ class Service:
     """
 
     def __init__(
-        self, models: Models, *, limits: Limits | None = None, keys: Keys | None = None
+        self,
+        models: Models,
+        *,
+        limits: Limits | None = None,
+        keys: Keys | None = None,
+        local: bool = False,
     ) -> None:
         self.stopping = False
         self._models = models
         self._limits = limits or Limits()
         self._keys = keys or Keys(())
+        self._local = local
         self._metrics = Metrics()
         self._queue = Queue(self._limits.max_queued_tokens, self._metrics.ran)
         self._metrics.watch(self._queue)
@@ -79,6 +88,7 @@ class Service:
             exception_handlers={HTTPException: _of_http, Exception: _of_bug},
             lifespan=self._lifespan,
         )
+        self.app.router.redirect_slashes = False  # to an address of the client's making
 
     async def reload(self) -> None:
         """Opens bundles that changed; requests go on with what was there until it is open."""
@@ -91,7 +101,7 @@ class Service:
 
     async def _close(self, model: ServedModel) -> None:
         """Closes a model's graphs once nothing runs on it any more."""
-        while self._queue.holds(model):
+        while model.users or self._queue.holds(model):
             await asyncio.sleep(_DRAIN_SECONDS)
         await asyncio.get_running_loop().run_in_executor(None, model.embedder.close)
 
@@ -131,36 +141,38 @@ class Service:
 
         async def endpoint(request: Request) -> Response:
             try:
-                self._keys.check(request.headers.get("authorization"))
+                self._check_access(request)
                 return answer(request)
             except ApiError as error:
                 return _response(error)
 
         return endpoint
 
-    def _posted(self, answer: Endpoint) -> Callable[..., Awaitable[Response]]:
+    def _posted(self, answer: Endpoint) -> _Posted:
         """An endpoint that takes JSON, within the limits."""
 
-        async def endpoint(request: Request) -> Response:
+        async def serve(request: Request, send: Send) -> None:
             start = time.perf_counter()
+            held = _Held()
             self._requests += 1
             try:
-                response = await self._answered(request, answer)
+                response = await self._answered(request, answer, held)
+                seconds = time.perf_counter() - start
+                self._metrics.answered(request.scope["path"], response.status_code, seconds)
+                await self._send(response, send)
             finally:
                 self._requests -= 1
-            path = request.scope["path"]
-            self._metrics.answered(path, response.status_code, time.perf_counter() - start)
-            return response
+                self._hold(held, 0)
 
-        return endpoint
+        return _Posted(serve)
 
-    async def _answered(self, request: Request, answer: Endpoint) -> Response:
-        held = 0
+    async def _answered(self, request: Request, answer: Endpoint, held: _Held) -> Response:
         try:
             self._admit(request)
             async with asyncio.timeout(self._limits.timeout):
-                held, body = await self._body(request)
-                content = await self._unless_gone(request, answer(_parsed(body)))
+                body = await self._body(request, held)
+                content = await self._unless_gone(request, answer(body))
+            self._hold(held, len(content))
             return Response(content, media_type=_JSON)
         except ApiError as error:
             return _response(error)
@@ -170,14 +182,39 @@ class Service:
         except ClientDisconnect:
             self._metrics.client_gone()
             return Response(status_code=_GONE)
-        except EmbedgeError as error:
-            return _response(of_embedge(error))
-        finally:
-            self._held_bytes -= held
+        except Exception as error:
+            return _response(fault(error))
+
+    async def _send(self, response: Response, send: Send) -> None:
+        """Sends a response in pieces, so that a client which does not read them holds no more than one.
+
+        The connection of a client that has not taken all of it in time is closed.
+        """
+        start = {"type": "http.response.start", "status": response.status_code}
+        body = memoryview(response.body)
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                await send({**start, "headers": response.raw_headers})
+                for at in range(0, max(1, len(body)), _PIECE_BYTES):
+                    piece, end = bytes(body[at : at + _PIECE_BYTES]), at + _PIECE_BYTES
+                    message = {"type": "http.response.body", "body": piece}
+                    await send({**message, "more_body": end < len(body)})
+        except TimeoutError:
+            self._metrics.client_gone()
+
+    def _hold(self, held: _Held, count: int) -> None:
+        """Counts what is held for a request: its body, then its answer, then nothing."""
+        self._held_bytes += count - held.bytes
+        held.bytes = count
+
+    def _check_access(self, request: Request) -> None:
+        if self._local:
+            check_local(request.headers.get("host"))
+        self._keys.check(request.headers.get("authorization"))
 
     def _admit(self, request: Request) -> None:
         """Refuses a request before its body is read."""
-        self._keys.check(request.headers.get("authorization"))
+        self._check_access(request)
         if self.stopping:
             raise ApiError(
                 503, "the server is stopping; try another", kind="server_error", code="stopping"
@@ -194,25 +231,17 @@ class Service:
         if self._requests > self._limits.max_requests:
             raise overloaded(f"{self._limits.max_requests} requests are under way", self._seconds())
 
-    async def _body(self, request: Request) -> tuple[int, bytearray]:
-        """The request's body, and how many bytes are held for it."""
+    async def _body(self, request: Request, held: _Held) -> bytearray:
+        """The request's body, whose bytes are counted as held."""
         body = bytearray()
-        held = 0
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self._limits.max_body:
-                    raise self._too_large()
-                if self._held_bytes + len(chunk) > self._limits.max_held and self._requests > 1:
-                    raise overloaded(
-                        "the bodies of other requests fill the memory", self._seconds()
-                    )
-                held += len(chunk)
-                self._held_bytes += len(chunk)
-        except BaseException:
-            self._held_bytes -= held
-            raise
-        return held, body
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self._limits.max_body:
+                raise self._too_large()
+            if self._held_bytes + len(chunk) > self._limits.max_held and self._requests > 1:
+                raise overloaded("the bodies of other requests fill the memory", self._seconds())
+            self._hold(held, len(body))
+        return body
 
     async def _unless_gone(self, request: Request, answer: Awaitable[bytes]) -> bytes:
         """An answer, which is given up when the client goes away.
@@ -239,17 +268,27 @@ class Service:
         return max(self._queue.seconds(model) for model in self._models)
 
 
+@dataclass
+class _Held:
+    """What is held for a request, in bytes."""
+
+    bytes: int = 0
+
+
+class _Posted:
+    """An endpoint that sends its response itself, as Starlette takes it."""
+
+    def __init__(self, serve: Callable[[Request, Send], Awaitable[None]]) -> None:
+        self._serve = serve
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._serve(Request(scope, receive), send)
+
+
 async def _disconnected(request: Request) -> None:
     """Returns when the client went away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _parsed(body: bytearray) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"the body is not JSON: {error}", None, "invalid_json") from error
 
 
 def _response(error: ApiError) -> Response:
@@ -273,5 +312,4 @@ async def _of_http(request: Request, error: Exception) -> Response:
 
 
 async def _of_bug(_: Request, error: Exception) -> Response:
-    message = f"unexpected {type(error).__name__}; the server's log has more"
-    return _response(ApiError(500, message, kind="server_error"))
+    return _response(fault(error))

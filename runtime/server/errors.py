@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from embedge.runtime.arguments import in_options
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError
 
-__all__ = ["ApiError", "invalid", "of_embedge", "overloaded"]
+__all__ = ["ApiError", "fault", "invalid", "of_error", "overloaded", "shown"]
 
 # Fields of a request by the arguments of the library that its messages name.
 _FIELDS = {"truncate_dim": "dimensions", "multi_vector": "multi_vector", "on_truncate": "truncate"}
+_SHOWN_CHARACTERS = 80
+
+log = logging.getLogger("embedge.server")
 
 
 class ApiError(Exception):
@@ -49,6 +53,12 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def shown(value: str) -> str:
+    """A client's text as messages have it: quoted, and not longer than a name is."""
+    cut = len(value) > _SHOWN_CHARACTERS
+    return repr(f"{value[: _SHOWN_CHARACTERS - 1]}…" if cut else value)
+
+
 def invalid(message: str, param: str | None, code: str | None = None) -> ApiError:
     """A request that is wrong in a field."""
     return ApiError(400, message, param=param, code=code)
@@ -65,16 +75,25 @@ def overloaded(message: str, seconds: int) -> ApiError:
     )
 
 
-def of_embedge(error: EmbedgeError, param: str | None = None) -> ApiError:
-    """What the library refuses, in the request's words.
+def fault(error: BaseException) -> ApiError:
+    """A fault of the server: the log has all of it, the client its kind, as messages name files."""
+    kind = type(error).__name__
+    trace = None if isinstance(error, EmbedgeError) else error  # ours say what is wrong themselves
+    log.error("%s: %s", kind, error, exc_info=trace)
+    message = f"the server failed ({kind}), and its log says why; its operator has to see to it"
+    return ApiError(500, message, kind="server_error")
+
+
+def of_error(error: Exception, param: str | None = None) -> ApiError:
+    """What the library says, in the request's words.
 
     Args:
-        error: of :class:`~embedge.runtime.errors.EmbedgeError`; an argument that cannot be used is the client's,
-            anything else the server's.
+        error: an argument that cannot be used (:class:`~embedge.runtime.errors.EmbedgeValueError`) is the client's,
+            anything else a fault of the server.
         param: the field, where the error does not tell.
     """
+    if not isinstance(error, EmbedgeValueError):
+        return fault(error)
     names = [argument.partition("=")[0] for argument in error.arguments]
     message = in_options(str(error), error.arguments, _FIELDS)
-    if isinstance(error, EmbedgeValueError):
-        return invalid(message, next((_FIELDS.get(n, n) for n in names), param))
-    return ApiError(500, message, kind="server_error")
+    return invalid(message, next((_FIELDS.get(n, n) for n in names), param))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from embedge.runtime.server.errors import invalid
+from embedge.runtime.server.errors import invalid, shown
 
 __all__ = ["EmbeddingsFields", "Item", "MeaningFields", "RerankFields", "embeddings", "rerank"]
 
@@ -77,11 +77,12 @@ class RerankFields(MeaningFields):
     return_documents: bool = False
 
 
-def embeddings(document: Any) -> EmbeddingsFields:
+def embeddings(document: Any, most: int) -> EmbeddingsFields:
     """The fields of ``/v1/embeddings``.
 
     Args:
         document: the request's JSON, parsed.
+        most: texts and images that it may have.
 
     Raises:
         ApiError: 400, with the field.
@@ -89,7 +90,7 @@ def embeddings(document: Any) -> EmbeddingsFields:
     given = _object(document, _EMBEDDINGS)
     meaning = _meaning(given)
     return EmbeddingsFields(
-        items=_items(_required(given, "input")),
+        items=_items(_required(given, "input"), most),
         dimensions=given.get("dimensions"),
         base64=_choice(given, "encoding_format", ("float", "base64")) == "base64",
         normalize_embeddings=given.get("normalize_embeddings") or False,
@@ -98,26 +99,24 @@ def embeddings(document: Any) -> EmbeddingsFields:
     )
 
 
-def rerank(document: Any) -> RerankFields:
+def rerank(document: Any, most: int) -> RerankFields:
     """The fields of ``/v1/rerank``, as Jina and Cohere have them.
 
     Args:
         document: the request's JSON, parsed.
+        most: documents that it may have.
 
     Raises:
         ApiError: 400, with the field.
     """
     given = _object(document, _RERANK)
-    documents = [
-        _text(item, f"documents[{index}]")
-        for index, item in enumerate(_required(given, "documents"))
-    ]
+    documents = _counted("documents", _required(given, "documents"), most)
     top = given.get("top_n")
     if top is not None and top < 1:
         raise invalid(f"top_n: expected a whole number of at least 1, found {top}", "top_n")
     return RerankFields(
         query=_text(_required(given, "query"), "query"),
-        documents=_not_empty("documents", documents),
+        documents=[_text(item, f"documents[{i}]") for i, item in enumerate(documents)],
         top_n=top,
         return_documents=given.get("return_documents") or False,
         **_meaning(given),
@@ -176,7 +175,7 @@ def _object(document: Any, known: Mapping[str, tuple[Check, str]]) -> dict[str, 
     for name, value in given.items():
         if name not in known:
             raise invalid(
-                f"unknown field {name[:80]!r}; known are {', '.join(known)}",
+                f"unknown field {shown(name)}; known are {', '.join(known)}",
                 name[:80],
                 "unknown_parameter",
             )
@@ -207,23 +206,28 @@ def _required(given: Mapping[str, Any], name: str) -> Any:
 def _choice(given: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> str:
     value: str = given.get(name, choices[0])
     if value not in choices:
-        raise invalid(f"{name}: expected {' or '.join(choices)}, found {value[:80]!r}", name)
+        raise invalid(f"{name}: expected {' or '.join(choices)}, found {shown(value)}", name)
     return value
 
 
-def _not_empty(name: str, items: list[Any]) -> list[Any]:
+def _counted(name: str, items: list[Any], most: int) -> list[Any]:
+    """A list, before each of it is looked at."""
     if not items:
         raise invalid(f"{name}: expected at least one, found an empty list", name)
+    if len(items) > most:
+        raise invalid(
+            f"{name}: expected at most {most}, found {len(items)}; send several requests", name
+        )
     return items
 
 
-def _items(value: Any) -> list[Item]:
+def _items(value: Any, most: int) -> list[Item]:
     """The inputs of a request for embeddings."""
     if not isinstance(value, list):
         return [_item(value, "input")]
-    _not_empty("input", value)
-    if all(_is_whole(item) for item in value):
+    if value and all(_is_whole(item) for item in value):
         return [_ids(value, "input")]
+    _counted("input", value, most)
     return [_item(item, f"input[{index}]") for index, item in enumerate(value)]
 
 
@@ -301,5 +305,4 @@ def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
     if type(value) in names:
         return names[type(value)]
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}…"
+    return shown(value) if isinstance(value, str) else repr(value)[:80]

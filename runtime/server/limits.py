@@ -14,14 +14,14 @@ class Limits:
     """Bounds of a server; each is at least 1.
 
     Attributes:
-        max_body: bytes of a request. Images come in it, as base64.
-        max_held: bytes of the bodies of all requests at once.
+        max_body: bytes of a request. Images come in it, as base64. Characters too, with a prompt before each text.
+        max_held: bytes of the bodies of all requests at once, and of their answers until they are sent.
         max_inputs: texts and images of a request.
-        max_request_tokens: tokens of a request, as the model reads them.
+        max_request_tokens: tokens of a request, as the model reads them; an image counts as 1024.
         max_queued_tokens: tokens of all requests that wait or run; a request that comes when nothing waits always
             fits, whatever its tokens.
         max_requests: at once.
-        timeout: seconds from a request's arrival to its answer.
+        timeout: seconds from a request's arrival to its answer, and as many for the client to take that.
 
     Raises:
         EmbedgeValueError: for one that is not a whole number of at least 1.

@@ -3,8 +3,8 @@
 What says so:
     * ``model``: ``NAME:TASK``; ``task``: a task of the bundle, or Jina's ``TASK.query`` and ``TASK.passage``.
     * ``input_type``: Cohere's ``search_query`` and ``search_document``, Voyage's ``query`` and ``document``,
-      ``passage``: as ``Embedder.encode_query`` and ``encode_document`` have them. Any other is the name of a prompt of
-      the task, or of a task.
+      ``passage``: first a prompt of the task of that very name, else as ``Embedder.encode_query`` and
+      ``encode_document`` have them. Any other is the name of a prompt of the task, or of a task.
     * ``prompt_name``, ``prompt``: as ``Embedder.encode`` has them.
 
 What agrees with nothing in the bundle is an error, and so are two that say different things.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from embedge.runtime.arguments import listed
-from embedge.runtime.server.errors import ApiError, invalid
+from embedge.runtime.server.errors import ApiError, invalid, shown
 from embedge.runtime.server.fields import MeaningFields
 from embedge.runtime.server.models import ServedModel
 
@@ -68,19 +68,18 @@ def meaning_of(model: ServedModel, task: str | None, fields: MeaningFields) -> M
         ApiError: 400, with the field and what the bundle has.
     """
     said = [
-        f"{name} {value!r}"
+        f"{name} {shown(value)}"
         for name in ("input_type", "prompt_name", "prompt")
         if (value := getattr(fields, name)) is not None
     ]
-    named, role = _task_named(model, fields.task)
+    named, role, prompt_name = _task_named(model, fields.task)
     if role is not None:
-        said.insert(0, f"task {fields.task!r}")
+        said.insert(0, f"task {shown(fields.task or '')}")
     if len(said) > 1:
         raise invalid(f"{' and '.join(said)} both choose a prompt; send one of them", "input_type")
     if task is not None and named is not None and task != named:
         raise invalid(f"model names the task {task!r} and task names {named!r}; send one", "task")
     chosen = task or named or model.embedder.task
-    prompt_name = fields.prompt_name
     if fields.input_type is not None:
         chosen, role, prompt_name = _of_input_type(model, chosen, fields.input_type)
     if chosen is None:
@@ -91,45 +90,58 @@ def meaning_of(model: ServedModel, task: str | None, fields: MeaningFields) -> M
             '"query" or "document"',
             "input_type",
         )
+    if fields.prompt_name is not None:
+        prompt_name = _prompt_named(model, chosen, fields.prompt_name)
     return Meaning(task=chosen, prompt_name=prompt_name, prompt=fields.prompt, role=role)
 
 
-def _task_named(model: ServedModel, task: str | None) -> tuple[str | None, Role | None]:
-    """The task of the bundle, and the role, that ``task`` names."""
+def _prompt_named(model: ServedModel, task: str, name: str) -> str:
+    prompts = model.embedder.get_prompts(task)
+    if name not in prompts:
+        raise invalid(
+            f"task {task!r} of {model.name} has no prompt {shown(name)}; it has {listed(prompts)}",
+            "prompt_name",
+        )
+    return name
+
+
+def _task_named(model: ServedModel, task: str | None) -> tuple[str | None, Role | None, str | None]:
+    """The task of the bundle, the role, and the name of the prompt that ``task`` means."""
     tasks = model.embedder.tasks
     if task is None or task in tasks:
-        return task, None
+        return task, None, None
     base, _, last = task.rpartition(".")
     role = _ROLES.get(last)
     if base in tasks and role is not None:
         prompts = model.embedder.get_prompts(base)
+        if last in prompts:
+            return base, role, last
         if model.late or any(name in prompts for name in _ROLE_PROMPTS[role]):
-            return base, role
+            return base, role, None
         raise invalid(
             f"task {task!r}: the task {base!r} of {model.name} has no prompt for the role {role}; it has "
             f"{listed(prompts)}",
             "task",
         )
-    raise invalid(f"{model.name} has no task {task!r}; it has {listed(tasks)}", "task")
+    raise invalid(f"{model.name} has no task {shown(task)}; it has {listed(tasks)}", "task")
 
 
 def _of_input_type(
     model: ServedModel, task: str | None, input_type: str
 ) -> tuple[str | None, Role | None, str | None]:
-    """The task, the role and the name of the prompt that ``input_type`` means."""
-    role = _ROLES.get(input_type)
-    if role is not None:
-        return task, role, None
-    tasks = model.embedder.tasks
-    if task is None and input_type in tasks:
-        return input_type, None, None
+    """The task, the role and the name of the prompt that ``input_type`` means: first the task's own of that name."""
+    tasks, role = model.embedder.tasks, _ROLES.get(input_type)
     prompts = model.embedder.get_prompts(task) if task is not None else {}
     if input_type in prompts:
-        return task, None, input_type
+        return task, role, input_type
+    if role is not None:
+        return task, role, None
+    if task is None and input_type in tasks:
+        return input_type, None, None
     where = f"task {task!r}" if task is not None else "tasks"
     known = prompts if task is not None else tasks
     raise invalid(
-        f"input_type {input_type!r} is none of {', '.join(_ROLES)}, nor of the {where} of {model.name}, which has "
+        f"input_type {shown(input_type)} is none of {', '.join(_ROLES)}, nor of the {where} of {model.name}, which has "
         f"{listed(known)}",
         "input_type",
     )

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from embedge.runtime.arguments import listed
 from embedge.runtime.embedder import Embedder
-from embedge.runtime.errors import EmbedgeError, EmbedgeValueError
+from embedge.runtime.errors import (
+    BundleError,
+    EmbedgeError,
+    EmbedgeImportError,
+    EmbedgeValueError,
+    ImageError,
+)
 from embedge.runtime.scoring.similarity import TOKEN_KINDS
-from embedge.runtime.server.errors import ApiError
+from embedge.runtime.server.errors import ApiError, shown
 
 __all__ = ["Models", "ServedModel", "Source", "source_of"]
 
@@ -23,6 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 # A text that all threads share, and texts that make batches which run at the same time.
 _LONG, _SEVERAL = 128, 64
+_PIXELS = 64  # a side of an image
 
 log = logging.getLogger("embedge.server")
 
@@ -43,7 +54,7 @@ def source_of(argument: str) -> Source:
     """
     name, equals, folder = argument.partition("=")
     if not equals:
-        name, folder = Path(argument).resolve().name, argument
+        name, folder = os.path.basename(os.path.abspath(argument)), argument  # a link's own name
     if not _NAME.fullmatch(name):
         raise EmbedgeValueError(
             f"{argument}: expected a name of letters, digits and . _ - / such as small={folder}, found {name!r}"
@@ -60,14 +71,16 @@ class ServedModel:
         embedder: the bundle.
         manifest_sha256: of the manifest that it was opened with.
         created: seconds since 1970 when it was opened.
-        rate: tokens a second, as measured; ``None`` before the first run.
+        rates: tokens a second, as measured, of images and of texts by whether they are images.
+        users: requests that hold it, their inputs in the queue or not.
     """
 
     name: str
     embedder: Embedder
     manifest_sha256: str
     created: int = field(default_factory=lambda: int(time.time()))
-    rate: float | None = None
+    rates: dict[bool, float] = field(default_factory=dict)
+    users: int = 0
 
     def __post_init__(self) -> None:
         self.late = self.embedder.similarity_fn_name in TOKEN_KINDS
@@ -79,6 +92,15 @@ class ServedModel:
         """What ``model`` calls it in a request."""
         at = f"@{self.embedder.precision}" if precision else ""
         return f"{self.name}{at}" + (f":{task}" if task is not None else "")
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps its graphs open while a request means to run on them."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
 
     def warm_up(self) -> None:
         """Opens each task's graph in every way that requests do, so that what is broken shows now.
@@ -95,6 +117,15 @@ class ServedModel:
             for tokens in ([short], [long], [short] * _SEVERAL):  # each may run on another session
                 embedder.encode_tokens(tokens, task=task, multi_vector=late)
             embedder.fingerprint(task=task, multi_vector=late)
+        if "image" in embedder.modalities:
+            self._warm_up_images()
+
+    def _warm_up_images(self) -> None:
+        image = np.zeros((_PIXELS, _PIXELS, 3), np.uint8)
+        try:
+            self.embedder.encode([image], task=self.embedder.tasks[0], multi_vector=self.late)
+        except (EmbedgeImportError, ImageError) as error:  # texts can be embedded without Pillow
+            log.warning("%s takes no images: %s", self.name, error)
 
 
 class Models:
@@ -103,7 +134,7 @@ class Models:
     Args:
         sources: names differ.
         precisions: at which each is opened, the first being the one of requests that name none; ``None``: the
-            bundle's only one.
+            bundle's only one. Not "auto", by which another start may choose another, of other vectors.
         options: of every ``Embedder``.
 
     Raises:
@@ -118,7 +149,13 @@ class Models:
         precisions: Sequence[str | None] = (None,),
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._precisions = precisions
+        if "auto" in precisions:
+            raise EmbedgeValueError(
+                "precision is 'auto'; expected names, as another start may choose another precision, whose vectors do "
+                "not fit those of an index; `embedge inspect BUNDLE` lists them",
+                arguments=["precision"],
+            )
+        self._precisions = list(dict.fromkeys(precisions))
         self._options = dict(options or {})
         self._sources = {source.name: source for source in sources}
         if len(self._sources) < len(sources):
@@ -142,15 +179,15 @@ class Models:
         base, at, precision = before.partition("@")
         models = self._models.get(base)
         if models is None:
-            raise self._not_found(f"no model {base[:80]!r}; there are {listed(self._models)}")
+            raise self._not_found(f"no model {shown(base)}; there are {listed(self._models)}")
         model = models.get(precision) if at else next(iter(models.values()))
         if model is None:
             raise self._not_found(
-                f"{base} is not served at {precision[:80]!r}, but {listed(models)}"
+                f"{base} is not served at {shown(precision)}, but {listed(models)}"
             )
         if colon and task not in model.embedder.tasks:
             raise self._not_found(
-                f"{base} has no task {task[:80]!r}; it has {listed(model.embedder.tasks)}"
+                f"{base} has no task {shown(task)}; it has {listed(model.embedder.tasks)}"
             )
         return model, task if colon else None
 
@@ -180,6 +217,11 @@ class Models:
             except EmbedgeError as error:
                 log.error("%s stays as it was: %s", source.name, error)
                 continue
+            except (
+                Exception
+            ):  # whatever a library makes of a damaged file; the others are still to be opened
+                log.exception("%s stays as it was", source.name)
+                continue
             self._models[source.name] = new
             replaced += old.values()
             log.info("%s: opened anew from %s", source.name, source.folder)
@@ -191,14 +233,21 @@ class Models:
             model.embedder.close()
 
     def _open(self, source: Source) -> dict[str, ServedModel]:
-        """A bundle at each precision, by the precision's name."""
+        """A bundle at each precision, by the precision's name; where one cannot be opened, none stays open."""
         models = {}
-        sha256 = _manifest_sha256(source) or ""
-        for precision in self._precisions:
-            embedder = Embedder(source.folder, precision=precision, **self._options)
-            model = ServedModel(source.name, embedder, sha256)
-            model.warm_up()
-            models[embedder.precision] = model
+        sha256 = _manifest_sha256(source)
+        with ExitStack() as opened:
+            for precision in self._precisions:
+                embedder = Embedder(source.folder, precision=precision, **self._options)
+                opened.callback(embedder.close)
+                model = ServedModel(source.name, embedder, sha256 or "")
+                model.warm_up()
+                models[embedder.precision] = model
+            if _manifest_sha256(source) != sha256:
+                raise BundleError(
+                    f"{source.folder}: was replaced while it was opened; open it again"
+                )
+            opened.pop_all()
         return models
 
     @staticmethod

@@ -7,7 +7,6 @@ one ends it at once. SIGHUP opens bundles that changed.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import socket
 import threading
@@ -20,20 +19,13 @@ import uvicorn
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError
 from embedge.runtime.server.app import Service
+from embedge.runtime.server.protocol import BoundedProtocol
 
-__all__ = ["bound", "is_loopback", "run", "url_of"]
+__all__ = ["bound", "run", "url_of"]
 
 # Longer than clients keep a connection that they mean to use again, so that they do not find it closed.
 _KEEP_ALIVE_SECONDS = 75
 _LAST_PORT = 65535
-
-
-def is_loopback(host: str) -> bool:
-    """Whether no other machine reaches a host's address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -87,6 +79,7 @@ def run(
     """
     config = uvicorn.Config(
         service.app,
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -121,7 +114,9 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def stop(number: int, _: FrameType | None) -> None:
-            self.force_exit = self.should_exit
+            if self.should_exit:
+                self.force_exit = True
+                loop.call_soon_threadsafe(self._abort)
             self.should_exit = self._service.stopping = True
 
         def reload(number: int, _: FrameType | None) -> None:
@@ -136,6 +131,11 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _abort(self) -> None:
+        """Ends all connections: from Python 3.12 on a server waits for them, whatever it was told."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def _reload(self) -> None:
         task = asyncio.ensure_future(self._service.reload())

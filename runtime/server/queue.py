@@ -3,9 +3,9 @@
 Rules:
     * A batch is of one model, task and form of vectors, whatever its requests' prompts: they are among the tokens.
     * Nothing waits for company. What came while a batch ran is the next batch.
-    * A batch holds about as many tokens as the model takes ``_RUN_SECONDS`` for, as measured. Each request has the
-      same share of it, so that a text does not wait for another request's thousands; what is left goes by age. Kinds of
-      batches take turns.
+    * A batch holds about as many tokens as the model takes ``_RUN_SECONDS`` for, as measured of texts and of images.
+      Each request has the same share of it, so that a text does not wait for another request's thousands; what is left
+      goes by age. Kinds of batches take turns.
     * A batch of several requests that fails runs again request by request: one's fault is not another's.
     * A request that is given up leaves the queue, and no tokens of it are counted any more.
 
@@ -27,7 +27,7 @@ from embedge.runtime.encode.vectors import Vectors
 from embedge.runtime.server.errors import ApiError, overloaded
 from embedge.runtime.server.models import ServedModel
 
-__all__ = ["Batch", "FailedItems", "Kind", "Queue"]
+__all__ = ["Batch", "FailedItems", "Inputs", "Kind", "Queue"]
 
 _RUN_SECONDS = 0.1
 _FEWEST_TOKENS, _MOST_TOKENS = 512, 16384  # of a batch; a single input may have more
@@ -75,12 +75,14 @@ class FailedItems(Exception):
 
     Args:
         error: why, naming the inputs by their place in ``indices``.
-        indices: of the inputs that ran together, in their request.
+        indices: of the inputs that ran together, among those of their kind in the request.
+        kind: of them.
     """
 
-    def __init__(self, error: Exception, indices: Sequence[int]) -> None:
+    def __init__(self, error: Exception, indices: Sequence[int], kind: Kind) -> None:
         super().__init__(str(error))
         self.error = error
+        self.kind = kind
         self.indices = list(indices)
 
 
@@ -103,12 +105,28 @@ class Batch:
     seconds: float
 
 
-class _Job:
-    """The inputs of a request that are of one kind."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a request has of one kind.
 
-    def __init__(self, items: Sequence[Any], costs: Sequence[int]) -> None:
-        self.items = items
-        self.costs = costs
+    Attributes:
+        kind: of all of them.
+        items: ``TokenIds``, or the bytes of images' files.
+        costs: tokens of each.
+    """
+
+    kind: Kind
+    items: Sequence[Any]
+    costs: Sequence[int]
+
+
+class _Job:
+    """The inputs of a request that are of one kind, and what has come of them."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.kind = inputs.kind
+        self.items = items = inputs.items
+        self.costs = inputs.costs
         self.taken = 0
         self.left = len(items)
         self.results: list[Any] = [None] * len(items)
@@ -157,30 +175,31 @@ class Queue:
         self._loop: asyncio.Task[None] | None = None
         self.tokens = 0
 
-    async def submit(self, kind: Kind, items: Sequence[Any], costs: Sequence[int]) -> list[Vectors]:
-        """The vectors of a request's inputs; whoever awaits it and is cancelled gives the rest of them up.
+    async def submit(self, *parts: Inputs) -> list[list[Vectors]]:
+        """The vectors of each part of a request; whoever awaits it and is cancelled gives the rest of them up.
 
         Args:
-            kind: of all of them.
-            items: ``TokenIds``, or the bytes of images' files.
-            costs: tokens of each.
+            parts: of one request, for all of which there has to be room at once.
 
         Raises:
-            ApiError: 429, if there is no room.
+            ApiError: 429, if there is none.
             FailedItems: if they cannot be embedded.
         """
-        self.check_room(kind.model, sum(costs))
-        job = _Job(items, costs)
-        self.tokens += sum(costs)
-        self._waiting.setdefault(kind, deque()).append(job)
+        total = sum(sum(part.costs) for part in parts)
+        self._check_room(parts[0].kind.model, total)
+        jobs = [_Job(part) for part in parts]
+        self.tokens += total
+        for job in jobs:
+            self._waiting.setdefault(job.kind, deque()).append(job)
         if self._loop is None or self._loop.done():
             self._loop = asyncio.ensure_future(self._run())
         try:
-            return await job.done
+            return list(await asyncio.gather(*(job.done for job in jobs)))
         finally:
-            self._forget(kind, job)
+            for job in jobs:
+                self._forget(job)
 
-    def check_room(self, model: ServedModel, tokens: int) -> None:
+    def _check_room(self, model: ServedModel, tokens: int) -> None:
         """Refuses tokens that there is no room for.
 
         Raises:
@@ -195,7 +214,7 @@ class Queue:
 
     def seconds(self, model: ServedModel) -> int:
         """About how long what waits will take, from 1 to 60."""
-        rate = model.rate or _FIRST_TOKENS / _RUN_SECONDS
+        rate = min(model.rates.values(), default=_FIRST_TOKENS / _RUN_SECONDS)
         return min(_LONGEST_RETRY, max(1, math.ceil(self.tokens / rate)))
 
     def holds(self, model: ServedModel) -> bool:
@@ -214,36 +233,32 @@ class Queue:
             await self._loop
         self._thread.shutdown()
 
-    def _forget(self, kind: Kind, job: _Job) -> None:
+    def _forget(self, job: _Job) -> None:
         """Takes a job out that was given up, or is done."""
         self.tokens -= sum(job.costs[job.taken :])
         job.taken = len(job.items)
-        jobs = self._waiting.get(kind)
+        jobs = self._waiting.get(job.kind)
         if jobs is not None and job in jobs:
             jobs.remove(job)
             if not jobs:
-                del self._waiting[kind]
+                del self._waiting[job.kind]
 
     async def _run(self) -> None:
         """Runs batches until nothing waits."""
         while self._waiting:
             kind, parts = self._next()
-            tokens = sum(sum(job.costs[part.start : part.stop]) for job, part in parts)
+            tokens = _tokens(parts)
             self._running = kind
-            start = time.perf_counter()
             try:
                 await self._run_batch(kind, parts)
             finally:
                 self._running = None
                 self.tokens -= tokens
-            seconds = time.perf_counter() - start
-            self._measure(kind.model, tokens / max(seconds, 1e-6))
-            inputs = sum(len(part) for _, part in parts)
-            self._report(Batch(kind, inputs, len(parts), tokens, seconds))
 
     async def _run_batch(self, kind: Kind, parts: list[Part]) -> None:
         items = [job.items[index] for job, part in parts for index in part]
         loop = asyncio.get_running_loop()
+        start = time.perf_counter()
         try:
             vectors = await loop.run_in_executor(self._thread, kind.run, items)
         except Exception as error:
@@ -252,18 +267,21 @@ class Queue:
                     await self._run_batch(kind, [part])
                 return
             [(job, indices)] = parts
-            job.fail(FailedItems(error, indices))
+            job.fail(FailedItems(error, indices, kind))
             return
-        start = 0
+        batch = Batch(kind, len(items), len(parts), _tokens(parts), time.perf_counter() - start)
+        self._measure(batch)
+        self._report(batch)
+        stored = 0
         for job, indices in parts:
-            job.store(indices, vectors[start : start + len(indices)])
-            start += len(indices)
+            job.store(indices, vectors[stored : stored + len(indices)])
+            stored += len(indices)
 
     def _next(self) -> tuple[Kind, list[Part]]:
         """The next batch, taken from the kind whose turn it is."""
         kind, jobs = next(iter(self._waiting.items()))
         starts: dict[_Job, int] = {}
-        room = self._budget(kind.model)
+        room = self._budget(kind)
         share = max(1, room // len(jobs))
         for of_each in (share, room):  # the same for every request, then what is left by age
             for job in list(jobs):
@@ -281,13 +299,21 @@ class Queue:
         return kind, [(job, range(start, job.taken)) for job, start in starts.items()]
 
     @staticmethod
-    def _budget(model: ServedModel) -> int:
+    def _budget(kind: Kind) -> int:
         """Tokens of the next batch."""
-        if model.rate is None:
+        rate = kind.model.rates.get(kind.images)
+        if rate is None:
             return _FIRST_TOKENS
-        return min(_MOST_TOKENS, max(_FEWEST_TOKENS, int(model.rate * _RUN_SECONDS)))
+        return min(_MOST_TOKENS, max(_FEWEST_TOKENS, int(rate * _RUN_SECONDS)))
 
     @staticmethod
-    def _measure(model: ServedModel, rate: float) -> None:
-        old = model.rate
-        model.rate = rate if old is None else old + _NEWEST * (rate - old)
+    def _measure(batch: Batch) -> None:
+        """Learns from a batch that did not fail how fast its kind of inputs runs."""
+        rates, images = batch.kind.model.rates, batch.kind.images
+        rate = batch.tokens / max(batch.seconds, 1e-6)
+        old = rates.get(images, rate)
+        rates[images] = old + _NEWEST * (rate - old)
+
+
+def _tokens(parts: Sequence[Part]) -> int:
+    return sum(sum(job.costs[part.start : part.stop]) for job, part in parts)

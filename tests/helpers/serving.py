@@ -22,7 +22,7 @@ from embedge.runtime.server.keys import Keys  # noqa: E402
 from embedge.runtime.server.limits import Limits  # noqa: E402
 from embedge.runtime.server.models import Models, source_of  # noqa: E402
 
-__all__ = ["Client", "Http", "array_of", "error_of", "served", "vectors_in"]
+__all__ = ["Client", "Http", "Models", "array_of", "error_of", "served", "source_of", "vectors_in"]
 
 Http = httpx.AsyncClient
 Scenario = Callable[[Http], Awaitable[Any]]
@@ -74,11 +74,15 @@ class Client:
 
 
 def served(
-    *bundles: str, keys: tuple[str, ...] = (), verify: str = "size", **limits: int
+    *bundles: str,
+    keys: tuple[str, ...] = (),
+    verify: str = "size",
+    local: bool = False,
+    **limits: int,
 ) -> Client:
     """A client of some bundles, as the command names them."""
     models = Models([source_of(bundle) for bundle in bundles], options={"verify": verify})
-    return Client(Service(models, limits=Limits(**limits), keys=Keys(keys)))
+    return Client(Service(models, limits=Limits(**limits), keys=Keys(keys), local=local))
 
 
 def array_of(embedding: str | list[Any]) -> NDArray[np.float32]:

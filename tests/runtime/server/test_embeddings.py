@@ -1,4 +1,4 @@
-"""``/v1/embeddings``: what is taken, what comes back, and that vectors are the library's to the bit."""
+"""``/v1/embeddings``: what is taken, what comes back, and that vectors are the library's."""
 
 from __future__ import annotations
 
@@ -133,6 +133,16 @@ class TestTokenIds:
         assert 'send "prompt": ""' in error["message"]
         assert vectors_in(client.embed([2, 5, 3], "bundle:code", prompt=""))
 
+    def test_a_model_that_leaves_prompts_out_of_its_pooling_wants_texts(
+        self, make_bundle: MakeBundle
+    ) -> None:
+        prompts = {"query": "w1 "}
+        bundle = make_bundle("apart", images=True, prompts=prompts, model={"include_prompt": False})
+        with served(str(bundle.path)) as client:
+            error = error_of(client.embed([2, 5, 3], "apart", input_type="query"), 400)
+            assert error["message"].endswith("leaves out of its pooling; send texts")
+            assert len(vectors_in(client.embed([2, 5, 3], "apart"))) == 1
+
     @pytest.mark.parametrize("ids", [[2, -1, 3], [2, 1 << 40, 3], [2, *[5] * 20, 3], [[]]])
     def test_ids_that_cannot_be(self, client: Client, ids: list[Any]) -> None:
         assert error_of(client.embed(ids, "bundle:code"), 400)["param"] == "input"
@@ -156,6 +166,25 @@ class TestImages:
             vectors_in(image_client.embed(parts, "images")),
             model.encode(["w1", image, image, "w2", "w1"]),
         )
+
+    def test_texts_and_images_are_let_in_together(self, image_bundle: TinyBundle) -> None:
+        uri = "data:image/png;base64," + base64.b64encode(png_bytes()).decode()
+        bundle = str(image_bundle.path)
+        with served(bundle, max_queued_tokens=100, max_request_tokens=2000) as client:
+            assert len(vectors_in(client.embed(["w1", {"image": uri}], "images"))) == 2
+            [model] = client.service._models
+            assert set(model.rates) == {False, True}
+            error = error_of(client.embed(["w1", {"image": uri}, {"image": uri}], "images"), 400)
+            assert "found 2051 (an image counts as 1024)" in error["message"]
+
+    def test_an_image_of_too_many_tokens(self, make_bundle: MakeBundle) -> None:
+        pytest.importorskip("PIL")
+        bundle = make_bundle("few", images=True, model={"max_length": 8})
+        uri = "data:image/png;base64," + base64.b64encode(png_bytes()).decode()
+        with served(str(bundle.path)) as client:
+            error = error_of(client.embed(["w1", {"image": uri}], "few"), 400)
+        assert error["message"].startswith("input[1]: ")
+        assert error["message"].endswith("the model takes 8; send it cut, or scaled down")
 
     def test_what_is_no_image_is_named_in_its_place(self, image_client: Client) -> None:
         uri = "data:image/png;base64," + base64.b64encode(b"no image").decode()

@@ -172,7 +172,9 @@ class TestProcess:
         with serving(tmp_path / "log", str(tasks_bundle.path), "--stop-timeout", "1") as server:
             host, port = server.url.removeprefix("http://").split(":")
             with socket.create_connection((host, int(port))) as half:
-                half.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n")
+                half.sendall(
+                    b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+                )
                 half.sendall(b"Content-Type: application/json\r\n\r\n{")
                 assert server.embed().status_code == 200
                 for _ in range(3):
@@ -183,6 +185,21 @@ class TestProcess:
                     "Invalid HTTP request" not in server.log.read_text()
                 )  # it would fill the disk
                 assert server.end() == 0
+
+    def test_a_second_signal_does_not_wait(self, tasks_bundle: TinyBundle, tmp_path: Path) -> None:
+        arguments = (str(tasks_bundle.path), "--stop-timeout", "60")
+        with serving(tmp_path / "log", *arguments) as server:
+            host, port = server.url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port))) as half:
+                half.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n")
+                half.sendall(b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+                assert server.embed().status_code == 200
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.5)
+                assert server.process.poll() is None
+                start = time.monotonic()
+                assert server.end() == 0
+                assert time.monotonic() - start < 30
 
     def test_several_bundles_and_precisions(
         self, make_bundle: MakeBundle, tasks_bundle: TinyBundle, tmp_path: Path
@@ -208,6 +225,12 @@ class TestCommand:
                 2,
                 "--max-requests is 0; expected a whole number of at least",
             ),
+            (
+                ["--stop-timeout", "0"],
+                2,
+                "--stop-timeout is 0; expected a whole number of at least",
+            ),
+            (["--precision", "auto", "--port", "0"], 2, "--precision is 'auto'; expected names"),
             (["--max-body", "much"], 2, "--max-body 'much': expected a number of bytes"),
             (["--host", "no.such.host.invalid"], 1, "no.such.host.invalid:8000 cannot be listened"),
             (["--port", "70000"], 2, "--port is 70000; expected 0 for any that is free"),

@@ -75,6 +75,28 @@ def held(client: Client) -> int:
     return client.service._queue.tokens
 
 
+Message = dict[str, Any]
+
+
+async def called(
+    client: Client, texts: list[str], send: Callable[[Message], Any], closed: asyncio.Event
+) -> None:
+    """Calls the application as a server does."""
+    body = json.dumps({"model": "bundle:code", "input": texts}).encode()
+    sent = [{"type": "http.request", "body": body, "more_body": False}]
+    scope: Message = {"type": "http", "method": "POST", "path": "/v1/embeddings"}
+    scope |= {"headers": [(b"content-type", b"application/json")], "query_string": b""}
+    scope |= {"root_path": "", "http_version": "1.1", "scheme": "http"}
+
+    async def receive() -> Message:
+        if sent:
+            return sent.pop()
+        await closed.wait()
+        return {"type": "http.disconnect"}
+
+    await client.service.app(scope, receive, send)  # type: ignore[arg-type]
+
+
 def test_what_came_while_a_batch_ran_is_the_next_batch(client: Client, gate: Gate) -> None:
     async def scenario(http: Http) -> list[Any]:
         first = asks(http, ["w0"])
@@ -165,35 +187,19 @@ def test_a_client_that_goes_away_gives_its_texts_up(client: Client, gate: Gate) 
 
 
 def test_a_connection_that_closes_is_told_by_asgi(client: Client, gate: Gate) -> None:
-    body = json.dumps({"model": "bundle:code", "input": ["w1"] * 30}).encode()
     closed = asyncio.Event()
-    sent: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-    headers = [(b"content-type", b"application/json")]
-    scope: dict[str, Any] = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/embeddings",
-        "headers": headers,
-    }
-    scope |= {"query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http"}
 
-    async def receive() -> dict[str, Any]:
-        if sent:
-            return sent.pop()
-        await closed.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: Message) -> None:
         pass
 
     async def scenario(http: Http) -> str:
         first = asks(http, ["w0"])
         await settled(gate.started.is_set)
-        gone = asyncio.ensure_future(client.service.app(scope, receive, send))  # type: ignore[arg-type]
+        gone = asyncio.ensure_future(called(client, ["w1"] * 30, send, closed))
         await settled(lambda: held(client) == 93)
         closed.set()
         await gone
-        assert held(client) == 3
+        await settled(lambda: held(client) == 3)
         gate.opened.set()
         vectors_in(await first)
         return (await http.get("/metrics")).text
@@ -218,8 +224,93 @@ def test_one_requests_fault_is_not_anothers(client: Client, gate: Gate) -> None:
     for response in (zero, one, two):
         vectors_in(response)
     error = error_of(seven, 500)
-    assert (error["type"], error["message"]) == ("server_error", "unexpected MemoryError: no room")
+    assert error["type"] == "server_error"
+    assert error["message"].startswith("the server failed (MemoryError), and its log says why")
     assert held(client) == 0
+
+
+def test_what_failed_tells_nothing_of_speed(tasks_bundle: TinyBundle, gate: Gate) -> None:
+    gate.opened.set()
+    gate.fails = lambda items: True
+    with served(str(tasks_bundle.path)) as client:
+        error_of(client.embed(["w1", "w2"], "bundle:code"), 500)
+        [model] = client.service._models
+        assert model.rates == {}
+        assert "embedge_tokens_total{" not in client.get("/metrics").text
+        gate.fails = lambda items: False
+        vectors_in(client.embed("w1", "bundle:code"))
+        assert list(model.rates) == [False]
+
+
+def test_a_fault_is_told_to_the_log_alone(
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from embedge.runtime.errors import BundleError
+    from embedge.runtime.server.queue import Kind
+
+    def run(kind: Kind, items: Sequence[Any]) -> Any:
+        raise BundleError("/secret/bundle: truncated")
+
+    monkeypatch.setattr(Kind, "run", run)
+    error = error_of(client.embed("w1", "bundle:code"), 500)
+    assert "BundleError" in error["message"] and "secret" not in error["message"]
+    assert "/secret/bundle: truncated" in caplog.text
+
+
+def test_what_nobody_foresaw_is_counted(
+    tasks_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from embedge.runtime.server import api
+
+    with served(str(tasks_bundle.path)) as client:
+        monkeypatch.setattr(api, "_encoded", lambda *_: 1 / 0)
+        error_of(client.embed("w1", "bundle:code"), 500)
+        counted = 'embedge_requests_total{path="/v1/embeddings",status="500"} 1.0'
+        assert counted in client.get("/metrics").text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_an_answer_is_held_until_its_client_has_read_it(tasks_bundle: TinyBundle) -> None:
+    texts = [f"w{number % 60}" for number in range(2000)]
+    pieces: list[bytes] = []
+    with served(str(tasks_bundle.path)) as client:
+        service = client.service
+
+        async def scenario(http: Http) -> None:
+            reads = asyncio.Event()
+
+            async def send(message: Message) -> None:
+                if message["type"] == "http.response.body":
+                    pieces.append(message["body"])
+                    await reads.wait()
+
+            asked = asyncio.ensure_future(called(client, texts, send, asyncio.Event()))
+            await settled(lambda: bool(pieces))
+            assert service._requests == 1
+            assert service._held_bytes > len(pieces[0])
+            reads.set()
+            await asked
+            assert service._requests == service._held_bytes == 0
+
+        client.run(scenario)
+    assert len(pieces) > 1
+    assert max(map(len, pieces)) <= 256 << 10
+    assert len(json.loads(b"".join(pieces))["data"]) == 2000
+
+
+@pytest.mark.slow  # a second is the shortest limit
+def test_an_answer_that_is_not_read_in_time_is_dropped(tasks_bundle: TinyBundle) -> None:
+    with served(str(tasks_bundle.path), timeout=1) as client:
+
+        async def scenario(http: Http) -> None:
+            async def send(message: Message) -> None:
+                if message["type"] == "http.response.body":
+                    await asyncio.Event().wait()
+
+            await called(client, ["w1"], send, asyncio.Event())
+
+        client.run(scenario)
+        assert client.service._requests == client.service._held_bytes == 0
 
 
 @pytest.mark.slow  # a second is the shortest limit

@@ -83,6 +83,30 @@ class TestMeaning:
     ) -> None:
         assert said in error_of(client.embed("w1", model, **fields), status)["message"]
 
+    def test_a_tasks_own_prompts_come_first(self, make_bundle: MakeBundle) -> None:
+        prompts = {"query": "w1 ", "search_query": "w2 ", "document": "w3 ", "passage": "w4 "}
+        bundle = make_bundle("own", prompts=prompts)
+        model = Embedder(bundle.path)
+        with served(str(bundle.path)) as client:
+            for name in prompts:
+                expected = model.encode("w5", prompt_name=name)
+                for fields in ({"input_type": name}, {"task": f"retrieval.{name}"}):
+                    [vector] = vectors_in(client.embed("w5", "own", **fields))
+                    np.testing.assert_array_equal(vector, expected)
+            [vector] = vectors_in(client.embed("w5", "own", input_type="search_document"))
+        np.testing.assert_array_equal(vector, model.encode_document("w5"))
+
+    @pytest.mark.parametrize("name", ["task", "input_type", "prompt_name", "model", "prompt"])
+    def test_what_a_client_sent_is_told_in_a_few_characters(
+        self, client: Client, name: str
+    ) -> None:
+        fields = {"model": "bundle:code", "input_type": "w", name: "w" * 5000}
+        if name in ("prompt_name", "model"):
+            del fields["input_type"]
+        response = client.post(json={"input": "w1", **fields})
+        assert len(response.text) < 700
+        assert error_of(response, response.status_code)["message"]
+
     def test_a_role_that_a_task_has_no_prompt_for(self, make_bundle: MakeBundle) -> None:
         bundle = make_bundle("bare")
         with served(str(bundle.path)) as client:
@@ -123,6 +147,45 @@ class TestRerank:
         expected = [(query @ document.T).max(1).sum() for document in documents]
         scores = {result["index"]: result["relevance_score"] for result in answer["results"]}
         assert [scores[0], scores[1]] == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("texts", "said"),
+        [
+            ({"query": "w9"}, "query has 'w9', a token"),
+            ({"documents": ["w1", "w9"]}, "documents[1] has 'w9', a token"),
+            ({"query": "w1 " * 40}, "query is longer than the 16 tokens"),
+            ({"documents": ["w1", "w1 " * 40]}, "documents[1] is longer than the 16 tokens"),
+            ({"documents": ["w1"] * 2049}, "documents: expected at most 2048, found 2049"),
+        ],
+    )
+    def test_texts_are_named_as_they_came(
+        self,
+        bundle: TinyBundle,
+        monkeypatch: pytest.MonkeyPatch,
+        texts: dict[str, Any],
+        said: str,
+    ) -> None:
+        from embedge.runtime.sessions.graphs import Graphs
+
+        body = {"model": "bundle", "query": "w1", "documents": ["w2"], **texts}
+        with served(str(bundle.path)) as client:
+            monkeypatch.setattr(Graphs, "token_rows", lambda self, name: 7)
+            error = error_of(client.post("/v1/rerank", json=body), 400)
+        assert error["message"].startswith(said)
+        assert error["param"] == next(iter(texts))
+
+    def test_a_document_whose_run_fails_is_named(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from embedge.runtime.errors import EmbedgeValueError
+        from embedge.runtime.server.queue import Kind
+
+        def run(kind: Kind, items: Any) -> Any:
+            raise EmbedgeValueError("inputs[2] cannot be")
+
+        monkeypatch.setattr(Kind, "run", run)
+        error = error_of(client.rerank("w1", ["w2", "w3"], "bundle:code"), 400)
+        assert (error["message"], error["param"]) == ("documents[1] cannot be", "documents")
 
     @pytest.mark.parametrize(
         ("fields", "param"),
@@ -186,6 +249,32 @@ class TestForm:
     def test_other_paths_and_methods(self, client: Client) -> None:
         assert "/v1/embeddings" in error_of(client.get("/v1/nothing"), 404)["message"]
         assert error_of(client.get("/v1/embeddings"), 405)["code"] == "method_not_allowed"
+
+    def test_a_slash_too_many_is_not_sent_elsewhere(self, client: Client) -> None:
+        for path in ("/health/", "/v1/embeddings/"):
+            response = client.get(path, headers={"host": "elsewhere.example"})
+            assert "no path" in error_of(response, 404)["message"]
+
+    @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "LocalHost.:1"])
+    def test_requests_to_this_machine(self, tasks_bundle: TinyBundle, host: str) -> None:
+        with served(str(tasks_bundle.path), local=True) as client:
+            assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+    @pytest.mark.parametrize(
+        "host", ["evil.example", "localhost.evil.example:8000", "10.0.0.1", ""]
+    )
+    def test_a_page_cannot_reach_this_machine_by_a_name_of_its_own(
+        self, tasks_bundle: TinyBundle, host: str
+    ) -> None:
+        headers = {"host": host}
+        body = {"model": "bundle:code", "input": "w1"}
+        with served(str(tasks_bundle.path), local=True) as client:
+            for response in (
+                client.post(json=body, headers=headers),
+                client.get("/metrics", headers=headers),
+            ):
+                assert "Host to be localhost" in error_of(response, 403)["message"]
+            assert client.get("/health", headers=headers).status_code == 200
 
     def test_models(self, client: Client) -> None:
         listed = client.get("/v1/models").json()["data"]
@@ -257,6 +346,49 @@ class TestLimits:
             error = error_of(client.embed(["w1 w2"] * 3, "bundle:code"), 400)
             assert "at most 10 tokens, found 12" in error["message"]
             assert len(vectors_in(client.embed(["w1"] * 3, "bundle:code"))) == 3
+
+    def test_the_count_is_looked_at_before_the_inputs(self, tasks_bundle: TinyBundle) -> None:
+        with served(str(tasks_bundle.path), max_inputs=3) as client:
+            error = error_of(client.embed([None] * 4, "bundle:code"), 400)
+            assert "at most 3, found 4" in error["message"]
+            [vector] = vectors_in(client.embed([2, *[5] * 9, 3], "bundle:code"))
+        assert vector.shape == (DIM,)
+
+    def test_a_prompt_counts_before_each_text(self, tasks_bundle: TinyBundle) -> None:
+        with served(str(tasks_bundle.path), max_body=1000) as client:
+            error = error_of(client.embed(["w1"] * 50, "bundle:code", prompt="w1 w2 " * 4), 400)
+            assert error["param"] == "prompt"
+            assert error["message"].startswith(
+                "prompt: 24 characters before each of 50 texts make 1300, expected at most 1000"
+            )
+            assert len(vectors_in(client.embed(["w1"] * 50, "bundle:code", prompt="w1 "))) == 50
+
+    def test_long_prompts_are_read_away_from_the_loop_and_not_kept(
+        self, tasks_bundle: TinyBundle
+    ) -> None:
+        import threading
+
+        with served(str(tasks_bundle.path)) as client:
+            [model] = client.service._models
+            tokenize, threads = model.embedder.tokenize, set[str]()
+
+            def noted(*arguments: Any, **options: Any) -> Any:
+                threads.add(threading.current_thread().name)
+                return tokenize(*arguments, **options)
+
+            model.embedder.tokenize = noted  # type: ignore[method-assign]
+            response = client.embed("w1", "bundle:code", prompt="w1 " * 4000, truncate=True)
+            assert len(vectors_in(response)) == 1
+            assert model.fingerprints == {}
+        assert {name.startswith("embedge-help") for name in threads} == {True}
+
+    def test_a_text_that_cannot_fit_is_refused_unread(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Embedder, "tokenize", None)
+        error = error_of(client.embed(["w1", "w1 " * 400], "bundle:code"), 400)
+        assert error["message"].startswith("input[1] is longer than the 1024 characters")
+        assert error["code"] == "context_length_exceeded"
 
     def test_too_many_requests_at_once(self, tasks_bundle: TinyBundle) -> None:
         async def many(http: Http) -> list[Any]:
