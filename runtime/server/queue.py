@@ -194,6 +194,8 @@ class Queue:
         if self._loop is None or self._loop.done():
             self._loop = asyncio.ensure_future(self._run())
         try:
+            if len(jobs) == 1:  # most often; gathering takes another turn of the loop
+                return [await jobs[0].done]
             return list(await asyncio.gather(*(job.done for job in jobs)))
         finally:
             for job in jobs:
@@ -269,13 +271,14 @@ class Queue:
             [(job, indices)] = parts
             job.fail(FailedItems(error, indices, kind))
             return
-        batch = Batch(kind, len(items), len(parts), _tokens(parts), time.perf_counter() - start)
-        self._measure(batch)
-        self._report(batch)
+        seconds = time.perf_counter() - start
         stored = 0
         for job, indices in parts:
             job.store(indices, vectors[stored : stored + len(indices)])
             stored += len(indices)
+        batch = Batch(kind, len(items), len(parts), _tokens(parts), seconds)
+        self._measure(batch)
+        self._report(batch)
 
     def _next(self) -> tuple[Kind, list[Part]]:
         """The next batch, taken from the kind whose turn it is."""
