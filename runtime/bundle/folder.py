@@ -215,24 +215,15 @@ class Bundle:
         Raises:
             BundleError: if the file cannot be read, or has other tensors than that of the first such task.
         """
-        settings = self.manifest.precisions[precision]
-        path = settings.task_tensors.get(name)
+        path = self.manifest.precisions[precision].task_tensors.get(name)
         if path is None:
             return None
-        file = self.file(path)
         with self.reading([path]):
-            mapped = read_task_tensors(file).arrays
-            tensors = TaskTensors({name: np.array(array) for name, array in mapped.items()})
+            mapped = read_task_tensors(self.file(path))
+            tensors = TaskTensors({n: np.array(array) for n, array in mapped.arrays.items()})
         first = self.graph_key(precision, name)
-        if first != name and (expected := self.task_tensors(precision, first)) is not None:
-            shapes = {n: (a.dtype, a.shape) for n, a in tensors.arrays.items()}
-            wanted = {n: (a.dtype, a.shape) for n, a in expected.arrays.items()}
-            for tensor in sorted(shapes.keys() | wanted.keys()):
-                if shapes.get(tensor) != wanted.get(tensor):
-                    raise BundleError(
-                        f"{file}: {tensor}: expected {_described(wanted.get(tensor))}, as {first} has, found "
-                        f"{_described(shapes.get(tensor))}; {AGAIN}"
-                    )
+        if first != name:
+            self._check_as(self._mapped(precision, first), tensors, self.file(path), first)
         return tensors
 
     def token_rows(self, precision: str, name: str) -> int | None:
@@ -354,8 +345,29 @@ class Bundle:
         if name == VISION and self.manifest.precisions[precision].vision:
             return VISION_INPUTS
         inputs = {i: TASK_INPUTS[i] for i in self.manifest.model.inputs}
-        tensors = self.task_tensors(precision, name)
-        return inputs if tensors is None else {**inputs, **tensors.inputs}
+        if name not in self.manifest.precisions[precision].task_tensors:
+            return inputs
+        return {**inputs, **self._mapped(precision, name).inputs}
+
+    def _mapped(self, precision: str, name: str) -> TaskTensors:
+        """A task's tensors as they lie in its file, for what their types and shapes say."""
+        path = self.manifest.precisions[precision].task_tensors[name]
+        with self.reading([path]):
+            return read_task_tensors(self.file(path))
+
+    @staticmethod
+    def _check_as(expected: TaskTensors, found: TaskTensors, file: Path, first: str) -> None:
+        """Refuse tensors of other names, types or shapes than those of the first task."""
+        wanted, shapes = (
+            {n: (a.dtype, a.shape) for n, a in tensors.arrays.items()}
+            for tensors in (expected, found)
+        )
+        for tensor in sorted(shapes.keys() | wanted.keys()):
+            if shapes.get(tensor) != wanted.get(tensor):
+                raise BundleError(
+                    f"{file}: {tensor}: expected {_described(wanted.get(tensor))}, as {first} has, found "
+                    f"{_described(shapes.get(tensor))}; {AGAIN}"
+                )
 
     def _stored_bytes(self, precision: str, name: str) -> int:
         """Bytes of a graph's file, and of the stored data that it uses."""
