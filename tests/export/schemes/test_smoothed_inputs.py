@@ -134,7 +134,9 @@ def test_gptq_is_told_of_inputs_less_their_shift(precision: str, tmp_path: Path)
 
 def test_unpacked_weights_get_the_smoothing_that_the_stored_ones_lack() -> None:
     block = Block()
-    half = Int4Scheme(32, "rtn", 4, norms=constants(block.shift, block.smooth / 2))
+    half = Int4Scheme(
+        32, "rtn", 4, norms=constants(block.shift, np.divide(block.smooth, 2, dtype=np.float32))
+    )
     for int4, lacks in ((Int4Scheme(32, "rtn", 4), block.smooth), (half, np.full(WIDTH, 2))):
         columns = block.graph(Int4UnpackedScheme(block.constants, int4)).unpacked["linear"].columns
         assert columns is not None
