@@ -223,10 +223,8 @@ class _PrecisionWriter:
         others = [initializer for initializer in needed if initializer.key not in branches]
         if branches:
             store_computed(context.progress, store, others, files)
-        for (
-            owner,
-            file,
-        ) in files.items():  # as GPTQ: what an adapter changes by the task's activations
+        # As GPTQ: what an adapter changes by the task's activations, the rest by the backbone's.
+        for owner, file in files.items():
             own = {k: i for k, i in branches.items() if i.owner == owner and not store.has(k)}
             if not own:
                 continue
