@@ -110,7 +110,7 @@ class _Connection:
         async with self.busy:
             start = time.perf_counter()
             self.writer.write(
-                b"POST /v1/embeddings HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n"
+                b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
             )
             head = await self.reader.readuntil(b"\r\n\r\n")
