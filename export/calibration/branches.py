@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.export.calibration.gptq import input_factor
 from embedge.export.calibration.layers import calibrate
 from embedge.export.calibration.statistics import InputStatistics
 from embedge.export.calibration.tokens import TokenBatch
-from embedge.export.errors import CheckpointError
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
@@ -24,7 +24,6 @@ from embedge.export.graph.scheme import BranchedScheme, Scheme
 from embedge.export.graph.values import LinearGroup
 from embedge.export.schemes.branch import branch_initializer, branch_tensors
 from embedge.export.weights.tensors import Weights
-from embedge.quant import gptq
 
 __all__ = ["Fitted", "branch_initializers", "fit_branches"]
 
@@ -99,19 +98,7 @@ def _fitted(
     stored: Callable[[LazyInitializer], Sequence[NDArray[Any]]],
 ) -> list[NDArray[Any]]:
     """The branch of an input, with its Hessian."""
-    shift = scheme.input_shift(group)
-    if shift is not None:
-        statistics.shift(shift)
-    hessian, statistics.hessian = statistics.hessian, None
-    assert hessian is not None
-    scheme.smooth_hessian(g, group, hessian)
-    try:
-        factor = gptq.cholesky(hessian)
-    except ArithmeticError as problem:
-        raise CheckpointError(
-            f"{group.label}: a branch cannot be fitted here: {problem}"
-        ) from problem
-    del hessian
+    factor = input_factor(g, group, scheme, statistics, "a branch cannot be fitted here")
     lost = [
         scheme.lost(
             g,

@@ -108,19 +108,7 @@ def _quantize_group(
 ) -> Iterator[Quantized]:
     """Round Linears that share an input, with its Hessian."""
     first = linears[0]
-    shift = first.scheme.input_shift(first.group)
-    if shift is not None:
-        statistics.shift(shift)
-    hessian, statistics.hessian = statistics.hessian, None
-    assert hessian is not None
-    first.scheme.smooth_hessian(g, first.group, hessian)
-    try:
-        factor = gptq.cholesky(hessian)
-    except ArithmeticError as problem:
-        raise CheckpointError(
-            f"{first.linear.label}: GPTQ is not possible here: {problem}"
-        ) from problem
-    del hessian
+    factor = input_factor(g, first.group, first.scheme, statistics, "GPTQ is not possible here")
     matrices = dict(zip(first.group.linears, statistics.matrices, strict=True))
     for item in linears:
         weight = np.array(matrices[item.linear].T, order="C")
@@ -136,6 +124,33 @@ def _quantize_group(
             del factor
         yield item.initializer, arrays, facts
         del arrays
+
+
+def input_factor(
+    g: Graph, group: LinearGroup, scheme: RoundingScheme, statistics: InputStatistics, failure: str
+) -> NDArray[np.float32]:
+    """What :func:`embedge.quant.gptq.cholesky` makes of the Hessian of an input as it is quantized.
+
+    Args:
+        g: the graph that the input is in.
+        group: the input.
+        scheme: that of its Linears.
+        statistics: of the input; its Hessian is used up.
+        failure: what is not possible then, for the message.
+
+    Raises:
+        CheckpointError: the Hessian is not positive definite.
+    """
+    shift = scheme.input_shift(group)
+    if shift is not None:
+        statistics.shift(shift)
+    hessian, statistics.hessian = statistics.hessian, None
+    assert hessian is not None
+    scheme.smooth_hessian(g, group, hessian)
+    try:
+        return gptq.cholesky(hessian)
+    except ArithmeticError as problem:
+        raise CheckpointError(f"{group.label}: {failure}: {problem}") from problem
 
 
 def _output_error(rounded: Rounded, factor: NDArray[np.float32]) -> float:
