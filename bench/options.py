@@ -65,6 +65,7 @@ class Profile:
         warm_up: untimed rounds before the timed ones.
         process_repeats: child processes for cold start, task switch and memory, each system; 0 for none.
         peer_variants: the most variants of a peer that is not named with its variant.
+        peer_tasks: tasks that peers are built for; building them takes longer than measuring them.
         torch_quality: measure merged torch fp32 too; else the reference's figures stand for it.
         others: measure merged torch and the usual peers where the call names none.
 
@@ -82,6 +83,7 @@ class Profile:
     warm_up: int = 2
     process_repeats: int = 3
     peer_variants: int | None = None
+    peer_tasks: int | None = None
     torch_quality: bool = True
     others: bool = True
 
@@ -103,6 +105,7 @@ QUICK = Profile(
     warm_up=1,
     process_repeats=1,
     peer_variants=1,
+    peer_tasks=1,
     torch_quality=False,
 )
 

@@ -91,6 +91,11 @@ class Plan:
         return self.tasks[: self.options.profile.latency_tasks]
 
     @property
+    def peered_tasks(self) -> list[str]:
+        """The tasks that are compared with peers."""
+        return self.tasks[: self.options.profile.peer_tasks] if self.peers else []
+
+    @property
     def dims(self) -> list[int]:
         """Dimensions to measure at, the full one first."""
         model = self.manifest.model
@@ -100,11 +105,11 @@ class Plan:
     def steps(self) -> int:
         """How many steps a progress bar has."""
         systems = 1 + len(self.torch_types) + len(self.precisions)
-        systems += len(self.peers) + bool(self.peers)
         processes = (len(self.precisions) + 1) * bool(self.options.profile.process_repeats)
         shapes = 0 if self.late_interaction else len(self.options.shapes)
         timed = shapes + bool(self.options.profile.singles)
-        return len(self.tasks) * systems + timed * len(self.timed_tasks) + processes
+        peers = (len(self.peers) + 1) * len(self.peered_tasks)
+        return len(self.tasks) * systems + peers + timed * len(self.timed_tasks) + processes
 
 
 def make_plan(options: BenchOptions) -> Plan:
@@ -158,6 +163,8 @@ def make_plan(options: BenchOptions) -> Plan:
             f"latency was measured on {', '.join(plan.timed_tasks)} alone; the graphs of "
             f"{', '.join(untimed)} differ from it only in the numbers they hold"
         )
+    if plan.peers and len(plan.peered_tasks) < len(tasks):
+        notes.append(f"peers were measured on {', '.join(plan.peered_tasks)} alone")
     if "float32" in plan.torch_types and not options.profile.torch_quality:
         notes.append(
             "fidelity and quality of torch fp32 are the yardstick's own, not measured again merged"

@@ -84,6 +84,7 @@ def run_bench(
             "texts": len(plan.texts),
             "evaluations": {t: [e.name for e in sets] for t, sets in plan.evaluations.items()},
             "latency_tasks": plan.timed_tasks,
+            "peer_tasks": plan.peered_tasks,
             "shapes": [shape.name for shape in options.shapes],
             "effort": asdict(options.profile),
             "seconds": round(time.monotonic() - started, 1),
@@ -194,7 +195,7 @@ class _Run:
             systems.append(TorchSystem(f"torch {_SHORT[dtype]}", halved, weights // 2))
         temporary = Path(tempfile.mkdtemp(prefix="embedge-bench-"))
         try:
-            if plan.peers:
+            if task in plan.peered_tasks:
                 self._step(f"{task}: building peers")
                 kept = plan.options.peer_files
                 workdir = temporary if kept is None else kept_folder(kept / task, merged)

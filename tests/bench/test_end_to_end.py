@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from embedge.bench.systems.system import EmbedgeSystem
 from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
 from embedge.runtime.cli.bench import add_arguments, run
 from embedge.runtime.cli.main import main
+from embedge.runtime.host.progress import LogLines
 from embedge.runtime.sessions.device import cuda_problem
 
 pytestmark = pytest.mark.slow
@@ -197,6 +199,38 @@ def test_the_command_compares_systems_at_named_shapes(
         assert not row.invariance
     assert report.settings["texts"] == 16
     assert not report.process
+
+
+def test_peers_are_built_for_as_many_tasks_as_the_profile_says(
+    bundle: Path, model: Path, adapter: Path
+) -> None:
+    said: list[str] = []
+
+    class Said(LogLines):
+        def say(self, message: Callable[[], str]) -> None:
+            said.append(message())
+
+    report = run_bench(
+        BenchOptions(
+            bundle=bundle,
+            reference=model,
+            adapters={"search": adapter},
+            peers=["torch:int8"],
+            torch_types=["float32"],
+            precisions=["int8"],
+            threads=1,
+            profile=replace(TINY, peer_tasks=1, latency_tasks=0, process_repeats=0),
+        ),
+        lines=Said(),
+    )
+
+    names = ["torch fp32", "torch dynamic int8", "embedge int8"]
+    expected = [("search", name) for name in names] + [("plain", names[0]), ("plain", names[2])]
+    assert [(row.task, row.system) for row in report.rows] == expected
+    assert "peers were measured on search alone" in report.notes
+    assert report.settings["peer_tasks"] == ["search"]
+    numbers = [tuple(map(int, re.findall(r"^step (\d+) of (\d+)", line)[0])) for line in said]
+    assert numbers == [(number, 8) for number in range(1, 9)]
 
 
 @pytest.mark.parametrize(
