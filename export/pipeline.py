@@ -11,9 +11,9 @@ from threadpoolctl import threadpool_limits
 
 from embedge.export.calibration.texts import calibration_texts, with_prompts
 from embedge.export.calibration.tokens import MAX_TOKENS_PER_TEXT, TokenBatch, token_batches
-from embedge.export.context import ExportContext
 from embedge.export.errors import ExportError
 from embedge.export.options import ExportOptions, check_dims
+from embedge.export.plan import ExportPlan
 from embedge.export.progress import Progress
 from embedge.export.reading import read_model
 from embedge.export.schemes.registry import PORTABLE, PRECISIONS
@@ -70,10 +70,10 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
     todo = _missing(options, list(model.adapters), old)
     if old is not None:
         _check_as_portable(options, todo, old)
-    context = ExportContext(options=options, model=model, old=old, progress=progress)
+    plan = ExportPlan(options=options, model=model, old=old, progress=progress)
     if old is None:
         with new_bundle(options.out, overwrite=options.overwrite) as folder:
-            written = _write_precisions(context, folder, todo, texts)
+            written = _write_precisions(plan, folder, todo, texts)
             write_new(folder / "tokenizer.json", model.tokenizer.text)
             new = relative_files(folder)
             manifest = manifest_of(
@@ -88,7 +88,7 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
         check_kept(options.out, todo)
         with additions(options.out) as folder:
             before = relative_files(folder)
-            written = _write_precisions(context, folder, todo, texts)
+            written = _write_precisions(plan, folder, todo, texts)
             # with what `bench --record` has written meanwhile
             old = read_existing(options.out, overwrite=False) or old
             new = {n for n in relative_files(folder) - before if n.split("/")[0] in written}
@@ -103,11 +103,11 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
 
 
 def _write_precisions(
-    context: ExportContext, folder: Path, todo: Mapping[str, Sequence[str]], texts: Sequence[str]
+    plan: ExportPlan, folder: Path, todo: Mapping[str, Sequence[str]], texts: Sequence[str]
 ) -> dict[str, Any]:
     """Write every precision's graphs; the manifest's entries by precision."""
-    model, batches = context.model, list[TokenBatch]()
-    if texts and _uses_calibration(context.options, todo):
+    model, batches = plan.model, list[TokenBatch]()
+    if texts and _uses_calibration(plan.options, todo):
         ids = model.tokenizer.encode(
             with_prompts(texts, model.settings),
             min(MAX_TOKENS_PER_TEXT, model.settings.max_length),
@@ -115,7 +115,7 @@ def _write_precisions(
         batches = token_batches(ids, model.tokenizer.pad_token_id, model.architecture.hidden_size)
     written: dict[str, Any] = {}
     for precision, tasks in todo.items():
-        written |= write_precision(context, folder, precision, tasks, batches)
+        written |= write_precision(plan, folder, precision, tasks, batches)
     return written
 
 

@@ -11,11 +11,11 @@ import onnx
 
 from embedge.export.calibration.branches import branch_initializers
 from embedge.export.calibration.tokens import TokenBatch
-from embedge.export.context import ExportContext
 from embedge.export.families.base import Tower
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import Scheme, Target
+from embedge.export.plan import ExportPlan
 from embedge.export.schemes.int8_inputs import ACTIVATION_CONSTANTS
 from embedge.export.schemes.registry import PORTABLE, PRECISIONS
 from embedge.export.weights.tensors import BASE, Weights
@@ -54,7 +54,7 @@ _VISION_GRAPH = f"{VISION}{GRAPH}"
 
 
 def write_precision(
-    context: ExportContext,
+    plan: ExportPlan,
     folder: Path,
     precision: str,
     tasks: Sequence[str],
@@ -63,7 +63,7 @@ def write_precision(
     """Write the graphs of a precision.
 
     Args:
-        context: the export.
+        plan: the export.
         folder: the bundle, or what becomes it.
         precision: its name.
         tasks: those to write.
@@ -77,15 +77,15 @@ def write_precision(
     """
     place = _open_folder(folder / precision, tasks)
     with TensorStore(place) as store:
-        if context.old is not None and precision in context.old.precisions:
-            for path in sorted(set(context.old.precisions[precision].graphs.values())):
+        if plan.old is not None and precision in plan.old.precisions:
+            for path in sorted(set(plan.old.precisions[precision].graphs.values())):
                 store.adopt(folder / path)
-        writer = _PrecisionWriter(context, precision, store, batches)
+        writer = _PrecisionWriter(plan, precision, store, batches)
         for task in tasks:
-            with context.progress.step(f"{precision}/{task}"):
+            with plan.progress.step(f"{precision}/{task}"):
                 writer.write_task(task)
-        if context.model.tower is not None:
-            writer.write_tower(context.model.tower)
+        if plan.model.tower is not None:
+            writer.write_tower(plan.model.tower)
     return writer.entries(tasks)
 
 
@@ -94,12 +94,12 @@ class _PrecisionWriter:
 
     def __init__(
         self,
-        context: ExportContext,
+        plan: ExportPlan,
         precision: str,
         store: TensorStore,
         batches: Sequence[TokenBatch],
     ) -> None:
-        self._context = context
+        self._plan = plan
         self._precision = precision
         self._store = store
         self._batches = batches
@@ -109,17 +109,17 @@ class _PrecisionWriter:
         self._constants: dict[str, set[str]] = {}  # names of the small ones, by scheme
         self._contents: dict[str, dict[str, str]] = {}  # hashes by scheme and graph
         self._has_tower = (store.folder / _VISION_GRAPH).exists()
-        stated = context.stated_options(precision, calibrated=bool(batches))
-        self._has_shared = _check_same_layout(context, precision, stated)
+        stated = plan.stated_options(precision, calibrated=bool(batches))
+        self._has_shared = _check_same_layout(plan, precision, stated)
         if self._has_shared:
             self._take_constants()
         if self._has_tower:
-            _check_same_rotation(context, precision)
+            _check_same_rotation(plan, precision)
 
     def write_task(self, task: str) -> None:
         """Calibrate, once for all tasks; quantize and store weights; write the graphs that read them."""
         self._calibrate()
-        if self._context.shared:
+        if self._plan.shared:
             self._write_shared(task)
         else:
             self._write_merged(task)
@@ -132,31 +132,31 @@ class _PrecisionWriter:
                 f"{path}: expected the constants that the shared graph was written with, found no such file, and a "
                 "task that is added needs them; copy the whole bundle again, or --overwrite it"
             )
-        groups = self._context.model.plain_graphs[0].linear_groups.values()
-        self._context.constants.clear()  # another precision may have others
-        self._context.constants.update(
+        groups = self._plan.model.plain_graphs[0].linear_groups.values()
+        self._plan.constants.clear()  # another precision may have others
+        self._plan.constants.update(
             read_constants(path, {group.labels: group.sink for group in groups})
         )
 
     def _calibrate(self) -> None:
         if not self._schemes:
-            self._schemes, self._eight_bit = self._context.calibrate(
+            self._schemes, self._eight_bit = self._plan.calibrate(
                 self._precision, self._batches, self._store.folder
             )
             self._constants = {name: set() for name in self._schemes}
 
     def _write_shared(self, task: str) -> None:
         """Write a task's own tensors, and before those of the first the graph."""
-        context, model, store = self._context, self._context.model, self._store
+        plan, model, store = self._plan, self._plan.model, self._store
         scheme = self._schemes[self._precision]
         backbone = model.weights(model.base, scheme)
         weights = model.weights(model.tasks[task], scheme)
         g = model.graph(weights, scheme, backbone)
-        ranks = context.branch_ranks(self._precision)
-        check_fits(task, model.tasks[task], g, ranks, context.progress)
+        ranks = plan.branch_ranks(self._precision)
+        check_fits(task, model.tasks[task], g, ranks, plan.progress)
         needed = _initializers(g)
         new = [*g.task_tensors.values(), *([] if self._has_shared else needed)]
-        context.progress.expect(sum(i.nbytes for i in new))
+        plan.progress.expect(sum(i.nbytes for i in new))
         path = store.folder / f"{SHARED}{GRAPH}"
         notes = task_notes(model, g, self._precision, None)
         if self._has_shared:
@@ -171,15 +171,15 @@ class _PrecisionWriter:
         else:
             files = {BASE: self._shared}
             if self._batches:
-                store_quantized(context, store, g, scheme, weights, self._batches, files)
-            store_computed(context.progress, store, needed, files)
+                store_quantized(plan, store, g, scheme, weights, self._batches, files)
+            store_computed(plan.progress, store, needed, files)
             write_graph(path, g, store, SHARED, notes)
             write_layer_report(store.folder / f"{SHARED}{LAYERS}", g, store)
-            write_constants(store.folder / CONSTANTS, context.constants)
+            write_constants(store.folder / CONSTANTS, plan.constants)
             self._has_shared = True
         self._constants[self._precision] |= set(g.constants)
         own = store.folder / f"{task}{TASK_TENSORS}"
-        write_task_tensors(context, own, g, scheme, weights, self._batches, store)
+        write_task_tensors(plan, own, g, scheme, weights, self._batches, store)
         content = content_sha256(
             path.read_bytes(), {}, store.sha256_at, tensors_sha256=FileEntry.of(own).sha256
         )
@@ -187,19 +187,19 @@ class _PrecisionWriter:
 
     def _write_merged(self, task: str) -> None:
         """Quantize and store a task's weights; write the graphs that read them."""
-        context, model, store = self._context, self._context.model, self._store
+        plan, model, store = self._plan, self._plan.model, self._store
         scheme = self._schemes[self._precision]
         weights = model.weights(model.tasks[task], scheme)
         graphs = {name: model.graph(weights, scheme) for name, scheme in self._schemes.items()}
         needed = {name: _initializers(g) for name, g in graphs.items()}
-        context.progress.expect(sum(i.nbytes for of in needed.values() for i in of))
+        plan.progress.expect(sum(i.nbytes for of in needed.values() for i in of))
         files = {BASE: self._shared, task: store.free_name(task)}
         if self._batches:
             g = graphs[self._precision]
-            store_quantized(context, store, g, scheme, weights, self._batches, files)
+            store_quantized(plan, store, g, scheme, weights, self._batches, files)
             self._store_branches(g, scheme, weights, needed[self._precision], files)
         for name, g in graphs.items():
-            store_computed(context.progress, store, needed[name], files)
+            store_computed(plan.progress, store, needed[name], files)
             path = store.folder / f"{task}{UNPACKED_GRAPH if name == UNPACKED_PRECISION else GRAPH}"
             write_graph(path, g, store, task, task_notes(model, g, name, task))
             if name == UNPACKED_PRECISION:
@@ -218,33 +218,33 @@ class _PrecisionWriter:
         files: Mapping[str, str],
     ) -> None:
         """Fit the branches of a merged graph beside its weights, which are stored before."""
-        context, store = self._context, self._store
+        plan, store = self._plan, self._store
         branches = {i.key: i for i in branch_initializers(g, scheme).values()}
         others = [initializer for initializer in needed if initializer.key not in branches]
         if branches:
-            store_computed(context.progress, store, others, files)
+            store_computed(plan.progress, store, others, files)
         # As GPTQ: what an adapter changes by the task's activations, the rest by the backbone's.
         for owner, file in files.items():
             own = {k: i for k, i in branches.items() if i.owner == owner and not store.has(k)}
             if not own:
                 continue
-            of = context.model.weights(context.model.base, scheme) if owner == BASE else weights
+            of = plan.model.weights(plan.model.base, scheme) if owner == BASE else weights
             for key, arrays in fitted_branches(
-                context, g, scheme, of, self._batches, store, wanted=own.keys()
+                plan, g, scheme, of, self._batches, store, wanted=own.keys()
             ):
                 store.put(own[key], arrays, file)
 
     def write_tower(self, tower: Tower) -> None:
         """Write the vision tower, which all tasks share, where it is not there yet."""
-        context, path = self._context, self._store.folder / _VISION_GRAPH
+        plan, path = self._plan, self._store.folder / _VISION_GRAPH
         if not self._has_tower:
-            scheme = context.tower_scheme(self._precision)
-            g = tower.graph(context.model.weights(context.model.base, scheme), scheme)
+            scheme = plan.tower_scheme(self._precision)
+            g = tower.graph(plan.model.weights(plan.model.base, scheme), scheme)
             needed = _initializers(g)
-            with context.progress.step(f"{self._precision}/{VISION}"):
-                context.progress.expect(sum(i.nbytes for i in needed))
+            with plan.progress.step(f"{self._precision}/{VISION}"):
+                plan.progress.expect(sum(i.nbytes for i in needed))
                 files = {BASE: self._store.free_name(VISION)}
-                store_computed(context.progress, self._store, needed, files)
+                store_computed(plan.progress, self._store, needed, files)
                 notes = graph_notes(g, self._precision, VISION)
                 write_graph(path, g, self._store, VISION, notes)
             for name in self._schemes:
@@ -263,11 +263,11 @@ class _PrecisionWriter:
 
     def entries(self, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What the manifest says about the graphs that were written."""
-        context, precision = self._context, self._precision
-        stated = context.stated_options(precision, calibrated=bool(self._batches))
-        if precision == "int4" and context.options.budget is not None:
-            stated |= {"budget": context.options.budget, "int8": self._eight_bit}
-        tower = {} if context.model.tower is None else {"vision": f"{precision}/{_VISION_GRAPH}"}
+        plan, precision = self._plan, self._precision
+        stated = plan.stated_options(precision, calibrated=bool(self._batches))
+        if precision == "int4" and plan.options.budget is not None:
+            stated |= {"budget": plan.options.budget, "int8": self._eight_bit}
+        tower = {} if plan.model.tower is None else {"vision": f"{precision}/{_VISION_GRAPH}"}
 
         def paths(end: str) -> dict[str, str]:
             return {task: f"{precision}/{task}{end}" for task in tasks}
@@ -285,7 +285,7 @@ class _PrecisionWriter:
                         "layers": of_all(LAYERS),
                         "task_tensors": paths(TASK_TENSORS),
                     }
-                    if context.shared
+                    if plan.shared
                     else {"graphs": paths(GRAPH), "layers": paths(LAYERS)}
                 ),
                 "devices": ["cuda" if scheme.target is Target.CUDA else "cpu"],
@@ -296,22 +296,22 @@ class _PrecisionWriter:
                 **tower,
                 "options": stated,
                 "content_sha256": self._contents[name],
-                "portable": context.options.portable and name in PORTABLE,
+                "portable": plan.options.portable and name in PORTABLE,
             }
             for name, scheme in self._schemes.items()
         }
 
 
-def _check_same_layout(context: ExportContext, precision: str, stated: Mapping[str, Any]) -> bool:
+def _check_same_layout(plan: ExportPlan, precision: str, stated: Mapping[str, Any]) -> bool:
     """Tasks are added to a precision as those that it has were written; whether it has a shared graph."""
-    old = context.old.precisions.get(precision) if context.old else None
+    old = plan.old.precisions.get(precision) if plan.old else None
     if old is None:
         return False
     shared = bool(old.task_tensors)
-    if shared != context.shared:
+    if shared != plan.shared:
         layout = "shared" if shared else "merged"
         raise EmbedgeValueError(
-            f"{context.options.out}: its {precision} has the layout {layout}; add --layout {layout}, choose "
+            f"{plan.options.out}: its {precision} has the layout {layout}; add --layout {layout}, choose "
             "another --out, or --overwrite the bundle"
         )
     options = {name: value for name, value in old.options.items() if name != "by_task"}
@@ -319,7 +319,7 @@ def _check_same_layout(context: ExportContext, precision: str, stated: Mapping[s
     if shared and differing:
         name = differing[0]
         raise EmbedgeValueError(
-            f"{context.options.out}: its {precision} was exported with {name} {options.get(name)!r}, and this call "
+            f"{plan.options.out}: its {precision} was exported with {name} {options.get(name)!r}, and this call "
             f"has {stated.get(name)!r}; the tasks of a shared graph need the same: change that, choose another "
             "--out, or --overwrite the bundle"
         )
@@ -343,13 +343,13 @@ def _open_folder(place: Path, tasks: Sequence[str]) -> Path:
     return place
 
 
-def _check_same_rotation(context: ExportContext, precision: str) -> None:
+def _check_same_rotation(plan: ExportPlan, precision: str) -> None:
     """Features of a tower that is there already must fit the stream of the tasks to come."""
-    old = context.old.precisions.get(precision) if context.old else None
-    if context.model.tower is None or old is None:
+    old = plan.old.precisions.get(precision) if plan.old else None
+    if plan.model.tower is None or old is None:
         return
     if not old.options.get("rotation", False) and PRECISIONS[precision].method:
         raise EmbedgeValueError(
-            f"{context.options.out}: its {precision} vision tower was exported by an earlier version, without "
+            f"{plan.options.out}: its {precision} vision tower was exported by an earlier version, without "
             "rotation, and new tasks would not fit it; choose another --out, or --overwrite the bundle"
         )

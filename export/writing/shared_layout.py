@@ -22,11 +22,11 @@ from safetensors.numpy import save
 
 from embedge.export.calibration.branches import branch_initializers, fit_branches
 from embedge.export.calibration.tokens import TokenBatch
-from embedge.export.context import ExportContext
 from embedge.export.errors import AdapterError, ExportError
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.scheme import BranchRanks, Scheme
 from embedge.export.graph.values import ScaleSink
+from embedge.export.plan import ExportPlan
 from embedge.export.progress import Progress
 from embedge.export.schemes.branch import joint_rank, padded_rank
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
@@ -135,7 +135,7 @@ def check_same_graph(path: Path, task: str, content: bytes) -> None:
 
 
 def write_task_tensors(
-    context: ExportContext,
+    plan: ExportPlan,
     path: Path,
     g: Graph,
     scheme: Scheme,
@@ -146,7 +146,7 @@ def write_task_tensors(
     """Compute what a task brings to a shared graph, and write it.
 
     Args:
-        context: the export.
+        plan: the export.
         path: the new file.
         g: the task's graph.
         scheme: its precision.
@@ -154,7 +154,7 @@ def write_task_tensors(
         batches: calibration tokens; none: branches are fitted without.
         store: has the graph's own tensors.
     """
-    found = dict(fitted_branches(context, g, scheme, weights, batches, store))
+    found = dict(fitted_branches(plan, g, scheme, weights, batches, store))
     tensors: dict[str, NDArray[Any]] = {}
     for initializer in g.task_tensors.values():
         arrays = found.pop(initializer.key, None)
@@ -162,12 +162,12 @@ def write_task_tensors(
             if array.shape != spec.shape:
                 raise AssertionError(f"{spec.name}: declared {spec.shape}, computed {array.shape}")
             tensors[spec.name] = np.ascontiguousarray(array)
-        context.progress.advance(initializer.nbytes, initializer.specs[0].name)
+        plan.progress.advance(initializer.nbytes, initializer.specs[0].name)
     write_new(path, save(tensors))
 
 
 def fitted_branches(
-    context: ExportContext,
+    plan: ExportPlan,
     g: Graph,
     scheme: Scheme,
     weights: Weights,
@@ -178,7 +178,7 @@ def fitted_branches(
     """The branches of a task that calibration fits, their tensors by the initializer's key.
 
     Args:
-        context: the export.
+        plan: the export.
         g: the task's graph.
         scheme: its precision.
         weights: the task's tensors.
@@ -188,7 +188,7 @@ def fitted_branches(
     """
     if not batches or not branch_initializers(g, scheme):
         return
-    architecture = context.model.architecture.text_only()
+    architecture = plan.model.architecture.text_only()
     fitted = fit_branches(
         architecture,
         weights,
@@ -198,7 +198,7 @@ def fitted_branches(
         store.arrays,
         wanted=wanted,
         scratch=store.folder,
-        report=context.progress.layers("fitting branches", len(architecture.layers)),
+        report=plan.progress.layers("fitting branches", len(architecture.layers)),
     )
     for initializer, arrays in fitted:
         yield initializer.key, arrays

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from embedge.export.calibration.gptq import gptq_linears, quantize
 from embedge.export.calibration.tokens import TokenBatch
-from embedge.export.context import ExportContext
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import Scheme
+from embedge.export.plan import ExportPlan
 from embedge.export.progress import Progress
 from embedge.export.weights.tensors import BASE, Weights
 from embedge.export.writing.parallel import in_order
@@ -17,7 +17,7 @@ from embedge.export.writing.weight_store import TensorStore
 
 
 def store_quantized(
-    context: ExportContext,
+    plan: ExportPlan,
     store: TensorStore,
     g: Graph,
     scheme: Scheme,
@@ -28,7 +28,7 @@ def store_quantized(
     """Round by GPTQ what a task's adapter changes with its own activations, the rest with the backbone's.
 
     Args:
-        context: the export.
+        plan: the export.
         store: takes the tensors.
         g: the task's graph.
         scheme: its precision.
@@ -36,7 +36,7 @@ def store_quantized(
         batches: calibration tokens, at least one.
         files: for new tensors, by their owner: the task or "base".
     """
-    architecture = context.model.architecture.text_only()
+    architecture = plan.model.architecture.text_only()
     missing = [i for i in gptq_linears(g, scheme) if not store.has(i.initializer.key)]
     for owner, file in files.items():
         linears = [i for i in missing if i.initializer.owner == owner]
@@ -44,12 +44,12 @@ def store_quantized(
             continue
         layers = quantize(
             architecture,
-            context.model.weights(context.model.base, scheme) if owner == BASE else weights,
+            plan.model.weights(plan.model.base, scheme) if owner == BASE else weights,
             g,
             batches,
             linears,
             scratch=store.folder,
-            report=context.progress.layers(f"{owner}: GPTQ", len(architecture.layers)),
+            report=plan.progress.layers(f"{owner}: GPTQ", len(architecture.layers)),
         )
         for initializer, arrays, facts in layers:
             store.put(initializer, arrays, file, facts)

@@ -1,4 +1,4 @@
-"""One call's export: how each precision is made follows from its options, its model and calibration."""
+"""An export that was checked, before it writes: how each precision is made, by options, model and calibration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ARITHMETIC = 1  # of shared graphs: changes with rotation, smoothing or folding,
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportContext:
+class ExportPlan:
     """An export after everything was checked and before anything is written.
 
     Attributes:
