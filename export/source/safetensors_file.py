@@ -1,14 +1,6 @@
 """One safetensors file, checked when opened and read tensor by tensor as float32.
 
-safetensors' own numpy reader has no bfloat16, so the (simple) format is read here:
-
-    8 bytes      header length N, little-endian unsigned
-    N bytes      JSON: name → {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__"
-    the rest     the tensors' bytes; offsets count from here
-
-The rules of the format that a damaged file breaks, and that are checked before anything is read:
-offsets lie inside the file, a tensor's bytes are what its dtype and shape need, and the tensors
-cover the rest of the file without holes, overlaps or bytes left over.
+safetensors' own numpy reader has no bfloat16, so the values are read here; the header by the bundle's reader.
 """
 
 from __future__ import annotations
@@ -16,17 +8,16 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.export.errors import ExportError
 from embedge.runtime.bundle.files import open_regular_file
-from embedge.runtime.bundle.json_object import parse_json
+from embedge.runtime.bundle.safetensors_header import ITEM_BYTES, HeaderError, read_header
 
 __all__ = [
     "SafetensorsFile",
@@ -37,25 +28,8 @@ __all__ = [
     "row_range",
 ]
 
-_MAX_HEADER_BYTES = 100_000_000  # the limit that the format sets
-_ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
 _FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _CHUNK_BYTES = 1 << 22
-_MOST_BYTES = 1 << 60  # what indices reach; a tensor without values may name any shape
-_MOST_AXES = 32  # of an array in numpy 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int  # from the start of the file
-    end: int
 
 
 class TensorSource(Protocol):
@@ -97,73 +71,16 @@ class SafetensorsFile:
         self._error = error
         try:
             with open_regular_file(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise self._damaged(
-                        f"it holds {size} bytes, fewer than the 8 of a header length"
-                    )
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                empty = not os.fstat(file.fileno()).st_size  # and cannot be mapped
+                self._map = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tensors = read_header(self._map)
         except OSError as problem:
             raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
-        self._tensors = self._parse(size)
-
-    def _damaged(self, what: str) -> ExportError:
-        return self._error(
-            f"{self.path}: not a complete safetensors file: {what}; the file is truncated or "
-            "damaged, fetch or save it again"
-        )
-
-    def _parse(self, size: int) -> dict[str, _Tensor]:
-        header_bytes = int.from_bytes(self._map[:8], "little")
-        if header_bytes > _MAX_HEADER_BYTES or 8 + header_bytes > size:
-            raise self._damaged(f"the header should be {header_bytes} bytes, the file has {size}")
-        try:
-            header = parse_json(self._map[8 : 8 + header_bytes])
-        except ValueError as problem:
-            raise self._damaged(f"the header is not JSON ({problem})") from problem
-        if not isinstance(header, dict):
-            raise self._damaged("the header is not a JSON object")
-        header.pop("__metadata__", None)
-        start = 8 + header_bytes
-        tensors = {key: self._entry(key, entry, start) for key, entry in header.items()}
-        position = start
-        for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-            if tensor.begin != position:
-                raise self._damaged(
-                    f"tensor {key!r} begins at byte {tensor.begin} of the file, expected {position}"
-                )
-            position = tensor.end
-        if position != size:
-            raise self._damaged(f"its tensors end at byte {position}, the file has {size}")
-        return tensors
-
-    def _entry(self, key: str, entry: Any, start: int) -> _Tensor:
-        try:
-            dtype, shape, (begin, end) = (
-                entry["dtype"],
-                tuple(entry["shape"]),
-                entry["data_offsets"],
-            )
-            numbers = (*shape, begin, end)
-            sane = all(type(n) is int and 0 <= n <= _MOST_BYTES for n in numbers)
-            sane = sane and isinstance(dtype, str) and len(shape) <= _MOST_AXES
-            sane = sane and prod(max(n, 1) for n in shape) <= _MOST_BYTES
-        except (TypeError, KeyError, ValueError):
-            sane = False
-        if not sane:
-            raise self._damaged(f"the header entry of tensor {key!r} makes no sense")
-        if dtype not in _ITEM_BYTES:
-            raise self._error(
-                f"{self.path}: tensor {key!r} has the dtype {dtype!r}, known are "
-                f"{', '.join(_ITEM_BYTES)}"
-            )
-        needed = prod(shape) * _ITEM_BYTES[dtype]
-        if end - begin != needed:
-            raise self._damaged(
-                f"tensor {key!r} of shape {list(shape)} and dtype {dtype} needs {needed} bytes, "
-                f"its offsets give it {end - begin}"
-            )
-        return _Tensor(dtype=dtype, shape=shape, begin=start + begin, end=start + end)
+        except HeaderError as problem:
+            raise error(
+                f"{path}: not a complete safetensors file: {problem}; the file is truncated or damaged, fetch or save "
+                "it again"
+            ) from problem
 
     def keys(self) -> tuple[str, ...]:
         """Return the tensor names, sorted."""
@@ -203,7 +120,7 @@ class SafetensorsFile:
         shape, begin = tensor.shape, tensor.begin
         if rows is not None:
             shape = (last - first, *shape[1:])
-            begin += first * prod(shape[1:]) * _ITEM_BYTES[tensor.dtype]
+            begin += first * prod(shape[1:]) * ITEM_BYTES[tensor.dtype]
         count = prod(shape)
         if tensor.dtype == "BF16":
             # bfloat16 is the upper half of a float32.
