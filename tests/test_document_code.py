@@ -58,6 +58,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_workshop(place: Path) -> None:
     import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from PIL import Image
 
     from embedge.export import export_bundle
@@ -90,6 +92,8 @@ def make_workshop(place: Path) -> None:
     lines = ["how do I sort a dict", "def f(d): return dict(sorted(d.items()))"]
     (place / "lines.txt").write_text("\n".join(lines) + "\n")
     (place / "texts.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
+    (place / "texts.csv").write_text('id,body\n1,"a, b"\n2,c\n')
+    pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"]}), place / "new.parquet")
     (place / "examples").symlink_to(ROOT / "examples")
 
 

@@ -1,14 +1,17 @@
-"""``embedge embed``: lines or JSONL in, JSONL or .npy out, in bounded memory.
+"""``embedge embed``: lines, JSONL, CSV or Parquet in, JSONL, CSV, .npy or Parquet out, in bounded memory.
 
 A line of JSONL out is ``{"embedding": […]}``, after the members of the line in, if that was JSONL too:
-all but the text, and an ``embedding`` of its own, whose place the vector takes.
+all but the text, and an ``embedding`` of its own, whose place the vector takes. So it is with the columns of CSV and
+Parquet, which carry over into any of the three.
 
 With ``--multi-vector``, and of a late-interaction model, ``embedding`` is a list of vectors, one a token.
 
-Neither format has a place for the vectors' fingerprint: it goes into a file of its own, which gets its name after the
-output has.
+Parquet has the vectors' fingerprint in its metadata. The others have no place for it: it goes into a file of its own,
+which gets its name after the output has.
 
-With ``--images`` a line is the path of an image, relative to the working folder.
+With ``--images`` a text is the path of an image, relative to the working folder.
+
+With ``--resume`` the output is made in parts (:mod:`embedge.runtime.cli.parts`), which a killed run leaves.
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, BinaryIO, get_type_hints
+from functools import partial
+from typing import Any, get_type_hints
 
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file, system_reason
 from embedge.runtime.bundle.json_object import parse_json
-from embedge.runtime.cli.text_input import Record, chunked, read_records
-from embedge.runtime.cli.vector_output import open_output, vector_writer
+from embedge.runtime.cli.parts import open_parts
+from embedge.runtime.cli.rows import Rows, open_rows, parse_shard, sha256_of, shard_of
+from embedge.runtime.cli.vector_output import Layout, VectorWriter, open_output, vector_writer
 from embedge.runtime.embedder import Embedder
 from embedge.runtime.encode.fingerprint import described
 from embedge.runtime.encode.request import ON_TRUNCATE, CallOptions
@@ -36,6 +41,8 @@ from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarni
 from embedge.runtime.host.progress import LogLines, Progress
 from embedge.runtime.options import EmbedderOptions, EncodeOptions, FingerprintOptions, ImageOptions
 from embedge.runtime.scoring.similarity import TOKEN_KINDS
+from embedge.runtime.tables.chunk import Chunk
+from embedge.runtime.tables.parquet_output import DTYPES, read_fingerprint
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,8 +55,8 @@ _CHUNK_CHARACTERS = 4_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.description = (
-        "Turn lines or JSONL into vectors, one a line. JSONL has them under the key embedding, after the "
-        "input's own keys except the text's; an input key embedding is replaced."
+        "Turn lines, JSONL, CSV or Parquet into vectors. They come out as embedding, after the input's own keys or "
+        "columns except the text's; an input's embedding is replaced."
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="the bundle's folder")
@@ -70,15 +77,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", default="-", metavar="FILE", help="UTF-8 text; - is standard input (default)")
     add("--output", default="-", metavar="FILE", help="- is standard output (default)")
     add(
-        "--input-format", choices=("lines", "jsonl"),
-        help="a text per line (default), or a JSON object per line (default with --field)",
+        "--input-format", choices=("lines", "jsonl", "csv", "parquet"),
+        help="a text per line (default), or a JSON object (default with --field); csv and parquet by the input's name",
     )  # fmt: skip
     add("--field", help='key of the text in an object (default "text", with --images "image")')
+    add("--column", help="likewise the column of CSV or Parquet")
+    add(
+        "--keep", nargs="*", metavar="NAME",
+        help="the other keys or columns to write beside the vectors (default: all)",
+    )  # fmt: skip
     add("--images", action="store_true", help="the lines are paths of images, not texts")
     add("--max-pixels", type=int, metavar="N", help="with --images: scale larger ones down to this")
     add(
-        "--format", choices=("jsonl", "npy"),
-        help="default: npy where the output's name ends in .npy, else jsonl",
+        "--format", choices=("jsonl", "npy", "csv", "parquet"),
+        help="default: what the output's name ends in, .npy, .csv or .parquet, else jsonl",
+    )  # fmt: skip
+    add(
+        "--dtype", choices=DTYPES, default="float32",
+        help="of the vectors in npy and parquet (float32)",
+    )  # fmt: skip
+    add(
+        "--shard", metavar="i/n",
+        help="embed the i-th of n equal runs of rows; the shards' outputs in a row are the whole",
+    )  # fmt: skip
+    add(
+        "--resume", action="store_true",
+        help="keep finished rows in OUTPUT.parts, and go on after them if a run with this option was killed",
     )  # fmt: skip
     add("--prompt-name", metavar="NAME", help="a prompt of the task")
     add(
@@ -111,11 +135,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--fingerprint", metavar="FILE",
-        help="write there, as JSON, of which kind the vectors are; neither JSONL nor .npy has a place for it",
+        help="write there, as JSON, of which kind the vectors are; of the formats only parquet has a place for it",
     )  # fmt: skip
     add(
         "--expect", metavar="FINGERPRINT",
-        help="embed only if the vectors have it: e1:…, or a file that --fingerprint wrote",
+        help="embed only if the vectors have it: e1:…, a file that --fingerprint wrote, or a .parquet with vectors",
     )  # fmt: skip
     add("--verify", choices=("none", "size", "full"), default="size")
     add("--verbose", action="store_true", help="say which device and precision were taken")
@@ -123,6 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   embedge embed bundle --task code < lines.txt > vectors.jsonl
   embedge embed bundle --input in.jsonl --field text --output vectors.npy
+  embedge embed bundle --input in.parquet --output out.parquet --resume
+  embedge embed bundle --input in.csv --output 1.parquet --shard 1/4
   ls *.png | embedge embed bundle --images --precision auto > vectors.jsonl
   embedge embed colbert --role document --input in.jsonl --field text > mv.jsonl"""
 
@@ -137,55 +163,133 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     if args.verbose:
         logging.basicConfig(format="embedge: %(message)s", level=logging.INFO)
-    jsonl = args.field is not None or args.input_format == "jsonl"
-    field = (args.field or ("image" if args.images else "text")) if jsonl else None
-    file_format = args.format or ("npy" if args.output.endswith(".npy") else "jsonl")
+    source_format, column = _input_format(args)
+    file_format = args.format or _format_by_name(args.output, ("npy", "csv", "parquet"), "jsonl")
     model = Embedder(args.bundle, **_given(args, EmbedderOptions))
     if model.similarity_fn_name in TOKEN_KINDS:
         _check_late(args)
     args.multi_vector |= model.similarity_fn_name in TOKEN_KINDS
-    if args.multi_vector and file_format == "npy":
-        raise EmbedgeValueError(
-            "--format npy: texts differ in their number of vectors, and .npy has rows of one length; expected "
-            "--format jsonl, or a name of the output that does not end in .npy"
-        )
+    _check_output(args, file_format)
     options = _given(args, ImageOptions if args.images else EncodeOptions)
     options["multi_vector"] = args.multi_vector
     encode = _encoder(args, model)
     none = encode([], **options)  # a wrong call shows before anything is read
-    dim = 0 if args.multi_vector else none.shape[1]
-    kind = _kind(args, model)
+    kind = _kind(args, model, needed=args.resume or file_format == "parquet")
+    layout = Layout(
+        file_format=file_format,
+        dim=kind["parts"]["dim"] if kind else 0 if args.multi_vector else none.shape[1],
+        dtype=args.dtype,
+        multi_vector=args.multi_vector,
+        kind=kind,
+    )
+    embed = partial(_embed, args, partial(_encode, encode, options))
     with ExitStack() as stack:
         if kind is not None and args.fingerprint is not None:  # gets its name after the output
             stack.enter_context(open_output(args.fingerprint)).write(_dumped(kind))
-        source = stack.enter_context(_open_input(args.input)) if args.input != "-" else _stdin()
-        output = stack.enter_context(open_output(args.output))
-        writer = stack.enter_context(vector_writer(output, file_format, dim))
-        unit = "image" if args.images else "text"
+        start, stop = _range(args, source_format, column)
+        rows = stack.enter_context(open_rows(args.input, source_format, column, args.keep))
+        if args.resume:
+            assert stop is not None
+            before = os.stat(args.input)
+            job = _job(args, source_format, column)
+            parts = stack.enter_context(open_parts(args.output, layout, job, rows.columns))
+            if parts.rows and not args.quiet:
+                print(
+                    f"embedge: goes on after {parts.rows:,} of {stop - start:,} rows",
+                    file=sys.stderr,
+                )
+            embed(rows, start + parts.rows, stop, parts)
+            _check_unchanged(args.input, before)
+            parts.join(stop - start)
+        else:
+            output = stack.enter_context(open_output(args.output))
+            writer = stack.enter_context(vector_writer(output, layout, rows.columns))
+            embed(rows, start, stop, writer)
+    return 0
+
+
+def _embed(
+    args: argparse.Namespace,
+    encode: Callable[[Chunk], Any],
+    rows: Rows,
+    start: int,
+    stop: int | None,
+    writer: VectorWriter,
+) -> None:
+    """Embeds the rows from ``start`` up to ``stop``, and writes them."""
+    with ExitStack() as stack:
         bar = sys.stderr.isatty() and not args.quiet
-        lines = None if bar or args.quiet else LogLines()
-        progress = stack.enter_context(Progress(None, shown=bar, unit=unit, lines=lines))
+        progress = stack.enter_context(
+            Progress(
+                None if stop is None else stop - start,
+                shown=bar,
+                unit="image" if args.images else "text",
+                lines=None if bar or args.quiet else LogLines(),
+            )
+        )
         # Vectors become text while the graph runs the next chunk. Not the other way round: this
         # thread is the one that an interrupt reaches, and a chunk takes longer to embed.
         thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="embedge-write"))
         written: Future[Any] = thread.submit(int)
-        for records in chunked(
-            read_records(source, field),
-            texts=max(_chunk(args), args.batch_size),
-            characters=_CHUNK_CHARACTERS,
+        for chunk in rows.chunks(
+            start, stop, rows=max(_chunk(args), args.batch_size), characters=_CHUNK_CHARACTERS
         ):
             with progress.counts_all():  # as they are embedded, which may take minutes a chunk
-                vectors = _encode(encode, records, options)
+                vectors = encode(chunk)
             written.result()
-            written = thread.submit(writer.write, [record.others for record in records], vectors)
+            written = thread.submit(writer.write, chunk.others, vectors)
         written.result()
-    return 0
+
+
+def _range(
+    args: argparse.Namespace, source_format: str, column: str | None
+) -> tuple[int, int | None]:
+    """The rows to embed, from 0 and up to the second, ``None``: to the end, wherever that is."""
+    if args.shard is None and not args.resume:
+        return 0, None
+    with open_rows(args.input, source_format, column, args.keep) as rows:
+        return shard_of(rows.count(), parse_shard(args.shard or "1/1"))
+
+
+def _check_unchanged(name: str, before: os.stat_result) -> None:
+    now = os.stat(name)
+    if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise EmbedgeError(
+            f"--input {name}: expected the file of the start, found that it was written to meanwhile; delete the "
+            "output's .parts and start anew"
+        )
+
+
+def _job(args: argparse.Namespace, source_format: str, column: str | None) -> dict[str, Any]:
+    """What rows depend on besides the vectors' kind."""
+    return {
+        "input": sha256_of(args.input),
+        "input_format": source_format,
+        "column": column,
+        "keep": args.keep,
+        "shard": args.shard,
+    }
+
+
+def _input_format(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The input's format, and where its texts are; ``None`` for lines."""
+    if args.field is not None:
+        return "jsonl", args.field
+    named = _format_by_name(args.input, ("csv", "parquet"), "lines")
+    found: str = args.input_format or named
+    if found == "lines":
+        return found, None
+    return found, args.column or ("image" if args.images else "text")
+
+
+def _format_by_name(name: str, formats: Sequence[str], otherwise: str) -> str:
+    return next((f for f in formats if name.endswith(f".{f}")), otherwise)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that do not go together."""
-    if args.field is not None and args.input_format == "lines":
-        raise EmbedgeValueError("--field is for JSONL; leave out --input-format lines")
+    _check_input(args)
+    _check_reading(args)
     for name in ("prompt_name", "role", "max_batch_tokens", "on_truncate"):
         if args.images and getattr(args, name) is not None:
             option = name.replace("_", "-")
@@ -203,6 +307,66 @@ def _check(args: argparse.Namespace) -> None:
         raise EmbedgeValueError(
             f"--output {args.output} is the input, whose texts would be lost; name another file"
         )
+
+
+def _check_input(args: argparse.Namespace) -> None:
+    """Refuses what does not go with the input's format."""
+    source_format, _ = _input_format(args)
+    if args.field is not None and args.input_format not in (None, "jsonl"):
+        other = "" if args.input_format == "lines" else ", or name the column with --column"
+        raise EmbedgeValueError(
+            f"--field is for JSONL; leave out --input-format {args.input_format}{other}"
+        )
+    if args.field is not None and args.column is not None:
+        raise EmbedgeValueError("--field is for JSONL, --column for CSV and Parquet; give one")
+    if args.column is not None and source_format not in ("csv", "parquet"):
+        raise EmbedgeValueError(
+            f"--column is for CSV and Parquet, and the input is {source_format}; give --input-format csv or parquet"
+        )
+    if args.keep and source_format == "lines":
+        raise EmbedgeValueError(
+            "--keep: lines have nothing to keep beside their text; leave it out"
+        )
+
+
+def _check_reading(args: argparse.Namespace) -> None:
+    """Refuses --shard and --resume where the input cannot be read twice, or the output be made in parts."""
+    if args.shard is not None:
+        parse_shard(args.shard)
+    for option in ("shard", "resume"):
+        if getattr(args, option) and args.input == "-":
+            raise EmbedgeValueError(
+                f"--{option}: the input is read twice, which a pipe cannot be; expected --input FILE"
+            )
+    if args.resume and (args.output == "-" or not _can_be_named(args.output)):
+        raise EmbedgeValueError(
+            f"--resume: the output is made in parts beside its file; expected --output FILE, found {args.output}"
+        )
+    if args.resume and args.images:
+        raise EmbedgeValueError(
+            "--resume: whether images have changed since is not looked at; leave it out with --images, and take "
+            "--shard for smaller runs"
+        )
+
+
+def _check_output(args: argparse.Namespace, file_format: str) -> None:
+    """Refuses what the output's format has no place for."""
+    if args.multi_vector and file_format == "npy":
+        raise EmbedgeValueError(
+            "--format npy: texts differ in their number of vectors, and .npy has rows of one length; expected "
+            "--format jsonl, or a name of the output that does not end in .npy"
+        )
+    if args.dtype != "float32" and file_format not in ("npy", "parquet"):
+        raise EmbedgeValueError(
+            f"--dtype {args.dtype}: {file_format} has numbers as text; expected --format npy or parquet"
+        )
+    if args.keep and file_format == "npy":
+        raise EmbedgeValueError("--keep: .npy has vectors alone; leave it out, or write parquet")
+
+
+def _can_be_named(name: str) -> bool:
+    """Whether a file under this name can be replaced: a device or a pipe cannot."""
+    return not os.path.exists(name) or os.path.isfile(name)
 
 
 def _check_late(args: argparse.Namespace) -> None:
@@ -227,9 +391,9 @@ def _chunk(args: argparse.Namespace) -> int:
     return _CHUNK_FEW if args.images or args.multi_vector else _CHUNK_TEXTS
 
 
-def _kind(args: argparse.Namespace, model: Embedder) -> dict[str, Any] | None:
+def _kind(args: argparse.Namespace, model: Embedder, *, needed: bool) -> dict[str, Any] | None:
     """Of which kind the vectors are, checked against what is expected; ``None`` where nobody asks."""
-    if args.fingerprint is None and args.expect is None:
+    if args.fingerprint is None and args.expect is None and not needed:
         return None
     options = _given(args, FingerprintOptions)
     if args.images:
@@ -247,6 +411,8 @@ def _expected(text: str) -> str | dict[str, Any]:
     """A fingerprint, or what a file has."""
     if re.match(r"e[0-9]+:", text):
         return text
+    if text.endswith(".parquet"):
+        return read_fingerprint(text)
     try:
         found = parse_json(read_regular_file(text, JSON_BYTES))
     except (OSError, ValueError) as error:
@@ -262,23 +428,23 @@ def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _encode(encode: Callable[..., Any], records: list[Record], options: Mapping[str, Any]) -> Any:
-    """Vectors of some records; one that cannot be embedded is a failure, not a wrong call.
+def _encode(encode: Callable[..., Any], options: Mapping[str, Any], chunk: Chunk) -> Any:
+    """Vectors of some rows; one that cannot be embedded is a failure, not a wrong call.
 
-    Warnings and errors name lines of the input, not indices in the call.
+    Warnings and errors name lines or rows of the input, not indices in the call.
     """
 
     def in_lines(message: object) -> str:
         return re.sub(
             r"(?:inputs|images)\[(\d+)\]",
-            lambda index: f"input line {records[int(index[1])].line}",
+            lambda index: f"input {chunk.unit} {chunk.numbers[int(index[1])]}",
             str(message),
         )
 
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            vectors = encode([record.text for record in records], **options)
+            vectors = encode(list(chunk.texts), **options)
     except EmbedgeValueError as error:
         raise EmbedgeError(in_lines(error), arguments=error.arguments) from error
     for warning in said:
@@ -294,18 +460,3 @@ def _are_one_file(one: str, other: str) -> bool:
         return os.path.isfile(one) and os.path.samefile(one, other)
     except OSError:  # neither is there yet, or the one that is missing is named later
         return False
-
-
-def _open_input(name: str) -> BinaryIO:
-    try:
-        return open(name, "rb")
-    except OSError as error:
-        raise EmbedgeError(f"--input {name}: {error.strerror or error}") from error
-
-
-def _stdin() -> BinaryIO:
-    if sys.stdin is None:
-        raise EmbedgeError("standard input is closed; name a file with --input FILE")
-    if sys.stdin.buffer.isatty():
-        print("embedge: reads lines from the terminal; Ctrl-D ends them", file=sys.stderr)
-    return sys.stdin.buffer

@@ -1,7 +1,12 @@
-"""Vectors to a stream, as JSONL or .npy, and files that appear under their name when complete."""
+"""Vectors to a stream, as JSONL, CSV, .npy or Parquet, and files that appear under their name when complete.
+
+In JSON and CSV a vector is ``[0.1, -0.2]``, its numbers the shortest that give the float32 back. A null in another
+column is an empty field of CSV, as an empty string is; lists and objects are JSON there.
+"""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -10,8 +15,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -20,8 +26,14 @@ from numpy.typing import NDArray
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.bundle.writing import NewFile
 from embedge.runtime.errors import EmbedgeError
+from embedge.runtime.tables.chunk import EMBEDDING, members_of
+from embedge.runtime.tables.parquet_output import ParquetOutput, as_dtype
 
-__all__ = ["VectorWriter", "open_output", "vector_writer"]
+if TYPE_CHECKING:
+    from embedge.runtime.cli.rows import Columns
+    from embedge.runtime.tables.chunk import Others
+
+__all__ = ["Layout", "VectorWriter", "open_output", "vector_writer"]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -31,11 +43,30 @@ Vectors = NDArray[np.float32] | Sequence[NDArray[np.float32]]
 class VectorWriter(Protocol):
     """Takes vectors chunk by chunk."""
 
-    def write(self, others: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
-        """Writes float32 ``[rows, dim]`` and, where the format can, the rows' other members.
+    def write(self, others: Others, vectors: Vectors) -> None:
+        """Writes float32 ``[rows, dim]`` and, where the format can, the rows' other columns.
 
         Of multi-vectors each row is float32 ``[tokens, dim]``.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How vectors are written.
+
+    Attributes:
+        file_format: "jsonl", "csv", "npy" or "parquet".
+        dim: length of a vector.
+        dtype: "float32" or, as .npy and Parquet, "float16".
+        multi_vector: whether a row has a vector a token.
+        kind: the vectors' fingerprint and its parts, for Parquet.
+    """
+
+    file_format: str
+    dim: int
+    dtype: str = "float32"
+    multi_vector: bool = False
+    kind: Mapping[str, Any] | None = None
 
 
 @contextmanager
@@ -79,19 +110,47 @@ def open_output(name: str) -> Iterator[_NamedStream]:
 
 
 @contextmanager
-def vector_writer(stream: _NamedStream, file_format: str, dim: int) -> Iterator[VectorWriter]:
+def vector_writer(
+    stream: _NamedStream, layout: Layout, columns: Columns = None, *, before: int = 0
+) -> Iterator[VectorWriter]:
     """A writer that completes its output when the block ends without an error.
 
     Args:
         stream: where to.
-        file_format: "jsonl" or "npy".
-        dim: length of the vectors.
+        layout: how.
+        columns: the other columns; ``None``: of CSV and Parquet those of the first rows.
+        before: rows that were written elsewhere, for the numbers in messages.
     """
-    if file_format == "jsonl":
+    if layout.file_format == "jsonl":
         yield _JsonlWriter(stream)
-        return
+    elif layout.file_format == "csv":
+        table = _CsvWriter(stream, columns, before)
+        yield table
+        table.write(
+            [], np.zeros((0, layout.dim), np.float32)
+        )  # the columns' names, if there is no row
+    elif layout.file_format == "parquet":
+        parquet = ParquetOutput(
+            stream,
+            dim=layout.dim,
+            dtype=layout.dtype,
+            multi_vector=layout.multi_vector,
+            kind=layout.kind or {},
+            columns=columns,
+            before=before,
+        )
+        yield parquet
+        parquet.close()
+        stream.flush()
+    else:
+        with _npy_writer(stream, layout) as writer:
+            yield writer
+
+
+@contextmanager
+def _npy_writer(stream: _NamedStream, layout: Layout) -> Iterator[_NpyWriter]:
     if stream.can_seek():
-        with _npy_body(stream, dim) as writer:
+        with _npy_body(stream, layout) as writer:
             yield writer
         return
     # .npy starts with the number of rows, which a pipe would have to be told first.
@@ -101,7 +160,7 @@ def vector_writer(stream: _NamedStream, file_format: str, dim: int) -> Iterator[
         spool = _NamedStream(
             file, spool_name, "name a roomier folder in TMPDIR, or give --output FILE"
         )
-        with _npy_body(spool, dim) as writer:
+        with _npy_body(spool, layout) as writer:
             yield writer
         spool.seek(0)
         while block := file.read(_BLOCK_BYTES):
@@ -160,12 +219,12 @@ class _NamedStream:
 
 
 @contextmanager
-def _npy_body(stream: _NamedStream, dim: int) -> Iterator[_NpyWriter]:
-    stream.write(_npy_header(0, dim))
-    writer = _NpyWriter(stream)
+def _npy_body(stream: _NamedStream, layout: Layout) -> Iterator[_NpyWriter]:
+    stream.write(_npy_header(0, layout))
+    writer = _NpyWriter(stream, layout.dtype)
     yield writer
     stream.seek(0)
-    stream.write(_npy_header(writer.rows, dim))
+    stream.write(_npy_header(writer.rows, layout))
     stream.seek(0, os.SEEK_END)
     stream.flush()
 
@@ -174,12 +233,66 @@ class _JsonlWriter:
     def __init__(self, stream: _NamedStream) -> None:
         self._stream = stream
 
-    def write(self, others: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
-        for members, vector in zip(others, vectors, strict=True):
-            kept = {key: value for key, value in members.items() if key != "embedding"}
-            head = json.dumps(kept)[:-1] + (", " if kept else "")
+    def write(self, others: Others, vectors: Vectors) -> None:
+        for members, vector in zip(members_of(others), vectors, strict=True):
+            kept = {key: value for key, value in members.items() if key != EMBEDDING}
+            head = _json_of(kept)[:-1] + (", " if kept else "")
             self._stream.write(f'{head}"embedding": {_as_json(vector)}}}\n'.encode("ascii"))
         self._stream.flush()
+
+
+class _CsvWriter:
+    def __init__(self, stream: _NamedStream, columns: Columns, before: int) -> None:
+        self._stream = stream
+        self._names: list[str] | None = None
+        self._rows = before
+        self._headed = False
+        if columns is not None:  # a schema's, or the names themselves
+            self._names = list(getattr(columns, "names", columns))
+
+    def write(self, others: Others, vectors: Vectors) -> None:
+        text = io.StringIO(newline="")
+        rows = csv.writer(text, lineterminator="\n")
+        members = [
+            {key: value for key, value in row.items() if key != EMBEDDING}
+            for row in members_of(others)
+        ]
+        if not self._headed:
+            if self._names is None:
+                self._names = list(members[0]) if members else []
+            rows.writerow([*self._names, EMBEDDING])
+            self._headed = True
+        names = self._names or []
+        for row, vector in zip(members, vectors, strict=True):
+            self._rows += 1
+            if set(row) != set(names):
+                raise EmbedgeError(
+                    f"output row {self._rows}: expected the columns of the first row ({', '.join(names) or 'none'}), "
+                    f"found {', '.join(row) or 'none'}; choose columns that all rows have with --keep"
+                )
+            rows.writerow([*(_csv_field(row[name]) for name in names), _as_json(vector)])
+        self._stream.write(text.getvalue().encode())
+        self._stream.flush()
+
+
+def _csv_field(value: Any) -> Any:
+    """What the csv module writes; lists and objects as JSON."""
+    return value if value is None or isinstance(value, (str, int, float)) else _json_of(value)
+
+
+def _json_of(value: Any) -> str:
+    """JSON of what another format may have had.
+
+    Raises:
+        EmbedgeError: JSON has no form for it.
+    """
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise EmbedgeError(
+            f"expected columns that JSON has a form for, found {str(error).removeprefix('Object of ')}; leave such "
+            "columns out with --keep, or write Parquet"
+        ) from error
 
 
 def _as_json(vector: NDArray[np.float32]) -> str:
@@ -190,19 +303,22 @@ def _as_json(vector: NDArray[np.float32]) -> str:
 
 
 class _NpyWriter:
-    def __init__(self, stream: _NamedStream) -> None:
+    def __init__(self, stream: _NamedStream, dtype: str) -> None:
         self._stream = stream
+        self._dtype = dtype
         self.rows = 0
 
-    def write(self, others: Sequence[Mapping[str, Any]], vectors: Vectors) -> None:
-        self._stream.write(np.ascontiguousarray(vectors, "<f4").tobytes())
+    def write(self, others: Others, vectors: Vectors) -> None:
+        assert isinstance(vectors, np.ndarray)
+        self._stream.write(as_dtype(vectors, self._dtype, self.rows + 1).tobytes())
         self.rows += len(vectors)
 
 
-def _npy_header(rows: int, dim: int) -> bytes:
+def _npy_header(rows: int, layout: Layout) -> bytes:
     """The head of a .npy file; NumPy leaves room in it for any number of rows."""
     header = io.BytesIO()
-    described = {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)}
+    descr = np.dtype(layout.dtype).newbyteorder("<").str
+    described = {"descr": descr, "fortran_order": False, "shape": (rows, layout.dim)}
     npy_format.write_array_header_1_0(header, described)
     return header.getvalue()
 

@@ -40,7 +40,7 @@ from embedge.runtime.kernels.library import own_kernels
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 from tests.fuzz.child import Outcome, Wrong, run
 
-__all__ = ["JOBS", "Job", "kill"]
+__all__ = ["JOBS", "Job", "die_after", "die_at_change", "kill"]
 
 _LOADED = (onnx, onnxruntime, Tokenizer)  # before the fork, for all children
 _CHANGES = (
@@ -130,11 +130,11 @@ class Kills:
 
     def at_change(self, name: str, number: int) -> str | None:
         """Kill a job before its change ``number``; what was wrong afterwards."""
-        return self._killed(name, lambda out: _die_at_change(out.parent, number))
+        return self._killed(name, lambda out: die_at_change(out.parent, number))
 
     def at_time(self, name: str, seconds: float) -> str | None:
         """Kill a job after some seconds; what was wrong afterwards."""
-        return self._killed(name, lambda _: _die_after(seconds))
+        return self._killed(name, lambda _: die_after(seconds))
 
     def _make(self) -> None:
         if self._given is None:
@@ -274,7 +274,8 @@ def _watch(folder: Path, change: Callable[[], None]) -> None:
     sys.addaudithook(note)
 
 
-def _die_at_change(folder: Path, number: int) -> None:
+def die_at_change(folder: Path, number: int) -> None:
+    """Let this process die at a change of files below a folder, counted from 0."""
     left = number
 
     def count() -> None:
@@ -286,7 +287,8 @@ def _die_at_change(folder: Path, number: int) -> None:
     _watch(folder, count)
 
 
-def _die_after(seconds: float) -> None:
+def die_after(seconds: float) -> None:
+    """Let this process die after a while."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process as SIGKILL does
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-4))
 
