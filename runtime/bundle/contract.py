@@ -33,7 +33,7 @@ PREPARED = "prepared"  # the folder of what `embedge prepare` adds to them
 VISION = "vision"  # what the graph of the vision tower is called among those of the tasks
 UNPACKED_PRECISION = "int4-unpacked"  # stores 4-bit weights, runs them as 8-bit ones
 UNPACKED = "unpacked"  # where its graphs say that weights lie: a file that does not exist
-INTEGER_PRECISIONS = ("int8", "int4", UNPACKED_PRECISION)  # their matmuls are of integers, on a CPU
+INTEGER_PRECISIONS = ("int8", "int4", UNPACKED_PRECISION)  # embedge's kernels serve their matmuls
 
 INLINE_BYTES = 4096  # tensors of up to as many bytes lie in the graph itself
 LONG_TOKENS = 512  # rows of as many tokens are never padded: attention in blocks builds on it
