@@ -32,6 +32,7 @@ from embedge.bench.options import BenchOptions
 from embedge.bench.peers.context import PeerContext, kept_folder
 from embedge.bench.peers.registry import build_peers
 from embedge.bench.plan import Plan, make_plan
+from embedge.bench.report.recorded import files_digest
 from embedge.bench.report.report import Report, Row
 from embedge.bench.systems.multi_vector import (
     EmbedgeMultiVectors,
@@ -41,6 +42,7 @@ from embedge.bench.systems.multi_vector import (
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.source import Source
 from embedge.bench.systems.system import EmbedgeSystem, System, TorchSystem
+from embedge.runtime.bundle.contract import CARD, MANIFEST
 from embedge.runtime.host.progress import LogLines
 
 __all__ = ["run_bench"]
@@ -83,6 +85,10 @@ def run_bench(
             "device": options.device,
             "texts": len(plan.texts),
             "evaluations": {t: [e.name for e in sets] for t, sets in plan.evaluations.items()},
+            "layouts": {p: _layout(plan, p) for p in plan.precisions},
+            "files_sha256": files_digest(plan.manifest),
+            "common_bytes": _common_bytes(plan),
+            "late_interaction": plan.late_interaction,
             "latency_tasks": plan.timed_tasks,
             "peer_tasks": plan.peered_tasks,
             "shapes": [shape.name for shape in options.shapes],
@@ -268,6 +274,18 @@ def _sizes(plan: Plan) -> dict[str, int]:
     """Return bytes of the source's weights and of each precision's folder, all tasks together."""
     sizes = {precision: plan.manifest.folder_bytes(precision) for precision in plan.precisions}
     return {"fp32_weights": _weights_bytes(plan.source), **sizes}
+
+
+def _layout(plan: Plan, precision: str) -> str:
+    return "shared" if plan.manifest.precisions[precision].task_tensors else "merged"
+
+
+def _common_bytes(plan: Plan) -> int:
+    """Return the bytes of what every part of the bundle has too: tokenizer, manifest, card."""
+    root = plan.bundle.root
+    listed = sum(entry.size for name, entry in plan.manifest.files.items() if "/" not in name)
+    unlisted = [root / MANIFEST, root / CARD]
+    return listed + sum(file.stat().st_size for file in unlisted if file.exists())
 
 
 def _weights_bytes(source: Source) -> int:

@@ -28,7 +28,7 @@ def milliseconds_since(start: float) -> float:
 
 
 def embedge_steps(job: dict[str, Any]) -> dict[str, Any]:
-    """Open a bundle, embed a text, switch between tasks, embed a batch with every task."""
+    """Open a bundle, embed a text, embed a batch with every task, switch between tasks."""
     from embedge.runtime import Embedder
 
     result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
@@ -38,11 +38,12 @@ def embedge_steps(job: dict[str, Any]) -> dict[str, Any]:
     model.encode(job["text"], task=job["tasks"][0], **rows)
     result["first_vector_ms"] = milliseconds_since(job["started"])
     result["after_first_vector"] = memory()
-    if len(job["tasks"]) > 1:
-        result |= switches(model, Embedder(job["bundle"], max_sessions=1, **options), job)
     for task in job["tasks"]:
         model.encode(job["batch"], task=task, batch_size=32, on_truncate="ignore", **rows)
+        result.setdefault("after_first_task", memory())
     result["after_batches"] = memory()
+    if len(job["tasks"]) > 1:
+        result |= switches(model, Embedder(job["bundle"], max_sessions=1, **options), job)
     return result
 
 

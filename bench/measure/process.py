@@ -22,25 +22,28 @@ def measure_process(job: Mapping[str, Any], repeats: int = 3) -> dict[str, Any]:
     """Return what a child Python that does ``job`` measured of itself.
 
     The file cache is warm after the first repeat: cold start means a new process, not a new
-    machine. Times are medians over the repeats, memory is the last one's.
+    machine. Times are medians over the repeats, memory is the most of them.
 
     Args:
         job: ``system`` (``"embedge"`` or ``"torch"``) and what ``child.py`` reads for it.
         repeats: child processes, one after the other.
 
     Returns:
-        Milliseconds from the start of the process (``imported_ms``, ``first_vector_ms``), of
-        switches, and bytes by kind of memory after the first vector and after batches (empty where
-        the system has no /proc).
+        Milliseconds from the start of the process (``imported_ms``, ``first_vector_ms``, and the longest of the
+        latter), of switches, and bytes by kind of memory after the first vector, after a batch of the first task,
+        and after batches of all (empty where the system has no /proc).
 
     Raises:
         BenchError: if the child fails, with the last line it wrote.
     """
     runs = [_measured(job) for _ in range(repeats)]
-    return {
-        key: median(run[key] for run in runs) if isinstance(value, float) else value
+    figures = {
+        key: median(run[key] for run in runs)
+        if isinstance(value, float)
+        else {kind: max(run[key].get(kind, 0) for run in runs) for kind in value}
         for key, value in runs[-1].items()
     }
+    return figures | {"first_vector_longest_ms": max(run["first_vector_ms"] for run in runs)}
 
 
 def run_child(arguments: Sequence[str], what: str) -> dict[str, Any]:

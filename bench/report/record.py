@@ -2,6 +2,7 @@
 
     manifest.json   precisions.<p>.fidelity.<task>
     README.md       the table between the two markers; at the end, with the markers, if they lack
+    report.json     the whole report, which `embedge choose` reads
 
 Each file is replaced in one step, and the same report twice leaves the same bytes.
 """
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from embedge.bench.errors import BenchError
+from embedge.bench.report.recorded import RECORDED
 from embedge.bench.report.report import Report, Row
 from embedge.bench.report.tables import main_table
+from embedge.bench.report.write import report_json
 from embedge.runtime.bundle.model_card import BENCH_END, BENCH_START
 from embedge.runtime.bundle.writing import replace_file
 
@@ -39,6 +42,7 @@ def record(report: Report, bundle: Path) -> None:
     try:
         replace_file(manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         replace_file(card_file, card)
+        replace_file(bundle / RECORDED, report_json(report))
     except OSError as error:
         raise BenchError(
             f"{bundle}: the figures could not be recorded: {error.strerror or error}; free some space "

@@ -11,7 +11,7 @@ from embedge.bench.errors import BenchError
 
 __all__ = ["REPORT_VERSION", "Report", "Row"]
 
-REPORT_VERSION = "1.0"
+REPORT_VERSION = "1.1"
 Figures = dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""Writes a report: ``report.json`` for tools, ``report.md`` and ``report.png`` for people."""
+"""Writes a report: ``report.json`` for tools, ``report.md``, ``report.html`` and ``report.png`` for people."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from embedge.bench.report.configurations import configurations
+from embedge.bench.report.html_page import html_page
 from embedge.bench.report.plot import plot
 from embedge.bench.report.report import Report
 from embedge.bench.report.tables import (
@@ -18,7 +20,7 @@ from embedge.bench.report.tables import (
 )
 from embedge.runtime.bundle.writing import replace_file
 
-__all__ = ["HOW_TO_COMPARE", "HOW_TO_READ", "write_report"]
+__all__ = ["HOW_TO_COMPARE", "HOW_TO_READ", "report_json", "write_report"]
 
 HOW_TO_READ = """\
 Each row is one system on one task, all measured in one run with the same threads on the same texts.
@@ -38,7 +40,7 @@ pairs of texts, and how many of the ten nearest texts are the same."""
 
 
 def write_report(report: Report, out: Path, checks: Sequence[str] = ()) -> list[Path]:
-    """Write the three files and return their paths.
+    """Write the four files and return their paths.
 
     Args:
         report: the figures.
@@ -46,11 +48,19 @@ def write_report(report: Report, out: Path, checks: Sequence[str] = ()) -> list[
         checks: a line for each check of a target.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"report.{ending}" for ending in ("json", "md", "png")]
-    replace_file(files[0], json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    files = [out / f"report.{ending}" for ending in ("json", "md", "png", "html")]
+    replace_file(files[0], report_json(report))
     replace_file(files[1], markdown(report, checks))
     plot(report, files[2])
+    replace_file(files[3], html_page([report]))
     return files
+
+
+def report_json(report: Report) -> str:
+    """Return the text of ``report.json``: the report, and its configurations, which follow from it."""
+    found = [one.to_dict() for one in configurations([report])]
+    document = report.to_dict() | {"configurations": found}
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def markdown(report: Report, checks: Sequence[str] = ()) -> str:

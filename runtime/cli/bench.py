@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("bench-report"), metavar="DIR",
-        help="where report.json, report.md and report.png go (default: bench-report)",
+        help="where report.json, report.html, report.md and report.png go (default: bench-report)",
     )  # fmt: skip
     parser.add_argument("--record", action="store_true", help="write the figures into the bundle")
     parser.add_argument("--json", action="store_true", help="print report.json as the last line")

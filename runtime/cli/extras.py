@@ -6,7 +6,13 @@ from embedge.runtime.errors import EmbedgeImportError
 
 __all__ = ["EXTRAS", "missing_package"]
 
-EXTRAS = {"export": "export", "families": "export", "bench": "bench", "serve": "serve"}
+EXTRAS = {
+    "export": "export",
+    "families": "export",
+    "bench": "bench",
+    "choose": "bench",
+    "serve": "serve",
+}
 
 
 def missing_package(command: str, error: ImportError) -> EmbedgeImportError:

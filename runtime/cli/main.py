@@ -4,7 +4,7 @@ Rules:
     * Exit code 0 for success, 2 for a wrong call, 1 for a failure, 130 when interrupted
       (while this module is imported too, see ``src/embedge``).
     * A subcommand is a module of this folder with ``add_arguments(parser)`` and ``run(args) -> exit
-      code``, which is imported when it is called: ``export`` and ``bench`` need extras.
+      code``, which is imported when it is called: ``export``, ``bench`` and ``choose`` need extras.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _COMMANDS = {
     "inspect": "show what a bundle holds, and check its files",
     "families": "list the architectures that can be exported, with a published model of each",
     "bench": "measure quality, latency and memory against the unquantized model",
+    "choose": "what of a bundle to run under limits of memory, time, disk and quality",
 }
 _EXAMPLES = """examples:
   embedge export MODEL --adapter code=FOLDER --precision int8 --out bundle

@@ -24,7 +24,7 @@ def test_json_and_back_is_the_same_report(report: Report) -> None:
 
 
 def test_a_report_of_another_major_version_is_refused(report: Report) -> None:
-    with pytest.raises(BenchError, match=r"expected 1\.0, found 2\.0"):
+    with pytest.raises(BenchError, match=r"expected 1\.1, found 2\.0"):
         Report.from_dict(report.to_dict() | {"report_version": "2.0"})
 
 
@@ -90,7 +90,7 @@ def test_files_for_tools_people_and_eyes_are_written(report: Report, tmp_path: P
         report, tmp_path / "new" / "folder", [c.line() for c in check_targets(report, [5])]
     )
 
-    assert [file.name for file in files] == ["report.json", "report.md", "report.png"]
+    assert [file.name for file in files] == ["report.json", "report.md", "report.png", "report.html"]
     assert Report.from_dict(json.loads(files[0].read_text())) == report
     assert "only a part was measured" in files[1].read_text()
     assert "- pass  target 5  int8, all tasks" in files[1].read_text()

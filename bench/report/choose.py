@@ -1,0 +1,353 @@
+"""Chooses among the configurations of a report under limits: what fits best, or which limit nothing meets.
+
+Rules:
+    * A figure is compared with a margin, so that a second measurement keeps the limit too: 10 % of times, 3 % of
+      memory. Sizes are exact. Quality is the lower end of its interval.
+    * Several tasks together: the least quality, the longest times, the memory and the files of all.
+    * What was not measured meets no limit.
+    * Of those that meet all limits the best is taken: by quality, or by latency where the quality has a limit, or
+      by what is preferred. Equal ones go on by the other costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from embedge.bench.errors import BenchArgumentError
+from embedge.bench.report.configurations import FLOAT32, Configuration, configurations
+from embedge.bench.report.report import Report
+
+__all__ = ["LIMITS", "PREFERENCES", "Candidate", "Choice", "Kept", "Limit", "choose"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A configuration for all tasks that are asked for; ``None`` where something was not measured.
+
+    Attributes:
+        bundle: the folder's name.
+        tasks: what it is for.
+        precision: of the graphs.
+        dim: to which vectors are cut.
+        output_format: of the stored vectors.
+        share: least share of the reference's quality, 0…1.
+        quality: lower end of its 95 % interval.
+        latency: 95th percentile of single texts, milliseconds.
+        throughput: texts a second.
+        start: to the first vector, milliseconds.
+        memory: peak bytes.
+        disk: bytes of the files.
+        index: bytes of the vectors of a million texts.
+    """
+
+    bundle: str
+    tasks: tuple[str, ...]
+    precision: str
+    dim: int
+    output_format: str
+    share: float | None
+    quality: float | None
+    latency: float | None
+    throughput: float | None
+    start: float | None
+    memory: float | None
+    disk: float | None
+    index: float | None
+
+    @property
+    def name(self) -> str:
+        """``"int8, 256 dimensions"``, with the vectors' format unless it is float32."""
+        vectors = "" if self.output_format == FLOAT32 else f", {self.output_format} vectors"
+        return f"{self.precision}, {self.dim} dimensions{vectors}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary."""
+        return {**asdict(self), "tasks": list(self.tasks)}
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.2f} %"
+
+
+def _per_second(value: float) -> str:
+    return f"{value:.3g} texts/s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What can be limited.
+
+    Attributes:
+        option: of the command.
+        figure: the attribute of :class:`Candidate`.
+        what: it is, as messages have it.
+        shown: a value with its unit.
+        margin: by which factor a figure is made worse before it is compared.
+        least: whether the limit is a least value.
+    """
+
+    option: str
+    figure: str
+    what: str
+    shown: Callable[[float], str]
+    margin: float = 1.0
+    least: bool = False
+
+    def cautious(self, candidate: Candidate) -> float | None:
+        """Return the figure that is compared with the limit."""
+        value: float | None = getattr(candidate, self.figure)
+        if value is None:
+            return None
+        return value / self.margin if self.least else value * self.margin
+
+    def excess(self, candidate: Candidate, bound: float) -> float | None:
+        """Return by which part of the bound the candidate misses it, at most 0 if it is met."""
+        value = self.cautious(candidate)
+        if value is None:
+            return None
+        return (bound - value if self.least else value - bound) / max(bound, 1e-9)
+
+
+_TIME, _MEMORY = 1.1, 1.03
+LIMITS = (
+    Limit(
+        option="--min-quality",
+        figure="quality",
+        what="share of the reference's quality, lower end of its interval",
+        shown=_percent,
+        least=True,
+    ),
+    Limit(
+        option="--max-latency",
+        figure="latency",
+        what="95th percentile of one text",
+        shown=_milliseconds,
+        margin=_TIME,
+    ),
+    Limit(
+        option="--min-throughput",
+        figure="throughput",
+        what="texts a second",
+        shown=_per_second,
+        margin=_TIME,
+        least=True,
+    ),
+    Limit(
+        option="--max-memory",
+        figure="memory",
+        what="peak memory",
+        shown=_bytes,
+        margin=_MEMORY,
+    ),
+    Limit(
+        option="--max-start",
+        figure="start",
+        what="start to the first vector",
+        shown=_milliseconds,
+        margin=_TIME,
+    ),
+    Limit(option="--max-disk", figure="disk", what="files", shown=_bytes),
+    Limit(option="--max-index", figure="index", what="vectors of a million texts", shown=_bytes),
+)
+_BY_FIGURE = {limit.figure: limit for limit in LIMITS}
+PREFERENCES = ("quality", "latency", "memory", "disk", "index", "throughput")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One limit and what a candidate has."""
+
+    limit: Limit
+    bound: float
+    value: float | None
+
+    @property
+    def line(self) -> tuple[str, str, str]:
+        """The option with its bound, the figure, and what it is."""
+        sign = "≥" if self.limit.least else "≤"
+        found = "not measured" if self.value is None else self.limit.shown(self.value)
+        return (
+            f"{self.limit.option} {sign} {self.limit.shown(self.bound)}",
+            found,
+            self.limit.what,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was found.
+
+    Attributes:
+        candidate: the best, ``None`` if nothing meets all limits.
+        kept: each limit and the candidate's figure.
+        preferred: what it is best by.
+        fitting: how many meet all limits.
+        of: how many there are.
+        missed: where nothing fits, a sentence for each limit that is in the way.
+    """
+
+    candidate: Candidate | None
+    kept: tuple[Kept, ...] = ()
+    preferred: str = "quality"
+    fitting: int = 0
+    of: int = 0
+    missed: tuple[str, ...] = ()
+
+
+def choose(
+    reports: Sequence[Report],
+    bounds: Mapping[str, float],
+    *,
+    tasks: Sequence[str] | None = None,
+    prefer: str | None = None,
+) -> Choice:
+    """Return the best configuration under limits.
+
+    Args:
+        reports: of one machine.
+        bounds: by the figure of :data:`LIMITS`: bytes, milliseconds, texts a second, share of quality.
+        tasks: what it has to serve; ``None``: all of the reports.
+        prefer: one of :data:`PREFERENCES`; ``None``: quality, or latency where quality has a limit.
+
+    Raises:
+        BenchArgumentError: no limit, an unknown task, or one that no report measured.
+    """
+    if not bounds:
+        raise BenchArgumentError(
+            f"choose needs a limit; expected one of {', '.join(limit.option for limit in LIMITS)}"
+        )
+    found = list(_candidates(reports, tasks))
+    limits = [(limit, bounds[limit.figure]) for limit in LIMITS if limit.figure in bounds]
+    preferred = prefer or ("latency" if "quality" in bounds else "quality")
+    fitting = [c for c in found if all(_meets(limit, bound, c) for limit, bound in limits)]
+    if not fitting:
+        return Choice(candidate=None, of=len(found), missed=tuple(_missed(found, limits)))
+    best = min(fitting, key=lambda c: _rank(c, preferred))
+    kept = tuple(
+        Kept(limit=limit, bound=bound, value=limit.cautious(best)) for limit, bound in limits
+    )
+    return Choice(
+        candidate=best, kept=kept, preferred=preferred, fitting=len(fitting), of=len(found)
+    )
+
+
+def _candidates(reports: Sequence[Report], tasks: Sequence[str] | None) -> Iterator[Candidate]:
+    found = configurations(reports)
+    known = list(dict.fromkeys(c.task for c in found))
+    unknown = [task for task in tasks or () if task not in known]
+    if unknown:
+        raise BenchArgumentError(
+            f"--task {' '.join(unknown)}: not in the report, which has {', '.join(known) or 'none'}"
+        )
+    wanted = known if tasks is None else list(dict.fromkeys(tasks))
+    groups: dict[tuple[str, str, int, str], list[Configuration]] = {}
+    for c in found:
+        if c.task in wanted:
+            groups.setdefault((c.bundle, c.precision, c.dim, c.output_format), []).append(c)
+    for parts in groups.values():
+        if len(parts) == len(wanted):
+            yield _together(parts, everything=len(wanted) > 1)
+
+
+def _together(parts: Sequence[Configuration], everything: bool) -> Candidate:
+    """Return one candidate of the configurations of each task."""
+    first = parts[0]
+    of_all = "all_tasks_" if everything else ""
+    return Candidate(
+        bundle=first.bundle,
+        tasks=tuple(part.task for part in parts),
+        precision=first.precision,
+        dim=first.dim,
+        output_format=first.output_format,
+        share=_worst(parts, "share", min),
+        quality=_worst(parts, "share_low", min),
+        latency=_worst(parts, "latency_p95_ms", max),
+        throughput=_worst(parts, "texts_per_s", min),
+        start=_worst(parts, "cold_start_ms", max),
+        memory=_worst(parts, f"{of_all}memory_bytes", max),
+        disk=_worst(parts, f"{of_all}disk_bytes", max),
+        index=_worst(parts, "index_bytes", max),
+    )
+
+
+def _worst(
+    parts: Sequence[Configuration], figure: str, worst: Callable[[list[Any]], Any]
+) -> float | None:
+    values = [getattr(part, figure) for part in parts]
+    return None if None in values else float(worst(values))
+
+
+def _meets(limit: Limit, bound: float, candidate: Candidate) -> bool:
+    excess = limit.excess(candidate, bound)
+    return excess is not None and excess <= 0
+
+
+def _rank(candidate: Candidate, preferred: str) -> list[float]:
+    """Return what is compared in order, less is better; what was not measured comes last."""
+    order = [preferred, *(name for name in PREFERENCES if name != preferred)]
+    return [_badness(candidate, name) for name in order]
+
+
+def _badness(candidate: Candidate, figure: str) -> float:
+    value: float | None = getattr(candidate, figure)
+    if value is None:
+        return float("inf")
+    return -value if _BY_FIGURE[figure].least else value
+
+
+def _missed(found: Sequence[Candidate], limits: Sequence[tuple[Limit, float]]) -> Iterator[str]:
+    """Yield why nothing fits: limits that nothing meets; if there are none, what each costs beside the others."""
+    alone = [
+        (limit, bound)
+        for limit, bound in limits
+        if not any(_meets(limit, bound, candidate) for candidate in found)
+    ]
+    for limit, bound in alone:
+        yield f"nothing meets {_shown(limit, bound)}: {_nearest(limit, bound, found)}"
+    if alone:
+        return
+    for limit, bound in limits:
+        others = [(other, its) for other, its in limits if other is not limit]
+        rest = [c for c in found if all(_meets(other, its, c) for other, its in others)]
+        if rest:
+            yield (
+                f"with the other limits kept nothing meets {_shown(limit, bound)}: "
+                f"{_nearest(limit, bound, rest)}"
+            )
+        else:
+            yield f"without {_shown(limit, bound)} the other limits exclude each other too"
+
+
+def _shown(limit: Limit, bound: float) -> str:
+    return f"{limit.option} {limit.shown(bound)}"
+
+
+def _nearest(limit: Limit, bound: float, candidates: Sequence[Candidate]) -> str:
+    """Return the nearest configuration and by how much it misses a limit."""
+    measured = [c for c in candidates if limit.cautious(c) is not None]
+    if not measured:
+        return f"{limit.what} was not measured; {_HOW.get(limit.figure, _FULL_RUN)}"
+    nearest = min(measured, key=lambda c: limit.excess(c, bound) or 0.0)
+    value = limit.cautious(nearest)
+    assert value is not None
+    missing = limit.shown(abs(value - bound))
+    words = "less" if limit.least else "more"
+    reason = f", of that {(limit.margin - 1) * 100:.0f} % margin" if limit.margin > 1 else ""
+    return (
+        f"the nearest is {nearest.name} of {nearest.bundle} with {limit.shown(value)}{reason}, "
+        f"{missing} {words} than that"
+    )
+
+
+_FULL_RUN = "run `embedge bench` without --shapes and --target"
+_HOW = {"quality": "run `embedge bench` with --eval TASK=PATH for every task"}

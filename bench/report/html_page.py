@@ -1,0 +1,56 @@
+"""The report as one HTML file: no network, and every figure in the JSON that it holds.
+
+page/page.html   the frame; its script makes the tables and the chart from the JSON
+page/style.css   light and dark, wide and narrow
+page/script.js   filters, limits, sorting, chart
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from embedge.bench.report.configurations import configurations
+from embedge.bench.report.report import Report
+
+__all__ = ["html_page", "page_data"]
+
+_FOLDER = Path(__file__).with_name("page")
+# What could end the element that holds the JSON, or begin another in it.
+_ESCAPES = {
+    "<": "\\u003c",
+    ">": "\\u003e",
+    "&": "\\u0026",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
+
+
+def page_data(reports: Sequence[Report]) -> dict[str, Any]:
+    """Return what the page holds: ``reports``, and ``configurations`` of all of them."""
+    return {
+        "reports": [report.to_dict() for report in reports],
+        "configurations": [found.to_dict() for found in configurations(reports)],
+    }
+
+
+def html_page(reports: Sequence[Report]) -> str:
+    """Return the page of some reports, UTF-8 HTML without a reference to another file."""
+    names = ", ".join(report.bundle for report in reports)
+    data = json.dumps(page_data(reports), ensure_ascii=False, separators=(",", ":"))
+    for character, escape in _ESCAPES.items():
+        data = data.replace(character, escape)
+    return Template(_part("page.html")).substitute(
+        title=html.escape(f"{names}: what each configuration costs and keeps"),
+        style=_part("style.css"),
+        script=_part("script.js"),
+        data=data,
+    )
+
+
+def _part(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
