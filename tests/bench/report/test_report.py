@@ -90,7 +90,12 @@ def test_files_for_tools_people_and_eyes_are_written(report: Report, tmp_path: P
         report, tmp_path / "new" / "folder", [c.line() for c in check_targets(report, [5])]
     )
 
-    assert [file.name for file in files] == ["report.json", "report.md", "report.png", "report.html"]
+    assert [file.name for file in files] == [
+        "report.json",
+        "report.md",
+        "report.png",
+        "report.html",
+    ]
     assert Report.from_dict(json.loads(files[0].read_text())) == report
     assert "only a part was measured" in files[1].read_text()
     assert "- pass  target 5  int8, all tasks" in files[1].read_text()
