@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _OF_EXPORT = frozenset({"AdapterError", "CheckpointError", "ExportError", "export_bundle"})
-_PARTS = frozenset({"bench", "export", "quant", "runtime"})
+_PARTS = frozenset({"bench", "export", "integrations", "quant", "runtime"})
 
 
 if not TYPE_CHECKING:  # type checkers would take any name
