@@ -8,6 +8,7 @@
 # make test-as-avx2     all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
 # make test-on PYTHON=python3.12    the tests that need no torch, on another Python
 # make test-transformers5    families, sources, adapters and the bench with transformers 5; all with TRANSFORMERS5_TESTS=
+# make test-integrations   LangChain, LlamaIndex, Haystack, Chroma and the guide's vector databases, the real packages
 # make native-warnings  compiles the C with every warning an error, and compares its format: gcc, clang, and for
 #                       Windows and macOS mingw-w64 and `pip install ziglang`, where they are installed
 # make test-as-windows   the kernels under Wine: vectors of demo-bundle to the bit (tests/processors/windows.py)
@@ -26,7 +27,7 @@ PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reord
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test quick docs check lint types install clean test-on test-transformers5 native-warnings sanitize \
+.PHONY: demo test quick docs check lint types install clean test-on test-transformers5 test-integrations native-warnings sanitize \
   test-as-windows test-as-aarch64
 
 demo: $(STAMP)
@@ -59,13 +60,30 @@ TRANSFORMERS5_TESTS := tests/export/families tests/export/source tests/export/ad
 test-transformers5: $(TRANSFORMERS5)/.installed
 	$(TRANSFORMERS5)/bin/python $(PYTEST) $(TRANSFORMERS5_TESTS)
 
-$(TRANSFORMERS5)/.installed: $(STAMP)
-	$(BIN)/python -m venv $(TRANSFORMERS5)
+# A virtual environment that sees the packages of $(VENV) behind its own.
+define environment
+	$(BIN)/python -m venv $(1)
 	packages=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 	  echo "import site; site.addsitedir('$$packages')" > \
-	  $$($(TRANSFORMERS5)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	  $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+endef
+
+$(TRANSFORMERS5)/.installed: $(STAMP)
+	$(call environment,$(TRANSFORMERS5))
 	$(TRANSFORMERS5)/bin/python -m pip install --quiet "transformers>=5.24,<6" "sentence-transformers>=6.2,<7" \
 	  "huggingface-hub>=1.31,<2"
+	touch $@
+
+INTEGRATIONS := build/integrations
+INTEGRATIONS_TESTS := tests/integrations "tests/test_document_code.py::test_code_runs[docs/guides/frameworks.md]" \
+  "tests/test_document_code.py::test_code_runs[docs/guides/vector-databases.md]"
+
+test-integrations: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python $(PYTEST) $(INTEGRATIONS_TESTS)
+
+$(INTEGRATIONS)/.installed: $(STAMP) tests/integrations/requirements.txt
+	$(call environment,$(INTEGRATIONS))
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --requirement tests/integrations/requirements.txt
 	touch $@
 
 build/cpuid_mask.so: tests/processors/cpuid_mask.c

@@ -11,6 +11,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face package is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ANONYMIZED_TELEMETRY"] = "False"  # Chroma's
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 ROOT = Path(__file__).resolve().parents[1]
 

