@@ -159,5 +159,6 @@ class TestRefusals:
             function(bundle, task="sorting")
         with pytest.raises(EmbedgeValueError, match="truncate_dim is 5"):
             function(bundle, truncate_dim=5)
+        embed: Any = function(bundle)
         with pytest.raises(EmbedgeValueError, match=r"inputs\[0\]"):
-            function(bundle)([np.zeros((2, 2), np.uint8)])  # type: ignore[list-item]
+            embed([np.zeros((2, 2), np.uint8)])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from embedge.runtime import EmbedgeValueError, EmbedgeWarning, FingerprintError
-from embedge.runtime.encode import fingerprint
+from embedge.runtime.encode.fingerprint import fingerprint_of
+from embedge.runtime.kernels.numerics import CLASSES
 from tests.integrations.conftest import DOCUMENTS, Expected, near
 from tests.runtime.conftest import TinyBundle
 
@@ -162,15 +163,16 @@ class TestRefusals:
                 make(bundle.path, **CODE, truncate_dim=5)
 
     def test_what_is_no_document_is_named(self, bundle: TinyBundle) -> None:
-        embedder = EmbedgeDocumentEmbedder(bundle.path, **CODE)
-        with pytest.raises(TypeError, match="found str; |found str$"):
-            embedder.run("w1")  # type: ignore[arg-type]
+        embedder: Any = EmbedgeDocumentEmbedder(bundle.path, **CODE)
+        with pytest.raises(TypeError, match="found str$"):
+            embedder.run("w1")
         with pytest.raises(TypeError, match="found str at index 1"):
-            embedder.run([Document(content="w1"), "w2"])  # type: ignore[list-item]
+            embedder.run([Document(content="w1"), "w2"])
         with pytest.raises(EmbedgeValueError, match="document picture: expected content"):
             embedder.run([Document(id="picture")])
+        queries: Any = EmbedgeTextEmbedder(bundle.path, **CODE)
         with pytest.raises(EmbedgeValueError, match="expected a string, found list"):
-            EmbedgeTextEmbedder(bundle.path, **CODE).run(["w1"])  # type: ignore[arg-type]
+            queries.run(["w1"])
 
     def test_documents_of_another_task_do_not_get_through(
         self, bundle: TinyBundle, store: InMemoryDocumentStore
@@ -189,8 +191,8 @@ class TestRefusals:
     def test_another_machines_arithmetic_is_warned_of_once(self, bundle: TinyBundle) -> None:
         checker = EmbedgeFingerprintChecker(bundle.path, **CODE)
         parts = checker.embedder.fingerprint_parts(task="code", role="document")
-        [other, *_] = [name for name in fingerprint.CLASSES if name != parts["numerics"]]
-        stored = fingerprint.fingerprint_of(parts | {"numerics": other})
+        [other, *_] = [name for name in CLASSES if name != parts["numerics"]]
+        stored = fingerprint_of(parts | {"numerics": other})
         given = [Document(content=text, meta={"embedge_fingerprint": stored}) for text in DOCUMENTS]
         with pytest.warns(EmbedgeWarning, match="numerics") as warned:
             assert checker.run(given)["documents"] == given

@@ -25,7 +25,7 @@ from embedge.runtime import (
     EmbedgeWarning,
     FingerprintError,
 )
-from embedge.runtime.encode import fingerprint
+from embedge.runtime.kernels.numerics import CLASSES
 from tests.helpers.documents import ROOT, read
 from tests.integrations.conftest import DOCUMENTS, Expected, near
 from tests.runtime.conftest import TinyBundle, bundles_in
@@ -200,7 +200,7 @@ class TestFingerprints:
     def test_another_machines_arithmetic_alone_is_a_warning(self, bundle: TinyBundle) -> None:
         one = encoder(bundle)
         parts = one.embedder.fingerprint_parts(task="code", role="document")
-        [other, *_] = [name for name in fingerprint.CLASSES if name != parts["numerics"]]
+        [other, *_] = [name for name in CLASSES if name != parts["numerics"]]
         with pytest.warns(EmbedgeWarning, match=f'numerics: "{other}" stored'):
             one.check_fingerprint(parts | {"numerics": other})
         with pytest.raises(FingerprintError):
