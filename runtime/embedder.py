@@ -436,6 +436,7 @@ class Embedder(BaseEmbedder):
         truncate_dim: int | None = ...,
         normalize_embeddings: bool = ...,
         multi_vector: Literal[False] = ...,
+        one_thread: bool = ...,
     ) -> Vectors: ...
 
     @overload
@@ -447,6 +448,7 @@ class Embedder(BaseEmbedder):
         truncate_dim: int | None = ...,
         normalize_embeddings: bool = ...,
         multi_vector: bool,
+        one_thread: bool = ...,
     ) -> Vectors | list[Vectors]: ...
 
     def encode_tokens(
@@ -457,6 +459,7 @@ class Embedder(BaseEmbedder):
         truncate_dim: int | None = None,
         normalize_embeddings: bool = False,
         multi_vector: bool = False,
+        one_thread: bool = False,
     ) -> Vectors | list[Vectors]:
         """Vectors of what :meth:`tokenize` gave: those of :meth:`encode`, but for the last bit.
 
@@ -468,6 +471,8 @@ class Embedder(BaseEmbedder):
             truncate_dim: as for :meth:`encode`.
             normalize_embeddings: as for :meth:`encode`.
             multi_vector: as for :meth:`encode`.
+            one_thread: take one thread, so that as many calls as :meth:`calls_at_once` says share the cores. It
+                changes nothing where that is 1.
 
         Returns:
             float32 ``[texts, dim]``, or with ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``.
@@ -484,11 +489,23 @@ class Embedder(BaseEmbedder):
             truncate_dim=truncate_dim,
             normalize_embeddings=normalize_embeddings,
             multi_vector=multi_vector,
+            one_thread=one_thread,
         )
         results = no_results(request, len(tokens))
         sequences = [(index, text) for index, text in enumerate(tokens) if len(text)]
         collect(self._runner.run(sequences, request), results, shown=False)
         return results
+
+    def calls_at_once(self, task: str | None = None) -> int:
+        """How many calls of :meth:`encode_tokens` with ``one_thread`` keep the cores busy; 1: a call takes them all.
+
+        Args:
+            task: as for :meth:`encode`.
+
+        Raises:
+            EmbedgeValueError: for a task that the bundle does not have.
+        """
+        return self._graphs.concurrency(self._chosen_task(task))
 
     def fingerprint(self, **options: Unpack[FingerprintOptions]) -> str:
         """Of which kind the vectors of a call are, as a short string to store beside them.

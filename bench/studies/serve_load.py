@@ -56,7 +56,10 @@ class Load:
         bulk_rate: texts a second of one ``encode``, the median of the rounds.
         server_rate: texts a second of the clients.
         ratio: of the second to the first.
+        bulk_cpu_ms, server_cpu_ms, client_cpu_ms: a text's time on the cores, in threads' milliseconds, of one
+            ``encode``, of the server, and of the clients. They hold where other processes are on the cores, too.
         client_share: of all cores' time that the clients took in the rounds of the server.
+        batch_texts: of a batch of the server, the mean.
         half_median, half_p95: seconds of an answer at half load.
         mixed_requests: that were answered in the mixed part.
         minute_mb, later_mb: resident memory at the end of the first minute of it, and the most later.
@@ -71,7 +74,11 @@ class Load:
     bulk_rate: float = 0.0
     server_rate: float = 0.0
     ratio: float = 0.0
+    bulk_cpu_ms: float = 0.0
+    server_cpu_ms: float = 0.0
+    client_cpu_ms: float = 0.0
     client_share: float = 0.0
+    batch_texts: float = 0.0
     half_median: float = 0.0
     half_p95: float = 0.0
     mixed_requests: int = 0
@@ -156,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{load.clients} clients: {load.server_rate:.0f} texts/s, one encode {load.bulk_rate:.0f}: "
         f"{load.ratio:.2f} (the clients took {load.client_share:.0%} of the cores)\n"
+        f"on the cores a text takes {load.bulk_cpu_ms:.2f} ms in one encode, {load.server_cpu_ms:.2f} ms in the "
+        f"server, in batches of {load.batch_texts:.0f}, and {load.client_cpu_ms:.2f} ms in the client\n"
         f"half load: median {load.half_median * 1e3:.1f} ms, p95 {load.half_p95 * 1e3:.1f} ms: "
         f"{load.half_p95 / load.half_median:.2f} times\n"
         f"mixed: {load.mixed_requests} requests, {load.minute_mb:.0f} MB after the first minute, at most "
@@ -255,7 +264,8 @@ async def _throughput(
     task = model.tasks[0]
     bodies = [_body(task, [text]) for text in texts]
     answers: list[_Answer | None] = [None] * len(bodies)
-    bulk, served, shares = [], [], []
+    bulk, served = [], []
+    on_cores: list[tuple[float, float, float]] = []
     async with _connected(port, load.clients) as connections:
 
         async def client(connection: _Connection, numbers: Iterator[int]) -> None:
@@ -263,16 +273,18 @@ async def _throughput(
                 answers[number] = await connection.ask(bodies[number])
 
         for _ in range(rounds + 1):
-            start = time.perf_counter()
+            start, own = time.perf_counter(), time.process_time()
             _encoded(model, texts, task)
             bulk.append(time.perf_counter() - start)
+            of_bulk = time.process_time() - own
+            of_server, batches = _seconds_on_cores(process), await _batches(port)
             start, own = time.perf_counter(), time.process_time()
             numbers = iter(range(len(bodies)))
             await asyncio.gather(*(client(one, numbers) for one in connections))
             served.append(time.perf_counter() - start)
-            shares.append(
-                (time.process_time() - own) / served[-1] / len(os.sched_getaffinity(process.pid))
-            )
+            of_clients = time.process_time() - own
+            on_cores.append((of_bulk, _seconds_on_cores(process) - of_server, of_clients))
+            batches = await _batches(port) - batches
             for answer, vector in zip(answers, expected, strict=True):
                 assert answer is not None
                 _compare(load, answer, vector[None])
@@ -280,7 +292,26 @@ async def _throughput(
     load.bulk_rate = len(texts) / float(np.median(bulk[1:]))
     load.server_rate = len(texts) / float(np.median(served[1:]))
     load.ratio = load.server_rate / load.bulk_rate
-    load.client_share = float(np.median(shares[1:]))
+    milliseconds = np.median(on_cores[1:], axis=0) / len(texts) * 1e3
+    load.bulk_cpu_ms, load.server_cpu_ms, load.client_cpu_ms = map(float, milliseconds)
+    cores = len(os.sched_getaffinity(process.pid))
+    load.client_share = load.client_cpu_ms * load.server_rate / 1e3 / cores
+    load.batch_texts = len(texts) / batches
+
+
+def _seconds_on_cores(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def _batches(port: int) -> int:
+    """How many the server has run."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    [line] = (line for line in text.splitlines() if line.startswith("embedge_batch_tokens_count"))
+    return int(float(line.split()[-1]))
 
 
 async def _half_load(

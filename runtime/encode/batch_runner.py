@@ -70,7 +70,7 @@ class BatchRunner:
             [len(sequence) for _, sequence in items],
             batch_size=request.options.batch_size,
             max_batch_tokens=request.options.max_batch_tokens or graphs.settings(task).batch_tokens,
-            concurrency=graphs.concurrency(task),
+            concurrency=1 if request.options.one_thread else graphs.concurrency(task),
             max_padding=MAX_PADDING_TOKENS[graphs.device],
         )
         largest = len(items[batches[0][0]][1]) * len(batches[0])
@@ -80,7 +80,9 @@ class BatchRunner:
 
         with (
             graphs.use(task) as workers,
-            closing(workers.run(batches, work, tokens=largest)) as results,
+            closing(
+                workers.run(batches, work, tokens=largest, one_thread=request.options.one_thread)
+            ) as results,
         ):
             for batch, vectors in results:
                 for i, vector in zip(batch, vectors, strict=True):

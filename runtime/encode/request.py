@@ -18,7 +18,8 @@ ON_TRUNCATE = ("ignore", "warn", "error")
 class CallOptions:
     """The options of ``Embedder.encode``, which states what each means, with their defaults.
 
-    ``role`` is "query" from ``encode_query``, "document" from ``encode_document``.
+    ``role`` is "query" from ``encode_query``, "document" from ``encode_document``. ``one_thread`` is of
+    ``encode_tokens``.
 
     Raises:
         EmbedgeValueError: for one that cannot be used whatever the bundle is.
@@ -34,6 +35,7 @@ class CallOptions:
     on_truncate: str = "warn"
     multi_vector: bool = False
     role: str | None = None
+    one_thread: bool = False
 
     def __post_init__(self) -> None:
         check_positive("batch_size", self.batch_size)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from starlette.applications import Starlette
@@ -249,15 +250,16 @@ class Service:
         Raises:
             ClientDisconnect: it did.
         """
-        work = asyncio.ensure_future(answer)
-        gone = asyncio.ensure_future(_disconnected(request))
+        task = asyncio.current_task()
+        assert task is not None
+        gone = asyncio.ensure_future(_cancelled_when_gone(task, request))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientDisconnect
-            return work.result()
+            return await answer
+        except asyncio.CancelledError:
+            if gone.done() and not gone.cancelled() and task.uncancel() == 0:
+                raise ClientDisconnect from None
+            raise
         finally:
-            work.cancel()
             gone.cancel()
 
     def _too_large(self) -> ApiError:
@@ -285,10 +287,11 @@ class _Posted:
         await self._serve(Request(scope, receive), send)
 
 
-async def _disconnected(request: Request) -> None:
-    """Returns when the client went away."""
+async def _cancelled_when_gone(task: asyncio.Task[Any], request: Request) -> None:
+    """Cancels the work on a request when its client went away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
 
 
 def _response(error: ApiError) -> Response:

@@ -6,6 +6,7 @@ requests to a server there as to its own. They carry that name in the header Hos
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 
 from embedge.runtime.server.errors import ApiError, shown
@@ -13,6 +14,7 @@ from embedge.runtime.server.errors import ApiError, shown
 __all__ = ["check_local", "is_loopback"]
 
 
+@functools.lru_cache(256)  # each request has one, and most the same
 def is_loopback(host: str) -> bool:
     """Whether no other machine reaches a host's address."""
     try:

@@ -60,6 +60,7 @@ class Metrics:
             buckets=_REQUESTS,
             registry=registry,
         )
+        self._answered: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._gone = Counter(
             "embedge_clients_gone", "Requests whose client went away.", registry=registry
         )
@@ -74,8 +75,12 @@ class Metrics:
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Counts a request; ``path`` is the route's."""
-        self._requests.labels(path, status).inc()
-        self._request_seconds.labels(path).observe(seconds)
+        if (path, status) not in self._answered:
+            of_path = self._request_seconds.labels(path)
+            self._answered[path, status] = self._requests.labels(path, status), of_path
+        requests, request_seconds = self._answered[path, status]
+        requests.inc()
+        request_seconds.observe(seconds)
 
     def ran(self, batch: Batch) -> None:
         """Counts a batch."""

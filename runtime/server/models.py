@@ -87,6 +87,9 @@ class ServedModel:
         self.fingerprints: dict[tuple[Any, ...], str] = {}
         self.checked: set[Any] = set()  # of requests' forms, those that were found right
         self.around = _around(self.embedder)
+        self.calls_at_once = {
+            task: self.embedder.calls_at_once(task) for task in self.embedder.tasks
+        }
 
     def ids(self, task: str | None, precision: bool) -> str:
         """What ``model`` calls it in a request."""
@@ -115,7 +118,10 @@ class ServedModel:
             [short] = embedder.tokenize("warm", task=task, prompt="")
             [long] = embedder.tokenize("warm " * _LONG, task=task, prompt="")
             for tokens in ([short], [long], [short] * _SEVERAL):  # each may run on another session
-                embedder.encode_tokens(tokens, task=task, multi_vector=late)
+                for one_thread in (False, True):
+                    embedder.encode_tokens(
+                        tokens, task=task, multi_vector=late, one_thread=one_thread
+                    )
             embedder.fingerprint(task=task, multi_vector=late)
         if "image" in embedder.modalities:
             self._warm_up_images()

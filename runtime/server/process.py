@@ -83,6 +83,7 @@ def run(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here depends on a client's address
         ws="none",
         lifespan="on",
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,

@@ -1,5 +1,7 @@
 """HTTP as uvicorn speaks it, with bounds of what a client may send without saying anything, and leave unread.
 
+The head and the body of an answer, which uvicorn writes apart, go out together: one system call, one packet.
+
 uvicorn bounds neither the bytes of a request's head (its line, its headers, what stands between parts of a body) nor
 the time that it takes, and waits for ever for a client that does not read its answer.
 """
@@ -7,6 +9,7 @@ the time that it takes, and waits for ever for a client that does not read its a
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -14,6 +17,7 @@ __all__ = ["BoundedProtocol"]
 
 _HEAD_BYTES = 64 << 10
 _SECONDS = 30.0  # for a head, from its first byte or a connection's begin; for a client to take what is sent
+_JOINED_BYTES = 16 << 10  # more are no faster together, and would be out of the transport's sight
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -26,7 +30,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Joined(transport, self.loop)))
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -84,3 +88,43 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._unread_timer is not None:
             self._unread_timer.cancel()
             self._unread_timer = None
+
+
+class _Joined:
+    """A transport whose small writes of one turn of the loop go out together.
+
+    Args:
+        transport: has all else.
+        loop: of the connection.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if len(data) > _JOINED_BYTES:
+            self._parts.append(data)
+            self._flush()
+            return
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._parts.clear()
+        self._transport.abort()
+
+    def _flush(self) -> None:
+        if self._parts:
+            data = b"".join(self._parts)
+            self._parts.clear()
+            self._transport.write(data)

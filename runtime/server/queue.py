@@ -1,8 +1,12 @@
-"""What waits to be embedded: inputs of all requests, joined into batches by tokens, run one batch after the other.
+"""What waits to be embedded: inputs of all requests, joined into batches by tokens, run as the cores come free.
 
 Rules:
     * A batch is of one model, task and form of vectors, whatever its requests' prompts: they are among the tokens.
-    * Nothing waits for company. What came while a batch ran is the next batch.
+    * Nothing waits for company. What came while the cores were taken is the next batch.
+    * Where a model's batches run at the same time, each core takes one of its own: while one runs, what came of the
+      other is answered. Elsewhere a batch takes all cores. An input that is alone does so, too, where requests have
+      come one at a time.
+    * Before a batch that others run beside, the loop reads the requests that have come already.
     * A batch holds about as many tokens as the model takes ``_RUN_SECONDS`` for, as measured of texts and of images.
       Each request has the same share of it, so that a text does not wait for another request's thousands; what is left
       goes by age. Kinds of batches take turns.
@@ -16,11 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from embedge.runtime.encode.vectors import Vectors
@@ -34,6 +40,9 @@ _FEWEST_TOKENS, _MOST_TOKENS = 512, 16384  # of a batch; a single input may have
 _FIRST_TOKENS = 2048  # of a batch before anything was measured
 _NEWEST = 0.2  # weight of the last run in the rate
 _LONGEST_RETRY = 60
+_NEWEST_REQUEST = 0.05  # weight of the last request in how many find company
+_SELDOM = 0.1
+_TURNS = 3  # of the loop, from a request's bytes to its inputs here
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,24 @@ class Kind:
     normalize: bool = False
     multi_vector: bool = False
 
-    def run(self, items: Sequence[Any]) -> Sequence[Vectors]:
-        """The vectors of some inputs: float32 ``[dim]`` each, or ``[tokens, dim]``."""
+    @property
+    def at_once(self) -> int:
+        """Batches that run at the same time; 1: each takes all cores."""
+        return 1 if self.images else self.model.calls_at_once[self.task]
+
+    def run(self, items: Sequence[Any], one_thread: bool = False) -> Sequence[Vectors]:
+        """The vectors of some inputs: float32 ``[dim]`` each, or ``[tokens, dim]``.
+
+        Args:
+            items: ``TokenIds``, or the bytes of images' files.
+            one_thread: on one core.
+        """
         embedder = self.model.embedder
-        encode: Callable[..., Any] = embedder.encode if self.images else embedder.encode_tokens
+        encode: Callable[..., Any] = (
+            embedder.encode
+            if self.images
+            else partial(embedder.encode_tokens, one_thread=one_thread)
+        )
         vectors: Sequence[Vectors] = encode(
             items,
             task=self.task,
@@ -132,6 +155,10 @@ class _Job:
         self.results: list[Any] = [None] * len(items)
         self.done: asyncio.Future[list[Vectors]] = asyncio.get_running_loop().create_future()
 
+    @property
+    def left_to_take(self) -> int:
+        return len(self.items) - self.taken
+
     def take(self, tokens: int) -> range:
         """The next inputs, of at most so many tokens; one at least."""
         start, stop, total = self.taken, self.taken + 1, self.costs[self.taken]
@@ -156,8 +183,16 @@ class _Job:
 Part = tuple[_Job, range]
 
 
+@dataclass(eq=False, frozen=True)
+class _Run:
+    """A batch that runs: of which kind, and whether on all cores."""
+
+    kind: Kind
+    all_cores: bool
+
+
 class Queue:
-    """Runs what is submitted, in a thread of its own, until it is closed.
+    """Runs what is submitted, in threads of its own, until it is closed.
 
     Args:
         most_tokens: that wait or run at once.
@@ -170,9 +205,12 @@ class Queue:
         self._most_tokens = most_tokens
         self._report = report
         self._waiting: OrderedDict[Kind, deque[_Job]] = OrderedDict()
-        self._running: Kind | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedge-run")
+        self._running: dict[_Run, asyncio.Task[None]] = {}
+        self._ended = asyncio.Event()
+        self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="embedge-run")
         self._loop: asyncio.Task[None] | None = None
+        self._submitted = 0
+        self._company = 0.0  # how often a request finds another one, lately
         self.tokens = 0
 
     async def submit(self, *parts: Inputs) -> list[list[Vectors]]:
@@ -188,6 +226,8 @@ class Queue:
         total = sum(sum(part.costs) for part in parts)
         self._check_room(parts[0].kind.model, total)
         jobs = [_Job(part) for part in parts]
+        self._submitted += 1
+        self._company += _NEWEST_REQUEST * (bool(self.tokens) - self._company)
         self.tokens += total
         for job in jobs:
             self._waiting.setdefault(job.kind, deque()).append(job)
@@ -217,15 +257,16 @@ class Queue:
     def seconds(self, model: ServedModel) -> int:
         """About how long what waits will take, from 1 to 60."""
         rate = min(model.rates.values(), default=_FIRST_TOKENS / _RUN_SECONDS)
+        rate *= max(model.calls_at_once.values())
         return min(_LONGEST_RETRY, max(1, math.ceil(self.tokens / rate)))
 
     def holds(self, model: ServedModel) -> bool:
         """Whether inputs of a model wait or run."""
-        running = self._running is not None and self._running.model is model
-        return running or any(kind.model is model for kind in self._waiting)
+        kinds = [*self._waiting, *(run.kind for run in self._running)]
+        return any(kind.model is model for kind in kinds)
 
     async def close(self) -> None:
-        """Gives up what waits, and ends the thread when its batch has ended."""
+        """Gives up what waits, and ends the threads when their batches have ended."""
         for jobs in self._waiting.values():
             for job in jobs:
                 stopping = ApiError(503, "the server is stopping", kind="server_error")
@@ -233,7 +274,9 @@ class Queue:
         self._waiting.clear()
         if self._loop is not None:
             await self._loop
-        self._thread.shutdown()
+        if self._running:
+            await asyncio.wait(self._running.values())
+        self._threads.shutdown()
 
     def _forget(self, job: _Job) -> None:
         """Takes a job out that was given up, or is done."""
@@ -246,27 +289,62 @@ class Queue:
                 del self._waiting[job.kind]
 
     async def _run(self) -> None:
-        """Runs batches until nothing waits."""
+        """Starts batches until nothing waits."""
         while self._waiting:
-            kind, parts = self._next()
-            tokens = _tokens(parts)
-            self._running = kind
-            try:
-                await self._run_batch(kind, parts)
-            finally:
-                self._running = None
-                self.tokens -= tokens
+            if not self._free():
+                self._ended.clear()
+                await self._ended.wait()
+                continue
+            if self._running:
+                await self._arrivals()
+            if self._waiting and (free := self._free()):
+                self._start(free)
 
-    async def _run_batch(self, kind: Kind, parts: list[Part]) -> None:
+    def _free(self) -> int:
+        """How many batches of the kind whose turn it is can start now."""
+        kind = next(iter(self._waiting))
+        if any(run.all_cores for run in self._running):
+            return 0
+        if kind.at_once == 1:
+            return int(not self._running)
+        return max(0, kind.at_once - len(self._running))
+
+    async def _arrivals(self) -> None:
+        """Lets the loop read requests until no more come."""
+        before = -1
+        while self._submitted != before:
+            before = self._submitted
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
+
+    def _start(self, free: int) -> None:
+        """Starts a batch, one of as many as can start."""
+        [kind, jobs] = next(iter(self._waiting.items()))
+        is_alone = len(jobs) == 1 and jobs[0].left_to_take == 1 and not self._running
+        all_cores = kind.at_once == 1 or (is_alone and self._company < _SELDOM)
+        run = _Run(kind, all_cores)
+        parts = self._next(kind, 1 if all_cores else free)
+        self._running[run] = asyncio.ensure_future(self._run_one(run, parts))
+
+    async def _run_one(self, run: _Run, parts: list[Part]) -> None:
+        try:
+            await self._run_batch(run, parts)
+        finally:
+            del self._running[run]
+            self._ended.set()
+            self.tokens -= _tokens(parts)
+
+    async def _run_batch(self, run: _Run, parts: list[Part]) -> None:
+        kind = run.kind
         items = [job.items[index] for job, part in parts for index in part]
         loop = asyncio.get_running_loop()
         start = time.perf_counter()
         try:
-            vectors = await loop.run_in_executor(self._thread, kind.run, items)
+            vectors = await loop.run_in_executor(self._threads, kind.run, items, not run.all_cores)
         except Exception as error:
             if len(parts) > 1:
                 for part in parts:
-                    await self._run_batch(kind, [part])
+                    await self._run_batch(run, [part])
                 return
             [(job, indices)] = parts
             job.fail(FailedItems(error, indices, kind))
@@ -280,11 +358,19 @@ class Queue:
         self._measure(batch)
         self._report(batch)
 
-    def _next(self) -> tuple[Kind, list[Part]]:
-        """The next batch, taken from the kind whose turn it is."""
-        kind, jobs = next(iter(self._waiting.items()))
+    def _next(self, kind: Kind, batches: int) -> list[Part]:
+        """The next batch of a kind, whose turn then ends.
+
+        Args:
+            kind: of what waits.
+            batches: that start now, and share what waits.
+        """
+        jobs = self._waiting[kind]
         starts: dict[_Job, int] = {}
         room = self._budget(kind)
+        if batches > 1:
+            waiting = sum(sum(job.costs[job.taken :]) for job in jobs)
+            room = min(room, -(-waiting // batches))
         share = max(1, room // len(jobs))
         for of_each in (share, room):  # the same for every request, then what is left by age
             for job in list(jobs):
@@ -299,7 +385,7 @@ class Queue:
         self._waiting.move_to_end(kind)
         if not jobs:
             del self._waiting[kind]
-        return kind, [(job, range(start, job.taken)) for job, start in starts.items()]
+        return [(job, range(start, job.taken)) for job, start in starts.items()]
 
     @staticmethod
     def _budget(kind: Kind) -> int:

@@ -4,6 +4,7 @@ Rules:
     * Where a graph is faster so, its batches run at the same time, one thread each, on a session of
       single-threaded runs. A batch that is alone takes that session where it is short.
     * Otherwise batches run one after the other, each on all threads, on a session of its own kind.
+    * A call that is to take one thread runs its batches by itself, on that session too: others run beside it.
     * Where the memory limit leaves no room for a second session, the first does its work.
 
 Which way is faster is decided elsewhere: :mod:`embedge.runtime.encode.batch_size`.
@@ -76,6 +77,7 @@ class SessionWorkers:
         work: Callable[[GraphSession, Batch], Result],
         *,
         tokens: int,
+        one_thread: bool = False,
     ) -> Generator[tuple[Batch, Result], None, None]:
         """Batches with their results, in their order as far as there are threads for them.
 
@@ -87,15 +89,16 @@ class SessionWorkers:
             batches: what to run.
             work: gives the result of a batch; called by several threads at once.
             tokens: padded tokens of the largest batch.
+            one_thread: run them by the calling thread, where batches may run at the same time.
         """
         settings, several = self._settings, len(batches) > 1
         single_thread = settings.single_thread and (
-            several or tokens <= settings.single_thread_tokens
+            one_thread or several or tokens <= settings.single_thread_tokens
         )
         session = self._graph.session(1 if single_thread else self._threads)
         if self._given:
             session = session.of_task(self._given)
-        if settings.single_thread and several and session.threads < self._threads:
+        if single_thread and several and not one_thread and session.threads < self._threads:
             yield from self._workers.run(partial(work, session), batches, most=2 * self._threads)
             return
         for batch in batches:

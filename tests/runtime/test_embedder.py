@@ -14,6 +14,7 @@ from embedge.runtime import (
     EmbedgeValueError,
     InferenceError,
 )
+from embedge.runtime.sessions.session_workers import RunSettings
 from tests.helpers.tiny_texts import TOLERANCE, ids
 
 
@@ -270,7 +271,19 @@ class TestTokens:
             model.encode("w5", prompt="", truncate_dim=4),
         ]
         np.testing.assert_allclose(vectors, expected, atol=1e-6)
+        np.testing.assert_allclose(
+            model.encode_tokens(tokens, truncate_dim=4, one_thread=True), expected, atol=1e-6
+        )
         assert model.encode_tokens([]).shape == (0, 8)
+
+    def test_how_many_calls_share_the_cores(self, two_tasks: Any) -> None:
+        model = Embedder(two_tasks.path, precision="fp32", task="code", threads=3)
+        assert model.calls_at_once() == model.calls_at_once("retrieval") == 1
+        settings = RunSettings(batch_tokens=64, single_thread=True, single_thread_tokens=0)
+        model._graphs.settings = lambda name: settings
+        assert model.calls_at_once() == 3
+        with pytest.raises(EmbedgeValueError, match="no task 'other'"):
+            model.calls_at_once("other")
 
     def test_tokens_say_whether_they_were_cut(self, two_tasks: Any) -> None:
         model = Embedder(two_tasks.path, precision="fp32", task="code")

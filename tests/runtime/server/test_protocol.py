@@ -22,10 +22,12 @@ class Wire(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.sent = b""
+        self.writes = 0
         self.ended = ""
 
     def write(self, data: bytes | bytearray | memoryview[int]) -> None:
         self.sent += bytes(data)
+        self.writes += 1
 
     def is_closing(self) -> bool:
         return bool(self.ended)
@@ -83,6 +85,42 @@ async def answered(wire: Wire, body: bytes) -> None:
             return
         await asyncio.sleep(0.001)
     raise AssertionError(wire.sent)
+
+
+def test_an_answer_goes_out_at_once() -> None:
+    async def scenario(connection: protocol.BoundedProtocol, wire: Wire) -> None:
+        for count in (1, 2):
+            connection.data_received(HEAD + b"content-length: 1\r\n\r\na")
+            await answered(wire, b"\r\n\r\n1")
+            assert wire.writes == count
+            wire.sent = b""
+
+    connected(scenario)
+
+
+def test_the_last_answer_of_a_connection_is_sent_before_its_end() -> None:
+    async def scenario(connection: protocol.BoundedProtocol, wire: Wire) -> None:
+        connection.data_received(HEAD + b"connection: close\r\ncontent-length: 1\r\n\r\na")
+        await answered(wire, b"\r\n\r\n1")
+        assert wire.ended == "closed"
+
+    connected(scenario)
+
+
+def test_large_writes_do_not_wait() -> None:
+    async def scenario() -> None:
+        wire = Wire()
+        joined = protocol._Joined(wire, asyncio.get_running_loop())
+        joined.write(b"head")
+        assert wire.sent == b""
+        joined.write(b"a" * 20_000)
+        assert wire.sent == b"head" + b"a" * 20_000  # so that the transport can say when it is full
+        joined.write(b"behind")
+        joined.abort()
+        await asyncio.sleep(0)
+        assert not wire.sent.endswith(b"behind")
+
+    asyncio.run(scenario())
 
 
 @pytest.fixture

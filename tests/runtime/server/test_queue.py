@@ -24,15 +24,25 @@ class Gate:
         self.opened = threading.Event()
         self.started = threading.Event()
         self.runs: Runs = []
+        self.one_thread: list[bool] = []
+        self.most = self._inside = 0  # batches at the same time
         self.fails: Callable[[Sequence[Any]], bool] = lambda items: False
 
-    def run(self, original: Callable[..., Any], kind: Any, items: Sequence[Any]) -> Any:
+    def run(
+        self, original: Callable[..., Any], kind: Any, items: Sequence[Any], one_thread: bool
+    ) -> Any:
         self.runs.append([int(item.ids[1]) - 4 for item in items])
+        self.one_thread.append(one_thread)
+        self._inside += 1
+        self.most = max(self.most, self._inside)
         self.started.set()
-        assert self.opened.wait(30)
-        if self.fails(items):
-            raise MemoryError("no room")
-        return original(kind, items)
+        try:
+            assert self.opened.wait(30)
+            if self.fails(items):
+                raise MemoryError("no room")
+            return original(kind, items, one_thread)
+        finally:
+            self._inside -= 1
 
 
 @pytest.fixture
@@ -41,7 +51,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
     gate = Gate()
     original = queue.Kind.run
-    monkeypatch.setattr(queue.Kind, "run", lambda kind, items: gate.run(original, kind, items))
+    monkeypatch.setattr(queue.Kind, "run", lambda *call: gate.run(original, *call))
     yield gate
     gate.opened.set()
 
@@ -110,6 +120,76 @@ def test_what_came_while_a_batch_ran_is_the_next_batch(client: Client, gate: Gat
         vectors_in(response)
     assert gate.runs == [[0], [1, 2, 3]]
     assert held(client) == 0
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches run at the same time, two of them."""
+    from embedge.runtime.server.queue import Kind
+
+    monkeypatch.setattr(Kind, "at_once", 2)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_each_core_has_a_batch_of_its_own(client: Client, gate: Gate) -> None:
+    async def scenario(http: Http) -> list[Any]:
+        waiting = [asks(http, ["w0", "w1", "w2", "w3"])]  # shared by both
+        await settled(lambda: len(gate.runs) == 2)
+        for number in (4, 5, 6):
+            waiting.append(asks(http, [f"w{number}"]))
+            await settled(partial(holds, client, 3 * (number + 1)))
+        assert len(gate.runs) == 2
+        gate.opened.set()
+        return await asyncio.gather(*waiting)
+
+    assert [len(vectors_in(response)) for response in client.run(scenario)] == [4, 1, 1, 1]
+    assert sorted(gate.runs[:2]) == [[0, 1], [2, 3]]
+    assert sorted(number for run in gate.runs for number in run) == list(range(7))
+    assert gate.one_thread == [True] * len(gate.runs)
+    assert held(client) == 0
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_text_takes_all_cores_where_requests_come_one_at_a_time(
+    tasks_bundle: TinyBundle, gate: Gate
+) -> None:
+    gate.opened.set()
+    with served(str(tasks_bundle.path)) as client:
+
+        async def one_by_one(http: Http, count: int) -> None:
+            for _ in range(count):
+                vectors_in(await asks(http, ["w1"]))
+
+        client.run(lambda http: one_by_one(http, 2))
+        assert gate.one_thread == [False, False]
+        client.run(lambda http: asyncio.gather(*(asks(http, ["w1"]) for _ in range(8))))
+        gate.one_thread.clear()
+        client.run(lambda http: one_by_one(http, 100))  # they were many a moment ago
+        assert gate.one_thread[0] and not gate.one_thread[-1]
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_who_takes_all_cores_has_them_alone(
+    client: Client, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedge.runtime.server.queue import Kind
+
+    monkeypatch.setattr(Kind, "at_once", property(lambda kind: 1 + (kind.task == "code")))
+
+    async def scenario(http: Http) -> None:
+        waiting = [asks(http, ["w0"] * 2)]
+        await settled(lambda: len(gate.runs) == 2)
+        waiting.append(asks(http, ["w1", "w2"], "retrieval"))
+        await settled(lambda: held(client) == 12)
+        waiting.append(asks(http, ["w3"]))
+        await settled(lambda: held(client) == 15)
+        gate.opened.set()
+        await asyncio.gather(*waiting)
+
+    client.run(scenario)
+    assert gate.runs == [[0], [0], [1, 2], [3]]
+    assert gate.one_thread == [True, True, False, True]
+    assert gate.most == 2 and held(client) == 0
 
 
 def test_tasks_take_turns(client: Client, gate: Gate) -> None:
@@ -248,7 +328,7 @@ def test_a_fault_is_told_to_the_log_alone(
     from embedge.runtime.errors import BundleError
     from embedge.runtime.server.queue import Kind
 
-    def run(kind: Kind, items: Sequence[Any]) -> Any:
+    def run(kind: Kind, items: Sequence[Any], one_thread: bool) -> Any:
         raise BundleError("/secret/bundle: truncated")
 
     monkeypatch.setattr(Kind, "run", run)

@@ -180,7 +180,7 @@ class TestRerank:
         from embedge.runtime.errors import EmbedgeValueError
         from embedge.runtime.server.queue import Kind
 
-        def run(kind: Kind, items: Any) -> Any:
+        def run(kind: Kind, items: Any, one_thread: bool) -> Any:
             raise EmbedgeValueError("inputs[2] cannot be")
 
         monkeypatch.setattr(Kind, "run", run)

@@ -82,6 +82,22 @@ class TestChoice:
         assert run(one, 2) + run(one, 1, tokens=1) == [(0, THREADS), (1, THREADS), (0, THREADS)]
         assert graph.opened == [THREADS]
 
+    @pytest.mark.parametrize(("single_thread", "threads"), [(True, 1), (False, THREADS)])
+    def test_a_call_of_one_thread_runs_its_batches_by_itself(
+        self, workers: Workers, single_thread: bool, threads: int
+    ) -> None:
+        one = Graph().workers(workers, single_thread=single_thread)
+        callers: set[int] = set()
+
+        def work(session: GraphSession, _: int) -> int:
+            callers.add(threading.get_ident())
+            return session.threads
+
+        for batches in (1, 3):
+            results = list(one.run(range(batches), work, tokens=100, one_thread=True))
+            assert results == [(batch, threads) for batch in range(batches)]
+        assert callers == {threading.get_ident()}
+
     @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
     def test_without_room_the_first_session_does_the_work_of_both(
         self, workers: Workers, first: int, second: int
