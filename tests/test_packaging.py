@@ -112,6 +112,7 @@ def test_the_wheel_carries_types_data_and_licence(wheel_folder: Path) -> None:
     ):
         assert f"{folder}/__init__.py" in names
         assert f"{folder}/py.typed" in names
+    assert "embedge/integrations/langchain.py" in names
     assert "embedge/export/calibration/data/calibration.jsonl" in names
     assert not [name for name in names if "studies" in name]
     assert any(n.endswith("licenses/LICENSE") for n in names)

@@ -114,6 +114,15 @@ def test_meta_fields_come_before_the_content(bundle: TinyBundle, expected: Expec
     assert one.meta == {"title": "w10", "absent": None}
 
 
+def test_a_device_may_be_haystacks(bundle: TinyBundle) -> None:
+    from haystack.utils import ComponentDevice
+
+    options: Any = {**CODE, "device": ComponentDevice.from_str("cpu")}
+    embedder = EmbedgeTextEmbedder(bundle.path, **options)
+    assert embedder.to_dict()["init_parameters"]["device"] == "cpu"
+    assert embedder.embedder.device == "cpu"
+
+
 def test_asynchronous_pipelines(
     bundle: TinyBundle, store: InMemoryDocumentStore, expected: Expected
 ) -> None:

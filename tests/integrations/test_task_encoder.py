@@ -28,7 +28,7 @@ from embedge.runtime import (
 from embedge.runtime.kernels.numerics import CLASSES
 from tests.helpers.documents import ROOT, read
 from tests.integrations.conftest import DOCUMENTS, Expected, near
-from tests.runtime.conftest import TinyBundle, bundles_in
+from tests.runtime.conftest import MULTI_DIM, TinyBundle, bundles_in
 
 CODE = {"precision": "fp32", "task": "code"}
 FRAMEWORKS = {
@@ -65,6 +65,16 @@ class TestVectors:
         near(one.query("w1"), expected.vector("w9 w1"))
         near(one.documents(["w1"]), [expected.vector("w1")])
 
+    def test_queries_may_have_a_task_of_their_own(
+        self, bundle: TinyBundle, expected: Expected
+    ) -> None:
+        one = encoder(bundle, query_task="retrieval")
+        near(one.query("w1"), Expected(bundle, "retrieval").query("w1"))
+        near(one.documents(["w1"]), expected.documents(["w1"]))
+        again = pickle.loads(pickle.dumps(one))
+        assert (again.task, again.query_task) == ("code", "retrieval")
+        assert encoder(bundle).fingerprint == one.fingerprint
+
     def test_threads_get_their_own(self, bundle: TinyBundle, expected: Expected) -> None:
         one = encoder(bundle)
         texts = [f"w{i % 50} w{i % 7}" for i in range(200)]
@@ -79,6 +89,7 @@ class TestRefusals:
         [
             ({"task": "nonsense"}, "no task 'nonsense'; it has retrieval, code"),
             ({"task": None}, "several tasks: retrieval, code"),
+            ({"query_task": "nonsense"}, "no task 'nonsense'"),
             ({"precision": "int2"}, "no precision 'int2'"),
             ({"precision": None}, "several precisions: fp32, int4"),
             ({"truncate_dim": 3}, "truncate_dim is 3"),
@@ -103,6 +114,28 @@ class TestRefusals:
             encoder(bundle, truncate_dims=4)
         with pytest.raises(BundleError, match="nowhere"):
             TaskEncoder(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("task", ["retrieval.passage", "retrieval.query"])
+    def test_a_task_of_documents_alone_is_not_taken_for_queries(
+        self, task: str, tmp_path: Path
+    ) -> None:
+        both = {"task": "retrieval.passage", "query_task": "retrieval.query"}
+        tiny = bundles_in(tmp_path)("v3", tasks=("retrieval.query", "retrieval.passage", "code"))
+        with pytest.raises(EmbedgeValueError, match=r'passage" and query_task="retrieval\.query"'):
+            TaskEncoder(tiny.path, task=task)
+        one = TaskEncoder(tiny.path, **both)  # type: ignore[arg-type]
+        near(one.query("w1"), Expected(tiny, "retrieval.query").vector("w1"))
+        near(one.documents(["w1"]), [Expected(tiny, "retrieval.passage").vector("w1")])
+        assert TaskEncoder(tiny.path, task=task, query_task=task).query_task == task
+        assert TaskEncoder(tiny.path, task="code").query_task == "code"
+
+    def test_a_model_of_a_vector_a_token_is_refused_at_once(self, tmp_path: Path) -> None:
+        rules: dict[str, Any] = {"query_length": 6, "document_length": 8, "text_length": 7}
+        rules |= {"expansion": None, "skipped_ids": [], "skipped_in": []}
+        model = {"late_interaction": rules, "similarity": "maxsim", "dim": MULTI_DIM}
+        late = bundles_in(tmp_path)("late", multi_vector=True, model=model)
+        with pytest.raises(EmbedgeValueError, match="multi_vector"):
+            TaskEncoder(late.path)
 
     def test_what_is_no_text_is_named(self, bundle: TinyBundle) -> None:
         one = encoder(bundle)

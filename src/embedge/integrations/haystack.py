@@ -13,6 +13,7 @@ from embedge.runtime import Embedder, EmbedgeValueError, FingerprintError
 
 try:
     from haystack import Document, component, default_from_dict, default_to_dict
+    from haystack.utils import ComponentDevice
 except ImportError as error:
     raise missing_framework("haystack", "haystack", error) from error
 
@@ -34,6 +35,8 @@ class _HoldsEncoder:
         fingerprint: str | Mapping[str, Any] | None,
         options: EncoderOptions,
     ) -> None:
+        if isinstance(device := options.get("device"), ComponentDevice):
+            options = {**options, "device": device.to_torch_str()}
         self._encoder = TaskEncoder(bundle, task=task, fingerprint=fingerprint, **options)
         self._parameters = {"bundle": os.fspath(bundle), "task": task, **options}
         if fingerprint is not None:

@@ -19,6 +19,7 @@ except ImportError as error:
 __all__ = ["EmbedgeEmbedding"]
 
 _OPTIONS = (
+    "query_task",
     "precision",
     "truncate_dim",
     "normalize_embeddings",
@@ -48,6 +49,9 @@ class EmbedgeEmbedding(BaseEmbedding):
 
     bundle: str = Field(frozen=True, description="The bundle's folder.")
     task: str | None = Field(default=None, frozen=True, description="None: the bundle's only one.")
+    query_task: str | None = Field(
+        default=None, frozen=True, description="Of queries; None: as of nodes."
+    )
     precision: str | None = Field(
         default=None, frozen=True, description='"int8", "int4", …, or "auto".'
     )
@@ -101,6 +105,7 @@ class EmbedgeEmbedding(BaseEmbedding):
             **fields,
             "bundle": encoder.bundle,
             "task": encoder.task,
+            "query_task": encoder.query_task,
             "precision": encoder.embedder.precision,
             "fingerprint": encoder.stored_fingerprint,
         }

@@ -35,6 +35,8 @@ class EncoderOptions(TypedDict, total=False):
     """How a bundle is opened and its texts are embedded, all as ``Embedder`` and its ``encode`` have it.
 
     Attributes:
+        query_task: what queries are embedded for, where documents have a task of their own, as of
+            jina-embeddings-v3; left out: the same.
         precision: "int8", "int4", …, or "auto"; left out: the bundle's only one.
         truncate_dim: length of the vectors; left out: what the source cuts to, most often nothing.
         normalize_embeddings: whether to make vectors of length 1 in any case.
@@ -46,6 +48,7 @@ class EncoderOptions(TypedDict, total=False):
         on_truncate: "ignore", "warn" or "error" for a text that is too long.
     """
 
+    query_task: str | None
     precision: str | None
     truncate_dim: int | None
     normalize_embeddings: bool
@@ -65,7 +68,7 @@ class TaskEncoder:
 
     Args:
         bundle: the bundle's folder.
-        task: left out: the bundle's only one.
+        task: what documents are embedded for; left out: the bundle's only one.
         fingerprint: of an index's documents, as :attr:`fingerprint`, :attr:`stored_fingerprint` or
             ``Embedder.fingerprint_parts`` gave it; vectors of another kind are refused.
         options: see :class:`EncoderOptions`.
@@ -85,23 +88,28 @@ class TaskEncoder:
         fingerprint: str | Mapping[str, Any] | None = None,
         **options: Unpack[EncoderOptions],
     ) -> None:
-        if unknown := set(options) - {*_DEFAULTS, *_OF_CALLS}:
+        known = set(EncoderOptions.__annotations__)
+        if unknown := set(options) - known:
             raise TypeError(
                 f"unexpected options: {', '.join(sorted(unknown))}; there are: "
-                f"{', '.join(sorted({*_DEFAULTS, *_OF_CALLS}))}"
+                f"{', '.join(sorted(known))}"
             )
         given: dict[str, Any] = dict(options)
         self.embedder = _shared_embedder(
             bundle, {name: given[name] for name in _DEFAULTS if name in given}
         )
-        self._calls = {"task": task, **{name: given[name] for name in _OF_CALLS if name in given}}
-        self.dim = self.embedder.encode_document([], **self._calls).shape[
-            1
-        ]  # refuses wrong options
+        self._calls = {name: given[name] for name in _OF_CALLS if name in given}
+        refused = self.embedder.encode_document([], task=task, **self._calls)  # where it has to be
+        self.dim: int = refused.shape[1]
         self.task = task or self.embedder.tasks[0]
-        self._calls["task"] = self.task
+        self.query_task = given.get("query_task") or _task_of_queries(
+            self.task, self.embedder.tasks
+        )
+        self.embedder.encode_query([], task=self.query_task, **self._calls)
         self.bundle = os.path.abspath(bundle)  # a link stays one: what it leads to is compared
         self.options: EncoderOptions = {**options, "precision": self.embedder.precision}
+        if self.query_task != self.task:
+            self.options["query_task"] = self.query_task
         if fingerprint is not None:
             self.check_fingerprint(fingerprint)
 
@@ -132,7 +140,7 @@ class TaskEncoder:
 
     def queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The vectors of queries, float32 ``[texts, dim]``."""
-        return self.embedder.encode_query(_listed(texts), **self._calls)
+        return self.embedder.encode_query(_listed(texts), task=self.query_task, **self._calls)
 
     def documents(
         self, texts: Sequence[str], *, show_progress_bar: bool = False
@@ -147,7 +155,7 @@ class TaskEncoder:
             EmbedgeValueError: if they are no list of strings, with the index of what is none.
         """
         return self.embedder.encode_document(
-            _listed(texts), show_progress_bar=show_progress_bar, **self._calls
+            _listed(texts), task=self.task, show_progress_bar=show_progress_bar, **self._calls
         )
 
     @functools.cached_property
@@ -157,7 +165,8 @@ class TaskEncoder:
 
     def prompts_differ(self) -> bool:
         """Whether a text has another vector as a query than as a document."""
-        return self.embedder.fingerprint(role="query", **self._kind()) != self.fingerprint
+        as_query = {**self._kind(), "task": self.query_task}
+        return self.embedder.fingerprint(role="query", **as_query) != self.fingerprint
 
     def check_fingerprint(self, stored: str | Mapping[str, Any]) -> None:
         """Refuses an index whose documents have vectors of another kind.
@@ -179,8 +188,8 @@ class TaskEncoder:
             warn(str(error))
 
     def _kind(self) -> dict[str, Any]:
-        names = ("task", "truncate_dim", "normalize_embeddings")
-        return {name: self._calls[name] for name in names if name in self._calls}
+        names = ("truncate_dim", "normalize_embeddings")
+        return {"task": self.task, **{n: self._calls[n] for n in names if n in self._calls}}
 
     def __repr__(self) -> str:
         precision = self.embedder.precision
@@ -224,6 +233,23 @@ def _shared_embedder(bundle: str | os.PathLike[str], options: Mapping[str, Any])
             embedder = _embedders.setdefault(key(opened.precision), opened)  # "auto" took one
             _embedders[asked] = embedder
         return embedder
+
+
+def _task_of_queries(task: str, tasks: Sequence[str]) -> str:
+    """The task of queries where none is named.
+
+    Raises:
+        EmbedgeValueError: if documents or queries have a task of their own.
+    """
+    name, _, role = task.rpartition(".")
+    queries, documents = f"{name}.query", f"{name}.passage"
+    if role in ("query", "passage") and {queries, documents} <= {*tasks}:
+        raise EmbedgeValueError(
+            f"task {task!r}: the bundle has {documents!r} for documents and {queries!r} for queries; pass "
+            f'task="{documents}" and query_task="{queries}", or {task!r} for both',
+            arguments=[f'task="{documents}"', f'query_task="{queries}"'],
+        )
+    return task
 
 
 def _listed(texts: Sequence[str]) -> list[str]:
