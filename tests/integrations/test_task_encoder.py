@@ -114,6 +114,9 @@ class TestRefusals:
             encoder(bundle, truncate_dims=4)
         with pytest.raises(BundleError, match="nowhere"):
             TaskEncoder(tmp_path / "nowhere")
+        for wrong in (None, 3, b"bundle"):
+            with pytest.raises(EmbedgeValueError, match="expected the path of a bundle's folder"):
+                TaskEncoder(wrong)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("task", ["retrieval.passage", "retrieval.query"])
     def test_a_task_of_documents_alone_is_not_taken_for_queries(

@@ -215,12 +215,12 @@ def missing_framework(module: str, extra: str, error: ImportError) -> EmbedgeImp
 
 def _shared_embedder(bundle: str | os.PathLike[str], options: Mapping[str, Any]) -> Embedder:
     """The Embedder that is open with such options, or a new one; a replaced bundle has another manifest."""
-    root = os.path.realpath(bundle)
     try:
+        root = os.path.realpath(bundle)
         manifest = os.stat(os.path.join(root, "manifest.json"))
-        state = (manifest.st_ino, manifest.st_mtime_ns, manifest.st_size)
-    except OSError:  # the Embedder says what is missing
-        state = None
+    except (OSError, TypeError, ValueError):
+        return Embedder(bundle, **options)  # says what is wrong
+    state = (manifest.st_ino, manifest.st_mtime_ns, manifest.st_size)
 
     def key(precision: object) -> str:
         return repr((root, state, sorted({**_DEFAULTS, **options, "precision": precision}.items())))
