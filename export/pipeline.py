@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 from threadpoolctl import threadpool_limits
 
@@ -19,7 +20,7 @@ from embedge.export.reading import read_model
 from embedge.export.schemes.registry import PORTABLE, PRECISIONS
 from embedge.export.writing.bundle import additions, clear_up, new_bundle
 from embedge.export.writing.existing import check_kept, read_existing
-from embedge.export.writing.files import dump, list_files, relative_files, write_new
+from embedge.export.writing.files import list_files, relative_files, write_new
 from embedge.export.writing.lock import sole_exporter
 from embedge.export.writing.manifest import base_quantization, manifest_of
 from embedge.export.writing.model_card import write_card
@@ -27,11 +28,17 @@ from embedge.export.writing.precision import write_precision
 from embedge.export.writing.same_source import check_same_source
 from embedge.runtime.bundle.contract import MANIFEST
 from embedge.runtime.bundle.files import system_reason
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.bundle.json_object import json_text
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.writing import check_replaceable, replace_file, sync_files
-from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime
+from embedge.runtime.output_ranges import calibrate_ranges, cheapest_precision
+
+_RANGE_TEXTS = 512  # most that ranges of vectors are taken from
+_RANGE_BYTES = 512 << 20  # of a graph that is opened for them: an export takes little memory
 
 
 def export(options: ExportOptions, progress: Progress) -> Path:
@@ -39,13 +46,15 @@ def export(options: ExportOptions, progress: Progress) -> Path:
     try:
         with sole_exporter(options.out), threadpool_limits(_blas_threads(), user_api="blas"):
             _export_alone(options, progress)
+            out = options.out if options.out.is_dir() else Path(os.path.realpath(options.out))
+            _calibrate_ranges(options, out, progress)
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         raise ExportError(
             f"{options.source} could not be exported to {options.out}: {place}{system_reason(error)}; check "
             "that path and who may read it, and export again"
         ) from error
-    return options.out if options.out.is_dir() else Path(os.path.realpath(options.out))
+    return out
 
 
 def _blas_threads() -> int:
@@ -102,6 +111,48 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
             _finish(folder, manifest, new)
 
 
+def _calibrate_ranges(options: ExportOptions, out: Path, progress: Progress) -> None:
+    """Keep the ranges of the new tasks' vectors in the manifest, from the calibration texts.
+
+    The bundle is whole before: where a graph is too large for this, or cannot run here, it is told and left to
+    ``embedge ranges``.
+    """
+    texts = calibration_texts(options.calibration)
+    bundle = Bundle(out, verify="none")
+    tasks = [
+        name
+        for name, task in bundle.manifest.tasks.items()
+        if task.output_ranges is None and task.token_ranges is None
+    ]
+    if not texts or not tasks:
+        return
+    step = -(-len(texts) // _RANGE_TEXTS)
+    advice = f"take them by: embedge ranges {out} --texts FILE"
+    try:
+        precision = cheapest_precision(bundle)
+        graphs = bundle.manifest.precisions[precision].graphs
+        tasks = [task for task in tasks if task in graphs]
+        largest = max((bundle.graph_bytes(precision, task) for task in tasks), default=0)
+        if largest > _RANGE_BYTES:
+            progress.tell(
+                f"ranges of 8-bit vectors: left out, as the graph has {largest / 1e6:.0f} MB; {advice}"
+            )
+            return
+        late = bundle.manifest.model.late_interaction is not None
+        most = min(MAX_TOKENS_PER_TEXT, bundle.manifest.model.max_length)
+        with catch_warnings():
+            simplefilter("ignore", EmbedgeWarning)  # of few texts, which the caller has chosen
+            calibrate_ranges(
+                out,
+                texts[::step],
+                tasks=tasks,
+                precision=precision,
+                max_seq_length=None if late else most,
+            )
+    except EmbedgeError as error:
+        progress.tell(f"ranges of 8-bit vectors: left out: {error}; {advice}")
+
+
 def _write_precisions(
     plan: ExportPlan, folder: Path, todo: Mapping[str, Sequence[str]], texts: Sequence[str]
 ) -> dict[str, Any]:
@@ -123,7 +174,7 @@ def _finish(folder: Path, manifest: Manifest, new: Iterable[str]) -> None:
     """Write the card, wait for the disk, and then the manifest, with which the new files count."""
     write_card(folder, manifest)
     sync_files(folder, new)
-    replace_file(folder / MANIFEST, dump(manifest.to_dict()))
+    replace_file(folder / MANIFEST, json_text(manifest.to_dict()))
 
 
 def _uses_calibration(options: ExportOptions, todo: Mapping[str, Sequence[str]]) -> bool:

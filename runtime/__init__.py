@@ -33,6 +33,13 @@ if TYPE_CHECKING:
         ManifestError,
         TextTooLongError,
     )
+    from embedge.runtime.output_ranges import calibrate_ranges
+    from embedge.runtime.scoring.quantization import (
+        dequantize_embeddings,
+        quantize_embeddings,
+        ranges_of,
+    )
+    from embedge.runtime.scoring.rescoring import search_binary
 
     __version__: str
 
@@ -50,6 +57,11 @@ __all__ = [
     "ManifestError",
     "TextTooLongError",
     "__version__",
+    "calibrate_ranges",
+    "dequantize_embeddings",
+    "quantize_embeddings",
+    "ranges_of",
+    "search_binary",
     "subset_bundle",
 ]
 
@@ -57,7 +69,15 @@ __all__ = [
 # From 1.29 on it does so by a thread of its own, for which a forked child waits forever at its end.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_NOT_OF_ERRORS = {"Embedder": "embedder", "subset_bundle": "bundle.subset"}
+_NOT_OF_ERRORS = {
+    "Embedder": "embedder",
+    "calibrate_ranges": "output_ranges",
+    "dequantize_embeddings": "scoring.quantization",
+    "quantize_embeddings": "scoring.quantization",
+    "ranges_of": "scoring.quantization",
+    "search_binary": "scoring.rescoring",
+    "subset_bundle": "bundle.subset",
+}
 
 if not TYPE_CHECKING:  # type checkers would take any name
 

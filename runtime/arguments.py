@@ -13,6 +13,7 @@ __all__ = [
     "check_choice",
     "check_cosine",
     "check_flag",
+    "check_pool_factor",
     "check_positive",
     "check_threads",
     "in_options",
@@ -50,6 +51,14 @@ def check_cosine(name: str, value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= 1:
         raise _refusal(name, value, "a number above 0 and at most 1")
+    return float(value)
+
+
+def check_pool_factor(name: str, value: Any) -> float:
+    """The value, a finite number of at least 1."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1 <= value < float("inf"):
+        raise _refusal(name, value, "a number of at least 1, which leaves every vector")
     return float(value)
 
 

@@ -19,6 +19,7 @@ from embedge.runtime.encode.lookup import (
     choose_dim,
     choose_task,
     find_precision,
+    with_max_length,
     with_prompts,
 )
 from embedge.runtime.encode.request import CallOptions, Request
@@ -40,6 +41,22 @@ if TYPE_CHECKING:
     from embedge.runtime.images.encode import ImagePipeline
 
 __all__ = ["BaseEmbedder"]
+
+_POOLS = (
+    "one Embedder uses all cores by threads, so call encode; for several GPUs or machines open one in each process, "
+    "which takes its share of the texts (docs/guides/serving.md)"
+)
+# Methods and attributes of sentence-transformers, and what to use here.
+_ELSEWHERE = {
+    "start_multi_process_pool": _POOLS,
+    "stop_multi_process_pool": _POOLS,
+    "encode_multi_process": _POOLS,
+    "get_max_seq_length": "max_seq_length is an attribute",
+    "to": "name the device when the Embedder is made: device=",
+    "half": "name the precision when the Embedder is made: precision=",
+    "save": "a bundle is a folder to copy; a part of it: embedge.subset_bundle",
+    "save_pretrained": "a bundle is a folder to copy; a part of it: embedge.subset_bundle",
+}
 
 
 class BaseEmbedder:
@@ -115,6 +132,8 @@ class BaseEmbedder:
             token_name=self._tokenizer.token_name,
         )
         self._texts = TextPipeline(self._tokenizer, self._runner, self._model)
+        if options.max_seq_length is not None:
+            self.max_seq_length = options.max_seq_length
         self._images: ImagePipeline | None = None
         if self._model.image is not None and self._settings.vision is not None:
             from embedge.runtime.images.encode import ImagePipeline  # few bundles take images
@@ -180,8 +199,20 @@ class BaseEmbedder:
 
     @property
     def max_seq_length(self) -> int:
-        """Most tokens of a text, special tokens included."""
-        return self._model.max_length
+        """Most tokens of a text, special tokens included; can be set, to fewer than the model takes.
+
+        Set it before other threads embed. Images keep the model's limit.
+        """
+        return self._manifest.model.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, length: int) -> None:
+        model = with_max_length(self._model, length, least=self._tokenizer.special_tokens + 1)
+        if model.max_length == self.max_seq_length:
+            return
+        self._tokenizer = self._tokenizer.at_limit(model.max_length)
+        self._texts = TextPipeline(self._tokenizer, self._runner, model)
+        self._manifest = replace(self._manifest, model=model)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -206,8 +237,25 @@ class BaseEmbedder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its arguments: another process opens its own sessions, at the same precision."""
-        chosen = replace(self._options, precision=self._precision, min_cosine=None)
+        shorter = self.max_seq_length < self._model.max_length
+        chosen = replace(
+            self._options,
+            precision=self._precision,
+            min_cosine=None,
+            max_seq_length=self.max_seq_length if shorter else None,
+        )
         return functools.partial(type(self), **vars(chosen)), (self._bundle.root,)
+
+    if not TYPE_CHECKING:  # type checkers would take any name
+
+        def __getattr__(self, name: str) -> Any:
+            """Says where something is that sentence-transformers has under another name."""
+            known = f"; {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}{known}",
+                name=name,
+                obj=self,
+            )
 
     def close(self) -> None:
         """Closes the open graphs that no other thread uses; a later call opens them again."""

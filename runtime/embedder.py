@@ -19,6 +19,7 @@ from embedge.runtime.encode.fingerprint import (
 )
 from embedge.runtime.encode.lookup import choose_prompt
 from embedge.runtime.encode.sequences import TokenIds
+from embedge.runtime.encode.tensors import converter
 from embedge.runtime.encode.vectors import Vectors, collect, no_results
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.images.mixed import encode_mixed
@@ -67,6 +68,7 @@ class Embedder(BaseEmbedder):
         prompts: texts by name, beside those of every task and in the place of those of the same name.
         default_prompt_name: the prompt of calls that name none, in the place of the task's default.
         truncate_dim: as for :meth:`encode`, of calls that name none.
+        max_seq_length: most tokens of a text, fewer than the model takes; ``None``: as many.
 
     Raises:
         BundleError: if the bundle is missing, damaged, or too new.
@@ -89,6 +91,7 @@ class Embedder(BaseEmbedder):
         prompts: Mapping[str, str] | None = None,
         default_prompt_name: str | None = None,
         truncate_dim: int | None = None,
+        max_seq_length: int | None = None,
     ) -> None:
         options = EmbedderOptions(
             task=task,
@@ -102,6 +105,7 @@ class Embedder(BaseEmbedder):
             prompts=prompts,
             default_prompt_name=default_prompt_name,
             truncate_dim=truncate_dim,
+            max_seq_length=max_seq_length,
         )
         super().__init__(bundle, options)
 
@@ -111,13 +115,32 @@ class Embedder(BaseEmbedder):
         inputs: Inputs,
         *,
         multi_vector: Literal[False] = ...,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
         **options: Unpack[EncodeOptions],
     ) -> Vectors: ...
 
     @overload
     def encode(
-        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
     ) -> Vectors | list[Vectors]: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool = ...,
+        output_format: str = ...,
+        convert_to_tensor: bool = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Any: ...
 
     @takes_sentences
     def encode(
@@ -134,7 +157,12 @@ class Embedder(BaseEmbedder):
         show_progress_bar: bool | None = None,
         on_truncate: str = "warn",
         multi_vector: bool = False,
-    ) -> Vectors | list[Vectors]:
+        output_format: str = "float32",
+        ranges: Any = None,
+        pool_factor: float = 1,
+        convert_to_tensor: bool = False,
+        convert_to_numpy: bool = True,
+    ) -> Any:
         """Vectors of some texts, and images where the bundle takes them, in their order.
 
         A text without a single token is a zero vector, with a warning. Lone surrogates are read as
@@ -159,10 +187,19 @@ class Embedder(BaseEmbedder):
                 :attr:`max_seq_length` and gets cut.
             multi_vector: give a vector per token instead, from models with such a head. Late-interaction
                 models have no other.
+            output_format: "float32", "float16", "int8", "uint8", "binary" (int8) or "ubinary" (uint8), what
+                sentence-transformers calls ``precision`` and :func:`embedge.quantize_embeddings` makes.
+            ranges: for "int8" and "uint8": floats ``[2, dim]``, the lowest and highest value of each dimension;
+                ``None``: those that the bundle has of the task, :meth:`get_output_ranges`.
+            pool_factor: with ``multi_vector``, join the vectors of a document to about ``1 / pool_factor`` as many,
+                as sentence-transformers' ``HierarchicalTokenPooling`` does.
+            convert_to_tensor: give torch's tensors, where torch is installed.
+            convert_to_numpy: ``True``, as vectors are NumPy's without ``convert_to_tensor``.
 
         Returns:
             float32 ``[items, dim]``, ``[dim]`` for one text or image, ``[0, dim]`` for none. With
-            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array.
+            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array. In another
+            ``output_format`` its codes; of bits there are ``⌈dim / 8⌉``.
 
         Raises:
             EmbedgeValueError: for an argument that cannot be used.
@@ -183,12 +220,24 @@ class Embedder(BaseEmbedder):
             show_progress_bar=show_progress_bar,
             on_truncate=on_truncate,
             multi_vector=multi_vector,
+            output_format=output_format,
+            ranges=ranges,
+            pool_factor=pool_factor,
+            convert_to_tensor=convert_to_tensor,
+            convert_to_numpy=convert_to_numpy,
         )
 
     def _encode(
-        self, inputs: Inputs, *, show_progress_bar: bool | None = None, **options: Any
-    ) -> Vectors | list[Vectors]:
+        self,
+        inputs: Inputs,
+        *,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        convert_to_numpy: bool = True,
+        **options: Any,
+    ) -> Any:
         """:meth:`encode` with the role of the texts among its options."""
+        convert = converter(to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
         items, single = as_texts(inputs) if self._images is None else as_items(inputs)
         if self._images is not None:
             warn_of_paths(items)
@@ -196,7 +245,7 @@ class Embedder(BaseEmbedder):
         results = no_results(request, len(items))
         vectors = encode_mixed(items, request, results, texts=self._texts, images=self._images)
         collect(vectors, results, shown=show_progress_bar)
-        return results[0] if single else results
+        return convert(results[0] if single else results)
 
     @overload
     def encode_query(
@@ -204,18 +253,43 @@ class Embedder(BaseEmbedder):
         inputs: Inputs,
         *,
         multi_vector: Literal[False] = ...,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
         **options: Unpack[EncodeOptions],
     ) -> Vectors: ...
 
     @overload
     def encode_query(
-        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
     ) -> Vectors | list[Vectors]: ...
+
+    @overload
+    def encode_query(
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool = ...,
+        output_format: str = ...,
+        convert_to_tensor: bool = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Any: ...
 
     @takes_sentences
     def encode_query(
-        self, inputs: Inputs, *, multi_vector: bool = False, **options: Unpack[EncodeOptions]
-    ) -> Vectors | list[Vectors]:
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool = False,
+        output_format: str = "float32",
+        convert_to_tensor: bool = False,
+        **options: Unpack[EncodeOptions],
+    ) -> Any:
         """:meth:`encode` with the task's prompt "query"; without one, its default or none.
 
         A late-interaction model cuts queries at their own length, and fills them up where it was trained so.
@@ -223,10 +297,19 @@ class Embedder(BaseEmbedder):
         Args:
             inputs: as for :meth:`encode`.
             multi_vector: as for :meth:`encode`.
+            output_format: as for :meth:`encode`.
+            convert_to_tensor: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
         options = self._query_role(options)
-        return self._encode(inputs, multi_vector=multi_vector, role="query", **options)
+        return self._encode(
+            inputs,
+            multi_vector=multi_vector,
+            output_format=output_format,
+            convert_to_tensor=convert_to_tensor,
+            role="query",
+            **options,
+        )
 
     @overload
     def encode_document(
@@ -234,18 +317,43 @@ class Embedder(BaseEmbedder):
         inputs: Inputs,
         *,
         multi_vector: Literal[False] = ...,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
         **options: Unpack[EncodeOptions],
     ) -> Vectors: ...
 
     @overload
     def encode_document(
-        self, inputs: Inputs, *, multi_vector: bool, **options: Unpack[EncodeOptions]
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
+        **options: Unpack[EncodeOptions],
     ) -> Vectors | list[Vectors]: ...
+
+    @overload
+    def encode_document(
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool = ...,
+        output_format: str = ...,
+        convert_to_tensor: bool = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> Any: ...
 
     @takes_sentences
     def encode_document(
-        self, inputs: Inputs, *, multi_vector: bool = False, **options: Unpack[EncodeOptions]
-    ) -> Vectors | list[Vectors]:
+        self,
+        inputs: Inputs,
+        *,
+        multi_vector: bool = False,
+        output_format: str = "float32",
+        convert_to_tensor: bool = False,
+        **options: Unpack[EncodeOptions],
+    ) -> Any:
         """:meth:`encode` with the task's prompt "document", "passage" or "corpus"; without one, none.
 
         A default prompt is left out too: it is the queries' where documents have none of their own. A
@@ -255,10 +363,19 @@ class Embedder(BaseEmbedder):
         Args:
             inputs: as for :meth:`encode`.
             multi_vector: as for :meth:`encode`.
+            output_format: as for :meth:`encode`.
+            convert_to_tensor: as for :meth:`encode`.
             options: as for :meth:`encode`; a ``prompt_name`` or ``prompt`` given wins.
         """
         options = self._document_role(options)
-        return self._encode(inputs, multi_vector=multi_vector, role="document", **options)
+        return self._encode(
+            inputs,
+            multi_vector=multi_vector,
+            output_format=output_format,
+            convert_to_tensor=convert_to_tensor,
+            role="document",
+            **options,
+        )
 
     @overload
     def encode_image(
@@ -266,13 +383,32 @@ class Embedder(BaseEmbedder):
         images: Inputs,
         *,
         multi_vector: Literal[False] = ...,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
         **options: Unpack[ImageOptions],
     ) -> Vectors: ...
 
     @overload
     def encode_image(
-        self, images: Inputs, *, multi_vector: bool, **options: Unpack[ImageOptions]
+        self,
+        images: Inputs,
+        *,
+        multi_vector: bool,
+        output_format: Literal["float32"] = ...,
+        convert_to_tensor: Literal[False] = ...,
+        **options: Unpack[ImageOptions],
     ) -> Vectors | list[Vectors]: ...
+
+    @overload
+    def encode_image(
+        self,
+        images: Inputs,
+        *,
+        multi_vector: bool = ...,
+        output_format: str = ...,
+        convert_to_tensor: bool = ...,
+        **options: Unpack[ImageOptions],
+    ) -> Any: ...
 
     def encode_image(
         self,
@@ -288,7 +424,12 @@ class Embedder(BaseEmbedder):
         normalize_embeddings: bool = False,
         show_progress_bar: bool | None = None,
         multi_vector: bool = False,
-    ) -> Vectors | list[Vectors]:
+        output_format: str = "float32",
+        ranges: Any = None,
+        pool_factor: float = 1,
+        convert_to_tensor: bool = False,
+        convert_to_numpy: bool = True,
+    ) -> Any:
         """Vectors of some images, in their order; the bundle needs a vision tower.
 
         Args:
@@ -306,10 +447,16 @@ class Embedder(BaseEmbedder):
             normalize_embeddings: as for :meth:`encode`.
             show_progress_bar: as for :meth:`encode`.
             multi_vector: as for :meth:`encode`.
+            output_format: as for :meth:`encode`.
+            ranges: as for :meth:`encode`.
+            pool_factor: as for :meth:`encode`.
+            convert_to_tensor: as for :meth:`encode`.
+            convert_to_numpy: as for :meth:`encode`.
 
         Returns:
             float32 ``[images, dim]``, ``[dim]`` for one image, ``[0, dim]`` for none. With
-            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array.
+            ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``, or one array. In another
+            ``output_format`` its codes.
 
         Raises:
             ImageError: for an image that cannot be used, with its index.
@@ -326,6 +473,7 @@ class Embedder(BaseEmbedder):
             )
         if prompt_name is not None or prompt is not None:
             raise EmbedgeValueError("images take no prompt; leave prompt_name and prompt out")
+        convert = converter(to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
         items, single = as_images(images)
         request = self._request(
             task=task,
@@ -334,6 +482,9 @@ class Embedder(BaseEmbedder):
             truncate_dim=truncate_dim,
             normalize_embeddings=normalize_embeddings,
             multi_vector=multi_vector,
+            output_format=output_format,
+            ranges=ranges,
+            pool_factor=pool_factor,
         )
         from embedge.runtime.images.patches import pixel_range  # few bundles take images
 
@@ -343,7 +494,7 @@ class Embedder(BaseEmbedder):
             items, range(len(items)), request, name="images", pixels=pixels
         )
         collect(vectors, results, shown=show_progress_bar, unit="image")
-        return results[0] if single else results
+        return convert(results[0] if single else results)
 
     @overload
     def count_tokens(  # type: ignore[overload-overlap] # a string is a sequence of strings too
@@ -437,6 +588,7 @@ class Embedder(BaseEmbedder):
         normalize_embeddings: bool = ...,
         multi_vector: Literal[False] = ...,
         one_thread: bool = ...,
+        output_format: Literal["float32"] = ...,
     ) -> Vectors: ...
 
     @overload
@@ -449,7 +601,24 @@ class Embedder(BaseEmbedder):
         normalize_embeddings: bool = ...,
         multi_vector: bool,
         one_thread: bool = ...,
+        output_format: Literal["float32"] = ...,
+        pool_factor: float = ...,
     ) -> Vectors | list[Vectors]: ...
+
+    @overload
+    def encode_tokens(
+        self,
+        tokens: Sequence[TokenIds],
+        *,
+        task: str | None = ...,
+        truncate_dim: int | None = ...,
+        normalize_embeddings: bool = ...,
+        multi_vector: bool = ...,
+        output_format: str,
+        ranges: Any = ...,
+        pool_factor: float = ...,
+        one_thread: bool = ...,
+    ) -> Any: ...
 
     def encode_tokens(
         self,
@@ -460,7 +629,10 @@ class Embedder(BaseEmbedder):
         normalize_embeddings: bool = False,
         multi_vector: bool = False,
         one_thread: bool = False,
-    ) -> Vectors | list[Vectors]:
+        output_format: str = "float32",
+        ranges: Any = None,
+        pool_factor: float = 1,
+    ) -> Any:
         """Vectors of what :meth:`tokenize` gave: those of :meth:`encode`, but for the last bit.
 
         That bit may differ with the padding of a batch, which the other texts of a call decide.
@@ -473,6 +645,9 @@ class Embedder(BaseEmbedder):
             multi_vector: as for :meth:`encode`.
             one_thread: take one thread, so that as many calls as :meth:`calls_at_once` says share the cores. It
                 changes nothing where that is 1.
+            output_format: as for :meth:`encode`.
+            ranges: as for :meth:`encode`.
+            pool_factor: as for :meth:`encode`; for documents.
 
         Returns:
             float32 ``[texts, dim]``, or with ``multi_vector`` a list of float32 ``[tokens, multi_vector_dim]``.
@@ -490,6 +665,9 @@ class Embedder(BaseEmbedder):
             normalize_embeddings=normalize_embeddings,
             multi_vector=multi_vector,
             one_thread=one_thread,
+            output_format=output_format,
+            ranges=ranges,
+            pool_factor=pool_factor,
         )
         results = no_results(request, len(tokens))
         sequences = [(index, text) for index, text in enumerate(tokens) if len(text)]
@@ -514,9 +692,10 @@ class Embedder(BaseEmbedder):
         arithmetic. It differs with whatever decides a vector besides its text: see :meth:`fingerprint_parts`.
 
         Args:
-            options: ``task``, ``prompt_name``, ``prompt``, ``truncate_dim``, ``normalize_embeddings`` and
-                ``multi_vector`` as for :meth:`encode`, and ``role``: "query" or "document" for the prompt of
-                :meth:`encode_query` or :meth:`encode_document`. Name what the stored vectors were made with.
+            options: ``task``, ``prompt_name``, ``prompt``, ``truncate_dim``, ``normalize_embeddings``,
+                ``multi_vector``, ``output_format``, ``ranges`` and ``pool_factor`` as for :meth:`encode`, and
+                ``role``: "query" or "document" for the prompt of :meth:`encode_query` or
+                :meth:`encode_document`. Name what the stored vectors were made with.
 
         Returns:
             "e1:" and 16 hexadecimal digits.
@@ -532,7 +711,8 @@ class Embedder(BaseEmbedder):
 
         ``model`` and ``task`` are names for people. The others count: ``graph``, ``vision``, ``tokenizer``,
         ``tokens``, ``precision``, ``numerics``, ``pooling``, ``settings``, ``output``, ``dim``, ``normalized``,
-        ``max_length`` and ``prompt``.
+        ``max_length`` and ``prompt``; of an ``output_format`` and a ``pool_factor`` ``format``, ``ranges`` and
+        ``pool_factor`` too.
 
         Args:
             options: as for :meth:`fingerprint`.
@@ -561,6 +741,39 @@ class Embedder(BaseEmbedder):
         """
         parts = self.fingerprint_parts(**options)
         check_fingerprint(stored, parts, others_of(self._manifest, parts))
+
+    def get_output_ranges(
+        self,
+        task: str | None = None,
+        *,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        multi_vector: bool = False,
+    ) -> Vectors:
+        """The ranges by which :meth:`encode` makes 8-bit codes of a call's vectors.
+
+        Args:
+            task: as for :meth:`encode`.
+            truncate_dim: as for :meth:`encode`.
+            normalize_embeddings: as for :meth:`encode`.
+            multi_vector: as for :meth:`encode`.
+
+        Returns:
+            float32 ``[2, dim]``: the lowest and the highest value of each dimension.
+
+        Raises:
+            EmbedgeValueError: for an argument that cannot be used, or a bundle without ranges.
+        """
+        request = self._request(
+            task=task,
+            prompt="",
+            truncate_dim=truncate_dim,
+            normalize_embeddings=normalize_embeddings,
+            multi_vector=multi_vector,
+            output_format="int8",
+        )
+        assert request.output.ranges is not None
+        return request.output.ranges
 
     def similarity(self, a: Any, b: Any) -> Vectors:
         """Similarity of each of ``a`` to each of ``b``, as the source model defines it.

@@ -33,6 +33,16 @@ __all__ = [
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+# Arguments of sentence-transformers' encode, and where theirs is here.
+_ELSEWHERE = {
+    "precision": "that of the graph is Embedder's, and that of vectors output_format",
+    "device": "it is Embedder's",
+    "output_value": "vectors of tokens come with multi_vector=True from models with such a head",
+    "pool": "an Embedder uses all cores by threads; for more, open it in each process",
+    "chunk_size": "an Embedder uses all cores by threads; batches are batch_size and max_batch_tokens",
+    "token_pooling": "pass pool_factor to encode_document",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderOptions:
@@ -53,6 +63,7 @@ class EmbedderOptions:
     prompts: Mapping[str, str] | None
     default_prompt_name: str | None
     truncate_dim: int | None
+    max_seq_length: int | None
 
     def __post_init__(self) -> None:
         split_device(self.device)
@@ -69,6 +80,8 @@ class EmbedderOptions:
                     f'min_cosine goes with precision="auto", which chooses by it; found {self.precision!r}',
                     arguments=["min_cosine", 'precision="auto"'],
                 )
+        if self.max_seq_length is not None:
+            check_positive("max_seq_length", self.max_seq_length)
         if self.prompts is not None:
             object.__setattr__(self, "prompts", _checked_prompts(self.prompts))
 
@@ -87,10 +100,13 @@ class _SharedOptions(TypedDict, total=False):
     truncate_dim: int | None
     normalize_embeddings: bool
     show_progress_bar: bool | None
+    ranges: Any
+    pool_factor: float
+    convert_to_numpy: bool
 
 
 class EncodeOptions(_SharedOptions, total=False):
-    """Options of ``encode``, but ``multi_vector``, on which the result's type depends."""
+    """Options of ``encode``, but those on which the result's type depends."""
 
     max_batch_tokens: int | None
     on_truncate: str
@@ -112,14 +128,19 @@ class FingerprintOptions(TypedDict, total=False):
     truncate_dim: int | None
     normalize_embeddings: bool
     multi_vector: bool
+    output_format: str
+    ranges: Any
+    pool_factor: float
     role: Literal["query", "document"] | None
 
 
 def takes_sentences(method: Method) -> Method:
-    """Lets a method take ``inputs`` under its former name ``sentences`` as well."""
+    """Lets a method take ``inputs`` under its former name ``sentences`` as well, and tells where others are."""
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        for name in _ELSEWHERE.keys() & options.keys():
+            raise TypeError(f"{method.__qualname__}() takes no {name}: {_ELSEWHERE[name]}")
         if "sentences" in options:
             if arguments or "inputs" in options:
                 raise TypeError(

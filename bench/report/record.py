@@ -18,6 +18,7 @@ from embedge.bench.report.recorded import RECORDED
 from embedge.bench.report.report import Report, Row
 from embedge.bench.report.tables import main_table
 from embedge.bench.report.write import report_json
+from embedge.runtime.bundle.json_object import json_text
 from embedge.runtime.bundle.model_card import BENCH_END, BENCH_START
 from embedge.runtime.bundle.writing import replace_file
 
@@ -40,7 +41,7 @@ def record(report: Report, bundle: Path) -> None:
     card = card_file.read_text(encoding="utf-8") if card_file.exists() else ""
     card = _with_table(card, _card_section(report))  # before anything is written
     try:
-        replace_file(manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        replace_file(manifest_file, json_text(manifest))
         replace_file(card_file, card)
         replace_file(bundle / RECORDED, report_json(report))
     except OSError as error:

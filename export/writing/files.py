@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from embedge.runtime.bundle.manifest import FileEntry
-
-
-def dump(value: Any) -> str:
-    """JSON as it is written into bundles."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_new(path: Path, content: str | bytes) -> None:

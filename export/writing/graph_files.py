@@ -10,8 +10,9 @@ from typing import Any
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.onnx_model import to_model
-from embedge.export.writing.files import dump, write_new
+from embedge.export.writing.files import write_new
 from embedge.export.writing.weight_store import TensorStore
+from embedge.runtime.bundle.json_object import json_text
 from embedge.runtime.errors import EmbedgeValueError
 
 GRAPH, LAYERS = ".onnx", ".layers.json"
@@ -64,4 +65,4 @@ def write_layer_report(path: Path, g: Graph, store: TensorStore) -> None:
         return {"name": initializer.specs[0].name, **store.reports[initializer.key]}
 
     rows = [row(i) for i in g.initializers.values() if i.key in store.reports]
-    write_new(path, dump({"layers": rows}))
+    write_new(path, json_text({"layers": rows}))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export.graph.ops import OpBuilder
-from embedge.export.writing.files import dump, write_new
+from embedge.export.writing.files import write_new
 from embedge.export.writing.weight_store import Stored, TensorStore
+from embedge.runtime.bundle.json_object import json_text
 
 
 def write_unpack_list(path: Path, g: OpBuilder, store: TensorStore) -> None:
@@ -37,7 +38,7 @@ def write_unpack_list(path: Path, g: OpBuilder, store: TensorStore) -> None:
             "rotation": rotation,
             "rows": rows,
         }
-    write_new(path, dump({"weights": weights}))
+    write_new(path, json_text({"weights": weights}))
 
 
 def _place(stored: Stored) -> dict[str, Any]:

@@ -18,7 +18,7 @@ __all__ = [
     "VISION",
 ]
 
-FORMAT_VERSION = "1.6"  # of the manifest, see embedge.runtime.bundle.manifest
+FORMAT_VERSION = "1.7"  # of the manifest, see embedge.runtime.bundle.manifest
 EXACT_OPTION = (
     "session.x64quantprecision"  # ONNX Runtime's; "1": exact 8-bit products on any x86-64
 )

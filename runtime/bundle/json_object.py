@@ -8,16 +8,18 @@ JSON here.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file
 from embedge.runtime.errors import BundleError
 
-__all__ = ["parse_json", "read_json_object"]
+__all__ = ["json_text", "parse_json", "read_json_object"]
 
 _MOST_DIGITS = 300  # floats end at 10**308
 _MOST_LEVELS = 64
+_NUMBERS = re.compile(r"\[\n\s+([^\"\[\]{}]+)\n\s+\]")  # no text of a string has a bare line break
 
 
 def parse_json(content: bytes) -> Any:
@@ -82,3 +84,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BundleError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def json_text(value: Any) -> str:
+    """JSON as bundles have it: indented by two, a list of numbers on one line."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"

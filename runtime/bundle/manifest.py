@@ -5,7 +5,7 @@ Rules:
       added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
       ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256``, the
       licences of adapters, the source's ``hub_id``, ``late_interaction`` and ``special_token_ids``, 1.6
-      ``task_tensors`` and ``base_quantization``.
+      ``task_tensors`` and ``base_quantization``, 1.7 ``output_ranges`` and ``token_ranges``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -16,6 +16,7 @@ What annotations say, how they are read and written: :mod:`embedge.runtime.bundl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import field
@@ -48,6 +49,7 @@ __all__ = [
     "LateInteraction",
     "Manifest",
     "Model",
+    "OutputRanges",
     "Precision",
     "Producer",
     "QueryExpansion",
@@ -73,6 +75,17 @@ def _channel_problem(values: tuple[float, ...]) -> str | None:
     return None if len(values) == 3 else f"expected 3 numbers, found {len(values)}"
 
 
+def _numbers(value: Any, place: Place) -> tuple[float, ...]:
+    """Finite numbers; some thousand of them in a fraction of what reading each as a member takes."""
+    if not isinstance(value, list):
+        place.fail(f"expected a list of numbers, found {type(value).__name__}")
+    if not all(type(item) in (int, float) for item in value) or not math.isfinite(sum(value)):
+        for index, item in enumerate(value):
+            finite(item, Place(place.file, f"{place.path}[{index}]"))
+        place.fail("expected numbers whose sum is finite")
+    return tuple(map(float, value))
+
+
 Sha256: TypeAlias = Annotated[str, _sha256_problem]
 BundlePath: TypeAlias = Annotated[str, path_problem]
 TaskName: TypeAlias = Annotated[str, name_problem("task")]
@@ -82,6 +95,7 @@ TokenId: TypeAlias = Annotated[int, Within(0)]
 Dimension: TypeAlias = Annotated[int, Within(1, 1 << 20)]  # models have some thousand
 Pixels: TypeAlias = Annotated[int, Within(1, 1 << 28)]
 Number: TypeAlias = Annotated[int | float, ReadBy(finite)]
+Numbers: TypeAlias = Annotated[tuple[float, ...], ReadBy(_numbers)]
 Channels: TypeAlias = Annotated[tuple[float, ...], _channel_problem]
 
 
@@ -374,12 +388,59 @@ class Adapter(Record):
 
 
 @record
+class OutputRanges(Record):
+    """The range of each dimension of a task's vectors, of which 8-bit output formats make codes.
+
+    They are those of some texts, widened by half of their width on each side: hardly a vector of another text is
+    clipped then, at the cost of steps twice as wide. All precisions of a task share them, so that one's queries find
+    another's documents.
+
+    Attributes:
+        lowest: of each dimension, of whole vectors as the graph gives them.
+        highest: likewise.
+        mean_square: of each dimension over the texts. A vector that is cut to ``n`` values and normalized is longer
+            than before by the root of the sum of the first ``n`` of these; its ranges are so much wider.
+        vectors: how many they are of.
+    """
+
+    lowest: Numbers
+    highest: Numbers
+    mean_square: Numbers
+    vectors: Count
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("highest", "mean_square"):
+            if len(getattr(self, key)) != len(self.lowest):
+                found = len(getattr(self, key))
+                yield (
+                    key,
+                    f"expected as many numbers as lowest has, {len(self.lowest)}, found {found}",
+                )
+        pairs = zip(self.lowest, self.highest, self.mean_square, strict=False)
+        for index, (low, high, square) in enumerate(pairs):
+            if high < low:
+                yield f"highest[{index}]", f"{high:.6g} is below lowest[{index}], {low:.6g}"
+            if square < 0:
+                yield (
+                    f"mean_square[{index}]",
+                    f"expected a number of at least 0, found {square:.6g}",
+                )
+
+
+@record
 class Task(Record):
-    """A task's prompts by name, the one used when none is named, and its adapter (``None``: bare)."""
+    """A task's prompts by name, the one used when none is named, and its adapter (``None``: bare).
+
+    Attributes:
+        output_ranges: of its vectors, ``None`` where they were not calibrated.
+        token_ranges: likewise of its multi-vectors.
+    """
 
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None
     adapter: Adapter | None
+    output_ranges: Annotated[OutputRanges | None, Since("1.7"), SPARSE] = None
+    token_ranges: Annotated[OutputRanges | None, Since("1.7"), SPARSE] = None
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         if self.default_prompt is not None and self.default_prompt not in self.prompts:
@@ -503,6 +564,7 @@ class Manifest(Record):
         if not self.tasks or not self.precisions:
             missing = "precisions" if self.tasks else "tasks"
             yield missing, "expected at least one, found none"
+        yield from self._range_problems()
         named = {"tokenizer.file": self.tokenizer.file}
         for name, precision in self.precisions.items():
             if precision.vision is not None:
@@ -521,6 +583,18 @@ class Manifest(Record):
         for key, path in named.items():
             if path not in self.files:
                 yield key, f"{path!r} is not listed in files"
+
+    def _range_problems(self) -> Iterator[tuple[str, str]]:
+        # Ranges are as long as the vectors.
+        dims = {"output_ranges": self.model.dim, "token_ranges": self.model.multi_vector_dim or 0}
+        for name, task in self.tasks.items():
+            for key, dim in dims.items():
+                ranges = getattr(task, key)
+                if ranges is not None and len(ranges.lowest) != dim:
+                    yield (
+                        f"tasks.{name}.{key}.lowest",
+                        f"expected {dim} numbers, found {len(ranges.lowest)}",
+                    )
 
 
 @record

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from embedge.runtime.bundle.files import (
     system_reason,
 )
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.json_object import read_json_object
+from embedge.runtime.bundle.json_object import json_text, read_json_object
 from embedge.runtime.bundle.lock import sole_holder
 from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.model_card import model_card, renewed_card
@@ -206,7 +205,7 @@ def _fill(
                     f"{source.root / name}: expected SHA-256 {entry.sha256}, found another; copy or export "
                     "the bundle again"
                 )
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(document)
     for name, content in ((MANIFEST, text), (CARD, model_card(manifest))):
         (work / name).write_text(content, "utf-8", newline="\n")
     sync_files(work, (*([] if link else manifest.files), MANIFEST, CARD))

@@ -29,6 +29,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, get_type_hints
 
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file, system_reason
 from embedge.runtime.bundle.json_object import parse_json
 from embedge.runtime.cli.parts import open_parts
@@ -40,9 +44,10 @@ from embedge.runtime.encode.request import ON_TRUNCATE, CallOptions
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.progress import LogLines, Progress
 from embedge.runtime.options import EmbedderOptions, EncodeOptions, FingerprintOptions, ImageOptions
+from embedge.runtime.scoring.quantization import OUTPUT_FORMATS, code_dtype, code_width
 from embedge.runtime.scoring.similarity import TOKEN_KINDS
 from embedge.runtime.tables.chunk import Chunk
-from embedge.runtime.tables.parquet_output import DTYPES, read_fingerprint
+from embedge.runtime.tables.parquet_output import read_fingerprint
 
 __all__ = ["add_arguments", "run"]
 
@@ -93,8 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: what the output's name ends in, .npy, .csv or .parquet, else jsonl",
     )  # fmt: skip
     add(
-        "--dtype", choices=DTYPES, default="float32",
-        help="of the vectors in npy and parquet (float32)",
+        "--output-format", choices=OUTPUT_FORMATS, default="float32", metavar="NAME",
+        help=f"of vectors: {', '.join(OUTPUT_FORMATS)}; ubinary is binary as unsigned bytes (float32)",
+    )  # fmt: skip
+    add(
+        "--ranges", metavar="FILE",
+        help="for int8 and uint8: .npy of the lowest and highest value of each dimension (default: the bundle's)",
+    )  # fmt: skip
+    add(
+        "--pool-factor", type=float, metavar="X",
+        help="with vectors a token: join those of a document to about 1/X as many",
     )  # fmt: skip
     add(
         "--shard", metavar="i/n",
@@ -129,6 +142,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cpu, cuda, cuda:N for a GPU's number, or auto (default)",
     )  # fmt: skip
     add("--threads", type=int, metavar="N", help="default: the cores this process really has")
+    add(
+        "--max-seq-length", type=int, metavar="N",
+        help="cut texts at fewer tokens than the model takes",
+    )  # fmt: skip
     add(
         "--on-truncate", choices=ON_TRUNCATE,
         help="when a text is longer than the model takes (warn)",
@@ -172,13 +189,20 @@ def run(args: argparse.Namespace) -> int:
     _check_output(args, file_format)
     options = _given(args, ImageOptions if args.images else EncodeOptions)
     options["multi_vector"] = args.multi_vector
+    options["output_format"] = args.output_format
+    if args.ranges is not None:
+        args.ranges = options["ranges"] = _ranges(args.ranges)
     encode = _encoder(args, model)
     none = encode([], **options)  # a wrong call shows before anything is read
     kind = _kind(args, model, needed=args.resume or file_format == "parquet")
     layout = Layout(
         file_format=file_format,
-        dim=kind["parts"]["dim"] if kind else 0 if args.multi_vector else none.shape[1],
-        dtype=args.dtype,
+        dim=code_width(args.output_format, kind["parts"]["dim"])
+        if kind
+        else 0
+        if args.multi_vector
+        else none.shape[1],
+        dtype=np.dtype(code_dtype(args.output_format)).name,
         multi_vector=args.multi_vector,
         kind=kind,
     )
@@ -356,10 +380,6 @@ def _check_output(args: argparse.Namespace, file_format: str) -> None:
             "--format npy: texts differ in their number of vectors, and .npy has rows of one length; expected "
             "--format jsonl, or a name of the output that does not end in .npy"
         )
-    if args.dtype != "float32" and file_format not in ("npy", "parquet"):
-        raise EmbedgeValueError(
-            f"--dtype {args.dtype}: {file_format} has numbers as text; expected --format npy or parquet"
-        )
     if args.keep and file_format == "npy":
         raise EmbedgeValueError("--keep: .npy has vectors alone; leave it out, or write parquet")
 
@@ -401,6 +421,20 @@ def _kind(args: argparse.Namespace, model: Embedder, *, needed: bool) -> dict[st
     if args.expect is not None:
         model.check_fingerprint(_expected(args.expect), **options)
     return described(model.fingerprint_parts(**options))
+
+
+def _ranges(name: str) -> NDArray[Any]:
+    """The array in a .npy file."""
+    try:
+        with open(name, "rb") as file:
+            found: NDArray[Any] = npy_format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        reason = system_reason(error) if isinstance(error, OSError) else error
+        raise EmbedgeError(
+            f"--ranges {name}: expected a .npy file of floats [2, dim]: {reason}; np.save writes what "
+            "ranges_of(vectors) gives"
+        ) from error
+    return found
 
 
 def _dumped(kind: Mapping[str, Any]) -> bytes:

@@ -37,16 +37,16 @@ __all__ = ["Layout", "VectorWriter", "open_output", "vector_writer"]
 
 _BLOCK_BYTES = 1 << 20
 
-Vectors = NDArray[np.float32] | Sequence[NDArray[np.float32]]
+Vectors = NDArray[Any] | Sequence[NDArray[Any]]
 
 
 class VectorWriter(Protocol):
     """Takes vectors chunk by chunk."""
 
     def write(self, others: Others, vectors: Vectors) -> None:
-        """Writes float32 ``[rows, dim]`` and, where the format can, the rows' other columns.
+        """Writes vectors ``[rows, dim]`` and, where the format can, the rows' other columns.
 
-        Of multi-vectors each row is float32 ``[tokens, dim]``.
+        Of multi-vectors each row is ``[tokens, dim]``.
         """
 
 
@@ -57,7 +57,7 @@ class Layout:
     Attributes:
         file_format: "jsonl", "csv", "npy" or "parquet".
         dim: length of a vector.
-        dtype: "float32" or, as .npy and Parquet, "float16".
+        dtype: of its numbers: "float32", "float16", "int8", "uint8".
         multi_vector: whether a row has a vector a token.
         kind: the vectors' fingerprint and its parts, for Parquet.
     """
@@ -295,7 +295,7 @@ def _json_of(value: Any) -> str:
         ) from error
 
 
-def _as_json(vector: NDArray[np.float32]) -> str:
+def _as_json(vector: NDArray[Any]) -> str:
     """A vector, or the rows of one a token, as a JSON array."""
     # the shortest digits that give the float32 back: half the bytes of Python's floats
     parts = vector.astype(str) if vector.ndim == 1 else map(_as_json, vector)

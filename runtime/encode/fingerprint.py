@@ -21,6 +21,9 @@ The parts:
     max_length      most tokens of a text
     prompt          the text before every text
     role            with late interaction alone: "query", "document" or ``None``
+    format          with another ``output_format`` than "float32" alone: its name
+    ranges          with it: SHA-256 of the ranges of 8-bit codes, float32 ``[2, dim]``; else ``None``
+    pool_factor     where the vectors of tokens are joined: by which factor
 
 Settings that a later version of the format adds have defaults, which older bundles have: their fingerprints stay.
 """
@@ -41,6 +44,7 @@ from embedge.runtime.encode.request import Request
 from embedge.runtime.encode.vectors import output_name
 from embedge.runtime.errors import EmbedgeValueError, FingerprintError
 from embedge.runtime.kernels.numerics import CLASSES, numerics_class
+from embedge.runtime.scoring.quantization import OUTPUT_FORMATS
 
 __all__ = ["Parts", "check_fingerprint", "described", "fingerprint_of", "others_of", "parts_of"]
 
@@ -75,23 +79,30 @@ def parts_of(
     attention = integers and bundle.has_attention_function(precision, request.task)
     late = model.late_interaction is not None
     role = {"role": request.options.role} if late else {}
-    return role | {
-        "model": manifest.source.name,
-        "task": request.task,
-        "graph": bundle.content_sha256(precision, request.task),
-        "vision": bundle.content_sha256(precision, VISION) if settings.vision else None,
-        "tokenizer": manifest.files[tokenizer.file].sha256,
-        "tokens": _without(tokenizer.changed(), {"file", "pad_token_id"}),
-        "precision": precision,
-        "numerics": numerics_class(device=device, integers=integers, attention=attention),
-        "pooling": model.pooling,
-        "settings": _without(model.changed(), _APART | _NO_VECTOR),
-        "output": output_name(request),
-        "dim": request.dim,
-        "normalized": model.normalize or request.options.normalize_embeddings,
-        "max_length": model.max_length,
-        "prompt": request.prefix,
-    }
+    factor = request.options.pool_factor
+    pooled = {"pool_factor": float(factor)} if factor > 1 else {}
+    return (
+        role
+        | request.output.parts()
+        | pooled
+        | {
+            "model": manifest.source.name,
+            "task": request.task,
+            "graph": bundle.content_sha256(precision, request.task),
+            "vision": bundle.content_sha256(precision, VISION) if settings.vision else None,
+            "tokenizer": manifest.files[tokenizer.file].sha256,
+            "tokens": _without(tokenizer.changed(), {"file", "pad_token_id"}),
+            "precision": precision,
+            "numerics": numerics_class(device=device, integers=integers, attention=attention),
+            "pooling": model.pooling,
+            "settings": _without(model.changed(), _APART | _NO_VECTOR),
+            "output": output_name(request),
+            "dim": request.dim,
+            "normalized": model.normalize or request.options.normalize_embeddings,
+            "max_length": model.max_length,
+            "prompt": request.prefix,
+        }
+    )
 
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:
@@ -154,6 +165,9 @@ def others_of(manifest: Manifest, parts: Parts) -> Iterator[Parts]:
     """Parts of what else the bundle gives: other tasks, precisions, machines, lengths and prompts."""
     model = manifest.model
     yield from (parts | {"dim": dim} for dim in range(1, model.dim + 1))
+    plain = _without(parts, {"format", "ranges", "pool_factor"})
+    yield plain
+    yield from (plain | {"format": name, "ranges": None} for name in OUTPUT_FORMATS)
     roles = (None, "query", "document") if "role" in parts else ()
     yield from (
         parts | {"role": role, "prompt": prompt} for role in roles for prompt in _prompts(manifest)

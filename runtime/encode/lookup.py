@@ -9,7 +9,14 @@ from embedge.runtime.arguments import check_positive, listed
 from embedge.runtime.bundle.manifest import Manifest, Model, Task
 from embedge.runtime.errors import EmbedgeValueError
 
-__all__ = ["choose_dim", "choose_prompt", "choose_task", "find_precision", "with_prompts"]
+__all__ = [
+    "choose_dim",
+    "choose_prompt",
+    "choose_task",
+    "find_precision",
+    "with_max_length",
+    "with_prompts",
+]
 
 
 def find_precision(manifest: Manifest, precision: str | None) -> str:
@@ -121,3 +128,31 @@ def choose_dim(model: Model, truncate_dim: int | None) -> int:
             arguments=["truncate_dim"],
         )
     return dim
+
+
+def with_max_length(model: Model, length: int, *, least: int) -> Model:
+    """A model whose texts are cut at fewer tokens.
+
+    Args:
+        model: of the bundle.
+        length: most tokens of a text.
+        least: fewest that leave room for a text.
+
+    Raises:
+        EmbedgeValueError: for more than the model takes, too few, or a late-interaction model.
+    """
+    check_positive("max_seq_length", length)
+    if model.late_interaction is not None:
+        rules = model.late_interaction
+        raise EmbedgeValueError(
+            f"max_seq_length is {length}: a late-interaction model has a length of queries, {rules.query_length}, and "
+            f"one of documents, {rules.document_length}, as it was trained; leave it out",
+            arguments=["max_seq_length"],
+        )
+    if not least <= length <= model.max_length:
+        raise EmbedgeValueError(
+            f"max_seq_length is {length}; expected {least} to {model.max_length}, as many tokens as the model takes; "
+            "longer texts are to be split",
+            arguments=["max_seq_length"],
+        )
+    return replace(model, max_length=int(length))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from embedge.runtime.arguments import check_choice, check_flag, check_positive
+from embedge.runtime.arguments import check_choice, check_flag, check_pool_factor, check_positive
 from embedge.runtime.bundle.manifest import POOL_MASK, Manifest
 from embedge.runtime.encode.lookup import choose_dim, choose_prompt, choose_task
+from embedge.runtime.encode.output_format import OutputFormat, choose_ranges
 from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.scoring.quantization import OUTPUT_FORMATS
 
 __all__ = ["ON_TRUNCATE", "CallOptions", "Request"]
 
@@ -36,6 +39,9 @@ class CallOptions:
     multi_vector: bool = False
     role: str | None = None
     one_thread: bool = False
+    output_format: str = "float32"
+    ranges: Any = field(default=None, compare=False)
+    pool_factor: float = 1
 
     def __post_init__(self) -> None:
         check_positive("batch_size", self.batch_size)
@@ -43,10 +49,25 @@ class CallOptions:
             check_positive("max_batch_tokens", self.max_batch_tokens)
         check_flag("normalize_embeddings", self.normalize_embeddings)
         check_choice("on_truncate", self.on_truncate, ON_TRUNCATE)
+        check_choice("output_format", self.output_format, OUTPUT_FORMATS)
+        if check_pool_factor("pool_factor", self.pool_factor) > 1:
+            self._check_pooled()
         if check_flag("multi_vector", self.multi_vector) and self.truncate_dim is not None:
             raise EmbedgeValueError(
                 "truncate_dim is for single vectors, not multi_vector=True",
                 arguments=["truncate_dim", "multi_vector=True"],
+            )
+
+    def _check_pooled(self) -> None:
+        if not self.multi_vector:
+            raise EmbedgeValueError(
+                "pool_factor joins the vectors of a text's tokens; expected multi_vector=True with it",
+                arguments=["pool_factor", "multi_vector=True"],
+            )
+        if self.role == "query":
+            raise EmbedgeValueError(
+                "pool_factor is for documents, whose vectors an index holds; leave it out for queries",
+                arguments=["pool_factor"],
             )
 
 
@@ -58,13 +79,15 @@ class Request:
         options: as they were given.
         task: whose graph runs.
         prefix: text to put before every text.
-        dim: length of the vectors to give.
+        dim: length of the vectors to give, before they become codes.
+        output: what they are given as.
     """
 
     options: CallOptions
     task: str
     prefix: str
     dim: int
+    output: OutputFormat
 
     @classmethod
     def look_up(cls, manifest: Manifest, precision: str, options: CallOptions) -> Request:
@@ -95,4 +118,15 @@ class Request:
                 f"prompt: {source} leaves the tokens of a prompt out of its pooling, which this bundle's "
                 "graphs cannot; leave the prompt out, or export the model again"
             )
-        return cls(options=options, task=task, prefix=prefix, dim=dim)
+        cut = not options.multi_vector and dim < model.dim and model.normalize
+        ranges = choose_ranges(
+            manifest,
+            task,
+            options.output_format,
+            options.ranges,
+            dim=dim,
+            normalize=options.normalize_embeddings or cut,
+            multi_vector=options.multi_vector,
+        )
+        output = OutputFormat(options.output_format, ranges)
+        return cls(options=options, task=task, prefix=prefix, dim=dim, output=output)

@@ -6,6 +6,7 @@ the manifest names, with their special tokens kept, and padded later, per batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,13 +52,31 @@ class TextTokenizer:
         self._special = frozenset(settings.special_token_ids)
         self._file = file
         limit = max_length - (self._eos is not None)
-        self._tokenizer = _load(file, limit, settings.truncation_side)
+        self._side = settings.truncation_side
+        self._tokenizer = _load(file, limit, self._side)
         others = sorted(set(other_lengths) - {max_length})
         self._by_length = {n: TextTokenizer(file, settings, n) for n in others} | {max_length: self}
 
     def cut_at(self, max_length: int) -> TextTokenizer:
         """The same tokenizer with another limit, one of those that it was opened with."""
         return self._by_length[max_length]
+
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens every text has besides its own."""
+        special: int = self._tokenizer.num_special_tokens_to_add(False)
+        return special + (self._eos is not None)
+
+    def at_limit(self, max_length: int) -> TextTokenizer:
+        """The same tokenizer, which cuts at fewer tokens; its file is not read again."""
+        from tokenizers import Tokenizer
+
+        other = copy.copy(self)
+        other._tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        limit = max_length - (self._eos is not None)
+        other._tokenizer.enable_truncation(limit, direction=self._side)
+        other._by_length = {max_length: other}
+        return other
 
     def prompt_tokens(self, prompt: str) -> int:
         """How many of the first tokens of a text are its prompt's: those of the prompt alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,19 @@ from embedge.runtime.errors import BundleError
 from embedge.runtime.host.progress import Progress
 from embedge.runtime.scoring.similarity import normalized
 
-__all__ = ["Results", "Vectors", "collect", "finished_vectors", "no_results", "output_name"]
+__all__ = [
+    "Codes",
+    "Results",
+    "Vectors",
+    "collect",
+    "finished_vectors",
+    "no_results",
+    "output_name",
+]
 
 Vectors = NDArray[np.float32]
-Results = Vectors | list[Vectors]
+Codes = NDArray[Any]  # float32, or what the call's format makes of it
+Results = Codes | list[Codes]
 
 
 def output_name(request: Request) -> str:
@@ -34,8 +44,8 @@ def finished_vectors(
     request: Request,
     model: Model,
     file: object,
-) -> list[Vectors]:
-    """What the sequences of a batch get: float32 ``[dim]`` each, or ``[tokens, dim]``.
+) -> list[Codes]:
+    """What the sequences of a batch get: ``[dim]`` each, or ``[tokens, dim]``, in the call's format.
 
     A vector is cut to the call's length. It is normalized where the call asks for that, and again
     where it was cut and the source normalizes.
@@ -64,21 +74,31 @@ def finished_vectors(
         vectors = normalized(vectors)
     if multi:
         return [
-            of_one[: len(sequence)][... if sequence.scored is None else sequence.scored].copy()
+            _of_tokens(of_one[: len(sequence)], sequence.scored, request)
             for of_one, sequence in zip(vectors, sequences, strict=True)
         ]
-    return list(vectors)
+    return list(request.output.codes(vectors))
+
+
+def _of_tokens(vectors: Vectors, scored: NDArray[np.bool_] | None, request: Request) -> Codes:
+    """The multi-vectors of one sequence."""
+    kept = vectors[... if scored is None else scored].copy()
+    if request.options.pool_factor > 1:
+        from embedge.runtime.scoring.token_pooling import pool_tokens  # few calls pool
+
+        kept = pool_tokens(kept, request.options.pool_factor)
+    return request.output.codes(kept)
 
 
 def no_results(request: Request, count: int) -> Results:
     """Room for a call's results: zero vectors, or multi-vectors without tokens."""
     if request.options.multi_vector:
-        return [np.zeros((0, request.dim), np.float32)] * count
-    return np.zeros((count, request.dim), np.float32)
+        return [request.output.zeros(0, request.dim)] * count
+    return request.output.zeros(count, request.dim)
 
 
 def collect(
-    vectors: Generator[tuple[int, Vectors], None, None],
+    vectors: Generator[tuple[int, Codes], None, None],
     results: Results,
     *,
     shown: bool | None,

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.scoring.late_interaction import max_sim
+from embedge.runtime.scoring.quantization import is_code
 
 __all__ = ["normalized", "similarity", "similarity_pairwise", "vector_similarity"]
 
@@ -96,6 +97,7 @@ def _both_multi_vectors(a: Any, b: Any, kind: str) -> tuple[list[Vectors], list[
     Raises:
         EmbedgeValueError: for one of each.
     """
+    _check_no_codes(a, b)
     if kind in TOKEN_KINDS:
         a, b = ([x] if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in (a, b))
     multi_a, multi_b = _multi_vectors(a), _multi_vectors(b)
@@ -126,6 +128,15 @@ def _check_dimensions(a: Vectors, b: Vectors) -> None:
             f"vectors of different dimensions: {a.shape[1]} and {b.shape[1]}; encode both with the "
             "same truncate_dim"
         )
+
+
+def _check_no_codes(a: Any, b: Any) -> None:
+    for name, value in (("a", a), ("b", b)):
+        if is_code(value):
+            raise EmbedgeValueError(
+                f"{name}: codes of 8 bits or of one, whose products say little without their ranges; expected floats: "
+                "take dequantize_embeddings(codes, output_format, ranges), or search_binary"
+            )
 
 
 def _multi_vectors(value: Any) -> list[Vectors] | None:

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
         InferenceError,
         ManifestError,
         TextTooLongError,
+        calibrate_ranges,
+        dequantize_embeddings,
+        quantize_embeddings,
+        ranges_of,
+        search_binary,
         subset_bundle,
     )
 
@@ -52,7 +57,12 @@ __all__ = [
     "ManifestError",
     "TextTooLongError",
     "__version__",
+    "calibrate_ranges",
+    "dequantize_embeddings",
     "export_bundle",
+    "quantize_embeddings",
+    "ranges_of",
+    "search_binary",
     "subset_bundle",
 ]
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import onnx
 import pytest
 
+from embedge.export import pipeline
+from embedge.export.options import ExportOptions
+from embedge.export.progress import Progress
 from embedge.runtime import Embedder
 from embedge.runtime.bundle.manifest import Manifest
 from tests.helpers.exports import (
@@ -18,6 +21,7 @@ from tests.helpers.exports import (
     endings,
     external,
     manifest,
+    small,
 )
 from tests.helpers.sessions import open_graph
 
@@ -130,3 +134,43 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert contents(tmp_path / "again") == contents(bundle)
+
+
+def test_an_export_keeps_the_ranges_of_its_vectors(
+    source: Path, tmp_path: Path, few_texts: Path
+) -> None:
+    out = small(source, tmp_path / "b", precisions=["fp32"], calibration=few_texts)
+    [task] = Manifest.from_dict(manifest(out)).tasks.values()
+    assert task.output_ranges is not None
+    model = Embedder(out)
+    texts = [line for line in few_texts.read_text("utf-8").split("\n") if line.strip()]
+    vectors = model.encode(texts, prompt="", on_truncate="ignore")
+    low, high = model.get_output_ranges()
+    assert ((low <= vectors) & (vectors <= high)).all()
+    assert task.output_ranges.vectors == len(texts)
+    small(
+        source,
+        out,
+        adapters={"task": None, "later": None},
+        precisions=["fp32"],
+        calibration=few_texts,
+    )
+    after = Manifest.from_dict(manifest(out)).tasks
+    assert after["task"] == task
+    assert after["later"].output_ranges is not None
+
+
+def test_without_texts_or_with_a_large_graph_ranges_are_left_to_the_command(
+    source: Path, tmp_path: Path, few_texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = small(source, tmp_path / "none", precisions=["fp32"])
+    assert Manifest.from_dict(manifest(out)).tasks["task"].output_ranges is None
+    monkeypatch.setattr(pipeline, "_RANGE_BYTES", 1000)
+    told: list[str] = []
+    options = ExportOptions(
+        source=str(source), adapters={"task": None}, precisions=("fp32",),
+        calibration=few_texts, out=tmp_path / "large",
+    )  # fmt: skip
+    out = pipeline.export(options, Progress(told=told.append))
+    assert Manifest.from_dict(manifest(out)).tasks["task"].output_ranges is None
+    assert f"embedge ranges {out} --texts FILE" in told[-1]

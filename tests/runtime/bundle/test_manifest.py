@@ -335,6 +335,6 @@ def test_another_major_version_is_refused(version: str, hint: str) -> None:
 
 
 def test_a_newer_minor_version_warns_and_is_read() -> None:
-    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.7 is newer than 1\.6"):
-        manifest = Manifest.from_dict(changed("format_version", "1.7"))
+    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.8 is newer than 1\.7"):
+        manifest = Manifest.from_dict(changed("format_version", "1.8"))
     assert manifest.model.dim == 384

@@ -141,7 +141,6 @@ def test_rows_with_other_columns_than_the_first_are_refused(
         (["--field", "a", "--column", "b"], "--field is for JSONL, --column for CSV and Parquet"),
         (["--field", "a", *MORE], "--field is for JSONL; leave out --input-format csv"),
         (["--keep", "id"], "--keep: lines have nothing to keep beside their text"),
-        (["--dtype", "float16"], "--dtype float16: jsonl has numbers as text"),
         (["--input-format", "parquet"], "--input -: Parquet is read from its end"),
         (["--shard", "1/2"], "--shard: the input is read twice, which a pipe cannot be"),
         (["--resume"], "--resume: the input is read twice, which a pipe cannot be"),

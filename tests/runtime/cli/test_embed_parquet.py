@@ -83,13 +83,15 @@ def test_columns_are_chosen_and_halves_are_rounded(bundle: Any, tmp_path: Path) 
     source = write(tmp_path / "in.parquet", body=pa.array(TEXTS), embedding=pa.array(range(100)))
     out = tmp_path / "out.parquet"
     call = ["embed", str(bundle.path), "--input", source, "--output", str(out)]
-    assert main([*call, "--column", "body", "--keep", "tags", "id", "--dtype", "float16"]) == 0
+    assert (
+        main([*call, "--column", "body", "--keep", "tags", "id", "--output-format", "float16"]) == 0
+    )
     table = pq.read_table(out)
     assert table.column_names == ["id", "tags", "embedding"]
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), 8)
     expected = Embedder(bundle.path).encode(TEXTS).astype(np.float16)
     np.testing.assert_allclose(vectors_in(out), expected, atol=1e-3, rtol=0)
-    assert main([*call, "--keep", "--dtype", "float16"]) == 0
+    assert main([*call, "--keep", "--output-format", "float16"]) == 0
     assert pq.read_table(out).column_names == ["embedding"]
     assert pq.read_metadata(out).num_rows == 100
 
@@ -306,7 +308,8 @@ def test_a_row_has_a_vector_a_token(
     texts = ["w1", "w2 w3", "", "w4 w5 w6 w7"]
     stdin("".join(f"{text}\n" for text in texts).encode())
     out = tmp_path / "out.parquet"
-    call = ["embed", str(with_images.path), "--task", "code", "--multi-vector", "--dtype", dtype]
+    call = ["embed", str(with_images.path), "--task", "code", "--multi-vector"]
+    call += ["--output-format", dtype]
     assert main([*call, "--output", str(out)]) == 0
     table = pq.read_table(out)
     assert table.schema.field("embedding").type == pa.list_(pa.list_(getattr(pa, dtype)(), 4))
@@ -315,7 +318,7 @@ def test_a_row_has_a_vector_a_token(
     for found, vectors in zip(table.column("embedding").to_pylist(), expected, strict=True):
         np.testing.assert_allclose(np.array(found), vectors, atol=2e-3, rtol=0)
     fingerprint = pq.read_metadata(out).metadata[b"embedge.fingerprint"].decode()
-    assert fingerprint == model.fingerprint(multi_vector=True)
+    assert fingerprint == model.fingerprint(multi_vector=True, output_format=dtype)
     stdin(b"")
     assert main([*call, "--output", str(out)]) == 0
     assert pq.read_table(out).num_rows == 0

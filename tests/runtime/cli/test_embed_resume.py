@@ -149,7 +149,7 @@ class TestResume:
         [
             ("input", 'input: "'),
             ("--truncate-dim 4", "dim: 8 stored, 4 here"),
-            ("--dtype float16", 'dtype: "float32" then, "float16" now'),
+            ("--output-format float16", 'dtype: "float32" then, "float16" now'),
             ("--format jsonl", 'format: "npy" then, "jsonl" now'),
             ("--shard 1/2", 'shard: null then, "1/2" now'),
             ("--input-format csv", 'input_format: "lines" then, "csv" now'),

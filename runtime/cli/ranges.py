@@ -1,0 +1,53 @@
+"""``embedge ranges``: the ranges of 8-bit output formats, from some texts into the bundle's manifest."""
+
+from __future__ import annotations
+
+import argparse
+
+from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.cli.text_input import read_records
+from embedge.runtime.errors import EmbedgeError
+from embedge.runtime.output_ranges import calibrate_ranges
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.description = (
+        "Take the range of each dimension from the vectors of some texts, and keep it in the bundle's manifest. "
+        "--output-format int8 and uint8 make codes by it. An export has done so with its calibration texts, but of "
+        "large models; texts of your own clip less."
+    )
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="the bundle's folder")
+    add(
+        "--texts", metavar="FILE", required=True,
+        help="a text a line, or with --field JSONL: some hundreds such as you embed",
+    )  # fmt: skip
+    add("--field", help="key of the text in a JSON object")
+    add("--task", nargs="+", dest="tasks", metavar="NAME", help="only these (default: all)")
+    add("--precision", help="whose graphs to run (default: the smallest that a CPU runs)")
+    add("--threads", type=int, metavar="N", help="default: the cores this process really has")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Takes the ranges, and says of what.
+
+    Raises:
+        EmbedgeError: as :func:`calibrate_ranges`, or if the texts cannot be read.
+    """
+    try:
+        with open(args.texts, "rb") as file:
+            texts = [record.text for record in read_records(file, args.field)]
+    except OSError as error:
+        raise EmbedgeError(f"--texts {args.texts}: {error.strerror or error}") from error
+    calibrate_ranges(
+        args.bundle, texts, tasks=args.tasks, precision=args.precision, threads=args.threads
+    )
+    tasks = args.tasks or [
+        name for name, task in Bundle(args.bundle, verify="none").manifest.tasks.items()
+        if task.output_ranges or task.token_ranges
+    ]  # fmt: skip
+    print(f"{args.bundle}: ranges of {len(texts)} texts for {', '.join(tasks)}")
+    return 0
