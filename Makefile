@@ -4,6 +4,7 @@
 # make docs      the documentation site, in build/site; warnings are errors, and links have to lead somewhere
 # make check     lint, types, C, documents and tests, as before a release
 # make sanitize  the kernels' tests with the kernels under AddressSanitizer and UBSan (Linux, gcc, AVX512-VNNI)
+# make test-node     the npm package in Node.js and headless Chromium: vectors as Python's and torch's (npm, chromium)
 #
 # make test-as-avx2     all tests as on a processor without AVX-512 (tests/processors/cpuid_mask.c says where it works)
 # make test-on PYTHON=python3.12    the tests that need no torch, on another Python
@@ -27,8 +28,8 @@ PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reord
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test quick docs check lint types install clean test-on test-transformers5 test-integrations native-warnings sanitize \
-  test-as-windows test-as-aarch64
+.PHONY: demo test quick docs check lint types install clean test-on test-transformers5 test-integrations test-node \
+  native-warnings sanitize test-as-windows test-as-aarch64
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -85,6 +86,16 @@ $(INTEGRATIONS)/.installed: $(STAMP) tests/integrations/requirements.txt
 	$(call environment,$(INTEGRATIONS))
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --requirement tests/integrations/requirements.txt
 	touch $@
+
+# SentencePiece trains a tokenizer with its own table of replacements; transformers would change with it in $(VENV).
+JAVASCRIPT := runtime/javascript
+
+test-node: $(STAMP) $(if $(findstring x86_64,$(shell uname -m)),build/cpuid_mask.so)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/sentencepiece "sentencepiece>=0.2,<0.3"
+	cd $(JAVASCRIPT) && npm ci
+	EMBEDGE_KERNELS=onnxruntime PYTHONPATH=examples:build/sentencepiece $(BIN)/python -W ignore \
+	  -m tests.javascript.make_cases build/javascript
+	cd $(JAVASCRIPT) && npm run types && npm test
 
 build/cpuid_mask.so: tests/processors/cpuid_mask.c
 	mkdir -p build

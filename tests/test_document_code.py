@@ -51,7 +51,7 @@ def test_blocks_that_do_not_run_say_why(name: str) -> None:
         if block.mark.startswith("not run"):
             assert re.fullmatch(r"not run: \w[^>]{10,}", block.mark), f"{name}:{block.line}"
         if name in RUN:
-            known = {"python", "sh", "console", "text", "c", "json"}
+            known = {"python", "sh", "console", "text", "c", "json", "js", "html"}
             assert block.language in known, f"{name}:{block.line}: {block.language!r}"
 
 

@@ -303,7 +303,7 @@ def _others(manifest: Manifest) -> str:
     lines = [
         "Others, with the same versions of ONNX Runtime inside:",
         "",
-        "- onnxruntime-web (wasm): graphs open as they are, int8 within a cosine of .9998; give the files "
+        "- onnxruntime-web (wasm): graphs open as they are, int8 as near to the source as elsewhere; give the files "
         "of weights as `externalData`.",
         "- transformers.js: put the source's `config.json` and `tokenizer_config.json` beside "
         "`tokenizer.json`, and the graph with its weights under `onnx/` as `model.onnx`; `AutoModel` gives "

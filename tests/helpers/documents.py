@@ -28,6 +28,7 @@ DOCUMENTS = sorted(
         *(ROOT / ".github").rglob("*.md"),
         *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md")),
     ]
+    if "node_modules" not in path.parts
 )
 NOTES = [name for name in DOCUMENTS if re.match(r"docs/lab-notes/\d", name)]
 CODE = re.compile(r"`([^`]+)`")

@@ -85,9 +85,9 @@ def _encoder(folder: Path) -> Calls:
         reference.tokenizer.no_padding()  # the published file pads to 128 tokens
         reference.tokenizer.no_truncation()
         by_torch = reference.encode(texts)
-        calls.add("encode", texts, open={"precision": "fp32", "task": task}, by_torch=by_torch)
-    calls.add("encode", texts, open={"precision": "int8", "task": "code"})
-    calls.add("encode", texts, open={"precision": "int4", "task": "code"})
+        for precision in ("fp32", "int8", "int4") if task == "code" else ("fp32",):
+            chosen = {"precision": precision, "task": task}
+            calls.add("encode", texts, open=chosen, by_torch=by_torch)
     calls.add("encode", texts[:9], open={"precision": "fp32"}, task="code", truncate_dim=64)
     return calls
 
@@ -108,13 +108,13 @@ def _decoder(folder: Path) -> Calls:
     reference = Reference(source, adapter)
     calls, fp32 = Calls(out, []), {"precision": "fp32"}
     prompted = [PROMPTS["query"] + text for text in texts]
-    calls.add("encode", texts, open=fp32, by_torch=reference.encode(prompted))
-    calls.add("encode_query", texts, open=fp32, by_torch=reference.encode(prompted))
+    queries = reference.encode(prompted)
+    for precision in ("fp32", "int8", "int4"):
+        calls.add("encode", texts, open={"precision": precision}, by_torch=queries)
+    calls.add("encode_query", texts, open=fp32, by_torch=queries)
     calls.add("encode_document", texts, open=fp32, by_torch=reference.encode(texts))
     own = [f"own: {text}" for text in texts[:9]]
     calls.add("encode", texts[:9], open=fp32, by_torch=reference.encode(own), prompt="own: ")
-    calls.add("encode", texts, open={"precision": "int8"})
-    calls.add("encode", texts, open={"precision": "int4"})
     calls.add("encode", texts[:9], open=fp32, truncate_dim=7)
     calls.add("encode", texts[:9], open={**fp32, "prompts": {"mine": "My: "}}, prompt_name="mine")
     return calls
@@ -164,9 +164,10 @@ def _shared(folder: Path) -> Calls:
         branch_rank=16,
         out=folder,
     )
-    calls = Calls(out, [])
-    for task in adapters:
-        calls.add("encode", hard_texts(40), open={"task": task})
+    calls, texts = Calls(out, []), hard_texts(40)
+    for task, adapter in adapters.items():
+        chosen = {"precision": "int8", "task": task}
+        calls.add("encode", texts, open=chosen, by_torch=Reference(source, adapter).encode(texts))
     return calls
 
 
@@ -246,7 +247,7 @@ def main(out: Path) -> None:
     (out / "tokenizers").mkdir(parents=True)
     write_json(out / "tokens.json", _tokens(out / "tokenizers"))
     for name, make in BUNDLES.items():
-        print(f"{name} …", flush=True)
+        print(f"{name} …", file=sys.stderr, flush=True)
         write_json(out / f"{name}.json", make(out / name).found)
 
 

@@ -60,7 +60,7 @@ async function search(documents) {
   const order = [...scores.keys()].sort((a, b) => scores[b] - scores[a]);
   results.replaceChildren(...order.map((index) => {
     const item = document.createElement("li");
-    const [text, score] = [SENTENCES[index], scores[index].toFixed(2)].map((content) => {
+    const [text, score] = [SENTENCES[index], (Math.round(100 * scores[index]) / 100 || 0).toFixed(2)].map((content) => {
       const part = document.createElement("span");
       part.textContent = content;
       return part;
