@@ -157,7 +157,7 @@ test("a newer minor version warns, a cut text once, a text without tokens", asyn
   const said = [];
   const newer = withManifest((manifest) => (manifest.format_version = "1.99"));
   const model = await Embedder.open(newer, { precision: "fp32", onWarning: (message) => said.push(message) });
-  assert.match(said.pop(), /format_version 1\.99 is newer than 1\.6/);
+  assert.match(said.pop(), /format_version 1\.99 is newer than 1\.\d/);
   await model.encode("a ".repeat(200));
   assert.match(said.pop(), /inputs\[0\] is longer than 128 tokens and was cut/);
   await model.encode("a ".repeat(200));
