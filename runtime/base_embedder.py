@@ -55,7 +55,7 @@ _ELSEWHERE = {
     "to": "name the device when the Embedder is made: device=",
     "half": "name the precision when the Embedder is made: precision=",
     "save": "a bundle is a folder to copy; a part of it: embedge.subset_bundle",
-    "save_pretrained": "a bundle is a folder to copy; a part of it: embedge.subset_bundle",
+    "save_pretrained": "embedge.save_pretrained writes a folder for sentence-transformers",
 }
 
 

@@ -9,6 +9,7 @@ __all__ = ["EXTRAS", "missing_package"]
 EXTRAS = {
     "export": "export",
     "families": "export",
+    "pretrained": "export",
     "bench": "bench",
     "choose": "bench",
     "serve": "serve",

@@ -16,7 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedge.export import AdapterError, CheckpointError, ExportError, export_bundle
+    from embedge.export import (
+        AdapterError,
+        CheckpointError,
+        ExportError,
+        export_bundle,
+        save_pretrained,
+    )
     from embedge.runtime import (
         BundleError,
         DeviceError,
@@ -62,11 +68,14 @@ __all__ = [
     "export_bundle",
     "quantize_embeddings",
     "ranges_of",
+    "save_pretrained",
     "search_binary",
     "subset_bundle",
 ]
 
-_OF_EXPORT = frozenset({"AdapterError", "CheckpointError", "ExportError", "export_bundle"})
+_OF_EXPORT = frozenset(
+    {"AdapterError", "CheckpointError", "ExportError", "export_bundle", "save_pretrained"}
+)
 _PARTS = frozenset({"bench", "export", "integrations", "quant", "runtime"})
 
 

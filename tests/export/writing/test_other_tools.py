@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedge.export import export_bundle
+from embedge.export import export_bundle, save_pretrained
 from embedge.runtime import Embedder
 from tests.helpers.documents import blocks
 from tests.helpers.models import make_model, save
@@ -41,9 +41,7 @@ def place(few_texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out=place / "portable",
         portable=True,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        run("hugging_face_folder(")
+    save_pretrained(place / "portable", place / "folder", task="code")
     return place
 
 
