@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from embedge.runtime import EmbedgeValueError, EmbedgeWarning, FingerprintError
+from embedge.runtime import BundleError, EmbedgeValueError, EmbedgeWarning, FingerprintError
 from embedge.runtime.encode.fingerprint import fingerprint_of
 from embedge.runtime.kernels.numerics import CLASSES
 from tests.integrations.conftest import DOCUMENTS, Expected, near
@@ -121,6 +124,26 @@ def test_a_device_may_be_haystacks(bundle: TinyBundle) -> None:
     embedder = EmbedgeTextEmbedder(bundle.path, **options)
     assert embedder.to_dict()["init_parameters"]["device"] == "cpu"
     assert embedder.embedder.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("make", "graph", "given"),
+    [
+        (EmbedgeTextEmbedder, "retrieval", "w1"),
+        (EmbedgeDocumentEmbedder, "code", [Document(content="w1")]),
+    ],
+)
+def test_warm_up_opens_the_graph(
+    bundle: TinyBundle, tmp_path: Path, make: Any, graph: str, given: Any
+) -> None:
+    for warm in (True, False):
+        copy = shutil.copytree(bundle.path, tmp_path / str(warm))
+        embedder = make(copy, **CODE, query_task="retrieval")
+        if warm:
+            embedder.warm_up()
+        (copy / "fp32" / f"{graph}.onnx").unlink()
+        with contextlib.nullcontext() if warm else pytest.raises(BundleError):
+            embedder.run(given)
 
 
 def test_asynchronous_pipelines(

@@ -23,7 +23,7 @@ _FIELD = "embedge_fingerprint"
 
 
 class _HoldsEncoder:
-    """What the components share: a bundle's task, how it is stored, and its first run."""
+    """What the components share: a bundle's task, and how it is stored."""
 
     _encoder: TaskEncoder
     _parameters: dict[str, Any]
@@ -50,10 +50,6 @@ class _HoldsEncoder:
     def fingerprint(self) -> str:
         """Of which kind the documents' vectors are."""
         return self._encoder.fingerprint
-
-    def warm_up(self) -> None:
-        """Opens the task's graph, which a first run would do."""
-        self._encoder.query("warm up")
 
     def _meta(self) -> dict[str, Any]:
         encoder = self._encoder
@@ -93,6 +89,10 @@ class EmbedgeTextEmbedder(_HoldsEncoder):
         **options: Unpack[EncoderOptions],
     ) -> None:
         self._open(bundle, task, fingerprint, options)
+
+    def warm_up(self) -> None:
+        """Opens the graph of queries, which a first run would do."""
+        self.run("warm up")
 
     def to_dict(self) -> dict[str, Any]:
         """The component as a pipeline's YAML holds it."""
@@ -163,6 +163,10 @@ class EmbedgeDocumentEmbedder(_HoldsEncoder):
         self.embedding_separator = embedding_separator
         self.fingerprint_field = fingerprint_field
         self.progress_bar = progress_bar
+
+    def warm_up(self) -> None:
+        """Opens the graph of documents, which a first run would do."""
+        self.run([Document(content="warm up")])
 
     def to_dict(self) -> dict[str, Any]:
         """The component as a pipeline's YAML holds it."""
@@ -258,9 +262,6 @@ class EmbedgeFingerprintChecker(_HoldsEncoder):
     ) -> None:
         self._open(bundle, task, None, options)
         self.fingerprint_field = fingerprint_field
-
-    def warm_up(self) -> None:
-        """Nothing: no graph runs."""
 
     def to_dict(self) -> dict[str, Any]:
         """The component as a pipeline's YAML holds it."""
