@@ -10,6 +10,7 @@
 # make test-on PYTHON=python3.12    the tests that need no torch, on another Python
 # make test-transformers5    families, sources, adapters and the bench with transformers 5; all with TRANSFORMERS5_TESTS=
 # make test-integrations   LangChain, LlamaIndex, Haystack, Chroma and the guide's vector databases, the real packages
+# make test-clients     the server against clients of others: openai of PyPI and npm, langchain-openai, curl
 # make native-warnings  compiles the C with every warning an error, and compares its format: gcc, clang, and for
 #                       Windows and macOS mingw-w64 and `pip install ziglang`, where they are installed
 # make test-as-windows   the kernels under Wine: vectors of demo-bundle to the bit (tests/processors/windows.py)
@@ -29,7 +30,7 @@ STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test quick docs check lint types install clean test-on test-transformers5 test-integrations test-node \
-  native-warnings sanitize test-as-windows test-as-aarch64
+  test-clients native-warnings sanitize test-as-windows test-as-aarch64
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -96,6 +97,21 @@ test-node: $(STAMP) $(if $(findstring x86_64,$(shell uname -m)),build/cpuid_mask
 	EMBEDGE_KERNELS=onnxruntime PYTHONPATH=examples:build/sentencepiece $(BIN)/python -W ignore \
 	  -m tests.javascript.make_cases build/javascript
 	cd $(JAVASCRIPT) && npm run types && npm test
+
+# Shares the other packages of $(VENV), as above. Needs node, npm and curl.
+CLIENTS := build/clients
+
+test-clients: $(CLIENTS)/.installed
+	EMBEDGE_CLIENTS=$(CURDIR)/$(CLIENTS) $(CLIENTS)/bin/python -m pytest -q $(OPTIONS) tests/runtime/server/clients
+
+$(CLIENTS)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(CLIENTS)
+	packages=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  echo "import site; site.addsitedir('$$packages')" > \
+	  $$($(CLIENTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(CLIENTS)/bin/python -m pip install --quiet "langchain-openai>=1.0,<2" "openai>=2,<4"
+	npm install --prefix $(CLIENTS) --no-audit --no-fund --silent "openai@^6"
+	touch $@
 
 build/cpuid_mask.so: tests/processors/cpuid_mask.c
 	mkdir -p build

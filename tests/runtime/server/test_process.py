@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,55 +18,9 @@ import pytest
 from embedge.runtime import Embedder
 from embedge.runtime.cli.main import main
 from tests.helpers.command import Capture, error_line
+from tests.helpers.server_process import BODY, serving
 from tests.helpers.serving import array_of, error_of, httpx, vectors_in
 from tests.runtime.conftest import MakeBundle, TinyBundle
-
-BODY = {"model": "bundle:code", "input": "w1 w2"}
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str
-    log: Path
-
-    def embed(self, **fields: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/embeddings", json=BODY | fields, timeout=60)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-    def said(self, text: str) -> None:
-        """Waits until the server has said something."""
-        for _ in range(600):
-            if text in self.log.read_text():
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"{text!r} is not in {self.log.read_text()!r}")
-
-
-@contextmanager
-def serving(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    path = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-m", "embedge", "serve", "--port", "0", *arguments]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, **environment},
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("embedge: listening at http://127.0.0.1:"), log.read_text()
-            yield Server(process, line.split()[-1], log)
-        finally:
-            process.kill()
 
 
 @pytest.mark.slow
