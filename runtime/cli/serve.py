@@ -10,6 +10,7 @@ from pathlib import Path
 from embedge.runtime.arguments import check_positive
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file, system_reason
 from embedge.runtime.cli.extras import missing_package
+from embedge.runtime.cli.streams import drop_output
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, warn
 from embedge.runtime.host.memory import parse_bytes
 from embedge.runtime.server.limits import Limits
@@ -147,9 +148,20 @@ def run(args: argparse.Namespace) -> int:
             service,
             listener,
             stop_seconds=args.stop_timeout,
-            started=lambda: print(f"embedge: listening at {url}", flush=True),
+            started=lambda: _announce(url),
         )
     return 0
+
+
+def _announce(url: str) -> None:
+    """Says where the server listens; what it serves does not depend on a place for that."""
+    try:
+        print(f"embedge: listening at {url}", flush=True)
+    except OSError as error:  # a full disk, a pipe that nobody reads
+        drop_output()
+        logging.getLogger("embedge.server").warning(
+            "listening at %s, which could not be written: %s", url, system_reason(error)
+        )
 
 
 def _keys(file: str | None) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +105,37 @@ class TestProcess:
                 np.testing.assert_array_equal(vector, expected)
             server.said("bundle: opened anew")
             assert replaced == 3
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
+    def test_a_full_disk_ends_no_server(self, copied: Path) -> None:
+        expected = Embedder(copied, task="code").encode("w1 w2")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "embedge", "serve", str(copied), "--port", str(port)]
+        path = os.pathsep.join(path for path in sys.path if path)
+        url = f"http://127.0.0.1:{port}"
+        with (
+            open("/dev/full", "w") as full,
+            subprocess.Popen(
+                command, stdout=full, stderr=full, env={**os.environ, "PYTHONPATH": path}
+            ) as process,
+        ):
+            try:
+                for _ in range(600):
+                    with contextlib.suppress(httpx.ConnectError):
+                        httpx.get(f"{url}/health")
+                        break
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                (copied / "manifest.json").write_text("{")
+                process.send_signal(signal.SIGHUP)  # a line of the log for it
+                for _ in range(20):
+                    response = httpx.post(f"{url}/v1/embeddings", json=BODY, timeout=60)
+                    np.testing.assert_array_equal(vectors_in(response)[0], expected)
+                process.terminate()
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
 
     def test_a_killed_server_starts_again_at_its_port(
         self, tasks_bundle: TinyBundle, tmp_path: Path

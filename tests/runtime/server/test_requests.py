@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -299,6 +300,25 @@ class TestForm:
             counted = f'embedge_requests_total{{path="/v1/embeddings",status="{status}"}} 1.0'
             assert counted in lines
         assert "embedge_queued_tokens 0.0" in lines
+
+    def test_metrics_are_named_as_prometheus_has_it(self, tasks_bundle: TinyBundle) -> None:
+        """https://prometheus.io/docs/practices/naming, what `promtool check metrics` holds names to."""
+        parser = pytest.importorskip("prometheus_client.parser")
+        with served(str(tasks_bundle.path)) as client:
+            client.embed("w1 w2", "bundle:code")
+            families = list(parser.text_string_to_metric_families(client.get("/metrics").text))
+        own = {family.name: family for family in families if family.name.startswith("embedge_")}
+        assert len(own) >= 10
+        for name, family in own.items():
+            assert re.fullmatch("[a-z_]+", name) and family.documentation.endswith(".")
+            assert not re.search("milli|micro|minutes|_ms$|kilo|mega", name)  # base units alone
+            ends = {"_total"} if family.type == "counter" else {"_count", "_sum", "_bucket"}
+            for sample in family.samples:
+                if family.type in ("counter", "histogram"):
+                    rest = sample.name.removeprefix(name)
+                    assert rest in ends | {"_created"}, sample.name
+                assert "le" in sample.labels or not set(sample.labels) & {"id", "user", "input"}
+        assert {family.type for family in own.values()} == {"counter", "histogram", "gauge"}
 
 
 class TestKeys:
