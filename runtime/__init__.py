@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         ManifestError,
         TextTooLongError,
     )
+    from embedge.runtime.hub import pull_bundle, push_bundle
     from embedge.runtime.output_ranges import calibrate_ranges
     from embedge.runtime.scoring.quantization import (
         dequantize_embeddings,
@@ -59,6 +60,8 @@ __all__ = [
     "__version__",
     "calibrate_ranges",
     "dequantize_embeddings",
+    "pull_bundle",
+    "push_bundle",
     "quantize_embeddings",
     "ranges_of",
     "search_binary",
@@ -73,6 +76,8 @@ _NOT_OF_ERRORS = {
     "Embedder": "embedder",
     "calibrate_ranges": "output_ranges",
     "dequantize_embeddings": "scoring.quantization",
+    "pull_bundle": "hub",
+    "push_bundle": "hub",
     "quantize_embeddings": "scoring.quantization",
     "ranges_of": "scoring.quantization",
     "search_binary": "scoring.rescoring",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-__all__ = ["described_licences", "licence_name"]
+__all__ = ["described_licences", "is_non_commercial", "licence_name"]
 
 _CREATIVE_COMMONS = re.compile(r"cc-(by(?:-\w+)*)-(\d\.\d)")
 _NOT_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial", re.IGNORECASE)
@@ -20,7 +20,12 @@ def licence_name(licence: str | None) -> str:
         return "not stated"
     found = _CREATIVE_COMMONS.fullmatch(licence)
     name = f"CC {found[1].upper()} {found[2]}" if found else licence
-    return f"{name} (no commercial use)" if _NOT_COMMERCIAL.search(licence) else name
+    return f"{name} (no commercial use)" if is_non_commercial(licence) else name
+
+
+def is_non_commercial(licence: str | None) -> bool:
+    """Whether a licence's name says that it allows no commercial use."""
+    return licence is not None and _NOT_COMMERCIAL.search(licence) is not None
 
 
 def described_licences(model: str | None, adapters: Mapping[str, str | None]) -> str:

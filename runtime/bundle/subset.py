@@ -17,7 +17,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedge.runtime.bundle.contract import CARD, MANIFEST, SHARED_CONSTANTS, VISION
 from embedge.runtime.bundle.files import (
@@ -40,7 +40,7 @@ from embedge.runtime.bundle.writing import (
 )
 from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError, warn
 
-__all__ = ["subset_bundle"]
+__all__ = ["Part", "chosen_part", "copy_part", "subset_bundle"]
 
 _BY_TASK = ("graphs", "layers", "fidelity", "unpack", "content_sha256", "task_tensors")
 _CHUNK_BYTES = 1 << 20
@@ -73,10 +73,41 @@ def subset_bundle(
         BundleError: if the bundle is damaged.
         EmbedgeError: if nothing can be written there.
     """
-    source, target = Bundle(bundle), Path(out)
+    source = Bundle(bundle)
+    return copy_part(source, out, chosen_part(source, precisions, tasks), link=link)
+
+
+class Part(NamedTuple):
+    """What of a bundle is chosen: its manifest, as a document and as it is read."""
+
+    document: Mapping[str, Any]
+    manifest: Manifest
+
+
+def chosen_part(
+    source: Bundle, precisions: Sequence[str] | None, tasks: Sequence[str] | None
+) -> Part:
+    """A bundle's part, of which graphs and lists have to be there, but not weights.
+
+    Args:
+        source: the whole bundle.
+        precisions: as for :func:`subset_bundle`.
+        tasks: likewise.
+
+    Raises:
+        EmbedgeValueError: for a precision or task that the bundle does not have.
+        BundleError: if the bundle is damaged.
+    """
     chosen = _chosen(source.manifest, _names("precisions", precisions), _names("tasks", tasks))
     document = _document(source, chosen)
-    manifest = Manifest.from_dict(document, str(target / MANIFEST))
+    return Part(document, Manifest.from_dict(document, str(source.root / MANIFEST)))
+
+
+def copy_part(
+    source: Bundle, out: str | os.PathLike[str], part: Part, *, link: bool = False
+) -> Path:
+    """Write a part of a bundle as a bundle; raises as :func:`subset_bundle`."""
+    target, (document, manifest) = Path(out), part
     try:
         real = Path(os.path.realpath(target))
         _check_free(source, target, real)

@@ -10,6 +10,8 @@ EXTRAS = {
     "export": "export",
     "families": "export",
     "pretrained": "export",
+    "pull": "hub",
+    "push": "hub",
     "bench": "bench",
     "choose": "bench",
     "serve": "serve",

@@ -31,6 +31,8 @@ _COMMANDS = {
     "serve": "answer requests over HTTP, in the form of OpenAI's embeddings",
     "prepare": "pack a bundle's graphs for this machine, and measure what is fastest on it",
     "pretrained": "write a task's graph as a folder for sentence-transformers, optimum and fastembed",
+    "pull": "fetch a bundle from the Hugging Face hub, or a part of it",
+    "push": "send a bundle to the Hugging Face hub",
     "ranges": "take the ranges of 8-bit vectors from texts, for --output-format int8",
     "subset": "write a smaller bundle of some precisions and tasks",
     "inspect": "show what a bundle holds, and check its files",
