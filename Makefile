@@ -96,7 +96,7 @@ test-node: $(STAMP) $(if $(findstring x86_64,$(shell uname -m)),build/cpuid_mask
 	cd $(JAVASCRIPT) && npm ci
 	EMBEDGE_KERNELS=onnxruntime PYTHONPATH=examples:build/sentencepiece $(BIN)/python -W ignore \
 	  -m tests.javascript.make_cases build/javascript
-	cd $(JAVASCRIPT) && npm run types && npm test
+	cd $(JAVASCRIPT) && npm run format && npm run types && npm test
 
 # Shares the other packages of $(VENV), as above. Needs node, npm and curl.
 CLIENTS := build/clients

@@ -26,7 +26,8 @@ const SENTENCES = [
 
 const parameters = new URLSearchParams(location.search);
 const [form, input, button, status, results] = ["form", "input", "button", "#status", "#results"].map((selector) =>
-  document.querySelector(selector));
+  document.querySelector(selector),
+);
 
 /** @param {string} text @param {boolean} [failed] */
 function say(text, failed = false) {
@@ -58,17 +59,21 @@ async function search(documents) {
   const started = performance.now();
   const [scores] = model.similarity(await model.encodeQuery(input.value), documents);
   const order = [...scores.keys()].sort((a, b) => scores[b] - scores[a]);
-  results.replaceChildren(...order.map((index) => {
-    const item = document.createElement("li");
-    const [text, score] = [SENTENCES[index], (Math.round(100 * scores[index]) / 100 || 0).toFixed(2)].map((content) => {
-      const part = document.createElement("span");
-      part.textContent = content;
-      return part;
-    });
-    score.setAttribute("aria-label", `similarity ${score.textContent}`);
-    item.style.setProperty("--share", `${Math.max(0, 100 * scores[index])}%`);
-    item.append(text, score);
-    return item;
-  }));
+  results.replaceChildren(
+    ...order.map((index) => {
+      const item = document.createElement("li");
+      const [text, score] = [SENTENCES[index], (Math.round(100 * scores[index]) / 100 || 0).toFixed(2)].map(
+        (content) => {
+          const part = document.createElement("span");
+          part.textContent = content;
+          return part;
+        },
+      );
+      score.setAttribute("aria-label", `similarity ${score.textContent}`);
+      item.style.setProperty("--share", `${Math.max(0, 100 * scores[index])}%`);
+      item.append(text, score);
+      return item;
+    }),
+  );
   say(`${SENTENCES.length} sentences at ${model.precision}, ${Math.round(performance.now() - started)} ms.`);
 }

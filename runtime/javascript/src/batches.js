@@ -58,11 +58,15 @@ export function padBatch(texts, model, padTokenId, rowMultiple) {
   const [batch, tokens] = paddedShape(texts.length, longest, rowMultiple, model.max_length);
   /** @param {bigint} value */
   const filled = (value) => new BigInt64Array(batch * tokens).fill(value);
-  const ids = filled(BigInt(padTokenId)), mask = filled(0n), types = filled(0n), pooled = filled(0n);
+  const ids = filled(BigInt(padTokenId)),
+    mask = filled(0n),
+    types = filled(0n),
+    pooled = filled(0n);
   for (let row = 0; row < batch; row++) {
     const text = texts[row];
     const first = row * tokens;
-    if (text === undefined) { // a row that fills; without a token its pooling would divide by zero
+    if (text === undefined) {
+      // a row that fills; without a token its pooling would divide by zero
       mask[first] = pooled[first] = 1n;
       continue;
     }

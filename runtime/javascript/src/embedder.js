@@ -2,12 +2,12 @@
 import { padBatch, planBatches } from "./batches.js";
 import { BundleError, EmbedgeValueError, TextTooLongError } from "./errors.js";
 import { ListedFiles, readFile, VERIFY } from "./files.js";
-import { chooseDim, choosePrecision, choosePrompt, chooseTask, withPrompts } from "./lookup.js";
+import { chooseDim, chooseLength, choosePrecision, choosePrompt, chooseTask, withPrompts } from "./lookup.js";
 import { readManifest } from "./manifest.js";
 import { asTexts, checkChoice, checkFlag, checkOptions, checkPositive, checkPrompts } from "./options.js";
 import { Sessions } from "./sessions.js";
 import { inRole, TextTokenizer } from "./tokenizer.js";
-import { normalized, similarity } from "./vectors.js";
+import { normalized, similarity, similarityPairwise } from "./vectors.js";
 
 /**
  * @typedef {import("./vectors.js").Vector} Vector
@@ -20,8 +20,9 @@ import { normalized, similarity } from "./vectors.js";
  * @property {Record<string, string>} [prompts] Beside those of every task, in the place of those of the same name.
  * @property {string} [defaultPromptName] The prompt of calls that name none, in the place of the task's default.
  * @property {number} [truncateDim] As for `encode`, of calls that name none.
- * @property {"full" | "size" | "none"} [verify] "full" compares each file that is used with its SHA-256 in the manifest,
- *   "size" its size alone. "full" by default.
+ * @property {number} [maxSeqLength] Most tokens of a text, fewer than the model takes; by default as many.
+ * @property {"full" | "size" | "none"} [verify] "full" compares each file that is used with its SHA-256 in the
+ *   manifest, "size" its size alone. "full" by default.
  * @property {number} [maxSessions] Most graphs open at once; the longest unused is closed first. By default all.
  * @property {(message: string) => void} [onWarning] Gets warnings; `console.warn` by default.
  *
@@ -31,8 +32,8 @@ import { normalized, similarity } from "./vectors.js";
  * @property {string} [prompt] A text to put there instead; `promptName` is then ignored.
  * @property {number} [batchSize] Most texts of a batch; 32 by default.
  * @property {number} [maxBatchTokens] Most padded tokens of a batch; 1024 by default.
- * @property {number} [truncateDim] One of the declared dimensions, or any where none are declared. The vector is cut and,
- *   where the source normalizes, normalized again. By default what the source cuts to, most often nothing.
+ * @property {number} [truncateDim] One of the declared dimensions, or any where none are declared. The vector is cut
+ *   and, where the source normalizes, normalized again. By default what the source cuts to, most often nothing.
  * @property {boolean} [normalizeEmbeddings] L2-normalize in any case.
  * @property {"ignore" | "warn" | "error"} [onTruncate] When a text is longer than `maxSeqLength` and gets cut; "warn"
  *   (once per Embedder) by default.
@@ -43,12 +44,35 @@ import { normalized, similarity } from "./vectors.js";
  */
 
 export const OPEN_OPTIONS = [
-  "task", "precision", "prompts", "defaultPromptName", "truncateDim", "verify", "maxSessions", "onWarning",
+  "task",
+  "precision",
+  "prompts",
+  "defaultPromptName",
+  "truncateDim",
+  "maxSeqLength",
+  "verify",
+  "maxSessions",
+  "onWarning",
 ];
 const PROMPT_OPTIONS = ["task", "promptName", "prompt"];
 const ENCODE_OPTIONS = [
-  ...PROMPT_OPTIONS, "batchSize", "maxBatchTokens", "truncateDim", "normalizeEmbeddings", "onTruncate", "multiVector",
+  ...PROMPT_OPTIONS,
+  "batchSize",
+  "maxBatchTokens",
+  "truncateDim",
+  "normalizeEmbeddings",
+  "onTruncate",
+  "multiVector",
 ];
+
+/**
+ * What a call gives for its texts.
+ * @template Inputs
+ * @template Options
+ * @typedef {Options extends {multiVector: true}
+ *   ? (Inputs extends string ? MultiVector : MultiVector[])
+ *   : (Inputs extends string ? Vector : Vector[])} Encoded
+ */
 
 /**
  * Embeds texts with a bundle.
@@ -75,16 +99,23 @@ export class BaseEmbedder {
     const prompts = checkPrompts(options.prompts);
     manifest.tasks = withPrompts(manifest.tasks, prompts, options.defaultPromptName, options.task);
     const dim = chooseDim(model, options.truncateDim);
-    const maxSessions = options.maxSessions === undefined ? Infinity : checkPositive("maxSessions", options.maxSessions);
+    const maxSessions =
+      options.maxSessions === undefined ? Infinity : checkPositive("maxSessions", options.maxSessions);
     const files = new ListedFiles(source, manifest.files, verify);
     const late = model.late_interaction;
     const lengths = late === null ? [model.max_length] : [late.query_length, late.document_length, late.text_length];
-    const bytes = await files.read(tokenizer.file);
+    const words = new TextTokenizer(await files.read(tokenizer.file), source.place(tokenizer.file), tokenizer, lengths);
+    if (options.maxSeqLength !== undefined)
+      model.max_length = chooseLength(model, options.maxSeqLength, 1 - words.room(0));
     return {
-      manifest, precision, settings, dim, warn,
+      manifest,
+      precision,
+      settings,
+      dim,
+      warn,
       root: source.root,
       task: options.task,
-      tokenizer: new TextTokenizer(bytes, source.place(tokenizer.file), tokenizer, lengths),
+      tokenizer: words,
       sessions: new Sessions(platform, files, settings, model.inputs, maxSessions),
     };
   }
@@ -203,9 +234,10 @@ export class BaseEmbedder {
    *
    * A late-interaction model cuts queries at their own length, and fills them up where it was trained so.
    * @template {string | string[]} Inputs
+   * @template {EncodeOptions & {multiVector?: boolean}} [Options={}]
    * @param {Inputs} inputs
-   * @param {EncodeOptions & {multiVector?: boolean}} [options] As for `encode`; a `promptName` or `prompt` given wins.
-   * @returns {Promise<Inputs extends string ? Vector : Vector[]>} Multi-vectors with `multiVector`.
+   * @param {Options} [options] As for `encode`; a `promptName` or `prompt` given wins.
+   * @returns {Promise<Encoded<Inputs, Options>>} Multi-vectors with `multiVector`.
    */
   async encodeQuery(inputs, options) {
     const given = checkOptions("encodeQuery", options, ENCODE_OPTIONS);
@@ -218,9 +250,10 @@ export class BaseEmbedder {
    * A default prompt is left out too: it is the queries' where documents have none of their own. A late-interaction
    * model cuts documents at their own length, and leaves out vectors such as those of punctuation.
    * @template {string | string[]} Inputs
+   * @template {EncodeOptions & {multiVector?: boolean}} [Options={}]
    * @param {Inputs} inputs
-   * @param {EncodeOptions & {multiVector?: boolean}} [options] As for `encode`; a `promptName` or `prompt` given wins.
-   * @returns {Promise<Inputs extends string ? Vector : Vector[]>} Multi-vectors with `multiVector`.
+   * @param {Options} [options] As for `encode`; a `promptName` or `prompt` given wins.
+   * @returns {Promise<Encoded<Inputs, Options>>} Multi-vectors with `multiVector`.
    */
   async encodeDocument(inputs, options) {
     const given = checkOptions("encodeDocument", options, ENCODE_OPTIONS);
@@ -254,6 +287,17 @@ export class BaseEmbedder {
    */
   similarity(a, b) {
     return similarity(a, b, this.similarityFnName);
+  }
+
+  /**
+   * Similarity of each of `a` to that of `b` in the same place, as the source model defines it.
+   * @param {Vector | Vector[] | MultiVector[] | number[] | number[][]} a
+   * @param {Vector | Vector[] | MultiVector[] | number[] | number[][]} b Like `a`, and as many.
+   * @returns {Float32Array}
+   * @throws {EmbedgeValueError} If the two differ in kind, number or dimension.
+   */
+  similarityPairwise(a, b) {
+    return similarityPairwise(a, b, this.similarityFnName);
   }
 
   /** Closes the open graphs; a later call opens them again. */
@@ -292,25 +336,36 @@ export class BaseEmbedder {
       throw new EmbedgeValueError("truncateDim is for single vectors, not multiVector: true");
     }
     if (model.late_interaction !== null && !multiVector) {
-      throw new EmbedgeValueError(`${source} is a late-interaction model, of a vector a token and none a text: pass ` +
-        "multiVector: true to encodeQuery for queries, and to encodeDocument for documents");
+      throw new EmbedgeValueError(
+        `${source} is a late-interaction model, of a vector a token and none a text: pass ` +
+          "multiVector: true to encodeQuery for queries, and to encodeDocument for documents",
+      );
     }
     if (multiVector && model.multi_vector_dim === null) {
       throw new EmbedgeValueError(`multiVector: ${source} has no multi-vector head; leave multiVector out`);
     }
     const prefix = choosePrompt(task, this.#taskOf(task), options.promptName, options.prompt);
     if (prefix !== "" && !model.include_prompt && !model.inputs.includes("pool_mask")) {
-      throw new EmbedgeValueError(`prompt: ${source} leaves the tokens of a prompt out of its pooling, which this ` +
-        "bundle's graphs cannot; leave the prompt out, or export the model again");
+      throw new EmbedgeValueError(
+        `prompt: ${source} leaves the tokens of a prompt out of its pooling, which this ` +
+          "bundle's graphs cannot; leave the prompt out, or export the model again",
+      );
     }
     const dim = options.truncateDim === undefined ? this.dim : chooseDim(model, options.truncateDim);
     return {
-      task, prefix, multiVector, role,
+      task,
+      prefix,
+      multiVector,
+      role,
       dim: multiVector ? /** @type {number} */ (model.multi_vector_dim) : dim,
       batchSize: checkPositive("batchSize", options.batchSize ?? 32),
       maxBatchTokens: checkPositive("maxBatchTokens", options.maxBatchTokens ?? 1024),
       normalize: checkFlag("normalizeEmbeddings", options.normalizeEmbeddings ?? false),
-      onTruncate: checkChoice("onTruncate", options.onTruncate ?? "warn", /** @type {const} */ (["ignore", "warn", "error"])),
+      onTruncate: checkChoice(
+        "onTruncate",
+        options.onTruncate ?? "warn",
+        /** @type {const} */ (["ignore", "warn", "error"]),
+      ),
     };
   }
 
@@ -320,7 +375,10 @@ export class BaseEmbedder {
    * @returns {Tokens[]}
    */
   #tokens(texts, { prefix, role }) {
-    const { tokenizer, manifest: { model } } = this.#parts;
+    const {
+      tokenizer,
+      manifest: { model },
+    } = this.#parts;
     const rules = model.late_interaction;
     if (rules !== null) {
       const length = this.#longest(role);
@@ -349,8 +407,10 @@ export class BaseEmbedder {
     const most = this.#longest(role);
     if (onTruncate === "error") throw new TextTooLongError(first, most);
     this.#warnedOfTruncation = true;
-    this.#parts.warn(`inputs[${first}] is longer than ${most} tokens and was cut; onTruncate: "ignore" cuts in silence, ` +
-      'onTruncate: "error" refuses; this is said once');
+    this.#parts.warn(
+      `inputs[${first}] is longer than ${most} tokens and was cut; onTruncate: "ignore" cuts in silence, ` +
+        'onTruncate: "error" refuses; this is said once',
+    );
   }
 
   /** @param {Tokens[]} tokens */
@@ -361,9 +421,11 @@ export class BaseEmbedder {
     tokens.forEach(({ ids }, index) => {
       const beyond = ids.find((id) => id >= rows);
       if (beyond !== undefined) {
-        throw new EmbedgeValueError(`inputs[${index}] has ${tokenizer.tokenName(beyond)}, a token that the tokenizer knows ` +
-          `and the model does not, whose table has ${rows} rows; leave it out of the text, or export a model whose ` +
-          "table was resized");
+        throw new EmbedgeValueError(
+          `inputs[${index}] has ${tokenizer.tokenName(beyond)}, a token that the tokenizer knows ` +
+            `and the model does not, whose table has ${rows} rows; leave it out of the text, or export a model whose ` +
+            "table was resized",
+        );
       }
     });
   }
@@ -388,12 +450,17 @@ export class BaseEmbedder {
     const results = new Array(tokens.length);
     for (const index of empty) results[index] = request.multiVector ? [] : new Float32Array(request.dim);
     if (empty.length > 0) {
-      this.#parts.warn(`${empty.length} of ${tokens.length} texts have no tokens and become zero vectors; the first is ` +
-        `inputs[${empty[0]}]`);
+      this.#parts.warn(
+        `${empty.length} of ${tokens.length} texts have no tokens and become zero vectors; the first is ` +
+          `inputs[${empty[0]}]`,
+      );
     }
     const lengths = full.map(([first]) => tokens[first].ids.length);
     for (const batch of planBatches(lengths, request.batchSize, request.maxBatchTokens)) {
-      const found = await this.#runBatch(batch.map((group) => tokens[full[group][0]]), request);
+      const found = await this.#runBatch(
+        batch.map((group) => tokens[full[group][0]]),
+        request,
+      );
       batch.forEach((group, row) => {
         for (const index of full[group]) results[index] = copied(found[row]);
       });
@@ -407,7 +474,11 @@ export class BaseEmbedder {
    * @returns {Promise<(Vector | MultiVector)[]>}
    */
   async #runBatch(texts, request) {
-    const { manifest: { model, tokenizer }, settings, sessions } = this.#parts;
+    const {
+      manifest: { model, tokenizer },
+      settings,
+      sessions,
+    } = this.#parts;
     const rows = tokenizer.table_rows;
     const padding = rows === null || tokenizer.pad_token_id < rows ? tokenizer.pad_token_id : 0; // masked: any id does
     const inputs = padBatch(texts, model, padding, settings.row_multiple);
@@ -417,8 +488,10 @@ export class BaseEmbedder {
     const width = request.multiVector ? /** @type {number} */ (model.multi_vector_dim) : model.dim;
     const expected = request.multiVector ? [...shape, width] : [shape[0], width];
     if (expected.join() !== dims.join()) {
-      throw new BundleError(`${file}: expected ${output} of the shape ${expected.join(" × ")}, found ${dims.join(" × ")}; ` +
-        "export the bundle again");
+      throw new BundleError(
+        `${file}: expected ${output} of the shape ${expected.join(" × ")}, found ${dims.join(" × ")}; ` +
+          "export the bundle again",
+      );
     }
     const again = request.normalize || (request.dim < width && model.normalize);
     /** @param {number} place Of the vector among those of the output. */
@@ -427,8 +500,9 @@ export class BaseEmbedder {
       return again ? normalized(vector) : vector;
     };
     if (!request.multiVector) return texts.map((_, row) => vectorAt(row));
-    return texts.map((text, row) => text.ids.flatMap((_, at) =>
-      (text.scored === null || text.scored[at] ? [vectorAt(row * shape[1] + at)] : [])));
+    return texts.map((text, row) =>
+      text.ids.flatMap((_, at) => (text.scored === null || text.scored[at] ? [vectorAt(row * shape[1] + at)] : [])),
+    );
   }
 
   /** @param {string} [task] */

@@ -42,7 +42,9 @@ export class InferenceError extends EmbedgeError {}
  * @param {unknown} error
  */
 export function reasonOf(error) {
-  return String(error instanceof Error ? error.message : error).replace(/\s+/g, " ").trim();
+  return String(error instanceof Error ? error.message : error)
+    .replace(/\s+/g, " ")
+    .trim();
 }
 
 /**

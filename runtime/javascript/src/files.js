@@ -106,8 +106,10 @@ export async function readFile(source, name) {
 async function sha256(bytes) {
   const subtle = globalThis.crypto?.subtle;
   if (subtle === undefined) {
-    throw new EmbedgeValueError('verify: "full" needs crypto.subtle, which browsers give to pages of https or ' +
-      'localhost alone; serve the page so, or pass verify: "size"');
+    throw new EmbedgeValueError(
+      'verify: "full" needs crypto.subtle, which browsers give to pages of https or ' +
+        'localhost alone; serve the page so, or pass verify: "size"',
+    );
   }
   const digest = await subtle.digest("SHA-256", /** @type {Uint8Array<ArrayBuffer>} */ (bytes));
   return Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");

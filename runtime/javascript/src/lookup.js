@@ -20,14 +20,17 @@ export function choosePrecision(manifest, name) {
     const usable = [...known].filter(([, precision]) => refusal("", precision) === null);
     if (usable.length === 1) return usable[0];
     if (usable.length > 1) {
-      throw new EmbedgeValueError(`the bundle has several precisions: ${listed(known.keys())}; choose one, such as ` +
-        `precision: ${shown(usable[0][0])}`);
+      throw new EmbedgeValueError(
+        `the bundle has several precisions: ${listed(known.keys())}; choose one, such as ` +
+          `precision: ${shown(usable[0][0])}`,
+      );
     }
     name = /** @type {string} */ (known.keys().next().value);
   }
   if (name === "auto") {
-    throw new EmbedgeValueError('precision: "auto" measures with embedge\'s kernels, in Python; choose one of ' +
-      listed(known.keys()));
+    throw new EmbedgeValueError(
+      'precision: "auto" measures with embedge\'s kernels, in Python; choose one of ' + listed(known.keys()),
+    );
   }
   const precision = known.get(name);
   if (precision === undefined) {
@@ -45,12 +48,16 @@ export function choosePrecision(manifest, name) {
  */
 function refusal(name, precision) {
   if (precision.unpacked) {
-    return `precision ${shown(name)} is unpacked when a graph opens, by embedge in Python alone; ` +
-      "int4 holds the same weights: export with --precision int4 and open that";
+    return (
+      `precision ${shown(name)} is unpacked when a graph opens, by embedge in Python alone; ` +
+      "int4 holds the same weights: export with --precision int4 and open that"
+    );
   }
   if (!precision.devices.includes("cpu")) {
-    return `precision ${shown(name)} has kernels on ${listed(precision.devices)} alone, and this package runs on the CPU; ` +
-      "export with --precision int8 or fp32 and open that";
+    return (
+      `precision ${shown(name)} has kernels on ${listed(precision.devices)} alone, and this package runs on the CPU; ` +
+      "export with --precision int8 or fp32 and open that"
+    );
   }
   return null;
 }
@@ -66,13 +73,15 @@ export function chooseTask(manifest, precision, task) {
   if (task === undefined) {
     const [first] = known.keys();
     if (known.size === 1) return first;
-    throw new EmbedgeValueError(`the bundle has several tasks: ${listed(known.keys())}; choose one, such as ` +
-      `task: ${shown(first)}`);
+    throw new EmbedgeValueError(
+      `the bundle has several tasks: ${listed(known.keys())}; choose one, such as ` + `task: ${shown(first)}`,
+    );
   }
   if (known.has(task)) return task;
   if (manifest.tasks.has(task)) {
-    throw new EmbedgeValueError(`task ${shown(task)} has no graph at precision ${shown(precision)}, which has ` +
-      listed(known.keys()));
+    throw new EmbedgeValueError(
+      `task ${shown(task)} has no graph at precision ${shown(precision)}, which has ` + listed(known.keys()),
+    );
   }
   throw new EmbedgeValueError(`the bundle has no task ${shown(task)}; it has ${listed(known.keys())}`);
 }
@@ -106,13 +115,36 @@ export function choosePrompt(name, task, promptName, prompt) {
  * @returns {Map<string, Task>}
  */
 export function withPrompts(tasks, prompts, defaultPromptName, task) {
-  const given = new Map([...tasks].map(([name, entry]) => [name, { ...entry, prompts: { ...entry.prompts, ...prompts } }]));
+  const given = new Map(
+    [...tasks].map(([name, entry]) => [name, { ...entry, prompts: { ...entry.prompts, ...prompts } }]),
+  );
   if (defaultPromptName === undefined) return given;
   for (const [name, entry] of given) {
     if (task === undefined || task === name) choosePrompt(name, entry, defaultPromptName, undefined);
     if (Object.hasOwn(entry.prompts, defaultPromptName)) entry.default_prompt = defaultPromptName;
   }
   return given;
+}
+
+/**
+ * The most tokens of a text, where fewer are wanted than the model takes.
+ * @param {Model} model
+ * @param {number} length
+ * @param {number} least Fewest that leave room for a text.
+ */
+export function chooseLength(model, length, least) {
+  const late = model.late_interaction;
+  if (late !== null) {
+    throw new EmbedgeValueError(
+      `maxSeqLength is ${shown(length)}: a late-interaction model has a length of queries, ` +
+        `${late.query_length}, and one of documents, ${late.document_length}, as it was trained; leave it out`,
+    );
+  }
+  if (Number.isSafeInteger(length) && length >= least && length <= model.max_length) return length;
+  throw new EmbedgeValueError(
+    `maxSeqLength is ${shown(length)}; expected ${least} to ${model.max_length}, as many tokens ` +
+      "as the model takes; longer texts are to be split",
+  );
 }
 
 /**

@@ -129,8 +129,9 @@ class Value {
   /** @returns {Value[]} */
   list() {
     if (!Array.isArray(this.value)) this.unlike("a list");
-    return this.value.map((/** @type {any} */ item, /** @type {number} */ index) =>
-      new Value(item, this.file, `${this.path}[${index}]`));
+    return this.value.map(
+      (/** @type {any} */ item, /** @type {number} */ index) => new Value(item, this.file, `${this.path}[${index}]`),
+    );
   }
 
   /** @returns {[string, Value][]} */
@@ -200,10 +201,15 @@ export function readManifest(bytes, file, warn) {
     tokenizer: readTokenizerSettings(root.member("tokenizer")),
     tasks: readNamed(root.member("tasks"), "task", readTask),
     precisions: readNamed(root.member("precisions"), "precision", readPrecision),
-    files: new Map(root.member("files").entries().map(([path, entry]) => [
-      new Value(path, file, "files").bundlePath(),
-      { size: entry.member("size").whole(0), sha256: readSha256(entry.member("sha256")) },
-    ])),
+    files: new Map(
+      root
+        .member("files")
+        .entries()
+        .map(([path, entry]) => [
+          new Value(path, file, "files").bundlePath(),
+          { size: entry.member("size").whole(0), sha256: readSha256(entry.member("sha256")) },
+        ]),
+    ),
   };
   checkNames(root, manifest);
   return manifest;
@@ -224,8 +230,10 @@ function checkVersion(place, warn) {
     place.fail(`this embedge reads version ${knownMajor}.x, the bundle is ${version}; ${hint}`);
   }
   if (minor > knownMinor) {
-    warn(`${place.file}: format_version ${version} is newer than ${FORMAT_VERSION}, which this embedge knows; ` +
-      "what it does not know is ignored");
+    warn(
+      `${place.file}: format_version ${version} is newer than ${FORMAT_VERSION}, which this embedge knows; ` +
+        "what it does not know is ignored",
+    );
   }
 }
 
@@ -239,10 +247,12 @@ function checkVersion(place, warn) {
 function readNamed(place, kind, read) {
   const entries = place.entries();
   if (entries.length === 0) place.fail("expected at least one, found none");
-  return new Map(entries.map(([name, value]) => {
-    if (!NAME.test(name)) place.fail(`${shown(name)} is no name of a ${kind}; rename it, or export the bundle again`);
-    return [name, read(value)];
-  }));
+  return new Map(
+    entries.map(([name, value]) => {
+      if (!NAME.test(name)) place.fail(`${shown(name)} is no name of a ${kind}; rename it, or export the bundle again`);
+      return [name, read(value)];
+    }),
+  );
 }
 
 /** @param {Value} value */
@@ -340,8 +350,12 @@ function readModel(value) {
     value.member("inputs").fail(`expected ${known.join(", ")}, found ${listed(model.inputs)}`);
   }
   if ((model.late_interaction !== null) !== SIMILARITIES.indexOf(model.similarity) > 1) {
-    value.member("similarity").fail(`found ${model.similarity}, where late_interaction is ` +
-      (model.late_interaction === null ? "null" : "not null"));
+    value
+      .member("similarity")
+      .fail(
+        `found ${model.similarity}, where late_interaction is ` +
+          (model.late_interaction === null ? "null" : "not null"),
+      );
   }
   return model;
 }
@@ -355,14 +369,18 @@ function readLateInteraction(value) {
     query_length: value.member("query_length").whole(1),
     document_length: value.member("document_length").whole(1),
     text_length: value.member("text_length").whole(1),
-    expansion: value.member("expansion").or((expansion) => ({
-      length: expansion.member("length").whole(1),
-      token_id: expansion.member("token_id").whole(0),
-      attend: expansion.member("attend").flag(),
-    }), null),
+    expansion: value.member("expansion").or(
+      (expansion) => ({
+        length: expansion.member("length").whole(1),
+        token_id: expansion.member("token_id").whole(0),
+        attend: expansion.member("attend").flag(),
+      }),
+      null,
+    ),
     skipped_ids: value.member("skipped_ids").or(ids, []),
-    skipped_in: value.member("skipped_in").or((roles) => roles.list().map((role) =>
-      role.choice(["query", "document"])), []),
+    skipped_in: value
+      .member("skipped_in")
+      .or((roles) => roles.list().map((role) => role.choice(["query", "document"])), []),
   };
 }
 
@@ -385,6 +403,7 @@ function checkNames(root, manifest) {
     }
   }
   for (const [key, path] of named) {
-    if (!manifest.files.has(path)) throw new ManifestError(`${root.file}: ${key}: ${shown(path)} is not listed in files`);
+    if (!manifest.files.has(path))
+      throw new ManifestError(`${root.file}: ${key}: ${shown(path)} is not listed in files`);
   }
 }

@@ -14,8 +14,8 @@ export * from "./errors.js";
 
 /**
  * Embeds texts with a bundle.
- * @typedef {import("./embedder.js").OpenOptions & {threads?: number}} NodeOptions `threads`: threads of a run; by default
- *   ONNX Runtime's choice, the machine's cores.
+ * @typedef {import("./embedder.js").OpenOptions & {threads?: number}} NodeOptions `threads`: threads of a run; by
+ *   default ONNX Runtime's choice, the machine's cores.
  */
 export class Embedder extends BaseEmbedder {
   /**
@@ -28,7 +28,7 @@ export class Embedder extends BaseEmbedder {
    */
   static async open(bundle, options) {
     const given = checkOptions("Embedder.open", options, [...OPEN_OPTIONS, "threads"]);
-    const threads = given.threads === undefined ? 0 : checkPositive("threads", given.threads); // 0: ONNX Runtime's choice
+    const threads = given.threads === undefined ? 0 : checkPositive("threads", given.threads); // 0: its choice
     const source = folderSource(folderOf(bundle));
     const ort = await loadRuntime();
     const platform = {
@@ -54,7 +54,9 @@ async function loadRuntime() {
   try {
     found = await import("onnxruntime-node");
   } catch (error) {
-    throw new EmbedgeError(`embedge needs onnxruntime-node (${reasonOf(error)}); run: npm install onnxruntime-node@1.30`);
+    throw new EmbedgeError(
+      `embedge needs onnxruntime-node (${reasonOf(error)}); run: npm install onnxruntime-node@1.30`,
+    );
   }
   const ort = /** @type {typeof import("onnxruntime-node")} */ (/** @type {any} */ (found).default ?? found);
   checkVersion("onnxruntime-node", ort);
@@ -72,8 +74,10 @@ function folderOf(bundle) {
   }
   if (/^file:/i.test(text)) return fileURLToPath(text);
   if (/^[a-z][a-z0-9+.-]+:\/\//i.test(text)) {
-    throw new EmbedgeValueError(`bundle: expected the path of a folder, found ${shown(text)}; in Node.js a bundle lies on ` +
-      "disk: download its folder first");
+    throw new EmbedgeValueError(
+      `bundle: expected the path of a folder, found ${shown(text)}; in Node.js a bundle lies on ` +
+        "disk: download its folder first",
+    );
   }
   return path.resolve(text);
 }

@@ -39,9 +39,15 @@ const MAKERS = {
   NFKD: () => (text) => text.normalize("NFKD"),
   Lowercase: () => lowercase,
   StripAccents: () => (text) => text.replace(/\p{M}/gu, ""),
-  Prepend: ({ prepend }) => (text) => (text === "" ? text : prepend + text),
+  Prepend:
+    ({ prepend }) =>
+    (text) =>
+      text === "" ? text : prepend + text,
   Replace: makeReplace,
-  Strip: ({ strip_left: left, strip_right: right }) => (text) => strip(text, left, right),
+  Strip:
+    ({ strip_left: left, strip_right: right }) =>
+    (text) =>
+      strip(text, left, right),
   Sequence: ({ normalizers }) => {
     const steps = normalizers.map(makeNormalizer);
     return (text) => steps.reduce((/** @type {string} */ out, /** @type {Normalizer} */ step) => step(out), text);
@@ -87,15 +93,19 @@ function strip(text, left, right) {
 function makeBert(config) {
   const accents = config.strip_accents ?? config.lowercase;
   return (text) => {
-    if (config.clean_text) text = text.replace(/(?![\t\n\r])[\0\uFFFD\p{Cc}\p{Cf}\p{Co}]/gu, "").replace(/\p{White_Space}/gu, " ");
+    if (config.clean_text)
+      text = text.replace(/(?![\t\n\r])[\0\uFFFD\p{Cc}\p{Cf}\p{Co}]/gu, "").replace(/\p{White_Space}/gu, " ");
     if (config.handle_chinese_chars) text = text.replace(IDEOGRAPHS, " $& ");
     if (accents) text = text.normalize("NFD").replace(/\p{Mn}/gu, "");
     return config.lowercase ? lowercase(text) : text;
   };
 }
 
-const IDEOGRAPHS = new RegExp("[\\u4E00-\\u9FFF\\u3400-\\u4DBF\\u{20000}-\\u{2A6DF}\\u{2A700}-\\u{2B73F}" +
-  "\\u{2B740}-\\u{2B81F}\\u{2B920}-\\u{2CEAF}\\uF900-\\uFAFF\\u{2F800}-\\u{2FA1F}]", "gu");
+const IDEOGRAPHS = new RegExp(
+  "[\\u4E00-\\u9FFF\\u3400-\\u4DBF\\u{20000}-\\u{2A6DF}\\u{2A700}-\\u{2B73F}" +
+    "\\u{2B740}-\\u{2B81F}\\u{2B920}-\\u{2CEAF}\\uF900-\\uFAFF\\u{2F800}-\\u{2FA1F}]",
+  "gu",
+);
 
 /**
  * SentencePiece's table of replacements: a double-array trie (Darts) from UTF-8 to texts that end with a zero byte.

@@ -11,7 +11,9 @@ import { EmbedgeValueError, listed, shown } from "./errors.js";
 export function checkOptions(where, options, known) {
   if (options === undefined) return {};
   if (typeof options !== "object" || options === null || Array.isArray(options)) {
-    throw new EmbedgeValueError(`${where}: expected an object of options such as { ${known[0]}: … }, found ${shown(options)}`);
+    throw new EmbedgeValueError(
+      `${where}: expected an object of options such as { ${known[0]}: … }, found ${shown(options)}`,
+    );
   }
   for (const name of Object.keys(options)) {
     if (!known.includes(name)) {
@@ -82,7 +84,9 @@ export function asTexts(inputs) {
 export function checkPrompts(prompts) {
   if (prompts === undefined || prompts === null) return {};
   if (typeof prompts !== "object" || Array.isArray(prompts)) {
-    throw new EmbedgeValueError(`prompts: expected texts by name, such as { query: "query: " }, found ${shown(prompts)}`);
+    throw new EmbedgeValueError(
+      `prompts: expected texts by name, such as { query: "query: " }, found ${shown(prompts)}`,
+    );
   }
   for (const [name, text] of Object.entries(prompts)) {
     if (typeof text !== "string") {

@@ -7,7 +7,8 @@ import * as library from "@huggingface/tokenizers";
 
 import { UnknownComponent, WHITESPACE } from "./normalizers.js";
 
-const { ByteLevelPreTokenizer, PreTokenizer, SequencePreTokenizer } = /** @type {any} */ (library); // missing among its types
+// Missing among its types.
+const { ByteLevelPreTokenizer, PreTokenizer, SequencePreTokenizer } = /** @type {any} */ (library);
 
 const WORD = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}"; // the regex crate's \w
 /** @type {Record<string, RegExp>} */
@@ -16,7 +17,11 @@ const MATCHES = {
   WhitespaceSplit: /\P{White_Space}+/gu,
   BertPreTokenizer: /[^\p{White_Space}\p{P}!-/:-@[-`{-~]+|[\p{P}!-/:-@[-`{-~]/gu,
 };
-const BYTE_LEVEL = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+const BYTE_LEVEL = new RegExp(
+  `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${WHITESPACE}\\p{L}\\p{N}]+|` +
+    `[${WHITESPACE}]+(?![^${WHITESPACE}])|[${WHITESPACE}]+`,
+  "gu",
+);
 
 /**
  * @param {any} config A pre-tokenizer of tokenizer.json, or null.
@@ -39,8 +44,9 @@ export function checkPreTokenizer(config, normalizer) {
     case "Split":
       if (["Isolated", "Removed"].includes(config.behavior) && !config.invert) return;
       if (config.pattern.String !== undefined && leavesNone(normalizer, config.pattern.String)) return;
-      throw new UnknownComponent(`the pre-tokenizer Split with the behavior ${config.behavior}` +
-        (config.invert ? " and invert" : ""));
+      throw new UnknownComponent(
+        `the pre-tokenizer Split with the behavior ${config.behavior}` + (config.invert ? " and invert" : ""),
+      );
     case "Sequence":
       config.pretokenizers.forEach((/** @type {any} */ part) => checkPreTokenizer(part, normalizer));
       return;
@@ -66,7 +72,9 @@ function leavesNone(normalizer, text) {
 export function correctPreTokenizer(preTokenizer, config) {
   if (preTokenizer instanceof SequencePreTokenizer) {
     const parts = /** @type {any} */ (preTokenizer).tokenizers;
-    config.pretokenizers.forEach((/** @type {any} */ part, /** @type {number} */ at) => correctPreTokenizer(parts[at], part));
+    config.pretokenizers.forEach((/** @type {any} */ part, /** @type {number} */ at) =>
+      correctPreTokenizer(parts[at], part),
+    );
   } else if (preTokenizer instanceof ByteLevelPreTokenizer) {
     /** @type {any} */ (preTokenizer).pattern = BYTE_LEVEL;
   } else if (preTokenizer instanceof PreTokenizer) {
@@ -87,7 +95,8 @@ export function checkModel(model) {
       return;
     case "Unigram":
       if (model.byte_fallback) throw new UnknownComponent("the model Unigram with byte_fallback");
-      if (model.unk_id === null || model.unk_id === undefined) throw new UnknownComponent("the model Unigram without unk_id");
+      if (model.unk_id === null || model.unk_id === undefined)
+        throw new UnknownComponent("the model Unigram without unk_id");
       return;
     case "BPE":
       for (const key of ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]) {
@@ -134,8 +143,9 @@ export function readWrapping(config) {
     case "TemplateProcessing":
       return ofTemplate(config);
     case "Sequence": {
-      const parts = config.processors.map(readWrapping).filter((/** @type {Wrapping} */ part) =>
-        part.before.length || part.after.length || part.type);
+      const parts = config.processors
+        .map(readWrapping)
+        .filter((/** @type {Wrapping} */ part) => part.before.length || part.after.length || part.type);
       if (parts.length > 1) throw new UnknownComponent("a post-processor of several that add tokens");
       return parts[0] ?? none;
     }

@@ -23,7 +23,8 @@ export async function saturates(ort, options) {
   const model = new Uint8Array(await new Response(stream).arrayBuffer());
   const session = await ort.InferenceSession.create(model, options);
   try {
-    for (const rows of [1, ROWS]) { // one row may take a kernel of its own
+    for (const rows of [1, ROWS]) {
+      // one row may take a kernel of its own
       const left = new ort.Tensor("uint8", new Uint8Array(rows * DEPTH).fill(LEFT), [rows, DEPTH]);
       const { y } = await session.run({ a: left });
       if (y.data.some((/** @type {number} */ value) => value !== DEPTH * LEFT * RIGHT)) return true;

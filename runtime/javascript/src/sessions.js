@@ -30,8 +30,10 @@ export function checkVersion(name, ort) {
   const version = versions[name === "onnxruntime-node" ? "node" : "web"] ?? versions.common;
   const [major, minor] = String(version).split(".").map(Number);
   if (major !== 1 || !(minor >= LEAST && minor < BEYOND)) {
-    throw new EmbedgeError(`${name}: expected a version from 1.${LEAST} to below 1.${BEYOND}, found ${version}; ` +
-      `run: npm install ${name}@1.${LEAST}`);
+    throw new EmbedgeError(
+      `${name}: expected a version from 1.${LEAST} to below 1.${BEYOND}, found ${version}; ` +
+        `run: npm install ${name}@1.${LEAST}`,
+    );
   }
 }
 
@@ -76,26 +78,37 @@ export class Sessions {
       const given = await this.tensorsOf(task);
       const session = await this.sessionOf(path, Object.keys(given));
       if (!session.outputNames.includes(output)) {
-        throw new BundleError(`${file}: expected an output ${output}, found ${listed(session.outputNames)}; ` +
-          "export the bundle again");
+        throw new BundleError(
+          `${file}: expected an output ${output}, found ${listed(session.outputNames)}; ` + "export the bundle again",
+        );
       }
       const { Tensor } = this.platform.ort;
-      const feeds = Object.fromEntries(Object.entries({ ...inputs, ...given }).map(([name, { type, data, dims }]) =>
-        [name, new Tensor(type, data, dims)]));
+      const feeds = Object.fromEntries(
+        Object.entries({ ...inputs, ...given }).map(([name, { type, data, dims }]) => [
+          name,
+          new Tensor(type, data, dims),
+        ]),
+      );
       let result;
       try {
         result = (await session.run(feeds, [output]))[output];
       } catch (error) {
-        throw new InferenceError(`${file}: failed on a batch of ${inputs.input_ids.dims.join(" × ")} tokens: ` +
-          `${reasonOf(error)}; if memory ran out, lower maxBatchTokens or shorten the text`, { cause: error });
+        throw new InferenceError(
+          `${file}: failed on a batch of ${inputs.input_ids.dims.join(" × ")} tokens: ` +
+            `${reasonOf(error)}; if memory ran out, lower maxBatchTokens or shorten the text`,
+          { cause: error },
+        );
       }
       if (result.type !== "float32") {
-        throw new BundleError(`${file}: expected numbers of float32 as ${output}, found ${result.type}; export the bundle again`);
+        throw new BundleError(
+          `${file}: expected numbers of float32 as ${output}, found ${result.type}; export the bundle again`,
+        );
       }
       const data = /** @type {Float32Array} */ (result.data);
       if (!data.every(Number.isFinite)) {
-        throw new InferenceError(`${file}: gave values that are not finite; open the bundle with verify: "full" to check ` +
-          "its files");
+        throw new InferenceError(
+          `${file}: gave values that are not finite; open the bundle with verify: "full" to check ` + "its files",
+        );
       }
       return { data, dims: result.dims, file };
     });
@@ -159,7 +172,9 @@ export class Sessions {
     const expected = [...this.inputs, ...given].sort();
     const found = [...session.inputNames].sort();
     if (expected.join() !== found.join()) {
-      throw new BundleError(`${file}: expected inputs ${listed(expected)}, found ${listed(found)}; export the bundle again`);
+      throw new BundleError(
+        `${file}: expected inputs ${listed(expected)}, found ${listed(found)}; export the bundle again`,
+      );
     }
     return session;
   }
@@ -183,8 +198,11 @@ export class Sessions {
       return await platform.create(files, path, externals, options);
     } catch (error) {
       if (error instanceof EmbedgeError) throw error;
-      throw new BundleError(`${file}: ${platform.name} cannot open it: ${reasonOf(error)}; open the bundle with ` +
-        'verify: "full" to check its files', { cause: error });
+      throw new BundleError(
+        `${file}: ${platform.name} cannot open it: ${reasonOf(error)}; open the bundle with ` +
+          'verify: "full" to check its files',
+        { cause: error },
+      );
     }
   }
 
@@ -199,7 +217,9 @@ export class Sessions {
     if (!(await saturates(ort, options))) return {};
     const asked = { ...options, extra: EXACT };
     if (!(await saturates(ort, asked))) return { extra: EXACT };
-    throw new InferenceError(`8-bit products saturate on this processor with ${name}, also where exact ones are asked for, ` +
-      "and vectors would be wrong; export the bundle with --portable, or open another precision, such as fp32");
+    throw new InferenceError(
+      `8-bit products saturate on this processor with ${name}, also where exact ones are asked for, ` +
+        "and vectors would be wrong; export the bundle with --portable, or open another precision, such as fp32",
+    );
   }
 }

@@ -41,10 +41,14 @@ export function readTaskTensors(bytes, file) {
     if (known === undefined) fail(`${name}: expected ${Object.keys(TYPES).join(" or ")}, found ${shown(entry?.dtype)}`);
     const [type, ArrayOf] = known;
     const [begin, end] = Array.isArray(entry.data_offsets) ? entry.data_offsets : [NaN, NaN];
-    const count = Array.isArray(entry.shape) ? entry.shape.reduce((/** @type {number} */ a, /** @type {number} */ b) => a * b, 1) : NaN;
+    const count = Array.isArray(entry.shape)
+      ? entry.shape.reduce((/** @type {number} */ a, /** @type {number} */ b) => a * b, 1)
+      : NaN;
     if (end - begin !== count * ArrayOf.BYTES_PER_ELEMENT || begin < 0 || start + end > bytes.length) {
-      fail(`${name}: ${shown(entry.shape)} of ${entry.dtype} does not lie at ${shown(entry.data_offsets)} of ` +
-        `${bytes.length - start} bytes`);
+      fail(
+        `${name}: ${shown(entry.shape)} of ${entry.dtype} does not lie at ${shown(entry.data_offsets)} of ` +
+          `${bytes.length - start} bytes`,
+      );
     }
     // Copied, so that it is aligned; `slice` of Node's Buffer does not copy.
     const data = new ArrayOf(new Uint8Array(bytes.subarray(start + begin, start + end)).buffer);

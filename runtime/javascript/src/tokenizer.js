@@ -8,9 +8,7 @@ import { Tokenizer } from "@huggingface/tokenizers";
 
 import { BundleError, EmbedgeError, reasonOf, shown } from "./errors.js";
 import { makeNormalizer, UnknownComponent } from "./normalizers.js";
-import {
-  checkAddedTokens, checkModel, checkPreTokenizer, correctPreTokenizer, readWrapping,
-} from "./pretokenizers.js";
+import { checkAddedTokens, checkModel, checkPreTokenizer, correctPreTokenizer, readWrapping } from "./pretokenizers.js";
 
 /**
  * One text.
@@ -52,15 +50,19 @@ export class TextTokenizer {
       correctPreTokenizer(this.library.pre_tokenizer, config.pre_tokenizer);
     } catch (error) {
       if (error instanceof UnknownComponent) {
-        throw new BundleError(`${file}: ${error.message} is not known to give the same tokens here as in Python; ` +
-          "embed with embedge in Python, or ask `embedge serve` over HTTP");
+        throw new BundleError(
+          `${file}: ${error.message} is not known to give the same tokens here as in Python; ` +
+            "embed with embedge in Python, or ask `embedge serve` over HTTP",
+        );
       }
       throw new BundleError(`${file}: not a tokenizer (${reasonOf(error)}); copy or export the bundle again`);
     }
     const least = Math.min(...lengths);
     if (this.room(least) < 0) {
-      throw new BundleError(`${file}: not a tokenizer that cuts at ${least} tokens: its special tokens leave no room for ` +
-        "a text; copy or export the bundle again");
+      throw new BundleError(
+        `${file}: not a tokenizer that cuts at ${least} tokens: its special tokens leave no room for ` +
+          "a text; copy or export the bundle again",
+      );
     }
   }
 
@@ -85,8 +87,9 @@ export class TextTokenizer {
       throw new BundleError(`${this.file}: the tokenizer failed on ${shown(text)}: ${reasonOf(error)}`);
     }
     if (!ids.every(Number.isInteger)) {
-      throw new EmbedgeError(`${this.file}: has no token for a part of ${shown(text)}, and none for unknown ones; ` +
-        "leave the part out");
+      throw new EmbedgeError(
+        `${this.file}: has no token for a part of ${shown(text)}, and none for unknown ones; ` + "leave the part out",
+      );
     }
     return ids;
   }

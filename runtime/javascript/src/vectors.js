@@ -29,30 +29,63 @@ function dot(a, b) {
 }
 
 /**
+ * @typedef {"cosine" | "dot" | "maxsim" | "meanmaxsim"} Kind
+ */
+
+/**
  * Similarity of each of `a` to each of `b`: a row of scores for each of `a`.
  * @param {unknown} a A vector, an array of vectors, or an array of multi-vectors.
  * @param {unknown} b Like `a`.
- * @param {"cosine" | "dot" | "maxsim" | "meanmaxsim"} kind
+ * @param {Kind} kind
  * @returns {Float32Array[]}
  */
 export function similarity(a, b, kind) {
+  const { left, right, score } = operands(a, b, kind);
+  return left.map((one) => Float32Array.from(right, (other) => score(one, other)));
+}
+
+/**
+ * Similarity of each of `a` to that of `b` in the same place.
+ * @param {unknown} a As for `similarity`.
+ * @param {unknown} b Like `a`, and as many.
+ * @param {Kind} kind
+ */
+export function similarityPairwise(a, b, kind) {
+  const { left, right, score } = operands(a, b, kind);
+  if (left.length !== right.length) {
+    throw new EmbedgeValueError(
+      `vectors in pairs: found ${left.length} and ${right.length}; pass as many of one as of the ` +
+        "other, or take similarity for all with all",
+    );
+  }
+  return Float32Array.from(left, (one, index) => score(one, right[index]));
+}
+
+/**
+ * Two arrays of one kind, and how one of each is compared.
+ * @param {unknown} a
+ * @param {unknown} b
+ * @param {Kind} kind
+ * @returns {{left: any[], right: any[], score: (one: any, other: any) => number}}
+ */
+function operands(a, b, kind) {
   const [left, right] = [asOperand(a, "a", kind), asOperand(b, "b", kind)];
-  if (left.length === 0 || right.length === 0) return left.map(() => new Float32Array());
-  if (Array.isArray(left[0]) !== Array.isArray(right[0])) {
+  const multi = Array.isArray(left[0] ?? right[0]);
+  if ([...left, ...right].some((one) => Array.isArray(one) !== multi)) {
     throw new EmbedgeValueError("similarity of multi-vectors with single vectors; expected two arrays of one kind");
   }
-  const dims = new Set([...left, ...right].flatMap((part) => Array.isArray(part) ? part.map((one) => one.length) : part.length));
+  const dims = new Set(
+    [...left, ...right].flatMap((one) => (Array.isArray(one) ? one.map((row) => row.length) : one.length)),
+  );
   if (dims.size > 1) {
-    throw new EmbedgeValueError(`vectors of different dimensions: ${[...dims].join(" and ")}; encode both with the same ` +
-      "truncateDim");
+    throw new EmbedgeValueError(
+      `vectors of different dimensions: ${[...dims].join(" and ")}; encode both with the same ` + "truncateDim",
+    );
   }
-  if (Array.isArray(left[0])) {
-    const [queries, documents] = /** @type {[MultiVector[], MultiVector[]]} */ ([left, right]);
-    return queries.map((query) => Float32Array.from(documents, (document) => maxSim(query, document, kind)));
-  }
-  let [rows, columns] = /** @type {[Vector[], Vector[]]} */ ([left, right]);
-  if (kind === "cosine") [rows, columns] = [rows.map(normalized), columns.map(normalized)];
-  return rows.map((row) => Float32Array.from(columns, (column) => dot(row, column)));
+  if (multi) return { left, right, score: (one, other) => maxSim(one, other, kind) };
+  if (kind !== "cosine") return { left, right, score: dot };
+  const [ofLeft, ofRight] = /** @type {[Vector[], Vector[]]} */ ([left, right]);
+  return { left: ofLeft.map(normalized), right: ofRight.map(normalized), score: dot };
 }
 
 /**
@@ -83,7 +116,8 @@ function asOperand(value, name, kind) {
     const vectors = value.map(asVector);
     return kind.endsWith("maxsim") && vectors.length ? [vectors] : vectors; // one text's, of late interaction
   }
-  if (value.every((part) => Array.isArray(part) && part.every(isNumbers))) return value.map((part) => part.map(asVector));
+  if (value.every((part) => Array.isArray(part) && part.every(isNumbers)))
+    return value.map((part) => part.map(asVector));
   throw new EmbedgeValueError(`${name}: expected vectors, or multi-vectors, and not both; of numbers alone`);
 }
 

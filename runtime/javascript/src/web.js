@@ -9,8 +9,8 @@ export * from "./errors.js";
 
 /**
  * Embeds texts with a bundle.
- * @typedef {import("./embedder.js").OpenOptions & {ort?: any}} WebOptions `ort`: the module of onnxruntime-web to use, where
- *   `env.wasm` was set; by default `onnxruntime-web/wasm`.
+ * @typedef {import("./embedder.js").OpenOptions & {ort?: any}} WebOptions `ort`: the module of onnxruntime-web to use,
+ *   where `env.wasm` was set; by default `onnxruntime-web/wasm`.
  */
 export class Embedder extends BaseEmbedder {
   /**
@@ -37,8 +37,9 @@ export class Embedder extends BaseEmbedder {
     /** @type {import("./sessions.js").Platform["create"]} */
     async function openFromBytes(files, graph, externals, settings) {
       const folder = graph.slice(0, graph.lastIndexOf("/") + 1);
-      const [bytes, ...weights] = await Promise.all([graph, ...externals.map((name) => folder + name)].map((name) =>
-        files.read(name)));
+      const [bytes, ...weights] = await Promise.all(
+        [graph, ...externals.map((name) => folder + name)].map((name) => files.read(name)),
+      );
       const externalData = externals.map((name, at) => ({ path: name, data: weights[at] }));
       return ort.InferenceSession.create(bytes, { ...settings, externalData });
     }

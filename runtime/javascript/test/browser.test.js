@@ -1,8 +1,9 @@
 /** Vectors on onnxruntime-web in headless Chromium are Python's and torch's; the demo page finds what is meant. */
 import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
 import { existsSync, mkdirSync } from "node:fs";
 import { readFile } from "node:fs/promises";
-import { createServer } from "node:http";
 import path from "node:path";
 import { after, before, test } from "node:test";
 
@@ -10,9 +11,10 @@ import { chromium } from "playwright-core";
 
 import { BUNDLES, callsOf, CASES, compare, read, ROOT } from "./cases.js";
 
-const TYPES = { ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json" };
-const CHROMIUM = process.env.CHROMIUM ?? ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
-if (CHROMIUM === undefined) throw new Error("no Chromium; install one (apt-get install chromium), or set CHROMIUM to its path");
+const CHROMIUM =
+  process.env.CHROMIUM ?? ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
+if (CHROMIUM === undefined)
+  throw new Error("no Chromium; install one (apt-get install chromium), or set CHROMIUM to its path");
 
 const DEMO = "runtime/javascript/demo/";
 const SHOTS = path.join(ROOT, "build/javascript-demo");
@@ -20,23 +22,17 @@ let browser, server, origin;
 const elsewhere = [];
 
 before(async () => {
-  server = createServer(async (request, response) => {
-    const file = path.join(ROOT, decodeURIComponent(new URL(request.url, "http://x").pathname));
-    try {
-      const bytes = await readFile(file.endsWith("/") ? `${file}index.html` : file);
-      response.writeHead(200, { "content-type": TYPES[path.extname(file) || ".html"] ?? "application/octet-stream" }).end(bytes);
-    } catch {
-      response.writeHead(404).end();
-    }
-  });
-  await new Promise((done) => server.listen(0, "127.0.0.1", done));
-  origin = `http://127.0.0.1:${server.address().port}/`;
+  // The server that the guide names.
+  const options = ["-u", "-m", "http.server", "--bind", "127.0.0.1", "--directory", ROOT, "0"];
+  server = spawn(process.env.PYTHON ?? "python3", options, { stdio: ["ignore", "pipe", "ignore"] });
+  const [line] = await once(server.stdout, "data");
+  origin = /http:\/\/127\.0\.0\.1:\d+\//.exec(String(line))[0];
   browser = await chromium.launch({ executablePath: CHROMIUM, args: ["--no-sandbox"] });
 });
 
 after(async () => {
   await browser?.close();
-  server?.close();
+  server?.kill();
 });
 
 /** A page of the demo, which fails where anything is asked of another origin. */
@@ -51,20 +47,27 @@ async function pageOf(query, options) {
 }
 
 const demo = `?bundle=/build/javascript/encoder/&precision=`;
-const finished = (page) => page.waitForFunction(() =>
-  document.querySelector("#status.failed") ?? document.querySelector("#status").textContent.includes("sentences at"));
+const finished = (page) =>
+  page.waitForFunction(
+    () =>
+      document.querySelector("#status.failed") ??
+      document.querySelector("#status").textContent.includes("sentences at"),
+  );
 
 for (const bundle of BUNDLES) {
   test(`${bundle}: vectors`, async (t) => {
     const page = await pageOf("?bundle=/none/");
     for (const found of callsOf(bundle)) {
-      const vectors = await page.evaluate(async ({ bundle, method, texts, open, call }) => {
-        const { Embedder } = await import("embedge/web");
-        const model = await Embedder.open(bundle, { ...open, onWarning: () => {} });
-        const vectors = await model[method](texts, { onTruncate: "ignore", ...call });
-        await model.close();
-        return vectors.map((vector) => call.multiVector ? vector.map((row) => [...row]) : [...vector]);
-      }, { ...found, bundle: `/build/javascript/${bundle}/` });
+      const vectors = await page.evaluate(
+        async ({ bundle, method, texts, open, call }) => {
+          const { Embedder } = await import("embedge/web");
+          const model = await Embedder.open(bundle, { ...open, onWarning: () => {} });
+          const vectors = await model[method](texts, { onTruncate: "ignore", ...call });
+          await model.close();
+          return vectors.map((vector) => (call.multiVector ? vector.map((row) => [...row]) : [...vector]));
+        },
+        { ...found, bundle: `/build/javascript/${bundle}/` },
+      );
       t.diagnostic(`${found.title}: ${compare(found, vectors, { sameKernels: false })}`);
     }
     await page.close();
@@ -75,13 +78,16 @@ test("token ids in the browser", async () => {
   const { texts, tokenizers } = read("tokens.json");
   const page = await pageOf("?bundle=/none/");
   for (const [name, { ids }] of Object.entries(tokenizers)) {
-    const different = await page.evaluate(async ({ name, texts, ids }) => {
-      const { TextTokenizer } = await import("../src/tokenizer.js");
-      const bytes = new Uint8Array(await (await fetch(`/build/javascript/tokenizers/${name}.json`)).arrayBuffer());
-      const settings = { append_eos_token_id: null, truncation_side: "right", special_token_ids: [] };
-      const tokenizer = new TextTokenizer(bytes, name, settings, [100000]);
-      return texts.filter((text, index) => tokenizer.tokens(text, 100000).ids.join() !== ids[index].join());
-    }, { name, texts, ids });
+    const different = await page.evaluate(
+      async ({ name, texts, ids }) => {
+        const { TextTokenizer } = await import("../src/tokenizer.js");
+        const bytes = new Uint8Array(await (await fetch(`/build/javascript/tokenizers/${name}.json`)).arrayBuffer());
+        const settings = { append_eos_token_id: null, truncation_side: "right", special_token_ids: [] };
+        const tokenizer = new TextTokenizer(bytes, name, settings, [100000]);
+        return texts.filter((text, index) => tokenizer.tokens(text, 100000).ids.join() !== ids[index].join());
+      },
+      { name, texts, ids },
+    );
     assert.deepEqual(different, [], name);
   }
   await page.close();
@@ -89,11 +95,14 @@ test("token ids in the browser", async () => {
 
 test("8-bit products are exact in WebAssembly", async () => {
   const page = await pageOf("?bundle=/none/");
-  assert.equal(await page.evaluate(async () => {
-    const ort = await import("onnxruntime-web/wasm");
-    const { saturates } = await import("../src/saturation.js");
-    return saturates(ort, { executionProviders: ["wasm"] });
-  }), false);
+  assert.equal(
+    await page.evaluate(async () => {
+      const ort = await import("onnxruntime-web/wasm");
+      const { saturates } = await import("../src/saturation.js");
+      return saturates(ort, { executionProviders: ["wasm"] });
+    }),
+    false,
+  );
   await page.close();
 });
 
@@ -144,7 +153,10 @@ test("a flipped byte is found", async () => {
   const said = await page.evaluate(async () => {
     const { Embedder } = await import("embedge/web");
     const model = await Embedder.open("/build/javascript/decoder/", { precision: "fp32" });
-    return model.encode("a").then(() => "nothing", (error) => `${error.name}: ${error.message}`);
+    return model.encode("a").then(
+      () => "nothing",
+      (error) => `${error.name}: ${error.message}`,
+    );
   });
   assert.match(said, /^BundleError: .*fp32\/shared\.bin: expected SHA-256/);
   await page.close();

@@ -70,7 +70,9 @@ function cosines(vectors, others) {
  * @returns {string} What was measured.
  */
 export function compare(found, given, { sameKernels }) {
-  const vectors = given.map((one) => (Array.isArray(one) ? one.map((row) => (typeof row === "number" ? row : [...row])) : [...one]));
+  const vectors = given.map((one) =>
+    Array.isArray(one) ? one.map((row) => (typeof row === "number" ? row : [...row])) : [...one],
+  );
   const toPython = cosines(vectors, found.embedge);
   const least = Math.min(1, ...toPython);
   const exact = [undefined, "fp32"].includes(found.open.precision);
@@ -91,7 +93,9 @@ export function compare(found, given, { sameKernels }) {
  */
 export function closeScores(scores, expected, within) {
   assert.equal(scores.length, expected.length);
-  expected.forEach((row, i) => row.forEach((score, j) => {
-    assert.ok(Math.abs(scores[i][j] - score) <= within, `[${i}][${j}]: ${scores[i][j]}, expected ${score}`);
-  }));
+  expected.forEach((row, i) =>
+    row.forEach((score, j) => {
+      assert.ok(Math.abs(scores[i][j] - score) <= within, `[${i}][${j}]: ${scores[i][j]}, expected ${score}`);
+    }),
+  );
 }

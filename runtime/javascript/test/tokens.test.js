@@ -10,7 +10,12 @@ import { CASES, read } from "./cases.js";
 const { texts, tokenizers } = read("tokens.json");
 /** @param {string} side */
 const settings = (side) => ({
-  file: "tokenizer.json", pad_token_id: 0, append_eos_token_id: null, truncation_side: side, table_rows: null, special_token_ids: [],
+  file: "tokenizer.json",
+  pad_token_id: 0,
+  append_eos_token_id: null,
+  truncation_side: side,
+  table_rows: null,
+  special_token_ids: [],
 });
 const MOST = 100_000;
 
@@ -31,7 +36,11 @@ for (const [name, { ids, cut }] of Object.entries(tokenizers)) {
       const tokenizer = new TextTokenizer(bytes, name, settings(side), [16]);
       cut[side].forEach(([expected, types, truncated], index) => {
         const found = tokenizer.tokens(texts[index], 16);
-        assert.deepEqual([found.ids, found.typeIds, found.truncated], [expected, types, truncated], JSON.stringify(texts[index]));
+        assert.deepEqual(
+          [found.ids, found.typeIds, found.truncated],
+          [expected, types, truncated],
+          JSON.stringify(texts[index]),
+        );
       });
     });
   }
@@ -61,7 +70,10 @@ for (const [what, change] of Object.entries(ODD)) {
   test(`${what} is refused`, () => {
     assert.throws(changed(change), (error) => {
       assert.equal(error.name, "BundleError");
-      assert.ok(error.message.startsWith(`tokenizer.json: ${what} is not known to give the same tokens`), error.message);
+      assert.ok(
+        error.message.startsWith(`tokenizer.json: ${what} is not known to give the same tokens`),
+        error.message,
+      );
       return true;
     });
   });

@@ -18,7 +18,11 @@ for (const bundle of BUNDLES) {
       t.after(() => model.close());
       const vectors = await model[found.method](found.texts, { onTruncate: "ignore", ...found.call });
       t.diagnostic(compare(found, vectors, { sameKernels: true }));
-      closeScores(model.similarity(vectors.slice(0, 3), vectors.slice(0, 7)), found.similarity, bundle === "late" ? 0.01 : 0.06);
+      closeScores(
+        model.similarity(vectors.slice(0, 3), vectors.slice(0, 7)),
+        found.similarity,
+        bundle === "late" ? 0.01 : 0.06,
+      );
       assert.equal(model.dim, found.open.truncateDim ?? model.dim);
     });
   }
@@ -74,13 +78,27 @@ test("it closes and opens again", async () => {
 });
 
 test("a cut vector has length 1 again", async (t) => {
-  const model = await Embedder.open(path.join(CASES, "encoder"), { ...quiet, precision: "fp32", task: "code", truncateDim: 128 });
+  const model = await Embedder.open(path.join(CASES, "encoder"), {
+    ...quiet,
+    precision: "fp32",
+    task: "code",
+    truncateDim: 128,
+  });
   t.after(() => model.close());
   assert.equal(model.dim, 128);
   const vector = await model.encode("a text");
   assert.equal(vector.length, 128);
   assert.ok(Math.abs(Math.hypot(...vector) - 1) < 1e-6);
   assert.equal((await model.encode("a text", { truncateDim: 64 })).length, 64);
+});
+
+test("texts are cut at fewer tokens where that is asked", async (t) => {
+  const open = (options) =>
+    Embedder.open(path.join(CASES, "encoder"), { ...quiet, precision: "fp32", task: "code", ...options });
+  const [model, short] = [await open(), await open({ maxSeqLength: 4 })];
+  t.after(() => Promise.all([model.close(), short.close()]));
+  assert.equal(short.maxSeqLength, 4);
+  assert.ok(cosine(await short.encode("one two three four"), await model.encode("one two")) > 0.999999);
 });
 
 test("what an Embedder says of itself", async () => {
@@ -100,23 +118,32 @@ test("what an Embedder says of itself", async () => {
 
 // tests/processors/cpuid_mask.c says where it works.
 const mask = path.join(ROOT, "build/cpuid_mask.so");
-const masked = process.platform === "linux" && existsSync(mask) && readFileSync("/proc/cpuinfo", "utf8").includes("cpuid_fault");
+const masked =
+  process.platform === "linux" && existsSync(mask) && readFileSync("/proc/cpuinfo", "utf8").includes("cpuid_fault");
 
-test("8-bit products are exact on a processor without VNNI too", { skip: !masked && "this processor cannot be masked" }, () => {
-  const code = `
+test(
+  "8-bit products are exact on a processor without VNNI too",
+  { skip: !masked && "this processor cannot be masked" },
+  () => {
+    const code = `
     import * as node from "onnxruntime-node";
     import { Embedder } from "embedge";
     import { saturates } from "./src/saturation.js";
     const model = await Embedder.open(${JSON.stringify(path.join(CASES, "decoder"))}, { precision: "int8" });
     const vector = await model.encode("a text", { prompt: "" });
     console.log(JSON.stringify([await saturates(node.default, { executionProviders: ["cpu"] }), [...vector]]));`;
-  const [[plain, expected], [saturated, found]] = [{}, { CPUID_MASK: "avx2", LD_PRELOAD: mask }].map((environment) => {
-    const done = spawnSync(process.execPath, ["--input-type=module", "-e", code], {
-      cwd: PACKAGE, encoding: "utf8", env: { ...process.env, ...environment },
-    });
-    assert.equal(done.status, 0, done.stderr);
-    return JSON.parse(done.stdout);
-  });
-  assert.equal(saturated, true);
-  assert.ok(cosine(expected, found) > 0.9999, `${cosine(expected, found)}; saturates unmasked: ${plain}`);
-});
+    const [[plain, expected], [saturated, found]] = [{}, { CPUID_MASK: "avx2", LD_PRELOAD: mask }].map(
+      (environment) => {
+        const done = spawnSync(process.execPath, ["--input-type=module", "-e", code], {
+          cwd: PACKAGE,
+          encoding: "utf8",
+          env: { ...process.env, ...environment },
+        });
+        assert.equal(done.status, 0, done.stderr);
+        return JSON.parse(done.stdout);
+      },
+    );
+    assert.equal(saturated, true);
+    assert.ok(cosine(expected, found) > 0.9999, `${cosine(expected, found)}; saturates unmasked: ${plain}`);
+  },
+);
