@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face package is importe
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ANONYMIZED_TELEMETRY"] = "False"  # Chroma's
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: its threads wait for work by spinning
 
 ROOT = Path(__file__).resolve().parents[1]
 

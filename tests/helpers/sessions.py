@@ -19,20 +19,15 @@ from embedge.runtime.host.saturation import ask_for_exact_matmuls, keep_matmuls_
 EXACT_MODES = [pytest.param(False, id="as-the-runtime"), pytest.param(True, id="asked-for-exact")]
 
 
-def session_options(
-    *, own: bool = False, always_exact: bool = False, threads: int | None = None
-) -> Any:
+def session_options(*, own: bool = False, always_exact: bool = False, threads: int = 1) -> Any:
     """Options of a session whose integer matmuls are exact on any processor.
 
     ``own``: embedge's kernels will run them. They are exact, and ONNX Runtime must not be asked to change them.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # tests share cores
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # tests share cores
     if always_exact:
         ask_for_exact_matmuls(options)
     elif not own:
@@ -45,7 +40,7 @@ def open_graph(
     options: Any = None,
     *,
     always_exact: bool = False,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU of a graph's file, its bytes or its message."""
     if options is None:

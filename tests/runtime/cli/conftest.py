@@ -9,6 +9,11 @@ import pytest
 from tests.helpers.command import SetStdin
 
 
+@pytest.fixture(scope="module")
+def one_core() -> bool:
+    return True
+
+
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> SetStdin:
     """Sets the bytes of standard input."""
