@@ -29,7 +29,7 @@ from embedge.bench.errors import BenchArgumentError, BenchError
 from embedge.runtime import Embedder, EmbedgeError, EmbedgeValueError
 from embedge.runtime.host.install_advice import install_command
 
-__all__ = ["EmbedgeEncoder", "TaskMetadata", "bundle_task", "main"]
+__all__ = ["EmbedgeEncoder", "TaskMetadata", "bundle_task", "main", "register_model"]
 
 _SYMMETRIC_TYPES = ("STS", "PairClassification")
 
@@ -114,6 +114,7 @@ class EmbedgeEncoder:
             "multi_vector": multi_vector,
         }
         self._max_pixels = max_pixels
+        self._meta: Any = None
 
     def encode(
         self,
@@ -217,6 +218,8 @@ class EmbedgeEncoder:
     @property
     def mteb_model_meta(self) -> Any:
         """What mteb records about this model; the revision changes with the bundle's manifest."""
+        if self._meta is not None:
+            return self._meta
         from mteb.models.model_meta import ModelMeta
 
         manifest = (self._bundle / "manifest.json").read_bytes()
@@ -231,6 +234,62 @@ class EmbedgeEncoder:
                 "experiment_kwargs": {k: v for k, v in settings.items() if v} or None,
             }
         )
+
+    @mteb_model_meta.setter
+    def mteb_model_meta(self, meta: Any) -> None:  # mteb.get_model sets what it was found by
+        self._meta = meta
+
+
+def register_model(
+    bundle: str | os.PathLike[str],
+    precision: str | None = None,
+    *,
+    name: str | None = None,
+    **options: Any,
+) -> str:
+    """Make a bundle a model that ``mteb.get_model(name)`` gives in this process.
+
+    Args:
+        bundle: the bundle's folder.
+        precision: as for :class:`EmbedgeEncoder`.
+        name: ``organization/name``; ``None``: "embedge/" with the folder's name and the precision.
+        options: of :class:`EmbedgeEncoder`.
+
+    Returns:
+        the name.
+
+    Raises:
+        EmbedgeError: if the bundle cannot be opened so.
+        BenchError: without mteb.
+    """
+    _check_mteb()
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    encoder = EmbedgeEncoder(bundle, precision, **options)
+    given = {"precision": encoder.embedder.precision, **options}
+
+    def load(
+        _name: str,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        embed_dim: int | None = None,
+        **more: Any,
+    ) -> EmbedgeEncoder:
+        asked = {"device": device, "truncate_dim": embed_dim}
+        return EmbedgeEncoder(
+            bundle, **{**given, **more, **{k: v for k, v in asked.items() if v is not None}}
+        )
+
+    meta = encoder.mteb_model_meta
+    meta = meta.model_copy(update={"loader": load, "name": name or meta.name})
+    MODEL_REGISTRY[meta.name] = meta
+    return str(meta.name)
+
+
+def _check_mteb() -> None:
+    if find_spec("mteb") is None:
+        raise BenchError(f"mteb is not installed; run: {install_command('mteb', ['mteb'])}")
 
 
 def _as_arrays(vectors: Any) -> Any:
@@ -263,8 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    if find_spec("mteb") is None:
-        raise BenchError(f"mteb is not installed; run: {install_command('mteb', ['mteb'])}")
+    _check_mteb()
     import mteb
 
     try:

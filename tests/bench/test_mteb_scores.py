@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedge.bench.mteb_model import EmbedgeEncoder, main
+from embedge.bench.mteb_model import EmbedgeEncoder, main, register_model
 from embedge.export import export_bundle
 from embedge.runtime import Embedder
 
@@ -120,6 +120,38 @@ def test_mteb_scores_what_the_vectors_are_worth(
     assert printed[:2] == ["LocalRetrieval", "ndcg_at_10"]
     assert float(printed[2]) == pytest.approx(100 * expected, abs=0.01)
     assert list(out.rglob("LocalRetrieval.json"))
+
+
+@needs_mteb
+@pytest.mark.filterwarnings("default")
+def test_a_registered_bundle_is_a_model_by_name(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    import mteb
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    documents = {
+        f"d{i}": f"{a} {b}" for i, (a, b) in enumerate(zip("abcdef", "bdface", strict=True))
+    }
+    queries = {name: text[:1] for name, text in documents.items()}
+    name = register_model(bundle, "int8", name="me/tiny", truncate_dim=16)
+    monkeypatch.setitem(MODEL_REGISTRY, name, MODEL_REGISTRY[name])  # gone after the test
+    model = mteb.get_model(name)
+    result = mteb.evaluate(
+        model, local_task(documents, queries), cache=mteb.ResultCache(tmp_path / "scores")
+    )
+    embedder = Embedder(bundle, precision="int8")
+    table = embedder.similarity(
+        embedder.encode_query(list(queries.values()), task="retrieval", truncate_dim=16),
+        embedder.encode_document(list(documents.values()), task="retrieval", truncate_dim=16),
+    )
+    [of_task] = result.task_results
+    assert of_task.get_score() == pytest.approx(own_ndcg(table), abs=1e-4)
+    assert model.mteb_model_meta.name == name == "me/tiny"
+    assert register_model(bundle, "int8") == "embedge/tiny-int8"
+    MODEL_REGISTRY.pop("embedge/tiny-int8")
 
 
 @needs_mteb
