@@ -23,11 +23,19 @@ if TYPE_CHECKING:
 
     from embedge.runtime.tables.chunk import Others
 
-__all__ = ["DTYPES", "ParquetOutput", "as_dtype", "read_fingerprint", "vector_array", "vector_type"]
+__all__ = [
+    "DTYPES",
+    "ParquetOutput",
+    "as_dtype",
+    "read_fingerprint",
+    "read_metadata",
+    "vector_array",
+    "vector_type",
+]
 
 DTYPES = ("float32", "float16")
-_FINGERPRINT = b"embedge.fingerprint"
-_PARTS = b"embedge.fingerprint_parts"
+_FINGERPRINT = "embedge.fingerprint"
+_PARTS = "embedge.fingerprint_parts"
 _GROUP_BYTES = 32 << 20  # of vectors; a row group is held in memory until it is written
 
 
@@ -49,6 +57,7 @@ class ParquetOutput:
             the first rows.
         kind: the fingerprint and its parts, as :func:`embedge.runtime.encode.fingerprint.described` has them.
         before: rows that other files have, for the numbers in messages.
+        metadata: what else goes into the file's metadata, as JSON under these keys.
 
     Raises:
         EmbedgeImportError: pyarrow is missing.
@@ -64,6 +73,7 @@ class ParquetOutput:
         multi_vector: bool = False,
         columns: pyarrow.Schema | Sequence[str] | None = None,
         before: int = 0,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self._arrow = load_pyarrow()
         self._sink = _Sink(sink)
@@ -72,6 +82,7 @@ class ParquetOutput:
         self._metadata = {
             _FINGERPRINT: str(kind["fingerprint"]),
             _PARTS: json.dumps(kind["parts"]),
+            **{key: json.dumps(value) for key, value in (metadata or {}).items()},
         }
         self._others: pyarrow.Schema | None = None
         if isinstance(columns, self._arrow.Schema):
@@ -251,18 +262,37 @@ def read_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         EmbedgeError: the file cannot be read, or has none.
     """
+    found = read_metadata(path)
+    if _FINGERPRINT not in found or _PARTS not in found:
+        raise EmbedgeError(
+            f"{os.fspath(path)}: expected embedge.fingerprint in the file's metadata, found none; embed its texts anew"
+        )
+    return {"fingerprint": found[_FINGERPRINT], "parts": found[_PARTS]}
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What embedge has put into a file's metadata, by key; nothing where another program wrote it.
+
+    Args:
+        path: of a Parquet file.
+
+    Raises:
+        EmbedgeError: the file cannot be read, or what it says is damaged.
+    """
     arrow = load_pyarrow()
     name = os.fspath(path)
     with named_errors(name, "expected a whole Parquet file; name another"):
         found = arrow.parquet.read_metadata(path).metadata or {}
-    if _FINGERPRINT not in found or _PARTS not in found:
+    texts = {key.decode(): value for key, value in found.items() if key.startswith(b"embedge.")}
+    try:
+        return {
+            key: value.decode() if key == _FINGERPRINT else json.loads(value)
+            for key, value in texts.items()
+        }
+    except ValueError as error:
         raise EmbedgeError(
-            f"{name}: expected embedge.fingerprint in the file's metadata, found none; embed its texts anew"
-        )
-    return {
-        "fingerprint": found[_FINGERPRINT].decode(),
-        "parts": json.loads(found[_PARTS]),
-    }
+            f"{name}: expected JSON in the metadata under {', '.join(texts)}, found something else; write it anew"
+        ) from error
 
 
 def _is_same(value: Any, taken: Any) -> bool:
