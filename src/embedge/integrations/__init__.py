@@ -6,6 +6,7 @@
 
 ``langchain``, ``llama_index``, ``haystack`` and ``chroma`` hold the framework's own kind of class. ``task_encoder``
 is what they share: queries by ``encode_query``, documents by ``encode_document``, one ``Embedder`` in a process.
+``ray`` embeds many rows on many machines.
 """
 
 from __future__ import annotations

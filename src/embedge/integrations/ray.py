@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from embedge.runtime import Embedder, EmbedgeError, EmbedgeImportError, EmbedgeValueError
 from embedge.runtime.bundle.writing import NewFile
-from embedge.runtime.encode.fingerprint import check_fingerprint, described, fingerprint_of
+from embedge.runtime.host.install_advice import install_command
 from embedge.runtime.host.progress import LogLines, Progress
 from embedge.runtime.scoring.similarity import TOKEN_KINDS
 from embedge.runtime.tables.chunk import EMBEDDING
@@ -189,7 +189,7 @@ def embed_parquet(
         source = ParquetInput(item["source"], column, keep=keep)
         source.close()
         item["made_of"] = {**made_of, "rows": source.rows, **_identity(item["source"])}
-        if not _is_done(item, plan.parts):
+        if not _is_done(item, plan):
             pending.append(item)
             rows += source.rows
     kept = len(work) - len(pending)
@@ -202,7 +202,7 @@ def embed_parquet(
             for done in _run(len(pending), worker, pool):
                 progress.advance(int(done["rows"]))
     return EmbeddedFiles(
-        files=len(pending), kept=kept, rows=rows, fingerprint=fingerprint_of(plan.parts)
+        files=len(pending), kept=kept, rows=rows, fingerprint=plan.kind["fingerprint"]
     )
 
 
@@ -215,7 +215,7 @@ class _Plan:
         opening: arguments of ``Embedder``.
         encoding: arguments of its methods.
         role: "query", "document" or ``None``.
-        parts: of the fingerprint that its vectors have to have.
+        kind: the fingerprint that its vectors have to have, and its parts.
         threads: of an actor.
     """
 
@@ -223,12 +223,28 @@ class _Plan:
     opening: Mapping[str, Any]
     encoding: Mapping[str, Any]
     role: str | None
-    parts: Mapping[str, Any]
+    kind: Mapping[str, Any]
     threads: int = 1
 
     @property
     def multi_vector(self) -> bool:
+        """Whether a row has a vector a token."""
         return bool(self.encoding["multi_vector"])
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.kind["parts"]["dim"])
+
+    def check(self, stored: Mapping[str, Any]) -> None:
+        """Refuses parts of the fingerprint of other vectors.
+
+        Raises:
+            FingerprintError: naming what differs.
+        """
+        if stored != self.kind["parts"]:
+            with Embedder(self.bundle, **self.opening) as model:
+                model.check_fingerprint(stored, **_deciding(self.encoding, self.role))
 
     def open(self) -> Callable[[Sequence[str]], Any]:
         """Opens the bundle; gives what embeds texts.
@@ -239,7 +255,7 @@ class _Plan:
         # Before the tokenizer's threads start: of them, too, there are as many as the actor has cores.
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         model = Embedder(self.bundle, **self.opening, threads=self.threads)
-        check_fingerprint(self.parts, _parts(model, self.encoding, self.role), ())
+        model.check_fingerprint(self.kind, **_deciding(self.encoding, self.role))
         encode = _encoder(model, self.role)
         return lambda texts: encode(list(texts), **self.encoding)
 
@@ -251,7 +267,7 @@ class _Columns:
         self._encode = plan.open()
         self._targets = targets
         self._dtype = dtype
-        self._type = vector_type(plan.parts["dim"], dtype, multi_vector=plan.multi_vector)
+        self._type = vector_type(plan.dim, dtype, multi_vector=plan.multi_vector)
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         for column, target in self._targets.items():
@@ -285,11 +301,11 @@ class _Files:
         try:
             output = ParquetOutput(
                 _Bytes(new),
-                dim=self._plan.parts["dim"],
+                dim=self._plan.dim,
                 dtype=made_of["dtype"],
                 multi_vector=self._plan.multi_vector,
                 columns=source.schema,
-                kind=described(dict(self._plan.parts)),
+                kind=self._plan.kind,
                 metadata={_SOURCE: made_of},
             )
             for chunk in source.chunks(rows=_BATCH_ROWS, characters=_CHARACTERS):
@@ -395,7 +411,12 @@ def _plan(bundle: str | os.PathLike[str], options: RayOptions) -> _Plan:
             )
         given["multi_vector"] = late or given.get("multi_vector", False)
         _encoder(model, role)([], **given)  # a wrong option shows here
-        return _Plan(path, opening, given, role, _parts(model, given, role))
+        deciding = _deciding(given, role)
+        kind = {
+            "fingerprint": model.fingerprint(**deciding),
+            "parts": model.fingerprint_parts(**deciding),
+        }
+        return _Plan(path, opening, given, role, kind)
 
 
 def _encoder(model: Embedder, role: str | None) -> Callable[..., Any]:
@@ -404,10 +425,10 @@ def _encoder(model: Embedder, role: str | None) -> Callable[..., Any]:
     return model.encode_query if role == "query" else model.encode_document
 
 
-def _parts(model: Embedder, encoding: Mapping[str, Any], role: Any) -> dict[str, Any]:
-    """Of the vectors' fingerprint."""
-    deciding = {k: v for k, v in encoding.items() if k not in ("max_batch_tokens", "on_truncate")}
-    return model.fingerprint_parts(**deciding, role=role)
+def _deciding(encoding: Mapping[str, Any], role: str | None) -> dict[str, Any]:
+    """Of the arguments of ``encode`` those that decide of which kind the vectors are."""
+    others = ("max_batch_tokens", "on_truncate")
+    return {k: v for k, v in encoding.items() if k not in others} | {"role": role}
 
 
 def _check_pool(dtype: str, actors: int, threads: int | None, batch_size: int) -> None:
@@ -490,7 +511,7 @@ def _identity(path: str) -> dict[str, Any]:
         return {"bytes": size, "footer": hashlib.sha256(file.read()).hexdigest()}
 
 
-def _is_done(item: Mapping[str, Any], parts: Mapping[str, Any]) -> bool:
+def _is_done(item: Mapping[str, Any], plan: _Plan) -> bool:
     """Whether the output is there.
 
     Raises:
@@ -509,7 +530,7 @@ def _is_done(item: Mapping[str, Any], parts: Mapping[str, Any]) -> bool:
         told = "; ".join(f"{n}: {made_of.get(n)!r} then, {here[n]!r} now" for n in differing)
         raise EmbedgeError(f"{target}: was made of something else: {told}; {advice}")
     try:
-        check_fingerprint(found["embedge.fingerprint_parts"], dict(parts), ())
+        plan.check(found["embedge.fingerprint_parts"])
     except EmbedgeError as error:
         raise EmbedgeError(f"{target}: {error}; or {advice}") from error
     return True
@@ -527,6 +548,6 @@ def _load_ray() -> Any:
     except ImportError as error:
         raise EmbedgeImportError(
             f"embedge.integrations.ray needs Ray Data, which cannot be imported ({error}); run "
-            '`pip install "ray[data]>=2.50,<3"`'
+            f"`{install_command('ray', ['ray[data]'])}`"
         ) from error
     return ray

@@ -13,6 +13,7 @@ import pytest
 from embedge.runtime import Embedder
 from embedge.runtime.cli.main import main
 from embedge.runtime.tables import parquet_output
+from embedge.runtime.tables.parquet_input import ParquetInput
 from tests.helpers.command import Capture, SetStdin, error_line, vectors_of
 
 pa = pytest.importorskip("pyarrow")
@@ -261,6 +262,27 @@ def test_a_null_is_found_before_anything_is_embedded(
     assert main([*call, "--batch-size", "8"]) == 1
     assert "row 78: expected a text, found null" in error_line(capsys)
     assert sum(calls) == 0
+
+
+@pytest.mark.slow
+def test_a_large_row_group_is_read_in_pieces(tmp_path: Path) -> None:
+    table = pa.table({"text": [f"{i:0200d}" for i in range(100_000)]})
+    pq.write_table(
+        table,
+        tmp_path / "in.parquet",
+        row_group_size=100_000,
+        compression="none",
+        use_dictionary=False,
+    )
+    del table
+    source = ParquetInput(tmp_path / "in.parquet", "text")
+    before = pa.total_allocated_bytes()
+    rows, most = 0, 0
+    for chunk in source.chunks(rows=1000, characters=1_000_000):
+        rows += len(chunk.texts)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert rows == 100_000
+    assert most < 6_000_000  # of 20 MB
 
 
 def test_without_pyarrow_it_says_how_to_get_it(
