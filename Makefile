@@ -115,9 +115,11 @@ $(CLIENTS)/.installed: $(STAMP)
 	touch $@
 
 RAY := build/ray
+RAY_WARNINGS := $(foreach kind,DeprecationWarning FutureWarning ResourceWarning UserWarning,-W ignore::$(kind)) \
+  -W ignore::pytest.PytestUnraisableExceptionWarning
 
 test-ray: $(RAY)/.installed
-	RAY_USAGE_STATS_ENABLED=0 $(RAY)/bin/python -m pytest $(OPTIONS) tests/integrations/test_ray.py \
+	RAY_USAGE_STATS_ENABLED=0 $(RAY)/bin/python -m pytest $(RAY_WARNINGS) $(OPTIONS) tests/integrations/test_ray.py \
 	  "tests/test_document_code.py::test_code_runs[docs/guides/many-machines.md]"
 
 $(RAY)/.installed: $(STAMP) tests/integrations/ray-requirements.txt
