@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from embedge.runtime.tables.chunk import Others
 
 __all__ = [
-    "DTYPES",
     "ParquetOutput",
     "as_dtype",
     "read_fingerprint",
@@ -33,7 +32,6 @@ __all__ = [
     "vector_type",
 ]
 
-DTYPES = ("float32", "float16")
 _FINGERPRINT = "embedge.fingerprint"
 _PARTS = "embedge.fingerprint_parts"
 _GROUP_BYTES = 32 << 20  # of vectors; a row group is held in memory until it is written

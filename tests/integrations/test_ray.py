@@ -126,7 +126,9 @@ class TestDataset:
 
         write(tmp_path / "in", 5)
         ds = ray.data.read_parquet(str(tmp_path / "in"), override_num_blocks=4)
-        ds = embed_dataset(ds, bundle.path, actors=2, dtype="float16", truncate_dim=4, **CHOICE)
+        ds = embed_dataset(
+            ds, bundle.path, actors=2, output_format="float16", truncate_dim=4, **CHOICE
+        )
         ds.write_parquet(str(tmp_path / "out"))
         table = rows_of(tmp_path / "out").sort_by("id")
         assert table.column("id").to_pylist() == list(range(100))
@@ -146,7 +148,7 @@ class TestDataset:
             ({"columns": "body"}, "ds: expected one column 'body', found no such column"),
             ({"columns": "id"}, "ds: column 'id': expected strings, found int64"),
             ({"columns": {"text": "v", "title": "v"}}, "all different"),
-            ({"dtype": "int8"}, "dtype is 'int8'; expected one of float32, float16"),
+            ({"output_format": "int7"}, "output_format is 'int7'"),
             ({"actors": 0}, "actors is 0; expected a whole number"),
             ({"threads_per_actor": 0}, "threads_per_actor is 0"),
             ({"batch_size": 0}, "batch_size is 0"),
@@ -210,7 +212,7 @@ class TestParquet:
         ("options", "message"),
         [
             ({"truncate_dim": 4}, "dim: 8 stored, 4 here"),
-            ({"dtype": "float16"}, "dtype: 'float32' then, 'float16' now"),
+            ({"output_format": "float16"}, 'format: null stored, "float16" here'),
             ({"keep": []}, "keep: None then, [] now"),
             ("input", "footer: "),
             ("foreign", "expected a file of embed_parquet, found another"),

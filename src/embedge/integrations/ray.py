@@ -23,15 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+import numpy as np
+
 from embedge.runtime import Embedder, EmbedgeError, EmbedgeImportError, EmbedgeValueError
 from embedge.runtime.bundle.writing import NewFile
 from embedge.runtime.host.install_advice import install_command
 from embedge.runtime.host.progress import LogLines, Progress
+from embedge.runtime.scoring.quantization import code_dtype, code_width
 from embedge.runtime.scoring.similarity import TOKEN_KINDS
 from embedge.runtime.tables.chunk import EMBEDDING
 from embedge.runtime.tables.parquet_input import ParquetInput, check_text_column, texts_of
 from embedge.runtime.tables.parquet_output import (
-    DTYPES,
     ParquetOutput,
     read_metadata,
     vector_array,
@@ -55,7 +57,7 @@ class RayOptions(TypedDict, total=False):
 
     ``task`` and ``precision`` may be left out where the bundle has exactly one. ``role`` is "query" or "document":
     embed as ``encode_query`` or ``encode_document`` do; late-interaction models ask for one. ``multi_vector`` gives a
-    vector a token.
+    vector a token. ``output_format`` is "float32", "float16" or one of codes, such as "int8" and "binary".
     """
 
     task: str | None
@@ -66,6 +68,7 @@ class RayOptions(TypedDict, total=False):
     truncate_dim: int | None
     normalize_embeddings: bool
     multi_vector: bool
+    output_format: str
     max_batch_tokens: int | None
     on_truncate: str
     verify: str
@@ -93,7 +96,6 @@ def embed_dataset(
     bundle: str | os.PathLike[str],
     *,
     columns: str | Mapping[str, str] = "text",
-    dtype: str = "float32",
     actors: int = 1,
     threads_per_actor: int | None = None,
     batch_size: int = _BATCH_ROWS,
@@ -106,15 +108,14 @@ def embed_dataset(
         bundle: its folder, under this path on every node.
         columns: a column of texts, whose vectors go into ``embedding``, or the columns' names and those of their
             vectors: ``{"title": "title_vector", "body": "body_vector"}``.
-        dtype: of the vectors, "float32" or "float16".
         actors: processes that embed at the same time, on all nodes together.
         threads_per_actor: cores that each uses. ``None``: the cluster's, divided among the actors.
         batch_size: rows of a call.
         **options: see :class:`RayOptions`.
 
     Returns:
-        The dataset with columns of ``fixed_size_list`` of ``dtype`` more, ``[dim]`` a row; with multi-vectors lists of
-        such lists.
+        The dataset with columns of ``fixed_size_list`` more, ``[dim]`` a row, of float32 or what ``output_format``
+        asks for; with multi-vectors lists of such lists.
 
     Raises:
         EmbedgeValueError: for an argument that cannot be used, or a column that is not there or holds no strings.
@@ -122,14 +123,14 @@ def embed_dataset(
         EmbedgeImportError: Ray is missing.
     """
     targets = {columns: EMBEDDING} if isinstance(columns, str) else dict(columns)
-    _check_pool(dtype, actors, threads_per_actor, batch_size)
+    _check_pool(actors, threads_per_actor, batch_size)
     plan = _plan(bundle, options)
     _check_columns(ds, targets)
     pool = _pool(actors, threads_per_actor)
     plan = dataclasses.replace(plan, threads=pool.threads)
     added: Dataset = ds.map_batches(
         _Columns,
-        fn_constructor_kwargs={"plan": plan, "targets": targets, "dtype": dtype},
+        fn_constructor_kwargs={"plan": plan, "targets": targets},
         batch_format="pyarrow",
         batch_size=batch_size,
         udf_modifying_row_count=False,
@@ -145,7 +146,6 @@ def embed_parquet(
     *,
     column: str = "text",
     keep: Sequence[str] | None = None,
-    dtype: str = "float32",
     actors: int = 1,
     threads_per_actor: int | None = None,
     show_progress_bar: bool | None = None,
@@ -163,7 +163,6 @@ def embed_parquet(
         bundle: its folder, under this path on every node.
         column: with the texts.
         keep: the other columns to write beside the vectors; ``None``: all.
-        dtype: of the vectors, "float32" or "float16".
         actors: processes that embed at the same time, on all nodes together.
         threads_per_actor: cores that each uses. ``None``: the cluster's, divided among the actors.
         show_progress_bar: on standard error; ``None``: on a terminal, elsewhere a line now and then.
@@ -178,11 +177,11 @@ def embed_parquet(
             another input or with other options.
         EmbedgeImportError: Ray is missing.
     """
-    _check_pool(dtype, actors, threads_per_actor, 1)
+    _check_pool(actors, threads_per_actor, 1)
     plan = _plan(bundle, options)
     folder = Path(output).absolute()
     work = list(_work(inputs, folder))
-    made_of = {"column": column, "keep": None if keep is None else list(keep), "dtype": dtype}
+    made_of = {"column": column, "keep": None if keep is None else list(keep)}
     pending = []
     rows = 0
     for item in work:
@@ -232,9 +231,19 @@ class _Plan:
         return bool(self.encoding["multi_vector"])
 
     @property
+    def output_format(self) -> str:
+        """What the vectors are given as."""
+        return str(self.encoding.get("output_format", "float32"))
+
+    @property
+    def dtype(self) -> str:
+        """The type of a vector's numbers."""
+        return np.dtype(code_dtype(self.output_format)).name
+
+    @property
     def dim(self) -> int:
-        """Length of a vector."""
-        return int(self.kind["parts"]["dim"])
+        """How many numbers a vector has; with one bit each an eighth of its length."""
+        return int(code_width(self.output_format, self.kind["parts"]["dim"]))
 
     def check(self, stored: Mapping[str, Any]) -> None:
         """Refuses parts of the fingerprint of other vectors.
@@ -263,11 +272,11 @@ class _Plan:
 class _Columns:
     """An actor of :func:`embed_dataset`."""
 
-    def __init__(self, plan: _Plan, targets: Mapping[str, str], dtype: str) -> None:
+    def __init__(self, plan: _Plan, targets: Mapping[str, str]) -> None:
         self._encode = plan.open()
         self._targets = targets
-        self._dtype = dtype
-        self._type = vector_type(plan.dim, dtype, multi_vector=plan.multi_vector)
+        self._dtype = plan.dtype
+        self._type = vector_type(plan.dim, plan.dtype, multi_vector=plan.multi_vector)
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         for column, target in self._targets.items():
@@ -302,7 +311,7 @@ class _Files:
             output = ParquetOutput(
                 _Bytes(new),
                 dim=self._plan.dim,
-                dtype=made_of["dtype"],
+                dtype=self._plan.dtype,
                 multi_vector=self._plan.multi_vector,
                 columns=source.schema,
                 kind=self._plan.kind,
@@ -431,9 +440,7 @@ def _deciding(encoding: Mapping[str, Any], role: str | None) -> dict[str, Any]:
     return {k: v for k, v in encoding.items() if k not in others} | {"role": role}
 
 
-def _check_pool(dtype: str, actors: int, threads: int | None, batch_size: int) -> None:
-    if dtype not in DTYPES:
-        raise EmbedgeValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+def _check_pool(actors: int, threads: int | None, batch_size: int) -> None:
     for name, value in (("actors", actors), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise EmbedgeValueError(f"{name} is {value!r}; expected a whole number of at least 1")
