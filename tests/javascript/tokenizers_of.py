@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,37 @@ def _words() -> Tokenizer:
     return tokenizer
 
 
+def _split_words() -> Tokenizer:
+    """What is removed between words: a text, and what a pattern with a group matches."""
+    tokenizer = _words()
+    removed = [
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.Split(Regex("(,|;)+"), "removed"),
+    ]
+    digits = pre_tokenizers.Digits(individual_digits=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*removed, digits])
+    return tokenizer
+
+
+def _mistral() -> Tokenizer:
+    tokenizer = _byte_fallback(None, None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    return tokenizer
+
+
+def _added() -> Tokenizer:
+    """Tokens that were added, with the spaces around them or in lower case alone; words before merges."""
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    found = json.loads(_byte_level(splitter, ["<s>"]).to_str())
+    found["model"]["ignore_merges"] = True
+    tokenizer = Tokenizer.from_str(json.dumps(found))
+    spaces = [AddedToken("<mask>", lstrip=True, rstrip=True), AddedToken("</s>", rstrip=True)]
+    tokenizer.add_special_tokens(spaces)
+    words = [AddedToken("hello", normalized=True), AddedToken("world", normalized=False)]
+    tokenizer.add_tokens(words)
+    return tokenizer
+
+
 TOKENIZERS: Mapping[str, Callable[[], Tokenizer]] = {
     "minilm": _minilm,
     "bert-cased": lambda: _bert(lowercase=False),
@@ -216,4 +248,7 @@ TOKENIZERS: Mapping[str, Callable[[], Tokenizer]] = {
     "xlm-roberta": _xlm_roberta,
     "xlm-roberta-old": lambda: _xlm_roberta(whitespace=True),
     "words": _words,
+    "split-words": _split_words,
+    "mistral": _mistral,
+    "added": _added,
 }

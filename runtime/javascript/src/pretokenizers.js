@@ -77,11 +77,28 @@ export function correctPreTokenizer(preTokenizer, config) {
     );
   } else if (preTokenizer instanceof ByteLevelPreTokenizer) {
     /** @type {any} */ (preTokenizer).pattern = BYTE_LEVEL;
+  } else if (config?.type === "Split" && config.behavior === "Removed") {
+    preTokenizer.pre_tokenize_text = (/** @type {string} */ text) => between(text, preTokenizer.pattern);
   } else if (preTokenizer instanceof PreTokenizer) {
     const digits = config.individual_digits ? /\P{N}+|\p{N}/gu : /\P{N}+|\p{N}+/gu;
     const pattern = config.type === "Digits" ? digits : MATCHES[config.type];
     if (pattern) preTokenizer.pre_tokenize_text = (/** @type {string} */ text) => text.match(pattern) ?? [];
   }
+}
+
+/**
+ * The parts of a text between matches. `split` would also give what groups of the pattern match.
+ * @param {string} text
+ * @param {RegExp} pattern
+ */
+function between(text, pattern) {
+  const parts = [];
+  let start = 0;
+  for (const match of text.matchAll(pattern)) {
+    parts.push(text.slice(start, match.index));
+    start = match.index + match[0].length;
+  }
+  return [...parts, text.slice(start)].filter((part) => part !== "");
 }
 
 /**
