@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 import sys
@@ -264,7 +265,7 @@ class TestRangesOfABundle:
 
 class TestTheCommandEmbed:
     @pytest.mark.parametrize("name", ["int8", "ubinary", "float16"])
-    @pytest.mark.parametrize("end", [".npy", ".jsonl"])
+    @pytest.mark.parametrize("end", [".npy", ".jsonl", ".csv", ".parquet"])
     def test_codes_are_written_as_they_are(
         self, ranged: Any, tmp_path: Path, name: str, end: str
     ) -> None:
@@ -277,6 +278,15 @@ class TestTheCommandEmbed:
         if end == ".npy":
             found = np.load(target)
             assert found.dtype == expected.dtype
+        elif end == ".parquet":
+            column = pytest.importorskip("pyarrow.parquet").read_table(target).column("embedding")
+            assert str(column.type.value_type) == {"float16": "halffloat"}.get(
+                name, expected.dtype.name
+            )
+            found = np.array(column.to_pylist(), expected.dtype)
+        elif end == ".csv":
+            lines = list(csv.reader(target.read_text().splitlines()))[1:]
+            found = np.array([json.loads(row[-1]) for row in lines], expected.dtype)
         else:
             rows = [json.loads(line)["embedding"] for line in target.read_text().splitlines()]
             found = np.array(rows, expected.dtype)
