@@ -291,23 +291,21 @@ class Queue:
     async def _run(self) -> None:
         """Starts batches until nothing waits."""
         while self._waiting:
-            if not self._free():
+            if not self._is_free():
                 self._ended.clear()
                 await self._ended.wait()
                 continue
             if self._running:
                 await self._arrivals()
-            if self._waiting and (free := self._free()):
-                self._start(free)
+            if self._waiting and self._is_free():
+                self._start()
 
-    def _free(self) -> int:
-        """How many batches of the kind whose turn it is can start now."""
+    def _is_free(self) -> bool:
+        """Whether a batch of the kind whose turn it is can start now."""
         kind = next(iter(self._waiting))
         if any(run.all_cores for run in self._running):
-            return 0
-        if kind.at_once == 1:
-            return int(not self._running)
-        return max(0, kind.at_once - len(self._running))
+            return False
+        return len(self._running) < kind.at_once
 
     async def _arrivals(self) -> None:
         """Lets the loop read requests until no more come."""
@@ -317,13 +315,13 @@ class Queue:
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
 
-    def _start(self, free: int) -> None:
-        """Starts a batch, one of as many as can start."""
+    def _start(self) -> None:
+        """Starts a batch."""
         [kind, jobs] = next(iter(self._waiting.items()))
         is_alone = len(jobs) == 1 and jobs[0].left_to_take == 1 and not self._running
         all_cores = kind.at_once == 1 or (is_alone and self._company < _SELDOM)
         run = _Run(kind, all_cores)
-        parts = self._next(kind, 1 if all_cores else free)
+        parts = self._next(kind, 1 if all_cores else kind.at_once)
         self._running[run] = asyncio.ensure_future(self._run_one(run, parts))
 
     async def _run_one(self, run: _Run, parts: list[Part]) -> None:
@@ -363,14 +361,14 @@ class Queue:
 
         Args:
             kind: of what waits.
-            batches: that start now, and share what waits.
+            batches: that run at the same time, and share all that waits or runs: so that what waits does not go to
+                one core while the other is about to come free.
         """
         jobs = self._waiting[kind]
         starts: dict[_Job, int] = {}
         room = self._budget(kind)
         if batches > 1:
-            waiting = sum(sum(job.costs[job.taken :]) for job in jobs)
-            room = min(room, -(-waiting // batches))
+            room = min(room, -(-self.tokens // batches))
         share = max(1, room // len(jobs))
         for of_each in (share, room):  # the same for every request, then what is left by age
             for job in list(jobs):
