@@ -23,6 +23,7 @@ from embedge.bench.measure.process import measure_process
 from embedge.bench.measure.task import (
     TORCH_FP32,
     TaskData,
+    add_mixed,
     latency,
     reference_vectors,
     single_texts,
@@ -131,10 +132,16 @@ class _Run:
         reference = reference_vectors(Reference(plan.source, adapter, device=device), data)
         merged = Reference(plan.source, adapter, device=device, merged=True)
         with self._systems(task, merged) as systems:
-            figures = {}
+            figures, vectors = {}, {}
             for system in systems:
                 self._step(f"{task}: {system.name}")
-                figures[system.name] = vectors_against(system, data, reference, self._profile)
+                figures[system.name], found = vectors_against(
+                    system, data, reference, self._profile
+                )
+                if system.precision is not None:
+                    vectors[system.precision] = found
+            own = {s.precision: figures[s.name] for s in systems if s.precision is not None}
+            add_mixed(own, vectors, data, reference)
             if task in plan.timed_tasks:
                 texts = [text.text for text in plan.texts]
                 self._note_long_shapes(merged.tokens.max_length)

@@ -6,7 +6,10 @@ taken once, on all pairs, and the resampling is of ranks: exact enough for a com
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +18,16 @@ from scipy.stats import rankdata
 from embedge.bench.measure.texts import EvalSet
 from embedge.quant.fidelity import cosine_rows, spearman
 
-__all__ = ["Interval", "Quality", "compare", "ndcg_at_10", "ndcg_of_scores", "truncated"]
+__all__ = [
+    "Interval",
+    "Quality",
+    "compare",
+    "ndcg_at_10",
+    "ndcg_of_order",
+    "ndcg_of_scores",
+    "quality",
+    "truncated",
+]
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -65,15 +77,13 @@ def quality(evaluation: EvalSet, first: Floats, second: Floats) -> Quality:
 def ndcg_at_10(evaluation: EvalSet, queries: Floats, passages: Floats) -> Floats:
     """Return nDCG@10 of each different query over all different passages, float64 ``[queries]``.
 
-    Every passage that some row gives for the query is relevant, with gain 1.
-
     Args:
         evaluation: the rows; equal texts count once.
         queries: float64 ``[rows, dim]``.
-        passages: float64 ``[rows, dim]``.
+        passages: float64 ``[rows and others, dim]``.
     """
     query_rows, _ = _unique(evaluation.first)
-    passage_rows, _ = _unique(evaluation.second)
+    passage_rows, _ = _unique(evaluation.passages)
     return ndcg_of_scores(evaluation, queries[query_rows] @ passages[passage_rows].T)
 
 
@@ -81,25 +91,50 @@ def ndcg_of_scores(evaluation: EvalSet, scores: Floats) -> Floats:
     """Return nDCG@10 of each different query, float64 ``[queries]``.
 
     Args:
-        evaluation: the rows; every passage that some row gives for a query is relevant, with gain 1.
+        evaluation: as for :func:`ndcg_of_order`.
         scores: float64 ``[queries, passages]``, of each different query and passage in order of appearance.
     """
+    return ndcg_of_order(evaluation, [_best(row) for row in scores])
+
+
+def ndcg_of_order(evaluation: EvalSet, order: Iterable[NDArray[np.integer[Any]]]) -> Floats:
+    """Return nDCG@10 of each different query, float64 ``[queries]``.
+
+    Source: Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002; gains are linear, as
+    in trec_eval.
+
+    Args:
+        evaluation: the rows; every passage that some row gives for a query is relevant, with the row's gain or 1.
+        order: for each different query the numbers of its best different passages, the best first.
+    """
     _, query_of = _unique(evaluation.first)
-    _, passage_of = _unique(evaluation.second)
-    relevant = np.zeros(scores.shape, dtype=bool)
-    relevant[query_of, passage_of] = True
-    top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
+    _, passage_of = _unique(evaluation.passages)
+    gains: list[dict[int, float]] = [{} for _ in range(max(query_of) + 1)]
+    for row, query in enumerate(query_of):
+        gains[query][int(passage_of[row])] = evaluation.gains[row] if evaluation.gains else 1.0
     discount = 1.0 / np.log2(np.arange(10) + 2.0)
-    gain = np.take_along_axis(relevant, top, axis=1) @ discount[: top.shape[1]]
-    ideal = np.cumsum(discount)[np.minimum(relevant.sum(1), 10) - 1]
-    result: Floats = gain / ideal
-    return result
+    items = []
+    for its, best in zip(gains, order, strict=True):
+        found = [its.get(int(passage), 0.0) for passage in best[:10]]
+        ideal = sorted(its.values(), reverse=True)[:10]
+        most = float(np.dot(ideal, discount[: len(ideal)]))
+        items.append(float(np.dot(found, discount[: len(found)])) / most if most else 0.0)
+    return np.array(items)
+
+
+def _best(scores: Floats, count: int = 10) -> NDArray[np.intp]:
+    """Return where the highest scores are, the highest first, the first of equal ones first."""
+    if len(scores) <= count:
+        return np.argsort(-scores, kind="stable")
+    bound = np.partition(scores, -count)[-count]
+    within = np.flatnonzero(scores >= bound)
+    return within[np.argsort(-scores[within], kind="stable")][:count]
 
 
 def compare(evaluation: EvalSet, ours: Quality, reference: Quality, seed: int = 0) -> Interval:
     """Return the difference of two systems on one set with its paired bootstrap interval."""
     n = len(ours.items)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+    weights = _weights(n, seed)
     if evaluation.scores is None:
         draws = weights @ (ours.items - reference.items)
     else:
@@ -107,6 +142,14 @@ def compare(evaluation: EvalSet, ours: Quality, reference: Quality, seed: int = 
         draws = _weighted(weights, ours.items, scores) - _weighted(weights, reference.items, scores)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Interval(difference=ours.value - reference.value, low=float(low), high=float(high))
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(n: int, seed: int) -> Floats:
+    """Return how often each of ``n`` items is drawn, as shares, float64 ``[RESAMPLES, n]``."""
+    drawn: Floats = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _weighted(weights: Floats, x: Floats, y: Floats) -> Floats:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedge.bench.measure.fidelity import batch_invariance, by_kind, fidelity
+from embedge.bench.measure.labelled import (
+    Columns,
+    against,
+    column_quality,
+    encode_columns,
+    format_qualities,
+)
 from embedge.bench.measure.latency import Times, alternate, percentiles, ratio
-from embedge.bench.measure.quality import Quality, compare, quality, truncated
+from embedge.bench.measure.quality import Quality, truncated
 from embedge.bench.measure.texts import EvalSet, Text
 from embedge.bench.options import Profile, Shape
 from embedge.bench.systems.reference import Reference
-from embedge.bench.systems.system import System, TorchSystem
+from embedge.bench.systems.system import EmbedgeSystem, System, TorchSystem
 from embedge.bench.systems.tokens import TextTokens
 
 __all__ = [
     "TORCH_FP32",
     "TaskData",
+    "TaskVectors",
+    "add_mixed",
     "latency",
     "reference_vectors",
     "single_texts",
@@ -51,56 +60,114 @@ class TaskData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceVectors:
-    """What the unquantized model gives for a task's data.
+class TaskVectors:
+    """What one system gives for a task's data.
 
     Attributes:
         texts: float32 ``[texts, dim]``.
+        columns: the vectors of a set's two columns, by evaluation set.
         qualities: by evaluation set and dimension.
     """
 
     texts: Vectors
+    columns: dict[str, Columns] = field(default_factory=dict)
     qualities: dict[tuple[str, int], Quality] = field(default_factory=dict)
 
 
-def reference_vectors(reference: Reference, data: TaskData) -> ReferenceVectors:
+def task_vectors(system: System, data: TaskData) -> TaskVectors:
+    """Return a system's vectors and qualities for a task's data."""
+    texts = system.encode([text.text for text in data.texts])
+    columns = {one.name: encode_columns(system, one) for one in data.evaluations}
+    qualities = {
+        (one.name, dim): column_quality(one, columns[one.name], dim, data.normalize)
+        for one in data.evaluations
+        for dim in data.dims
+    }
+    return TaskVectors(texts=texts, columns=columns, qualities=qualities)
+
+
+def reference_vectors(reference: Reference, data: TaskData) -> TaskVectors:
     """Return the yardstick's vectors and qualities for a task's data."""
-    system = TorchSystem("reference", reference)
-    return ReferenceVectors(
-        texts=system.encode([text.text for text in data.texts]),
-        qualities=_qualities(system, data),
-    )
+    return task_vectors(TorchSystem("reference", reference), data)
 
 
 def vectors_against(
-    system: System, data: TaskData, reference: ReferenceVectors, profile: Profile
-) -> Figures:
-    """Return the fields of a row that come from vectors: fidelity, quality, invariance."""
+    system: System, data: TaskData, reference: TaskVectors, profile: Profile
+) -> tuple[Figures, TaskVectors]:
+    """Return the fields of a row that come from vectors (fidelity, quality, invariance), and the vectors."""
     texts = [text.text for text in data.texts]
     own = profile.torch_quality or system.name != TORCH_FP32
-    ours = system.encode(texts) if own else reference.texts
+    ours = task_vectors(system, data) if own else reference
     figures: Figures = {
-        "fidelity": fidelity(ours, reference.texts, data.dims),
-        "fidelity_by_kind": by_kind(ours, reference.texts, [text.kind for text in data.texts]),
+        "fidelity": fidelity(ours.texts, reference.texts, data.dims),
+        "fidelity_by_kind": by_kind(ours.texts, reference.texts, [t.kind for t in data.texts]),
         "quality": {},
     }
-    qualities = _qualities(system, data) if own else reference.qualities
     for evaluation in data.evaluations:
         dims = {}
         for dim in data.dims:
             key = (evaluation.name, dim)
-            interval = compare(evaluation, qualities[key], reference.qualities[key])
-            values = {"value": qualities[key].value, "reference": reference.qualities[key].value}
-            dims[str(dim)] = values | asdict(interval)
+            dims[str(dim)] = against(evaluation, ours.qualities[key], reference.qualities[key])
         figures["quality"][evaluation.name] = {
             "metric": evaluation.metric,
-            "items": len(qualities[evaluation.name, data.dims[0]].items),
+            "items": len(ours.qualities[evaluation.name, data.dims[0]].items),
             "dims": dims,
         }
+        if isinstance(system, EmbedgeSystem):
+            formats = _formats(system, evaluation, data, ours, reference)
+            figures["quality"][evaluation.name]["formats"] = formats
     if system.role != "torch" and profile.invariance:
         step = max(1, len(texts) // profile.invariance)
         figures["invariance"] = batch_invariance(system.encode, texts[::step][: profile.invariance])
-    return figures
+    return figures, ours
+
+
+def add_mixed(
+    figures: Mapping[str, Figures],
+    vectors: Mapping[str, TaskVectors],
+    data: TaskData,
+    reference: TaskVectors,
+) -> None:
+    """Add to each precision's quality what queries of every other reach on its documents, at the full dimension.
+
+    Args:
+        figures: fields of a row by precision; ``queries`` is added to each set.
+        vectors: by precision.
+        data: the task's.
+        reference: the yardstick's on both sides.
+    """
+    for evaluation in data.evaluations:
+        whole = reference.qualities[evaluation.name, data.dims[0]]
+        for documents, its in figures.items():
+            mixed = {}
+            for queries, others in vectors.items():
+                columns = Columns(
+                    first=others.columns[evaluation.name].first,
+                    second=vectors[documents].columns[evaluation.name].second,
+                )
+                found = column_quality(evaluation, columns, data.dims[0], data.normalize)
+                mixed[queries] = against(evaluation, found, whole)
+            its["quality"][evaluation.name]["queries"] = mixed
+
+
+def _formats(
+    system: EmbedgeSystem,
+    evaluation: EvalSet,
+    data: TaskData,
+    ours: TaskVectors,
+    reference: TaskVectors,
+) -> dict[str, dict[str, Figures]]:
+    """Return the quality of each output format at each dimension, against the yardstick's at its full one."""
+    whole = reference.qualities[evaluation.name, data.dims[0]]
+    formats: dict[str, dict[str, Figures]] = {}
+    for dim in data.dims:
+        columns = ours.columns[evaluation.name].cut(dim, data.normalize)
+        calibration = truncated(ours.texts, dim, data.normalize).astype(np.float32)
+        found = format_qualities(evaluation, columns, system.output_ranges(dim, calibration))
+        found = {"float32": ours.qualities[evaluation.name, dim], **found}
+        for name, quality in found.items():
+            formats.setdefault(name, {})[str(dim)] = against(evaluation, quality, whole)
+    return formats
 
 
 def latency(
@@ -186,26 +253,3 @@ def _shape_figures(shape: Shape, times_ms: Times, all_times: dict[str, Times]) -
         "times_as_fast_as": {other: ratio(theirs, times_ms) for other, theirs in all_times.items()},
     }
     return figures
-
-
-def _qualities(system: System, data: TaskData) -> dict[tuple[str, int], Quality]:
-    result = {}
-    for evaluation in data.evaluations:
-        columns = [
-            _encode_unique(system, column, role)
-            for column, role in zip(
-                (evaluation.first, evaluation.second), evaluation.roles, strict=True
-            )
-        ]
-        for dim in data.dims:
-            first, second = (truncated(column, dim, data.normalize) for column in columns)
-            result[evaluation.name, dim] = quality(evaluation, first, second)
-    return result
-
-
-def _encode_unique(system: System, texts: Sequence[str], role: str | None) -> Vectors:
-    """Return the vectors of texts, each different text embedded once."""
-    numbers: dict[str, int] = {}
-    of = [numbers.setdefault(text, len(numbers)) for text in texts]
-    vectors: Vectors = system.encode(list(numbers), role=role)[of]
-    return vectors

@@ -33,12 +33,21 @@ class EvalSet:
         first: queries, or the first texts of pairs, ``[n]``.
         second: their passages, or the second texts, ``[n]``.
         scores: graded similarity of each pair; ``None`` for queries and passages.
+        gains: how relevant each row's passage is; ``None``: 1 each.
+        others: passages of the corpus that belong to no row.
     """
 
     name: str
     first: tuple[str, ...]
     second: tuple[str, ...]
     scores: tuple[float, ...] | None = None
+    gains: tuple[float, ...] | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def passages(self) -> tuple[str, ...]:
+        """The second texts and the others."""
+        return self.second + self.others
 
     @property
     def metric(self) -> str:
@@ -105,13 +114,18 @@ def subset(count: int, limit: int | None, seed: int = 0) -> Sequence[int]:
 
 
 def limited(evaluation: EvalSet, limit: int | None) -> EvalSet:
-    """Return a seeded subset of at most ``limit`` rows; passages outside it leave the corpus."""
+    """Return a seeded subset of at most ``limit`` rows; passages outside it leave the corpus, and of the others as
+    many stay.
+    """
     rows = subset(len(evaluation.first), limit)
+    others = subset(len(evaluation.others), limit)
     return EvalSet(
         name=evaluation.name,
         first=tuple(evaluation.first[i] for i in rows),
         second=tuple(evaluation.second[i] for i in rows),
         scores=None if evaluation.scores is None else tuple(evaluation.scores[i] for i in rows),
+        gains=None if evaluation.gains is None else tuple(evaluation.gains[i] for i in rows),
+        others=tuple(evaluation.others[i] for i in others),
     )
 
 

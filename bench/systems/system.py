@@ -18,6 +18,7 @@ from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.tokens import Ids
 from embedge.runtime import Embedder
 from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.scoring.quantization import ranges_of
 
 __all__ = ["EmbedgeSystem", "System", "TorchSystem"]
 
@@ -82,6 +83,7 @@ class EmbedgeSystem:
         self.bytes_on_disk: int | None = opened.disk_bytes(precision, task)
         self._task = task
         self._dim = opened.manifest.model.dim
+        self._stored_ranges = getattr(opened.manifest.tasks[task], "output_ranges", None)
         self._model = Embedder(bundle, precision=precision, device=device, threads=threads)
 
     def forward(self, ids: Ids, mask: Ids) -> Vectors:
@@ -108,3 +110,15 @@ class EmbedgeSystem:
             on_truncate="ignore",
         )
         return vectors
+
+    def output_ranges(self, dim: int, vectors: Vectors) -> Vectors:
+        """Return the ranges of 8-bit codes, float32 ``[2, dim]``: the bundle's, else those of some vectors.
+
+        Args:
+            dim: to which vectors are cut.
+            vectors: float32 ``[n, dim]``.
+        """
+        if self._stored_ranges is None:
+            return ranges_of(vectors)
+        ranges: Vectors = self._model.get_output_ranges(task=self._task, truncate_dim=dim)
+        return ranges

@@ -107,6 +107,12 @@ def test_each_row_holds_speed_quality_and_bytes(measured: Report) -> None:
     assert row.single["p50_ms"] <= row.single["p95_ms"]
     assert row.quality["held-out"]["items"] == 12
     assert row.invariance["cosine_min"] >= 0.999999  # target 3
+    figures = row.quality["held-out"]
+    assert list(figures["formats"]) == ["float32", "float16", "int8", "binary", "binary+int8"]
+    assert list(figures["formats"]["int8"]) == ["32", "16"]
+    assert figures["formats"]["float32"]["32"] == figures["dims"]["32"]
+    assert list(figures["queries"]) == ["fp32", "int8"]
+    assert figures["queries"]["int8"] == figures["dims"]["32"]
 
 
 def test_a_process_of_its_own_reports_start_switch_and_memory(measured: Report) -> None:
@@ -141,7 +147,7 @@ def test_the_command_writes_reports_and_records(
     output = capsys.readouterr().out
     assert status == 0
     assert "pass  target 1  search min cosine" in output
-    assert json.loads(output.splitlines()[-1])["report_version"] == "1.0"
+    assert json.loads(output.splitlines()[-1])["report_version"] == "1.1"
     assert (tmp_path / "report" / "report.md").is_file()
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["precisions"]["fp32"]["fidelity"]["search"]["texts"] >= 500

@@ -1,0 +1,136 @@
+"""One labelled set: the vectors of its two columns, and what they are worth in each output format.
+
+Rules:
+    * Of queries and passages the passages are stored, and queries are floats, but for bits: those are compared with
+      the queries' bits. Of graded pairs both sides are stored.
+    * ``binary+int8`` is a search over bits for four times as many as are wanted, which 8-bit codes then order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedge.bench.measure.quality import (
+    Floats,
+    Quality,
+    compare,
+    ndcg_of_order,
+    quality,
+    truncated,
+)
+from embedge.bench.measure.texts import EvalSet
+from embedge.bench.systems.system import System
+from embedge.runtime.scoring.quantization import dequantize_embeddings, quantize_embeddings
+from embedge.runtime.scoring.rescoring import search_binary
+
+__all__ = ["Columns", "against", "column_quality", "encode_columns", "format_qualities"]
+
+Vectors = NDArray[np.float32]
+_STORED = ("float16", "int8", "binary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The vectors of a set's two columns.
+
+    Attributes:
+        first: float32 ``[rows, dim]``.
+        second: float32 ``[rows and others, dim]``.
+    """
+
+    first: Vectors
+    second: Vectors
+
+    def cut(self, dim: int, normalize: bool) -> Columns:
+        """Return them at a dimension, back to length 1 if ``normalize``."""
+        first, second = (truncated(c, dim, normalize) for c in (self.first, self.second))
+        return Columns(first=first.astype(np.float32), second=second.astype(np.float32))
+
+
+def encode_columns(system: System, evaluation: EvalSet) -> Columns:
+    """Return a system's vectors of a set, each different text embedded once."""
+    columns = (evaluation.first, evaluation.passages)
+    first, second = (
+        _encode_unique(system, column, role)
+        for column, role in zip(columns, evaluation.roles, strict=True)
+    )
+    return Columns(first=first, second=second)
+
+
+def column_quality(evaluation: EvalSet, columns: Columns, dim: int, normalize: bool) -> Quality:
+    """Return the quality of float vectors at a dimension."""
+    first, second = (truncated(c, dim, normalize) for c in (columns.first, columns.second))
+    return quality(evaluation, first, second)
+
+
+def against(evaluation: EvalSet, ours: Quality, reference: Quality) -> dict[str, float]:
+    """Return value, reference, difference and its interval."""
+    values = {"value": ours.value, "reference": reference.value}
+    return values | asdict(compare(evaluation, ours, reference))
+
+
+def format_qualities(evaluation: EvalSet, columns: Columns, ranges: Vectors) -> dict[str, Quality]:
+    """Return the quality of vectors in each stored format but float32.
+
+    Args:
+        evaluation: the set.
+        columns: of one dimension.
+        ranges: of 8-bit codes, float32 ``[2, dim]``.
+    """
+    return dict(_format_qualities(evaluation, columns, ranges))
+
+
+def _format_qualities(
+    evaluation: EvalSet, columns: Columns, ranges: Vectors
+) -> Iterator[tuple[str, Quality]]:
+    for name in _STORED:
+        second = _restored(columns.second, name, ranges)
+        as_stored = evaluation.scores is not None or name == "binary"
+        first = _restored(columns.first, name, ranges) if as_stored else columns.first
+        yield name, quality(evaluation, first.astype(np.float64), second)
+    if evaluation.scores is None:
+        yield "binary+int8", _rescored(evaluation, columns, ranges)
+
+
+def _restored(vectors: Vectors, name: str, ranges: Vectors) -> Floats:
+    """Return what a format keeps of vectors, float64 ``[n, dim]``."""
+    given = ranges if name == "int8" else None
+    codes = quantize_embeddings(vectors, name, given)
+    restored: Floats = dequantize_embeddings(codes, name, given, vectors.shape[1]).astype(
+        np.float64
+    )
+    return restored
+
+
+def _rescored(evaluation: EvalSet, columns: Columns, ranges: Vectors) -> Quality:
+    queries = columns.first[_firsts(evaluation.first)]
+    passages = columns.second[_firsts(evaluation.passages)]
+    order, _ = search_binary(
+        queries,
+        quantize_embeddings(passages, "binary"),
+        quantize_embeddings(passages, "int8", ranges),
+        ranges=ranges,
+        top_k=min(10, len(passages)),
+    )
+    items = ndcg_of_order(evaluation, list(order))
+    return Quality(value=float(items.mean()), items=items)
+
+
+def _firsts(texts: tuple[str, ...]) -> list[int]:
+    """Return where each different text stands first."""
+    numbers: dict[str, int] = {}
+    for row, text in enumerate(texts):
+        numbers.setdefault(text, row)
+    return list(numbers.values())
+
+
+def _encode_unique(system: System, texts: tuple[str, ...], role: str | None) -> Vectors:
+    """Return the vectors of texts, each different text embedded once."""
+    numbers: dict[str, int] = {}
+    of = [numbers.setdefault(text, len(numbers)) for text in texts]
+    vectors: Vectors = system.encode(list(numbers), role=role)[of]
+    return vectors
