@@ -13,12 +13,12 @@ import psutil
 import torch
 
 from embedge.bench.errors import BenchArgumentError
+from embedge.bench.measure.eval_files import read_eval
 from embedge.bench.measure.texts import (
     EvalSet,
     Text,
     default_texts,
     limited,
-    read_eval,
     read_texts,
     subset,
 )
@@ -291,12 +291,20 @@ def _evaluations(
         most = profile.eval_sets
         if most is not None and len(result[task]) >= most:
             if most:
-                notes.append(f"{file.stem} was left out: one labelled set a task")
+                notes.append(f"{file.name} was left out: one labelled set a task")
             continue
         whole = read_eval(file)
+        if any(whole.name == other.name for other in result[task]):
+            raise BenchArgumentError(
+                f"--eval {task}={file}: another set of this task is called {whole.name}; rename one"
+            )
         result[task].append(limited(whole, profile.rows))
-        if profile.rows is not None and len(whole.first) > profile.rows:
+        if profile.rows is not None and max(len(whole.first), len(whole.others)) > profile.rows:
             note = f"{whole.name}: {profile.rows} of {len(whole.first)} rows, drawn by a seed"
+            if whole.others:
+                note += (
+                    f", and {len(result[task][-1].others)} of {len(whole.others)} other passages"
+                )
             if whole.scores is None:
                 note += "; fewer passages to choose from make retrieval look easier"
             notes.append(note)

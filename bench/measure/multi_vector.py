@@ -97,7 +97,7 @@ def multi_vectors_against(
 
 def _quality(system: MultiVectorSystem, evaluation: EvalSet) -> Quality:
     """nDCG@10 of the scores of all queries for all passages, or Spearman's correlation of those of the pairs."""
-    columns = (evaluation.first, evaluation.second)
+    columns = (evaluation.first, evaluation.passages)
     different = [list(dict.fromkeys(column)) for column in columns]
     first, second = (
         system.encode(texts, role=role)

@@ -11,7 +11,7 @@ import numpy as np
 
 from embedge.bench.errors import BenchError
 
-__all__ = ["EvalSet", "Text", "default_texts", "limited", "read_eval", "read_texts", "subset"]
+__all__ = ["EvalSet", "Text", "default_texts", "limited", "read_texts", "subset"]
 
 _TEXTS = Path(__file__).with_name("data") / "texts.jsonl"
 
@@ -80,29 +80,6 @@ def read_texts(file: Path) -> list[Text]:
     if len(unique) < 12:
         raise BenchError(f"{file}: expected at least 12 different texts, found {len(unique)}")
     return unique
-
-
-def read_eval(file: Path) -> EvalSet:
-    """Return the rows of a JSONL file of ``query``/``passage`` or ``text1``/``text2``/``score``.
-
-    Raises:
-        BenchError: unreadable, or a row lacks a key.
-    """
-    rows = _rows(file)
-    if len(rows) < 3:
-        raise BenchError(f"{file}: expected at least 3 rows, found {len(rows)}")
-    graded = "score" in rows[0]
-    keys = ("text1", "text2", "score") if graded else ("query", "passage")
-    for i, row in enumerate(rows, 1):
-        lacking = [key for key in keys if key not in row]
-        if lacking:
-            raise BenchError(f"{file}:{i}: expected the keys {', '.join(keys)}, lacks {lacking[0]}")
-    return EvalSet(
-        name=file.stem,
-        first=tuple(str(row[keys[0]]) for row in rows),
-        second=tuple(str(row[keys[1]]) for row in rows),
-        scores=tuple(float(str(row["score"])) for row in rows) if graded else None,
-    )
 
 
 def subset(count: int, limit: int | None, seed: int = 0) -> Sequence[int]:

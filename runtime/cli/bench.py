@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--texts", type=Path, metavar="FILE", help="texts for fidelity: .jsonl or a text a line"
     )
     parser.add_argument(
-        "--eval", action="append", default=[], dest="evaluations", metavar="TASK=FILE.jsonl",
-        help="rows of query/passage or text1/text2/score; the first file of a task is its main one",
+        "--eval", action="append", default=[], dest="evaluations", metavar="TASK=PATH",
+        help="labelled set: .jsonl, .csv, .tsv or .parquet of query/passage, text1/text2/score or "
+        "sentence1/sentence2/score, a BEIR folder, or mteb:NAME; the first of a task is its main one",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a subset, in three minutes")
     parser.add_argument(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from embedge.bench.errors import BenchError
-from embedge.bench.measure.texts import Text, default_texts, limited, read_eval, read_texts
+from embedge.bench.measure.eval_files import read_eval
+from embedge.bench.measure.texts import Text, default_texts, limited, read_texts
 
 
 def write(file: Path, rows: list[object]) -> Path:
