@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from embedge.bench.measure.machine import machine, versions
 from embedge.bench.measure.multi_vector import multi_vectors, multi_vectors_against
-from embedge.bench.measure.process import measure_process
+from embedge.bench.measure.process import measure_process, process_texts
 from embedge.bench.measure.task import (
     TORCH_FP32,
     TaskData,
@@ -226,9 +226,7 @@ class _Run:
     def processes(self) -> dict[str, Any]:
         """Return cold start, task switch and memory by system; torch on the first task."""
         plan = self._plan
-        all_texts = [text.text for text in plan.texts]
-        batch = ([text for text in all_texts if 300 < len(text) < 900] or all_texts)[:32]
-        common = {"text": "how do I sort a dict", "batch": batch, "threads": plan.threads}
+        common = process_texts([text.text for text in plan.texts]) | {"threads": plan.threads}
         common["device"] = plan.options.device
         common["multi_vector"] = plan.late_interaction
         result = {}

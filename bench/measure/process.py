@@ -13,7 +13,7 @@ from typing import Any
 
 from embedge.bench.errors import BenchError
 
-__all__ = ["child_error", "measure_process", "run_child"]
+__all__ = ["child_error", "measure_process", "process_texts", "run_child"]
 
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -44,6 +44,12 @@ def measure_process(job: Mapping[str, Any], repeats: int = 3) -> dict[str, Any]:
         for key, value in runs[-1].items()
     }
     return figures | {"first_vector_longest_ms": max(run["first_vector_ms"] for run in runs)}
+
+
+def process_texts(texts: Sequence[str]) -> dict[str, Any]:
+    """Return what of some texts a child embeds: one text, and a batch of 32 of medium length."""
+    medium = [text for text in texts if 300 < len(text) < 900] or list(texts)
+    return {"text": "how do I sort a dict", "batch": medium[:32]}
 
 
 def run_child(arguments: Sequence[str], what: str) -> dict[str, Any]:

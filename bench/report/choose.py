@@ -19,7 +19,7 @@ from embedge.bench.errors import BenchArgumentError
 from embedge.bench.report.configurations import FLOAT32, Configuration, configurations
 from embedge.bench.report.report import Report
 
-__all__ = ["LIMITS", "PREFERENCES", "Candidate", "Choice", "Kept", "Limit", "choose"]
+__all__ = ["LIMITS", "PREFERENCES", "Candidate", "Choice", "Kept", "Limit", "candidates", "choose"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,13 +220,14 @@ def choose(
         prefer: one of :data:`PREFERENCES`; ``None``: quality, or latency where quality has a limit.
 
     Raises:
-        BenchArgumentError: no limit, an unknown task, or one that no report measured.
+        BenchArgumentError: no limit, an unknown task, two reports of one bundle, or of different machines.
     """
+    _check_reports(reports)
     if not bounds:
         raise BenchArgumentError(
             f"choose needs a limit; expected one of {', '.join(limit.option for limit in LIMITS)}"
         )
-    found = list(_candidates(reports, tasks))
+    found = candidates(reports, tasks)
     limits = [(limit, bounds[limit.figure]) for limit in LIMITS if limit.figure in bounds]
     preferred = prefer or ("latency" if "quality" in bounds else "quality")
     fitting = [c for c in found if all(_meets(limit, bound, c) for limit, bound in limits)]
@@ -241,7 +242,28 @@ def choose(
     )
 
 
-def _candidates(reports: Sequence[Report], tasks: Sequence[str] | None) -> Iterator[Candidate]:
+def _check_reports(reports: Sequence[Report]) -> None:
+    names = [report.bundle for report in reports]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BenchArgumentError(
+            f"{', '.join(twice)}: two reports are of bundles of this name; name one of them, or rename a bundle's "
+            "folder and measure it again"
+        )
+    machines = {(r.machine.get("processor"), r.machine.get("threads")) for r in reports}
+    if len(machines) > 1:
+        shown = "; ".join(f"{processor}, {threads} threads" for processor, threads in machines)
+        raise BenchArgumentError(
+            f"reports of different machines cannot be compared: {shown}; measure the bundles on one"
+        )
+
+
+def candidates(reports: Sequence[Report], tasks: Sequence[str] | None) -> list[Candidate]:
+    """Return every configuration that serves some tasks, ``None``: all of the reports.
+
+    Raises:
+        BenchArgumentError: a task that no report has.
+    """
     found = configurations(reports)
     known = list(dict.fromkeys(c.task for c in found))
     unknown = [task for task in tasks or () if task not in known]
@@ -254,9 +276,11 @@ def _candidates(reports: Sequence[Report], tasks: Sequence[str] | None) -> Itera
     for c in found:
         if c.task in wanted:
             groups.setdefault((c.bundle, c.precision, c.dim, c.output_format), []).append(c)
-    for parts in groups.values():
-        if len(parts) == len(wanted):
-            yield _together(parts, everything=len(wanted) > 1)
+    return [
+        _together(parts, everything=len(wanted) > 1)
+        for parts in groups.values()
+        if len(parts) == len(wanted)
+    ]
 
 
 def _together(parts: Sequence[Configuration], everything: bool) -> Candidate:

@@ -17,7 +17,7 @@ from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import Manifest
 
-__all__ = ["RECORDED", "files_digest", "read_report"]
+__all__ = ["RECORDED", "files_digest", "read_reports"]
 
 RECORDED = "report.json"
 
@@ -28,8 +28,8 @@ def files_digest(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def read_report(path: Path) -> Report:
-    """Return the report of a file, or the one that was recorded in a bundle.
+def read_reports(path: Path) -> list[Report]:
+    """Return the reports of a file, one of each bundle that was measured, or the one recorded in a bundle.
 
     Args:
         path: ``report.json``, a folder that the bench wrote, or a bundle's.
@@ -43,25 +43,25 @@ def read_report(path: Path) -> Report:
             f"{path}: does not exist; expected a report.json of `embedge bench`, or a bundle's folder"
         )
     if not path.is_dir():
-        return _report(path)
+        return _reports(path)
     if not (path / MANIFEST).exists():
-        return _report(path / RECORDED)
+        return _reports(path / RECORDED)
     bundle = Bundle(path, verify="none")
     if not (path / RECORDED).exists():
         raise BenchError(
             f"{path}: no report was recorded in this bundle; run `embedge bench {path} --reference MODEL --record`, "
             "or name a report.json"
         )
-    report = _report(path / RECORDED)
-    if report.settings.get("files_sha256") != files_digest(bundle.manifest):
+    reports = _reports(path / RECORDED)
+    if reports[0].settings.get("files_sha256") != files_digest(bundle.manifest):
         raise BenchError(
             f"{path / RECORDED}: is of other files than the bundle has now; run `embedge bench {path} "
             "--reference MODEL --record` again"
         )
-    return report
+    return reports
 
 
-def _report(file: Path) -> Report:
+def _reports(file: Path) -> list[Report]:
     try:
         values: Any = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -72,8 +72,10 @@ def _report(file: Path) -> Report:
         raise BenchError(
             f"{file}: expected the report.json that `embedge bench` writes, found no JSON: {error}"
         ) from error
-    if not isinstance(values, dict) or "report_version" not in values:
-        raise BenchError(
-            f"{file}: expected the report.json that `embedge bench` writes, found JSON without report_version"
-        )
-    return Report.from_dict(values)
+    if isinstance(values, dict) and "report_version" in values:
+        parts = values.get("reports", [values])
+        if isinstance(parts, list) and parts:
+            return [Report.from_dict(part) for part in parts]
+    raise BenchError(
+        f"{file}: expected the report.json that `embedge bench` writes, found JSON without report_version or reports"
+    )

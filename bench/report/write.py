@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedge.bench.report.configurations import configurations
-from embedge.bench.report.html_page import html_page
+from embedge.bench.report.html_page import html_page, page_data
 from embedge.bench.report.plot import plot
-from embedge.bench.report.report import Report
+from embedge.bench.report.report import REPORT_VERSION, Report
 from embedge.bench.report.tables import (
     comparison_table,
     dimension_table,
@@ -20,7 +20,7 @@ from embedge.bench.report.tables import (
 )
 from embedge.runtime.bundle.writing import replace_file
 
-__all__ = ["HOW_TO_COMPARE", "HOW_TO_READ", "report_json", "write_report"]
+__all__ = ["HOW_TO_COMPARE", "HOW_TO_READ", "report_json", "write_joined", "write_report"]
 
 HOW_TO_READ = """\
 Each row is one system on one task, all measured in one run with the same threads on the same texts.
@@ -53,6 +53,21 @@ def write_report(report: Report, out: Path, checks: Sequence[str] = ()) -> list[
     replace_file(files[1], markdown(report, checks))
     plot(report, files[2])
     replace_file(files[3], html_page([report]))
+    return files
+
+
+def write_joined(reports: Sequence[Report], out: Path) -> list[Path]:
+    """Write ``report.json`` and ``report.html`` of several bundles together and return their paths.
+
+    Args:
+        reports: one of each bundle.
+        out: a folder, made if needed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"report.{ending}" for ending in ("json", "html")]
+    document = {"report_version": REPORT_VERSION, **page_data(reports)}
+    replace_file(files[0], json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    replace_file(files[1], html_page(reports))
     return files
 
 

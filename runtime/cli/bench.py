@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from embedge.runtime.cli.table import table
 
 if TYPE_CHECKING:
     from embedge.bench.options import BenchOptions
+    from embedge.bench.report.report import Report
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,7 +23,10 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``, most under the names of :class:`BenchOptions`."""
     parser.description = "Measure a bundle against the unquantized model and other runtimes."
-    parser.add_argument("bundle", type=Path, help="the bundle's folder")
+    parser.add_argument(
+        "bundles", nargs="+", type=Path, metavar="BUNDLE",
+        help="the bundle's folder; of several, all of the same tasks, one report is made",
+    )  # fmt: skip
     parser.add_argument("--reference", required=True, help="the source model: a folder or a hub id")
     parser.add_argument(
         "--adapter", action="append", default=[], dest="adapters", metavar="NAME=FOLDER",
@@ -86,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   embedge bench bundle --reference MODEL --adapter code=FOLDER --quick
   embedge bench bundle --reference MODEL --adapter code=FOLDER --record
-  embedge bench bundle --reference MODEL --shapes 1x16 8x64 --peers none"""
+  embedge bench bundle --reference MODEL --shapes 1x16 8x64 --peers none
+  embedge bench merged shared --reference MODEL --adapter code=FOLDER --eval code=FOLDER"""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,39 +101,59 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         EmbedgeError: what was asked for cannot be measured.
     """
-    options = _options(args)
+    options = list(_options(args))
+    from embedge.bench.plan import make_plan
     from embedge.bench.report.record import record
-    from embedge.bench.report.tables import comparison_table, main_table, process_table
-    from embedge.bench.report.write import HOW_TO_COMPARE, HOW_TO_READ, write_report
+    from embedge.bench.report.write import write_joined, write_report
     from embedge.bench.run import run_bench
     from embedge.bench.targets import check_targets
     from embedge.runtime.host.progress import LogLines
 
+    if len(options) > 1:  # what is wrong with the last is said before the first takes minutes
+        for one in options:
+            make_plan(one)
     bar = sys.stderr.isatty()
-    report = run_bench(options, show_progress_bar=bar, lines=None if bar else LogLines(10))
-    checks = check_targets(report, args.targets)
-    lines = [check.line() for check in checks]
-    if args.shapes:
-        how_to_read, tables = HOW_TO_COMPARE, [comparison_table(report.rows)]
-    else:
-        how_to_read, tables = HOW_TO_READ, [main_table(report.rows)]
-    tables += [process_table(report)] if report.process else []
-    print(how_to_read)
-    for shown in tables:
-        print("", *table([shown.header, *shown.rows], shown.labels), sep="\n")
-    for line in (*(f"note: {note}" for note in report.notes), *lines):
-        print(line)
-    files = write_report(report, args.out, lines)
-    if args.record:
-        record(report, options.bundle)
-        print(f"recorded in {options.bundle}")
+    reports, files, passed = [], [], True
+    for one in options:
+        report = run_bench(one, show_progress_bar=bar, lines=None if bar else LogLines(10))
+        reports.append(report)
+        checks = check_targets(report, args.targets)
+        passed = passed and all(check.passed for check in checks)
+        lines = [check.line() for check in checks]
+        _print(report, lines, side_by_side=bool(args.shapes))
+        out = args.out if len(options) == 1 else args.out / report.bundle
+        files += write_report(report, out, lines)
+        if args.record:
+            record(report, one.bundle)
+            print(f"recorded in {one.bundle}")
+    files += write_joined(reports, args.out) if len(reports) > 1 else []
     print("report: " + ", ".join(str(file) for file in files))
     if args.json:
-        print(json.dumps(report.to_dict()))
-    return 0 if all(check.passed for check in checks) else 1
+        print(
+            json.dumps([r.to_dict() for r in reports] if len(reports) > 1 else reports[0].to_dict())
+        )
+    return 0 if passed else 1
 
 
-def _options(args: argparse.Namespace) -> BenchOptions:
+def _print(report: Report, checks: Sequence[str], *, side_by_side: bool) -> None:
+    from embedge.bench.report.tables import comparison_table, main_table, process_table
+    from embedge.bench.report.write import HOW_TO_COMPARE, HOW_TO_READ
+
+    print(HOW_TO_COMPARE if side_by_side else HOW_TO_READ)
+    tables = [comparison_table(report.rows) if side_by_side else main_table(report.rows)]
+    tables += [process_table(report)] if report.process else []
+    for shown in tables:
+        print("", *table([shown.header, *shown.rows], shown.labels), sep="\n")
+    for line in (*(f"note: {note}" for note in report.notes), *checks):
+        print(line)
+
+
+def _options(args: argparse.Namespace) -> Iterator[BenchOptions]:
+    """Yield what to measure of each bundle; other systems beside the first alone.
+
+    Raises:
+        BenchArgumentError: an option is wrong, or two bundles have one name.
+    """
     from embedge.bench.options import FULL, QUICK, SHAPES, BenchOptions, Shape
     from embedge.bench.targets import profile_for
 
@@ -138,16 +164,21 @@ def _options(args: argparse.Namespace) -> BenchOptions:
         profile = replace(profile, singles=0, invariance=0, process_repeats=0)
     numbers = {"rounds": args.rounds, "texts": args.limit}
     profile = replace(profile, **{k: n for k, n in numbers.items() if n is not None})
+    names = [path.resolve().name for path in args.bundles]
+    if len(set(names)) < len(names):
+        raise BenchArgumentError(
+            f"{' '.join(map(str, args.bundles))}: expected folders of different names, by which a report tells "
+            f"bundles apart, found {', '.join(names)}"
+        )
     given = {f.name: getattr(args, f.name) for f in fields(BenchOptions) if hasattr(args, f.name)}
-    return BenchOptions(
-        **given
-        | {
-            "adapters": dict(_pair("--adapter", text) for text in args.adapters),
-            "evaluations": [_pair("--eval", text) for text in args.evaluations],
-            "shapes": [Shape.parse(name) for name in args.shapes] if args.shapes else SHAPES,
-            "profile": profile,
-        }
-    )
+    given |= {
+        "adapters": dict(_pair("--adapter", text) for text in args.adapters),
+        "evaluations": [_pair("--eval", text) for text in args.evaluations],
+        "shapes": [Shape.parse(name) for name in args.shapes] if args.shapes else SHAPES,
+    }
+    for number, bundle in enumerate(args.bundles):
+        alone = profile if number == 0 else replace(profile, others=False)
+        yield BenchOptions(**given | {"bundle": bundle, "profile": alone})
 
 
 def _pair(option: str, text: str) -> tuple[str, Path]:

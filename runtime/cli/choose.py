@@ -77,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
     """
     bounds = dict(_bounds(args))
     from embedge.bench.report.choose import choose
-    from embedge.bench.report.recorded import read_report
+    from embedge.bench.report.recorded import read_reports
 
-    reports = [read_report(path) for path in args.reports]
+    found = [(path, report) for path in args.reports for report in read_reports(path)]
+    reports = [report for _, report in found]
     choice = choose(reports, bounds, tasks=args.tasks, prefer=args.prefer)
     paths = {
         report.bundle: str(path) if (path / "manifest.json").exists() else report.bundle
-        for path, report in zip(args.reports, reports, strict=True)
+        for path, report in found
     }
     report = _report_of(choice, reports)
     lines = [*_machine_notes(report), *report.notes]

@@ -314,3 +314,32 @@ def test_a_gpu_is_measured_against_torch_on_it(model: Path, adapter: Path, tmp_p
     assert rows["embedge fp16"].shapes["2x8"]["median_ms"] > 0
     assert report.machine["gpu"]
     assert set(report.process) == {"embedge fp16", "torch fp32"}
+
+
+def test_several_bundles_stand_in_one_report_and_can_be_chosen_from(
+    bundle: Path, model: Path, adapter: Path, labelled: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other = shutil.copytree(bundle, tmp_path / "other")
+    out = tmp_path / "report"
+    common = ["--reference", str(model), "--adapter", f"search={adapter}", "--task", "search"]
+    common += ["--precision", "int8", "--threads", "1", "--rounds", "1", "--limit", "12"]
+    common += ["--eval", f"search={labelled}", "--peers", "none", "--quick", "--out", str(out)]
+
+    assert main(["bench", str(bundle), str(other), *common]) == 0
+
+    document = json.loads((out / "report.json").read_text())
+    assert [report["bundle"] for report in document["reports"]] == ["tiny", "other"]
+    assert {c["bundle"] for c in document["configurations"]} == {"tiny", "other"}
+    of_other = Report.from_dict(document["reports"][1])
+    assert [row.system for row in of_other.rows] == ["embedge int8"]
+    assert (out / "report.html").is_file()
+    assert (out / "other" / "report.md").is_file()
+    capsys.readouterr()
+    assert main(["choose", str(out), "--max-memory", "10GB", "--max-index", "1GB"]) == 0
+    assert capsys.readouterr().out.startswith("int8, ")
+
+
+def test_bundles_of_one_name_are_refused(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    again = tmp_path / "tiny"
+    assert main(["bench", str(bundle), str(again), "--reference", "model"]) == 2
+    assert "expected folders of different names" in capsys.readouterr().err

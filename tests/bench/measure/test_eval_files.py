@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from embedge.bench.measure.eval_files import read_eval
 from embedge.bench.measure.texts import limited
 
 
-def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
+def jsonl(file: Path, rows: Sequence[object]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return file
@@ -38,7 +39,9 @@ def csv_text(separator: str) -> str:
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_graded_pairs_are_read_from_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"sts.{ending}"
-    rows = [dict(zip(("sentence1", "sentence2", "score"), pair, strict=True)) for pair in PAIRS]
+    rows: list[dict[str, Any]] = [
+        dict(zip(("sentence1", "sentence2", "score"), pair, strict=True)) for pair in PAIRS
+    ]
     if ending == "parquet":
         parquet = pytest.importorskip("pyarrow.parquet")
         import pyarrow
