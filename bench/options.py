@@ -93,7 +93,15 @@ class Profile:
                 raise BenchArgumentError(f"--{option} {number}: expected a number from {least}")
 
 
-FULL = Profile(texts=None, rows=None, rounds=15, singles=100, invariance=96)
+FULL = Profile(
+    texts=None,
+    rows=None,
+    rounds=15,
+    singles=100,
+    invariance=96,
+    latency_tasks=1,
+    peer_tasks=1,
+)
 QUICK = Profile(
     texts=64,
     rows=120,

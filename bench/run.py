@@ -89,6 +89,7 @@ def run_bench(
             "layouts": {p: _layout(plan, p) for p in plan.precisions},
             "files_sha256": files_digest(plan.manifest),
             "common_bytes": _common_bytes(plan),
+            "output_ranges": _has_ranges(plan),
             "late_interaction": plan.late_interaction,
             "latency_tasks": plan.timed_tasks,
             "peer_tasks": plan.peered_tasks,
@@ -283,6 +284,11 @@ def _sizes(plan: Plan) -> dict[str, int]:
 
 def _layout(plan: Plan, precision: str) -> str:
     return "shared" if plan.manifest.precisions[precision].task_tensors else "merged"
+
+
+def _has_ranges(plan: Plan) -> bool:
+    """Return whether the bundle keeps the ranges of 8-bit vectors; else they are of the texts for fidelity."""
+    return all(plan.manifest.tasks[task].output_ranges is not None for task in plan.tasks)
 
 
 def _common_bytes(plan: Plan) -> int:

@@ -52,7 +52,13 @@ def profile_for(targets: Sequence[int], profile: Profile) -> Profile:
         profile = replace(profile, texts=64, invariance=1)
     if not named & _OF_QUALITY:
         profile = replace(profile, eval_sets=0)
-    return profile if named & _OF_LATENCY else replace(profile, latency_tasks=0, others=False)
+    if not named & _OF_LATENCY:
+        return replace(profile, latency_tasks=0, others=False)
+    return (
+        profile
+        if profile.rows is not None
+        else replace(profile, latency_tasks=None, peer_tasks=None)
+    )
 
 
 def check_targets(report: Report, targets: Sequence[int]) -> list[Check]:

@@ -32,6 +32,7 @@ class Candidate:
         precision: of the graphs.
         dim: to which vectors are cut.
         output_format: of the stored vectors.
+        searches: whether the first task was measured with queries and documents, not with pairs.
         share: least share of the reference's quality, 0…1.
         quality: lower end of its 95 % interval.
         latency: 95th percentile of single texts, milliseconds.
@@ -47,6 +48,7 @@ class Candidate:
     precision: str
     dim: int
     output_format: str
+    searches: bool
     share: float | None
     quality: float | None
     latency: float | None
@@ -293,6 +295,7 @@ def _together(parts: Sequence[Configuration], everything: bool) -> Candidate:
         precision=first.precision,
         dim=first.dim,
         output_format=first.output_format,
+        searches=first.metric == "ndcg@10",
         share=_worst(parts, "share", min),
         quality=_worst(parts, "share_low", min),
         latency=_worst(parts, "latency_p95_ms", max),

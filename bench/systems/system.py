@@ -83,7 +83,7 @@ class EmbedgeSystem:
         self.bytes_on_disk: int | None = opened.disk_bytes(precision, task)
         self._task = task
         self._dim = opened.manifest.model.dim
-        self._stored_ranges = getattr(opened.manifest.tasks[task], "output_ranges", None)
+        self._stored_ranges = opened.manifest.tasks[task].output_ranges
         self._model = Embedder(bundle, precision=precision, device=device, threads=threads)
 
     def forward(self, ids: Ids, mask: Ids) -> Vectors:

@@ -164,34 +164,68 @@ def _answer(choice: Choice, report: Report, paths: dict[str, str]) -> Iterator[s
     yield from table([("limit", "with margin", "of"), *(kept.line for kept in choice.kept)], 3)
     yield ""
     yield "prepare it:"
-    yield f"  {_command(chosen, paths)}"
+    yield from (f"  {line}" for line in _commands(chosen, report, paths))
     yield "run it:"
     yield from (f"  {line}" for line in _code(chosen, report))
 
 
-def _command(chosen: Candidate, paths: dict[str, str]) -> str:
-    words = ["embedge", "subset", paths[chosen.bundle], f"{Path(chosen.bundle).name}-chosen"]
-    words += ["--precision", chosen.precision, "--task", *chosen.tasks]
-    return shlex.join(words)
+def _commands(chosen: Candidate, report: Report, paths: dict[str, str]) -> list[str]:
+    """Return the commands that prepare a choice."""
+    folder = _folder(chosen)
+    words = ["embedge", "subset", paths[chosen.bundle], folder]
+    commands = [shlex.join([*words, "--precision", chosen.precision, "--task", *chosen.tasks])]
+    if "int8" in chosen.output_format and not report.settings.get("output_ranges"):
+        commands.append(f"embedge ranges {shlex.quote(folder)} --texts FILE")
+    return commands
+
+
+def _folder(chosen: Candidate) -> str:
+    return f"{chosen.bundle}-chosen"
 
 
 def _code(chosen: Candidate, report: Report) -> list[str]:
     """Return the lines of Python that run a choice."""
-    options = {"precision": chosen.precision, "threads": report.machine.get("threads")}
+    whole = max((int(dim) for row in report.rows for dim in row.fidelity), default=chosen.dim)
+    options: dict[str, Any] = {"precision": chosen.precision}
+    options["threads"] = report.machine.get("threads")
     if report.settings.get("device", "cpu") != "cpu":
         options["device"] = report.settings["device"]
+    call: dict[str, Any] = {"task": chosen.tasks[0]}
     if len(chosen.tasks) == 1:
-        options["task"] = chosen.tasks[0]
-    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
-    whole = max((int(dim) for row in report.rows for dim in row.fidelity), default=chosen.dim)
-    call: dict[str, Any] = {} if len(chosen.tasks) == 1 else {"task": chosen.tasks[0]}
+        options |= call
+        call = {}
     call |= {"truncate_dim": chosen.dim} if chosen.dim < whole else {}
-    encode = "".join(f", {name}={value!r}" for name, value in call.items())
+    rescored = chosen.output_format == "binary+int8"
+    names = "Embedder, quantize_embeddings, search_binary" if rescored else "Embedder"
+    model = f"model = Embedder({_folder(chosen)!r}{_arguments(options)})"
+    lines = [f"from embedge.runtime import {names}", model]
+    if rescored:
+        return [*lines, *_rescoring(_arguments(call))]
+    stored = {} if chosen.output_format == "float32" else {"output_format": chosen.output_format}
+    if not chosen.searches:
+        return [*lines, f"vectors = model.encode(texts{_arguments(call | stored)})"]
+    asked = stored if chosen.output_format == "binary" else {}
     return [
-        "from embedge.runtime import Embedder",
-        f"model = Embedder({f'{Path(chosen.bundle).name}-chosen'!r}{given})",
-        f"vectors = model.encode(texts{encode})",
+        *lines,
+        f"documents = model.encode_document(texts{_arguments(call | stored)})",
+        f"queries = model.encode_query(questions{_arguments(call | asked)})",
     ]
+
+
+def _rescoring(call: str) -> list[str]:
+    """Return the lines that search over bits, and again over 8-bit codes."""
+    return [
+        f"ranges = model.get_output_ranges({call.removeprefix(', ')})",
+        f"documents = model.encode_document(texts{call})",
+        'binary = quantize_embeddings(documents, "binary")',
+        'int8 = quantize_embeddings(documents, "int8", ranges)',
+        f"queries = model.encode_query(questions{call})",
+        "rows, scores = search_binary(queries, binary, int8, ranges=ranges, top_k=10)",
+    ]
+
+
+def _arguments(options: dict[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
 
 
 def _document(
@@ -214,6 +248,6 @@ def _document(
             kept.limit.option: {"bound": kept.bound, "with_margin": kept.value}
             for kept in choice.kept
         },
-        "prepare": _command(choice.candidate, paths),
+        "prepare": _commands(choice.candidate, report, paths),
         "code": _code(choice.candidate, report),
     }

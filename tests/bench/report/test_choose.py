@@ -213,8 +213,33 @@ def test_the_command_prints_what_prepares_and_runs_it(
     assert (
         "model = Embedder('tiny-bundle-chosen', precision='int4', threads=2, task='code')" in lines
     )
-    assert "vectors = model.encode(texts, truncate_dim=32)" in lines
+    assert "documents = model.encode_document(texts, truncate_dim=32)" in lines
+    assert "queries = model.encode_query(questions, truncate_dim=32)" in lines
     assert "another machine" not in printed
+
+
+@pytest.mark.parametrize(
+    ("output_format", "expected"),
+    [
+        ("binary", "queries = model.encode_query(questions, output_format='binary')"),
+        ("int8", "documents = model.encode_document(texts, output_format='int8')"),
+        ("int8", "embedge ranges tiny-bundle-chosen --texts FILE"),
+        ("binary+int8", "rows, scores = search_binary(queries, binary, int8, ranges=ranges, top_k=10)"),
+    ],
+)  # fmt: skip
+def test_what_runs_a_stored_format_is_printed(
+    output_format: str, expected: str, whole: Report, file: Path, capsys: Any
+) -> None:
+    rows = []
+    for row in whole.rows:
+        its = dict(row.quality["held-out"])
+        its["formats"] = {output_format: its["dims"]}
+        rows.append(replace(row, quality={"held-out": its}))
+    file.write_text(report_json(replace(whole, rows=tuple(rows))), encoding="utf-8")
+
+    assert run(str(file), "--max-memory", "1GB", "--task", "code") == 0
+
+    assert expected in [line.strip() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_command_says_what_nothing_meets_and_fails(
