@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from embedge.bench import BenchOptions, Report, run_bench
 from embedge.bench import plan as plan_module
 from embedge.bench.errors import BenchError
 from embedge.bench.options import Profile, Shape
+from embedge.bench.report.write import report_json
 from embedge.bench.systems.system import EmbedgeSystem
 from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
 from embedge.runtime.cli.bench import add_arguments, run
@@ -337,6 +339,44 @@ def test_several_bundles_stand_in_one_report_and_can_be_chosen_from(
     capsys.readouterr()
     assert main(["choose", str(out), "--max-memory", "10GB", "--max-index", "1GB"]) == 0
     assert capsys.readouterr().out.startswith("int8, ")
+
+
+@pytest.mark.parametrize("output_format", ["float32", "int8", "binary", "binary+int8"])
+def test_what_choose_prints_prepares_and_runs(
+    output_format: str,
+    measured: Report,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    shutil.copytree(bundle, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for row in measured.rows:
+        if row.precision is not None and row.task == "search":
+            its = dict(row.quality["held-out"])
+            its["formats"] = {output_format: its["formats"][output_format]}
+            rows.append(replace(row, quality={"held-out": its}))
+    (tmp_path / "report.json").write_text(report_json(replace(measured, rows=tuple(rows))))
+    Path("FILE").write_text("\n".join(f"text {number}" for number in range(300)))
+    assert main(["choose", "report.json", "--max-index", "5GB", "--task", "search", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+
+    for line in answer["prepare"]:
+        assert main(shlex.split(line)[1:]) == 0
+    names: dict[str, Any] = {"texts": [f"abc {n}" for n in range(12)], "questions": ["abc"]}
+    exec("\n".join(answer["code"]), names)
+
+    assert answer["chosen"]["output_format"] == output_format
+    assert len(names["documents"]) == 12
+    if output_format == "binary+int8":
+        assert names["rows"].shape == (1, 10)
+    else:
+        assert names["documents"].dtype == {"float32": "float32"}.get(output_format, "int8")
+    bytes_of_a_million = 1_000_000 * names["documents"][0].nbytes
+    if output_format != "binary+int8":
+        assert bytes_of_a_million == answer["chosen"]["index"]
 
 
 def test_bundles_of_one_name_are_refused(bundle: Path, tmp_path: Path, capsys: Any) -> None:
