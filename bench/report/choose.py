@@ -252,9 +252,14 @@ def _check_reports(reports: Sequence[Report]) -> None:
             f"{', '.join(twice)}: two reports are of bundles of this name; name one of them, or rename a bundle's "
             "folder and measure it again"
         )
-    machines = {(r.machine.get("processor"), r.machine.get("threads")) for r in reports}
+    machines = {
+        tuple(r.machine.get(key) for key in ("processor", "threads", "gpu")) for r in reports
+    }
     if len(machines) > 1:
-        shown = "; ".join(f"{processor}, {threads} threads" for processor, threads in machines)
+        shown = "; ".join(
+            f"{processor}, {threads} threads{f', {gpu}' if gpu else ''}"
+            for processor, threads, gpu in sorted(machines, key=str)
+        )
         raise BenchArgumentError(
             f"reports of different machines cannot be compared: {shown}; measure the bundles on one"
         )

@@ -138,7 +138,7 @@ def _costs(report: Report, row: Row, rows: Sequence[Row], dim: int) -> Configura
         texts_per_s=int(shape.partition("x")[0]) / p95 * 1000 if p95 else None,
         throughput_shape=shape or None,
         timed_on=timed.task if timed.single else None,
-        cold_start_ms=process.get("first_vector_longest_ms", process.get("first_vector_ms")),
+        cold_start_ms=process.get("first_vector_longest_ms"),
         memory_bytes=process.get("after_first_task", {}).get("peak"),
         all_tasks_memory_bytes=process.get("after_batches", {}).get("peak"),
         disk_bytes=None if row.bytes_on_disk is None else row.bytes_on_disk + common,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -41,7 +42,7 @@ def page_data(reports: Sequence[Report]) -> dict[str, Any]:
 def html_page(reports: Sequence[Report]) -> str:
     """Return the page of some reports, UTF-8 HTML without a reference to another file."""
     names = ", ".join(report.bundle for report in reports)
-    data = json.dumps(page_data(reports), ensure_ascii=False, separators=(",", ":"))
+    data = json.dumps(_finite(page_data(reports)), ensure_ascii=False, separators=(",", ":"))
     for character, escape in _ESCAPES.items():
         data = data.replace(character, escape)
     return Template(_part("page.html")).substitute(
@@ -50,6 +51,15 @@ def html_page(reports: Sequence[Report]) -> str:
         script=_part("script.js"),
         data=data,
     )
+
+
+def _finite(value: Any) -> Any:
+    """Return a document with ``None`` for numbers that JSON does not have: a browser reads no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _part(name: str) -> str:

@@ -163,7 +163,8 @@ def _answer(choice: Choice, report: Report, paths: dict[str, str]) -> Iterator[s
     yield ""
     yield from table([("limit", "with margin", "of"), *(kept.line for kept in choice.kept)], 3)
     yield ""
-    yield "prepare it:"
+    named = paths[chosen.bundle] == chosen.bundle  # a report holds a folder's name alone
+    yield f"prepare it, where the folder {chosen.bundle} lies:" if named else "prepare it:"
     yield from (f"  {line}" for line in _commands(chosen, report, paths))
     yield "run it:"
     yield from (f"  {line}" for line in _code(chosen, report))
@@ -195,6 +196,7 @@ def _code(chosen: Candidate, report: Report) -> list[str]:
         options |= call
         call = {}
     call |= {"truncate_dim": chosen.dim} if chosen.dim < whole else {}
+    call |= {"multi_vector": True} if report.settings.get("late_interaction") else {}
     rescored = chosen.output_format == "binary+int8"
     names = "Embedder, quantize_embeddings, search_binary" if rescored else "Embedder"
     model = f"model = Embedder({_folder(chosen)!r}{_arguments(options)})"

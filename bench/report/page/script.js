@@ -50,10 +50,10 @@ const FACETS = [
 ];
 const LIMITS = [
   { key: "share_low", title: "Quality kept at least, %", scale: 0.01, least: true },
-  { key: "latency_p95_ms", title: "Latency at most, ms", scale: 1 },
-  { key: "texts_per_s", title: "Texts/s at least", scale: 1, least: true },
-  { key: "memory_bytes", title: "Memory at most, MB", scale: 1e6 },
-  { key: "cold_start_ms", title: "Cold start at most, ms", scale: 1 },
+  { key: "latency_p95_ms", title: "Latency at most, ms", scale: 1, margin: 1.1 },
+  { key: "texts_per_s", title: "Texts/s at least", scale: 1, least: true, margin: 1.1 },
+  { key: "memory_bytes", title: "Memory at most, MB", scale: 1e6, margin: 1.03 },
+  { key: "cold_start_ms", title: "Cold start at most, ms", scale: 1, margin: 1.1 },
   { key: "disk_bytes", title: "Disk at most, MB", scale: 1e6 },
   { key: "index_bytes", title: "Index at most, MB", scale: 1e6 },
 ];
@@ -166,7 +166,7 @@ function filtered() {
   const meets = (p, limit) => {
     const bound = Number(chosen.get(limit.key)) * limit.scale;
     const value = p[limit.key];
-    return typeof value === "number" && (limit.least ? value >= bound : value <= bound);
+    return typeof value === "number" && (limit.least ? value / (limit.margin ?? 1) >= bound : value * (limit.margin ?? 1) <= bound);
   };
   const fitting = shown.filter((p) => limits.every((limit) => meets(p, limit)));
   const alone = limits.filter((limit) => !shown.some((p) => meets(p, limit)));

@@ -157,6 +157,16 @@ def test_an_unknown_task_and_no_limit_are_refused(whole: Report) -> None:
         choose([whole], {})
 
 
+def test_reports_of_other_machines_or_of_one_name_are_refused(whole: Report) -> None:
+    other = replace(whole, bundle="other", machine=whole.machine | {"gpu": "a GPU"})
+    with pytest.raises(
+        BenchArgumentError, match="of different machines cannot be compared: .*a GPU"
+    ):
+        choose([whole, other], {"memory": 1e9})
+    with pytest.raises(BenchArgumentError, match="tiny-bundle: two reports are of bundles of this"):
+        choose([whole, whole], {"memory": 1e9})
+
+
 def test_a_front_holds_what_no_other_beats(whole: Report) -> None:
     front = [c for c in configurations([whole]) if c.pareto and c.task == "search"]
 

@@ -100,6 +100,13 @@ def test_the_page_holds_the_whole_report(several: Report) -> None:
     assert held["reports"][0]["notes"] == [HOSTILE]
 
 
+def test_a_figure_that_is_no_number_is_null(several: Report) -> None:
+    page = Page(html_page([replace(several, sizes={"int8": float("nan")})]))  # type: ignore[dict-item]
+
+    held = json.loads(page.texts["report"], parse_constant=pytest.fail)
+    assert held["reports"][0]["sizes"] == {"int8": None}
+
+
 def test_the_page_loads_nothing(several: Report) -> None:
     page = Page(html_page([several]))
 
