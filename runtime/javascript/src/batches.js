@@ -54,7 +54,7 @@ export function planBatches(lengths, batchSize, maxBatchTokens) {
  * @returns {Record<string, Tensor>}
  */
 export function padBatch(texts, model, padTokenId, rowMultiple) {
-  const longest = Math.max(...texts.map((text) => text.ids.length));
+  const longest = texts.reduce((most, text) => Math.max(most, text.ids.length), 0);
   const [batch, tokens] = paddedShape(texts.length, longest, rowMultiple, model.max_length);
   /** @param {bigint} value */
   const filled = (value) => new BigInt64Array(batch * tokens).fill(value);

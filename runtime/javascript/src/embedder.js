@@ -441,7 +441,9 @@ export class BaseEmbedder {
     const places = new Map();
     tokens.forEach(({ ids, attended }, index) => {
       const key = `${ids.join(" ")}/${attended}`;
-      places.set(key, [...(places.get(key) ?? []), index]);
+      const known = places.get(key);
+      if (known === undefined) places.set(key, [index]);
+      else known.push(index);
     });
     const groups = [...places.values()];
     const empty = groups.filter(([first]) => tokens[first].ids.length === 0).flat();

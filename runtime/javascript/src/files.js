@@ -55,9 +55,15 @@ export class ListedFiles {
         await this.compare(name, found.size, found.sha256);
       })();
       this.checked.set(name, check);
+      check.catch(() => this.checked.delete(name)); // a later call tries again
     }
     await check;
     return this.source.place(name);
+  }
+
+  /** Forgets what was compared: a graph that opens again compares its files again. */
+  forget() {
+    this.checked.clear();
   }
 
   /**

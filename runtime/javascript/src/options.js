@@ -22,7 +22,8 @@ export function checkOptions(where, options, known) {
       throw new EmbedgeValueError(`${where} has no option ${shown(name)}${meant}`);
     }
   }
-  return options;
+  // Null is "not given", as Python's None.
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null && value !== undefined));
 }
 
 /**
@@ -83,7 +84,7 @@ export function asTexts(inputs) {
  */
 export function checkPrompts(prompts) {
   if (prompts === undefined || prompts === null) return {};
-  if (typeof prompts !== "object" || Array.isArray(prompts)) {
+  if (typeof prompts !== "object" || Object.prototype.toString.call(prompts) !== "[object Object]") {
     throw new EmbedgeValueError(
       `prompts: expected texts by name, such as { query: "query: " }, found ${shown(prompts)}`,
     );

@@ -137,6 +137,7 @@ export class Sessions {
   async release(path) {
     const session = this.open.get(path);
     this.open.delete(path);
+    this.files.forget();
     await session.release();
   }
 

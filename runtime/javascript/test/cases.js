@@ -60,6 +60,13 @@ function cosines(vectors, others) {
 }
 
 /**
+ * L2 norms of vectors; of multi-vectors, of all their rows.
+ * @param {any[]} vectors
+ * @returns {number[]}
+ */
+const norms = (vectors) => vectors.flatMap((one) => (typeof one[0] === "number" ? [Math.hypot(...one)] : norms(one)));
+
+/**
  * Vectors are Python's and, where torch gave it, torch's.
  *
  * fp32: each. int8 and int4 with the kernels that Python had: each is Python's. With others, as of WebAssembly, a value
@@ -78,6 +85,10 @@ export function compare(found, given, { sameKernels }) {
   const exact = [undefined, "fp32"].includes(found.open.precision);
   const bound = exact ? 0.99999 : sameKernels ? 0.9999 : 0.97;
   assert.ok(least >= bound, `a cosine of ${least} to Python's, at least ${bound} expected`);
+  const expected = norms(found.embedge);
+  norms(vectors).forEach((norm, index) =>
+    assert.ok(Math.abs(norm - expected[index]) <= 0.001 * expected[index] + 1e-6),
+  );
   if (found.torch === undefined) return `least cosine to Python's ${least}`;
   const toTorch = cosines(vectors, found.torch);
   if (exact) assert.ok(Math.min(1, ...toTorch) >= 0.99999, `a cosine of ${Math.min(...toTorch)} to torch's`);

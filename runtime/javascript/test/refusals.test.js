@@ -291,6 +291,27 @@ test("weights are compared with the manifest when they are used", async () => {
   await refused("BundleError", /search\.bin: expected \d+ bytes, found 4096/, () => short.encode("a"));
 });
 
+test("prompts in a Map are refused", () =>
+  refused("EmbedgeValueError", /prompts: expected texts by name/, () =>
+    Embedder.open(decoder, { precision: "fp32", prompts: new Map([["query", "q: "]]) }),
+  ));
+
+test("weights are compared again when a graph opens again", async () => {
+  const folder = copy(() => {});
+  const model = await Embedder.open(folder, { precision: "fp32" });
+  await model.encode("a");
+  await model.close();
+  const file = path.join(folder, "fp32/shared.bin");
+  const bytes = readFileSync(file);
+  const flipped = Buffer.from(bytes);
+  flipped[5000] ^= 1;
+  writeFileSync(file, flipped);
+  await refused("BundleError", /shared\.bin: expected SHA-256/, () => model.encode("a"));
+  writeFileSync(file, bytes);
+  assert.equal((await model.encode("a")).length, 96);
+  await model.close();
+});
+
 test("a graph that is none is refused", async () => {
   const broken = copy((folder) => writeFileSync(path.join(folder, "fp32/search.onnx"), "not a graph"));
   const model = await Embedder.open(broken, { precision: "fp32", verify: "none" });
