@@ -18,7 +18,7 @@ from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, ImageError
 from embedge.runtime.server import fields as read
 from embedge.runtime.server.errors import ApiError, invalid, of_error
 from embedge.runtime.server.limits import Limits
-from embedge.runtime.server.meaning import Meaning, meaning_of
+from embedge.runtime.server.meaning import Meaning, meaning_of, rerank_meanings
 from embedge.runtime.server.models import Models, ServedModel
 from embedge.runtime.server.queue import FailedItems, Inputs, Kind, Queue
 
@@ -107,7 +107,7 @@ class Api:
         parts: list[Inputs] = []
         places: list[list[int]] = []
         if texts:
-            parts.append(Inputs(kind, tokens, [len(text) for text in tokens]))
+            parts.append(_inputs(kind, tokens))
             places.append(texts)
         if images:
             kind_of_images = Kind(
@@ -116,9 +116,7 @@ class Api:
             files = [items[i] for i in images]
             parts.append(Inputs(kind_of_images, files, [_IMAGE_TOKENS] * len(files)))
             places.append(images)
-        found = await self._run(
-            parts, lambda of_images, i: f"input[{(images if of_images else texts)[i]}]"
-        )
+        found = await self._run(parts, lambda part, i: f"input[{places[part][i]}]")
         vectors: list[Any] = [None] * len(items)
         for where, of_part in zip(places, found, strict=True):
             for index, vector in zip(where, of_part, strict=True):
@@ -161,13 +159,9 @@ class Api:
     async def _rerank(
         self, model: ServedModel, task: str | None, fields: read.RerankFields
     ) -> bytes:
-        if fields.input_type is not None:
-            raise invalid(
-                "input_type: a query and documents are what they are; leave it out", "input_type"
-            )
-        roles = _rerank_meanings(model, task, fields)
+        roles = rerank_meanings(model, task, fields)
         multi = model.embedder.multi_vector_dim is not None
-        kind = Kind(model, roles[0].task, multi_vector=multi)
+        kinds = [Kind(model, role.task, multi_vector=multi) for role in roles]
         query = await self._tokens(model, roles[0], [fields.query], lambda i: "query", fields)
         documents = await self._tokens(
             model, roles[1], fields.documents, lambda i: f"documents[{i}]", fields
@@ -175,10 +169,15 @@ class Api:
         tokens = [*query, *documents]
         count = sum(map(len, tokens))
         self._check_tokens("documents", count, 0)
-        [vectors] = await self._run(
-            [Inputs(kind, tokens, [len(text) for text in tokens])],
-            lambda _, i: f"documents[{i - 1}]" if i else "query",
+        if kinds[0] == kinds[1]:  # they run together
+            parts = [_inputs(kinds[0], tokens)]
+        else:
+            parts = [_inputs(kinds[0], query), _inputs(kinds[1], documents)]
+        found = await self._run(
+            parts,
+            lambda part, i: f"documents[{part + i - 1}]" if part + i else "query",
         )
+        vectors = [vector for of_part in found for vector in of_part]
         scores = await self._away(len(tokens) > 1, lambda: _scores(model, vectors[0], vectors[1:]))
         order = np.argsort(-scores, kind="stable")[: fields.top_n]
         results: list[dict[str, Any]] = [
@@ -271,20 +270,21 @@ class Api:
             )
 
     async def _run(
-        self, parts: Sequence[Inputs], place: Callable[[bool, int], str]
+        self, parts: Sequence[Inputs], place: Callable[[int, int], str]
     ) -> list[list[Vectors]]:
         """The vectors of each part of a request.
 
         Args:
             parts: as :meth:`Queue.submit` takes them.
-            place: of an input in the request, by whether it is an image, and its index among those.
+            place: of an input in the request, by its part and its index there.
         """
         try:
             return await self._queue.submit(*parts)
         except FailedItems as failed:
-            images, indices = failed.kind.images, failed.indices
+            part = next(i for i, inputs in enumerate(parts) if inputs.kind == failed.kind)
+            indices = failed.indices
             raise _placed(
-                failed.error, lambda i: place(images, indices[i]), place(images, 0)
+                failed.error, lambda i: place(part, indices[i]), place(part, 0)
             ) from failed
 
     async def _away(self, long: bool, work: Callable[[], Result]) -> Result:
@@ -463,21 +463,8 @@ def _placed(error: Exception, place: Place, first: str) -> ApiError:
     return _at(where, where + str(answer)[found.end() :])
 
 
-def _rerank_meanings(
-    model: ServedModel, task: str | None, fields: read.RerankFields
-) -> tuple[Meaning, Meaning]:
-    """What the query and the documents are embedded as."""
-    if fields.prompt is not None or fields.prompt_name is not None:
-        raise invalid(
-            "prompt and prompt_name: the query and the documents have prompts of their own; leave them out",
-            "prompt" if fields.prompt is not None else "prompt_name",
-        )
-    asked = [
-        read.MeaningFields(model=fields.model, task=fields.task, input_type=role)
-        for role in ("query", "document")
-    ]
-    query, documents = (meaning_of(model, task, one) for one in asked)
-    return query, documents
+def _inputs(kind: Kind, tokens: Sequence[TokenIds]) -> Inputs:
+    return Inputs(kind, tokens, [len(text) for text in tokens])
 
 
 def _scores(model: ServedModel, query: Vectors, documents: Sequence[Vectors]) -> Vectors:

@@ -73,6 +73,8 @@ class ServedModel:
         created: seconds since 1970 when it was opened.
         rates: tokens a second, as measured, of images and of texts by whether they are images.
         users: requests that hold it, their inputs in the queue or not.
+        pairs: tasks by role where each is for one, such as ``{"retrieval": {"query": "retrieval.query", "document":
+            "retrieval.passage"}}``.
     """
 
     name: str
@@ -87,9 +89,16 @@ class ServedModel:
         self.fingerprints: dict[tuple[Any, ...], str] = {}
         self.checked: set[Any] = set()  # of requests' forms, those that were found right
         self.around = _around(self.embedder)
+        self.pairs = _pairs(self.embedder.tasks)
         self.calls_at_once = {
             task: self.embedder.calls_at_once(task) for task in self.embedder.tasks
         }
+
+    def pair_of(self, task: str) -> Mapping[str, str] | None:
+        """The tasks of queries and of documents, by role, where a task is one of two such or names both."""
+        if task in self.embedder.tasks:
+            return next((pair for pair in self.pairs.values() if task in pair.values()), None)
+        return self.pairs.get(task)
 
     def ids(self, task: str | None, precision: bool) -> str:
         """What ``model`` calls it in a request."""
@@ -191,7 +200,7 @@ class Models:
             raise self._not_found(
                 f"{base} is not served at {shown(precision)}, but {listed(models)}"
             )
-        if colon and task not in model.embedder.tasks:
+        if colon and task not in (*model.embedder.tasks, *model.pairs):
             raise self._not_found(
                 f"{base} has no task {shown(task)}; it has {listed(model.embedder.tasks)}"
             )
@@ -203,7 +212,7 @@ class Models:
             _listed(model, precision=index > 0, task=task)
             for models in self._models.values()
             for index, model in enumerate(models.values())
-            for task in (None, *model.embedder.tasks)
+            for task in (None, *dict.fromkeys([*model.embedder.tasks, *model.pairs]))
         ]
 
     def reload(self) -> list[ServedModel]:
@@ -261,13 +270,23 @@ class Models:
         return ApiError(404, message, param="model", code="model_not_found")
 
 
+def _pairs(tasks: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What two tasks have in common by name, one for queries and one for documents, and the two by role."""
+    names = [task.removesuffix(".query") for task in tasks if task.endswith(".query")]
+    return {
+        name: {"query": f"{name}.query", "document": f"{name}.passage"}
+        for name in names
+        if f"{name}.passage" in tasks
+    }
+
+
 def _listed(model: ServedModel, *, precision: bool, task: str | None) -> dict[str, Any]:
     embedder = model.embedder
-    of_task = (
-        {"task": task, "prompts": embedder.get_prompts(task)}
-        if task is not None
-        else {"tasks": list(embedder.tasks)}
-    )
+    of_task: dict[str, Any]
+    if task in embedder.tasks:
+        of_task = {"task": task, "prompts": embedder.get_prompts(task)}
+    else:
+        of_task = {"tasks": list(embedder.tasks if task is None else model.pairs[task].values())}
     return {
         "id": model.ids(task, precision),
         "object": "model",

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from embedge.runtime import Embedder
 from tests.helpers.serving import Client, Http, error_of, served, vectors_in
-from tests.runtime.conftest import DIM, MakeBundle, TinyBundle
+from tests.runtime.conftest import DIM, MakeBundle, TinyBundle, bundles_in
 
 
 class TestMeaning:
@@ -204,6 +205,142 @@ class TestRerank:
         body = {"model": "bundle:code", "query": "w1", "documents": ["w2"], **fields}
         response = client.post("/v1/rerank", json=body)
         assert error_of(response, 400)["param"] == param
+
+
+@pytest.fixture(scope="module")
+def roles_bundle(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """A task for queries and one for documents, each with its instruction as the default, as jina-embeddings-v3 has."""
+    names = ("retrieval.query", "retrieval.passage", "code")
+    prompts = {"retrieval.query": "w1 ", "retrieval.passage": "w2 "}
+    bundle = bundles_in(tmp_path_factory.mktemp("roles"))("v3", tasks=names, prompts=prompts)
+
+    def defaults(manifest: dict[str, Any]) -> None:
+        for name in prompts:
+            manifest["tasks"][name]["default_prompt"] = name
+
+    bundle.edit(defaults)
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def roles_client(roles_bundle: TinyBundle) -> Iterator[Client]:
+    with served(str(roles_bundle.path)) as client:
+        yield client
+
+
+class TestTasksForOneRole:
+    @pytest.mark.parametrize(
+        ("model", "fields", "task"),
+        [
+            ("v3:retrieval.query", {}, "retrieval.query"),
+            ("v3:retrieval.query", {"input_type": "query"}, "retrieval.query"),
+            ("v3:retrieval.passage", {"input_type": "search_document"}, "retrieval.passage"),
+            ("v3", {"task": "retrieval.passage", "input_type": "document"}, "retrieval.passage"),
+            ("v3", {"input_type": "retrieval.passage"}, "retrieval.passage"),
+            ("v3:retrieval", {"input_type": "query"}, "retrieval.query"),
+            ("v3@fp32:retrieval", {"input_type": "passage"}, "retrieval.passage"),
+            ("v3", {"task": "retrieval", "input_type": "search_query"}, "retrieval.query"),
+        ],
+    )
+    def test_a_role_is_its_task_with_its_instruction(
+        self,
+        roles_client: Client,
+        roles_bundle: TinyBundle,
+        model: str,
+        fields: dict[str, str],
+        task: str,
+    ) -> None:
+        [vector] = vectors_in(roles_client.embed("w7", model, **fields))
+        prompt = {"retrieval.query": 5, "retrieval.passage": 6}[task]
+        expected = roles_bundle.expected(task, [2, prompt, 11, 3])
+        np.testing.assert_allclose(vector, expected, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("model", "fields", "said"),
+        [
+            (
+                "v3:retrieval.passage",
+                {"input_type": "query"},
+                "'retrieval.passage' of v3 is not for the role query; name the task 'retrieval.query'",
+            ),
+            (
+                "v3",
+                {"task": "retrieval.query", "input_type": "search_document"},
+                "not for the role document; name the task 'retrieval.passage'",
+            ),
+            (
+                "v3:retrieval.passage",
+                {"input_type": "retrieval.query"},
+                "the task is 'retrieval.passage' and input_type names the task 'retrieval.query'",
+            ),
+            ("v3:retrieval", {}, 'expected input_type "query" or "document" beside \'retrieval\''),
+        ],
+    )
+    def test_the_other_roles_task_is_refused(
+        self, roles_client: Client, model: str, fields: dict[str, str], said: str
+    ) -> None:
+        assert said in error_of(roles_client.embed("w7", model, **fields), 400)["message"]
+
+    @pytest.mark.parametrize(
+        ("model", "fields"), [("v3:retrieval", {}), ("v3", {"task": "retrieval"})]
+    )
+    def test_a_rerank_takes_both(
+        self, roles_client: Client, roles_bundle: TinyBundle, model: str, fields: dict[str, str]
+    ) -> None:
+        numbers = range(3, 12)
+        documents = [f"w{number}" for number in numbers]
+        answer = roles_client.rerank("w7", documents, model, **fields).json()
+        query = roles_bundle.expected("retrieval.query", [2, 5, 11, 3])
+        expected = [
+            query @ roles_bundle.expected("retrieval.passage", [2, 6, number + 4, 3])
+            for number in numbers
+        ]
+        scores = {found["index"]: found["relevance_score"] for found in answer["results"]}
+        assert [scores[i] for i in range(9)] == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize(
+        ("model", "fields", "param"),
+        [
+            ("v3:retrieval.query", {}, "model"),
+            ("v3", {"task": "retrieval.passage"}, "task"),
+            ("v3", {"task": "code.query"}, "task"),
+        ],
+    )
+    def test_a_rerank_names_no_role(
+        self, roles_client: Client, model: str, fields: dict[str, str], param: str
+    ) -> None:
+        error = error_of(roles_client.rerank("w7", ["w8"], model, **fields), 400)
+        named = fields.get("task") or model.partition(":")[2]
+        assert error["message"] == (
+            f"{param} names the task {named!r}, which is for one role; the query and the documents have one each: "
+            f"name the task {named.partition('.')[0]!r}"
+        )
+        assert error["param"] == param
+
+    def test_a_document_whose_run_fails_is_named(
+        self, roles_client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from embedge.runtime.errors import EmbedgeValueError
+        from embedge.runtime.server.queue import Kind
+
+        run = Kind.run
+
+        def failing(kind: Kind, items: Any, one_thread: bool) -> Any:
+            if kind.task == "retrieval.passage":
+                raise EmbedgeValueError("inputs[1] cannot be")
+            return run(kind, items, one_thread)
+
+        monkeypatch.setattr(Kind, "run", failing)
+        error = error_of(roles_client.rerank("w1", ["w2", "w3"], "v3:retrieval"), 400)
+        assert (error["message"], error["param"]) == ("documents[1] cannot be", "documents")
+
+    def test_both_are_listed_by_what_they_have_in_common(self, roles_client: Client) -> None:
+        listed = {model["id"]: model for model in roles_client.get("/v1/models").json()["data"]}
+        both = ["retrieval.query", "retrieval.passage"]
+        assert listed["v3:retrieval"]["embedge"]["tasks"] == both
+        for name in ("v3:retrieval", "v3@fp32:retrieval"):
+            one = roles_client.get(f"/v1/models/{name}").json()
+            assert (one["id"], one["embedge"]["tasks"]) == (name, both)
 
 
 class TestForm:
