@@ -71,7 +71,7 @@ class ServedModel:
         embedder: the bundle.
         manifest_sha256: of the manifest that it was opened with.
         created: seconds since 1970 when it was opened.
-        rates: tokens a second, as measured, of images and of texts by whether they are images.
+        rates: tokens a second of a batch, as measured, by whether it is of images, and whether it had all cores.
         users: requests that hold it, their inputs in the queue or not.
         pairs: tasks by role where each is for one, such as ``{"retrieval": {"query": "retrieval.query", "document":
             "retrieval.passage"}}``.
@@ -81,7 +81,7 @@ class ServedModel:
     embedder: Embedder
     manifest_sha256: str
     created: int = field(default_factory=lambda: int(time.time()))
-    rates: dict[bool, float] = field(default_factory=dict)
+    rates: dict[tuple[bool, bool], float] = field(default_factory=dict)
     users: int = 0
 
     def __post_init__(self) -> None:

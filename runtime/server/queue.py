@@ -7,10 +7,11 @@ Rules:
       other is answered. Elsewhere a batch takes all cores. An input that is alone does so, too, where requests have
       come one at a time.
     * Before a batch that others run beside, the loop reads the requests that have come already.
-    * A batch holds about as many tokens as the model takes ``_RUN_SECONDS`` for, as measured of texts and of images.
-      Each request has the same share of it, so that a text does not wait for another request's thousands; what is left
-      goes by age. Kinds of batches take turns.
-    * A batch of several requests that fails runs again request by request: one's fault is not another's.
+    * A batch holds about as many tokens as the model takes ``_RUN_SECONDS`` for, as measured of texts and of images,
+      on one core and on all. Each request has the same share of it, so that a text does not wait for another request's
+      thousands; what is left goes by age. Kinds of batches take turns.
+    * A batch of several requests that fails runs again request by request, but for those that were given up: one's
+      fault is not another's.
     * A request that is given up leaves the queue, and no tokens of it are counted any more.
 
 Everything but the run itself belongs to the event loop's thread, so there are no locks.
@@ -256,8 +257,15 @@ class Queue:
 
     def seconds(self, model: ServedModel) -> int:
         """About how long what waits will take, from 1 to 60."""
-        rate = min(model.rates.values(), default=_FIRST_TOKENS / _RUN_SECONDS)
-        rate *= max(model.calls_at_once.values())
+        at_once = max(model.calls_at_once.values())
+        rates = {images: rate for (images, all_cores), rate in model.rates.items() if all_cores}
+        # Where there are such, what waits runs on one core each; on all cores a text that was alone.
+        rates |= {
+            images: rate * at_once
+            for (images, all_cores), rate in model.rates.items()
+            if not all_cores
+        }
+        rate = min(rates.values(), default=_FIRST_TOKENS / _RUN_SECONDS)
         return min(_LONGEST_RETRY, max(1, math.ceil(self.tokens / rate)))
 
     def holds(self, model: ServedModel) -> bool:
@@ -280,6 +288,7 @@ class Queue:
 
     def _forget(self, job: _Job) -> None:
         """Takes a job out that was given up, or is done."""
+        job.done.cancel()
         self.tokens -= sum(job.costs[job.taken :])
         job.taken = len(job.items)
         jobs = self._waiting.get(job.kind)
@@ -321,7 +330,7 @@ class Queue:
         is_alone = len(jobs) == 1 and jobs[0].left_to_take == 1 and not self._running
         all_cores = kind.at_once == 1 or (is_alone and self._company < _SELDOM)
         run = _Run(kind, all_cores)
-        parts = self._next(kind, 1 if all_cores else kind.at_once)
+        parts = self._next(run)
         self._running[run] = asyncio.ensure_future(self._run_one(run, parts))
 
     async def _run_one(self, run: _Run, parts: list[Part]) -> None:
@@ -342,7 +351,8 @@ class Queue:
         except Exception as error:
             if len(parts) > 1:
                 for part in parts:
-                    await self._run_batch(run, [part])
+                    if not part[0].done.done():
+                        await self._run_batch(run, [part])
                 return
             [(job, indices)] = parts
             job.fail(FailedItems(error, indices, kind))
@@ -353,20 +363,19 @@ class Queue:
             job.store(indices, vectors[stored : stored + len(indices)])
             stored += len(indices)
         batch = Batch(kind, len(items), len(parts), _tokens(parts), seconds)
-        self._measure(batch)
+        self._measure(run, batch)
         self._report(batch)
 
-    def _next(self, kind: Kind, batches: int) -> list[Part]:
+    def _next(self, run: _Run) -> list[Part]:
         """The next batch of a kind, whose turn then ends.
 
-        Args:
-            kind: of what waits.
-            batches: that run at the same time, and share all that waits or runs: so that what waits does not go to
-                one core while the other is about to come free.
+        Batches that run at the same time share all that waits or runs: so that what waits does not go to one core while
+        the other is about to come free.
         """
+        kind, batches = run.kind, 1 if run.all_cores else run.kind.at_once
         jobs = self._waiting[kind]
         starts: dict[_Job, int] = {}
-        room = self._budget(kind)
+        room = self._budget(run)
         if batches > 1:
             room = min(room, -(-self.tokens // batches))
         share = max(1, room // len(jobs))
@@ -386,20 +395,20 @@ class Queue:
         return [(job, range(start, job.taken)) for job, start in starts.items()]
 
     @staticmethod
-    def _budget(kind: Kind) -> int:
+    def _budget(run: _Run) -> int:
         """Tokens of the next batch."""
-        rate = kind.model.rates.get(kind.images)
+        rate = run.kind.model.rates.get((run.kind.images, run.all_cores))
         if rate is None:
             return _FIRST_TOKENS
         return min(_MOST_TOKENS, max(_FEWEST_TOKENS, int(rate * _RUN_SECONDS)))
 
     @staticmethod
-    def _measure(batch: Batch) -> None:
+    def _measure(run: _Run, batch: Batch) -> None:
         """Learns from a batch that did not fail how fast its kind of inputs runs."""
-        rates, images = batch.kind.model.rates, batch.kind.images
+        rates, key = run.kind.model.rates, (run.kind.images, run.all_cores)
         rate = batch.tokens / max(batch.seconds, 1e-6)
-        old = rates.get(images, rate)
-        rates[images] = old + _NEWEST * (rate - old)
+        old = rates.get(key, rate)
+        rates[key] = old + _NEWEST * (rate - old)
 
 
 def _tokens(parts: Sequence[Part]) -> int:

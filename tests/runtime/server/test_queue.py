@@ -309,6 +309,65 @@ def test_one_requests_fault_is_not_anothers(client: Client, gate: Gate) -> None:
     assert held(client) == 0
 
 
+def test_a_batch_that_failed_does_not_run_again_for_who_has_gone(
+    client: Client, gate: Gate
+) -> None:
+    inside, goes_on = threading.Event(), threading.Event()
+
+    def fails(items: Sequence[Any]) -> bool:
+        if len(items) == 1:
+            return False
+        inside.set()
+        return goes_on.wait(30)
+
+    gate.fails = fails
+
+    async def scenario(http: Http) -> list[Any]:
+        first = asks(http, ["w0"])
+        await settled(gate.started.is_set)
+        one, gone, three = [asks(http, [f"w{number}"]) for number in (1, 2, 3)]
+        await settled(lambda: held(client) == 12)
+        gate.opened.set()
+        await settled(inside.is_set)
+        gone.cancel()
+        await settled(gone.done)
+        goes_on.set()
+        return list(await asyncio.gather(first, one, three))
+
+    for response in client.run(scenario):
+        vectors_in(response)
+    assert gate.runs == [[0], [1, 2, 3], [1], [3]]
+    assert held(client) == 0
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_speed_is_measured_on_one_core_and_on_all(tasks_bundle: TinyBundle, gate: Gate) -> None:
+    from embedge.runtime.server.queue import _FEWEST_TOKENS, Kind, Queue, _Run
+
+    gate.opened.set()
+    with served(str(tasks_bundle.path)) as client:
+        [model] = client.service._models
+        kind = Kind(model, "code")
+        model.calls_at_once = {"code": 2}
+        vectors_in(client.embed("w1", "bundle:code"))
+        assert list(model.rates) == [(False, True)]
+        vectors_in(client.embed(["w1", "w2"], "bundle:code"))
+        assert gate.one_thread == [False, True, True]
+        assert list(model.rates) == [(False, True), (False, False)]
+        queue = client.service._queue
+        queue.tokens = 24_000
+        model.rates = {(False, True): 15_000.0}
+        assert queue.seconds(model) == 2
+        model.rates[False, False] = 6_000.0  # two such batches at once make 12,000
+        assert queue.seconds(model) == 2
+        model.rates[False, False] = 4_000.0
+        assert queue.seconds(model) == 3
+        model.rates[True, True] = 2_000.0  # images may be what waits
+        assert queue.seconds(model) == 12
+        budgets = [Queue._budget(_Run(kind, all_cores)) for all_cores in (True, False)]
+        assert budgets == [1500, _FEWEST_TOKENS]
+
+
 def test_what_failed_tells_nothing_of_speed(tasks_bundle: TinyBundle, gate: Gate) -> None:
     gate.opened.set()
     gate.fails = lambda items: True
@@ -319,7 +378,7 @@ def test_what_failed_tells_nothing_of_speed(tasks_bundle: TinyBundle, gate: Gate
         assert "embedge_tokens_total{" not in client.get("/metrics").text
         gate.fails = lambda items: False
         vectors_in(client.embed("w1", "bundle:code"))
-        assert list(model.rates) == [False]
+        assert [images for images, _ in model.rates] == [False]
 
 
 def test_a_fault_is_told_to_the_log_alone(
