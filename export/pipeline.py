@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from embedge.runtime.bundle.writing import check_replaceable, replace_file, sync
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.host.onnxruntime import load_onnxruntime
-from embedge.runtime.output_ranges import calibrate_ranges, cheapest_precision
+from embedge.runtime.output_ranges import calibrate_ranges, cheapest_precision, without_ranges
 
 _RANGE_TEXTS = 512  # most that ranges of vectors are taken from
 _RANGE_BYTES = 512 << 20  # of a graph that is opened for them: an export takes little memory
@@ -119,38 +120,46 @@ def _calibrate_ranges(options: ExportOptions, out: Path, progress: Progress) -> 
     """
     texts = calibration_texts(options.calibration)
     bundle = Bundle(out, verify="none")
-    tasks = [
-        name
-        for name, task in bundle.manifest.tasks.items()
-        if task.output_ranges is None and task.token_ranges is None
-    ]
-    if not texts or not tasks:
+    if not texts:
         return
-    step = -(-len(texts) // _RANGE_TEXTS)
-    advice = f"take them by: embedge ranges {out} --texts FILE"
+    late = bundle.manifest.model.late_interaction is not None
+    most = min(MAX_TOKENS_PER_TEXT, bundle.manifest.model.max_length)
+    taken = []
+    for task in without_ranges(bundle.manifest):
+        try:
+            _check_small(bundle, task)
+            taken.append(task)
+        except EmbedgeError as error:
+            _tell_left_out(progress, out, [task], error)
     try:
-        precision = cheapest_precision(bundle)
-        graphs = bundle.manifest.precisions[precision].graphs
-        tasks = [task for task in tasks if task in graphs]
-        largest = max((bundle.graph_bytes(precision, task) for task in tasks), default=0)
-        if largest > _RANGE_BYTES:
-            progress.tell(
-                f"ranges of 8-bit vectors: left out, as the graph has {largest / 1e6:.0f} MB; {advice}"
-            )
-            return
-        late = bundle.manifest.model.late_interaction is not None
-        most = min(MAX_TOKENS_PER_TEXT, bundle.manifest.model.max_length)
         with catch_warnings():
             simplefilter("ignore", EmbedgeWarning)  # of few texts, which the caller has chosen
-            calibrate_ranges(
-                out,
-                texts[::step],
-                tasks=tasks,
-                precision=precision,
-                max_seq_length=None if late else most,
-            )
+            if taken:
+                calibrate_ranges(
+                    out,
+                    texts[:: -(-len(texts) // _RANGE_TEXTS)],
+                    tasks=taken,
+                    max_seq_length=None if late else most,
+                )
     except EmbedgeError as error:
-        progress.tell(f"ranges of 8-bit vectors: left out: {error}; {advice}")
+        _tell_left_out(progress, out, taken, error)
+
+
+def _check_small(bundle: Bundle, task: str) -> None:
+    """Refuses a graph that would take more memory than the export."""
+    size = bundle.graph_bytes(cheapest_precision(bundle, task), task)
+    if size > _RANGE_BYTES:
+        raise EmbedgeError(f"the graph has {size / 1e6:.0f} MB")
+
+
+def _tell_left_out(
+    progress: Progress, out: Path, tasks: Sequence[str], reason: EmbedgeError
+) -> None:
+    names = shlex.join(tasks)
+    progress.tell(
+        f"ranges of 8-bit vectors of {names}: left out: {reason}; take them by: "
+        f"embedge ranges {shlex.quote(str(out))} --task {names} --texts FILE"
+    )
 
 
 def _write_precisions(

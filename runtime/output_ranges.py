@@ -27,7 +27,7 @@ from embedge.runtime.bundle.writing import replace_file
 from embedge.runtime.embedder import Embedder
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, warn
 
-__all__ = ["calibrate_ranges", "cheapest_precision"]
+__all__ = ["calibrate_ranges", "cheapest_precision", "without_ranges"]
 
 _FEW_TEXTS = 100
 _CHUNK_TEXTS = 64  # whose multi-vectors are held at once
@@ -43,7 +43,8 @@ def calibrate_ranges(
     precision: str | None = None,
     threads: int | None = None,
     max_seq_length: int | None = None,
-) -> None:
+    overwrite: bool = False,
+) -> dict[str, str]:
     """Take the ranges of 8-bit output formats from the vectors of some texts, and keep them in the manifest.
 
     An export does so with its calibration texts. Codes of before, made by other ranges, are of another kind then:
@@ -52,13 +53,18 @@ def calibrate_ranges(
     Args:
         bundle: the bundle's folder.
         texts: such as you embed; some hundreds.
-        tasks: those whose ranges to take; ``None``: all that have a graph at the precision.
-        precision: whose graphs to run; ``None``: the smallest that a CPU runs.
+        tasks: those whose ranges to take, again where they have some; ``None``: all that have none.
+        precision: whose graphs to run; ``None``: for each task the smallest that a CPU runs.
         threads: as of :class:`Embedder`.
         max_seq_length: as of :class:`Embedder`.
+        overwrite: without ``tasks``, take those of all again.
+
+    Returns:
+        the tasks whose ranges were taken, and the precision of each.
 
     Raises:
-        EmbedgeValueError: for fewer than two texts, or a task or precision that the bundle does not have.
+        EmbedgeValueError: for fewer than two texts, a task or precision that the bundle does not have, or if every
+            task has ranges already.
         EmbedgeError: if the bundle cannot be run, or its manifest not be written.
     """
     if isinstance(texts, str) or len(texts) < 2:
@@ -70,39 +76,70 @@ def calibrate_ranges(
         warn(
             f"ranges of {len(texts)} texts; some hundreds such as you embed clip fewer values of others"
         )
-    manifest = Bundle(bundle, verify="none").manifest
-    precision = precision or cheapest_precision(Bundle(bundle, verify="none"))
-    with Embedder(
-        bundle, precision=precision, device="cpu", threads=threads, max_seq_length=max_seq_length
-    ) as model:
-        found = {
-            task: _ranges_of_task(model, manifest, task, texts)
-            for task in (model.tasks if tasks is None else tasks)
-        }
+    opened = Bundle(bundle, verify="none")
+    manifest = opened.manifest
+    chosen = {
+        task: precision or cheapest_precision(opened, task)
+        for task in _wanted(manifest, tasks, overwrite=overwrite)
+    }
+    found = {}
+    for name in dict.fromkeys(chosen.values()):
+        with Embedder(
+            bundle, precision=name, device="cpu", threads=threads, max_seq_length=max_seq_length
+        ) as model:
+            for task in (task for task, its in chosen.items() if its == name):
+                found[task] = _ranges_of_task(model, manifest, task, texts)
     _write(Path(bundle), manifest, found)
+    return chosen
 
 
-def cheapest_precision(bundle: Bundle) -> str:
-    """The precision with the smallest graphs of those that have all tasks and run on a CPU.
+def without_ranges(manifest: Manifest) -> list[str]:
+    """The tasks that have no ranges."""
+    return [
+        name
+        for name, task in manifest.tasks.items()
+        if task.output_ranges is None and task.token_ranges is None
+    ]
+
+
+def _wanted(manifest: Manifest, tasks: Sequence[str] | None, *, overwrite: bool) -> list[str]:
+    """The tasks whose ranges a call takes."""
+    if tasks is not None:
+        unknown = [task for task in tasks if task not in manifest.tasks]
+        if unknown or not tasks:
+            raise EmbedgeValueError(
+                f"tasks: expected some of {', '.join(manifest.tasks)}, found {', '.join(map(repr, unknown)) or 'none'}",
+                arguments=["tasks"],
+            )
+        return list(dict.fromkeys(tasks))
+    missing = list(manifest.tasks) if overwrite else without_ranges(manifest)
+    if not missing:
+        raise EmbedgeValueError(
+            f"tasks: expected one without ranges, found none among {', '.join(manifest.tasks)}; codes that are stored "
+            "are of these ranges: name the tasks to take again, or pass overwrite=True (--overwrite) for all",
+            arguments=["tasks", "overwrite=True"],
+        )
+    return missing
+
+
+def cheapest_precision(bundle: Bundle, task: str) -> str:
+    """The precision with the smallest graph of a task that runs on a CPU.
 
     Raises:
         EmbedgeValueError: if there is none.
     """
-    manifest = bundle.manifest
     sizes = {
-        name: max(bundle.graph_bytes(name, task) for task in settings.graphs)
-        for name, settings in manifest.precisions.items()
-        if "cpu" in settings.devices and not settings.unpack
+        name: bundle.graph_bytes(name, task)
+        for name, settings in bundle.manifest.precisions.items()
+        if task in settings.graphs and "cpu" in settings.devices and not settings.unpack
     }
-    most = max((len(manifest.precisions[name].graphs) for name in sizes), default=0)
-    full = [name for name in sizes if len(manifest.precisions[name].graphs) == most]
-    if not full:
+    if not sizes:
         raise EmbedgeValueError(
-            f"{bundle.root}: no precision runs on a CPU; it has {', '.join(manifest.precisions)}: pass ranges to "
-            "encode instead",
+            f"{bundle.root}: no precision of the task {task!r} runs on a CPU; the bundle has "
+            f"{', '.join(bundle.manifest.precisions)}: pass ranges to encode instead",
             arguments=["precision"],
         )
-    return min(full, key=sizes.__getitem__)
+    return min(sizes, key=sizes.__getitem__)
 
 
 def _ranges_of_task(

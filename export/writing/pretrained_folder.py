@@ -4,15 +4,17 @@ Rules:
     * Their graphs give a state a token, and pooling is theirs. Here a text's vector, pooled and normalized by the
       graph, stands as the state of a single token, and pooling takes the first.
     * ``config.json`` says what a caller sees: BERT's inputs and the vector's length. The graph is what it is.
-    * Files are copied with their SHA-256 compared; the folder appears under its name when it is whole.
+    * Each file's SHA-256 is compared as it is read; the folder appears under its name when it is whole and on the
+      disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,18 +23,20 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 
 from embedge.runtime.bundle.contract import EXACT_OPTION
-from embedge.runtime.bundle.files import system_reason
+from embedge.runtime.bundle.files import GRAPH_BYTES, read_regular_file, system_reason
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import json_text
 from embedge.runtime.bundle.licences import licence_name
 from embedge.runtime.bundle.lock import sole_holder
 from embedge.runtime.bundle.manifest import INPUTS, FileEntry, Manifest
-from embedge.runtime.bundle.writing import check_replaceable, new_folder, recover
+from embedge.runtime.bundle.model_card import licence_lines
+from embedge.runtime.bundle.writing import check_new, new_folder, recover, sync_files
 from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError
 
 __all__ = ["save_pretrained"]
 
 _STATES = "last_hidden_state"
+_GRAPH = "model.onnx"
 _MODULES = "sentence_transformers.models"
 
 
@@ -66,19 +70,20 @@ def save_pretrained(
     source, target = Bundle(bundle), Path(out)
     precision = _the_one("precision", precision, source.manifest.precisions)
     task = _the_one("task", task, source.manifest.precisions[precision].graphs)
-    _check_runnable(source, precision)
+    _check_runnable(source, precision, task)
     real = Path(os.path.realpath(target))
     try:
         if real.is_relative_to(source.root.resolve()):
             raise EmbedgeValueError(f"{out}: lies in the bundle; name a folder outside it")
-        if os.path.lexists(real) and not (real.is_dir() and not any(real.iterdir())):
-            raise EmbedgeValueError(f"{out}: expected no such path, found one; name another")
-        check_replaceable("out", real)
+        check_new(target, real)
         real.parent.mkdir(parents=True, exist_ok=True)
         with sole_holder(real.parent / f".{real.name}.lock", lambda holder: _busy(target, holder)):
             recover(real)
             with new_folder(real, replace=False) as work:
                 _fill(work, source, task, precision)
+                sync_files(
+                    work, [p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file()]
+                )
     except OSError as error:
         raise EmbedgeError(
             f"{out}: cannot be written: {system_reason(error)}; nothing was left there: name another folder"
@@ -96,7 +101,7 @@ def _the_one(kind: str, name: str | None, known: Iterable[str]) -> str:
     raise EmbedgeValueError(f"the bundle has {found}; choose one of {', '.join(names)}")
 
 
-def _check_runnable(source: Bundle, precision: str) -> None:
+def _check_runnable(source: Bundle, precision: str, task: str) -> None:
     """Refuses graphs whose vectors need more than the inputs that these programs give."""
     manifest = source.manifest
     model, settings = manifest.model, manifest.precisions[precision]
@@ -107,16 +112,35 @@ def _check_runnable(source: Bundle, precision: str) -> None:
         reason = "it takes images, whose inputs these programs do not make"
     elif not {*model.inputs} <= {*INPUTS}:
         reason = f"it reads {', '.join({*model.inputs} - {*INPUTS})}, which leaves prompts out of the pooling"
+    elif not model.include_prompt:
+        reason = "the source leaves the tokens of prompts out of its pooling, and these programs pool them"
+    elif settings.row_multiple > 1:
+        reason = (
+            f"its rows × tokens have to be a multiple of {settings.row_multiple}, which these programs do not fill "
+            "up to; export with --int4-block-size 32"
+        )
     elif manifest.tokenizer.append_eos_token_id is not None:
         reason = "its tokenizer does not add the last token itself; export it again"
     elif settings.unpack:
         reason = "its weights are unpacked by embedge; take int4"
     elif settings.task_tensors:
         reason = "its tasks share a graph, each with inputs of its own; export with --layout merged"
+    else:
+        reason = _misplaced(source, precision, task)
     if reason is not None:
         raise EmbedgeValueError(
             f"{source.root}: {precision} cannot stand alone: {reason}", arguments=["precision"]
         )
+
+
+def _misplaced(source: Bundle, precision: str, task: str) -> str | None:
+    """What of a graph's weights does not lie beside it."""
+    graph = PurePosixPath(source.manifest.precisions[precision].graphs[task])
+    for name in source.graph_files(precision, task):
+        path = PurePosixPath(name)
+        if path != graph and (path.parent != graph.parent or path.name == _GRAPH):
+            return f"its weights are in {name}, where these programs do not find them; export the bundle again"
+    return None
 
 
 def _fill(work: Path, source: Bundle, task: str, precision: str) -> None:
@@ -139,12 +163,14 @@ def _write_graph(folder: Path, source: Bundle, task: str, precision: str) -> Non
     for name in source.graph_files(precision, task):
         if name != path:
             _copy(source, name, folder / Path(name).name)
-    model = onnx.load(str(source.file(path)), load_external_data=False)
+    content = read_regular_file(source.file(path), GRAPH_BYTES)
+    _compare(source, path, hashlib.sha256(content).hexdigest())
+    model = onnx.load_model_from_string(content)
     dim = _as_states(model.graph, source.manifest)
     shape: list[str | int | None] = ["batch", 1, dim]
     del model.graph.output[:]
     model.graph.output.append(helper.make_tensor_value_info(_STATES, TensorProto.FLOAT, shape))
-    onnx.save(model, str(folder / "model.onnx"))
+    onnx.save(model, str(folder / _GRAPH))
 
 
 def _as_states(graph: onnx.GraphProto, manifest: Manifest) -> int:
@@ -171,10 +197,15 @@ def _as_states(graph: onnx.GraphProto, manifest: Manifest) -> int:
 
 def _copy(source: Bundle, name: str, target: Path) -> None:
     shutil.copyfile(source.file(name), target)
-    entry, found = source.manifest.files[name], FileEntry.of(target).sha256
-    if found != entry.sha256:
+    _compare(source, name, FileEntry.of(target).sha256)
+
+
+def _compare(source: Bundle, name: str, found: str) -> None:
+    """Refuses what was read of a file if its SHA-256 is not the manifest's."""
+    expected = source.manifest.files[name].sha256
+    if found != expected:
         raise BundleError(
-            f"{source.root / name}: expected SHA-256 {entry.sha256}, found {found}; copy or export the bundle again"
+            f"{source.root / name}: expected SHA-256 {expected}, found {found}; copy or export the bundle again"
         )
 
 
@@ -230,7 +261,7 @@ def _card(manifest: Manifest, task: str, precision: str) -> str:
     licences = [licence_name(source.license)]
     licences += [f"of the adapter: {licence_name(adapter.license)}"] if adapter is not None else []
     lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    lines += [f"license: {source.license}"] if source.license is not None else []
+    lines += licence_lines(manifest, [task])
     lines += ["tags:", "- onnx", "- sentence-transformers", "- embedge", "---", ""]
     lines += [
         f"# {source.name}, task {task}, {precision}",

@@ -21,6 +21,7 @@ from embedge.runtime.bundle.content import content_sha256
 from embedge.runtime.bundle.contract import INTEGER_PRECISIONS, MANIFEST, VISION
 from embedge.runtime.bundle.files import (
     GRAPH_BYTES,
+    JSON_BYTES,
     FileState,
     open_regular_file,
     read_regular_file,
@@ -142,6 +143,20 @@ class Bundle:
             BundleError: if there is none, it lies outside the folder behind a link, or it has changed.
         """
         return self._files.file(name)
+
+    def unlisted(self, name: str) -> bytes | None:
+        """The bytes of the manifest or the card, ``None`` where there is none.
+
+        Raises:
+            BundleError: if it cannot be read, or is a link that leaves the bundle.
+        """
+        if not os.path.lexists(self.root / name):
+            return None
+        file = self._files.unlisted(name)
+        try:
+            return read_regular_file(file, JSON_BYTES)
+        except OSError as error:
+            raise BundleError(f"{file}: cannot be read: {system_reason(error)}") from error
 
     def reading(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Checks files before and after they are read by somebody else, who opens them by their paths.

@@ -8,10 +8,42 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-__all__ = ["described_licences", "is_non_commercial", "licence_name"]
+__all__ = ["described_licences", "is_non_commercial", "is_permissive", "licence_name"]
 
 _CREATIVE_COMMONS = re.compile(r"cc-(by(?:-\w+)*)-(\d\.\d)")
 _NOT_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial", re.IGNORECASE)
+# The hub's identifiers of those that let everybody pass the work on for a notice at most.
+# Source: https://huggingface.co/docs/hub/repositories-licenses
+_PERMISSIVE = frozenset(
+    {
+        "afl-3.0",
+        "apache-2.0",
+        "artistic-2.0",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "bsd-3-clause-clear",
+        "bsl-1.0",
+        "cc-by-2.0",
+        "cc-by-2.5",
+        "cc-by-3.0",
+        "cc-by-4.0",
+        "cc0-1.0",
+        "cdla-permissive-1.0",
+        "cdla-permissive-2.0",
+        "ecl-2.0",
+        "isc",
+        "mit",
+        "ms-pl",
+        "ncsa",
+        "odc-by",
+        "pddl",
+        "postgresql",
+        "unlicense",
+        "wtfpl",
+        "zlib",
+    }
+)
 
 
 def licence_name(licence: str | None) -> str:
@@ -26,6 +58,12 @@ def licence_name(licence: str | None) -> str:
 def is_non_commercial(licence: str | None) -> bool:
     """Whether a licence's name says that it allows no commercial use."""
     return licence is not None and _NOT_COMMERCIAL.search(licence) is not None
+
+
+def is_permissive(licence: str | None) -> bool:
+    """Whether every licence of those named, with commas between, is known to let everybody pass the work on."""
+    names = [name.strip().lower() for name in (licence or "").split(",")]
+    return all(name in _PERMISSIVE for name in names)
 
 
 def described_licences(model: str | None, adapters: Mapping[str, str | None]) -> str:

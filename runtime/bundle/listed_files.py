@@ -92,6 +92,14 @@ class ListedFiles:
             self._states[name] = state
         return path
 
+    def unlisted(self, name: str) -> Path:
+        """The path of a file beside the listed ones, without links.
+
+        Raises:
+            BundleError: if there is none, or it lies outside the folder behind a link.
+        """
+        return self._find(name)[0].resolve()
+
     def state(self, name: str) -> FileState:
         """What :meth:`file` last found of a file."""
         return self._states[name]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 
 from embedge.runtime.bundle.licences import described_licences
 from embedge.runtime.bundle.manifest import Manifest, Model, Task
 from embedge.runtime.bundle.model_card_other_runtimes import other_runtimes
 
-__all__ = ["BENCH_END", "BENCH_START", "model_card", "renewed_card"]
+__all__ = ["BENCH_END", "BENCH_START", "licence_lines", "model_card", "renewed_card"]
 
 BENCH_START = "<!-- embedge:bench:start -->"
 BENCH_END = "<!-- embedge:bench:end -->"
@@ -80,20 +81,24 @@ def _front_matter(manifest: Manifest) -> str:
     lines += [f"- {tag}" for tag in _TAGS]
     if any(task.adapter is not None for task in manifest.tasks.values()):
         lines.append("- lora")
-    licences = _licences(manifest)
-    if len(licences) > 1:
-        lines = ["license:", *(f"- {_yaml(name)}" for name in licences), *lines]
-    elif licences:
-        lines.insert(0, f"license: {_yaml(licences[0])}")
+    lines = [*licence_lines(manifest, manifest.tasks), *lines]
     base = _base_model(manifest)
     if base is not None:
         lines.append(f"base_model: {_yaml(base)}")
     return "\n".join(["---", *lines, "---"])
 
 
-def _licences(manifest: Manifest) -> list[str]:
+def licence_lines(manifest: Manifest, tasks: Iterable[str]) -> list[str]:
+    """The front matter's lines on licences that the model or the adapters of some tasks state; none where none does."""
+    licences = _licences(manifest, [manifest.tasks[name] for name in tasks])
+    if len(licences) > 1:
+        return ["license:", *(f"- {_yaml(name)}" for name in licences)]
+    return [f"license: {_yaml(name)}" for name in licences]
+
+
+def _licences(manifest: Manifest, tasks: Iterable[Task]) -> list[str]:
     """Identifiers of the licences that the model or an adapter states, each once."""
-    adapters = (task.adapter.license for task in manifest.tasks.values() if task.adapter)
+    adapters = (task.adapter.license for task in tasks if task.adapter)
     stated = [text for text in (manifest.source.license, *adapters) if text]
     names = (name.strip() for text in stated for name in text.split(","))
     return list(dict.fromkeys(name for name in names if name))

@@ -6,8 +6,8 @@ Rules:
     * Every file is compared with its SHA-256 as it is copied. Links, as the hub's cache has them, become
       files.
     * The new bundle appears under its name when it is whole, and takes no other's place.
-    * Its card is written anew: measurements of what is left out are not its own. The manifest keeps the
-      figures of what it has. What `embedge prepare` made is not taken along.
+    * Its card is written anew where something is left out, whose measurements are not its own. The manifest
+      keeps the figures of what it has. What `embedge prepare` made is not taken along.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.bundle.model_card import model_card, renewed_card
 from embedge.runtime.bundle.writing import (
     NAME_INSIDE,
-    check_replaceable,
+    check_new,
     new_folder,
     recover,
     sync_files,
@@ -115,11 +115,12 @@ def copy_part(
         with sole_holder(real.parent / f".{real.name}.lock", lambda holder: _busy(target, holder)):
             recover(real)
             _check_free(source, target, real)
+            card = source.unlisted(CARD) if manifest == source.manifest else None
             with new_folder(real, replace=False) as work:
-                _fill(work, source, manifest, document, link=link)
+                _fill(work, source, manifest, document, link=link, card=card)
     except OSError as error:
         raise _refused(target, error, link=link) from error
-    if _has_own_text(source):
+    if card is None and _has_own_text(source):
         warn(
             f"{target / CARD}: a new card; that of {source.root}, which somebody changed or an earlier "
             "embedge wrote, is not in it: add what still holds"
@@ -214,16 +215,19 @@ def _precision(values: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any
 def _check_free(source: Bundle, out: Path, real: Path) -> None:
     if real.is_relative_to(source.root):
         raise EmbedgeValueError(f"{out}: lies in the bundle; name a folder outside {source.root}")
-    if os.path.lexists(real) and not (real.is_dir() and not any(real.iterdir())):
-        raise EmbedgeValueError(
-            f"{out}: expected no such path, found one; name another, or move it"
-        )
-    check_replaceable("out", real)
+    check_new(out, real)
 
 
 def _fill(
-    work: Path, source: Bundle, manifest: Manifest, document: Mapping[str, Any], *, link: bool
+    work: Path,
+    source: Bundle,
+    manifest: Manifest,
+    document: Mapping[str, Any],
+    *,
+    link: bool,
+    card: bytes | None,
 ) -> None:
+    """Writes the files, and ``card``, or a new one."""
     for name, entry in manifest.files.items():
         target = work / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -236,9 +240,8 @@ def _fill(
                     f"{source.root / name}: expected SHA-256 {entry.sha256}, found another; copy or export "
                     "the bundle again"
                 )
-    text = json_text(document)
-    for name, content in ((MANIFEST, text), (CARD, model_card(manifest))):
-        (work / name).write_text(content, "utf-8", newline="\n")
+    (work / MANIFEST).write_text(json_text(document), "utf-8", newline="\n")
+    (work / CARD).write_bytes(model_card(manifest).encode() if card is None else card)
     sync_files(work, (*([] if link else manifest.files), MANIFEST, CARD))
 
 

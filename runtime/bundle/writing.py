@@ -255,6 +255,23 @@ def check_replaceable(name: str, out: Path) -> None:
             )
 
 
+def check_new(out: Path, real: Path) -> None:
+    """Refuse a new folder's name that something has.
+
+    Args:
+        out: the name, as the caller gave it.
+        real: the same without links.
+
+    Raises:
+        EmbedgeValueError: something other than an empty folder is there, or see :func:`check_replaceable`.
+    """
+    if os.path.lexists(real) and not _is_empty_folder(real):
+        raise EmbedgeValueError(
+            f"{out}: expected no such path, found one; name another, or move it"
+        )
+    check_replaceable("out", real)
+
+
 def put_in_place(work: Path, out: Path, *, replace: bool) -> None:
     """Give a whole folder the name ``out``, in one step where the system can.
 

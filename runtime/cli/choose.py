@@ -222,7 +222,8 @@ def _rescoring(call: str) -> list[str]:
         'binary = quantize_embeddings(documents, "binary")',
         'int8 = quantize_embeddings(documents, "int8", ranges)',
         f"queries = model.encode_query(questions{call})",
-        "rows, scores = search_binary(queries, binary, int8, ranges=ranges, top_k=10)",
+        "rows, scores = search_binary("
+        "queries, binary, int8, ranges=ranges, top_k=10, similarity=model.similarity_fn_name)",
     ]
 
 

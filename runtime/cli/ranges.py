@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.text_input import read_records
 from embedge.runtime.errors import EmbedgeError
 from embedge.runtime.output_ranges import calibrate_ranges
@@ -26,8 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text a line, or with --field JSONL: some hundreds such as you embed",
     )  # fmt: skip
     add("--field", help="key of the text in a JSON object")
-    add("--task", nargs="+", dest="tasks", metavar="NAME", help="only these (default: all)")
-    add("--precision", help="whose graphs to run (default: the smallest that a CPU runs)")
+    add(
+        "--task", nargs="+", dest="tasks", metavar="NAME",
+        help="these, again where they have ranges (default: all that have none)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="without --task: take those of all tasks again")
+    add(
+        "--precision",
+        help="whose graphs to run (default: of each task the smallest that a CPU runs)",
+    )
     add("--threads", type=int, metavar="N", help="default: the cores this process really has")
 
 
@@ -42,12 +48,14 @@ def run(args: argparse.Namespace) -> int:
             texts = [record.text for record in read_records(file, args.field)]
     except OSError as error:
         raise EmbedgeError(f"--texts {args.texts}: {error.strerror or error}") from error
-    calibrate_ranges(
-        args.bundle, texts, tasks=args.tasks, precision=args.precision, threads=args.threads
+    taken = calibrate_ranges(
+        args.bundle,
+        texts,
+        tasks=args.tasks,
+        precision=args.precision,
+        threads=args.threads,
+        overwrite=args.overwrite,
     )
-    tasks = args.tasks or [
-        name for name, task in Bundle(args.bundle, verify="none").manifest.tasks.items()
-        if task.output_ranges or task.token_ranges
-    ]  # fmt: skip
-    print(f"{args.bundle}: ranges of {len(texts)} texts for {', '.join(tasks)}")
+    tasks = ", ".join(f"{task} ({precision})" for task, precision in taken.items())
+    print(f"{args.bundle}: ranges of {len(texts)} texts for {tasks}")
     return 0

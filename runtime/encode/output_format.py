@@ -7,6 +7,7 @@ normalized, they are wider by as much as the vectors of the calibration were lon
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,7 @@ def choose_ranges(
         raise EmbedgeValueError(
             f"output_format {name!r}: expected the range of each dimension, found none in the bundle for "
             f"{'multi-' * multi_vector}vectors of the task {task!r}; pass ranges, float [2, {dim}], or have the bundle "
-            "keep them: embedge ranges BUNDLE --texts FILE",
+            f"keep them: embedge ranges BUNDLE --task {shlex.quote(task)} --texts FILE",
             arguments=["output_format", "ranges"],
         )
     return ranges_at(stored, dim, normalize=normalize)

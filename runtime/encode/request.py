@@ -89,6 +89,20 @@ class Request:
     dim: int
     output: OutputFormat
 
+    def check_images(self) -> None:
+        """Refuses codes of images by the ranges that texts of the task have.
+
+        Raises:
+            EmbedgeValueError: where the format needs ranges and the call gives none.
+        """
+        if self.output.ranges is not None and self.options.ranges is None:
+            raise EmbedgeValueError(
+                f"output_format {self.output.name!r}: the bundle's ranges are of the task's texts, and images lie "
+                "elsewhere; pass ranges, those of ranges_of(vectors) of some hundred texts and images, and "
+                "the same ones for texts",
+                arguments=["output_format", "ranges"],
+            )
+
     @classmethod
     def look_up(cls, manifest: Manifest, precision: str, options: CallOptions) -> Request:
         """What a call asks of a bundle at a precision.

@@ -96,7 +96,9 @@ class ImagePipeline:
 
         Raises:
             ImageError: for an image that cannot be read, or has too many tokens.
+            EmbedgeValueError: for 8-bit codes without ranges of the call.
         """
+        request.check_images()
         pixels = pixels or (self._settings.min_pixels, self._settings.max_pixels)
         read = (
             _Image(index, self._read(image, index, name, pixels))

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.arguments import check_positive
+from embedge.runtime.arguments import check_choice, check_positive
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.scoring.quantization import dequantize_embeddings, quantize_embeddings
+from embedge.runtime.scoring.similarity import vector_similarity
 
 __all__ = ["search_binary"]
 
@@ -25,12 +26,13 @@ def search_binary(
     ranges: Any,
     top_k: int = 10,
     rescore_multiplier: int = 4,
+    similarity: str = "cosine",
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The best documents of each query, by their bits first and then by their 8-bit codes.
 
     Bits are an eighth of a byte a dimension, small enough for memory, and find the candidates: ``top_k *
-    rescore_multiplier`` by Hamming distance. The unquantized query's dot products with the codes of these, which may
-    lie on a disk (``np.load(…, mmap_mode="r")``), give their order. Source: Yamada et al., "Efficient Passage
+    rescore_multiplier`` by Hamming distance. The unquantized query's similarity to the codes of these, which may
+    lie on a disk (``np.load(…, mmap_mode="r")``), gives their order. Source: Yamada et al., "Efficient Passage
     Retrieval with Hashing for Open-domain Question Answering", arXiv 2106.00882.
 
     Args:
@@ -40,16 +42,19 @@ def search_binary(
         ranges: float ``[2, dim]``, those of ``int8``.
         top_k: most documents of a query.
         rescore_multiplier: candidates for each of these.
+        similarity: "cosine" or "dot", as the model's ``similarity_fn_name`` says; the order is the same for vectors of
+            length 1.
 
     Returns:
-        int64 ``[n, k]``, the documents' rows, the best first, and float32 ``[n, k]``, their dot products, with the
+        int64 ``[n, k]``, the documents' rows, the best first, and float32 ``[n, k]``, their similarities, with the
         smaller of ``top_k`` and the number of documents for ``k``.
 
     Raises:
-        EmbedgeValueError: if shapes or types do not fit each other.
+        EmbedgeValueError: if shapes or types do not fit each other, or for another similarity.
     """
     check_positive("top_k", top_k)
     check_positive("rescore_multiplier", rescore_multiplier)
+    check_choice("similarity", similarity, ("cosine", "dot"))
     wanted = np.asarray(queries, np.float32)
     wanted = wanted[None] if wanted.ndim == 1 else wanted
     dim = wanted.shape[-1]
@@ -64,7 +69,8 @@ def search_binary(
     for index, query in enumerate(wanted):
         distances = _hamming(bits[index] ^ flip, binary)
         candidates = np.sort(_smallest(distances, min(top_k * rescore_multiplier, len(binary))))
-        found = dequantize_embeddings(np.asarray(int8[candidates]), codes, ranges) @ query
+        vectors = dequantize_embeddings(np.asarray(int8[candidates]), codes, ranges)
+        found = vector_similarity(query[None], vectors, similarity)[0]
         best = np.argsort(-found, kind="stable")[:count]
         rows[index], scores[index] = candidates[best], found[best]
     return rows, scores

@@ -173,4 +173,4 @@ def test_without_texts_or_with_a_large_graph_ranges_are_left_to_the_command(
     )  # fmt: skip
     out = pipeline.export(options, Progress(told=told.append))
     assert Manifest.from_dict(manifest(out)).tasks["task"].output_ranges is None
-    assert f"embedge ranges {out} --texts FILE" in told[-1]
+    assert f"embedge ranges {out} --task task --texts FILE" in told[-1]

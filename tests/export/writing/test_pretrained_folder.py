@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from embedge.export import export_bundle, save_pretrained
 from embedge.runtime import BundleError, Embedder, EmbedgeValueError, subset_bundle
+from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.cli.main import main
 from tests.helpers.command import Capture, error_line
 from tests.helpers.models import make_model, random_texts, save
@@ -131,8 +133,10 @@ def test_left_truncation_is_said_to_the_tokenizer(whole: Path, tmp_path: Path) -
     [
         (lambda m: m["model"]["inputs"].append("pool_mask"), "it reads pool_mask"),
         (lambda m: m["tokenizer"].update(append_eos_token_id=3), "does not add the last token"),
+        (lambda m: m["model"].update(include_prompt=False), "leaves the tokens of prompts out"),
+        (lambda m: m["precisions"]["fp32"].update(row_multiple=2), "--int4-block-size 32"),
     ],
-    ids=["pool mask", "last token"],
+    ids=["pool mask", "last token", "prompts", "rows"],
 )
 def test_graphs_that_need_more_are_refused_by_name(
     whole: Path, tmp_path: Path, change: Any, reason: str
@@ -140,7 +144,8 @@ def test_graphs_that_need_more_are_refused_by_name(
     part = subset_bundle(whole, tmp_path / "part")
     document = json.loads((part / "manifest.json").read_text())
     change(document)
-    document["model"]["include_prompt"] = "pool_mask" not in document["model"]["inputs"]
+    if "pool_mask" in document["model"]["inputs"]:
+        document["model"]["include_prompt"] = False
     (part / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(EmbedgeValueError, match=f"fp32 cannot stand alone: .*{reason}"):
         save_pretrained(part, tmp_path / "st", task="one")
@@ -164,12 +169,53 @@ def test_the_command_and_what_it_refuses(whole: Path, tmp_path: Path, capsys: Ca
     assert "lies in the bundle" in error_line(capsys)
 
 
-def test_damaged_weights_are_told_and_nothing_is_left(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fp32/*.bin", "fp32/one.onnx"])
+def test_damaged_files_are_told_and_nothing_is_left(whole: Path, tmp_path: Path, name: str) -> None:
     part = subset_bundle(whole, tmp_path / "part")
-    file = next((part / "fp32").glob("*.bin"))
+    file = next(part.glob(name))
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    at = -1
+    if file.suffix == ".onnx":  # another name of the graph, which runs all the same
+        at = content.index(onnx.load(file, load_external_data=False).graph.name.encode())
+    content[at] ^= 1
     file.write_bytes(content)
-    with pytest.raises(BundleError, match="expected SHA-256"):
+    with pytest.raises(BundleError, match=f"{file.name}: expected SHA-256"):
         save_pretrained(part, tmp_path / "st", task="one")
     assert not (tmp_path / "st").exists()
+
+
+def test_weights_in_another_folder_are_refused(whole: Path, tmp_path: Path) -> None:
+    part = subset_bundle(whole, tmp_path / "part", tasks=["one"])
+    document = json.loads((part / "manifest.json").read_text())
+    graph = part / "fp32" / "one.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"deep/{entry.value}"
+    onnx.save(model, graph)
+    (part / "fp32" / "deep").mkdir()
+    for file in part.glob("fp32/*.bin"):
+        file.rename(part / "fp32" / "deep" / file.name)
+        document["files"][f"fp32/deep/{file.name}"] = document["files"].pop(f"fp32/{file.name}")
+    document["files"]["fp32/one.onnx"] = FileEntry.of(graph).to_dict()
+    (part / "manifest.json").write_text(json.dumps(document))
+    Embedder(part)
+    with pytest.raises(EmbedgeValueError, match=r"its weights are in fp32/deep/\w+\.bin"):
+        save_pretrained(part, tmp_path / "st")
+    assert not (tmp_path / "st").exists()
+
+
+def test_the_card_has_the_licences_of_the_model_and_of_this_task(
+    whole: Path, tmp_path: Path
+) -> None:
+    part = subset_bundle(whole, tmp_path / "part")
+    document = json.loads((part / "manifest.json").read_text())
+    document["source"]["license"] = "apache-2.0"
+    adapter = {"name": "a", "rank": 4, "alpha": 8.0, "license": "cc-by-nc-4.0", "base_model": None}
+    document["tasks"]["one"]["adapter"] = adapter
+    document["tasks"]["two"]["adapter"] = {**adapter, "license": "x: #y"}
+    (part / "manifest.json").write_text(json.dumps(document))
+    for task, licences in (("one", "- cc-by-nc-4.0\n"), ("two", '- "x: #y"\n')):
+        card = (save_pretrained(part, tmp_path / task, task=task) / "README.md").read_text()
+        assert f"\nlicense:\n- apache-2.0\n{licences}tags:\n" in card

@@ -120,11 +120,29 @@ class TestFormats:
         [tokens] = model.encode_image([picture], multi_vector=True)
         [codes] = model.encode_image([picture], multi_vector=True, output_format="ubinary")
         np.testing.assert_array_equal(codes, np.packbits(tokens > 0, 1))
+        wide = np.stack([np.full(8, -4), np.full(8, 4)]).astype(np.float32)
+        codes = model.encode_image([picture], output_format="uint8", ranges=wide)
+        np.testing.assert_array_equal(codes, formula(model.encode_image([picture]), wide))
         ids = model.tokenize(TEXTS)
         np.testing.assert_array_equal(
             model.encode_tokens(ids, output_format="float16"),
             model.encode(TEXTS).astype(np.float16),
         )
+
+    def test_images_are_not_coded_by_the_ranges_of_texts(self, with_images: Any) -> None:
+        with pytest.warns(EmbedgeWarning, match="ranges of"):
+            calibrate_ranges(with_images.path, TEXTS)
+        model = Embedder(with_images.path, task="code")
+        assert model.encode(TEXTS, output_format="int8").dtype == np.int8
+        picture = np.zeros((40, 40, 3), np.uint8)
+        inputs: Any
+        for inputs, call in (
+            ([picture], model.encode_image),
+            (["w1", picture], model.encode),
+            ([picture], model.encode_document),
+        ):
+            with pytest.raises(EmbedgeValueError, match="ranges are of the task's texts"):
+                call(inputs, output_format="int8")
 
     def test_multi_vectors_have_ranges_of_their_own_and_are_pooled(self, make_bundle: Any) -> None:
         bundle = make_bundle(multi_vector=True)
@@ -145,7 +163,7 @@ class TestFormats:
         ("call", "message"),
         [
             ({"output_format": "int4"}, "one of float32, float16, int8, uint8, binary, ubinary"),
-            ({"output_format": "int8"}, "embedge ranges BUNDLE --texts FILE"),
+            ({"output_format": "int8"}, "embedge ranges BUNDLE --task code --texts FILE"),
             ({"output_format": "binary", "ranges": [[0.0] * 8] * 2}, "ranges are for the formats"),
             ({"output_format": "int8", "ranges": [[0.0] * 3] * 2}, "expected the shape [2, 8]"),
             ({"pool_factor": 2}, "expected multi_vector=True"),
@@ -249,17 +267,49 @@ class TestRangesOfABundle:
         with pytest.raises(ManifestError, match="expected 8 numbers, found 1"):
             Embedder(bundle.path)
 
+    def test_tasks_that_have_some_keep_them_unless_named(self, two_tasks: Any) -> None:
+        with pytest.warns(EmbedgeWarning, match="ranges of 60 texts"):
+            assert [*calibrate_ranges(two_tasks.path, TEXTS, tasks=["code"])] == ["code"]
+        kept = two_tasks.manifest()["tasks"]["code"]
+        others = [f"{text} w3" for text in TEXTS]
+        with pytest.warns(EmbedgeWarning):
+            assert [*calibrate_ranges(two_tasks.path, others)] == ["retrieval"]
+        assert two_tasks.manifest()["tasks"]["code"] == kept
+        with pytest.warns(EmbedgeWarning):
+            calibrate_ranges(two_tasks.path, others, tasks=["code"])
+        assert two_tasks.manifest()["tasks"]["code"]["output_ranges"] != kept["output_ranges"]
+        with (
+            pytest.warns(EmbedgeWarning),
+            pytest.raises(EmbedgeValueError, match="some of retrieval, code, found 'chat'"),
+        ):
+            calibrate_ranges(two_tasks.path, TEXTS, tasks=["chat"])
+
+    def test_each_task_runs_at_a_precision_that_it_has(self, two_tasks: Any) -> None:
+        def leave_out(manifest: Any) -> None:
+            del manifest["precisions"]["int4"]["graphs"]["code"]
+            del manifest["precisions"]["fp32"]["graphs"]["retrieval"]
+
+        two_tasks.edit(leave_out)
+        with pytest.warns(EmbedgeWarning, match="ranges of 60 texts"):
+            taken = calibrate_ranges(two_tasks.path, TEXTS)
+        assert taken == {"retrieval": "int4", "code": "fp32"}
+        assert all(task["output_ranges"] for task in two_tasks.manifest()["tasks"].values())
+
     def test_the_command_takes_them(self, bundle: Any, tmp_path: Path, capsys: Capture) -> None:
         texts = tmp_path / "texts.jsonl"
         texts.write_text("".join(json.dumps({"t": text}) + "\n" for text in TEXTS * 2))
         call = ["ranges", str(bundle.path), "--texts", str(texts), "--field", "t"]
         assert main(call) == 0
-        assert capsys.readouterr().out.endswith("ranges of 120 texts for retrieval\n")
+        assert capsys.readouterr().out.endswith("ranges of 120 texts for retrieval (fp32)\n")
         assert Embedder(bundle.path).encode("w1", output_format="int8").dtype == np.int8
         assert main(["ranges", str(bundle.path), "--texts", str(tmp_path / "none")]) == 1
         assert "none: No such file" in error_line(capsys)
-        texts.write_text('{"t": "w1"}\n')
         assert main(call) == 2
+        assert "expected one without ranges, found none among retrieval" in error_line(capsys)
+        assert main([*call, "--overwrite"]) == 0
+        assert capsys.readouterr().out.endswith("retrieval (fp32)\n")
+        texts.write_text('{"t": "w1"}\n')
+        assert main([*call, "--task", "retrieval"]) == 2
         assert "--texts: expected at least two" in error_line(capsys)
 
 

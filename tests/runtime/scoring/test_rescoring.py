@@ -27,12 +27,14 @@ def queries(documents: Array) -> Array:
 
 
 @pytest.mark.parametrize(("bits", "codes"), [("binary", "int8"), ("ubinary", "uint8")])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("counts_bits", [True, False])
 def test_candidates_by_bits_get_their_order_by_codes(
     documents: Array,
     queries: Array,
     bits: str,
     codes: str,
+    similarity: str,
     counts_bits: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -47,17 +49,22 @@ def test_candidates_by_bits_get_their_order_by_codes(
         ranges=ranges,
         top_k=5,
         rescore_multiplier=4,
+        similarity=similarity,
     )
     assert rows.shape == scores.shape == (20, 5)
     differing = ((queries[:, None] > 0) != (documents[None] > 0)).sum(-1)
     step = np.ptp(ranges, axis=0) / 255
     for query, found, of, far in zip(queries, rows, scores, differing, strict=True):
         candidates = np.argsort(far, kind="stable")[:20]
-        exact = documents[candidates] @ query
         bound = (np.abs(query) * step / 2).sum() * 1.01 + 1e-4
+        every = documents @ query
+        if similarity == "cosine":
+            lengths = np.linalg.norm(documents, axis=1) * np.linalg.norm(query)
+            every, bound = every / lengths, 2 * bound / lengths.min()
+        exact = every[candidates]
         assert set(found) <= set(candidates)
         assert (np.diff(of) <= 0).all()
-        np.testing.assert_allclose(of, documents[found] @ query, atol=bound)
+        np.testing.assert_allclose(of, every[found], atol=bound)
         assert exact[~np.isin(candidates, found)].max() <= of[-1] + bound
 
 
@@ -79,8 +86,9 @@ def test_noisy_copies_find_their_documents(documents: Array, queries: Array) -> 
         ({"int8": np.zeros((299, DIM), np.int8)}, "expected int8 or uint8 [299, 7]"),
         ({"top_k": 0}, "top_k is 0"),
         ({"ranges": None}, "found none"),
+        ({"similarity": "maxsim"}, "one of cosine, dot"),
     ],
-    ids=["narrow", "floats", "fewer", "none", "ranges"],
+    ids=["narrow", "floats", "fewer", "none", "ranges", "similarity"],
 )
 def test_what_does_not_fit_is_refused(queries: Array, change: dict[str, Any], message: str) -> None:
     call = {
