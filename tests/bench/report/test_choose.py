@@ -234,7 +234,11 @@ def test_the_command_prints_what_prepares_and_runs_it(
         ("binary", "queries = model.encode_query(questions, output_format='binary')"),
         ("int8", "documents = model.encode_document(texts, output_format='int8')"),
         ("int8", "embedge ranges tiny-bundle-chosen --texts FILE"),
-        ("binary+int8", "rows, scores = search_binary(queries, binary, int8, ranges=ranges, top_k=10, similarity=model.similarity_fn_name)"),
+        (
+            "binary+int8",
+            "rows, scores = search_binary(queries, binary, int8, ranges=ranges, top_k=10, "
+            "similarity=model.similarity_fn_name)",
+        ),
     ],
 )  # fmt: skip
 def test_what_runs_a_stored_format_is_printed(
