@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -213,6 +213,11 @@ class BaseEmbedder:
         self._tokenizer = self._tokenizer.at_limit(model.max_length)
         self._texts = TextPipeline(self._tokenizer, self._runner, model)
         self._manifest = replace(self._manifest, model=model)
+
+    @property
+    def truncation_side(self) -> Literal["right", "left"]:
+        """The end that a text loses which has more tokens."""
+        return self._manifest.tokenizer.truncation_side
 
     @property
     def modalities(self) -> tuple[str, ...]:

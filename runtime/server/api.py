@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -36,6 +36,8 @@ _KNOWN_FINGERPRINTS = 256  # a model
 # Of an image, before it was read. Its real number decides neither vectors nor usage.
 _IMAGE_TOKENS = 1024
 _MOST_CHARACTERS = 64  # a token; words of languages and lines of code have 2 to 8
+# Of texts that are tokenized at once: tokenizers' own objects take some 100 bytes a character until then.
+_GROUP_CHARACTERS = 1_000_000
 _AT_INDEX = re.compile(r"^inputs\[(\d+)\]")
 # What a caller of the library can set and a request cannot, and what a client can do.
 _ADVICE = {
@@ -58,6 +60,7 @@ class Api:
         self._queue = queue
         self._limits = limits
         self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="embedge-help")
+        self._free_helpers = asyncio.Semaphore(_HELPERS)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -213,11 +216,19 @@ class Api:
             listed[name] = {**listed[model.ids(task, False)], "id": name}
         return orjson.dumps(listed[name])
 
-    def _check_tokens(self, name: str, of_texts: int, images: int) -> None:
-        """Refuses more tokens than a request may have."""
+    def _check_tokens(self, name: str, of_texts: int, images: int, more: bool = False) -> None:
+        """Refuses more tokens than a request may have.
+
+        Args:
+            name: of the field.
+            of_texts: tokens of texts.
+            images: how many.
+            more: not all texts were read.
+        """
         most, count = self._limits.max_request_tokens, of_texts + images * _IMAGE_TOKENS
         if count > most:
-            counted = f" (an image counts as {_IMAGE_TOKENS})" if images else ""
+            counted = " or more" if more else ""
+            counted += f" (an image counts as {_IMAGE_TOKENS})" if images else ""
             raise invalid(
                 f"{name}: expected at most {most} tokens, found {count}{counted}; send several requests",
                 name,
@@ -243,12 +254,12 @@ class Api:
         if not items:
             return []
         length = sum(map(len, items))
-        self._check_prompt(meaning, length, len(items))
+        self._check_prompt(model, meaning, length, len(items))
         if not fields.truncate:
             _check_lengths(model, items, place)
         characters = length + len(items) * _prompt_length(model, meaning)
         tokens = await self._away(
-            characters > _MANY_CHARACTERS, lambda: _tokenized(model, meaning, items, place)
+            characters > _MANY_CHARACTERS, lambda: self._tokenized(model, meaning, items, place)
         )
         for index, text in enumerate(tokens):
             if text.truncated and not fields.truncate:
@@ -259,9 +270,55 @@ class Api:
                 )
         return tokens
 
-    def _check_prompt(self, meaning: Meaning, length: int, count: int) -> None:
-        """Refuses a prompt that makes more of a request, as it stands before each text, than a body may hold."""
-        prompt = len(meaning.prompt or "")
+    def _tokenized(
+        self, model: ServedModel, meaning: Meaning, items: Sequence[Any], place: Place
+    ) -> list[TokenIds]:
+        """The tokens of texts and of token ids, of no more than a request may have.
+
+        Args:
+            model: whose tokenizer.
+            meaning: of the request.
+            items: texts and token ids.
+            place: of each in the request.
+        """
+        where = [index for index, item in enumerate(items) if isinstance(item, str)]
+        prompt, most = _prompt_length(model, meaning), _most_characters(model)
+        found: list[TokenIds] = []
+        count = 0
+        for group in _groups([prompt + min(len(items[index]), most) for index in where]):
+            places = where[group]
+            found += _of_texts(
+                model, meaning, [items[i] for i in places], _place_among(places, place)
+            )
+            count += sum(map(len, found[group]))
+            more = group.stop < len(where)
+            self._check_tokens(place(0).partition("[")[0], count, 0, more)
+        if len(where) < len(items):
+            first = next(i for i, item in enumerate(items) if not isinstance(item, str))
+            _check_takes_ids(model, meaning, place(first))
+        of_texts = iter(found)
+        return [
+            next(of_texts) if isinstance(item, str) else _given_ids(model, item, place(index))
+            for index, item in enumerate(items)
+        ]
+
+    def _check_prompt(self, model: ServedModel, meaning: Meaning, length: int, count: int) -> None:
+        """Refuses a prompt beside which no text fits, or that makes more of a request than a body may hold.
+
+        Args:
+            model: whose limit.
+            meaning: of the request.
+            length: characters of the texts.
+            count: of the texts, before each of which it stands.
+        """
+        prompt, most = len(meaning.prompt or ""), _most_characters(model)
+        if prompt > most:
+            raise invalid(
+                f"prompt: expected at most {most} characters, as the model takes {model.embedder.max_seq_length} "
+                f"tokens, found {prompt}; shorten it",
+                "prompt",
+                "context_length_exceeded",
+            )
         if prompt and length + count * prompt > self._limits.max_body:
             raise invalid(
                 f"prompt: {prompt} characters before each of {count} texts make {length + count * prompt}, expected at "
@@ -291,7 +348,13 @@ class Api:
         """What some work gives; long work is done in another thread, so that other requests go on."""
         if not long:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._helpers, work)
+        # What is given up while it waits here is gone; in the executor's own queue it would stay, with what it holds.
+        await self._free_helpers.acquire()
+        done = asyncio.get_running_loop().run_in_executor(self._helpers, work)
+        done.add_done_callback(lambda _: self._free_helpers.release())
+        return await asyncio.shield(
+            done
+        )  # a thread cannot be stopped, and is free when it has ended
 
 
 def _parsed(body: bytes | bytearray) -> Any:
@@ -339,7 +402,7 @@ def _check_images(model: ServedModel, items: Sequence[Any], images: Sequence[int
 
 def _check_lengths(model: ServedModel, items: Sequence[Any], place: Place) -> None:
     """Refuses texts that no tokenizer makes so few tokens of as the model takes, before they are read."""
-    most = _MOST_CHARACTERS * model.embedder.max_seq_length
+    most = _most_characters(model)
     for index, item in enumerate(items):
         if isinstance(item, str) and len(item) > most:
             raise _too_long(place(index), f"{most} characters")
@@ -365,24 +428,66 @@ def _prompt_length(model: ServedModel, meaning: Meaning) -> int:
     return max(map(len, model.embedder.get_prompts(meaning.task).values()), default=0)
 
 
-def _tokenized(
-    model: ServedModel, meaning: Meaning, items: Sequence[Any], place: Place
+def _most_characters(model: ServedModel) -> int:
+    """Of a text as long as the model takes; no tokenizer makes so few tokens of more."""
+    return _MOST_CHARACTERS * model.embedder.max_seq_length
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[slice]:
+    """Texts that follow each other, of so many characters that their tokens are made at once."""
+    start = characters = 0
+    for index, length in enumerate(lengths):
+        if index > start and characters + length > _GROUP_CHARACTERS:
+            yield slice(start, index)
+            start, characters = index, 0
+        characters += length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
+def _of_texts(
+    model: ServedModel, meaning: Meaning, texts: Sequence[str], place: Place
 ) -> list[TokenIds]:
-    """The tokens of texts and of token ids."""
-    where = [index for index, item in enumerate(items) if isinstance(item, str)]
+    """The tokens of texts, of which no more is read than decides them."""
+    most = _most_characters(model)
     try:
-        of_texts = iter(
-            model.embedder.tokenize([items[index] for index in where], **meaning.options)
+        tokens = model.embedder.tokenize(
+            [_kept(model, text, most) for text in texts], **meaning.options
         )
+        for index, text in enumerate(texts):
+            if len(text) > most:
+                _check_cut(model, meaning, text, tokens[index], place(index))
     except EmbedgeError as error:
-        raise _placed(error, lambda i: place(where[i]), place(0)) from error
-    if len(where) < len(items):
-        first = next(i for i, item in enumerate(items) if not isinstance(item, str))
-        _check_takes_ids(model, meaning, place(first))
-    return [
-        next(of_texts) if isinstance(item, str) else _given_ids(model, item, place(index))
-        for index, item in enumerate(items)
-    ]
+        raise _placed(error, place, place(0)) from error
+    return tokens
+
+
+def _kept(model: ServedModel, text: str, characters: int) -> str:
+    """The end of a text that cutting keeps."""
+    return text[:characters] if model.embedder.truncation_side == "right" else text[-characters:]
+
+
+def _check_cut(
+    model: ServedModel, meaning: Meaning, text: str, tokens: TokenIds, place: str
+) -> None:
+    """Refuses a text whose tokens more of its characters may change: a word of thousands, or spaces without end.
+
+    Args:
+        model: whose tokenizer.
+        meaning: of the request.
+        text: that was cut before it was read.
+        tokens: of what was kept.
+        place: of the text in the request.
+    """
+    half = _most_characters(model) // 2
+    [of_half] = model.embedder.tokenize([_kept(model, text, half)], **meaning.options)
+    if not of_half.truncated or not np.array_equal(of_half.ids, tokens.ids):
+        raise _at(
+            place,
+            f"{place} has {len(text)} characters, of which {half} make fewer tokens than the model takes; shorten it "
+            f"to {2 * half} characters",
+            "context_length_exceeded",
+        )
 
 
 def _check_takes_ids(model: ServedModel, meaning: Meaning, place: str) -> None:
@@ -439,6 +544,11 @@ def _given_ids(model: ServedModel, ids: list[int], place: str) -> TokenIds:
         )
     rows = np.array(ids, np.int64)
     return TokenIds(rows, np.zeros_like(rows), truncated=False)
+
+
+def _place_among(places: Sequence[int], place: Place) -> Place:
+    """The place of an input among some of them."""
+    return lambda index: place(places[index])
 
 
 def _placed(error: Exception, place: Place, first: str) -> ApiError:

@@ -15,7 +15,8 @@ class Limits:
 
     Attributes:
         max_body: bytes of a request. Images come in it, as base64. Characters too, with a prompt before each text.
-        max_held: bytes of the bodies of all requests at once, and of their answers until they are sent.
+        max_held: bytes of the bodies of all requests at once, and of their answers until they are sent. At most two
+            more are read to their end when their clients went away.
         max_inputs: texts and images of a request.
         max_request_tokens: tokens of a request, as the model reads them; an image counts as 1024.
         max_queued_tokens: tokens of all requests that wait or run; a request that comes when nothing waits always

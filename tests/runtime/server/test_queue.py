@@ -288,6 +288,45 @@ def test_a_connection_that_closes_is_told_by_asgi(client: Client, gate: Gate) ->
     assert gate.runs == [[0]]
 
 
+def test_what_is_given_up_before_it_is_read_is_not_kept(
+    tasks_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedge.runtime.server import api
+
+    parsed, goes_on, reading = api._parsed, threading.Event(), list[int]()
+
+    def slow(body: bytes | bytearray) -> Any:
+        reading.append(len(body))
+        assert goes_on.wait(30)
+        return parsed(body)
+
+    monkeypatch.setattr(api, "_parsed", slow)
+    texts = ["w1 " * 5] * 6000
+
+    async def send(message: Message) -> None:
+        pass
+
+    async def scenario(http: Http) -> Any:
+        closed = asyncio.Event()
+        gone = [asyncio.ensure_future(called(client, texts, send, closed)) for _ in range(6)]
+        await settled(lambda: len(reading) == 2 and client.service._requests == 6)
+        waiting = client.service._api._helpers._work_queue.qsize()
+        closed.set()
+        await asyncio.gather(*gone)
+        assert waiting == client.service._requests == client.service._held_bytes == 0
+        later = asks(http, texts[:1])
+        goes_on.set()
+        assert len(vectors_in(await asks(http, texts[:2000]))) == 2000
+        return await later
+
+    try:
+        with served(str(tasks_bundle.path)) as client:
+            vectors_in(client.run(scenario))
+    finally:
+        goes_on.set()
+    assert len(reading) == 4  # two that nobody waited for any more, then those that stayed
+
+
 def test_one_requests_fault_is_not_anothers(client: Client, gate: Gate) -> None:
     gate.fails = lambda items: any(int(item.ids[1]) == 4 + 7 for item in items)
 

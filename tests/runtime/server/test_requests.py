@@ -534,8 +534,8 @@ class TestLimits:
                 return tokenize(*arguments, **options)
 
             model.embedder.tokenize = noted  # type: ignore[method-assign]
-            response = client.embed("w1", "bundle:code", prompt="w1 " * 4000, truncate=True)
-            assert len(vectors_in(response)) == 1
+            response = client.embed(["w1"] * 100, "bundle:code", prompt="w1 " * 50, truncate=True)
+            assert len(vectors_in(response)) == 100
             assert model.fingerprints == {}
         assert {name.startswith("embedge-help") for name in threads} == {True}
 
@@ -546,6 +546,78 @@ class TestLimits:
         error = error_of(client.embed(["w1", "w1 " * 400], "bundle:code"), 400)
         assert error["message"].startswith("input[1] is longer than the 1024 characters")
         assert error["code"] == "context_length_exceeded"
+
+    def test_a_prompt_that_leaves_no_room_is_refused_unread(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Embedder, "tokenize", None)
+        response = client.embed("w1", "bundle:code", prompt="w1 " * 400, truncate=True)
+        error = error_of(response, 400)
+        assert error["message"].startswith("prompt: expected at most 1024 characters, as the model")
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_no_more_of_a_text_is_read_than_is_kept(
+        self, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, side: str
+    ) -> None:
+        bundle = make_bundle("long")
+        bundle.edit(lambda manifest: manifest["tokenizer"].update(truncation_side=side))
+        numbers = [number % 60 for number in range(20_000)]
+        text = " ".join(f"w{number}" for number in numbers)
+        tokenize, lengths = Embedder.tokenize, list[int]()
+
+        def noted(self: Embedder, texts: list[str], **options: Any) -> Any:
+            lengths.extend(map(len, texts))
+            return tokenize(self, texts, **options)
+
+        with served(str(bundle.path)) as client:
+            monkeypatch.setattr(Embedder, "tokenize", noted)
+            vectors = vectors_in(client.embed(["w1", text], "long", truncate=True))
+        kept = numbers[:14] if side == "right" else numbers[-14:]
+        ids = [[2, 5, 3], [2, *(number + 4 for number in kept), 3]]
+        expected = [bundle.expected("retrieval", one) for one in ids]
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)
+        assert max(lengths) == 64 * 16
+
+    @pytest.mark.parametrize("text", ["w1" + " " * 2000 + "w2 " * 20, "w1 " * 9 + "w" * 2000])
+    def test_a_text_that_cannot_be_cut_unread_is_refused(self, client: Client, text: str) -> None:
+        error = error_of(client.embed(["w1", text], "bundle:code", truncate=True), 400)
+        assert error["message"] == (
+            f"input[1] has {len(text)} characters, of which 512 make fewer tokens than the model takes; shorten it to "
+            "1024 characters"
+        )
+        assert error["code"] == "context_length_exceeded"
+        response = client.embed(["w1", text[:1024]], "bundle:code", truncate=True)
+        assert len(vectors_in(response)) == 2
+
+    def test_texts_are_read_until_they_are_too_many(
+        self, tasks_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from embedge.runtime.server import api
+
+        monkeypatch.setattr(api, "_GROUP_CHARACTERS", 40)
+        texts = [
+            f"w{number} w1" for number in range(10, 50)
+        ]  # two fit into a group, with 9 for a prompt
+        with served(str(tasks_bundle.path)) as client:
+            joined = vectors_in(client.embed(texts, "bundle:code"))
+            error = error_of(client.embed([*texts[:3], "w1 " * 20], "bundle:code"), 400)
+        expected = [
+            tasks_bundle.expected("code", [2, number + 4, 5, 3]) for number in range(10, 50)
+        ]
+        np.testing.assert_allclose(joined, expected, atol=1e-6)
+        assert error["message"].startswith("input[3] is longer than the 16 tokens")
+        read, tokenize = list[str](), Embedder.tokenize
+
+        def noted(self: Embedder, texts: list[str], **options: Any) -> Any:
+            read.extend(texts)
+            return tokenize(self, texts, **options)
+
+        with served(str(tasks_bundle.path), max_request_tokens=10) as client:
+            monkeypatch.setattr(Embedder, "tokenize", noted)
+            error = error_of(client.embed(texts, "bundle:code"), 400)
+        assert "at most 10 tokens, found 16 or more; send" in error["message"]
+        assert read == texts[:4]
 
     def test_too_many_requests_at_once(self, tasks_bundle: TinyBundle) -> None:
         async def many(http: Http) -> list[Any]:
