@@ -19,6 +19,7 @@ from itertools import islice
 
 from embedge.runtime.cli.text_input import Record, decoded
 from embedge.runtime.errors import EmbedgeError
+from embedge.runtime.tables.chunk import EMBEDDING, check_kept
 
 __all__ = ["CsvInput"]
 
@@ -35,7 +36,7 @@ class CsvInput:
         keep: the other columns to give; ``None``: all.
 
     Attributes:
-        columns: names of the other columns that are given.
+        columns: names of the other columns that are given; one called ``embedding`` is not.
 
     Raises:
         EmbedgeError: the first line names no columns, names one twice, or not those asked for.
@@ -52,6 +53,7 @@ class CsvInput:
             raise EmbedgeError(
                 f"input line 1: expected the columns' names, found none; put a first line such as `id,{column}` there"
             )
+        check_kept(keep, column)
         for name in (column, *(keep or ())):
             if self._names.count(name) != 1:
                 raise EmbedgeError(
@@ -64,7 +66,9 @@ class CsvInput:
                 "them"
             )
         self._column = column
-        self.columns = [n for n in self._names if n != column and (keep is None or n in keep)]
+        self.columns = [
+            n for n in self._names if n not in (column, EMBEDDING) and (keep is None or n in keep)
+        ]
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         """The rows from ``start`` up to ``stop``, both from 0, each with the line that it starts on.

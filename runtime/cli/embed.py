@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file, system_reason
 from embedge.runtime.bundle.json_object import parse_json
 from embedge.runtime.cli.parts import open_parts
-from embedge.runtime.cli.rows import Rows, open_rows, parse_shard, sha256_of, shard_of
+from embedge.runtime.cli.rows import Rows, SteadyFile, open_rows, parse_shard, shard_of
 from embedge.runtime.cli.vector_output import Layout, VectorWriter, open_output, vector_writer
 from embedge.runtime.embedder import Embedder
 from embedge.runtime.encode.fingerprint import described
@@ -46,8 +46,8 @@ from embedge.runtime.host.progress import LogLines, Progress
 from embedge.runtime.options import EmbedderOptions, EncodeOptions, FingerprintOptions, ImageOptions
 from embedge.runtime.scoring.quantization import OUTPUT_FORMATS, code_dtype, code_width
 from embedge.runtime.scoring.similarity import TOKEN_KINDS
-from embedge.runtime.tables.chunk import Chunk
-from embedge.runtime.tables.parquet_output import read_fingerprint
+from embedge.runtime.tables.chunk import EMBEDDING, Chunk, check_kept
+from embedge.runtime.tables.parquet_output import read_fingerprint, schema_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -55,6 +55,16 @@ __all__ = ["add_arguments", "run"]
 _CHUNK_TEXTS = 1024
 _CHUNK_FEW = 64  # images, or texts of a vector a token
 _CHUNK_CHARACTERS = 4_000_000
+_SHARD = "embedge.shard"  # of Parquet's metadata: which rows of which input
+_UNPACK = "unpack it first, e.g. `{} FILE | embedge embed …` with --input-format"
+_OTHER_FORMATS = {
+    ".json": "write an object a line, e.g. `jq -c '.[]'`, or give --input-format jsonl if it is so",
+    ".tsv": "write it with commas as .csv, or give --input-format lines to embed each line as a whole",
+    ".gz": _UNPACK.format("zcat"),
+    ".zst": _UNPACK.format("zstdcat"),
+    ".bz2": _UNPACK.format("bzcat"),
+    ".xz": _UNPACK.format("xzcat"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", default="-", metavar="FILE", help="- is standard output (default)")
     add(
         "--input-format", choices=("lines", "jsonl", "csv", "parquet"),
-        help="a text per line (default), or a JSON object (default with --field); csv and parquet by the input's name",
+        help="default: what the input's name ends in, .jsonl, .ndjson, .csv or .parquet; jsonl with --field; else a "
+        "text per line",
     )  # fmt: skip
     add("--field", help='key of the text in an object (default "text", with --images "image")')
     add("--column", help="likewise the column of CSV or Parquet")
@@ -111,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--shard", metavar="i/n",
-        help="embed the i-th of n equal runs of rows; the shards' outputs in a row are the whole",
+        help="embed the i-th of n equal runs of rows of a file; bulk-jobs.md says how outputs are joined",
     )  # fmt: skip
     add(
         "--resume", action="store_true",
@@ -195,6 +206,7 @@ def run(args: argparse.Namespace) -> int:
     encode = _encoder(args, model)
     none = encode([], **options)  # a wrong call shows before anything is read
     kind = _kind(args, model, needed=args.resume or file_format == "parquet")
+    steady, start, stop, of = _range(args, source_format, column)
     layout = Layout(
         file_format=file_format,
         dim=code_width(args.output_format, kind["parts"]["dim"])
@@ -205,31 +217,62 @@ def run(args: argparse.Namespace) -> int:
         dtype=np.dtype(code_dtype(args.output_format)).name,
         multi_vector=args.multi_vector,
         kind=kind,
+        metadata={_SHARD: {"input_sha256": steady.sha256, "rows": [start, stop], "of": of}}
+        if steady and args.shard
+        else None,
     )
     embed = partial(_embed, args, partial(_encode, encode, options))
     with ExitStack() as stack:
         if kind is not None and args.fingerprint is not None:  # gets its name after the output
             stack.enter_context(open_output(args.fingerprint)).write(_dumped(kind))
-        start, stop = _range(args, source_format, column)
+        columns = _first_columns(args, source_format, column, file_format) if start else None
         rows = stack.enter_context(open_rows(args.input, source_format, column, args.keep))
+        columns = rows.columns if columns is None else columns
+        if steady is not None:
+            steady.check()  # what is open now is what was counted
         if args.resume:
-            assert stop is not None
-            before = os.stat(args.input)
-            job = _job(args, source_format, column)
-            parts = stack.enter_context(open_parts(args.output, layout, job, rows.columns))
+            assert steady is not None and stop is not None
+            job = _job(args, source_format, column, steady, of)
+            parts = stack.enter_context(open_parts(args.output, layout, job, columns, steady.check))
             if parts.rows and not args.quiet:
                 print(
                     f"embedge: goes on after {parts.rows:,} of {stop - start:,} rows",
                     file=sys.stderr,
                 )
             embed(rows, start + parts.rows, stop, parts)
-            _check_unchanged(args.input, before)
+            steady.check()
             parts.join(stop - start)
         else:
             output = stack.enter_context(open_output(args.output))
-            writer = stack.enter_context(vector_writer(output, layout, rows.columns))
-            embed(rows, start, stop, writer)
+            writer = stack.enter_context(vector_writer(output, layout, columns))
+            found = embed(rows, start, stop, writer)
+            if steady is not None and stop is not None:
+                steady.check()
+                _check_count(args, found, stop - start)
     return 0
+
+
+def _check_count(args: argparse.Namespace, found: int, expected: int) -> None:
+    if found != expected:
+        raise EmbedgeError(
+            f"--shard {args.shard}: expected {expected} rows of --input {args.input}, found {found}: the input changed "
+            "while it was read; start anew"
+        )
+
+
+def _first_columns(
+    args: argparse.Namespace, source_format: str, column: str | None, file_format: str
+) -> Any:
+    """Of a shard of JSONL the columns that the input's first rows have, so that all shards have the same."""
+    if source_format != "jsonl" or file_format not in ("csv", "parquet"):
+        return None
+    with open_rows(args.input, source_format, column, args.keep) as rows:
+        most = max(_chunk(args), args.batch_size)
+        chunk = next(rows.chunks(0, None, rows=most, characters=_CHUNK_CHARACTERS))
+    assert not hasattr(chunk.others, "schema")  # of JSONL they are mappings
+    if file_format == "parquet":
+        return schema_of(chunk.others)
+    return [name for name in chunk.others[0] if name != EMBEDDING]
 
 
 def _embed(
@@ -239,8 +282,9 @@ def _embed(
     start: int,
     stop: int | None,
     writer: VectorWriter,
-) -> None:
-    """Embeds the rows from ``start`` up to ``stop``, and writes them."""
+) -> int:
+    """Embeds the rows from ``start`` up to ``stop``, and writes them; says how many came."""
+    count = 0
     with ExitStack() as stack:
         bar = sys.stderr.isatty() and not args.quiet
         progress = stack.enter_context(
@@ -262,32 +306,38 @@ def _embed(
                 vectors = encode(chunk)
             written.result()
             written = thread.submit(writer.write, chunk.others, vectors)
+            count += len(chunk.texts)
         written.result()
+    return count
 
 
 def _range(
     args: argparse.Namespace, source_format: str, column: str | None
-) -> tuple[int, int | None]:
-    """The rows to embed, from 0 and up to the second, ``None``: to the end, wherever that is."""
+) -> tuple[SteadyFile | None, int, int | None, int | None]:
+    """The rows to embed, from 0 and up to the second, and how many the input has.
+
+    Without --shard and --resume the input is read once, to its end, wherever that is.
+    """
     if args.shard is None and not args.resume:
-        return 0, None
+        return None, 0, None, None
+    steady = SteadyFile(args.input, "--resume" if args.resume else "--shard")
     with open_rows(args.input, source_format, column, args.keep) as rows:
-        return shard_of(rows.count(), parse_shard(args.shard or "1/1"))
+        count = rows.count()
+    steady.check()
+    return steady, *shard_of(count, parse_shard(args.shard or "1/1")), count
 
 
-def _check_unchanged(name: str, before: os.stat_result) -> None:
-    now = os.stat(name)
-    if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        raise EmbedgeError(
-            f"--input {name}: expected the file of the start, found that it was written to meanwhile; delete the "
-            "output's .parts and start anew"
-        )
-
-
-def _job(args: argparse.Namespace, source_format: str, column: str | None) -> dict[str, Any]:
+def _job(
+    args: argparse.Namespace,
+    source_format: str,
+    column: str | None,
+    steady: SteadyFile,
+    rows: int | None,
+) -> dict[str, Any]:
     """What rows depend on besides the vectors' kind."""
     return {
-        "input": sha256_of(args.input),
+        "input": steady.sha256,
+        "rows": rows,
         "input_format": source_format,
         "column": column,
         "keep": args.keep,
@@ -299,15 +349,32 @@ def _input_format(args: argparse.Namespace) -> tuple[str, str | None]:
     """The input's format, and where its texts are; ``None`` for lines."""
     if args.field is not None:
         return "jsonl", args.field
-    named = _format_by_name(args.input, ("csv", "parquet"), "lines")
-    found: str = args.input_format or named
+    found: str = args.input_format or _format_of_input(args.input)
     if found == "lines":
         return found, None
     return found, args.column or ("image" if args.images else "text")
 
 
+def _format_of_input(name: str) -> str:
+    """What a name's end says.
+
+    Raises:
+        EmbedgeValueError: it says that neither lines nor another format of ``--input-format`` is in the file.
+    """
+    end = os.path.splitext(name)[1].lower()
+    if end in _OTHER_FORMATS:
+        raise EmbedgeValueError(
+            f"--input {name}: expected lines, JSONL (.jsonl, .ndjson), CSV (.csv) or Parquet (.parquet), found a name "
+            f"that ends in {end}; {_OTHER_FORMATS[end]}"
+        )
+    return _format_by_name(name, ("jsonl", "ndjson", "csv", "parquet"), "lines").replace(
+        "ndjson", "jsonl"
+    )
+
+
 def _format_by_name(name: str, formats: Sequence[str], otherwise: str) -> str:
-    return next((f for f in formats if name.endswith(f".{f}")), otherwise)
+    end = os.path.splitext(name)[1].lower()
+    return next((f for f in formats if end == f".{f}"), otherwise)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -335,7 +402,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_input(args: argparse.Namespace) -> None:
     """Refuses what does not go with the input's format."""
-    source_format, _ = _input_format(args)
+    source_format, column = _input_format(args)
     if args.field is not None and args.input_format not in (None, "jsonl"):
         other = "" if args.input_format == "lines" else ", or name the column with --column"
         raise EmbedgeValueError(
@@ -344,13 +411,16 @@ def _check_input(args: argparse.Namespace) -> None:
     if args.field is not None and args.column is not None:
         raise EmbedgeValueError("--field is for JSONL, --column for CSV and Parquet; give one")
     if args.column is not None and source_format not in ("csv", "parquet"):
+        other = "--field" if source_format == "jsonl" else "--input-format csv"
         raise EmbedgeValueError(
-            f"--column is for CSV and Parquet, and the input is {source_format}; give --input-format csv or parquet"
+            f"--column is for CSV and Parquet, and the input is {source_format}; give {other}"
         )
     if args.keep and source_format == "lines":
         raise EmbedgeValueError(
             "--keep: lines have nothing to keep beside their text; leave it out"
         )
+    if column is not None:
+        check_kept(args.keep, column)
 
 
 def _check_reading(args: argparse.Namespace) -> None:

@@ -2,11 +2,14 @@
 
 .. code-block:: text
 
-    vectors.parquet.parts/    until vectors.parquet is there
-        job.json              what the vectors are made of
+    .vectors.parquet.parts.lock   whose they are, while a run is at it
+    vectors.parquet.parts/        until vectors.parquet is there
+        job.json                  what the vectors are made of
         000000000000-000000065536.parquet
 
 Rules:
+    * A folder of that name is taken if it is new or empty, or holds a job of embedge's and its files alone. No other
+      file is ever deleted.
     * A part takes its name when it is whole and on the disk, and its name says which rows it holds: from, and up to
       the one after its last, counted from 0 in the rows of the call.
     * Parts are continued only by a call that makes the same: of the same bytes, the same kind of vectors, the same
@@ -17,12 +20,12 @@ Rules:
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +35,9 @@ import numpy as np
 
 from embedge.runtime.bundle.files import JSON_BYTES, read_regular_file, system_reason
 from embedge.runtime.bundle.json_object import parse_json
-from embedge.runtime.bundle.lock import sole_holder
-from embedge.runtime.bundle.writing import partial_of, remove_folder, replace_file, sync_files
-from embedge.runtime.cli.vector_output import Layout, open_output, vector_writer
+from embedge.runtime.bundle.lock import check_own, sole_holder
+from embedge.runtime.bundle.writing import partial_of, replace_file, sync_files
+from embedge.runtime.cli.vector_output import Layout, csv_line, open_output, vector_writer
 from embedge.runtime.encode.fingerprint import check_fingerprint
 from embedge.runtime.errors import EmbedgeError, FingerprintError
 from embedge.runtime.tables.arrow import load_pyarrow
@@ -46,8 +49,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "open_parts"]
 
-_JOB, _LOCK = "job.json", ".lock"
+_VERSION = 1
+_JOB = "job.json"
 _NAME = re.compile(r"([0-9]{12})-([0-9]{12})\.[a-z]+")
+_NEXT = re.compile(r"next\.[a-z]+")
+_UNFINISHED = re.compile(r"\.(next\.[a-z]+|job\.json)\.[0-9a-f]{16}\.partial")
 _PART_SECONDS = 30.0
 _PART_ROWS = 65_536
 _BLOCK_BYTES = 1 << 20
@@ -55,7 +61,11 @@ _BLOCK_BYTES = 1 << 20
 
 @contextmanager
 def open_parts(
-    output: str, layout: Layout, job: Mapping[str, Any], columns: Columns
+    output: str,
+    layout: Layout,
+    job: Mapping[str, Any],
+    columns: Columns,
+    check: Callable[[], None],
 ) -> Iterator[Parts]:
     """The parts of an output, for this process alone until the block ends.
 
@@ -64,32 +74,81 @@ def open_parts(
         layout: how it is written.
         job: what its rows depend on besides the vectors' kind, as JSON has it.
         columns: the other columns of the input.
+        check: raises if the input is no longer what the job says; called before a part takes its name.
 
     Raises:
-        EmbedgeError: they are of another job, another process is at it, or the output is there and no
-            part is.
+        EmbedgeError: they are of another job, another process is at it, the folder is not embedge's, or the
+            output is there and no part is.
     """
     target = Path(os.path.realpath(output))
     folder = target.with_name(f"{target.name}.parts")
     with ExitStack() as stack:
         try:
+            lock = folder.with_name(f".{folder.name}.lock")
+            stack.enter_context(sole_holder(lock, lambda holder: _busy(folder, holder)))
             removed = partial_of(folder)
-            if removed.exists():  # a run was killed while it tidied up
-                remove_folder(removed)
-            if target.exists() and not folder.exists():
+            if os.path.lexists(removed):  # a run was killed while it tidied up
+                _remove(removed)
+            if target.exists() and not os.path.lexists(folder):
                 raise EmbedgeError(
                     f"--resume: {output} is there already, and no {folder.name} to continue; delete it, name another "
                     "--output, or leave out --resume to replace it"
                 )
-            folder.mkdir(exist_ok=True)
-            stack.enter_context(sole_holder(folder / _LOCK, lambda holder: _busy(folder, holder)))
+            if not os.path.lexists(folder):
+                folder.mkdir()
+            _check_own(folder)
         except OSError as error:
             raise EmbedgeError(f"--resume: {folder}: {system_reason(error)}") from error
-        yield stack.enter_context(Parts(output, folder, layout, job, columns))
+        yield stack.enter_context(Parts(output, folder, layout, job, columns, check))
 
 
 def _busy(folder: Path, holder: str) -> EmbedgeError:
     return EmbedgeError(f"--resume: {folder} is being written by {holder}; wait until it ends")
+
+
+def _check_own(folder: Path) -> None:
+    """Refuses a folder that holds anything else than a job of embedge's and its files."""
+    check_own(folder, stat.S_ISDIR, "a folder")
+    paths = sorted(folder.iterdir())
+    strange = next((path for path in paths if not _is_own(path)), None)
+    if strange is not None:
+        raise EmbedgeError(
+            f"--resume: {folder}: expected a folder of --resume with its parts alone, found {strange.name} in it; "
+            "nothing was deleted: move that folder away, or name another --output"
+        )
+    if any(_UNFINISHED.fullmatch(path.name) is None for path in paths):
+        _job_in(folder)
+
+
+def _is_own(path: Path) -> bool:
+    named = path.name == _JOB or any(
+        pattern.fullmatch(path.name) for pattern in (_NAME, _NEXT, _UNFINISHED)
+    )
+    return named and stat.S_ISREG(path.lstat().st_mode)
+
+
+def _job_in(folder: Path) -> dict[str, Any]:
+    """What a folder's parts are made of."""
+    try:
+        found = parse_json(read_regular_file(str(folder / _JOB), JSON_BYTES))
+    except (OSError, ValueError) as error:
+        raise EmbedgeError(
+            f"--resume: {folder / _JOB}: {system_reason(error)}; if that folder is not needed, delete it to start anew"
+        ) from error
+    if not isinstance(found, dict) or found.get("version") != _VERSION:
+        raise EmbedgeError(
+            f'--resume: {folder / _JOB}: expected a job of embedge\'s with "version": {_VERSION}, found another file; '
+            "if that folder is not needed, delete it to start anew"
+        )
+    return found
+
+
+def _remove(folder: Path) -> None:
+    """Deletes the parts of a job, and the folder."""
+    _check_own(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _JOB):  # the job last
+        path.unlink()
+    folder.rmdir()
 
 
 class Parts:
@@ -106,9 +165,11 @@ class Parts:
         layout: Layout,
         job: Mapping[str, Any],
         columns: Columns,
+        check: Callable[[], None],
     ) -> None:
         self._output, self._folder, self._layout = output, folder, layout
         self._columns = columns
+        self._check_input = check
         self._open: ExitStack | None = None
         self._writer: VectorWriter | None = None
         self._started = 0.0
@@ -156,11 +217,18 @@ class Parts:
                 f"--resume: expected {rows} rows, found {self.rows} in {self._folder}: the input changed while it was "
                 "read; delete that folder and start anew"
             )
+        _check_own(self._folder)
         with open_output(self._output) as stream:
             self._join_into(stream)
         removed = partial_of(self._folder)
-        os.rename(self._folder, removed)  # never found half deleted
-        remove_folder(removed)
+        try:
+            os.rename(self._folder, removed)  # never found half deleted
+            _remove(removed)
+        except OSError as error:
+            raise EmbedgeError(
+                f"--resume: {self._output} is whole, but its parts could not be deleted: {removed}: "
+                f"{system_reason(error)}; delete that folder"
+            ) from error
 
     def _begin(self) -> None:
         self._open = ExitStack()
@@ -175,6 +243,7 @@ class Parts:
         assert self._open is not None
         stack, self._open = self._open, None
         stack.close()
+        self._check_input()
         name = f"{self.rows:012d}-{self._end:012d}.{self._layout.file_format}"
         os.rename(self._next, self._folder / name)
         sync_files(self._folder, [name])
@@ -199,7 +268,7 @@ class Parts:
         """The parts, in their order, if they are of this job; a folder without any is taken for it."""
         paths = sorted(p for p in self._folder.iterdir() if _NAME.fullmatch(p.name))
         here = {
-            "version": 1,
+            "version": _VERSION,
             **job,
             "format": self._layout.file_format,
             "dtype": self._layout.dtype,
@@ -209,14 +278,7 @@ class Parts:
             replace_file(self._folder / _JOB, json.dumps(here | {"kind": kind}, indent=2) + "\n")
             return paths
         advice = f"call it as then, or delete {self._folder} to start anew"
-        try:
-            there = parse_json(read_regular_file(str(self._folder / _JOB), JSON_BYTES))
-        except (OSError, ValueError) as error:
-            raise EmbedgeError(
-                f"--resume: {self._folder / _JOB}: {system_reason(error)}; delete that folder to start anew"
-            ) from error
-        if not isinstance(there, dict):
-            there = {}
+        there = _job_in(self._folder)
         differing = [name for name in here if there.get(name) != here[name]]
         if differing:
             told = "; ".join(
@@ -272,6 +334,4 @@ class Parts:
         """Bytes of the line with the columns' names, which a name may break."""
         with open(self._paths[0], encoding="utf-8", newline="") as file:
             names = next(csv.reader(file))
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerow(names)
-        return len(text.getvalue().encode())
+        return len(csv_line(names).encode())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
+from embedge.runtime.bundle.files import kind_of, state_of, system_reason
 from embedge.runtime.cli.csv_input import CsvInput
 from embedge.runtime.cli.text_input import Record, chunked, read_records
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     Columns: TypeAlias = Sequence[str] | pyarrow.Schema | None
 
-__all__ = ["Rows", "open_rows", "parse_shard", "sha256_of", "shard_of"]
+__all__ = ["Rows", "SteadyFile", "open_rows", "parse_shard", "shard_of"]
 
 _SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
@@ -154,14 +157,56 @@ def shard_of(rows: int, shard: tuple[int, int]) -> tuple[int, int]:
     return rows * (number - 1) // count, rows * number // count
 
 
-def sha256_of(name: str) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal.
+class SteadyFile:
+    """A file that is read more than once, and has to stay the one that it was.
+
+    Args:
+        name: of the file.
+        option: that reads it so, for messages.
+
+    Attributes:
+        sha256: of its bytes, in hexadecimal.
 
     Raises:
-        EmbedgeError: it cannot be read.
+        EmbedgeValueError: it is no regular file.
+        EmbedgeError: it cannot be read, or changed while it was.
     """
-    with _opened(name) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def __init__(self, name: str, option: str) -> None:
+        self._name = name
+        try:
+            mode = os.stat(name).st_mode
+        except OSError as error:
+            raise EmbedgeError(f"--input {name}: {system_reason(error)}") from error
+        if not stat.S_ISREG(mode):
+            raise EmbedgeValueError(
+                f"{option}: the input is read twice, which only a regular file can be; found {kind_of(mode)} as "
+                f"--input {name}; write its content to a file first"
+            )
+        with _opened(name) as file:
+            self._state = _state(os.fstat(file.fileno()))
+            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.check()
+
+    def check(self) -> None:
+        """Refuses a file that is no longer the one that was opened first.
+
+        Raises:
+            EmbedgeError: another file has its name, or it was written to.
+        """
+        try:
+            now = _state(os.stat(self._name))
+        except OSError as error:
+            raise EmbedgeError(f"--input {self._name}: {system_reason(error)}") from error
+        if now != self._state:
+            raise EmbedgeError(
+                f"--input {self._name}: expected the file of the start, found that it was written to meanwhile; start "
+                "anew, with --resume after deleting the output's .parts"
+            )
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return state_of(status)[:4]  # not when it got another name or other rights, in a job of hours
 
 
 def _as_chunks(records: Iterator[Record], rows: int, characters: int) -> Iterator[Chunk]:

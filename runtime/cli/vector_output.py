@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import stat
 import sys
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from embedge.runtime.cli.rows import Columns
     from embedge.runtime.tables.chunk import Others
 
-__all__ = ["Layout", "VectorWriter", "open_output", "vector_writer"]
+__all__ = ["Layout", "VectorWriter", "csv_line", "open_output", "vector_writer"]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -60,6 +61,7 @@ class Layout:
         dtype: of its numbers: "float32", "float16", "int8", "uint8".
         multi_vector: whether a row has a vector a token.
         kind: the vectors' fingerprint and its parts, for Parquet.
+        metadata: what else its metadata says, as JSON under these keys.
     """
 
     file_format: str
@@ -67,6 +69,7 @@ class Layout:
     dtype: str = "float32"
     multi_vector: bool = False
     kind: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 @contextmanager
@@ -138,6 +141,7 @@ def vector_writer(
             kind=layout.kind or {},
             columns=columns,
             before=before,
+            metadata=layout.metadata,
         )
         yield parquet
         parquet.close()
@@ -251,8 +255,7 @@ class _CsvWriter:
             self._names = list(getattr(columns, "names", columns))
 
     def write(self, others: Others, vectors: Vectors) -> None:
-        text = io.StringIO(newline="")
-        rows = csv.writer(text, lineterminator="\n")
+        lines = []
         members = [
             {key: value for key, value in row.items() if key != EMBEDDING}
             for row in members_of(others)
@@ -260,7 +263,7 @@ class _CsvWriter:
         if not self._headed:
             if self._names is None:
                 self._names = list(members[0]) if members else []
-            rows.writerow([*self._names, EMBEDDING])
+            lines.append(self._line([*self._names, EMBEDDING]))
             self._headed = True
         names = self._names or []
         for row, vector in zip(members, vectors, strict=True):
@@ -270,14 +273,38 @@ class _CsvWriter:
                     f"output row {self._rows}: expected the columns of the first row ({', '.join(names) or 'none'}), "
                     f"found {', '.join(row) or 'none'}; choose columns that all rows have with --keep"
                 )
-            rows.writerow([*(_csv_field(row[name]) for name in names), _as_json(vector)])
-        self._stream.write(text.getvalue().encode())
+            fields = [self._field(name, row[name]) for name in names]
+            lines.append(self._line([*fields, _as_json(vector)]))
+        self._stream.write(b"".join(lines))
         self._stream.flush()
+
+    def _field(self, name: str, value: Any) -> Any:
+        try:
+            return _csv_field(value)
+        except EmbedgeError as error:
+            raise EmbedgeError(f"output row {self._rows}: column {name!r}: {error}") from error
+
+    def _line(self, fields: Sequence[Any]) -> bytes:
+        try:
+            return csv_line(fields).encode()
+        except UnicodeEncodeError as error:
+            raise EmbedgeError(
+                f"output row {self._rows}: expected text that UTF-8 has, found half of a surrogate pair in "
+                f"{fields!r:.80}; leave that column out with --keep, or write JSONL"
+            ) from error
+
+
+def csv_line(fields: Sequence[Any]) -> str:
+    """A row of CSV that ends with a line feed; fields with a carriage return are quoted as those with a line feed."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\r\n").writerow(fields)  # what it ends with, it quotes
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _csv_field(value: Any) -> Any:
-    """What the csv module writes; lists and objects as JSON."""
-    return value if value is None or isinstance(value, (str, int, float)) else _json_of(value)
+    """What the csv module writes; lists and objects as JSON, of which no number is NaN or infinite."""
+    is_plain = isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if value is None or is_plain else _json_of(value)
 
 
 def _json_of(value: Any) -> str:

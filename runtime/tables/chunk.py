@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from embedge.runtime.errors import EmbedgeValueError
 
 if TYPE_CHECKING:
     import pyarrow
 
     Others: TypeAlias = Sequence[Mapping[str, Any]] | pyarrow.Table
 
-__all__ = ["EMBEDDING", "Chunk", "members_of", "runs_of"]
+__all__ = ["EMBEDDING", "Chunk", "check_kept", "members_of", "runs_of"]
 
 EMBEDDING = "embedding"
 """The column, or the member, that the vectors get; one of this name in the input is left out."""
@@ -32,6 +34,24 @@ class Chunk:
     numbers: Sequence[int]
     others: Others
     unit: str
+
+
+def check_kept(keep: Collection[str] | None, column: str) -> None:
+    """Refuses to keep what is not written beside the vectors.
+
+    Args:
+        keep: names of other columns; ``None``: all.
+        column: that holds the texts.
+
+    Raises:
+        EmbedgeValueError: a name is that of the texts or of the vectors.
+    """
+    for name, reason in ((column, "holds the texts"), (EMBEDDING, "gets the vectors")):
+        if name in (keep or ()):
+            raise EmbedgeValueError(
+                f"columns to keep: expected others than {name!r}, which {reason}; leave it out, or rename the input's "
+                "column"
+            )
 
 
 def members_of(others: Others) -> Sequence[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError
 from embedge.runtime.tables.arrow import load_pyarrow, named_errors
-from embedge.runtime.tables.chunk import EMBEDDING, Chunk, runs_of
+from embedge.runtime.tables.chunk import EMBEDDING, Chunk, check_kept, runs_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -62,6 +62,7 @@ class ParquetInput:
             self._file = arrow.parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False)
         schema = self._file.schema_arrow
         check_text_column(schema, column, self._name)
+        check_kept(keep, column)
         _check_names(schema.names, keep, self._name)
         self._kept = [
             index

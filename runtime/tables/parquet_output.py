@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -28,13 +29,14 @@ __all__ = [
     "as_dtype",
     "read_fingerprint",
     "read_metadata",
+    "schema_of",
     "vector_array",
     "vector_type",
 ]
 
 _FINGERPRINT = "embedge.fingerprint"
 _PARTS = "embedge.fingerprint_parts"
-_GROUP_BYTES = 32 << 20  # of vectors; a row group is held in memory until it is written
+_GROUP_BYTES = 32 << 20  # a row group is held in memory until it is written
 
 
 class Sink(Protocol):
@@ -113,14 +115,24 @@ class ParquetOutput:
             ).remove_metadata()
         self._rows += table.num_rows
         self._held.append(table.replace_schema_metadata(None))
-        self._held_bytes += table.column(EMBEDDING).nbytes
+        self._held_bytes += table.nbytes
         if self._held_bytes >= _GROUP_BYTES:
             self._flush()
 
     def close(self) -> None:
         """Writes what is held, and the file's end."""
         self._flush()
-        self._opened().close()
+        with self._named():
+            self._opened().close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What Parquet has no form for; failures of the sink name themselves."""
+        try:
+            yield
+        except self._arrow.ArrowException as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise EmbedgeError(f"output rows up to {self._rows}: {reason}; {_ONE_TYPE}") from error
 
     def _table_of(self, others: Others) -> pyarrow.Table:
         arrow = self._arrow
@@ -128,13 +140,7 @@ class ParquetOutput:
             return others
         rows = [{key: row[key] for key in row if key != EMBEDDING} for row in others]
         if self._others is None:
-            names = list(dict.fromkeys(key for row in rows for key in row))
-            with named_errors(
-                f"output rows {self._rows + 1} to {self._rows + len(rows)}", _ONE_TYPE
-            ):
-                columns = [arrow.array([row.get(name) for row in rows]) for name in names]
-            kinds = [column.type for column in columns]
-            self._others = arrow.schema(list(zip(names, kinds, strict=True)))
+            self._others = schema_of(rows, self._rows + 1)
         for number, row in enumerate(rows, self._rows + 1):
             if unknown := set(row) - set(self._others.names):
                 raise EmbedgeError(
@@ -149,11 +155,7 @@ class ParquetOutput:
         return arrow.Table.from_arrays(columns, schema=self._others)
 
     def _column_of(self, values: list[Any], field: pyarrow.Field) -> pyarrow.Array:
-        with named_errors(
-            f"output rows {self._rows + 1} to {self._rows + len(values)}: column {field.name!r}",
-            _ONE_TYPE,
-        ):
-            column = self._arrow.array(values, field.type)
+        column = _array(values, field.type, field.name, self._rows + 1)
         # pyarrow cuts 0.5 to 0 for a column of integers, and drops keys that a struct has not.
         for number, (value, taken) in enumerate(
             zip(values, column.to_pylist(), strict=True), self._rows + 1
@@ -182,12 +184,88 @@ class ParquetOutput:
     def _flush(self) -> None:
         if self._held:
             writer = self._opened()
-            table = self._arrow.concat_tables(self._held).cast(writer.schema.remove_metadata())
-            writer.write_table(table, row_group_size=max(table.num_rows, 1))
+            with self._named():
+                table = self._arrow.concat_tables(self._held).cast(writer.schema.remove_metadata())
+                writer.write_table(table, row_group_size=max(table.num_rows, 1))
             self._held, self._held_bytes = [], 0
 
 
 _ONE_TYPE = "a Parquet column has one type; choose columns with --keep, or write JSONL"
+
+
+def schema_of(rows: Sequence[Mapping[str, Any]], first: int = 1) -> pyarrow.Schema:
+    """The columns that rows of JSON need, a ``pyarrow.Schema``; ``embedding`` is none of them.
+
+    Where they hold nulls alone, or empty lists, strings are expected in later rows.
+
+    Args:
+        rows: the members of each.
+        first: number of the first row, for messages.
+
+    Raises:
+        EmbedgeError: a column has no type that Parquet has.
+    """
+    arrow = load_pyarrow()
+    names = [n for n in dict.fromkeys(key for row in rows for key in row) if n != EMBEDDING]
+    fields = []
+    for name in names:
+        values = [row.get(name) for row in rows]
+        kind = _with_strings(_array(values, None, name, first).type)
+        if kind is None:
+            row = next(row for row, value in enumerate(values, first) if value is not None)
+            raise EmbedgeError(
+                f"output row {row}: column {name!r}: expected values that Parquet has, found an object without keys, "
+                "which it has not; leave that column out with --keep, or write JSONL"
+            )
+        fields.append((name, kind))
+    return arrow.schema(fields)
+
+
+def _with_strings(kind: Any) -> Any:
+    """A type with strings where only nulls were; ``None`` if a struct in it has no field."""
+    arrow = load_pyarrow()
+    if arrow.types.is_null(kind):
+        return arrow.string()
+    if arrow.types.is_list(kind):
+        inner = _with_strings(kind.value_type)
+        return None if inner is None else arrow.list_(inner)
+    if arrow.types.is_struct(kind):
+        fields = [(field.name, _with_strings(field.type)) for field in kind]
+        whole = fields and all(inner is not None for _, inner in fields)
+        return arrow.struct(fields) if whole else None
+    return kind
+
+
+def _array(values: list[Any], kind: Any, name: str, first: int) -> pyarrow.Array:
+    """Values as a column; an error names the first row that has none of its type."""
+    arrow = load_pyarrow()
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise EmbedgeError(
+            f"output row {first}: expected columns' names that UTF-8 has, found half of a surrogate pair in {name!r}; "
+            "leave that column out with --keep, or write JSONL"
+        ) from error
+    try:
+        return arrow.array(values, kind)
+    except (arrow.ArrowException, OverflowError, UnicodeError) as error:
+        row = first + _first_refused(values, kind)
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise EmbedgeError(f"output row {row}: column {name!r}: {reason}; {_ONE_TYPE}") from error
+
+
+def _first_refused(values: list[Any], kind: Any) -> int:
+    """The shortest run of values from the first that is refused ends at this index."""
+    arrow = load_pyarrow()
+    taken, refused = 0, len(values)
+    while refused - taken > 1:
+        middle = (taken + refused) // 2
+        try:
+            arrow.array(values[:middle], kind)
+            taken = middle
+        except (arrow.ArrowException, OverflowError, UnicodeError):
+            refused = middle
+    return taken
 
 
 def vector_type(dim: int, dtype: str, *, multi_vector: bool = False) -> Any:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,16 @@ class TestRefusals:
         collection = client.create_collection("plain", embedding_function=None)
         with pytest.raises(EmbedgeValueError, match="'plain': expected one made with .*'embedge'"):
             function(bundle).check_collection(collection)
+
+    def test_a_collection_without_a_fingerprint(self, client: Any, bundle: TinyBundle) -> None:
+        filled(client, bundle)
+        good = function(bundle)
+        stored = {"name": "embedge", "config": {"bundle": "b", "task": "code", "precision": "fp32"}}
+        collection: Any = SimpleNamespace(
+            name="texts", configuration_json={"embedding_function": stored}
+        )
+        with pytest.raises(EmbedgeValueError, match="has no fingerprint"):
+            good.check_collection(collection)
 
     def test_an_update_to_another_task(self, bundle: TinyBundle, tmp_path: Path) -> None:
         old, new = function(bundle).get_config(), function(bundle, task="retrieval").get_config()

@@ -85,6 +85,13 @@ def write(folder: Path, files: int, rows: int = 20) -> list[Path]:
     return paths
 
 
+def change_a_letter(path: Path) -> None:
+    """Changes one text of an uncompressed file, whose size and footer stay the same."""
+    data = path.read_bytes()
+    assert data.count(b"w7 w49") == 1
+    path.write_bytes(data.replace(b"w7 w49", b"w8 w49"))
+
+
 def rows_of(folder: Path) -> Any:
     """All rows of a folder's files, in the order of the files."""
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.rglob("*.parquet"))])
@@ -214,7 +221,7 @@ class TestParquet:
             ({"truncate_dim": 4}, "dim: 8 stored, 4 here"),
             ({"output_format": "float16"}, 'format: null stored, "float16" here'),
             ({"keep": []}, "keep: None then, [] now"),
-            ("input", "footer: "),
+            ("input", "sha256: "),
             ("foreign", "expected a file of embed_parquet, found another"),
             ("damaged", "expected a whole Parquet file"),
         ],
@@ -225,13 +232,18 @@ class TestParquet:
         from embedge.integrations.ray import embed_parquet
 
         [path] = write(tmp_path / "in", 1)
+        pq.write_table(
+            pq.read_table(path),
+            path,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+        )
         call: Any = {"actors": 1, "threads_per_actor": 1, **CHOICE}
         embed_parquet(path, tmp_path / "out", bundle.path, **call)
         out = tmp_path / "out" / path.name
         if options == "input":
-            pq.write_table(
-                pa.table({"id": range(20), "text": TEXTS[20:40]}), path, row_group_size=7
-            )
+            change_a_letter(path)
         elif options == "foreign":
             pq.write_table(pa.table({"a": [1]}), out)
         elif options == "damaged":
@@ -271,7 +283,10 @@ class TestParquet:
         assert "would both become" in message([one, other])
         assert "found none whose name ends in .parquet" in message(tmp_path / "empty")
         assert "found none whose name ends in .parquet" in message([])
-        assert "is the folder of the inputs" in message(tmp_path / "a", tmp_path / "a")
+        for output in (tmp_path / "a", tmp_path / "a" / "out"):
+            assert "is the inputs' folder, or inside it" in message(tmp_path / "a", output)
+        assert "is the input " in message(one, one.parent)
+        assert "is the input " in message([one], one.parent)
         assert "expected a file or a folder of this machine" in message("s3://bucket/x.parquet")
         assert "found no such column" in message(one, column="body")
         assert not (tmp_path / "out").exists()
@@ -294,6 +309,44 @@ class TestWithoutRay:
         )
         with pytest.raises(FingerprintError, match="numerics"):
             other.open()
+
+    @pytest.mark.parametrize("moment", ["before", "meanwhile"])
+    def test_an_input_that_changes_is_noticed_by_the_actor(
+        self,
+        bundle: TinyBundle,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        moment: str,
+    ) -> None:
+        from embedge.integrations.ray import _Files, _identity, _plan
+
+        [path] = write(tmp_path / "in", 1)
+        pq.write_table(
+            pq.read_table(path),
+            path,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        made_of = {"column": "text", "keep": None, **_identity(str(path))}
+        target = tmp_path / "out.parquet"
+        item = {"source": str(path), "target": str(target), "made_of": made_of}
+        files = _Files(_plan(bundle.path, CHOICE), [item])
+        encode = files._encode
+
+        def changing(texts: Any) -> Any:
+            change_a_letter(path)
+            return encode(texts)
+
+        if moment == "before":
+            change_a_letter(path)
+        else:
+            monkeypatch.setattr(files, "_encode", changing)
+        with pytest.raises(
+            EmbedgeError, match=r"000\.parquet: expected the file of the job's start"
+        ):
+            files({"id": [0]})
+        assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
     def test_versions_tested_are_those_of_the_guide(self) -> None:
         lines = (ROOT / "tests/integrations/ray-requirements.txt").read_text("utf-8").splitlines()

@@ -205,6 +205,15 @@ class TestSharing:
         assert (two.task, two.dim, two.options) == (one.task, one.dim, one.options)
         near(two.documents(DOCUMENTS), expected.documents(DOCUMENTS))
 
+    def test_a_pickle_of_another_bundle_is_refused(self, tmp_path: Path) -> None:
+        tiny = bundles_in(tmp_path)("one", tasks=("retrieval",))
+        other = bundles_in(tmp_path)("other", tasks=("retrieval",), special_tokens=False)
+        data = pickle.dumps(TaskEncoder(tiny.path))
+        os.rename(tiny.path, tmp_path / "old")
+        os.rename(other.path, tiny.path)
+        with pytest.raises(FingerprintError, match="tokenizer: "):
+            pickle.loads(data)
+
 
 class TestFingerprints:
     def test_it_is_the_documents(self, bundle: TinyBundle) -> None:

@@ -155,4 +155,6 @@ class EmbedgeEmbeddingFunction(EmbeddingFunction[Documents]):
                 f"collection {collection.name!r}: expected one made with the embedding function {self.name()!r}, found "
                 f"{stored.get('name') or 'none stored'}; make it with embedding_function=EmbedgeEmbeddingFunction(…)"
             )
-        self._encoder.check_fingerprint(stored["config"]["fingerprint"])
+        config = stored.get("config") or {}
+        self.validate_config(config)
+        self._encoder.check_fingerprint(config["fingerprint"])

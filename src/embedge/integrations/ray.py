@@ -305,9 +305,11 @@ class _Files:
 
     def _embed(self, item: Mapping[str, Any]) -> int:
         made_of = item["made_of"]
+        _check_unchanged(item)
         source = ParquetInput(item["source"], made_of["column"], keep=made_of["keep"])
-        new = NewFile(Path(item["target"]))
+        new = None
         try:
+            new = NewFile(Path(item["target"]))
             output = ParquetOutput(
                 _Bytes(new),
                 dim=self._plan.dim,
@@ -320,11 +322,13 @@ class _Files:
             for chunk in source.chunks(rows=_BATCH_ROWS, characters=_CHARACTERS):
                 output.write(chunk.others, self._encode(chunk.texts))
             output.close()
+            _check_unchanged(item)
             new.commit()
         except OSError as error:
             raise EmbedgeError(f"{item['target']}: {error.strerror or error}") from error
         finally:
-            new.discard()
+            if new is not None:
+                new.discard()
             source.close()
         return source.rows
 
@@ -484,8 +488,11 @@ def _work(
     seen: dict[Path, Path] = {}
     if one and paths[0].is_dir():
         root = paths[0]
-        if root.resolve() == output.resolve():
-            raise EmbedgeValueError(f"output: {output} is the folder of the inputs; name another")
+        if output.resolve().is_relative_to(root.resolve()):
+            raise EmbedgeValueError(
+                f"output: {output} is the inputs' folder, or inside it, where its files would be inputs the next time; "
+                "name a folder elsewhere"
+            )
         names = {path: path.relative_to(root) for path in sorted(root.rglob("*.parquet"))}
     else:
         names = {path: Path(path.name) for path in paths}
@@ -500,6 +507,10 @@ def _work(
                 "ray.data.read_parquet makes a dataset for embed_dataset"
             )
         target = output / name
+        if target.exists() and target.samefile(path):
+            raise EmbedgeValueError(
+                f"output: {target} is the input {path} itself, whose texts would be lost; name another folder"
+            )
         if target in seen:
             raise EmbedgeValueError(
                 f"inputs: {seen[target]} and {path} would both become {target}; give their folder, or rename one"
@@ -509,13 +520,23 @@ def _work(
 
 
 def _identity(path: str) -> dict[str, Any]:
-    """A file's size, and the SHA-256 of its footer, which says where what of its content lies."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 8, 0))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(size - 8 - length, 0))
-        return {"bytes": size, "footer": hashlib.sha256(file.read()).hexdigest()}
+    """A file's size and the SHA-256 of its bytes."""
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": sha256}
+    except OSError as error:
+        raise EmbedgeError(f"{path}: {error.strerror or error}") from error
+
+
+def _check_unchanged(item: Mapping[str, Any]) -> None:
+    """Refuses an input that is no longer what it was when the job was started."""
+    now = _identity(item["source"])
+    if any(item["made_of"][name] != now[name] for name in now):
+        raise EmbedgeError(
+            f"{item['source']}: expected the file of the job's start, found that it was written to meanwhile; call "
+            "embed_parquet again, which keeps the files that are done"
+        )
 
 
 def _is_done(item: Mapping[str, Any], plan: _Plan) -> bool:

@@ -196,8 +196,14 @@ class TaskEncoder:
         return f"{self.bundle!r}, task={self.task!r}, precision={precision!r}, dim={self.dim}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as its arguments, with the precision and the task that it has."""
-        return functools.partial(TaskEncoder, task=self.task, **self.options), (self.bundle,)
+        """Pickles as its arguments, with the precision, the task and the fingerprint that it has.
+
+        Where it is opened again, vectors of another kind are refused.
+        """
+        again = functools.partial(
+            TaskEncoder, task=self.task, fingerprint=self.stored_fingerprint, **self.options
+        )
+        return again, (self.bundle,)
 
 
 def missing_framework(module: str, extra: str, error: ImportError) -> EmbedgeImportError:

@@ -140,6 +140,11 @@ def test_rows_with_other_columns_than_the_first_are_refused(
         (["--column", "text"], "--column is for CSV and Parquet, and the input is lines"),
         (["--field", "a", "--column", "b"], "--field is for JSONL, --column for CSV and Parquet"),
         (["--field", "a", *MORE], "--field is for JSONL; leave out --input-format csv"),
+        (["--field", "a", "--keep", "a"], "columns to keep: expected others than 'a'"),
+        (
+            ["--input-format", "jsonl", "--column", "b"],
+            "--column is for CSV and Parquet, and the input is jsonl; give --field",
+        ),
         (["--keep", "id"], "--keep: lines have nothing to keep beside their text"),
         (["--input-format", "parquet"], "--input -: Parquet is read from its end"),
         (["--shard", "1/2"], "--shard: the input is read twice, which a pipe cannot be"),
@@ -158,3 +163,91 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     stdin(b"")
     assert main(["embed", str(bundle.path), *arguments]) == 2
     assert message in error_line(capsys)
+
+
+def test_fields_with_line_breaks_of_any_kind_are_quoted(bundle: Any, tmp_path: Path) -> None:
+    rows = [{"a\rb": "x\ry", "n": "\r", "text": "w1"}, {"a\rb": "x\r\ny", "n": "\n", "text": "w2"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = ["embed", str(bundle.path), "--input", str(tmp_path / "in.jsonl")]
+    for name, more in (("out.csv", []), ("parts.csv", ["--resume"])):
+        assert main([*call, "--output", str(tmp_path / name), *more]) == 0
+    data = (tmp_path / "out.csv").read_bytes()
+    assert data.startswith(b'"a\rb",n,embedding\n"x\ry","\r","[')
+    assert (tmp_path / "parts.csv").read_bytes() == data
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert [(row["a\rb"], row["n"]) for row in found] == [("x\ry", "\r"), ("x\r\ny", "\n")]
+
+
+@pytest.mark.parametrize("end", ["csv", "jsonl"])
+def test_an_embedding_of_csv_gives_its_place_to_the_vector(
+    bundle: Any, tmp_path: Path, end: str
+) -> None:
+    (tmp_path / "in.csv").write_text("embedding,id,text\nold,1,w1\n")
+    out = tmp_path / f"out.{end}"
+    call = ["embed", str(bundle.path), "--input", str(tmp_path / "in.csv"), "--output", str(out)]
+    assert main(call) == 0
+    if end == "csv":
+        assert out.read_text().startswith('id,embedding\n1,"[')
+    assert "old" not in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"x": "\ud800"}, "output row 1: expected text that UTF-8 has, found half of a surrogate"),
+        ({"x\udfff": 1}, "output row 0: expected text that UTF-8 has"),
+    ],
+)
+def test_what_csv_has_no_form_for_is_named(
+    bundle: Any,
+    tmp_path: Path,
+    stdin: SetStdin,
+    capsys: Capture,
+    row: dict[str, Any],
+    message: str,
+) -> None:
+    stdin(json.dumps({**row, "text": "w1"}).encode())
+    call = ["embed", str(bundle.path), "--field", "text", "--format", "csv"]
+    assert main([*call, "--output", str(tmp_path / "v")]) == 1
+    assert message in error_line(capsys)
+    assert list(tmp_path.glob("v*")) == []
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.NDJSON"])
+def test_a_name_says_that_lines_are_json(bundle: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"id": 1, "text": "w1"}\n')
+    out = tmp_path / "OUT.CSV"
+    call = ["embed", str(bundle.path), "--input", str(tmp_path / name), "--output", str(out)]
+    assert main(call) == 0
+    assert out.read_text().startswith('id,embedding\n1,"[')
+
+
+def test_a_name_in_capitals_says_csv(bundle: Any, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "DATA.CSV").write_text("id,text\n1,w1\n")
+    assert main(["embed", str(bundle.path), "--input", str(tmp_path / "DATA.CSV")]) == 0
+    assert capsys.readouterr().out.startswith('{"id": "1", "embedding": ')
+
+
+@pytest.mark.parametrize("end", ["json", "tsv", "csv.gz", "jsonl.zst", "GZ"])
+def test_names_of_other_formats_are_refused(
+    bundle: Any, tmp_path: Path, capsys: Capture, end: str
+) -> None:
+    source = tmp_path / f"in.{end}"
+    source.write_text("w1\n")
+    assert main(["embed", str(bundle.path), "--input", str(source)]) == 2
+    assert f"found a name that ends in .{end.rpartition('.')[2].lower()}" in error_line(capsys)
+    call = ["embed", str(bundle.path), "--input", str(source), "--input-format", "lines"]
+    assert main(call) == 0
+
+
+@pytest.mark.parametrize("name", ["text", "embedding"])
+@pytest.mark.parametrize("end", ["csv", "jsonl", "parquet"])
+def test_what_is_not_written_cannot_be_kept(
+    bundle: Any, tmp_path: Path, capsys: Capture, name: str, end: str
+) -> None:
+    source = tmp_path / f"in.{end}"
+    source.write_text("")
+    call = ["embed", str(bundle.path), "--input", str(source), "--keep", name]
+    assert main(call) == 2
+    assert f"columns to keep: expected others than {name!r}" in error_line(capsys)

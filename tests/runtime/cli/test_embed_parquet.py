@@ -77,7 +77,13 @@ def test_parquet_becomes_parquet_with_its_columns_vectors_and_fingerprint(
     groups = pq.read_metadata(out).num_row_groups
     rows = [pq.read_metadata(out).row_group(i).num_rows for i in range(groups)]
     assert sum(rows) == 100
-    assert all(40 <= count < 40 + 16 for count in rows[:-1])  # chunks of 16 that reach the bytes
+    for end, count in zip(
+        np.cumsum(rows)[:-1], rows[:-1], strict=True
+    ):  # chunks of 16 that reach the bytes
+        first = int(end) - count
+        assert (
+            table.slice(first, count - 16).nbytes < 40 * 8 * 4 <= table.slice(first, count).nbytes
+        )
 
 
 def test_columns_are_chosen_and_halves_are_rounded(bundle: Any, tmp_path: Path) -> None:
@@ -344,3 +350,81 @@ def test_a_row_has_a_vector_a_token(
     stdin(b"")
     assert main([*call, "--output", str(out)]) == 0
     assert pq.read_table(out).num_rows == 0
+
+
+def test_nan_of_parquet_is_no_csv(bundle: Any, tmp_path: Path, capsys: Capture) -> None:
+    source = write(tmp_path / "in.parquet", 2, x=[1.0, float("nan")])
+    call = ["embed", str(bundle.path), "--input", source, "--keep", "x"]
+    assert main([*call, "--output", str(tmp_path / "v.csv")]) == 1
+    assert "output row 2: column 'x': expected columns that JSON has a form for" in error_line(
+        capsys
+    )
+    assert not (tmp_path / "v.csv").exists()
+
+
+def test_an_embedding_of_csv_gives_its_place_to_the_vector(bundle: Any, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("embedding,id,text\nold,1,w1\n")
+    out = tmp_path / "out.parquet"
+    call = ["embed", str(bundle.path), "--input", str(tmp_path / "in.csv"), "--output", str(out)]
+    assert main(call) == 0
+    assert pq.read_table(out).column_names == ["id", "embedding"]
+
+
+def test_other_columns_count_towards_a_row_group(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedge.runtime.cli.embed._CHUNK_TEXTS", 4)
+    monkeypatch.setattr(parquet_output, "_GROUP_BYTES", 50_000)
+    source = write(tmp_path / "in.parquet", 20, long=["x" * 10_000] * 20)
+    out = tmp_path / "out.parquet"
+    call = ["embed", str(bundle.path), "--input", source, "--output", str(out)]
+    assert main([*call, "--batch-size", "4"]) == 0
+    found = pq.read_metadata(out)
+    assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"x": 1}, {"x": 2**64 - 1}], "output row 2: column 'x': "),
+        ([{"x": 2**64}], "output row 1: column 'x': "),
+        ([{"x": "a"}, {"x": "\ud800"}], "output row 2: column 'x': "),
+        ([{"x\ud800": 1}], "output row 1: expected columns' names that UTF-8 has"),
+        ([{"x": None}, {"x": {}}], "output row 2: column 'x': expected values that Parquet has"),
+        ([{"x": [{"y": {}}]}], "output row 1: column 'x': expected values that Parquet has"),
+        ([{"x": "a"}, {"x": 1}], "output row 2: column 'x': "),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_what_parquet_has_no_form_for_is_named_at_once(
+    bundle: Any,
+    tmp_path: Path,
+    stdin: SetStdin,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[dict[str, Any]],
+    message: str,
+    chunk: int,
+) -> None:
+    monkeypatch.setattr("embedge.runtime.cli.embed._CHUNK_TEXTS", chunk)
+    stdin("".join(json.dumps({**row, "text": "w1"}) + "\n" for row in rows).encode())
+    call = ["embed", str(bundle.path), "--field", "text", "--output", str(tmp_path / "v.parquet")]
+    assert main([*call, "--batch-size", str(chunk)]) == 1
+    line = error_line(capsys)
+    assert "embedge: error: output row" in line
+    assert "unexpected" not in line
+    if chunk == 16:
+        assert message in line
+    assert not (tmp_path / "v.parquet").exists()
+
+
+def test_a_column_of_nulls_becomes_one_of_strings(
+    bundle: Any, tmp_path: Path, stdin: SetStdin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedge.runtime.cli.embed._CHUNK_TEXTS", 1)
+    rows: list[dict[str, Any]] = [{"x": None, "y": []}, {"x": "a", "y": ["b"]}]
+    stdin("".join(json.dumps({**row, "text": "w1"}) + "\n" for row in rows).encode())
+    out = tmp_path / "v.parquet"
+    call = ["embed", str(bundle.path), "--field", "text", "--output", str(out)]
+    assert main([*call, "--batch-size", "1"]) == 0
+    assert pq.read_table(out, columns=["x", "y"]).to_pylist() == rows

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from embedge.runtime.bundle.lock import sole_holder
 from embedge.runtime.cli import embed as embed_module
 from embedge.runtime.cli import parts as parts_module
 from embedge.runtime.cli.main import main
-from embedge.runtime.cli.rows import shard_of
+from embedge.runtime.cli.rows import open_rows, shard_of
 from tests.helpers.command import Capture, error_line
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,20 +45,29 @@ def call(bundle: Any, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def stopped(call: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Path:
-    """What an interrupted run has left: two parts of four rows."""
-    encode, calls = Embedder.encode, [0]
+    """What an interrupted run has left: three parts of four rows."""
+    return stop(call, monkeypatch, capsys)
 
-    def third_stops(self: Embedder, texts: Any, **options: Any) -> Any:
-        calls[0] += bool(texts)
-        if calls[0] == 4:  # the third chunk is written meanwhile
-            raise KeyboardInterrupt
-        return encode(self, texts, **options)
+
+def stop(call: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Path:
+    """Interrupts a run with three parts of four rows."""
+    calls = [0]
+
+    def stopping(encode: Any) -> Any:
+        def encoded(self: Embedder, texts: Any, **options: Any) -> Any:
+            calls[0] += bool(texts)
+            if calls[0] == 4:  # the third chunk is written meanwhile
+                raise KeyboardInterrupt
+            return encode(self, texts, **options)
+
+        return encoded
 
     with monkeypatch.context() as patch:
-        patch.setattr(Embedder, "encode", third_stops)
+        for name in ("encode", "encode_query", "encode_document"):
+            patch.setattr(Embedder, name, stopping(getattr(Embedder, name)))
         assert main([*call, "--resume"]) == 130
     capsys.readouterr()
-    out = Path(call[-1])
+    out = Path(call[call.index("--output") + 1])
     assert not out.exists()
     return out
 
@@ -111,6 +121,85 @@ class TestShards:
             atol=1e-6,
             rtol=0,
         )
+
+    @pytest.mark.parametrize("option", ["--shard 1/2", "--resume"])
+    def test_a_pipe_is_refused_at_once(
+        self, call: list[str], tmp_path: Path, capsys: Capture, option: str
+    ) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        more = ["--input", str(tmp_path / "pipe"), *option.split()]
+        assert main([*call, *more]) == 2
+        line = error_line(capsys)
+        assert (
+            f"{option.partition(' ')[0]}: the input is read twice, which only a regular file can be"
+            in line
+        )
+        assert not Path(call[-1]).exists()
+
+    @pytest.mark.parametrize("moment", ["counted", "read"])
+    @pytest.mark.parametrize("option", ["--shard 1/2", "--resume"])
+    @pytest.mark.parametrize("change", ["appended", "replaced"])
+    def test_an_input_that_changes_is_noticed(
+        self,
+        call: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Capture,
+        moment: str,
+        option: str,
+        change: str,
+    ) -> None:
+        source = tmp_path / "in"
+        opened = [0]
+        of_module = open_rows
+
+        def changing(*arguments: Any) -> Any:
+            opened[0] += 1
+            if opened[0] == (1 if moment == "counted" else 2):
+                if change == "appended":
+                    with source.open("a") as file:
+                        file.write("\nw1")
+                else:  # of the same size and times
+                    other, status = tmp_path / "other", source.stat()
+                    other.write_text(source.read_text()[::-1])
+                    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+                    other.replace(source)
+            return of_module(*arguments)
+
+        monkeypatch.setattr(embed_module, "open_rows", changing)
+        assert main([*call, *option.split()]) == 1
+        assert "expected the file of the start" in error_line(capsys)
+        assert not Path(call[-1]).exists()
+
+    def test_parquet_says_which_rows_of_which_input_it_has(
+        self, call: list[str], tmp_path: Path
+    ) -> None:
+        pq = pytest.importorskip("pyarrow.parquet")
+        out = tmp_path / "2.parquet"
+        assert main([*call[:-1], str(out), "--shard", "2/3"]) == 0
+        said = json.loads(pq.read_metadata(out).metadata[b"embedge.shard"])
+        digest = hashlib.sha256((tmp_path / "in").read_bytes()).hexdigest()
+        assert said == {"input_sha256": digest, "rows": [7, 15], "of": 23}
+        assert pq.read_metadata(out).num_rows == 8
+
+    @pytest.mark.parametrize("resume", [[], ["--resume"]])
+    @pytest.mark.parametrize("end", ["csv", "parquet"])
+    def test_shards_of_jsonl_have_the_columns_of_its_first_rows(
+        self, bundle: Any, tmp_path: Path, resume: list[str], end: str
+    ) -> None:
+        pq = pytest.importorskip("pyarrow.parquet")
+        rows = [{"a": i + 0.5 if i < 4 else i, "b": i, "text": "w1"} for i in range(8)]
+        rows[4:] = [dict(reversed(row.items())) for row in rows[4:]]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call = ["embed", str(bundle.path), "--input", str(tmp_path / "in.jsonl"), *resume]
+        heads: list[Any] = []
+        for shard in ("1/3", "3/3"):
+            out = tmp_path / f"{shard[0]}.{end}"
+            more = ["--batch-size", "4", "--output", str(out), "--shard", shard]
+            assert main([*call, *more]) == 0
+            schema = pq.read_schema(out) if end == "parquet" else out.read_text().split("\n")[0]
+            heads.append(schema)
+        assert heads[0] == heads[1]
 
 
 class TestResume:
@@ -178,6 +267,92 @@ class TestResume:
         assert message in line
         assert sorted(path.name for path in parts.iterdir()) == before
 
+    @pytest.mark.parametrize(
+        ("first", "more", "message"),
+        [
+            ("", "--keep a", 'keep: null then, ["a"] now'),
+            ("--keep a", "--keep a b", 'keep: ["a"] then, ["a", "b"] now'),
+            ("", "--column b", 'column: "text" then, "b" now'),
+            ("", "--prompt-name q", "prompt: "),
+            ("--role query", "--role document", "prompt: "),
+            ("", "--normalize", "normalized: "),
+            ("", "--max-seq-length 3", "max_length: "),
+            ("--output-format int8", "--ranges", "ranges: "),
+        ],
+    )
+    def test_rows_of_other_options_are_refused(
+        self,
+        make_bundle: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Capture,
+        first: str,
+        more: str,
+        message: str,
+    ) -> None:
+        pytest.importorskip("pyarrow")
+        prompts = {"q": "w5", "query": "w6", "document": "w7"}
+        bundle = make_bundle("prompted", prompts=prompts, model={"normalize": False})
+        lines = "".join(f"{i},{i * 2},{text}\n" for i, text in enumerate(TEXTS))
+        (tmp_path / "in.csv").write_text(f"a,b,text\n{lines}")
+        np.save(tmp_path / "wide.npy", np.array([[-9.0] * 8, [9.0] * 8], np.float32))
+        np.save(tmp_path / "wider.npy", np.array([[-10.0] * 8, [9.0] * 8], np.float32))
+        call = ["embed", str(bundle.path), "--input", str(tmp_path / "in.csv"), *first.split()]
+        call += ["--batch-size", "4", "--output", str(tmp_path / "out.parquet")]
+        others = more.split()
+        if more == "--ranges":
+            call += ["--ranges", str(tmp_path / "wide.npy")]
+            others += [str(tmp_path / "wider.npy")]
+        out = stop(call, monkeypatch, capsys)
+        parts = out.with_name("out.parquet.parts")
+        before = sorted(path.name for path in parts.iterdir())
+        assert main([*call, *others, "--resume"]) == 1
+        line = error_line(capsys)
+        assert f"--resume: {parts} holds " in line
+        assert message in line
+        assert sorted(path.name for path in parts.iterdir()) == before
+        assert main([*call, "--resume"]) == 0
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("precious.npy", "mine", "found precious.npy in it"),
+            ("000000000000-000000000004.npy", "mine", "job.json: No such file"),
+            ("job.json", '{"mine": 1}', 'expected a job of embedge\'s with "version": 1'),
+            ("job.json", "mine", "job.json: "),
+            ("next.npy/mine", "mine", "found next.npy in it"),
+        ],
+    )
+    def test_a_folder_that_is_not_its_own_is_left_as_it_is(
+        self, call: list[str], capsys: Capture, name: str, content: str, message: str
+    ) -> None:
+        file = Path(call[-1]).with_name("out.npy.parts") / name
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        for _ in range(2):
+            assert main([*call, "--resume"]) == 1
+            assert message in error_line(capsys)
+        assert file.read_text() == content
+        assert os.listdir(Path(call[-1]).parent) == ["out.npy.parts"]
+
+    def test_a_link_is_not_followed(self, call: list[str], tmp_path: Path, capsys: Capture) -> None:
+        (tmp_path / "mine").mkdir()
+        Path(call[-1]).with_name("out.npy.parts").symlink_to(tmp_path / "mine")
+        assert main([*call, "--resume"]) == 1
+        assert "found a link" in error_line(capsys)
+        assert os.listdir(tmp_path / "mine") == []
+
+    def test_a_file_that_comes_among_the_parts_is_left(
+        self, stopped: Path, call: list[str], capsys: Capture
+    ) -> None:
+        mine = stopped.with_name("out.npy.parts") / "mine"
+        mine.write_text("mine")
+        assert main([*call, "--resume"]) == 1
+        assert "found mine in it; nothing was deleted" in error_line(capsys)
+        mine.unlink()
+        assert main([*call, "--resume"]) == 0
+        assert os.listdir(stopped.parent) == ["out.npy"]
+
     def test_another_bundle_is_refused(
         self, stopped: Path, call: list[str], make_bundle: Any, capsys: Capture
     ) -> None:
@@ -215,7 +390,7 @@ class TestResume:
         assert Path(call[-1]).read_text() == "old"
 
     def test_one_process_at_a_time(self, stopped: Path, call: list[str], capsys: Capture) -> None:
-        lock = stopped.with_name("out.npy.parts") / ".lock"
+        lock = stopped.with_name(".out.npy.parts.lock")
         with sole_holder(lock, EmbedgeError):
             assert main([*call, "--resume"]) == 1
         assert "is being written by " in error_line(capsys)
