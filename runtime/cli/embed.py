@@ -268,7 +268,9 @@ def _first_columns(
         return None
     with open_rows(args.input, source_format, column, args.keep) as rows:
         most = max(_chunk(args), args.batch_size)
-        chunk = next(rows.chunks(0, None, rows=most, characters=_CHUNK_CHARACTERS))
+        chunk = next(rows.chunks(0, None, rows=most, characters=_CHUNK_CHARACTERS), None)
+    if chunk is None:  # cut since it was counted, which is noticed next
+        return None
     assert not hasattr(chunk.others, "schema")  # of JSONL they are mappings
     if file_format == "parquet":
         return schema_of(chunk.others)

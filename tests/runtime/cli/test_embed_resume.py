@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from embedge.runtime.bundle.lock import sole_holder
 from embedge.runtime.cli import embed as embed_module
 from embedge.runtime.cli import parts as parts_module
 from embedge.runtime.cli.main import main
-from embedge.runtime.cli.rows import open_rows, shard_of
+from embedge.runtime.cli.rows import SteadyFile, open_rows, shard_of
 from tests.helpers.command import Capture, error_line
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -122,6 +123,31 @@ class TestShards:
             rtol=0,
         )
 
+    @pytest.mark.parametrize("end", ["csv", "npy", "parquet"])
+    def test_they_are_joined_as_the_guide_says(self, bundle: Any, tmp_path: Path, end: str) -> None:
+        pq = pytest.importorskip("pyarrow.parquet")
+        rows = "".join(f"{i},{text}\n" for i, text in enumerate(TEXTS))
+        (tmp_path / "in.csv").write_text(f"id,text\n{rows}")
+        (tmp_path / "shards").mkdir()
+        call = ["embed", str(bundle.path), "--input", str(tmp_path / "in.csv")]
+        one, two = (tmp_path / "shards" / f"{number}.{end}" for number in (1, 2))
+        assert main([*call, "--output", str(one), "--shard", "1/2"]) == 0
+        assert main([*call, "--output", str(two), "--shard", "2/2"]) == 0
+        if end == "csv":
+            joined = one.read_text() + two.read_text().partition("\n")[2]
+            found = list(csv.DictReader(joined.splitlines()))
+            ids = [int(row["id"]) for row in found]
+            vectors = np.array([json.loads(row["embedding"]) for row in found])
+        elif end == "npy":
+            ids = list(range(len(TEXTS)))
+            vectors = np.concatenate([np.load(one), np.load(two)])
+        else:
+            table = pq.read_table(tmp_path / "shards").to_pydict()
+            ids, vectors = [int(i) for i in table["id"]], np.array(table["embedding"])
+        assert ids == list(range(len(TEXTS)))
+        expected = Embedder(bundle.path).encode(TEXTS)
+        np.testing.assert_allclose(vectors, expected, atol=1e-6, rtol=0)
+
     @pytest.mark.parametrize("option", ["--shard 1/2", "--resume"])
     def test_a_pipe_is_refused_at_once(
         self, call: list[str], tmp_path: Path, capsys: Capture, option: str
@@ -169,6 +195,24 @@ class TestShards:
         monkeypatch.setattr(embed_module, "open_rows", changing)
         assert main([*call, *option.split()]) == 1
         assert "expected the file of the start" in error_line(capsys)
+        assert not Path(call[-1]).exists()
+
+    def test_rows_that_do_not_come_are_noticed_where_times_say_nothing(
+        self,
+        call: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Capture,
+    ) -> None:
+        monkeypatch.setattr(SteadyFile, "check", lambda self: None)
+
+        def cut(rows: int, shard: tuple[int, int]) -> tuple[int, int]:
+            (tmp_path / "in").write_text("\n".join(TEXTS[:-5]))
+            return shard_of(rows, shard)
+
+        monkeypatch.setattr(embed_module, "shard_of", cut)
+        assert main([*call, "--shard", "2/2"]) == 1
+        assert "--shard 2/2: expected 12 rows of " in error_line(capsys)
         assert not Path(call[-1]).exists()
 
     def test_parquet_says_which_rows_of_which_input_it_has(
