@@ -89,7 +89,7 @@ def open_parts(
             removed = partial_of(folder)
             if os.path.lexists(removed):  # a run was killed while it tidied up
                 _remove(removed)
-            if target.exists() and not os.path.lexists(folder):
+            if target.exists() and not os.path.lexists(folder / _JOB):
                 raise EmbedgeError(
                     f"--resume: {output} is there already, and no {folder.name} to continue; delete it, name another "
                     "--output, or leave out --resume to replace it"

@@ -97,7 +97,7 @@ class TestShards:
         assert max(sizes) - min(sizes) <= 1
 
     @pytest.mark.parametrize("name", ["in", "in.csv", "in.jsonl", "in.parquet"])
-    @pytest.mark.parametrize("count", [3, 30])
+    @pytest.mark.parametrize("count", [3, pytest.param(30, marks=pytest.mark.slow)])
     def test_their_outputs_in_a_row_are_the_whole(
         self, bundle: Any, tmp_path: Path, name: str, count: int
     ) -> None:
@@ -425,10 +425,13 @@ class TestResume:
         assert main([*call, "--resume"]) == 1
         assert "to start anew" in error_line(capsys)
 
+    @pytest.mark.parametrize("folder", [False, True])
     def test_an_output_that_is_there_is_not_made_again(
-        self, call: list[str], capsys: Capture
+        self, call: list[str], capsys: Capture, folder: bool
     ) -> None:
         Path(call[-1]).write_text("old")
+        if folder:
+            Path(call[-1]).with_name("out.npy.parts").mkdir()
         assert main([*call, "--resume"]) == 1
         assert "is there already, and no out.npy.parts to continue" in error_line(capsys)
         assert Path(call[-1]).read_text() == "old"
