@@ -356,9 +356,9 @@ class Embedder(BaseEmbedder):
     ) -> Any:
         """:meth:`encode` with the task's prompt "document", "passage" or "corpus"; without one, none.
 
-        A default prompt is left out too: it is the queries' where documents have none of their own. A
-        late-interaction model cuts documents at their own length, and leaves out vectors such as those of
-        punctuation.
+        A task for documents alone, such as "retrieval.passage", has the prompt of its own name. A default prompt is
+        left out: it is the queries' where documents have none of their own. A late-interaction model cuts documents at
+        their own length, and leaves out vectors such as those of punctuation.
 
         Args:
             inputs: as for :meth:`encode`.
@@ -830,8 +830,13 @@ class Embedder(BaseEmbedder):
         return options
 
     def _with_role(self, options: EncodeOptions, names: Sequence[str]) -> EncodeOptions:
-        """A call's options with the first of some prompts that its task declares."""
+        """A call's options with the first of some prompts that its task declares.
+
+        A task for one role, such as "retrieval.passage" of jina-embeddings-v3, has its own name's for that role.
+        """
         if options.get("prompt_name") is not None or options.get("prompt") is not None:
             return options
-        prompts = self._manifest.tasks[self._chosen_task(options.get("task"))].prompts
-        return {**options, "prompt_name": next((n for n in names if n in prompts), None)}
+        task = self._chosen_task(options.get("task"))
+        own = [task] if task.rpartition(".")[2] in names else []
+        prompts = self._manifest.tasks[task].prompts
+        return {**options, "prompt_name": next((n for n in [*names, *own] if n in prompts), None)}

@@ -87,8 +87,6 @@ def meaning_of(model: ServedModel, task: str | None, fields: MeaningFields) -> M
         chosen, role, prompt_name = _of_input_type(model, chosen, fields.input_type)
     if chosen is None:
         raise _several(model)
-    if _has_its_role_from_its_name(model, chosen):
-        role = None
     if model.late and role is None:
         raise invalid(
             f"{model.name} is a late-interaction model, whose queries and documents differ; expected input_type "
@@ -165,14 +163,6 @@ def _task_in_role(model: ServedModel, task: str, role: Role | None) -> str:
             "input_type",
         )
     return pair[role]
-
-
-def _has_its_role_from_its_name(model: ServedModel, task: str) -> bool:
-    """Whether a task is for one role, and so has as its default what the other tasks have as that role's prompt."""
-    if model.late or model.pair_of(task) is None:
-        return False
-    roles = (name for names in _ROLE_PROMPTS.values() for name in names)
-    return not set(roles) & set(model.embedder.get_prompts(task))
 
 
 def _prompt_named(model: ServedModel, task: str, name: str) -> str:

@@ -148,11 +148,12 @@ def _shared(folder: Path) -> Calls:
     """Tasks that share a graph."""
     source = folder.with_name("shared-source")
     save(make_model("bert", hidden_size=96, intermediate_size=192, gain=0.6), source)
+    write_json(source / "config_sentence_transformers.json", {"prompts": {"own.passage": "p: "}})
     adapters = {
         name: save_adapter(
             source, folder.with_name(name), target=linears("bert"), seed=seed, size=0.5
         )
-        for seed, name in enumerate(("first", "second"))
+        for seed, name in enumerate(("first", "own.passage"))
     }
     out = export_bundle(
         source,
@@ -167,7 +168,11 @@ def _shared(folder: Path) -> Calls:
     calls, texts = Calls(out, []), hard_texts(40)
     for task, adapter in adapters.items():
         chosen = {"precision": "int8", "task": task}
-        calls.add("encode", texts, open=chosen, by_torch=Reference(source, adapter).encode(texts))
+        reference = Reference(source, adapter)
+        calls.add("encode", texts, open=chosen, by_torch=reference.encode(texts))
+        prompt = "p: " if task == "own.passage" else ""
+        of_documents = reference.encode([prompt + text for text in texts])
+        calls.add("encode_document", texts, open=chosen, by_torch=of_documents)
     return calls
 
 

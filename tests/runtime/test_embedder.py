@@ -161,6 +161,18 @@ class TestPrompts:
         model = Embedder(make_bundle(prompts={"corpus": "w2 "}).path)
         np.testing.assert_array_equal(model.encode_document("w1"), model.encode("w2 w1"))
 
+    def test_a_task_for_one_role_has_its_own_prompt(self, make_bundle: Any) -> None:
+        names = ("retrieval.query", "retrieval.passage")
+        tiny = make_bundle(tasks=names, prompts=dict(zip(names, ("w1 ", "w2 "), strict=True)))
+        model = Embedder(tiny.path)
+        for encode, task, prompt in (
+            (model.encode_query, "retrieval.query", [5]),
+            (model.encode_document, "retrieval.passage", [6]),
+            (model.encode_document, "retrieval.query", []),  # of the other role
+        ):
+            expected = tiny.expected(task, [2, *prompt, 7, 3])
+            np.testing.assert_allclose(encode("w3", task=task), expected, atol=1e-6)
+
     def test_query_and_document_are_plain_without_prompts(self, bundle: Any) -> None:
         model = Embedder(bundle.path)
         np.testing.assert_array_equal(model.encode_query("w1"), model.encode("w1"))

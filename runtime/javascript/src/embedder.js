@@ -247,8 +247,9 @@ export class BaseEmbedder {
   /**
    * `encode` with the task's prompt "document", "passage" or "corpus"; without one, none.
    *
-   * A default prompt is left out too: it is the queries' where documents have none of their own. A late-interaction
-   * model cuts documents at their own length, and leaves out vectors such as those of punctuation.
+   * A task for documents alone, such as "retrieval.passage", has the prompt of its own name. A default prompt is left
+   * out: it is the queries' where documents have none of their own. A late-interaction model cuts documents at their own
+   * length, and leaves out vectors such as those of punctuation.
    * @template {string | string[]} Inputs
    * @template {EncodeOptions & {multiVector?: boolean}} [Options={}]
    * @param {Inputs} inputs
@@ -518,14 +519,16 @@ export class BaseEmbedder {
   }
 
   /**
-   * A call's options with the first of some prompts that its task declares.
+   * A call's options with the first of some prompts that its task declares; a task for one role has its own name's.
    * @param {Record<string, any>} options
    * @param {string[]} names
    */
   #withRole(options, names) {
     if (options.promptName !== undefined || options.prompt !== undefined) return options;
-    const { prompts } = this.#taskOf(this.#chosenTask(options.task));
-    return { ...options, promptName: names.find((name) => Object.hasOwn(prompts, name)) };
+    const task = this.#chosenTask(options.task);
+    const { prompts } = this.#taskOf(task);
+    const known = names.includes(task.slice(task.lastIndexOf(".") + 1)) ? [...names, task] : names;
+    return { ...options, promptName: known.find((name) => Object.hasOwn(prompts, name)) };
   }
 }
 
