@@ -82,12 +82,14 @@ def in_options(message: str, arguments: Iterable[str], options: Mapping[str, str
     Args:
         message: names arguments, where a quoted name is another thing.
         arguments: as the message has them.
-        options: ``--batch-size`` by ``batch_size``; arguments without one stay.
+        options: ``--batch-size`` by ``batch_size``; arguments without one stay. One that is ``True`` is a flag.
     """
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name in options:
-            option = " ".join([options[name], *([value.strip('"')] if value else [])])
+            option = " ".join(
+                [options[name], *([value.strip('"')] if value not in ("", "True") else [])]
+            )
             pattern = rf"""(?<![\w'"/.]){re.escape(argument)}(?![\w'"])"""
             only_first = argument.isalpha()  # "keep" may come again as a verb
             message = option.join(re.split(pattern, message, maxsplit=int(only_first)))

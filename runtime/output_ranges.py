@@ -116,7 +116,7 @@ def _wanted(manifest: Manifest, tasks: Sequence[str] | None, *, overwrite: bool)
     if not missing:
         raise EmbedgeValueError(
             f"tasks: expected one without ranges, found none among {', '.join(manifest.tasks)}; codes that are stored "
-            "are of these ranges: name the tasks to take again, or pass overwrite=True (--overwrite) for all",
+            "are of these ranges: name the tasks to take again, or pass overwrite=True for all",
             arguments=["tasks", "overwrite=True"],
         )
     return missing

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.description = (
         "Fetch a bundle from the Hugging Face hub, or some of its precisions and tasks, with every file's SHA-256 "
-        "compared. A pull that was cut off goes on when it is run again."
+        "compared. A pull that was cut off goes on when it is run again, with the files that are missing."
     )
     add = parser.add_argument
     add("repo_id", metavar="ORG/NAME", help="as `embedge push` was given it")

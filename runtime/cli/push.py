@@ -20,10 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="the bundle's folder")
     add("repo_id", metavar="ORG/NAME", help="made where there is none")
-    add("--public", action="store_true", help="let everybody read it")
     add(
-        "--accept-licence", "--accept-license", action="store_true",
-        help="of a model or adapter without commercial use: you have read the terms, and may pass it on",
+        "--public",
+        action="store_true",
+        help="let everybody read it, and what the repository held before",
+    )
+    add(
+        "--accept-license", "--accept-licence", dest="accept_licence", action="store_true",
+        help="you have read the terms of the model and its adapters, and may pass it on; needed where one allows no "
+        "commercial use, and with --public where one is not known to let everybody pass it on",
     )  # fmt: skip
     add("--revision", metavar="BRANCH", help="write to this branch (default: the main one)")
     add("--message", metavar="TEXT", help="of the commit")

@@ -27,7 +27,9 @@ class Hub:
         private: whether each is.
         objects: large files that were sent, by SHA-256.
         asked: method and path of each request.
-        cut: paths whose download breaks off in the middle, once.
+        ranges: first byte of each download that was asked to start in the middle, by path.
+        cut: paths whose download breaks off in the middle, as long as they are in it.
+        refuses: what it says to a commit, which is refused then.
     """
 
     endpoint: str = ""
@@ -35,7 +37,9 @@ class Hub:
     private: dict[str, bool] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    ranges: dict[str, int] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
+    refuses: str | None = None
     token: str = "hf_of_the_test"
 
     def sha(self, repo: str) -> str:
@@ -111,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for name in names
             ]
             self._json(200, {"files": modes})
+        elif re.search("/preupload/[^/]+$", path):
+            self._no_revision()
         elif path.endswith("/info/lfs/objects/batch"):
             self._json(200, {"transfer": "basic", "objects": self._batch(json.loads(body))})
         elif found := re.fullmatch(r"/api/models/(.+/.+)/commit/main", path):
@@ -128,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         ]
 
     def _commit(self, repo: str, body: bytes) -> None:
+        if self.held.refuses is not None:
+            self._json(400, {"error": self.held.refuses})
+            return
         files = self.held.files[repo]
         for line in body.decode().splitlines():
             item = json.loads(line)
@@ -143,8 +152,14 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def do_PUT(self) -> None:
-        oid = self._path().rpartition("/")[2]
+        path = self._path()
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if found := re.fullmatch(r"/api/models/(.+/.+)/settings", path):
+            asked = json.loads(body)
+            self.held.private[found[1]] = asked.get("private", asked.get("visibility") == "private")
+            self._json(200, {})
+            return
+        oid = path.rpartition("/")[2]
         assert hashlib.sha256(body).hexdigest() == oid
         self.held.objects[oid] = body
         self._json(200, {})
@@ -160,7 +175,10 @@ class _Handler(BaseHTTPRequestHandler):
                     404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"}
                 )
                 return
-            names = [{"rfilename": name} for name in hub.files[found[1]]]
+            if not self._has(found[1], found[2]):
+                self._no_revision()
+                return
+            names = [{"rfilename": n, "size": len(c)} for n, c in hub.files[found[1]].items()]
             info = {"id": found[1], "sha": hub.sha(found[1]), "private": hub.private[found[1]]}
             self._json(200, {**info, "siblings": names, "tags": [], "downloads": 0})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
@@ -180,9 +198,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not found or content is None:
             self._json(404, {"error": "not found"}, **{"X-Error-Code": "EntryNotFound"})
             return
+        if not self._has(found[1], found[2]):
+            self._no_revision()
+            return
         start = 0
         if with_body and (wanted := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))):
             start = int(wanted[1])
+            hub.ranges[found[3]] = start
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
         if start:
@@ -198,6 +220,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.wfile.write(content[start:])
+
+    def _has(self, repo: str, revision: str | None) -> bool:
+        return revision in (None, "main", self.held.sha(repo))
+
+    def _no_revision(self) -> None:
+        self._json(404, {"error": "Invalid rev id"}, **{"X-Error-Code": "RevisionNotFound"})
 
     def _path(self) -> str:
         path = urlsplit(self.path).path

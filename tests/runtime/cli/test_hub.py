@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedge import Embedder, EmbedgeImportError, pull_bundle, push_bundle
+from embedge import (
+    Embedder,
+    EmbedgeError,
+    EmbedgeImportError,
+    EmbedgeValueError,
+    pull_bundle,
+    push_bundle,
+)
 from embedge.runtime.cli.main import main
+from embedge.runtime.hub_answers import asked
 from tests.helpers.command import Capture, error_line, program
 from tests.helpers.fake_hub import Hub, fake_hub
 
-pytest.importorskip("huggingface_hub")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 REPO = "me/small"
 
 
@@ -109,10 +117,16 @@ def test_a_pull_that_was_cut_off_leaves_nothing_and_goes_on(
     assert "embedge: error: me/small: " in err
     assert not (tmp_path / "out").exists()
     hub.cut.clear()
-    asked = len(hub.asked)
+    # Clients of version 0 keep what came of a file, in pieces of some MB, which these files lack: here 100 bytes.
+    partial = list((tmp_path / "cache").rglob("*.incomplete"))
+    assert len(partial) == huggingface_hub.__version__.startswith("0.")
+    for file in partial:
+        file.write_bytes(hub.files[REPO]["fp32/shared.bin"][:100])
+    before = len(hub.asked)
     assert call("pull", REPO, tmp_path / "out")[0] == 0
-    again = [line for line in hub.asked[asked:] if line.startswith("GET /me")]
+    again = [line for line in hub.asked[before:] if line.startswith("GET /me")]
     assert not [line for line in again if "retrieval.bin" in line or "tokenizer" in line]
+    assert hub.ranges == ({"fp32/shared.bin": 100} if partial else {})
     Embedder(tmp_path / "out", verify="full")
 
 
@@ -127,14 +141,25 @@ def test_what_the_hub_refuses_is_told_with_what_to_do(
     hub.files[REPO], hub.private[REPO] = {}, False
     code, _, err = call("push", bundle.path, REPO)
     assert code == 2
-    assert "expected a private repository, found a public one; pass --public" in err
+    assert "expected a private repository, found a public one; pass --public to publish" in err
     assert not hub.files[REPO]
-    assert call("push", bundle.path, REPO, "--public")[0] == 0
-    hub.files[REPO]["fp32/retrieval.bin"] += b"!"
-    code, _, err = call("pull", REPO, tmp_path / "out")
+    code, _, err = call("push", bundle.path, REPO, "--public")
+    assert code == 2
+    assert "licence of tiny: not stated" in err
+    assert "--accept-licence" in err
+    assert call("push", bundle.path, REPO, "--public", "--accept-licence")[0] == 0
+    hub.refuses = '"license" must be one of these'
+    code, _, err = call("push", bundle.path, REPO, "--public", "--accept-licence")
     assert code == 1
-    assert "retrieval.bin" in err
-    assert "SHA-256" in err
+    assert '"license" must be one of these; change what it names' in err
+    code, _, err = call(
+        "push", bundle.path, REPO, "--public", "--accept-licence", "--revision", "v2"
+    )
+    assert code == 1
+    assert f"create_branch as c; c('\"'\"'{REPO}" in err
+    code, _, err = call("pull", REPO, tmp_path / "out", "--revision", "v2")
+    assert code == 1
+    assert "name a branch, a tag or a commit that it has with --revision" in err
     hub.token = "hf_another"
     real = program(
         ["push", str(bundle.path), "me/new"], stdout=-1, **{**hub.environment, "HF_TOKEN": "hf_old"}
@@ -155,7 +180,7 @@ def test_no_licence_without_commercial_use_goes_unread(
     assert main(call) == 2
     message = error_line(capsys)
     assert "CC BY-NC 4.0 (no commercial use)" in message
-    assert "--accept-licence" in message
+    assert "pass --accept-licence, and leave the licence in the card" in message
     assert main([*call, "--accept-license"]) == 0
 
 
@@ -189,4 +214,115 @@ def test_wrong_calls(
     weights.write_bytes(content)
     with pytest.raises(EmbedgeImportError, match="needs huggingface_hub"):
         push_bundle(bundle.path, REPO)
-    assert json.loads((bundle.path / "manifest.json").read_text())["files"]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    with pytest.raises(EmbedgeValueError, match="expected no such path, found one"):
+        pull_bundle(REPO, tmp_path / "taken")
+
+
+def test_nothing_goes_that_a_link_out_of_the_bundle_leads_to(
+    bundle: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "key").write_text("secret")
+    card = bundle.path / "README.md"
+    card.unlink(missing_ok=True)
+    card.symlink_to(tmp_path / "key")
+    assert main(["push", str(bundle.path), REPO, "--dry-run"]) == 1
+    assert f"README.md: a link that leaves the bundle, to {tmp_path / 'key'}" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("licence", "free"),
+    [
+        ("apache-2.0", True), ("MIT", True), ("cc-by-4.0", True), ("apache-2.0, mit", True),
+        ("apple-amlr", False), ("qwen-research", False), ("other", False), (None, False),
+        ("apache-2.0, gemma", False), ("cc-by-nc-4.0", False),
+    ],
+)  # fmt: skip
+def test_only_known_licences_are_published_unread(
+    bundle: Any, licence: str | None, free: bool
+) -> None:
+    def edit(manifest: Any) -> None:
+        manifest["source"]["license"] = licence
+        manifest["tasks"]["retrieval"]["adapter"]["license"] = "mit"
+
+    bundle.edit(edit)
+    call = ["push", str(bundle.path), REPO, "--dry-run", "--public"]
+    assert main(call) == (0 if free else 2)
+    assert main([*call, "--accept-licence"]) == 0
+
+
+@pytest.mark.slow
+def test_a_private_repository_is_published_when_asked(bundle: Any, hub: Hub, call: Any) -> None:
+    assert call("push", bundle.path, REPO)[0] == 0
+    assert hub.private[REPO]
+    code, out, err = call("push", bundle.path, REPO, "--public", "--accept-licence")
+    assert code == 0, err
+    assert f"files to {REPO} (public)" in out
+    assert hub.private[REPO] is False
+
+
+@pytest.mark.slow
+def test_a_card_and_a_damaged_cache_are_mended_on_the_way(
+    bundle: Any, hub: Hub, call: Any, tmp_path: Path
+) -> None:
+    card = "---\nlicense: mit\n---\n# my own words\n"
+    (bundle.path / "README.md").write_text(card)
+    assert call("push", bundle.path, REPO)[0] == 0
+    code, _, err = call("pull", REPO, tmp_path / "one")
+    assert code == 0
+    assert "a new card" not in err
+    assert (tmp_path / "one" / "README.md").read_text() == card
+    for name in ("fp32/retrieval.bin", "fp32/retrieval.onnx"):
+        [cached] = (tmp_path / "cache").glob(f"hub/models--*/snapshots/*/{name}")
+        blob = cached.resolve()
+        content = bytearray(blob.read_bytes())
+        content[-1] ^= 1
+        blob.write_bytes(content)
+    code, _, err = call("pull", REPO, tmp_path / "two")
+    assert code == 0, err
+    Embedder(tmp_path / "two", verify="full")
+
+
+@pytest.mark.slow
+def test_what_is_damaged_on_the_hub_is_told_by_repository_and_file(
+    bundle: Any, hub: Hub, call: Any, tmp_path: Path
+) -> None:
+    assert call("push", bundle.path, REPO)[0] == 0
+    whole = hub.files[REPO]
+    weights, name = whole["fp32/retrieval.bin"], "fp32/retrieval.bin"
+    for change, message in (
+        ({name: weights[:-1] + bytes([weights[-1] ^ 1])}, "expected SHA-256"),
+        ({name: weights + b"!"}, f"expected {len(weights):,} bytes, found {len(weights) + 1:,}"),
+        ({name: None}, "missing, and manifest.json lists it"),
+        ({"manifest.json": None}, "no embedge bundle: it has no manifest.json"),
+    ):
+        files: dict[str, Any] = {**whole, **change}
+        hub.files[REPO] = {n: content for n, content in files.items() if content is not None}
+        code, _, err = call("pull", REPO, tmp_path / "out")
+        assert code == 1
+        assert f"embedge: error: {REPO}: " in err
+        assert message in err
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space, or set HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied"), "HF_HOME to a folder that you may"),
+        (
+            RuntimeError("403 for url: https://cdn.test/a/b?X-Amz-Signature=5ec and more"),
+            "403 for url: https://cdn.test/a/b and more; check the network",
+        ),
+    ],
+    ids=["room", "rights", "signed"],
+)
+def test_errors_of_the_system_have_advice_of_their_own(error: Exception, message: str) -> None:
+    def ask() -> None:
+        raise error
+
+    with pytest.raises(EmbedgeError, match="me/small: ") as caught:
+        asked(REPO, ask)
+    assert message in str(caught.value)
+    assert "Signature" not in str(caught.value)

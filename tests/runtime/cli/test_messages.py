@@ -19,6 +19,7 @@ OPTIONS = {
     [
         ("batch_size is 0", ["batch_size"], "--batch-size is 0"),
         ('such as task="code"', ['task="code"'], "such as --task code"),
+        ("pass keep=True, or leave it", ["keep=True"], "pass --keep, or leave it"),
         ("precisions: expected fp32", ["precisions"], "--precision: expected fp32"),
         (
             "above batch_size; raise batch_size",

@@ -305,7 +305,9 @@ class TestRangesOfABundle:
         assert main(["ranges", str(bundle.path), "--texts", str(tmp_path / "none")]) == 1
         assert "none: No such file" in error_line(capsys)
         assert main(call) == 2
-        assert "expected one without ranges, found none among retrieval" in error_line(capsys)
+        message = error_line(capsys)
+        assert "--task: expected one without ranges, found none among retrieval" in message
+        assert "or pass --overwrite for all" in message
         assert main([*call, "--overwrite"]) == 0
         assert capsys.readouterr().out.endswith("retrieval (fp32)\n")
         texts.write_text('{"t": "w1"}\n')
