@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   embedge bench bundle --reference MODEL --adapter code=FOLDER --quick
   embedge bench bundle --reference MODEL --adapter code=FOLDER --record
   embedge bench bundle --reference MODEL --shapes 1x16 8x64 --peers none
-  embedge bench merged shared --reference MODEL --adapter code=FOLDER --eval code=FOLDER"""
+  embedge bench merged shared --reference MODEL --adapter code=FOLDER"""
 
 
 def run(args: argparse.Namespace) -> int:
