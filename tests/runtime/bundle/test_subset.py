@@ -175,13 +175,18 @@ def test_what_cannot_be_written_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_a_card_with_words_of_somebodys_own_is_told_of(two_tasks: Any, tmp_path: Path) -> None:
+def test_a_card_with_words_of_somebodys_own_is_told_of_or_kept_where_all_is(
+    two_tasks: Any, tmp_path: Path
+) -> None:
     card = two_tasks.path / "README.md"
     card.write_text(model_card(Bundle(two_tasks.path).manifest))
-    subset_bundle(two_tasks.path, tmp_path / "one")
+    subset_bundle(two_tasks.path, tmp_path / "one", tasks=["code"])
     card.write_text(card.read_text().replace("# tiny", "# Our tiny"))
     with pytest.warns(EmbedgeWarning, match=r"README.md: a new card"):
-        subset_bundle(two_tasks.path, tmp_path / "another")
+        part = subset_bundle(two_tasks.path, tmp_path / "another", tasks=["code"])
+    assert (part / "README.md").read_text() == model_card(Bundle(part).manifest)
+    whole = subset_bundle(two_tasks.path, tmp_path / "whole")
+    assert (whole / "README.md").read_bytes() == card.read_bytes()
 
 
 def test_a_part_that_was_copied_by_hand_names_the_command(two_tasks: Any, tmp_path: Path) -> None:
