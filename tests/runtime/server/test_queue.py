@@ -390,7 +390,15 @@ def test_speed_is_measured_on_one_core_and_on_all(tasks_bundle: TinyBundle, gate
         model.calls_at_once = {"code": 2}
         vectors_in(client.embed("w1", "bundle:code"))
         assert list(model.rates) == [(False, True)]
-        vectors_in(client.embed(["w1", "w2"], "bundle:code"))
+        gate.opened.clear()
+
+        async def two_at_once(http: Http) -> Any:
+            asked = asks(http, ["w1", "w2"])
+            await settled(lambda: len(gate.runs) == 3)
+            gate.opened.set()
+            return await asked
+
+        vectors_in(client.run(two_at_once))
         assert gate.one_thread == [False, True, True]
         assert list(model.rates) == [(False, True), (False, False)]
         queue = client.service._queue
