@@ -144,7 +144,8 @@ def push_bundle(
 
 def _make_branch(repo_id: str, revision: str | None) -> str:
     """What makes a branch, which the client's command cannot."""
-    code = f"from huggingface_hub import create_branch as c; c({repo_id!r}, branch={revision!r})"
+    names = f"{json.dumps(repo_id)}, branch={json.dumps(revision)}"
+    code = f"from huggingface_hub import create_branch as c; c({names})"
     return f"make the branch first: python -c {shlex.quote(code)}"
 
 

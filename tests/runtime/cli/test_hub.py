@@ -156,7 +156,7 @@ def test_what_the_hub_refuses_is_told_with_what_to_do(
         "push", bundle.path, REPO, "--public", "--accept-licence", "--revision", "v2"
     )
     assert code == 1
-    assert f"create_branch as c; c('\"'\"'{REPO}" in err
+    assert f"""create_branch as c; c("{REPO}", branch="v2")'\n""" in err
     code, _, err = call("pull", REPO, tmp_path / "out", "--revision", "v2")
     assert code == 1
     assert "name a branch, a tag or a commit that it has with --revision" in err
