@@ -115,6 +115,7 @@ def _rescored(evaluation: EvalSet, columns: Columns, ranges: Vectors) -> Quality
         quantize_embeddings(passages, "int8", ranges),
         ranges=ranges,
         top_k=min(10, len(passages)),
+        similarity="dot",  # as of the other formats: what was stored had length 1
     )
     items = ndcg_of_order(evaluation, list(order))
     return Quality(value=float(items.mean()), items=items)

@@ -163,11 +163,20 @@ class TestNames:
             return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
         encode, of_images = defaults(Embedder.encode), defaults(Embedder.encode_image)
-        assert {*EncodeOptions.__annotations__} == {*encode} - {"multi_vector"}
-        assert {*ImageOptions.__annotations__} == {*of_images} - {"multi_vector"}
+        of_overloads = {
+            "multi_vector",
+            "output_format",
+            "convert_to_tensor",
+        }  # what is returned follows from them
+        assert {*EncodeOptions.__annotations__} == {*encode} - of_overloads
+        assert {*ImageOptions.__annotations__} == {*of_images} - of_overloads
         checked = dict(vars(CallOptions()))
-        del checked["role"]  # told by which method is called
-        assert encode == {**checked, "show_progress_bar": None}
+        del (
+            checked["role"],
+            checked["one_thread"],
+        )  # told by which method is called, and the server's
+        converted = {"convert_to_numpy": True, "convert_to_tensor": False}
+        assert encode == {**checked, **converted, "show_progress_bar": None}
         assert {name: encode.get(name) for name in of_images} == of_images
         assert {*EmbedderOptions.__annotations__} == {*defaults(Embedder)}
 
