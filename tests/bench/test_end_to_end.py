@@ -18,6 +18,7 @@ import torch
 
 from embedge.bench import BenchOptions, Report, run_bench
 from embedge.bench import plan as plan_module
+from embedge.bench import run as run_module
 from embedge.bench.errors import BenchError
 from embedge.bench.options import Profile, Shape
 from embedge.bench.report.write import report_json
@@ -319,8 +320,17 @@ def test_a_gpu_is_measured_against_torch_on_it(model: Path, adapter: Path, tmp_p
 
 
 def test_several_bundles_stand_in_one_report_and_can_be_chosen_from(
-    bundle: Path, model: Path, adapter: Path, labelled: Path, tmp_path: Path, capsys: Any
+    bundle: Path,
+    model: Path,
+    adapter: Path,
+    labelled: Path,
+    measured: Report,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
+    of_processes = measured.process["embedge int8"]  # measured once, above
+    monkeypatch.setattr(run_module, "measure_process", lambda *_: of_processes)
     other = shutil.copytree(bundle, tmp_path / "other")
     out = tmp_path / "report"
     common = ["--reference", str(model), "--adapter", f"search={adapter}", "--task", "search"]

@@ -20,6 +20,11 @@ from tests.helpers.models import (
 
 
 @pytest.fixture(scope="module")
+def texts_for_ranges() -> int:
+    return 512
+
+
+@pytest.fixture(scope="module")
 def one_core() -> bool:
     return False  # what is written is computed on all cores
 

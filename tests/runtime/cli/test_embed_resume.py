@@ -477,7 +477,7 @@ class TestResume:
 def test_killed_runs_lose_and_double_no_row(bundle: Any) -> None:
     pytest.importorskip("pyarrow")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.resume", str(bundle.path), "--count", "8"],
+        [sys.executable, "-m", "tests.fuzz.resume", str(bundle.path), "--count", "4"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
@@ -486,5 +486,5 @@ def test_killed_runs_lose_and_double_no_row(bundle: Any) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "8 jobs, 0 faults"
+    assert done.stdout.splitlines()[-1] == "4 jobs, 0 faults"
     assert "0 kills" not in done.stdout.replace("10 kills", "").replace("20 kills", "")
