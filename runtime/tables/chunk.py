@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from embedge.runtime.errors import EmbedgeValueError
+from embedge.runtime.errors import EmbedgeError, EmbedgeValueError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -55,10 +55,20 @@ def check_kept(keep: Collection[str] | None, column: str) -> None:
 
 
 def members_of(others: Others) -> Sequence[Mapping[str, Any]]:
-    """The other columns as a mapping a row, in Python's types."""
+    """The other columns as a mapping a row, in Python's types.
+
+    Raises:
+        EmbedgeError: Python has no type for a value, as for times of nanoseconds without pandas.
+    """
     if isinstance(others, Sequence):
         return others
-    members: list[dict[str, Any]] = others.to_pylist()
+    try:
+        members: list[dict[str, Any]] = others.to_pylist()
+    except ValueError as error:
+        raise EmbedgeError(
+            f"expected columns that JSON has a form for, found type {str(error).partition('. ')[0]}; leave such "
+            "columns out with --keep, or write Parquet"
+        ) from error
     return members
 
 
