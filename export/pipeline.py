@@ -46,9 +46,9 @@ def export(options: ExportOptions, progress: Progress) -> Path:
     """Run an export; see :func:`embedge.export.export_bundle`."""
     try:
         with sole_exporter(options.out), threadpool_limits(_blas_threads(), user_api="blas"):
-            _export_alone(options, progress)
+            texts = _export_alone(options, progress)
             out = options.out if options.out.is_dir() else Path(os.path.realpath(options.out))
-            _calibrate_ranges(options, out, progress)
+            _calibrate_ranges(texts, out, progress)
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         raise ExportError(
@@ -63,7 +63,8 @@ def _blas_threads() -> int:
     return max(1, available_cores() // 2)
 
 
-def _export_alone(options: ExportOptions, progress: Progress) -> None:
+def _export_alone(options: ExportOptions, progress: Progress) -> Sequence[str]:
+    """Write the bundle; return the calibration texts, which are read once."""
     load_onnxruntime()  # a missing or wrong one shows before the work
     clear_up(options.out)
     old = read_existing(options.out, options.overwrite)
@@ -110,18 +111,18 @@ def _export_alone(options: ExportOptions, progress: Progress) -> None:
                 old=old,
             )
             _finish(folder, manifest, new)
+    return texts
 
 
-def _calibrate_ranges(options: ExportOptions, out: Path, progress: Progress) -> None:
+def _calibrate_ranges(texts: Sequence[str], out: Path, progress: Progress) -> None:
     """Keep the ranges of the new tasks' vectors in the manifest, from the calibration texts.
 
     The bundle is whole before: where a graph is too large for this, or cannot run here, it is told and left to
     ``embedge ranges``.
     """
-    texts = calibration_texts(options.calibration)
-    bundle = Bundle(out, verify="none")
     if not texts:
         return
+    bundle = Bundle(out, verify="none")
     late = bundle.manifest.model.late_interaction is not None
     most = min(MAX_TOKENS_PER_TEXT, bundle.manifest.model.max_length)
     taken = []
