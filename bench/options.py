@@ -58,6 +58,7 @@ class Profile:
         rows: most rows of an evaluation file.
         rounds: alternating rounds of a batch shape; a short single text gets four times as many.
         singles: texts that are timed one by one, 0 for none.
+        pages: page images that are timed one by one, 0 for none.
         invariance: texts of the batch-invariance check, 0 for no check.
         eval_sets: most evaluation files a task.
         latency_tasks: tasks whose latency is measured; the graphs of the others differ only in
@@ -86,6 +87,7 @@ class Profile:
     peer_tasks: int | None = None
     torch_quality: bool = True
     others: bool = True
+    pages: int = 16
 
     def __post_init__(self) -> None:
         for option, number, least in (("rounds", self.rounds, 1), ("limit", self.texts, 11)):
@@ -115,6 +117,7 @@ QUICK = Profile(
     peer_variants=1,
     peer_tasks=1,
     torch_quality=False,
+    pages=4,
 )
 
 
@@ -141,6 +144,7 @@ class BenchOptions:
         torch_types: in which merged torch is measured beside the bundle, "float32", "bfloat16" and on
             CUDA "float16", or ``("none",)``; ``None``: those that the device multiplies itself.
         shapes: of the token batches that are timed.
+        max_pixels: image budgets to measure beside the bundle's own, pixels of a page.
     """
 
     bundle: Path
@@ -158,15 +162,18 @@ class BenchOptions:
     profile: Profile = FULL
     torch_types: Sequence[str] | None = None
     shapes: Sequence[Shape] = SHAPES
+    max_pixels: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading a file.
 
         Raises:
-            BenchError: fewer than one thread, an unknown device, or peers on another than the CPU.
+            BenchError: fewer than one thread or pixel, an unknown device, or peers on another than the CPU.
         """
         if self.threads is not None and self.threads < 1:
             raise BenchArgumentError(f"--threads {self.threads}: expected a whole number from 1")
+        if wrong := [pixels for pixels in self.max_pixels if pixels < 1]:
+            raise BenchArgumentError(f"--max-pixels {wrong[0]}: expected a whole number from 1")
         if self.device not in PROVIDERS:
             raise BenchArgumentError(
                 f"--device {self.device}: expected one of {', '.join(PROVIDERS)}"

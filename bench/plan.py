@@ -26,7 +26,12 @@ from embedge.bench.options import SHAPES, BenchOptions
 from embedge.bench.peers.registry import chosen_peers
 from embedge.bench.systems.backbone import adapter_folder
 from embedge.bench.systems.multi_vector import native_class
-from embedge.bench.systems.source import Source, read_multi_vector_source, read_source
+from embedge.bench.systems.source import (
+    Source,
+    model_folder,
+    read_multi_vector_source,
+    read_source,
+)
 from embedge.bench.systems.torch_types import choose_torch_types
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import Manifest
@@ -36,6 +41,7 @@ from embedge.runtime.sessions.device import cuda_problem
 
 __all__ = ["Plan", "make_plan"]
 
+_PAGES_NOTE = "peers were left out: they run text alone, and this bundle takes images too"
 _LATE_NOTE = (
     "late interaction: cosines are of the vectors of all tokens, each text embedded as a query and as a document; "
     "top-10 and quality go by the model's score of a query for a document; 1 text: a query; times of batches are "
@@ -86,6 +92,24 @@ class Plan:
         return self.manifest.model.late_interaction is not None
 
     @property
+    def takes_images(self) -> bool:
+        """Whether the bundle embeds images."""
+        return self.manifest.model.image is not None
+
+    @property
+    def budgets(self) -> list[int]:
+        """Most pixels of a page to measure at, the bundle's own first."""
+        image = self.manifest.model.image
+        own = [] if image is None else [image.max_pixels]
+        return list(dict.fromkeys([*own, *self.options.max_pixels]))
+
+    @property
+    def page_tasks(self) -> list[str]:
+        """The tasks whose pages are timed."""
+        having = [t for t in self.tasks if any(e.modality == "image" for e in self.evaluations[t])]
+        return having[: self.options.profile.latency_tasks]
+
+    @property
     def timed_tasks(self) -> list[str]:
         """The tasks whose latency is measured."""
         return self.tasks[: self.options.profile.latency_tasks]
@@ -109,7 +133,10 @@ class Plan:
         shapes = 0 if self.late_interaction else len(self.options.shapes)
         timed = shapes + bool(self.options.profile.singles)
         peers = (len(self.peers) + 1) * len(self.peered_tasks)
-        return len(self.tasks) * systems + peers + timed * len(self.timed_tasks) + processes
+        pages = len(self.page_tasks) + (
+            len(self.precisions) if self.page_tasks and processes else 0
+        )
+        return len(self.tasks) * systems + peers + timed * len(self.timed_tasks) + processes + pages
 
 
 def make_plan(options: BenchOptions) -> Plan:
@@ -132,6 +159,9 @@ def make_plan(options: BenchOptions) -> Plan:
                 f"{options.bundle}: adapters of a late-interaction model on a base quantized as {quantization}, which "
                 "sentence-transformers' reference does not load; expected a bundle without --base-quantization"
             )
+    takes_images = bundle.manifest.model.image is not None
+    if takes_images:
+        _check_with_images(options, notes)
     declared = bundle.manifest.tasks
     tasks = _chosen("task", options.tasks, list(declared))
     device = options.device
@@ -148,13 +178,14 @@ def make_plan(options: BenchOptions) -> Plan:
         threads=threads,
         tasks=tasks,
         precisions=_precisions(options, runnable),
-        adapters=_adapters(options, bundle, tasks),
-        peers=[] if late else _peers(options, notes),
+        adapters=_adapters(_with_own_adapters(options, bundle), bundle, tasks),
+        peers=[] if late or takes_images else _peers(options, notes),
         torch_types=_torch_types(options, notes, late),
         texts=_texts(options, notes),
         evaluations=_evaluations(options, list(declared), tasks, notes),
         notes=notes,
     )
+    _check_pages(plan)
     if late:
         notes.append(_LATE_NOTE)
     untimed = [task for task in tasks if task not in plan.timed_tasks]
@@ -194,6 +225,54 @@ def _check_late(options: BenchOptions) -> None:
                 "tokens with sentence-transformers in float32; leave the option out"
             )
     native_class()
+
+
+def _check_with_images(options: BenchOptions, notes: list[str]) -> None:
+    """Refuse peers by name for a bundle that takes images too.
+
+    Raises:
+        BenchArgumentError: peers were named.
+    """
+    if named := set(options.peers or ()) - {"none"}:
+        raise BenchArgumentError(
+            f"--peers {' '.join(sorted(named))}: {options.bundle} takes images too, which is compared with torch "
+            "alone; leave the option out"
+        )
+    if options.peers is None and options.profile.others:
+        notes.append(_PAGES_NOTE)
+
+
+def _check_pages(plan: Plan) -> None:
+    """Refuse sets of pages and image budgets that the bundle cannot be measured by.
+
+    Raises:
+        BenchArgumentError: naming the option.
+    """
+    options, sets = plan.options, plan.evaluations.items()
+    paged = [(task, one.name) for task, its in sets for one in its if one.modality == "image"]
+    if paged and not plan.takes_images:
+        task, name = paged[0]
+        raise BenchArgumentError(
+            f"--eval {task}={name}: is a set of page images; {options.bundle} takes "
+            f"{', '.join(plan.manifest.model.modalities)} alone; name a bundle with a vision tower"
+        )
+    if options.max_pixels and not paged:
+        raise BenchArgumentError(
+            f"--max-pixels {' '.join(map(str, options.max_pixels))}: is measured on page images; add --eval TASK=PATH "
+            "of queries and pages"
+        )
+    if plan.takes_images and not paged:
+        plan.notes.append(
+            "images were not measured; --eval TASK=PATH of queries and page images measures them"
+        )
+    if not options.profile.latency_tasks:
+        return
+    untimed = {task for task, _ in paged} - set(plan.page_tasks)
+    if untimed:
+        plan.notes.append(
+            f"pages were timed on {', '.join(plan.page_tasks)} alone; the graphs of {', '.join(sorted(untimed))} "
+            "differ from it only in the numbers they hold"
+        )
 
 
 def _torch_types(options: BenchOptions, notes: list[str], late: bool) -> tuple[str, ...]:
@@ -242,6 +321,15 @@ def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> li
             f"{', '.join(known) or 'none'}"
         )
     return list(known) if wanted is None else [name for name in known if name in wanted]
+
+
+def _with_own_adapters(options: BenchOptions, bundle: Bundle) -> BenchOptions:
+    """Return options with the adapters that the reference's folder holds itself, as jina-embeddings-v4's."""
+    own = model_folder(options.reference) / "adapters"
+    if not (own / "adapter_config.json").is_file():
+        return options
+    adapted = [name for name, task in bundle.manifest.tasks.items() if task.adapter is not None]
+    return replace(options, adapters=dict.fromkeys(adapted, own) | dict(options.adapters))
 
 
 def _adapters(options: BenchOptions, bundle: Bundle, tasks: Sequence[str]) -> dict[str, Path]:

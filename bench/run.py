@@ -19,16 +19,19 @@ from tqdm import tqdm
 
 from embedge.bench.measure.machine import machine, versions
 from embedge.bench.measure.multi_vector import multi_vectors, multi_vectors_against
+from embedge.bench.measure.pages import different_pages
 from embedge.bench.measure.process import measure_process, process_texts
 from embedge.bench.measure.task import (
     TORCH_FP32,
     TaskData,
     add_mixed,
+    image_figures,
     latency,
     reference_vectors,
     single_texts,
     vectors_against,
 )
+from embedge.bench.measure.texts import Document
 from embedge.bench.options import BenchOptions
 from embedge.bench.peers.context import PeerContext, kept_folder
 from embedge.bench.peers.registry import build_peers
@@ -40,6 +43,7 @@ from embedge.bench.systems.multi_vector import (
     MultiVectorReference,
     MultiVectorSystem,
 )
+from embedge.bench.systems.page_reference import PageReference
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.source import Source
 from embedge.bench.systems.system import EmbedgeSystem, System, TorchSystem
@@ -48,6 +52,7 @@ from embedge.runtime.host.progress import LogLines
 
 __all__ = ["run_bench"]
 
+_PAGES = 8  # that a process of its own embeds together
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -127,11 +132,12 @@ class _Run:
             evaluations=plan.evaluations[task],
             dims=plan.dims,
             normalize=plan.manifest.model.normalize,
+            budgets=plan.budgets,
+            multi_vectors=plan.manifest.model.multi_vector_dim is not None,
         )
         self._step(f"{task}: reference")
-        adapter, device = plan.adapters.get(task), plan.options.device
-        reference = reference_vectors(Reference(plan.source, adapter, device=device), data)
-        merged = Reference(plan.source, adapter, device=device, merged=True)
+        reference = reference_vectors(self._reference(task), data)
+        merged = self._reference(task, merged=True)
         with self._systems(task, merged) as systems:
             figures, vectors = {}, {}
             for system in systems:
@@ -143,6 +149,15 @@ class _Run:
                     vectors[system.precision] = found
             own = {s.precision: figures[s.name] for s in systems if s.precision is not None}
             add_mixed(own, vectors, data, reference)
+            if data.pages is not None:
+                timed = task in plan.page_tasks
+                if timed:
+                    self._step(f"{task}: pages")
+                images = image_figures(
+                    systems, vectors, data, reference, self._profile, timed=timed
+                )
+                for name, budgets in images.items():
+                    figures[name]["images"] = budgets
             if task in plan.timed_tasks:
                 texts = [text.text for text in plan.texts]
                 self._note_long_shapes(merged.tokens.max_length)
@@ -193,6 +208,19 @@ class _Run:
         for system in systems:
             yield _row(task, system, figures[system.name])
 
+    def _reference(self, task: str, dtype: str = "float32", *, merged: bool = False) -> Reference:
+        """Load the reference of a task, with its images where the bundle takes them."""
+        plan = self._plan
+        kind = PageReference if plan.takes_images else Reference
+        return kind(
+            plan.source,
+            plan.adapters.get(task),
+            dtype,
+            merged=merged,
+            device=plan.options.device,
+            task=task,
+        )
+
     @contextmanager
     def _systems(self, task: str, merged: Reference) -> Iterator[list[System]]:
         """Open every system for a task; what peers wrote is removed at the end, unless it is to be kept."""
@@ -203,9 +231,7 @@ class _Run:
             if dtype == "float32":
                 systems.append(TorchSystem(TORCH_FP32, merged, weights))
                 continue
-            halved = Reference(
-                plan.source, plan.adapters.get(task), dtype, merged=True, device=device
-            )
+            halved = self._reference(task, dtype, merged=True)
             systems.append(TorchSystem(f"torch {_SHORT[dtype]}", halved, weights // 2))
         temporary = Path(tempfile.mkdtemp(prefix="embedge-bench-"))
         try:
@@ -237,7 +263,10 @@ class _Run:
             tasks = [task for task in plan.tasks if task in graphs]
             own = {"bundle": str(plan.bundle.root.resolve()), "precision": precision}
             job = {"system": "embedge", "tasks": tasks, **own, **common}
-            result[f"embedge {precision}"] = measure_process(job, self._profile.process_repeats)
+            measured = measure_process(job, self._profile.process_repeats)
+            if plan.page_tasks:
+                self._step(f"cold start with a page, {precision}")
+            result[f"embedge {precision}"] = measured | self._page_process(job)
         self._step("cold start, torch")
         adapter = plan.adapters.get(plan.tasks[0])
         job = {
@@ -245,10 +274,24 @@ class _Run:
             "source": str(plan.source.path),
             "adapter": None if adapter is None else str(adapter.resolve()),
             "pooling": plan.source.pooling,
+            "tasks": plan.tasks[:1],
             **common,
         }
         result[TORCH_FP32] = measure_process(job, self._profile.process_repeats)
         return result
+
+    def _page_process(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Return what a process that embeds pages alone measured of itself, nothing where there are no pages."""
+        plan = self._plan
+        if not plan.page_tasks:
+            return {}
+        sets = plan.evaluations[plan.page_tasks[0]]
+        pages = different_pages(next(one for one in sets if one.modality == "image"))
+        with tempfile.TemporaryDirectory(prefix="embedge-bench-") as folder:
+            files = [
+                _page_file(page, Path(folder) / str(n)) for n, page in enumerate(pages[:_PAGES])
+            ]
+            return {"pages": measure_process(job | {"pages": files}, self._profile.process_repeats)}
 
     def _note_long_shapes(self, most: int) -> None:
         for shape in self._plan.options.shapes:
@@ -263,6 +306,14 @@ class _Run:
         self._steps += 1
         if self._lines is not None:
             self._lines.say(lambda: f"step {self._steps} of {self._plan.steps}: {name}")
+
+
+def _page_file(page: Document, file: Path) -> str:
+    """Return the path of an image file, which is written to ``file`` where there are only its bytes."""
+    if isinstance(page, bytes):
+        file.write_bytes(page)
+        return str(file)
+    return str(Path(page).resolve())
 
 
 def _row(task: str, system: System | MultiVectorSystem, figures: dict[str, Any]) -> Row:

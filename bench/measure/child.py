@@ -28,12 +28,14 @@ def milliseconds_since(start: float) -> float:
 
 
 def embedge_steps(job: dict[str, Any]) -> dict[str, Any]:
-    """Open a bundle, embed a text, embed a batch with every task, switch between tasks."""
+    """Open a bundle, embed a text, embed a batch with every task, switch between tasks; or pages, where there are."""
     from embedge.runtime import Embedder
 
     result: dict[str, Any] = {"imported_ms": milliseconds_since(job["started"])}
     options: dict[str, Any] = {k: job[k] for k in ("precision", "threads", "device")}
     model = Embedder(job["bundle"], **options)
+    if "pages" in job:
+        return result | page_steps(model, job)
     rows = {"multi_vector": job.get("multi_vector", False)}
     model.encode(job["text"], task=job["tasks"][0], **rows)
     result["first_vector_ms"] = milliseconds_since(job["started"])
@@ -45,6 +47,18 @@ def embedge_steps(job: dict[str, Any]) -> dict[str, Any]:
     if len(job["tasks"]) > 1:
         result |= switches(model, Embedder(job["bundle"], max_sessions=1, **options), job)
     return result
+
+
+def page_steps(model: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Embed a page, then all of them with every task."""
+    result: dict[str, Any] = {}
+    model.encode_image(job["pages"][:1], task=job["tasks"][0])
+    result["first_vector_ms"] = milliseconds_since(job["started"])
+    result["after_first_vector"] = memory()
+    for task in job["tasks"]:
+        model.encode_image(job["pages"], task=task)
+        result.setdefault("after_first_task", memory())
+    return result | {"after_batches": memory()}
 
 
 def switches(all_open: Any, one_open: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +82,9 @@ def reference() -> Callable[[dict[str, Any]], Any]:
     from embedge.bench import Reference
 
     options = ("pooling", "threads", "device")
-    return lambda job: Reference(job["source"], job["adapter"], **{k: job[k] for k in options})
+    return lambda job: Reference(
+        job["source"], job["adapter"], task=job["tasks"][0], **{k: job[k] for k in options}
+    )
 
 
 def late_reference() -> Callable[[dict[str, Any]], Any]:

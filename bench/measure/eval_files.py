@@ -3,6 +3,7 @@
     FILE.jsonl, .csv, .tsv, .parquet    columns query, passage; text1, text2, score; or sentence1, sentence2, score
     FOLDER                              BEIR: corpus.jsonl, queries.jsonl, qrels/*.tsv
     FOLDER/qrels/SPLIT.tsv              BEIR, where there are several splits and none is called test
+    FILE with query and image           page images, see page_files.py; also folders of Parquet files
     mteb:NAME, mteb:NAME/SUBSET         a retrieval or STS task of mteb's; data sets come from the hub or its cache
 
 A document of BEIR and mteb is its title and its text with a space between, as their own tools have it.
@@ -19,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from embedge.bench.errors import BenchError
-from embedge.bench.measure.texts import EvalSet
+from embedge.bench.measure.page_files import (
+    PAGE_COLUMNS,
+    check_page_columns,
+    has_pages,
+    page_documents,
+    parquet_files,
+    parquet_rows,
+)
+from embedge.bench.measure.texts import Document, EvalSet
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.host.install_advice import install_command
 
@@ -29,7 +38,7 @@ MTEB = "mteb:"
 _PAIRS = (("text1", "text2", "score"), ("sentence1", "sentence2", "score"))
 _QUERIES = ("query", "passage")
 _FORMS = (
-    "columns query and passage, or text1, text2 and score, or sentence1, sentence2 and score; "
+    "columns query and passage, or text1, text2 and score, or sentence1, sentence2 and score, or query and image; "
     "a folder of corpus.jsonl, queries.jsonl and qrels; or mteb:NAME"
 )
 _LEAST = 3
@@ -49,7 +58,7 @@ def read_eval(path: Path) -> EvalSet:
     if name.startswith(MTEB):
         return _mteb_task(name.removeprefix(MTEB))
     if path.is_dir():
-        return _beir(path, _qrels_of(path))
+        return _folder(path)
     if path.parent.name == "qrels" and (path.parents[1] / "corpus.jsonl").exists():
         return _beir(path.parents[1], path)
     reader = _READERS.get(path.suffix.lower())
@@ -60,6 +69,14 @@ def read_eval(path: Path) -> EvalSet:
     return _from_rows(path, list(reader(path)))
 
 
+def _folder(path: Path) -> EvalSet:
+    if (path / "corpus").is_dir():
+        return _page_corpus(path)
+    if files := parquet_files(path):
+        return _from_rows(path, [row for file in files for row in parquet_rows(file)])
+    return _beir(path, _qrels_of(path))
+
+
 # -- rows of a file ---------------------------------------------------------------------------------
 
 
@@ -67,6 +84,8 @@ def _from_rows(path: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Eva
     if len(rows) < _LEAST:
         raise BenchError(f"{path}: expected at least {_LEAST} rows, found {len(rows)}")
     keys = _keys(path, rows[0][1])
+    if keys == PAGE_COLUMNS:
+        return _from_page_rows(path, rows)
     for place, row in rows:
         lacking = [key for key in keys if key not in row or row[key] is None]
         if lacking:
@@ -80,11 +99,9 @@ def _from_rows(path: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Eva
 
 def _keys(path: Path, row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the columns that a set's first row has."""
-    if "image" in row:
-        raise BenchError(
-            f"{path}: has the column image; the bench measures texts. Pages are measured by "
-            "`python -m embedge.bench.mteb_model BUNDLE --tasks NAME`"
-        )
+    if has_pages(row):
+        check_page_columns(path, row)
+        return PAGE_COLUMNS
     for keys in (*_PAIRS, _QUERIES):
         if set(keys) <= set(row):
             return keys
@@ -92,6 +109,28 @@ def _keys(path: Path, row: Mapping[str, Any]) -> tuple[str, ...]:
         if set(keys) & set(row) - {"score"}:
             return keys
     raise BenchError(f"{path}: expected {_FORMS}; found the columns {', '.join(map(str, row))}")
+
+
+def _from_page_rows(path: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> EvalSet:
+    """Return a set of queries and pages; a page without a query stands in the way of the others."""
+    folder = path if path.is_dir() else path.parent
+    pages = page_documents(folder, rows)
+    asked = [
+        (str(row["query"]), page)
+        for (_, row), page in zip(rows, pages, strict=True)
+        if row.get("query")
+    ]
+    if len({query for query, _ in asked}) < _LEAST:
+        raise BenchError(
+            f"{path}: expected at least {_LEAST} different queries, found {len({q for q, _ in asked})}"
+        )
+    used = {page for _, page in asked}
+    return EvalSet(
+        name=path.stem,
+        first=tuple(query for query, _ in asked),
+        second=tuple(page for _, page in asked),
+        others=tuple(dict.fromkeys(page for page in pages if page not in used)),
+    )
 
 
 def _score(place: str, value: object) -> float:
@@ -135,31 +174,11 @@ def _delimited(path: Path) -> Rows:
         raise BenchError(f"{path}:{reader.line_num}: {error}") from error
 
 
-def _parquet(path: Path) -> Rows:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise BenchError(
-            f"{path}: reading Parquet needs pyarrow, which is not installed; run "
-            f"{install_command('parquet', ['pyarrow'])}"
-        ) from error
-    try:
-        file = parquet.ParquetFile(path)
-        if "image" in file.schema_arrow.names:
-            _keys(path, {"image": None})
-        rows = file.read().to_pylist()
-    except (OSError, arrow.ArrowException) as error:
-        raise BenchError(f"{path}: expected a Parquet file: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
-
-
 _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _jsonl,
     ".csv": _delimited,
     ".tsv": _delimited,
-    ".parquet": _parquet,
+    ".parquet": parquet_rows,
 }
 
 
@@ -235,7 +254,7 @@ def _retrieval(
     name: str,
     where: str,
     queries: Mapping[str, str],
-    corpus: Mapping[str, str],
+    corpus: Mapping[str, Document],
     judged: Iterable[tuple[str, str, float]],
 ) -> EvalSet:
     """Return a set of the queries that have a relevant document, over the whole corpus."""
@@ -253,6 +272,55 @@ def _retrieval(
         gains=tuple(gain for _, _, gain in relevant),
         others=tuple(text for document, text in corpus.items() if document not in used),
     )
+
+
+# -- pages in the layout of BEIR -------------------------------------------------------------------
+
+
+def _page_corpus(folder: Path) -> EvalSet:
+    """Return the set of a folder of corpus, queries and qrels in Parquet, as ViDoRe's second version has them."""
+    rows = {}
+    for part in ("corpus", "queries", "qrels"):
+        files = parquet_files(folder / part)
+        if not files:
+            raise BenchError(
+                f"{folder / part}: expected Parquet files, as SPLIT-00000-of-00001.parquet, found none"
+            )
+        rows[part] = [row for file in files for row in parquet_rows(file)]
+    pages = page_documents(folder, rows["corpus"])
+    corpus = dict(zip(_ids(rows["corpus"], "corpus"), pages, strict=True))
+    texts = [str(_cell(place, row, "query")) for place, row in rows["queries"]]
+    queries = dict(zip(_ids(rows["queries"], "query"), texts, strict=True))
+    judged = []
+    for place, row in rows["qrels"]:
+        query = str(_cell(place, row, "query-id", "query_id"))
+        page = str(_cell(place, row, "corpus-id", "corpus_id"))
+        if query not in queries:
+            raise BenchError(f"{place}: query-id {query!r} is not in {folder / 'queries'}")
+        if page not in corpus:
+            raise BenchError(f"{place}: corpus-id {page!r} is not in {folder / 'corpus'}")
+        judged.append((query, page, _score(place, _cell(place, row, "score"))))
+    return _retrieval(folder.name, str(folder / "qrels"), queries, corpus, judged)
+
+
+def _ids(rows: Sequence[tuple[str, Mapping[str, Any]]], kind: str) -> list[str]:
+    found: dict[str, str] = {}
+    for place, row in rows:
+        key = str(_cell(place, row, f"{kind}-id", f"{kind}_id"))
+        if key in found:
+            raise BenchError(
+                f"{place}: {kind}-id {key!r} stands in {found[key]} too; expected once"
+            )
+        found[key] = place
+    return list(found)
+
+
+def _cell(place: str, row: Mapping[str, Any], *names: str) -> Any:
+    """Return the value of a column, by the first of its names that the row has."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise BenchError(f"{place}: expected the column {' or '.join(names)}, lacks it")
 
 
 # -- mteb ------------------------------------------------------------------------------------------

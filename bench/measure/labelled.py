@@ -8,8 +8,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,20 @@ from embedge.bench.measure.quality import (
     quality,
     truncated,
 )
-from embedge.bench.measure.texts import EvalSet
-from embedge.bench.systems.system import System
+from embedge.bench.measure.texts import Document, EvalSet
+from embedge.bench.systems.system import PageSystem, System
 from embedge.runtime.scoring.quantization import dequantize_embeddings, quantize_embeddings
 from embedge.runtime.scoring.rescoring import search_binary
 
-__all__ = ["Columns", "against", "column_quality", "encode_columns", "format_qualities"]
+__all__ = [
+    "Columns",
+    "against",
+    "column_quality",
+    "encode_columns",
+    "encode_pages",
+    "firsts",
+    "format_qualities",
+]
 
 Vectors = NDArray[np.float32]
 _STORED = ("float16", "int8", "binary")
@@ -52,19 +61,27 @@ class Columns:
 
 
 def encode_columns(system: System, evaluation: EvalSet) -> Columns:
-    """Return a system's vectors of a set, each different text embedded once."""
-    columns = (evaluation.first, evaluation.passages)
-    first, second = (
-        _encode_unique(system, column, role)
-        for column, role in zip(columns, evaluation.roles, strict=True)
-    )
+    """Return a system's vectors of a set, each different text and page embedded once."""
+    asked, searched = evaluation.roles
+    first = _unique(evaluation.first, lambda texts: system.encode(texts, role=asked))
+    if evaluation.modality == "image":
+        assert isinstance(system, PageSystem)  # the plan lets no other meet a set of pages
+        return Columns(first=first, second=encode_pages(system, evaluation))
+    second = _unique(evaluation.passages, lambda texts: system.encode(texts, role=searched))
     return Columns(first=first, second=second)
 
 
-def column_quality(evaluation: EvalSet, columns: Columns, dim: int, normalize: bool) -> Quality:
-    """Return the quality of float vectors at a dimension."""
+def encode_pages(system: PageSystem, evaluation: EvalSet, max_pixels: int | None = None) -> Vectors:
+    """Return the vectors of a set's pages, float32 ``[rows and others, dim]``, each different page embedded once."""
+    return _unique(evaluation.passages, lambda pages: system.encode_images(pages, max_pixels))
+
+
+def column_quality(
+    evaluation: EvalSet, columns: Columns, dim: int, normalize: bool, depth: int = 10
+) -> Quality:
+    """Return the quality of float vectors at a dimension, nDCG at ``depth``."""
     first, second = (truncated(c, dim, normalize) for c in (columns.first, columns.second))
-    return quality(evaluation, first, second)
+    return quality(evaluation, first, second, depth)
 
 
 def against(evaluation: EvalSet, ours: Quality, reference: Quality) -> dict[str, float]:
@@ -107,8 +124,8 @@ def _restored(vectors: Vectors, name: str, ranges: Vectors) -> Floats:
 
 
 def _rescored(evaluation: EvalSet, columns: Columns, ranges: Vectors) -> Quality:
-    queries = columns.first[_firsts(evaluation.first)]
-    passages = columns.second[_firsts(evaluation.passages)]
+    queries = columns.first[firsts(evaluation.first)]
+    passages = columns.second[firsts(evaluation.passages)]
     order, _ = search_binary(
         queries,
         quantize_embeddings(passages, "binary"),
@@ -121,17 +138,17 @@ def _rescored(evaluation: EvalSet, columns: Columns, ranges: Vectors) -> Quality
     return Quality(value=float(items.mean()), items=items)
 
 
-def _firsts(texts: tuple[str, ...]) -> list[int]:
-    """Return where each different text stands first."""
-    numbers: dict[str, int] = {}
-    for row, text in enumerate(texts):
-        numbers.setdefault(text, row)
+def firsts(items: tuple[Document, ...]) -> list[int]:
+    """Return where each different text or page stands first."""
+    numbers: dict[Document, int] = {}
+    for row, item in enumerate(items):
+        numbers.setdefault(item, row)
     return list(numbers.values())
 
 
-def _encode_unique(system: System, texts: tuple[str, ...], role: str | None) -> Vectors:
-    """Return the vectors of texts, each different text embedded once."""
-    numbers: dict[str, int] = {}
-    of = [numbers.setdefault(text, len(numbers)) for text in texts]
-    vectors: Vectors = system.encode(list(numbers), role=role)[of]
+def _unique(items: tuple[Document, ...], encode: Callable[[list[Any]], Vectors]) -> Vectors:
+    """Return the vectors of some items, each different one embedded once."""
+    numbers: dict[Document, int] = {}
+    of = [numbers.setdefault(item, len(numbers)) for item in items]
+    vectors: Vectors = encode(list(numbers))[of]
     return vectors

@@ -97,7 +97,8 @@ def multi_vectors_against(
 
 def _quality(system: MultiVectorSystem, evaluation: EvalSet) -> Quality:
     """nDCG@10 of the scores of all queries for all passages, or Spearman's correlation of those of the pairs."""
-    columns = (evaluation.first, evaluation.passages)
+    # no late-interaction bundle takes images, so a passage is a text
+    columns = (evaluation.first, tuple(map(str, evaluation.passages)))
     different = [list(dict.fromkeys(column)) for column in columns]
     first, second = (
         system.encode(texts, role=role)

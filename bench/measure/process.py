@@ -25,7 +25,8 @@ def measure_process(job: Mapping[str, Any], repeats: int = 3) -> dict[str, Any]:
     machine. Times are medians over the repeats, memory is the most of them.
 
     Args:
-        job: ``system`` (``"embedge"`` or ``"torch"``) and what ``child.py`` reads for it.
+        job: ``system`` (``"embedge"`` or ``"torch"``) and what ``child.py`` reads for it; with ``pages``, paths of
+            images, these are embedded in place of texts.
         repeats: child processes, one after the other.
 
     Returns:

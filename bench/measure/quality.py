@@ -1,4 +1,4 @@
-"""How well vectors do a task: nDCG@10, Spearman's correlation, and intervals of a difference.
+"""How well vectors do a task: nDCG at 10 or another depth, Spearman's correlation, and intervals of a difference.
 
 The 95 % intervals are paired: the same resampled rows for both systems. For Spearman the ranks are
 taken once, on all pairs, and the resampling is of ranks: exact enough for a comparison, and fast.
@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from embedge.bench.measure.texts import EvalSet
+from embedge.bench.measure.texts import Document, EvalSet
 from embedge.quant.fidelity import cosine_rows, spearman
 
 __all__ = [
     "Interval",
     "Quality",
     "compare",
-    "ndcg_at_10",
+    "gains_of",
+    "ndcg",
     "ndcg_of_order",
     "ndcg_of_scores",
     "quality",
@@ -38,8 +39,8 @@ class Quality:
     """What one system reaches on one set.
 
     Attributes:
-        value: mean nDCG@10, or Spearman's correlation; 0…1.
-        items: nDCG@10 of each query, or cosine of each pair, float64 ``[n]``.
+        value: mean nDCG, or Spearman's correlation; 0…1.
+        items: nDCG of each query, or cosine of each pair, float64 ``[n]``.
     """
 
     value: float
@@ -65,40 +66,44 @@ def truncated(vectors: NDArray[np.float32], dim: int, normalize: bool = True) ->
     return result
 
 
-def quality(evaluation: EvalSet, first: Floats, second: Floats) -> Quality:
-    """Return the quality of the vectors of a set's two columns, each float64 ``[n, dim]``."""
+def quality(evaluation: EvalSet, first: Floats, second: Floats, depth: int = 10) -> Quality:
+    """Return the quality of the vectors of a set's two columns, each float64 ``[n, dim]``; nDCG at ``depth``."""
     if evaluation.scores is not None:
         cosines = cosine_rows(first, second)
         return Quality(value=spearman(cosines, np.array(evaluation.scores)), items=cosines)
-    items = ndcg_at_10(evaluation, first, second)
+    items = ndcg(evaluation, first, second, depth)
     return Quality(value=float(items.mean()), items=items)
 
 
-def ndcg_at_10(evaluation: EvalSet, queries: Floats, passages: Floats) -> Floats:
-    """Return nDCG@10 of each different query over all different passages, float64 ``[queries]``.
+def ndcg(evaluation: EvalSet, queries: Floats, passages: Floats, depth: int = 10) -> Floats:
+    """Return nDCG of each different query over all different passages, float64 ``[queries]``.
 
     Args:
-        evaluation: the rows; equal texts count once.
+        evaluation: the rows; equal texts, and equal pages, count once.
         queries: float64 ``[rows, dim]``.
         passages: float64 ``[rows and others, dim]``.
+        depth: how many of the best count.
     """
     query_rows, _ = _unique(evaluation.first)
     passage_rows, _ = _unique(evaluation.passages)
-    return ndcg_of_scores(evaluation, queries[query_rows] @ passages[passage_rows].T)
+    return ndcg_of_scores(evaluation, queries[query_rows] @ passages[passage_rows].T, depth)
 
 
-def ndcg_of_scores(evaluation: EvalSet, scores: Floats) -> Floats:
-    """Return nDCG@10 of each different query, float64 ``[queries]``.
+def ndcg_of_scores(evaluation: EvalSet, scores: Floats, depth: int = 10) -> Floats:
+    """Return nDCG of each different query, float64 ``[queries]``.
 
     Args:
         evaluation: as for :func:`ndcg_of_order`.
         scores: float64 ``[queries, passages]``, of each different query and passage in order of appearance.
+        depth: how many of the best count.
     """
-    return ndcg_of_order(evaluation, [_best(row) for row in scores])
+    return ndcg_of_order(evaluation, [_best(row, depth) for row in scores], depth)
 
 
-def ndcg_of_order(evaluation: EvalSet, order: Iterable[NDArray[np.integer[Any]]]) -> Floats:
-    """Return nDCG@10 of each different query, float64 ``[queries]``.
+def ndcg_of_order(
+    evaluation: EvalSet, order: Iterable[NDArray[np.integer[Any]]], depth: int = 10
+) -> Floats:
+    """Return nDCG of each different query, float64 ``[queries]``.
 
     Source: Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002; gains are linear, as
     in trec_eval.
@@ -106,23 +111,30 @@ def ndcg_of_order(evaluation: EvalSet, order: Iterable[NDArray[np.integer[Any]]]
     Args:
         evaluation: the rows; every passage that some row gives for a query is relevant, with the row's gain or 1.
         order: for each different query the numbers of its best different passages, the best first.
+        depth: how many of the best count.
     """
-    _, query_of = _unique(evaluation.first)
-    _, passage_of = _unique(evaluation.passages)
-    gains: list[dict[int, float]] = [{} for _ in range(max(query_of) + 1)]
-    for row, query in enumerate(query_of):
-        gains[query][int(passage_of[row])] = evaluation.gains[row] if evaluation.gains else 1.0
-    discount = 1.0 / np.log2(np.arange(10) + 2.0)
+    gains = gains_of(evaluation)
+    discount = 1.0 / np.log2(np.arange(depth) + 2.0)
     items = []
     for its, best in zip(gains, order, strict=True):
-        found = [its.get(int(passage), 0.0) for passage in best[:10]]
-        ideal = sorted(its.values(), reverse=True)[:10]
+        found = [its.get(int(passage), 0.0) for passage in best[:depth]]
+        ideal = sorted(its.values(), reverse=True)[:depth]
         most = float(np.dot(ideal, discount[: len(ideal)]))
         items.append(float(np.dot(found, discount[: len(found)])) / most if most else 0.0)
     return np.array(items)
 
 
-def _best(scores: Floats, count: int = 10) -> NDArray[np.intp]:
+def gains_of(evaluation: EvalSet) -> list[dict[int, float]]:
+    """Return the relevant passages of each different query with their gains, both numbered in order of appearance."""
+    _, query_of = _unique(evaluation.first)
+    _, passage_of = _unique(evaluation.passages)
+    gains: list[dict[int, float]] = [{} for _ in range(max(query_of) + 1)]
+    for row, query in enumerate(query_of):
+        gains[query][int(passage_of[row])] = evaluation.gains[row] if evaluation.gains else 1.0
+    return gains
+
+
+def _best(scores: Floats, count: int) -> NDArray[np.intp]:
     """Return where the highest scores are, the highest first, the first of equal ones first."""
     if len(scores) <= count:
         return np.argsort(-scores, kind="stable")
@@ -168,9 +180,9 @@ def _centred_ranks(x: Floats) -> Floats:
     return centred
 
 
-def _unique(texts: tuple[str, ...]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the row of each different text's first appearance, and each row's text number."""
-    numbers: dict[str, int] = {}
+def _unique(texts: tuple[Document, ...]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the row of each different text's or page's first appearance, and each row's number."""
+    numbers: dict[Document, int] = {}
     of = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.intp)
     _, first = np.unique(of, return_index=True)
     return first.astype(np.intp), of

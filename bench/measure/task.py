@@ -19,18 +19,27 @@ from embedge.bench.measure.labelled import (
     format_qualities,
 )
 from embedge.bench.measure.latency import Times, alternate, percentiles, ratio
+from embedge.bench.measure.pages import (
+    DEPTHS,
+    align_columns,
+    budget_figures,
+    page_times,
+    token_qualities,
+)
 from embedge.bench.measure.quality import Quality, truncated
 from embedge.bench.measure.texts import EvalSet, Text
 from embedge.bench.options import Profile, Shape
 from embedge.bench.systems.reference import Reference
-from embedge.bench.systems.system import EmbedgeSystem, System, TorchSystem
+from embedge.bench.systems.system import EmbedgeSystem, PageSystem, System, TorchSystem
 from embedge.bench.systems.tokens import TextTokens
+from embedge.runtime.scoring.quantization import ranges_of
 
 __all__ = [
     "TORCH_FP32",
     "TaskData",
     "TaskVectors",
     "add_mixed",
+    "image_figures",
     "latency",
     "reference_vectors",
     "single_texts",
@@ -51,12 +60,21 @@ class TaskData:
         evaluations: labelled sets, the main one first.
         dims: dimensions to cut at, the full one included.
         normalize: whether a cut vector is scaled back to length 1.
+        budgets: most pixels of a page, the source's own first; empty where nothing takes images.
+        multi_vectors: whether pages are searched by a vector a token too.
     """
 
     texts: Sequence[Text]
     evaluations: Sequence[EvalSet] = ()
     dims: Sequence[int]
     normalize: bool = True
+    budgets: Sequence[int] = ()
+    multi_vectors: bool = False
+
+    @property
+    def pages(self) -> EvalSet | None:
+        """The main set of page images."""
+        return next((one for one in self.evaluations if one.modality == "image"), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +85,13 @@ class TaskVectors:
         texts: float32 ``[texts, dim]``.
         columns: the vectors of a set's two columns, by evaluation set.
         qualities: by evaluation set and dimension.
+        tokens: of multi-vectors, by set of pages and depth.
     """
 
     texts: Vectors
     columns: dict[str, Columns] = field(default_factory=dict)
     qualities: dict[tuple[str, int], Quality] = field(default_factory=dict)
+    tokens: dict[str, dict[int, Quality]] = field(default_factory=dict)
 
 
 def task_vectors(system: System, data: TaskData) -> TaskVectors:
@@ -83,7 +103,12 @@ def task_vectors(system: System, data: TaskData) -> TaskVectors:
         for one in data.evaluations
         for dim in data.dims
     }
-    return TaskVectors(texts=texts, columns=columns, qualities=qualities)
+    tokens = {
+        one.name: token_qualities(system, one)
+        for one in data.evaluations
+        if one.modality == "image" and data.multi_vectors and isinstance(system, PageSystem)
+    }
+    return TaskVectors(texts=texts, columns=columns, qualities=qualities, tokens=tokens)
 
 
 def reference_vectors(reference: Reference, data: TaskData) -> TaskVectors:
@@ -110,9 +135,12 @@ def vectors_against(
             dims[str(dim)] = against(evaluation, ours.qualities[key], reference.qualities[key])
         figures["quality"][evaluation.name] = {
             "metric": evaluation.metric,
+            "modality": evaluation.modality,
             "items": len(ours.qualities[evaluation.name, data.dims[0]].items),
             "dims": dims,
         }
+        if evaluation.modality == "image":
+            figures["quality"][evaluation.name] |= _page_figures(evaluation, data, ours, reference)
         if isinstance(system, EmbedgeSystem):
             formats = _formats(system, evaluation, data, ours, reference)
             figures["quality"][evaluation.name]["formats"] = formats
@@ -162,12 +190,94 @@ def _formats(
     formats: dict[str, dict[str, Figures]] = {}
     for dim in data.dims:
         columns = ours.columns[evaluation.name].cut(dim, data.normalize)
-        calibration = truncated(ours.texts, dim, data.normalize).astype(np.float32)
-        found = format_qualities(evaluation, columns, system.output_ranges(dim, calibration))
+        found = format_qualities(
+            evaluation, columns, _ranges(system, evaluation, data, ours, columns)
+        )
         found = {"float32": ours.qualities[evaluation.name, dim], **found}
         for name, quality in found.items():
             formats.setdefault(name, {})[str(dim)] = against(evaluation, quality, whole)
     return formats
+
+
+def _ranges(
+    system: EmbedgeSystem, evaluation: EvalSet, data: TaskData, ours: TaskVectors, columns: Columns
+) -> Vectors:
+    """Return the ranges of 8-bit codes: of a set's pages, where it has some; a bundle's own are of texts."""
+    if evaluation.modality == "image":
+        return ranges_of(columns.second)
+    dim = columns.second.shape[1]
+    texts = truncated(ours.texts, dim, data.normalize).astype(np.float32)
+    return system.output_ranges(dim, texts)
+
+
+def _page_figures(
+    evaluation: EvalSet, data: TaskData, ours: TaskVectors, reference: TaskVectors
+) -> Figures:
+    """Return what is measured of pages alone: nDCG@5, multi-vectors, alignment before and after quantization."""
+    name = evaluation.name
+    figures: Figures = {"pages": len(set(evaluation.passages))}
+    figures["ndcg@5"] = {
+        str(dim): against(
+            evaluation,
+            column_quality(evaluation, ours.columns[name], dim, data.normalize, 5),
+            column_quality(evaluation, reference.columns[name], dim, data.normalize, 5),
+        )
+        for dim in data.dims
+    }
+    figures["alignment"] = {
+        "value": align_columns(evaluation, ours.columns[name]),
+        "reference": align_columns(evaluation, reference.columns[name]),
+    }
+    if name in ours.tokens:
+        figures["multi_vector"] = {
+            f"ndcg@{depth}": against(
+                evaluation, ours.tokens[name][depth], reference.tokens[name][depth]
+            )
+            for depth in DEPTHS
+        }
+    return figures
+
+
+def image_figures(
+    systems: Sequence[System],
+    vectors: Mapping[str, TaskVectors],
+    data: TaskData,
+    reference: TaskVectors,
+    profile: Profile,
+    *,
+    timed: bool,
+) -> dict[str, dict[str, Figures]]:
+    """Return by system what each image budget costs and keeps, by the budget as a string.
+
+    Args:
+        systems: all that are compared.
+        vectors: of the bundle's precisions.
+        data: the task's, with a set of pages.
+        reference: the yardstick's.
+        profile: pages to time.
+        timed: whether pages are timed.
+    """
+    pages = data.pages
+    if pages is None:
+        return {}
+    columns = reference.columns[pages.name]
+    whole = {
+        depth: column_quality(pages, columns, data.dims[0], data.normalize, depth)
+        for depth in DEPTHS
+    }
+    able = [system for system in systems if isinstance(system, PageSystem)]
+    found: dict[str, dict[str, Figures]] = {system.name: {} for system in able}
+    for system in able:
+        if system.precision is not None:
+            own = vectors[system.precision].columns[pages.name]
+            found[system.name] = budget_figures(
+                system, pages, own, whole, data.budgets, data.normalize
+            )
+    if timed and profile.pages:
+        for name, budgets in page_times(able, pages, data.budgets, profile.pages).items():
+            for budget, times in budgets.items():
+                found[name][budget] = found[name].get(budget, {}) | times
+    return found
 
 
 def latency(

@@ -11,8 +11,9 @@ import numpy as np
 
 from embedge.bench.errors import BenchError
 
-__all__ = ["EvalSet", "Text", "default_texts", "limited", "read_texts", "subset"]
+__all__ = ["Document", "EvalSet", "Text", "default_texts", "limited", "read_texts", "subset"]
 
+Document = str | bytes | Path  # a text, the bytes of an image file, or the path of one
 _TEXTS = Path(__file__).with_name("data") / "texts.jsonl"
 
 
@@ -26,12 +27,12 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """A labelled set.
+    """A labelled set, of texts alone or of queries and page images.
 
     Attributes:
         name: the file's name without its ending.
         first: queries, or the first texts of pairs, ``[n]``.
-        second: their passages, or the second texts, ``[n]``.
+        second: their passages or pages, or the second texts, ``[n]``.
         scores: graded similarity of each pair; ``None`` for queries and passages.
         gains: how relevant each row's passage is; ``None``: 1 each.
         others: passages of the corpus that belong to no row.
@@ -39,15 +40,20 @@ class EvalSet:
 
     name: str
     first: tuple[str, ...]
-    second: tuple[str, ...]
+    second: tuple[Document, ...]
     scores: tuple[float, ...] | None = None
     gains: tuple[float, ...] | None = None
-    others: tuple[str, ...] = ()
+    others: tuple[Document, ...] = ()
 
     @property
-    def passages(self) -> tuple[str, ...]:
-        """The second texts and the others."""
+    def passages(self) -> tuple[Document, ...]:
+        """The second texts or pages, and the others."""
         return self.second + self.others
+
+    @property
+    def modality(self) -> str:
+        """What is searched: ``"text"``, or ``"image"`` for pages."""
+        return "text" if isinstance(self.second[0], str) else "image"
 
     @property
     def metric(self) -> str:

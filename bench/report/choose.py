@@ -3,6 +3,7 @@
 Rules:
     * A figure is compared with a margin, so that a second measurement keeps the limit too: 10 % of times, 3 % of
       memory. Sizes are exact. Quality is the lower end of its interval.
+    * Texts and pages are chosen apart: the modality is text unless pages alone have quality, or as it is asked for.
     * Several tasks together: the least quality, the longest times, the memory and the files of all.
     * What was not measured meets no limit.
     * Of those that meet all limits the best is taken: by quality, or by latency where the quality has a limit, or
@@ -19,7 +20,17 @@ from embedge.bench.errors import BenchArgumentError
 from embedge.bench.report.configurations import FLOAT32, Configuration, configurations
 from embedge.bench.report.report import Report
 
-__all__ = ["LIMITS", "PREFERENCES", "Candidate", "Choice", "Kept", "Limit", "candidates", "choose"]
+__all__ = [
+    "LIMITS",
+    "PREFERENCES",
+    "Candidate",
+    "Choice",
+    "Kept",
+    "Limit",
+    "candidates",
+    "choose",
+    "modality_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +43,12 @@ class Candidate:
         precision: of the graphs.
         dim: to which vectors are cut.
         output_format: of the stored vectors.
+        modality: ``"text"`` or ``"image"``.
+        max_pixels: to which pages are scaled down, ``None`` for texts.
         searches: whether the first task was measured with queries and documents, not with pairs.
         share: least share of the reference's quality, 0…1.
         quality: lower end of its 95 % interval.
-        latency: 95th percentile of single texts, milliseconds.
+        latency: 95th percentile of single texts or pages, milliseconds.
         throughput: texts a second.
         start: to the first vector, milliseconds.
         memory: peak bytes.
@@ -48,6 +61,8 @@ class Candidate:
     precision: str
     dim: int
     output_format: str
+    modality: str
+    max_pixels: int | None
     searches: bool
     share: float | None
     quality: float | None
@@ -62,7 +77,8 @@ class Candidate:
     def name(self) -> str:
         """``"int8, 256 dimensions"``, with the vectors' format unless it is float32."""
         vectors = "" if self.output_format == FLOAT32 else f", {self.output_format} vectors"
-        return f"{self.precision}, {self.dim} dimensions{vectors}"
+        pages = "" if self.max_pixels is None else f", pages of at most {self.max_pixels:,} pixels"
+        return f"{self.precision}, {self.dim} dimensions{vectors}{pages}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
@@ -212,6 +228,7 @@ def choose(
     *,
     tasks: Sequence[str] | None = None,
     prefer: str | None = None,
+    modality: str | None = None,
 ) -> Choice:
     """Return the best configuration under limits.
 
@@ -220,16 +237,18 @@ def choose(
         bounds: by the figure of :data:`LIMITS`: bytes, milliseconds, texts a second, share of quality.
         tasks: what it has to serve; ``None``: all of the reports.
         prefer: one of :data:`PREFERENCES`; ``None``: quality, or latency where quality has a limit.
+        modality: ``"text"``, ``"image"``, or ``None``: as :func:`modality_of` says.
 
     Raises:
-        BenchArgumentError: no limit, an unknown task, two reports of one bundle, or of different machines.
+        BenchArgumentError: no limit, an unknown task, a modality that was not measured, two reports of one bundle,
+            or of different machines.
     """
     _check_reports(reports)
     if not bounds:
         raise BenchArgumentError(
             f"choose needs a limit; expected one of {', '.join(limit.option for limit in LIMITS)}"
         )
-    found = candidates(reports, tasks)
+    found = candidates(reports, tasks, modality)
     limits = [(limit, bounds[limit.figure]) for limit in LIMITS if limit.figure in bounds]
     preferred = prefer or ("latency" if "quality" in bounds else "quality")
     fitting = [c for c in found if all(_meets(limit, bound, c) for limit, bound in limits)]
@@ -265,13 +284,28 @@ def _check_reports(reports: Sequence[Report]) -> None:
         )
 
 
-def candidates(reports: Sequence[Report], tasks: Sequence[str] | None) -> list[Candidate]:
-    """Return every configuration that serves some tasks, ``None``: all of the reports.
+def modality_of(reports: Sequence[Report]) -> str:
+    """Return what a choice is of where nothing is said: pages if they alone have quality, else texts."""
+    found = configurations(reports)
+    measured = {c.modality for c in found if c.share is not None}
+    return "image" if measured == {"image"} else "text"
+
+
+def candidates(
+    reports: Sequence[Report], tasks: Sequence[str] | None, modality: str | None = None
+) -> list[Candidate]:
+    """Return every configuration of a modality that serves some tasks, ``None``: all of the reports.
 
     Raises:
-        BenchArgumentError: a task that no report has.
+        BenchArgumentError: a task that no report has, or a modality.
     """
-    found = configurations(reports)
+    kind = modality_of(reports) if modality is None else modality
+    found = [c for c in configurations(reports) if c.modality == kind]
+    if not found:
+        raise BenchArgumentError(
+            f"--modality {kind}: the report has none of it; run `embedge bench` with --eval TASK=PATH of queries and "
+            "page images"
+        )
     known = list(dict.fromkeys(c.task for c in found))
     unknown = [task for task in tasks or () if task not in known]
     if unknown:
@@ -279,10 +313,11 @@ def candidates(reports: Sequence[Report], tasks: Sequence[str] | None) -> list[C
             f"--task {' '.join(unknown)}: not in the report, which has {', '.join(known) or 'none'}"
         )
     wanted = known if tasks is None else list(dict.fromkeys(tasks))
-    groups: dict[tuple[str, str, int, str], list[Configuration]] = {}
+    groups: dict[tuple[str, str, int, str, int | None], list[Configuration]] = {}
     for c in found:
         if c.task in wanted:
-            groups.setdefault((c.bundle, c.precision, c.dim, c.output_format), []).append(c)
+            key = (c.bundle, c.precision, c.dim, c.output_format, c.max_pixels)
+            groups.setdefault(key, []).append(c)
     return [
         _together(parts, everything=len(wanted) > 1)
         for parts in groups.values()
@@ -300,6 +335,8 @@ def _together(parts: Sequence[Configuration], everything: bool) -> Candidate:
         precision=first.precision,
         dim=first.dim,
         output_format=first.output_format,
+        modality=first.modality,
+        max_pixels=first.max_pixels,
         searches=first.metric == "ndcg@10",
         share=_worst(parts, "share", min),
         quality=_worst(parts, "share_low", min),

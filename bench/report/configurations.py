@@ -5,8 +5,11 @@ Rules:
       float32; the share's ends are those of the difference's 95 % interval.
     * Costs are what a limit is compared with: the 95th percentile of single texts, the throughput of the slower
       batches, the peak of memory, the longest start.
+    * What takes images has points of texts and points of pages, each by the main set of its kind. A page's latency
+      is of one page, its budget ``max_pixels``; other budgets than the source's are at the full dimension, float32.
     * A task that was not timed has the times of the first that was: its graph differs in its numbers alone.
-    * A point lies on the Pareto front of its task if no other is as good in everything and better in something.
+    * A point lies on the Pareto front of its task and modality if no other is as good in everything and better in
+      something.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ class Configuration:
         precision: of the graph.
         dim: to which vectors are cut.
         output_format: of the stored vectors.
+        modality: what is embedded and searched, ``"text"`` or ``"image"``.
+        max_pixels: to which pages are scaled down, ``None`` for texts.
+        page_tokens: mean tokens of a page, ``None`` for texts.
         quality_set: name of the labelled set.
         metric: ``"ndcg@10"`` or ``"spearman"``.
         quality: value on the set, 0…1.
@@ -44,7 +50,7 @@ class Configuration:
         share: of the reference's quality.
         share_low: lower end of its 95 % interval.
         share_high: upper end.
-        latency_p50_ms: median of single texts, milliseconds.
+        latency_p50_ms: median of single texts or pages, milliseconds.
         latency_p95_ms: their 95th percentile.
         texts_per_s: of batches of :attr:`throughput_shape`, by the 95th percentile of their times.
         throughput_shape: texts x tokens.
@@ -54,7 +60,7 @@ class Configuration:
         all_tasks_memory_bytes: peak of a process that does so with every task.
         disk_bytes: graph, weights, tokenizer and manifest of this task alone.
         all_tasks_disk_bytes: those of all tasks at this precision.
-        index_bytes: vectors of a million texts.
+        index_bytes: vectors of a million texts or pages.
         pareto: whether it lies on its task's front.
     """
 
@@ -64,6 +70,9 @@ class Configuration:
     precision: str
     dim: int
     output_format: str = FLOAT32
+    modality: str = "text"
+    max_pixels: int | None = None
+    page_tokens: float | None = None
     quality_set: str | None = None
     metric: str | None = None
     quality: float | None = None
@@ -109,9 +118,10 @@ def index_bytes(dim: int, output_format: str, vectors: int = _MILLION) -> int:
 def _of_report(report: Report) -> Iterator[Configuration]:
     own = [row for row in report.rows if row.precision is not None]
     for row in own:
+        yield from _pages(report, row, own)
         for dim in sorted(map(int, row.fidelity), reverse=True):
             base = _costs(report, row, own, dim)
-            for output_format, at in _qualities(row, dim):
+            for output_format, at in _qualities(_main_set(row, "text"), dim):
                 size = (
                     index_bytes(dim, output_format)
                     if not report.settings.get("late_interaction")
@@ -163,12 +173,62 @@ def _tokens(shape: str) -> int:
     return int(batch) * int(tokens)
 
 
-def _qualities(row: Row, dim: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _main_set(row: Row, modality: str) -> tuple[str, dict[str, Any]] | None:
+    """Return the name and figures of a row's first set of a modality."""
+    sets = row.quality.items()
+    return next((one for one in sets if one[1].get("modality", "text") == modality), None)
+
+
+def _pages(report: Report, row: Row, rows: Sequence[Row]) -> Iterator[Configuration]:
+    """Yield the configurations of pages: at the source's budget as texts have them, and at each other budget."""
+    measured = _main_set(row, "image")
+    if measured is None or not row.images:
+        return
+    for number, (budget, figures) in enumerate(row.images.items()):
+        for dim in sorted(map(int, row.fidelity), reverse=True)[: 1 if number else None]:
+            base = _page_costs(report, row, rows, dim, budget)
+            found: Iterable[tuple[str, dict[str, Any]]] = _qualities(measured, dim)
+            if number:
+                fields = {"quality_set": measured[0], "metric": measured[1]["metric"]}
+                at = figures["quality"][measured[1]["metric"]]
+                found = [(FLOAT32, fields | _shares(at))]
+            for output_format, its in found:
+                size = index_bytes(dim, output_format)
+                yield replace(base, output_format=output_format, index_bytes=size, **its)
+
+
+def _page_costs(
+    report: Report, row: Row, rows: Sequence[Row], dim: int, budget: str
+) -> Configuration:
+    """Return a row's costs with those of pages in place of those of texts."""
+    measured = [r for r in (row, *rows) if "p95_ms" in r.images.get(budget, {})]
+    timed = next((r for r in measured if r.system == row.system), None)
+    times = timed.images[budget] if timed is not None else {}
+    process = report.process.get(row.system, {}).get("pages", {})
+    return replace(
+        _costs(report, row, rows, dim),
+        modality="image",
+        max_pixels=int(budget),
+        page_tokens=row.images[budget].get("tokens"),
+        latency_p50_ms=times.get("p50_ms"),
+        latency_p95_ms=times.get("p95_ms"),
+        texts_per_s=None,
+        throughput_shape=None,
+        timed_on=timed.task if timed is not None else None,
+        cold_start_ms=process.get("first_vector_longest_ms"),
+        memory_bytes=process.get("after_first_task", {}).get("peak"),
+        all_tasks_memory_bytes=process.get("after_batches", {}).get("peak"),
+    )
+
+
+def _qualities(
+    measured: tuple[str, dict[str, Any]] | None, dim: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each output format with the fields of its quality; none where nothing was labelled."""
-    if not row.quality:
+    if measured is None:
         yield FLOAT32, {}
         return
-    name, figures = next(iter(row.quality.items()))
+    name, figures = measured
     full = max(figures["dims"], key=int)
     formats = figures.get("formats") or {FLOAT32: {full: figures["dims"][full]}}
     for output_format, dims in formats.items():
@@ -185,8 +245,9 @@ def _shares(at: dict[str, float]) -> dict[str, float | None]:
 
 
 def _with_fronts(found: Sequence[Configuration]) -> list[Configuration]:
-    fronts = {task: _front(c for c in found if c.task == task) for task in {c.task for c in found}}
-    return [replace(c, pareto=c in fronts[c.task]) for c in found]
+    kinds = {(c.task, c.modality) for c in found}
+    fronts = {kind: _front(c for c in found if (c.task, c.modality) == kind) for kind in kinds}
+    return [replace(c, pareto=c in fronts[c.task, c.modality]) for c in found]
 
 
 def _front(candidates: Iterable[Configuration]) -> set[Configuration]:

@@ -11,7 +11,7 @@ from embedge.bench.errors import BenchError
 
 __all__ = ["REPORT_VERSION", "Report", "Row"]
 
-REPORT_VERSION = "1.1"
+REPORT_VERSION = "1.2"
 Figures = dict[str, Any]
 
 
@@ -30,8 +30,9 @@ class Row:
             ``times_of_torch_fp32`` (how many times as fast) by shape.
         fidelity: measures against the reference by dimension.
         fidelity_by_kind: cosines at full dimension by kind of text.
-        quality: by evaluation file: ``metric``, ``items``, ``dims`` → value, reference, difference,
-            low, high. All are 0…1.
+        quality: by evaluation file: ``metric``, ``modality``, ``items``, ``dims`` → value, reference, difference,
+            low, high. All are 0…1. Of pages ``ndcg@5``, ``alignment`` and ``multi_vector`` too.
+        images: of pages by ``max_pixels``: ``tokens`` a page, ``p50_ms``, ``p95_ms`` of one page, ``quality``.
         invariance: how much a vector depends on its batch.
     """
 
@@ -46,6 +47,7 @@ class Row:
     fidelity_by_kind: dict[str, Figures] = field(default_factory=dict)
     quality: dict[str, Figures] = field(default_factory=dict)
     invariance: Figures = field(default_factory=dict)
+    images: dict[str, Figures] = field(default_factory=dict)
 
     @property
     def full_fidelity(self) -> Figures:

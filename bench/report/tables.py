@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from embedge.bench.report.report import Report, Row
 
 __all__ = [
     "Table",
+    "alignment_table",
+    "budget_table",
     "comparison_table",
     "dimension_table",
     "kind_table",
     "main_table",
+    "page_table",
     "process_table",
     "shape_table",
 ]
@@ -163,6 +167,81 @@ def kind_table(rows: Sequence[Row]) -> Table:
             )
         lines.append((row.task, row.system, *cells))
     return Table(header, tuple(lines))
+
+
+def page_table(rows: Sequence[Row]) -> Table:
+    """Return nDCG@5 and @10 of each set of pages, by one vector a page and by one a token."""
+    header = (
+        *("task", "system", "set", "vectors", "nDCG@5", "difference (95 % interval)"),
+        *("nDCG@10", "difference (95 % interval)"),
+    )
+    lines = []
+    for row in rows:
+        for name, figures in _page_sets(row):
+            full = max(figures["dims"], key=int)
+            single = {"ndcg@5": figures["ndcg@5"][full], "ndcg@10": figures["dims"][full]}
+            label = f"{name} ({figures['items']} queries, {figures['pages']} pages)"
+            multi = figures.get("multi_vector")
+            for kind, at in (("one a page", single), ("one a token", multi)):
+                if at:
+                    lines.append((row.task, row.system, label, kind, *_depths(at)))
+    return Table(header, tuple(lines), labels=4)
+
+
+def budget_table(rows: Sequence[Row]) -> Table:
+    """Return what each image budget costs and keeps."""
+    header = (
+        *("task", "system", "max_pixels", "tokens", "1 page p50/p95 ms"),
+        *("nDCG@5", "difference (95 % interval)", "nDCG@10", "difference (95 % interval)"),
+    )
+    lines = []
+    for row in rows:
+        for budget, at in row.images.items():
+            times = f"{at['p50_ms']:.0f} / {at['p95_ms']:.0f}" if "p95_ms" in at else _MISSING
+            tokens = _number(at.get("tokens"), 0)
+            quality = _depths(at["quality"]) if "quality" in at else (_MISSING,) * 4
+            lines.append((row.task, row.system, budget, tokens, times, *quality))
+    return Table(header, tuple(lines))
+
+
+def alignment_table(rows: Sequence[Row]) -> Table:
+    """Return mean cosines of pairs within and across texts and images, and the gap; the reference's first."""
+    keys = (
+        *("matched", "mismatched", "texts_matched", "texts_mismatched"),
+        *("images_matched", "images_mismatched", "gap"),
+    )
+    header = (
+        *("task", "system", "set", "text and image, matched", "mismatched"),
+        *("two texts, matched", "mismatched", "two images, matched", "mismatched", "gap"),
+    )
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        if row.role == "torch":
+            continue
+        for name, figures in _page_sets(row):
+            found = figures["alignment"]
+            before = (
+                row.task,
+                "unquantized",
+                name,
+                *(_number(found["reference"][k], 4) for k in keys),
+            )
+            if before not in lines:
+                lines.append(before)
+            lines.append(
+                (row.task, row.system, name, *(_number(found["value"][k], 4) for k in keys))
+            )
+    return Table(header, tuple(lines), labels=3)
+
+
+def _page_sets(row: Row) -> list[tuple[str, dict[str, Any]]]:
+    sets = row.quality.items()
+    return [(name, at) for name, at in sets if at.get("modality") == "image"]
+
+
+def _depths(at: dict[str, Any]) -> tuple[str, ...]:
+    cells = ((_points(at[k]["value"]), interval(at[k])) for k in ("ndcg@5", "ndcg@10"))
+    return tuple(cell for pair in cells for cell in pair)
 
 
 def process_table(report: Report) -> Table:

@@ -11,10 +11,13 @@ from embedge.bench.report.html_page import html_page, page_data
 from embedge.bench.report.plot import plot
 from embedge.bench.report.report import REPORT_VERSION, Report
 from embedge.bench.report.tables import (
+    alignment_table,
+    budget_table,
     comparison_table,
     dimension_table,
     kind_table,
     main_table,
+    page_table,
     process_table,
     shape_table,
 )
@@ -37,6 +40,16 @@ each round, after a pause. "/ embedge …": its time over embedge's in the same 
 is faster than embedge. A peer is timed up to its hidden states, embedge and torch to the finished vector.
 Fidelity is to the unquantized model in torch fp32: cosine, rank correlation of the similarities of all
 pairs of texts, and how many of the ten nearest texts are the same."""
+
+
+HOW_TO_READ_PAGES = """\
+nDCG in points, of page images that questions ask for; by one vector a page, and by one a token with MaxSim. A budget
+is the pixels that larger pages are scaled down to; its quality is compared with the unquantized model's at the
+source's own budget. One page is timed alone, from the bytes of its file to its vector."""
+
+HOW_TO_READ_ALIGNMENT = """\
+Mean cosines of texts and images that belong together and that do not; two texts match where an image matches both.
+gap: the distance of the mean text and the mean image, both of vectors of length 1."""
 
 
 def write_report(report: Report, out: Path, checks: Sequence[str] = ()) -> list[Path]:
@@ -95,6 +108,11 @@ def markdown(report: Report, checks: Sequence[str] = ()) -> str:
         parts += ["## Batch x tokens", shape_table(report.rows).markdown()]
         parts += ["## Side by side", HOW_TO_COMPARE, comparison_table(report.rows).markdown()]
     parts += ["## At every dimension", dimension_table(report.rows).markdown()]
+    if any(row.images for row in report.rows):
+        parts += ["## Page images", HOW_TO_READ_PAGES, page_table(report.rows).markdown()]
+        parts += [budget_table(report.rows).markdown()]
+        parts += ["## Texts beside images", HOW_TO_READ_ALIGNMENT]
+        parts += [alignment_table(report.rows).markdown()]
     parts += ["## By kind of text: cosine mean / min", kind_table(report.rows).markdown()]
     if report.process:
         parts += [

@@ -39,6 +39,7 @@ class Reference:
         *,
         merged: bool = False,
         device: str = "cpu",
+        task: str | None = None,
     ) -> None:
         """Load the model.
 
@@ -53,6 +54,7 @@ class Reference:
             merged: add the adapter to the weights.
             device: torch's name of what runs it, ``"cpu"`` or ``"cuda"``; float32 products stay
                 float32 there, without TF32.
+            task: whose tensors count where an adapter's file holds those of several tasks.
 
         Raises:
             BenchError: the files ask for something the reference does not do, or the adapter has
@@ -61,9 +63,9 @@ class Reference:
         if threads is not None:
             torch.set_num_threads(threads)
         base = source if isinstance(source, Source) else read_source(source, pooling)
-        self.source = source_of_task(base, adapter)
+        self.source = source_of_task(base, adapter, task)
         self.tokens = TextTokens(self.source)
-        model = load_backbone(self.source.transformer, adapter, self.source.base_quantization)
+        model = load_backbone(self.source.transformer, adapter, self.source.base_quantization, task)
         if merged and adapter is not None:
             model = merge(model)
         self._device = torch.device(device)

@@ -20,6 +20,7 @@ from embedge.runtime.bundle.manifest import BaseQuantization
 __all__ = [
     "DenseModule",
     "Source",
+    "is_jina_v4",
     "model_folder",
     "read_multi_vector_source",
     "read_source",
@@ -149,16 +150,19 @@ def read_multi_vector_source(source: str | Path) -> Source:
     return Source(path=path, transformer=path / inner, pooling="none")
 
 
-def source_of_task(source: Source, adapter: str | Path | None) -> Source:
-    """The source as an adapter's folder has it, where sentence-transformers saved modules beside the adapter.
+def source_of_task(source: Source, adapter: str | Path | None, task: str | None = None) -> Source:
+    """The source as a task has it: with the modules that sentence-transformers saved beside its adapter.
 
     Args:
         source: the base model.
         adapter: the folder of ``adapter_config.json``; ``None`` is the bare model.
+        task: whose it is; jina-embeddings-v4 has passages of text-matching under a query's prompt.
 
     Raises:
         BenchError: the folder's files ask for something the reference does not do.
     """
+    if task == "text-matching" and is_jina_v4(source.transformer):
+        return replace(source, prompts=dict.fromkeys(source.prompts, "Query: "))
     if adapter is None or not (Path(adapter) / "modules.json").is_file():
         return source
     own = _source(Path(adapter), None)
@@ -179,6 +183,8 @@ def _source(path: Path, pooling: str | None) -> Source:
         file = path / kinds["Pooling"] / "config.json"
         pooling = pooling or _pooling(file)
         include_prompt = _read(file).get("include_prompt", True) is not False
+    if is_jina_v4(transformer):
+        return _jina_v4_source(path, transformer, pooling)
     own = _own_rule(transformer, modules)
     if own is not None:
         pooling = pooling or own
@@ -200,6 +206,28 @@ def _source(path: Path, pooling: str | None) -> Source:
         prompts={name: text or "" for name, text in (settings.get("prompts") or {}).items()},
         default_prompt_name=settings.get("default_prompt_name"),
         include_prompt=include_prompt,
+    )
+
+
+def is_jina_v4(transformer: Path) -> bool:
+    """Return whether a folder has jina-embeddings-v4's config.json, which names no model_type."""
+    config = _read(transformer / "config.json", default={})
+    return "JinaEmbeddingsV4Model" in (config.get("architectures") or ())
+
+
+def _jina_v4_source(path: Path, transformer: Path, pooling: str | None) -> Source:
+    """The rules that jina-embeddings-v4's own code has: means of length 1, a query's prompt where none is named."""
+    strategy = _read(transformer / "config.json").get("single_vector_pool_strategy", "mean")
+    if "mean" not in (pooling or strategy):
+        raise BenchError(f"{path}: the pooling is {pooling or strategy}; expected mean")
+    return Source(
+        path=path,
+        transformer=transformer,
+        pooling="mean",
+        normalize=True,
+        max_length=32768,
+        prompts={"query": "Query: ", "passage": "Passage: "},
+        default_prompt_name="query",
     )
 
 

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.bench.errors import BenchError
+from embedge.bench.measure.texts import Document
+from embedge.bench.systems.page_reference import PageReference
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.tokens import Ids
 from embedge.runtime import Embedder
 from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.images.layout import image_tokens
+from embedge.runtime.images.load import load_image
+from embedge.runtime.images.patches import ImageProcessor
 from embedge.runtime.scoring.quantization import ranges_of
 
-__all__ = ["EmbedgeSystem", "System", "TorchSystem"]
+__all__ = ["EmbedgeSystem", "PageSystem", "System", "TorchSystem"]
 
 Vectors = NDArray[np.float32]
 
@@ -49,6 +55,26 @@ class System(Protocol):
         """Return float32 ``[n, dim]``; ``role`` is ``"query"``, ``"document"`` or ``None``."""
 
 
+@runtime_checkable
+class PageSystem(System, Protocol):
+    """A system that embeds images too, as one vector or as one a token."""
+
+    def encode_images(self, images: Sequence[Document], max_pixels: int | None = None) -> Vectors:
+        """Return float32 ``[n, dim]``; images of more than ``max_pixels`` are scaled down, ``None``: as the source."""
+
+    def token_vectors(self, texts: Sequence[str], role: str | None = None) -> Sequence[Vectors]:
+        """Return float32 ``[tokens, width]`` a text."""
+
+    def image_token_vectors(self, images: Sequence[Document]) -> Sequence[Vectors]:
+        """Return float32 ``[tokens, width]`` an image."""
+
+    def token_scores(self, queries: Sequence[Vectors], pages: Sequence[Vectors]) -> Vectors:
+        """Return MaxSim of each query and page, float32 ``[queries, pages]``."""
+
+    def page_tokens(self, image: Document, max_pixels: int | None = None) -> int:
+        """Return how many tokens an image is."""
+
+
 class TorchSystem:
     """The source in torch with the adapter merged: what torch users would run."""
 
@@ -69,6 +95,34 @@ class TorchSystem:
         """Return float32 ``[n, dim]``."""
         return self._reference.encode(texts, batch_size, self._reference.source.prompt(role))
 
+    @property
+    def _pages(self) -> PageReference:
+        if not isinstance(self._reference, PageReference):
+            raise BenchError(
+                f"{self.name}: has no vision tower; expected a model that takes images"
+            )
+        return self._reference
+
+    def encode_images(self, images: Sequence[Document], max_pixels: int | None = None) -> Vectors:
+        """Return float32 ``[n, dim]``."""
+        return self._pages.encode_images(images, max_pixels)
+
+    def token_vectors(self, texts: Sequence[str], role: str | None = None) -> Sequence[Vectors]:
+        """Return float32 ``[tokens, width]`` a text."""
+        return self._pages.token_vectors(texts, role)
+
+    def image_token_vectors(self, images: Sequence[Document]) -> Sequence[Vectors]:
+        """Return float32 ``[tokens, width]`` an image."""
+        return self._pages.image_token_vectors(images)
+
+    def token_scores(self, queries: Sequence[Vectors], pages: Sequence[Vectors]) -> Vectors:
+        """Return MaxSim of each query and page, float32 ``[queries, pages]``."""
+        return self._pages.token_scores(queries, pages)
+
+    def page_tokens(self, image: Document, max_pixels: int | None = None) -> int:
+        """Return how many tokens an image is."""
+        return self._pages.page_tokens(image, max_pixels)
+
 
 class EmbedgeSystem:
     """A task of a bundle at one precision, through the runtime."""
@@ -83,6 +137,7 @@ class EmbedgeSystem:
         self.bytes_on_disk: int | None = opened.disk_bytes(precision, task)
         self._task = task
         self._dim = opened.manifest.model.dim
+        self._image = opened.manifest.model.image
         self._stored_ranges = opened.manifest.tasks[task].output_ranges
         self._model = Embedder(bundle, precision=precision, device=device, threads=threads)
 
@@ -110,6 +165,37 @@ class EmbedgeSystem:
             on_truncate="ignore",
         )
         return vectors
+
+    def encode_images(self, images: Sequence[Document], max_pixels: int | None = None) -> Vectors:
+        """Return float32 ``[n, dim]``."""
+        return self._model.encode_image(
+            list(images), task=self._task, truncate_dim=self._dim, max_pixels=max_pixels
+        )
+
+    def token_vectors(self, texts: Sequence[str], role: str | None = None) -> Sequence[Vectors]:
+        """Return float32 ``[tokens, width]`` a text."""
+        call = {"query": self._model.encode_query, "document": self._model.encode_document}
+        encode: Any = self._model.encode if role is None else call[role]
+        rows: Sequence[Vectors] = encode(
+            list(texts), task=self._task, multi_vector=True, on_truncate="ignore"
+        )
+        return rows
+
+    def image_token_vectors(self, images: Sequence[Document]) -> Sequence[Vectors]:
+        """Return float32 ``[tokens, width]`` an image."""
+        rows: Any = self._model.encode_image(list(images), task=self._task, multi_vector=True)
+        return list(rows)
+
+    def token_scores(self, queries: Sequence[Vectors], pages: Sequence[Vectors]) -> Vectors:
+        """Return MaxSim of each query and page, float32 ``[queries, pages]``."""
+        return self._model.similarity(list(queries), list(pages))
+
+    def page_tokens(self, image: Document, max_pixels: int | None = None) -> int:
+        """Return how many tokens an image is."""
+        assert self._image is not None
+        picture = load_image(image, "image")
+        grid = ImageProcessor(self._image)(picture, None, max_pixels).grid
+        return image_tokens(grid, self._image)
 
     def output_ranges(self, dim: int, vectors: Vectors) -> Vectors:
         """Return the ranges of 8-bit codes, float32 ``[2, dim]``: the bundle's, else those of some vectors.

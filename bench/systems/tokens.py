@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import transformers
 from numpy.typing import NDArray
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from embedge.bench.errors import BenchError
-from embedge.bench.systems.source import Source
+from embedge.bench.systems.source import Source, is_jina_v4
 
 __all__ = ["Ids", "TextTokens", "sorted_batches"]
 
@@ -151,6 +152,9 @@ def sorted_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[l
 
 
 def _load(source: Source) -> Any:
+    if is_jina_v4(source.transformer):
+        fast: Any = transformers.Qwen2TokenizerFast
+        return fast.from_pretrained(source.transformer)
     known = _config(source).get("model_type") in CONFIG_MAPPING
     # a model of another type has its tokenizer in tokenizer.json, and so has one that says so, for which
     # transformers 5 would build its type's own; neither has annotations
@@ -175,7 +179,7 @@ def _max_length(source: Source, tokenizer_limit: int) -> int:
         config = AutoConfig.from_pretrained(source.transformer).to_dict()
     limits = [source.max_length or (tokenizer_limit if tokenizer_limit < _NO_LIMIT else None)]
     positions = config.get("max_position_embeddings")
-    if positions and config["model_type"] in _OFFSET_FAMILIES:
+    if positions and config.get("model_type") in _OFFSET_FAMILIES:
         positions -= config["pad_token_id"] + 1
     limits.append(positions)
     known = [limit for limit in limits if limit]

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval", action="append", default=[], dest="evaluations", metavar="TASK=PATH",
         help="labelled set: .jsonl, .csv, .tsv or .parquet of query/passage, text1/text2/score or "
-        "sentence1/sentence2/score, a BEIR folder, or mteb:NAME; the first of a task is its main one",
+        "sentence1/sentence2/score or query/image, a BEIR or ViDoRe folder, or mteb:NAME; the first of a task is "
+        "its main one",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a subset, in three minutes")
     parser.add_argument(
@@ -69,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--torch-types", nargs="+", metavar="NAME",
         help="float32, bfloat16, float16 on CUDA, or none: what merged torch is measured in "
         "(default: what the device multiplies without emulation)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-pixels", nargs="+", type=int, default=[], metavar="N",
+        help="image budgets: quality, tokens and time of page images scaled down to N pixels, beside the bundle's own",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, metavar="N", help="alternating rounds of a shape")
     parser.add_argument("--limit", type=int, metavar="N", help="the most texts for fidelity")
@@ -161,7 +166,7 @@ def _options(args: argparse.Namespace) -> Iterator[BenchOptions]:
     if args.targets:
         profile = profile_for(args.targets, profile)
     if args.shapes:
-        profile = replace(profile, singles=0, invariance=0, process_repeats=0)
+        profile = replace(profile, singles=0, invariance=0, process_repeats=0, pages=0)
     numbers = {"rounds": args.rounds, "texts": args.limit}
     profile = replace(profile, **{k: n for k, n in numbers.items() if n is not None})
     names = [path.resolve().name for path in args.bundles]

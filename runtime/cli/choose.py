@@ -62,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("quality", "latency", "memory", "disk", "index", "throughput"),
         help="what is best of those that fit (default: quality, or latency with --min-quality)",
     )
+    parser.add_argument(
+        "--modality", choices=("text", "image"),
+        help="what is embedded: texts, or page images (default: text, or what the labelled sets are of)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the choice as JSON alone")
     parser.epilog = """examples:
   embedge choose bundle --max-memory 1GB --max-latency 50ms --min-quality 0.99
@@ -76,18 +80,23 @@ def run(args: argparse.Namespace) -> int:
         EmbedgeError: a limit is not one, or a report cannot be read.
     """
     bounds = dict(_bounds(args))
-    from embedge.bench.report.choose import choose
+    from embedge.bench.report.choose import choose, modality_of
     from embedge.bench.report.recorded import read_reports
 
     found = [(path, report) for path in args.reports for report in read_reports(path)]
     reports = [report for _, report in found]
-    choice = choose(reports, bounds, tasks=args.tasks, prefer=args.prefer)
+    modality = args.modality or modality_of(reports)
+    choice = choose(reports, bounds, tasks=args.tasks, prefer=args.prefer, modality=modality)
     paths = {
         report.bundle: str(path) if (path / "manifest.json").exists() else report.bundle
         for path, report in found
     }
     report = _report_of(choice, reports)
-    lines = [*_machine_notes(report), *report.notes]
+    lines = [
+        *_modality_notes(args.modality, modality, report),
+        *_machine_notes(report),
+        *report.notes,
+    ]
     if args.json:
         print(json.dumps(_document(choice, report, paths, lines), ensure_ascii=False, indent=1))
         return 0 if choice.candidate else 1
@@ -129,6 +138,13 @@ def _number(name: str, text: str, expected: str, most: float = float("inf")) -> 
 def _report_of(choice: Choice, reports: list[Report]) -> Report:
     bundle = choice.candidate.bundle if choice.candidate else reports[0].bundle
     return next(report for report in reports if report.bundle == bundle)
+
+
+def _modality_notes(asked: str | None, modality: str, report: Report) -> Iterator[str]:
+    """Yield that there is another modality, where nobody said which is meant."""
+    if asked is None and any(row.images for row in report.rows):
+        other = "text" if modality == "image" else "image"
+        yield f"figures are of {modality}s; --modality {other} chooses for {other}s"
 
 
 def _machine_notes(report: Report) -> Iterator[str]:
@@ -175,7 +191,8 @@ def _commands(chosen: Candidate, report: Report, paths: dict[str, str]) -> list[
     folder = _folder(chosen)
     words = ["embedge", "subset", paths[chosen.bundle], folder]
     commands = [shlex.join([*words, "--precision", chosen.precision, "--task", *chosen.tasks])]
-    if "int8" in chosen.output_format and not report.settings.get("output_ranges"):
+    of_texts = chosen.modality == "text" and "int8" in chosen.output_format
+    if of_texts and not report.settings.get("output_ranges"):
         commands.append(f"embedge ranges {shlex.quote(folder)} --texts FILE")
     return commands
 
@@ -198,11 +215,15 @@ def _code(chosen: Candidate, report: Report) -> list[str]:
     call |= {"truncate_dim": chosen.dim} if chosen.dim < whole else {}
     call |= {"multi_vector": True} if report.settings.get("late_interaction") else {}
     rescored = chosen.output_format == "binary+int8"
-    names = "Embedder, quantize_embeddings, search_binary" if rescored else "Embedder"
+    coded = chosen.modality == "image" and "int8" in chosen.output_format
+    names = ["Embedder"] + (["quantize_embeddings"] if rescored or coded else [])
+    names += (["ranges_of"] if coded else []) + (["search_binary"] if rescored else [])
     model = f"model = Embedder({_folder(chosen)!r}{_arguments(options)})"
-    lines = [f"from embedge.runtime import {names}", model]
-    if rescored:
+    lines = [f"from embedge.runtime import {', '.join(names)}", model]
+    if rescored and chosen.modality == "text":
         return [*lines, *_rescoring(_arguments(call))]
+    if chosen.modality == "image":
+        return [*lines, *_page_lines(chosen, call)]
     stored = {} if chosen.output_format == "float32" else {"output_format": chosen.output_format}
     if not chosen.searches:
         return [*lines, f"vectors = model.encode(texts{_arguments(call | stored)})"]
@@ -214,16 +235,44 @@ def _code(chosen: Candidate, report: Report) -> list[str]:
     ]
 
 
+def _page_lines(chosen: Candidate, call: dict[str, Any]) -> list[str]:
+    """Return the lines that embed pages, and questions for them; 8-bit codes have the ranges of the pages."""
+    pages = call | {"max_pixels": chosen.max_pixels}
+    rescored = chosen.output_format == "binary+int8"
+    stored = rescored or chosen.output_format == "int8"
+    direct = (
+        {}
+        if stored or chosen.output_format == "float32"
+        else {"output_format": chosen.output_format}
+    )
+    asked = direct if chosen.output_format == "binary" else {}
+    lines = [
+        f"documents = model.encode_image(pages{_arguments(pages | direct)})",
+        f"queries = model.encode_query(questions{_arguments(call | asked)})",
+    ]
+    if stored:
+        lines += [
+            "ranges = ranges_of(documents)",
+            'int8 = quantize_embeddings(documents, "int8", ranges)',
+        ]
+    return [*lines, *_SEARCH] if rescored else lines
+
+
+_SEARCH = (
+    'binary = quantize_embeddings(documents, "binary")',
+    "rows, scores = search_binary("
+    "queries, binary, int8, ranges=ranges, top_k=10, similarity=model.similarity_fn_name)",
+)
+
+
 def _rescoring(call: str) -> list[str]:
     """Return the lines that search over bits, and again over 8-bit codes."""
     return [
         f"ranges = model.get_output_ranges({call.removeprefix(', ')})",
         f"documents = model.encode_document(texts{call})",
-        'binary = quantize_embeddings(documents, "binary")',
         'int8 = quantize_embeddings(documents, "int8", ranges)',
         f"queries = model.encode_query(questions{call})",
-        "rows, scores = search_binary("
-        "queries, binary, int8, ranges=ranges, top_k=10, similarity=model.similarity_fn_name)",
+        *_SEARCH,
     ]
 
 

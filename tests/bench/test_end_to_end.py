@@ -150,7 +150,7 @@ def test_the_command_writes_reports_and_records(
     output = capsys.readouterr().out
     assert status == 0
     assert "pass  target 1  search min cosine" in output
-    assert json.loads(output.splitlines()[-1])["report_version"] == "1.1"
+    assert json.loads(output.splitlines()[-1])["report_version"] == "1.2"
     assert (tmp_path / "report" / "report.md").is_file()
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["precisions"]["fp32"]["fidelity"]["search"]["texts"] >= 500

@@ -4,6 +4,8 @@
 const DATA = JSON.parse(document.getElementById("report").textContent);
 const POINTS = DATA.configurations.map((figures, id) => ({ ...figures, id }));
 const SEVERAL = DATA.reports.length > 1;
+const WITH_PAGES = POINTS.some((p) => p.modality === "image");
+const ONE = WITH_PAGES ? "One text or page" : "One text";
 
 // ---- what figures are called, and how they are written -----------------------------------------------------
 
@@ -17,6 +19,7 @@ const WRITTEN = {
   bytes: (v) => (v >= 1e9 ? `${digits(v / 1e9, 3)} GB` : `${digits(v / 1e6, 3)} MB`),
   perSecond: (v) => digits(v, 3),
   plain: (v) => String(v),
+  count: (v) => fixed(v, 0),
   cosine: (v) => fixed(v, v > 0.9999 ? 7 : 4),
   ratio: (v) => fixed(v, 2),
 };
@@ -25,25 +28,30 @@ const COLUMNS = [
   { key: "bundle", title: "Bundle", when: SEVERAL },
   { key: "layout", title: "Layout", when: SEVERAL },
   { key: "task", title: "Task" },
+  { key: "modality", title: "Modality", when: WITH_PAGES },
+  { key: "max_pixels", title: "Pixels of a page", unit: "plain", when: WITH_PAGES },
+  { key: "page_tokens", title: "Tokens of a page", unit: "count", when: WITH_PAGES },
   { key: "dim", title: "Dimensions", unit: "plain" },
   { key: "output_format", title: "Vectors" },
   { key: "share", title: "Quality kept", unit: "share" },
   { key: "share_low", title: "from", unit: "share" },
   { key: "share_high", title: "to", unit: "share" },
   { key: "quality", title: "Value, points", unit: "points" },
-  { key: "latency_p50_ms", title: "One text, median", unit: "ms" },
-  { key: "latency_p95_ms", title: "One text, 95th percentile", unit: "ms" },
+  { key: "latency_p50_ms", title: `${ONE}, median`, unit: "ms" },
+  { key: "latency_p95_ms", title: `${ONE}, 95th percentile`, unit: "ms" },
   { key: "texts_per_s", title: "Texts/s", unit: "perSecond" },
   { key: "cold_start_ms", title: "Cold start", unit: "ms" },
   { key: "memory_bytes", title: "Peak memory", unit: "bytes" },
   { key: "disk_bytes", title: "Disk", unit: "bytes" },
-  { key: "index_bytes", title: "Index, a million texts", unit: "bytes" },
+  { key: "index_bytes", title: `Index, a million ${WITH_PAGES ? "vectors" : "texts"}`, unit: "bytes" },
   { key: "pareto", title: "Pareto front" },
 ].filter((column) => column.when !== false);
 const FACETS = [
   ["bundle", "Bundle"],
   ["layout", "Layout"],
   ["task", "Task"],
+  ["modality", "Modality"],
+  ["max_pixels", "Pixels of a page"],
   ["precision", "Precision"],
   ["dim", "Dimensions"],
   ["output_format", "Vectors"],
@@ -142,11 +150,12 @@ function section(title, text, caption, columns, rows) {
 
 function makeFilters() {
   for (const [key, title] of FACETS) {
-    const values = [...new Set(POINTS.map((p) => p[key]))];
+    const values = [...new Set(POINTS.map((p) => p[key]))].filter((value) => value !== null && value !== undefined);
     if (values.length < 2) continue;
     const select = element("select", { name: key }, element("option", { value: "" }, "all"));
     for (const value of values) select.append(element("option", { value }, String(value)));
-    if (key === "task") select.options[1].defaultSelected = true; // a front is a task's
+    // A front is of a task and a modality.
+    if (key === "task" || key === "modality") select.options[1].defaultSelected = true;
     byId("facets").append(element("label", {}, title, select));
   }
   for (const limit of LIMITS) {
@@ -174,7 +183,8 @@ function filtered() {
 }
 
 const nameOf = (p) =>
-  `${SEVERAL ? `${p.bundle}, ` : ""}${p.task}: ${p.precision}, ${p.dim} dimensions, ${p.output_format} vectors`;
+  `${SEVERAL ? `${p.bundle}, ` : ""}${p.task}: ${p.precision}, ${p.dim} dimensions, ${p.output_format} vectors` +
+  `${p.max_pixels ? `, pages of at most ${p.max_pixels} pixels` : ""}`;
 
 function written(key, value) {
   return WRITTEN[COLUMNS.find((column) => column.key === key).unit](value);
@@ -261,7 +271,7 @@ function draw(points) {
       element("text", { x: box.left - 8, y: y(at) + 4, "text-anchor": "end" }, `${digits(at * 100, 5)} %`));
   }
   svg.append(element("text", { x: box.right, y: height - 10, "text-anchor": "end" }, `${axis.title} →`));
-  if (new Set(drawn.map((p) => p.task)).size === 1) svg.append(frontLine(x, y, axis));
+  if (new Set(drawn.map((p) => `${p.task} ${p.modality}`)).size === 1) svg.append(frontLine(x, y, axis));
   for (const p of drawn) {
     const shape = element("path", { ...mark(p.precision, p.pareto), transform: `translate(${x(p[axis.key])} ${y(p.share)})` },
       element("title", {}, describe(p, axis)));
@@ -343,6 +353,41 @@ function kinds() {
     ([kind, at]) => ({ bundle: report.bundle, task: row.task, system: row.system, kind, ...at }))));
 }
 
+/** Each set of pages with its row and report. */
+function pageSets() {
+  return DATA.reports.flatMap((report) => report.rows.flatMap((row) => Object.entries(row.quality)
+    .filter(([, figures]) => figures.modality === "image")
+    .map(([set, figures]) => ({ bundle: report.bundle, task: row.task, system: row.system, role: row.role, set, figures }))));
+}
+
+function searched() {
+  return pageSets().flatMap(({ figures, ...base }) => {
+    const full = Object.keys(figures.dims).sort((a, b) => b - a)[0];
+    const kinds = [["one a page", figures["ndcg@5"][full], figures.dims[full]],
+      ["one a token", figures.multi_vector?.["ndcg@5"], figures.multi_vector?.["ndcg@10"]]];
+    return kinds.filter(([, five]) => five).map(([vectors, five, ten]) => ({ ...base, vectors, queries: figures.items,
+      pages: figures.pages, five: five.value, five_difference: five.difference, ten: ten.value, ten_difference: ten.difference,
+      low: ten.low, high: ten.high }));
+  });
+}
+
+function budgets() {
+  return DATA.reports.flatMap((report) => report.rows.flatMap((row) => Object.entries(row.images ?? {}).map(
+    ([pixels, at]) => ({ bundle: report.bundle, task: row.task, system: row.system, pixels: Number(pixels), tokens: at.tokens,
+      p50: at.p50_ms, p95: at.p95_ms, five: at.quality?.["ndcg@5"].value, ten: at.quality?.["ndcg@10"].value,
+      difference: at.quality?.["ndcg@10"].difference, low: at.quality?.["ndcg@10"].low, high: at.quality?.["ndcg@10"].high }))));
+}
+
+function alignments() {
+  const seen = new Set();
+  return pageSets().filter((one) => one.role !== "torch").flatMap(({ figures, ...base }) => {
+    const key = `${base.bundle} ${base.task} ${base.set}`;
+    const first = seen.has(key) ? [] : [{ ...base, ...figures.alignment.reference, system: "unquantized" }];
+    seen.add(key);
+    return [...first, { ...base, ...figures.alignment.value }];
+  });
+}
+
 const bundleColumn = SEVERAL ? [{ key: "bundle", title: "Bundle" }] : [];
 
 function makeTables() {
@@ -351,6 +396,27 @@ function makeTables() {
     "Quality of each pair of precisions", [{ key: "documents", title: "Documents", head: true }, ...bundleColumn, { key: "task", title: "Task" }, { key: "set", title: "Set" }, { key: "queries", title: "Queries" },
       { key: "value", title: "Value, points", unit: "points" }, { key: "difference", title: "Difference", unit: "points" },
       { key: "low", title: "from", unit: "points" }, { key: "high", title: "to", unit: "points" }], mixed());
+  const system = { key: "system", title: "System", head: true };
+  const ofPages = [...bundleColumn, { key: "task", title: "Task" }, { key: "set", title: "Set" }];
+  section("Page images", "Pages that questions ask for, by one vector a page and by one a token, with MaxSim.",
+    "nDCG of each system on each set of pages", [system, ...ofPages, { key: "vectors", title: "Vectors" },
+      { key: "queries", title: "Queries", unit: "plain" }, { key: "pages", title: "Pages", unit: "plain" },
+      { key: "five", title: "nDCG@5, points", unit: "points" }, { key: "five_difference", title: "Difference", unit: "points" },
+      { key: "ten", title: "nDCG@10, points", unit: "points" }, { key: "ten_difference", title: "Difference", unit: "points" },
+      { key: "low", title: "from", unit: "points" }, { key: "high", title: "to", unit: "points" }], searched());
+  section("Image budget", "Pages scaled down to at most so many pixels. The difference is to the unquantized model at the source's own budget.",
+    "What each budget costs and keeps", [system, ...bundleColumn, { key: "task", title: "Task" },
+      { key: "pixels", title: "Pixels", unit: "plain" }, { key: "tokens", title: "Tokens", unit: "count" },
+      { key: "p50", title: "One page, median", unit: "ms" }, { key: "p95", title: "95th percentile", unit: "ms" },
+      { key: "five", title: "nDCG@5, points", unit: "points" }, { key: "ten", title: "nDCG@10, points", unit: "points" },
+      { key: "difference", title: "Difference", unit: "points" }, { key: "low", title: "from", unit: "points" },
+      { key: "high", title: "to", unit: "points" }], budgets());
+  section("Texts beside images", "Mean cosines of pairs that belong together and that do not, and the distance of the two means.",
+    "Alignment of texts and images before and after quantization", [system, ...ofPages,
+      { key: "matched", title: "Text and image, matched", unit: "cosine" }, { key: "mismatched", title: "mismatched", unit: "cosine" },
+      { key: "texts_matched", title: "Two texts, matched", unit: "cosine" }, { key: "texts_mismatched", title: "mismatched", unit: "cosine" },
+      { key: "images_matched", title: "Two images, matched", unit: "cosine" }, { key: "images_mismatched", title: "mismatched", unit: "cosine" },
+      { key: "gap", title: "Gap", unit: "cosine" }], alignments());
   section("Beside other systems",
     "All on the same texts with the same threads, every system once a round in turn. Cosines are to the unquantized model.",
     "Each system on each task at the full dimension", [{ key: "system", title: "System", head: true }, ...bundleColumn, { key: "task", title: "Task" }, { key: "bytes_on_disk", title: "Graph and weights", unit: "bytes" },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedge.bench.measure.quality import Quality, compare, ndcg_at_10, quality, truncated
+from embedge.bench.measure.quality import Quality, compare, ndcg, quality, truncated
 from embedge.bench.measure.texts import EvalSet
 
 EXACT = 1e-12  # a handful of float64 operations
@@ -22,7 +22,7 @@ def test_ndcg_discounts_by_the_logarithm_of_the_rank() -> None:
     names = tuple(f"text {i}" for i in range(12))
     evaluation = EvalSet(name="x", first=names, second=tuple(f"p{i}" for i in range(12)))
 
-    found = ndcg_at_10(evaluation, queries, passages)
+    found = ndcg(evaluation, queries, passages)
 
     expected = [1 / np.log2(i + 2) if i < 10 else 0.0 for i in range(12)]
     np.testing.assert_allclose(found, expected, atol=EXACT)
@@ -32,7 +32,7 @@ def test_two_relevant_passages_at_ranks_1_and_3_give_their_share_of_the_ideal() 
     evaluation = EvalSet(name="x", first=("q", "q", "r"), second=("a", "b", "c"))
     queries, passages = one_hot([0, 0, 1], 2), np.array([[0.9, 0.0], [0.1, 0.0], [0.5, 1.0]])
 
-    found = ndcg_at_10(evaluation, queries, passages)
+    found = ndcg(evaluation, queries, passages)
 
     ideal = 1 + 1 / np.log2(3)
     np.testing.assert_allclose(found, [(1 + 1 / np.log2(4)) / ideal, 1.0], atol=EXACT)
@@ -41,7 +41,7 @@ def test_two_relevant_passages_at_ranks_1_and_3_give_their_share_of_the_ideal() 
 def test_a_passage_that_two_queries_share_is_one_passage() -> None:
     evaluation = EvalSet(name="x", first=("q", "r"), second=("same", "same"))
 
-    found = ndcg_at_10(evaluation, one_hot([0, 1]), one_hot([0, 0]))
+    found = ndcg(evaluation, one_hot([0, 1]), one_hot([0, 0]))
 
     np.testing.assert_array_equal(found, [1.0, 1.0])
 

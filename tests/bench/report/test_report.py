@@ -24,7 +24,7 @@ def test_json_and_back_is_the_same_report(report: Report) -> None:
 
 
 def test_a_report_of_another_major_version_is_refused(report: Report) -> None:
-    with pytest.raises(BenchError, match=r"expected 1\.1, found 2\.0"):
+    with pytest.raises(BenchError, match=r"expected 1\.2, found 2\.0"):
         Report.from_dict(report.to_dict() | {"report_version": "2.0"})
 
 
