@@ -95,4 +95,4 @@ def test_a_subset_is_the_same_every_time_and_keeps_rows_together(tmp_path: Path)
 
     assert first == second
     assert len(first.first) == 10
-    assert [q[1:] for q in first.first] == [p[1:] for p in first.second]
+    assert [q[1:] for q in first.first] == [p[1:] for p in map(str, first.second)]
