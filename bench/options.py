@@ -57,7 +57,8 @@ class Profile:
         texts: most texts for fidelity, ``None`` for all.
         rows: most rows of an evaluation file.
         rounds: alternating rounds of a batch shape; a short single text gets four times as many.
-        singles: texts that are timed one by one, 0 for none.
+        singles: texts that are timed one by one, 0 for none; of all texts, whatever the most for fidelity.
+        single_rounds: times each of them is timed.
         pages: page images that are timed one by one, 0 for none.
         invariance: texts of the batch-invariance check, 0 for no check.
         eval_sets: most evaluation files a task.
@@ -88,6 +89,7 @@ class Profile:
     torch_quality: bool = True
     others: bool = True
     pages: int = 16
+    single_rounds: int = 3
 
     def __post_init__(self) -> None:
         for option, number, least in (("rounds", self.rounds, 1), ("limit", self.texts, 11)):
@@ -108,16 +110,17 @@ QUICK = Profile(
     texts=64,
     rows=120,
     rounds=3,
-    singles=24,
+    singles=50,
     invariance=16,
     eval_sets=1,
     latency_tasks=1,
     warm_up=1,
-    process_repeats=1,
+    process_repeats=2,
     peer_variants=1,
     peer_tasks=1,
     torch_quality=False,
     pages=4,
+    single_rounds=2,
 )
 
 

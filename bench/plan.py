@@ -20,6 +20,7 @@ from embedge.bench.measure.texts import (
     default_texts,
     limited,
     read_texts,
+    spaced,
     subset,
 )
 from embedge.bench.options import SHAPES, BenchOptions
@@ -64,6 +65,7 @@ class Plan:
         peers: ``peer:variant`` of each that is compared with.
         torch_types: in which merged torch is measured.
         texts: for fidelity.
+        singles: that are timed one by one.
         evaluations: labelled sets by task, the main one first.
         notes: sentences for the report; grows while measuring.
     """
@@ -78,6 +80,7 @@ class Plan:
     peers: list[str]
     torch_types: tuple[str, ...]
     texts: list[Text]
+    singles: list[str]
     evaluations: dict[str, list[EvalSet]]
     notes: list[str] = field(default_factory=list)
 
@@ -150,6 +153,7 @@ def make_plan(options: BenchOptions) -> Plan:
     bundle = Bundle(options.bundle)
     threads = options.threads or available_cores()
     notes = _busy(threads)
+    texts = default_texts() if options.texts is None else read_texts(options.texts)
     late = bundle.manifest.model.late_interaction is not None
     quantization = bundle.manifest.source.base_quantization
     if late:
@@ -181,7 +185,8 @@ def make_plan(options: BenchOptions) -> Plan:
         adapters=_adapters(_with_own_adapters(options, bundle), bundle, tasks),
         peers=[] if late or takes_images else _peers(options, notes),
         torch_types=_torch_types(options, notes, late),
-        texts=_texts(options, notes),
+        texts=_for_fidelity(texts, options, notes),
+        singles=spaced([text.text for text in texts], options.profile.singles),
         evaluations=_evaluations(options, list(declared), tasks, notes),
         notes=notes,
     )
@@ -355,9 +360,7 @@ def _adapters(options: BenchOptions, bundle: Bundle, tasks: Sequence[str]) -> di
     return {task: adapter_folder(task, options.adapters[task]) for task in adapted}
 
 
-def _texts(options: BenchOptions, notes: list[str]) -> list[Text]:
-    file = options.texts
-    texts = default_texts() if file is None else read_texts(file)
+def _for_fidelity(texts: Sequence[Text], options: BenchOptions, notes: list[str]) -> list[Text]:
     rows = subset(len(texts), options.profile.texts)
     if len(rows) < len(texts):
         notes.append(f"fidelity on {len(rows)} of {len(texts)} texts, drawn by a seed")

@@ -27,6 +27,7 @@ from embedge.bench.measure.task import (
     add_mixed,
     image_figures,
     latency,
+    longest_role,
     reference_vectors,
     single_texts,
     vectors_against,
@@ -36,7 +37,6 @@ from embedge.bench.options import BenchOptions
 from embedge.bench.peers.context import PeerContext, kept_folder
 from embedge.bench.peers.registry import build_peers
 from embedge.bench.plan import Plan, make_plan
-from embedge.bench.report.recorded import files_digest
 from embedge.bench.report.report import Report, Row
 from embedge.bench.systems.multi_vector import (
     EmbedgeMultiVectors,
@@ -92,7 +92,7 @@ def run_bench(
             "texts": len(plan.texts),
             "evaluations": {t: [e.name for e in sets] for t, sets in plan.evaluations.items()},
             "layouts": {p: _layout(plan, p) for p in plan.precisions},
-            "files_sha256": files_digest(plan.manifest),
+            "files_sha256": plan.manifest.files_sha256,
             "common_bytes": _common_bytes(plan),
             "output_ranges": _has_ranges(plan),
             "late_interaction": plan.late_interaction,
@@ -165,6 +165,8 @@ class _Run:
                     systems,
                     merged.tokens,
                     texts,
+                    plan.singles,
+                    longest_role(merged.source),
                     plan.options.shapes,
                     self._profile,
                     lambda name: self._step(f"{task}: {name}"),
@@ -201,10 +203,9 @@ class _Run:
             figures[system.name] = multi_vectors_against(system, data, reference, self._profile)
         if task in plan.timed_tasks and self._profile.singles:
             self._step(f"{task}: single texts")
-            texts = [text.text for text in plan.texts]
             calls = {s.name: functools.partial(s.encode, role="query") for s in systems}
-            for name, single in single_texts(calls, texts, self._profile).items():
-                figures[name]["single"] = single
+            for name, single in single_texts(calls, plan.singles, self._profile).items():
+                figures[name]["single"] = single | {"role": "query"}
         for system in systems:
             yield _row(task, system, figures[system.name])
 

@@ -23,9 +23,10 @@ from embedge.bench.measure.labelled import (
     encode_pages,
     firsts,
 )
-from embedge.bench.measure.latency import alternate, percentiles
+from embedge.bench.measure.latency import one_by_one, spread
 from embedge.bench.measure.quality import Quality, gains_of, ndcg_of_scores
-from embedge.bench.measure.texts import Document, EvalSet
+from embedge.bench.measure.texts import Document, EvalSet, spaced
+from embedge.bench.options import Profile
 from embedge.bench.systems.system import PageSystem
 
 __all__ = [
@@ -118,38 +119,35 @@ def budget_figures(
 
 
 def page_times(
-    systems: Sequence[PageSystem], evaluation: EvalSet, budgets: Budgets, count: int
+    systems: Sequence[PageSystem], evaluation: EvalSet, budgets: Budgets, profile: Profile
 ) -> dict[str, dict[str, Figures]]:
-    """Return ``p50_ms``, ``p95_ms`` and ``pages`` by system and budget; systems in torch at the first budget alone.
+    """Return what :func:`spread` says and ``pages`` by system and budget; systems in torch at the first budget alone.
 
     Args:
         systems: all that are compared.
         evaluation: a set of pages.
         budgets: most pixels of a page, the source's own first.
-        count: how many pages.
+        profile: how many pages, and how often.
     """
-    pages = different_pages(evaluation)
-    chosen = pages[:: max(1, len(pages) // count)][:count]
+    chosen = spaced(different_pages(evaluation), profile.pages)
     runs = dict(_runs(systems, budgets))
-    times: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
-    for number, page in enumerate(chosen):
-        calls = {str(name): functools.partial(run, [page]) for name, run in runs.items()}
-        lasted = alternate(calls, 1, warm_up=number == 0, pause_s=0.01, block_s=0, seed=number)
-        for name, values in times.items():
-            values.extend(lasted[str(name)])
+    named = {str(key): run for key, run in runs.items()}
+    times = one_by_one(named, chosen, profile.single_rounds, skip=1)
     found: dict[str, dict[str, Figures]] = {}
-    for (system, budget), values in times.items():
-        figures = percentiles(np.array(values)) | {"pages": len(chosen)}
+    for key in runs:
+        system, budget = key
+        figures = spread(times[str(key)]) | {"pages": len(chosen)}
         found.setdefault(system, {})[budget] = figures
     return found
 
 
 def _runs(
     systems: Sequence[PageSystem], budgets: Budgets
-) -> Iterator[tuple[tuple[str, str], Callable[[Sequence[Document]], object]]]:
+) -> Iterator[tuple[tuple[str, str], Callable[[Document], object]]]:
     for system in systems:
         for budget in budgets if system.role == "embedge" else budgets[:1]:
-            yield (
-                (system.name, str(budget)),
-                functools.partial(system.encode_images, max_pixels=budget),
-            )
+            yield (system.name, str(budget)), functools.partial(_alone, system, budget)
+
+
+def _alone(system: PageSystem, budget: int, page: Document) -> object:
+    return system.encode_images([page], budget)

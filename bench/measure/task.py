@@ -18,7 +18,7 @@ from embedge.bench.measure.labelled import (
     encode_columns,
     format_qualities,
 )
-from embedge.bench.measure.latency import Times, alternate, percentiles, ratio
+from embedge.bench.measure.latency import Times, alternate, one_by_one, ratio, spread
 from embedge.bench.measure.pages import (
     DEPTHS,
     align_columns,
@@ -30,6 +30,7 @@ from embedge.bench.measure.quality import Quality, truncated
 from embedge.bench.measure.texts import EvalSet, Text
 from embedge.bench.options import Profile, Shape
 from embedge.bench.systems.reference import Reference
+from embedge.bench.systems.source import Source
 from embedge.bench.systems.system import EmbedgeSystem, PageSystem, System, TorchSystem
 from embedge.bench.systems.tokens import TextTokens
 from embedge.runtime.scoring.quantization import ranges_of
@@ -41,6 +42,7 @@ __all__ = [
     "add_mixed",
     "image_figures",
     "latency",
+    "longest_role",
     "reference_vectors",
     "single_texts",
     "vectors_against",
@@ -274,7 +276,7 @@ def image_figures(
                 system, pages, own, whole, data.budgets, data.normalize
             )
     if timed and profile.pages:
-        for name, budgets in page_times(able, pages, data.budgets, profile.pages).items():
+        for name, budgets in page_times(able, pages, data.budgets, profile).items():
             for budget, times in budgets.items():
                 found[name][budget] = found[name].get(budget, {}) | times
     return found
@@ -284,6 +286,8 @@ def latency(
     systems: Sequence[System],
     tokens: TextTokens,
     texts: Sequence[str],
+    singles: Sequence[str],
+    role: str | None,
     shapes: Sequence[Shape],
     profile: Profile,
     step: Callable[[str], None],
@@ -295,9 +299,11 @@ def latency(
     Args:
         systems: all that are compared.
         tokens: makes the ids that every system gets.
-        texts: where the ids come from, and what is embedded one by one.
+        texts: where the ids come from.
+        singles: what is embedded one by one.
+        role: in which, ``"query"``, ``"document"`` or ``None``: it brings a prompt.
         shapes: of the token batches.
-        profile: rounds and texts.
+        profile: rounds.
         step: told the name of what is about to be timed.
     """
     result: dict[str, Figures] = {s.name: {"single": {}, "shapes": {}} for s in systems}
@@ -310,13 +316,19 @@ def latency(
         times = alternate(runs, shape.rounds(profile.rounds), warm_up=profile.warm_up)
         for name, values in times.items():
             result[name]["shapes"][shape.name] = _shape_figures(shape, values, times)
-    if not profile.singles:
+    if not singles:
         return result
     step("single texts")
-    encode = {s.name: s.encode for s in systems}
-    for name, figures in single_texts(encode, texts, profile).items():
-        result[name]["single"] = figures
+    encode = {s.name: functools.partial(s.encode, role=role) for s in systems}
+    for name, figures in single_texts(encode, singles, profile).items():
+        result[name]["single"] = figures | {"role": role}
     return result
+
+
+def longest_role(source: Source) -> str | None:
+    """Return the role whose prompt has the most characters, what users pay for; ``None`` where there is no prompt."""
+    roles: tuple[str | None, ...] = (None, "query", "document")
+    return max(roles, key=lambda role: len(source.prompt(role)))
 
 
 def single_texts(
@@ -324,32 +336,20 @@ def single_texts(
     texts: Sequence[str],
     profile: Profile,
 ) -> dict[str, Figures]:
-    """Return ``p50_ms``, ``p95_ms`` and ``texts`` of texts one by one, tokenization included, by system.
+    """Return what :func:`spread` says of texts one by one, tokenization included, and ``texts``, by system.
 
     Args:
         encode: by the system's name, from texts and a batch size.
-        texts: from which those of the profile are drawn.
-        profile: how many.
+        texts: that are timed.
+        profile: how often.
     """
-    chosen = texts[:: max(1, len(texts) // profile.singles)][: profile.singles]
-    return {
-        name: percentiles(values) | {"texts": len(chosen)}
-        for name, values in _single_times(encode, chosen).items()
-    }
+    runs = {name: functools.partial(_alone, call) for name, call in encode.items()}
+    times = one_by_one(runs, texts, profile.single_rounds)
+    return {name: spread(values) | {"texts": len(texts)} for name, values in times.items()}
 
 
-def _single_times(
-    encode: Mapping[str, Callable[[Sequence[str], int], object]], texts: Sequence[str]
-) -> dict[str, Times]:
-    """Return the time of each text alone by each system."""
-    parts: dict[str, list[Times]] = {name: [] for name in encode}
-    for number, text in enumerate(texts):
-        runs = {name: functools.partial(call, [text], 1) for name, call in encode.items()}
-        for name, times in alternate(
-            runs, 1, warm_up=0, pause_s=0.01, block_s=0, seed=number
-        ).items():
-            parts[name].append(times)
-    return {name: np.concatenate(times) for name, times in parts.items()}
+def _alone(call: Callable[[Sequence[str], int], object], text: str) -> object:
+    return call([text], 1)
 
 
 def _shape_figures(shape: Shape, times_ms: Times, all_times: dict[str, Times]) -> Figures:

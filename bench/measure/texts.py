@@ -6,14 +6,25 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from embedge.bench.errors import BenchError
 
-__all__ = ["Document", "EvalSet", "Text", "default_texts", "limited", "read_texts", "subset"]
+__all__ = [
+    "Document",
+    "EvalSet",
+    "Text",
+    "default_texts",
+    "limited",
+    "read_texts",
+    "spaced",
+    "subset",
+]
 
 Document = str | bytes | Path  # a text, the bytes of an image file, or the path of one
+Item = TypeVar("Item")
 _TEXTS = Path(__file__).with_name("data") / "texts.jsonl"
 
 
@@ -86,6 +97,13 @@ def read_texts(file: Path) -> list[Text]:
     if len(unique) < 12:
         raise BenchError(f"{file}: expected at least 12 different texts, found {len(unique)}")
     return unique
+
+
+def spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """Return ``count`` items at equal distances, all where there are fewer; none for 0."""
+    if not count:
+        return []
+    return list(items[:: max(1, len(items) // count)][:count])
 
 
 def subset(count: int, limit: int | None, seed: int = 0) -> Sequence[int]:

@@ -3,8 +3,8 @@
 Rules:
     * Quality is that of the task's main labelled set. Its share is of the reference's at its full dimension in
       float32; the share's ends are those of the difference's 95 % interval.
-    * Costs are what a limit is compared with: the 95th percentile of single texts, the throughput of the slower
-      batches, the peak of memory, the longest start.
+    * Costs are what a limit is compared with: the 95th percentile of single texts, each by its slowest time, the
+      throughput of the slower batches, the peak of memory, the longest start.
     * What takes images has points of texts and points of pages, each by the main set of its kind. A page's latency
       is of one page, its budget ``max_pixels``; other budgets than the source's are at the full dimension, float32.
     * A task that was not timed has the times of the first that was: its graph differs in its numbers alone.
@@ -52,6 +52,7 @@ class Configuration:
         share_high: upper end.
         latency_p50_ms: median of single texts or pages, milliseconds.
         latency_p95_ms: their 95th percentile.
+        latency_slow_ms: that of the slowest time of each, with which a limit is compared.
         texts_per_s: of batches of :attr:`throughput_shape`, by the 95th percentile of their times.
         throughput_shape: texts x tokens.
         timed_on: the task whose times these are.
@@ -82,6 +83,7 @@ class Configuration:
     share_high: float | None = None
     latency_p50_ms: float | None = None
     latency_p95_ms: float | None = None
+    latency_slow_ms: float | None = None
     texts_per_s: float | None = None
     throughput_shape: str | None = None
     timed_on: str | None = None
@@ -118,7 +120,6 @@ def index_bytes(dim: int, output_format: str, vectors: int = _MILLION) -> int:
 def _of_report(report: Report) -> Iterator[Configuration]:
     own = [row for row in report.rows if row.precision is not None]
     for row in own:
-        yield from _pages(report, row, own)
         for dim in sorted(map(int, row.fidelity), reverse=True):
             base = _costs(report, row, own, dim)
             for output_format, at in _qualities(_main_set(row, "text"), dim):
@@ -128,6 +129,7 @@ def _of_report(report: Report) -> Iterator[Configuration]:
                     else None
                 )
                 yield replace(base, output_format=output_format, index_bytes=size, **at)
+        yield from _pages(report, row, own)
 
 
 def _costs(report: Report, row: Row, rows: Sequence[Row], dim: int) -> Configuration:
@@ -145,6 +147,7 @@ def _costs(report: Report, row: Row, rows: Sequence[Row], dim: int) -> Configura
         dim=dim,
         latency_p50_ms=timed.single.get("p50_ms"),
         latency_p95_ms=timed.single.get("p95_ms"),
+        latency_slow_ms=_slow(timed.single),
         texts_per_s=int(shape.partition("x")[0]) / p95 * 1000 if p95 else None,
         throughput_shape=shape or None,
         timed_on=timed.task if timed.single else None,
@@ -154,6 +157,11 @@ def _costs(report: Report, row: Row, rows: Sequence[Row], dim: int) -> Configura
         disk_bytes=None if row.bytes_on_disk is None else row.bytes_on_disk + common,
         all_tasks_disk_bytes=None if whole is None else whole + common,
     )
+
+
+def _slow(times: dict[str, Any]) -> float | None:
+    """Return what a limit on time is compared with; reports before 1.2 have the 95th percentile of one round."""
+    return times.get("p95_slow_ms", times.get("p95_ms"))
 
 
 def _timed(row: Row, rows: Sequence[Row]) -> Row:
@@ -212,6 +220,7 @@ def _page_costs(
         page_tokens=row.images[budget].get("tokens"),
         latency_p50_ms=times.get("p50_ms"),
         latency_p95_ms=times.get("p95_ms"),
+        latency_slow_ms=_slow(times),
         texts_per_s=None,
         throughput_shape=None,
         timed_on=timed.task if timed is not None else None,

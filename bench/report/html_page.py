@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from embedge.bench.report.choose import MARGINS
 from embedge.bench.report.configurations import configurations
 from embedge.bench.report.report import Report
 
@@ -32,8 +33,9 @@ _ESCAPES = {
 
 
 def page_data(reports: Sequence[Report]) -> dict[str, Any]:
-    """Return what the page holds: ``reports``, and ``configurations`` of all of them."""
+    """Return what the page holds: ``reports``, ``configurations`` of all of them, and the ``margins`` of limits."""
     return {
+        "margins": MARGINS,
         "reports": [report.to_dict() for report in reports],
         "configurations": [found.to_dict() for found in configurations(reports)],
     }
@@ -50,6 +52,8 @@ def html_page(reports: Sequence[Report]) -> str:
         style=_part("style.css"),
         script=_part("script.js"),
         data=data,
+        time=f"{(MARGINS['time'] - 1) * 100:.0f}",
+        memory=f"{(MARGINS['memory'] - 1) * 100:.0f}",
     )
 
 

@@ -5,7 +5,6 @@ BUNDLE/report.json   the last recorded report, beside the files that the manifes
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,11 @@ from embedge.bench.report.report import Report
 from embedge.runtime.bundle.contract import MANIFEST
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.errors import BundleError
 
-__all__ = ["RECORDED", "files_digest", "read_reports"]
+__all__ = ["RECORDED", "measured_bundle", "read_reports"]
 
 RECORDED = "report.json"
-
-
-def files_digest(manifest: Manifest) -> str:
-    """Return the SHA-256 of the names and hashes of a bundle's files; the figures recorded in it leave it alone."""
-    listed = sorted((name, entry.sha256) for name, entry in manifest.files.items())
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def read_reports(path: Path) -> list[Report]:
@@ -53,12 +46,38 @@ def read_reports(path: Path) -> list[Report]:
             "or name a report.json"
         )
     reports = _reports(path / RECORDED)
-    if reports[0].settings.get("files_sha256") != files_digest(bundle.manifest):
+    if reports[0].settings.get("files_sha256") != bundle.manifest.files_sha256:
         raise BenchError(
             f"{path / RECORDED}: is of other files than the bundle has now; run `embedge bench {path} "
             "--reference MODEL --record` again"
         )
     return reports
+
+
+def measured_bundle(path: Path, report: Report) -> Path | None:
+    """Return the folder that a report is of, ``None`` if it lies elsewhere: a report has no paths, as others read it.
+
+    Looked for are the folder that was named, and one of the bundle's name here and beside the report; the hashes of its
+    files have to be those of the report.
+
+    Args:
+        path: where the report was read, a file or a folder.
+        report: read there.
+    """
+    beside = [folder / report.bundle for folder in (Path(), *path.parents[:2])]
+    for folder in (path, *beside):
+        if (folder / MANIFEST).is_file() and _has_files(
+            folder, report.settings.get("files_sha256")
+        ):
+            return folder
+    return None
+
+
+def _has_files(folder: Path, digest: str | None) -> bool:
+    try:
+        return Bundle(folder, verify="none").manifest.files_sha256 == digest
+    except BundleError:
+        return False
 
 
 def _reports(file: Path) -> list[Report]:

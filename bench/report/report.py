@@ -25,14 +25,15 @@ class Row:
         role: ``"embedge"``, ``"torch"`` or ``"peer"``.
         precision: of the bundle, ``None`` for other systems.
         bytes_on_disk: graph and weights of this task alone, ``None`` if unknown.
-        single: ``p50_ms``, ``p95_ms`` of one text, tokenization included; empty: not measured.
+        single: ``p50_ms``, ``p95_ms``, ``p95_slow_ms`` (of the slowest time of each) of one text, tokenization
+            and the prompt of ``role`` included; empty: not measured.
         shapes: ``median_ms``, ``p95_ms``, ``texts_per_s``, ``tokens_per_s``, ``rounds`` and
             ``times_of_torch_fp32`` (how many times as fast) by shape.
         fidelity: measures against the reference by dimension.
         fidelity_by_kind: cosines at full dimension by kind of text.
         quality: by evaluation file: ``metric``, ``modality``, ``items``, ``dims`` → value, reference, difference,
             low, high. All are 0…1. Of pages ``ndcg@5``, ``alignment`` and ``multi_vector`` too.
-        images: of pages by ``max_pixels``: ``tokens`` a page, ``p50_ms``, ``p95_ms`` of one page, ``quality``.
+        images: of pages by ``max_pixels``: ``tokens`` a page, times of one page as in ``single``, ``quality``.
         invariance: how much a vector depends on its batch.
     """
 

@@ -5,6 +5,11 @@
 Limits are drawn between the least and the most of each figure in the report, for one task or all. What is chosen is
 written by ``embedge subset``, opened in processes of its own, and measured: files, peak memory, start, single texts,
 batches, bytes of vectors, quality. The exit code is 1 if a limit is broken.
+
+The texts that are timed and their rounds are those of the report. Times measured again are the usual ones (95th
+percentile of all rounds, median start of three, median batch), which `choose` compared by the report's slow ones and a
+margin. A margin is for an hour's differences, not for a machine that others load: each line has the load, and one
+that is above the report's by more than a core says so.
 """
 
 from __future__ import annotations
@@ -23,10 +28,10 @@ import psutil
 
 from embedge.bench.measure.eval_files import read_eval
 from embedge.bench.measure.labelled import column_quality, encode_columns, format_qualities
-from embedge.bench.measure.latency import alternate, percentiles
+from embedge.bench.measure.latency import alternate, one_by_one, spread
 from embedge.bench.measure.process import measure_process, process_texts
 from embedge.bench.measure.quality import truncated
-from embedge.bench.measure.texts import EvalSet, default_texts, limited
+from embedge.bench.measure.texts import EvalSet, default_texts, limited, spaced
 from embedge.bench.options import Shape
 from embedge.bench.report.choose import LIMITS, Candidate, candidates, choose
 from embedge.bench.report.configurations import index_bytes
@@ -43,7 +48,7 @@ Bounds = dict[str, float]
 
 def random_bounds(report: Report, generator: random.Random, tasks: Sequence[str] | None) -> Bounds:
     """Return limits on one to four figures, each between the least and the most that the report has of it."""
-    found = candidates([report], tasks)
+    found = candidates([report], tasks, "text")
     figures = {limit.figure for limit in LIMITS}
     values = {
         figure: sorted(getattr(c, figure) for c in found)
@@ -86,12 +91,12 @@ def measure_again(
             "precision": chosen.precision,
         }
         job |= {"tasks": list(chosen.tasks), "threads": threads, "device": "cpu"}
-        process = measure_process(job | process_texts(texts), repeats=1)
+        process = measure_process(job | process_texts(texts), repeats=3)
         system = EmbedgeSystem(part, chosen.tasks[0], chosen.precision, threads)
         found = {
             "disk": float(files),
             "start": process["first_vector_ms"],
-            "latency": percentiles(_single(system, texts))["p95_ms"],
+            "latency": _single_p95(system, texts, report),
             "throughput": _throughput(system, report),
             "index": float(index_bytes(chosen.dim, chosen.output_format)),
             "memory": float(process["after_batches"].get("peak", 0)),
@@ -102,20 +107,20 @@ def measure_again(
     return found | ({"quality": min(shares)} if len(shares) == len(chosen.tasks) else {})
 
 
-def _single(system: EmbedgeSystem, texts: Sequence[str]) -> Any:
-    """Return milliseconds of texts one by one, float64 ``[texts]``."""
-    system.encode(texts[:1], 1)
-    parts = [
-        alternate(
-            {"it": functools.partial(system.encode, [text], 1)},
-            1,
-            warm_up=0,
-            pause_s=0.01,
-            block_s=0,
-        )
-        for text in texts[:: max(1, len(texts) // 100)][:100]
-    ]
-    return np.concatenate([part["it"] for part in parts])
+def _single_p95(system: EmbedgeSystem, texts: Sequence[str], report: Report) -> float:
+    """Return the 95th percentile of texts one by one, those of the report and as often, in milliseconds."""
+    effort = report.settings["effort"]
+    role = next((row.single.get("role") for row in report.rows if row.single), None)
+    encode = {"it": lambda text: system.encode([text], 1, role)}
+    chosen = spaced(texts, effort["singles"])
+    return spread(one_by_one(encode, chosen, effort["single_rounds"], skip=1)["it"])["p95_ms"]
+
+
+def _load(report: Report) -> str:
+    """Return the load now, and whether the machine is busier than when the report was made."""
+    now, then = psutil.getloadavg()[0], report.machine.get("load_1_min", 0.0)
+    busier = f", busier than the report's {then:.1f}" if now > then + 1 else ""
+    return f"load {now:.1f}{busier}"
 
 
 def _throughput(system: EmbedgeSystem, report: Report) -> float:
@@ -182,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     while answered < args.sets:
         tasks = generator.choice([None, *([task] for task in report.settings["tasks"])])
         bounds = random_bounds(report, generator, tasks)
-        choice = choose([report], bounds, tasks=tasks)
+        choice = choose([report], bounds, tasks=tasks, modality="text")
         if choice.candidate is None:
             unanswered += 1
             continue
@@ -199,12 +204,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         verdict = "BROKEN" if broken else "kept"
         chosen = choice.candidate
-        print(f"{verdict}  {chosen.name} for {', '.join(chosen.tasks)}: {limits}", flush=True)
+        print(f"{verdict}  {chosen.name} for {', '.join(chosen.tasks)}: {limits}; {_load(report)}")
+        sys.stdout.flush()
         for line in broken:
             print(f"    {line}")
     print(
         f"{answered - failures} of {answered} choices keep their limits; {unanswered} sets of limits had no answer; "
-        f"load {psutil.getloadavg()[0]:.1f}"
+        f"{_load(report)}"
     )
     return 1 if failures else 0
 

@@ -16,6 +16,8 @@ What annotations say, how they are read and written: :mod:`embedge.runtime.bundl
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -552,6 +554,12 @@ class Manifest(Record):
         place = Place(file)
         _check_version(_Version.parse(values, place).format_version, place)
         return cls.parse(values, place)
+
+    @property
+    def files_sha256(self) -> str:
+        """The SHA-256 of the names and hashes of all files, which figures written into the manifest leave alone."""
+        listed = sorted((name, entry.sha256) for name, entry in self.files.items())
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def folder_bytes(self, precision: str) -> int:
         """Bytes of the files in the folders of a precision's graphs, which another may use too."""

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Choose what of a bundle to run under limits, by what `embedge bench` measured. Prints the commands that "
         "prepare it, or which limit nothing meets and by how much; then the exit code is 1. Figures are compared "
-        "with a margin: 10 % of times, 3 % of memory; quality by the lower end of its interval."
+        "with a margin: 10 % of times, 3 % of memory; times by their slow end, quality by the low end of its interval."
     )
     parser.add_argument(
         "reports", nargs="+", type=Path, metavar="REPORT_OR_BUNDLE",
@@ -81,16 +81,15 @@ def run(args: argparse.Namespace) -> int:
     """
     bounds = dict(_bounds(args))
     from embedge.bench.report.choose import choose, modality_of
-    from embedge.bench.report.recorded import read_reports
+    from embedge.bench.report.recorded import measured_bundle, read_reports
 
     found = [(path, report) for path in args.reports for report in read_reports(path)]
     reports = [report for _, report in found]
     modality = args.modality or modality_of(reports)
     choice = choose(reports, bounds, tasks=args.tasks, prefer=args.prefer, modality=modality)
-    paths = {
-        report.bundle: str(path) if (path / "manifest.json").exists() else report.bundle
-        for path, report in found
-    }
+    folders = {report.bundle: measured_bundle(path, report) for path, report in found}
+    paths = {name: str(folder or name) for name, folder in folders.items()}
+    elsewhere = {name for name, folder in folders.items() if folder is None}
     report = _report_of(choice, reports)
     lines = [
         *_modality_notes(args.modality, modality, report),
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_document(choice, report, paths, lines), ensure_ascii=False, indent=1))
         return 0 if choice.candidate else 1
-    print("\n".join(_answer(choice, report, paths)))
+    print("\n".join(_answer(choice, report, paths, elsewhere)))
     print(*(f"note: {line}" for line in lines), sep="\n")
     return 0 if choice.candidate else 1
 
@@ -160,7 +159,9 @@ def _machine_notes(report: Report) -> Iterator[str]:
         yield f"measured with {threads} threads; this process has {cores} cores"
 
 
-def _answer(choice: Choice, report: Report, paths: dict[str, str]) -> Iterator[str]:
+def _answer(
+    choice: Choice, report: Report, paths: dict[str, str], elsewhere: set[str]
+) -> Iterator[str]:
     machine = f"{report.machine.get('processor')}, {report.machine.get('threads')} threads"
     if choice.candidate is None:
         yield f"none of {choice.of} configurations meets the limits ({machine}):"
@@ -179,8 +180,12 @@ def _answer(choice: Choice, report: Report, paths: dict[str, str]) -> Iterator[s
     yield ""
     yield from table([("limit", "with margin", "of"), *(kept.line for kept in choice.kept)], 3)
     yield ""
-    named = paths[chosen.bundle] == chosen.bundle  # a report holds a folder's name alone
-    yield f"prepare it, where the folder {chosen.bundle} lies:" if named else "prepare it:"
+    digest = str(report.settings.get("files_sha256"))[:16]
+    yield (
+        f"prepare it, where the folder {chosen.bundle} lies, of which `embedge inspect` shows files {digest}:"
+        if chosen.bundle in elsewhere
+        else "prepare it:"
+    )
     yield from (f"  {line}" for line in _commands(chosen, report, paths))
     yield "run it:"
     yield from (f"  {line}" for line in _code(chosen, report))

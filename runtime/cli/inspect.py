@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from embedge.runtime.bundle.contract import EXACT_OPTION, UNPACKED_PRECISION
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
-from embedge.runtime.bundle.manifest import Model, Precision, Source
+from embedge.runtime.bundle.manifest import Manifest, Model, Precision, Source
 from embedge.runtime.cli.messages import printable
 from embedge.runtime.cli.table import named_value, table
 from embedge.runtime.encode.fingerprint import fingerprint_of, parts_of
@@ -19,6 +19,7 @@ from embedge.runtime.encode.request import CallOptions, Request
 from embedge.runtime.errors import BundleError, EmbedgeError, EmbedgeValueError
 from embedge.runtime.host.saturation import describe_processor
 from embedge.runtime.kernels.library import describe_kernels
+from embedge.runtime.scoring.quantization import CODE_STEPS, OUTPUT_FORMATS, RANGED
 from embedge.runtime.sessions.prepared_graphs import PreparedGraphs
 
 __all__ = ["add_arguments", "run"]
@@ -99,6 +100,8 @@ def _summary(bundle: Bundle) -> list[str]:
             f"{model.max_length} tokens, cut on the {manifest.tokenizer.truncation_side}",
         ),
         ("takes", ", ".join(model.modalities)),
+        ("stored as", _formats(manifest)),
+        ("files", manifest.files_sha256[:16]),
     ]
     if model.image is not None:
         pixels = f"{model.image.min_pixels:,} to {model.image.max_pixels:,} pixels"
@@ -115,6 +118,8 @@ def _summary(bundle: Bundle) -> list[str]:
         )
         rows.append([name, adapter, prompts or "none"])
     lines += ["", *table(rows)]
+    if len(rows := [_RANGES, *_ranges(manifest)]) > 1:
+        lines += ["", *table(rows)]
     rows = [["precision", "devices", "bytes", "without embedge", "tasks"]]
     for name, precision in manifest.precisions.items():
         size = f"{manifest.folder_bytes(name):,}"
@@ -147,6 +152,37 @@ def _summary(bundle: Bundle) -> list[str]:
         ]
         lines += table(rows)
     return lines
+
+
+_RANGES = ["ranges of", "vectors", "taken from", "lowest", "highest", "mean step"]
+
+
+def _formats(manifest: Manifest) -> str:
+    """The formats that vectors are given in, and what those of 8 bits need."""
+    free = ", ".join(name for name in OUTPUT_FORMATS if name not in RANGED)
+    ranged = " and ".join(RANGED)
+    lacking = [name for name, task in manifest.tasks.items() if task.output_ranges is None]
+    if not lacking:
+        return f"{free}; {ranged} by the ranges below"
+    of = "" if len(lacking) == len(manifest.tasks) else f" of {', '.join(lacking)}"
+    return f"{free}; {ranged}{of} by ranges of the call, or after `embedge ranges`"
+
+
+def _ranges(manifest: Manifest) -> Iterator[list[str]]:
+    """A row for the ranges of each task's vectors, and of its multi-vectors."""
+    for name, task in manifest.tasks.items():
+        for kind, ranges in (("whole", task.output_ranges), ("a token", task.token_ranges)):
+            if ranges is None:
+                continue
+            widths = [high - low for low, high in zip(ranges.lowest, ranges.highest, strict=True)]
+            yield [
+                name,
+                kind,
+                f"{ranges.vectors:,}",
+                f"{min(ranges.lowest):.4f}",
+                f"{max(ranges.highest):.4f}",
+                f"{sum(widths) / len(widths) / CODE_STEPS:.2g}",
+            ]
 
 
 def _elsewhere(name: str, precision: Precision) -> str:
@@ -258,6 +294,11 @@ def _document(
         "processor": describe_processor(),
         "kernels": describe_kernels(),
         "fingerprints": _fingerprints(bundle),
+        "files_sha256": bundle.manifest.files_sha256,
+        "output_formats": {
+            name: [f for f in OUTPUT_FORMATS if f not in RANGED or task.output_ranges is not None]
+            for name, task in bundle.manifest.tasks.items()
+        },
     }
     return {**document, "layers": list(layers)} if layers else document
 

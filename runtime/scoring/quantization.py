@@ -16,6 +16,7 @@ from embedge.runtime.arguments import check_choice
 from embedge.runtime.errors import EmbedgeValueError
 
 __all__ = [
+    "CODE_STEPS",
     "OUTPUT_FORMATS",
     "RANGED",
     "Ranges",
@@ -43,7 +44,7 @@ _DTYPES: dict[str, Any] = {
 OUTPUT_FORMATS = tuple(_DTYPES)
 RANGED = ("int8", "uint8")  # what needs ranges
 _BITS = ("binary", "ubinary")
-_STEPS = 255
+CODE_STEPS = 255
 _MOST_FLOAT16 = 65504
 _OFFSET = 128  # between the codes of a signed format and of an unsigned one
 
@@ -198,13 +199,13 @@ def as_ranges(ranges: Any, dim: int, precision: str) -> Ranges:
 
 def _scale(ranges: Ranges) -> tuple[Vectors, Vectors]:
     """The lowest value of each dimension, and the width of its steps."""
-    return ranges[0], (ranges[1] - ranges[0]) / _STEPS
+    return ranges[0], (ranges[1] - ranges[0]) / CODE_STEPS
 
 
 def _codes(vectors: NDArray[Any], ranges: Ranges) -> NDArray[np.uint8]:
     lowest, step = _scale(ranges)
     step = np.where(step == 0, np.float32(1), step)
-    codes: NDArray[np.uint8] = np.clip(np.floor((vectors - lowest) / step), 0, _STEPS).astype(
+    codes: NDArray[np.uint8] = np.clip(np.floor((vectors - lowest) / step), 0, CODE_STEPS).astype(
         np.uint8
     )
     return codes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedge.bench.errors import BenchError
-from embedge.bench.measure.latency import alternate, percentiles, ratio
+from embedge.bench.measure.latency import alternate, one_by_one, ratio, spread
 from embedge.bench.options import Shape
 
 
@@ -39,8 +39,24 @@ def test_a_ratio_is_the_median_of_rounds_and_ignores_what_slows_both() -> None:
     assert ratio(fast, fast * 2) == 0.5
 
 
-def test_percentiles_are_in_milliseconds() -> None:
-    assert percentiles(np.arange(101.0)) == {"p50_ms": 50.0, "p95_ms": 95.0}
+def test_percentiles_are_of_all_times_and_of_each_texts_slowest() -> None:
+    times = np.stack([np.arange(101.0), 2 * np.arange(101.0)[::-1]])
+    slowest = np.maximum(np.arange(101.0), 2 * np.arange(101.0)[::-1])
+
+    found = spread(times)
+
+    assert found["p50_ms"] == np.median(times)
+    assert found["p95_ms"] == np.percentile(times, 95)
+    assert found["p95_slow_ms"] == np.percentile(slowest, 95) > found["p95_ms"]
+
+
+def test_every_item_has_its_turn_before_the_next_round() -> None:
+    seen: list[str] = []
+
+    times = one_by_one({"a": seen.append}, ["x", "y", "z"], 2)
+
+    assert times["a"].shape == (2, 3)
+    assert "".join(seen[::2]) == "xyzxyz"  # a short run is run once untimed before it is timed
 
 
 def test_a_shape_is_read_from_its_name() -> None:

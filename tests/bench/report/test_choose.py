@@ -12,9 +12,11 @@ import pytest
 
 from embedge.bench import Report
 from embedge.bench.errors import BenchArgumentError
-from embedge.bench.report.choose import LIMITS, choose
+from embedge.bench.report.choose import LIMITS, MARGINS, choose
 from embedge.bench.report.configurations import configurations, index_bytes
 from embedge.bench.report.write import report_json
+from embedge.export import export_bundle
+from embedge.runtime.bundle.manifest import Manifest
 from embedge.runtime.cli import choose as command
 from embedge.runtime.cli.main import main
 from tests.bench.conftest import example_row
@@ -201,6 +203,15 @@ def run(*arguments: str) -> int:
 
 
 @pytest.fixture
+def bundle(model: Path, tmp_path: Path) -> Path:
+    """A bundle of one bare task."""
+    out = tmp_path / "some" / "measured-bundle"
+    return export_bundle(
+        model, adapters={"code": None}, precisions=["fp32"], out=out, calibration="none"
+    )
+
+
+@pytest.fixture
 def file(whole: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A report of this machine."""
     monkeypatch.setattr(command, "processor_name", lambda: "a processor")
@@ -226,6 +237,56 @@ def test_the_command_prints_what_prepares_and_runs_it(
     assert "documents = model.encode_document(texts, truncate_dim=32)" in lines
     assert "queries = model.encode_query(questions, truncate_dim=32)" in lines
     assert "another machine" not in printed
+    assert (
+        "prepare it, where the folder tiny-bundle lies, of which `embedge inspect` shows" in printed
+    )
+
+
+@pytest.mark.slow
+def test_the_folder_that_was_measured_is_found_beside_its_report_by_its_files(
+    whole: Report, file: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = Manifest.from_dict(json.loads((bundle / "manifest.json").read_text())).files_sha256
+    settings = whole.settings | {"files_sha256": digest}
+    text = report_json(replace(whole, bundle=bundle.name, settings=settings))
+    beside = bundle.parent / "bench-report" / "report.json"
+    beside.parent.mkdir(exist_ok=True)
+    beside.write_text(text, encoding="utf-8")
+
+    assert run(str(beside), "--max-memory", "1GB", "--task", "code") == 0
+
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "prepare it:" in lines
+    assert str(bundle.parent) not in text
+    assert any(line.startswith(f"embedge subset {bundle} ") for line in lines)
+
+    beside.write_text(text.replace(digest, "0" * 64), encoding="utf-8")  # of other files
+    assert run(str(beside), "--max-memory", "1GB", "--task", "code") == 0
+    assert f"where the folder {bundle.name} lies, of which" in capsys.readouterr().out
+
+
+def test_margins_stand_where_they_are_told(whole: Report) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    guide = Path("docs/guides/measuring.md").read_text("utf-8")
+    for kind, shown in (("time", "10 % of times"), ("memory", "3 % of")):
+        assert f"{(MARGINS[kind] - 1) * 100:.0f} %" == shown[: shown.index("%") + 1]
+        assert shown in str(parser.description)
+    assert "and 10 %" in guide
+    assert "and 3 %" in guide
+    assert {limit.margin for limit in LIMITS} == {1.0, *MARGINS.values()}
+
+
+def test_a_limit_on_latency_is_compared_with_the_slowest_times(whole: Report) -> None:
+    single = {"p50_ms": 1.0, "p95_ms": 2.0, "p95_slow_ms": 9.0, "texts": 10}
+    rows = tuple(replace(row, single=single) for row in whole.rows)
+
+    assert choose([replace(whole, rows=rows)], {"latency": 9.8}).candidate is None
+    chosen = choose([replace(whole, rows=rows)], {"latency": 10.0}).candidate
+    assert chosen is not None
+    assert chosen.latency == 9.0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from embedge.bench import Report
+from embedge.bench.report.choose import choose
 from embedge.bench.report.html_page import html_page, page_data
+from embedge.bench.report.report import Row
 from tests.bench.conftest import example_row
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -59,6 +61,26 @@ def several(report: Report) -> Report:
         )
     ]
     return replace(report, rows=(report.rows[0], *rows), notes=(HOSTILE,))
+
+
+def with_pages() -> Row:
+    """A row of a bundle that takes images too, measured at two budgets."""
+    at = {"value": 0.625, "reference": 0.75, "difference": -0.125, "low": -0.25, "high": 0.0625}
+    cosines = {"matched": 0.375, "mismatched": 0.25, "gap": 0.6875, "texts_matched": None}
+    pages = {
+        "metric": "ndcg@10", "modality": "image", "items": 40, "pages": 60, "dims": {"32": at},
+        "ndcg@5": {"32": at}, "multi_vector": {"ndcg@5": at, "ndcg@10": at},
+        "alignment": {"value": cosines, "reference": cosines},
+    }  # fmt: skip
+    times = {"p50_ms": 310.0, "p95_ms": 420.0, "p95_slow_ms": 430.0, "pages": 16}
+    depths = {"set": "pages", "ndcg@5": at, "ndcg@10": at}
+    images = {
+        budget: {"tokens": tokens, "quality": depths, **times}
+        for budget, tokens in (("602112", 780.0), ("150528", 200.0))
+    }
+    return example_row(
+        "embedge fp32", "embedge", precision="fp32", quality={"pages": pages}, images=images
+    )
 
 
 def figures(value: Any) -> Iterator[float]:
@@ -137,6 +159,7 @@ def test_the_page_can_be_read_aloud_and_used_by_keyboard(several: Report) -> Non
 def test_a_browser_shows_tables_with_headings_that_sort_and_figures_of_the_json(
     several: Report, tmp_path: Path
 ) -> None:
+    several = replace(several, rows=(*several.rows, with_pages()))
     page = browse(html_page([several]), tmp_path)
 
     tags = [tag for tag, _ in page.elements]
@@ -149,7 +172,10 @@ def test_a_browser_shows_tables_with_headings_that_sort_and_figures_of_the_json(
     shown = [float(str(a["data-value"])) for _, a in page.elements if "data-value" in a]
     assert len(shown) > 50
     assert set(shown) <= set(figures(page_data([several])))
-    assert page.texts["answer"] == "2 of 4 configurations are shown."  # of the first task
+    assert page.texts["answer"] == "3 of 7 configurations are shown."  # texts of the first task
+    sections = "".join(text for name, text in page.texts.items() if name.startswith("section-"))
+    for title in ("Page images", "Image budget", "Texts beside images"):
+        assert title in sections
     assert "alert" not in "".join(text for name, text in page.texts.items() if name == "script")
 
 
@@ -165,11 +191,27 @@ def test_a_browser_sorts_by_a_heading_and_keeps_a_limit(several: Report, tmp_pat
       byId("filters").dispatchEvent(new Event("input"));
       document.body.insertAdjacentHTML("beforeend", "<p id=order></p>");
       byId("order").textContent = order.join();
+      document.body.insertAdjacentHTML("beforeend", "<p id=together></p>");
+      const task = document.querySelector("[name=task]");
+      task.value = "";
+      byId("filters").dispatchEvent(new Event("input"));
+      byId("together").textContent = byId("answer").textContent;
+      task.value = "search";
+      byId("filters").dispatchEvent(new Event("input"));
     </script>"""
 
+    worse = several.row("code", "embedge int4")
+    assert worse is not None
+    rows = [
+        replace(row, quality=worse.quality) if row.task == "code" else row for row in several.rows
+    ]
+    several = replace(several, rows=tuple(rows))
     page = browse(html_page([several]).replace("</body>", acts + "</body>"), tmp_path)
 
     assert page.texts["order"] == "int8,int4"  # 4 ms, 2.125 ms
+    # of all tasks nothing keeps it: int8 of the other task lost more; `embedge choose` says the same
+    assert page.texts["together"].startswith("Nothing meets a limit. Quality kept at least, %: the")
+    assert choose([several], {"quality": 0.95}).candidate is None
     headings = [a.get("aria-sort") for tag, a in page.elements if tag == "th"]
     assert headings.count("descending") == 1
     assert page.texts["answer"] == (

@@ -51,6 +51,32 @@ class TestInspect:
         ):
             assert fact in out
 
+    def test_it_shows_formats_and_the_ranges_of_8_bit_codes(
+        self, two_tasks: Any, capsys: Capture
+    ) -> None:
+        assert main(["inspect", str(two_tasks.path)]) == 0
+        free = "stored as float32, float16, binary, ubinary; int8 and uint8"
+        out = " ".join(capsys.readouterr().out.split())  # a terminal's lines are short
+        assert f"{free} by ranges of the call, or after `embedge ranges`" in out
+        ranges = {
+            "lowest": [-0.5] * 7 + [-1.0],
+            "highest": [0.52] * 7 + [1.04],
+            "mean_square": [0.125] * 8,
+            "vectors": 1300,
+        }
+        two_tasks.edit(lambda m: m["tasks"]["code"].update(output_ranges=ranges))
+        assert main(["inspect", str(two_tasks.path)]) == 0
+        out = capsys.readouterr().out
+        line = " ".join(out.split())
+        assert f"{free} of retrieval by ranges of the call, or after `embedge ranges`" in line
+        assert "code       whole    1,300       -1.0000  1.0400   0.0045" in out
+        assert main(["inspect", str(two_tasks.path), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        every = ["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+        assert found["output_formats"]["code"] == every
+        assert found["output_formats"]["retrieval"] == ["float32", "float16", "binary", "ubinary"]
+        assert out.splitlines().count(f"files         {found['files_sha256'][:16]}") == 1
+
     @pytest.mark.slow
     @pytest.mark.parametrize("width", [60, 80, 200])
     def test_it_fits_the_terminal(
