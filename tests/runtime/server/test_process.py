@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,9 +22,18 @@ import pytest
 from embedge.runtime import Embedder
 from embedge.runtime.cli.main import main
 from tests.helpers.command import Capture, error_line
-from tests.helpers.server_process import BODY, serving
+from tests.helpers.server_process import BODY, Server, serving
 from tests.helpers.serving import array_of, error_of, httpx, vectors_in
 from tests.runtime.conftest import MakeBundle, TinyBundle
+
+
+def tokens_taken(server: Server) -> float:
+    """Tokens of all requests that the server has taken: run, running and waiting."""
+    metrics = httpx.get(f"{server.url}/metrics").text
+    counts = re.findall(
+        r"^embedge_(?:tokens_total\{.*\}|queued_tokens) (\S+)$", metrics, re.MULTILINE
+    )
+    return sum(float(count) for count in counts)
 
 
 @pytest.mark.slow
@@ -52,10 +62,10 @@ class TestProcess:
         expected = Embedder(tasks_bundle.path, task="code").encode(texts)
         with serving(tmp_path / "log", str(tasks_bundle.path)) as server:
             with ThreadPoolExecutor(3) as pool:
+                tokens = server.embed(input=texts).json()["usage"]["total_tokens"]
                 asked = [pool.submit(server.embed, input=texts) for _ in range(3)]
-                metrics = f"{server.url}/metrics"
-                while "embedge_batch_tokens_count 0.0" in httpx.get(metrics).text:
-                    time.sleep(0.01)
+                while tokens_taken(server) < 4 * tokens:  # the last of the three has come in
+                    time.sleep(0.001)
                 assert server.end(number) == 0
                 answers = [one.result() for one in asked]
             for answer in answers:
