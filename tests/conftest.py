@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all is imported
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face package is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["ANONYMIZED_TELEMETRY"] = "False"  # Chroma's
@@ -91,6 +93,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays: looking through it takes the better part of a second each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,16 +17,16 @@ def one_core() -> bool:
 
 
 @pytest.fixture(scope="module")
-def texts_for_ranges() -> int:
-    """Most texts that ranges of 8-bit vectors are taken from; the tests of what is written take all."""
-    return 4
+def takes_ranges() -> bool:
+    """Whether exports take the ranges of 8-bit vectors, for which a graph runs; the tests of what is written do."""
+    return False
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ranges_of_few_texts(texts_for_ranges: int) -> Iterator[None]:
-    """A graph runs over them at the end of each export."""
+def _ranges_are_left_out(takes_ranges: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_RANGE_TEXTS", texts_for_ranges)
+        if not takes_ranges:
+            patch.setattr(pipeline, "_calibrate_ranges", lambda texts, out, progress: None)
         yield
 
 

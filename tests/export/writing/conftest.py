@@ -20,8 +20,8 @@ from tests.helpers.models import (
 
 
 @pytest.fixture(scope="module")
-def texts_for_ranges() -> int:
-    return 512
+def takes_ranges() -> bool:
+    return True
 
 
 @pytest.fixture(scope="module")
