@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from embedge.export.calibration.texts import calibration_texts, with_prompts
 from embedge.export.calibration.tokens import MAX_TOKENS_PER_TEXT, TokenBatch, token_batches
@@ -45,7 +46,7 @@ _RANGE_BYTES = 512 << 20  # of a graph that is opened for them: an export takes 
 def export(options: ExportOptions, progress: Progress) -> Path:
     """Run an export; see :func:`embedge.export.export_bundle`."""
     try:
-        with sole_exporter(options.out), threadpool_limits(_blas_threads(), user_api="blas"):
+        with sole_exporter(options.out), _blas().limit(limits=_blas_threads(), user_api="blas"):
             texts = _export_alone(options, progress)
             out = options.out if options.out.is_dir() else Path(os.path.realpath(options.out))
             _calibrate_ranges(texts, out, progress)
@@ -56,6 +57,12 @@ def export(options: ExportOptions, progress: Progress) -> Path:
             "that path and who may read it, and export again"
         ) from error
     return out
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """Finds numpy's BLAS and scipy's, once: it looks through all libraries that are loaded."""
+    return ThreadpoolController()
 
 
 def _blas_threads() -> int:

@@ -140,7 +140,7 @@ def _few_calibration_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the documents' models are worth is no matter here."""
     from embedge.export.calibration import texts
 
-    few = texts.packaged_texts()[:32]
+    few = texts.packaged_texts()[:16]
     monkeypatch.setattr(texts, "packaged_texts", lambda: few)
 
 

