@@ -94,6 +94,8 @@ def run_bench(
             "layouts": {p: _layout(plan, p) for p in plan.precisions},
             "files_sha256": plan.manifest.files_sha256,
             "common_bytes": _common_bytes(plan),
+            "layer_bytes": _layer_bytes(plan),
+            "image_budgets": plan.budgets,
             "output_ranges": _has_ranges(plan),
             "late_interaction": plan.late_interaction,
             "latency_tasks": plan.timed_tasks,
@@ -349,6 +351,18 @@ def _common_bytes(plan: Plan) -> int:
     listed = sum(entry.size for name, entry in plan.manifest.files.items() if "/" not in name)
     unlisted = [root / MANIFEST, root / CARD]
     return listed + sum(file.stat().st_size for file in unlisted if file.exists())
+
+
+def _layer_bytes(plan: Plan) -> dict[str, dict[str, int]]:
+    """Return the bytes of the tables of layers by precision and task, which lie beside graphs and weights."""
+    files = plan.manifest.files
+    return {
+        precision: {
+            task: files[name].size
+            for task, name in plan.manifest.precisions[precision].layers.items()
+        }
+        for precision in plan.precisions
+    }
 
 
 def _weights_bytes(source: Source) -> int:

@@ -59,7 +59,7 @@ class Configuration:
         cold_start_ms: from the start of Python to the first vector, the longest of the repeats.
         memory_bytes: peak of a process that embeds a text and a batch with this task alone.
         all_tasks_memory_bytes: peak of a process that does so with every task.
-        disk_bytes: graph, weights, tokenizer and manifest of this task alone.
+        disk_bytes: graph, weights, table of layers, tokenizer, manifest and card of this task alone.
         all_tasks_disk_bytes: those of all tasks at this precision.
         index_bytes: vectors of a million texts or pages.
         pareto: whether it lies on its task's front.
@@ -137,6 +137,7 @@ def _costs(report: Report, row: Row, rows: Sequence[Row], dim: int) -> Configura
     process = report.process.get(row.system, {})
     whole = report.sizes.get(row.precision or "")
     common = report.settings.get("common_bytes", 0)
+    layers = report.settings.get("layer_bytes", {}).get(row.precision, {}).get(row.task, 0)
     shape, figures = _throughput(timed)
     p95 = figures.get("p95_ms")
     return Configuration(
@@ -154,7 +155,7 @@ def _costs(report: Report, row: Row, rows: Sequence[Row], dim: int) -> Configura
         cold_start_ms=process.get("first_vector_longest_ms"),
         memory_bytes=process.get("after_first_task", {}).get("peak"),
         all_tasks_memory_bytes=process.get("after_batches", {}).get("peak"),
-        disk_bytes=None if row.bytes_on_disk is None else row.bytes_on_disk + common,
+        disk_bytes=None if row.bytes_on_disk is None else row.bytes_on_disk + layers + common,
         all_tasks_disk_bytes=None if whole is None else whole + common,
     )
 
@@ -192,11 +193,13 @@ def _pages(report: Report, row: Row, rows: Sequence[Row]) -> Iterator[Configurat
     measured = _main_set(row, "image")
     if measured is None or not row.images:
         return
-    for number, (budget, figures) in enumerate(row.images.items()):
-        for dim in sorted(map(int, row.fidelity), reverse=True)[: 1 if number else None]:
+    own = report.settings["image_budgets"][0]
+    for budget, figures in row.images.items():
+        smaller = int(budget) != own
+        for dim in sorted(map(int, row.fidelity), reverse=True)[: 1 if smaller else None]:
             base = _page_costs(report, row, rows, dim, budget)
             found: Iterable[tuple[str, dict[str, Any]]] = _qualities(measured, dim)
-            if number:
+            if smaller:
                 fields = {"quality_set": measured[0], "metric": measured[1]["metric"]}
                 at = figures["quality"][measured[1]["metric"]]
                 found = [(FLOAT32, fields | _shares(at))]

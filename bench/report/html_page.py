@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from embedge.bench.report.choose import MARGINS
+from embedge.bench.report.choose import MARGINS, modality_of
 from embedge.bench.report.configurations import configurations
 from embedge.bench.report.report import Report
 
@@ -33,8 +33,11 @@ _ESCAPES = {
 
 
 def page_data(reports: Sequence[Report]) -> dict[str, Any]:
-    """Return what the page holds: ``reports``, ``configurations`` of all of them, and the ``margins`` of limits."""
+    """Return what the page holds: ``reports``, ``configurations`` of all of them, the ``margins`` of limits, and
+    the ``modality`` that is shown first.
+    """
     return {
+        "modality": modality_of(reports),
         "margins": MARGINS,
         "reports": [report.to_dict() for report in reports],
         "configurations": [found.to_dict() for found in configurations(reports)],

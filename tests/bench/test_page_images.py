@@ -182,6 +182,7 @@ def test_pages_are_configurations_of_their_own_and_can_be_chosen(
     assert chosen.modality == "image"  # nothing of texts was labelled
 
     files = write_report(measured, tmp_path)
+    assert str(tmp_path.parents[1]) not in files[0].read_text("utf-8")  # no paths of this machine
     text = files[1].read_text("utf-8")
     assert "## Page images" in text
     assert "one a token" in text

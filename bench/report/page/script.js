@@ -157,7 +157,8 @@ function makeFilters() {
     const select = element("select", { name: key }, element("option", { value: "" }, "all"));
     for (const value of values) select.append(element("option", { value }, String(value)));
     // A front is of a task and a modality.
-    if (key === "task" || key === "modality") select.options[1].defaultSelected = true;
+    if (key === "task") select.options[1].defaultSelected = true;
+    if (key === "modality") [...select.options].find((option) => option.value === DATA.modality).defaultSelected = true;
     byId("facets").append(element("label", {}, title, select));
   }
   for (const limit of LIMITS) {

@@ -34,8 +34,8 @@ def test_every_system_gets_the_role_and_each_text_its_rounds() -> None:
     class Some:
         name = "some"
         role = "peer"
-        precision = None
-        bytes_on_disk = None
+        precision: str | None = None
+        bytes_on_disk: int | None = None
 
         def encode(
             self, texts: Sequence[str], batch_size: int = 32, role: str | None = None
