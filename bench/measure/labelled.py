@@ -29,6 +29,7 @@ from embedge.runtime.scoring.quantization import dequantize_embeddings, quantize
 from embedge.runtime.scoring.rescoring import search_binary
 
 __all__ = [
+    "STORED",
     "Columns",
     "against",
     "column_quality",
@@ -36,10 +37,11 @@ __all__ = [
     "encode_pages",
     "firsts",
     "format_qualities",
+    "stored_columns",
 ]
 
 Vectors = NDArray[np.float32]
-_STORED = ("float16", "int8", "binary")
+STORED = ("float16", "int8", "binary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +106,28 @@ def format_qualities(evaluation: EvalSet, columns: Columns, ranges: Vectors) -> 
 def _format_qualities(
     evaluation: EvalSet, columns: Columns, ranges: Vectors
 ) -> Iterator[tuple[str, Quality]]:
-    for name in _STORED:
-        second = _restored(columns.second, name, ranges)
-        as_stored = evaluation.scores is not None or name == "binary"
-        first = _restored(columns.first, name, ranges) if as_stored else columns.first
-        yield name, quality(evaluation, first.astype(np.float64), second)
+    for name in STORED:
+        first, second = stored_columns(evaluation, columns, name, ranges)
+        yield name, quality(evaluation, first, second)
     if evaluation.scores is None:
         yield "binary+int8", _rescored(evaluation, columns, ranges)
+
+
+def stored_columns(
+    evaluation: EvalSet, columns: Columns, name: str, ranges: Vectors
+) -> tuple[Floats, Floats]:
+    """Return what a stored format keeps of both columns, float64 ``[n, dim]`` each.
+
+    Args:
+        evaluation: the set.
+        columns: of one dimension.
+        name: one of :data:`STORED`.
+        ranges: of 8-bit codes, float32 ``[2, dim]``.
+    """
+    second = _restored(columns.second, name, ranges)
+    as_stored = evaluation.scores is not None or name == "binary"
+    first = _restored(columns.first, name, ranges) if as_stored else columns.first
+    return first.astype(np.float64), second
 
 
 def _restored(vectors: Vectors, name: str, ranges: Vectors) -> Floats:

@@ -14,17 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedge.bench.measure.alignment import alignment
 from embedge.bench.measure.labelled import (
+    STORED,
     Columns,
     against,
     column_quality,
     encode_pages,
     firsts,
+    stored_columns,
 )
 from embedge.bench.measure.latency import one_by_one, spread
-from embedge.bench.measure.quality import Quality, gains_of, ndcg_of_scores
+from embedge.bench.measure.quality import Floats, Quality, gains_of, ndcg_of_scores
 from embedge.bench.measure.texts import Document, EvalSet, spaced
 from embedge.bench.options import Profile
 from embedge.bench.systems.system import PageSystem
@@ -33,6 +36,7 @@ __all__ = [
     "DEPTHS",
     "Budgets",
     "align_columns",
+    "align_stored",
     "budget_figures",
     "different_pages",
     "page_times",
@@ -43,6 +47,7 @@ DEPTHS = (5, 10)
 Budgets = Sequence[int]
 _TOGETHER = 32  # pages whose multi-vectors are held at once
 Figures = dict[str, Any]
+Vectors = NDArray[np.float32]
 
 
 def different_pages(evaluation: EvalSet) -> list[Document]:
@@ -65,15 +70,33 @@ def token_qualities(system: PageSystem, evaluation: EvalSet) -> dict[int, Qualit
     }
 
 
-def align_columns(evaluation: EvalSet, columns: Columns) -> dict[str, float | None]:
-    """Return how the queries and pages of a set lie to each other, see :func:`alignment`."""
+def align_stored(
+    evaluation: EvalSet, columns: Columns, ranges: Vectors
+) -> dict[str, dict[str, float | None]]:
+    """Return :func:`align_columns` of what each stored format keeps, by its name."""
+    return {
+        name: align_columns(evaluation, *stored_columns(evaluation, columns, name, ranges))
+        for name in STORED
+    }
+
+
+def align_columns(
+    evaluation: EvalSet, first: Floats | Vectors, second: Floats | Vectors
+) -> dict[str, float | None]:
+    """Return how the queries and pages of a set lie to each other, see :func:`alignment`.
+
+    Args:
+        evaluation: the set.
+        first: its queries, ``[rows, dim]``.
+        second: its pages, ``[rows and others, dim]``.
+    """
     gains = gains_of(evaluation)
     pages = firsts(evaluation.passages)
     matches = np.zeros((len(gains), len(pages)), dtype=bool)
     for query, its in enumerate(gains):
         matches[query, [page for page, gain in its.items() if gain > 0]] = True
     queries = firsts(evaluation.first)
-    return alignment(columns.first[queries], columns.second[pages], matches)
+    return alignment(first[queries], second[pages], matches)
 
 
 def budget_figures(

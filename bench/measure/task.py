@@ -22,6 +22,7 @@ from embedge.bench.measure.latency import Times, alternate, one_by_one, ratio, s
 from embedge.bench.measure.pages import (
     DEPTHS,
     align_columns,
+    align_stored,
     budget_figures,
     page_times,
     token_qualities,
@@ -146,6 +147,10 @@ def vectors_against(
         if isinstance(system, EmbedgeSystem):
             formats = _formats(system, evaluation, data, ours, reference)
             figures["quality"][evaluation.name]["formats"] = formats
+            if evaluation.modality == "image":
+                whole = ours.columns[evaluation.name]
+                aligned = align_stored(evaluation, whole, ranges_of(whole.second))
+                figures["quality"][evaluation.name]["alignment"]["formats"] = aligned
     if system.role != "torch" and profile.invariance:
         step = max(1, len(texts) // profile.invariance)
         figures["invariance"] = batch_invariance(system.encode, texts[::step][: profile.invariance])
@@ -227,8 +232,8 @@ def _page_figures(
         for dim in data.dims
     }
     figures["alignment"] = {
-        "value": align_columns(evaluation, ours.columns[name]),
-        "reference": align_columns(evaluation, reference.columns[name]),
+        kind: align_columns(evaluation, its.columns[name].first, its.columns[name].second)
+        for kind, its in (("reference", reference), ("value", ours))
     }
     if name in ours.tokens:
         figures["multi_vector"] = {

@@ -228,9 +228,12 @@ def alignment_table(rows: Sequence[Row]) -> Table:
             )
             if before not in lines:
                 lines.append(before)
-            lines.append(
-                (row.task, row.system, name, *(_number(found["value"][k], 4) for k in keys))
-            )
+            formats = found.get("formats", {}).items()
+            for system, at in (
+                (row.system, found["value"]),
+                *((f"{row.system}, {kind} vectors", its) for kind, its in formats),
+            ):
+                lines.append((row.task, system, name, *(_number(at[k], 4) for k in keys)))
     return Table(header, tuple(lines), labels=3)
 
 

@@ -130,7 +130,14 @@ def test_single_and_multi_vectors_of_pages_are_those_of_torch(
 
     matches = [[page == min(number, 4) for page in range(6)] for number in range(6)]
     cosines = np.array(single)
-    for name, found in figures["alignment"].items():
+    formats = figures["alignment"]["formats"]
+    assert set(formats) == {"float16", "int8", "binary"}
+    bits = [np.where(v > 0, 1.0, -1.0) for v in (queries, pages)]
+    signs = bits[0] @ bits[1].T / bits[0].shape[1]
+    assert formats["binary"]["matched"] == pytest.approx(signs[matches].mean(), abs=1e-3)
+    assert formats["int8"]["matched"] == pytest.approx(cosines[matches].mean(), abs=5e-3)
+    for name in ("value", "reference"):
+        found = figures["alignment"][name]
         assert found["matched"] == pytest.approx(cosines[matches].mean(), abs=1e-4), name
         assert found["mismatched"] == pytest.approx(cosines[~np.array(matches)].mean(), abs=1e-4)
         assert found["texts_matched"] == pytest.approx(queries[4] @ queries[5], abs=1e-4)

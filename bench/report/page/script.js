@@ -399,7 +399,9 @@ function alignments() {
     const key = `${base.bundle} ${base.task} ${base.set}`;
     const first = seen.has(key) ? [] : [{ ...base, ...figures.alignment.reference, system: "unquantized" }];
     seen.add(key);
-    return [...first, { ...base, ...figures.alignment.value }];
+    const formats = Object.entries(figures.alignment.formats ?? {}).map(
+      ([format, at]) => ({ ...base, ...at, system: `${base.system}, ${format} vectors` }));
+    return [...first, { ...base, ...figures.alignment.value }, ...formats];
   });
 }
 
