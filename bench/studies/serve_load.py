@@ -3,7 +3,8 @@
 A server is started, and asked by clients of this process, each with a connection of its own. The parts:
 
 * *throughput*: every client asks for one short text after the other. In the same rounds the same texts go through one
-  ``encode``, on the same cores; what is shown is the ratio of the medians.
+  ``encode``, on the same cores; what is shown is the ratio of the medians. ``--beside URL MODEL`` asks another server
+  in the same rounds, at the address of its embeddings, for the same texts.
 * *half load*: requests come at random, at half of that throughput: the median and the 95th percentile.
 * *mixed*: for ``--minutes``, requests of one text, of lists and of long texts, for every task; the server's memory, at
   the end of the first minute and the most of it later.
@@ -28,11 +29,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from embedge.bench.errors import BenchError
 from embedge.bench.studies.bulk import short_texts
 from embedge.runtime import Embedder, EmbedgeError
 
@@ -56,6 +59,7 @@ class Load:
         bulk_rate: texts a second of one ``encode``, the median of the rounds.
         server_rate: texts a second of the clients.
         ratio: of the second to the first.
+        beside_rate: texts a second of another server, asked by the same clients; 0 without one.
         bulk_cpu_ms, server_cpu_ms, client_cpu_ms: a text's time on the cores, in threads' milliseconds, of one
             ``encode``, of the server, and of the clients. They hold where other processes are on the cores, too.
         client_share: of all cores' time that the clients took in the rounds of the server.
@@ -74,6 +78,7 @@ class Load:
     bulk_rate: float = 0.0
     server_rate: float = 0.0
     ratio: float = 0.0
+    beside_rate: float = 0.0
     bulk_cpu_ms: float = 0.0
     server_cpu_ms: float = 0.0
     client_cpu_ms: float = 0.0
@@ -111,14 +116,15 @@ class _Connection:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    path: str = "/v1/embeddings"
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def ask(self, body: bytes) -> _Answer:
         async with self.busy:
             start = time.perf_counter()
             self.writer.write(
-                b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+                b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (self.path.encode(), len(body), body)
             )
             head = await self.reader.readuntil(b"\r\n\r\n")
             status = int(head[9:12])
@@ -128,6 +134,36 @@ class _Connection:
             content = await self.reader.readexactly(int(headers["content-length"]))
             seconds = time.perf_counter() - start
         return _Answer(status, content, seconds, headers.get("retry-after"))
+
+
+@dataclass
+class _Beside:
+    """Another server: the address of its embeddings, and what it calls the model."""
+
+    url: str
+    model: str
+
+    async def seconds(self, texts: Sequence[str], clients: int) -> float:
+        """For texts that each have a request of their own.
+
+        Raises:
+            BenchError: the address is not of this machine, or one of them was not answered.
+        """
+        address = urlsplit(self.url)
+        if address.scheme != "http" or address.hostname not in ("127.0.0.1", "localhost"):
+            raise BenchError(f"expected http://127.0.0.1:PORT/PATH, found {self.url}")
+        bodies = [json.dumps({"model": self.model, "input": [text]}).encode() for text in texts]
+        try:
+            async with _connected(address.port or 80, clients, address.path) as connections:
+                start = time.perf_counter()
+                answers = await _all_asked(connections, bodies)
+                seconds = time.perf_counter() - start
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise BenchError(f"{self.url} does not answer: {error}") from error
+        for answer in answers:
+            if answer.status != 200:
+                raise BenchError(f"{self.url} answered {answer.status}: {answer.body[:200]!r}")
+        return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,6 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", type=int, default=6000, metavar="N", help="of a round")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--minutes", type=float, default=10, metavar="N", help="of the mixed part")
+    parser.add_argument(
+        "--beside",
+        nargs=2,
+        metavar=("URL", "MODEL"),
+        help="another server's embeddings, and its name of a model",
+    )
     options = parser.parse_args(arguments)
     for name in ("clients", "texts", "rounds"):
         if getattr(options, name) < 1:
@@ -155,11 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             count=options.texts,
             rounds=options.rounds,
             minutes=options.minutes,
+            beside=_Beside(*options.beside) if options.beside else None,
         )
     except EmbedgeError as error:
         print(f"embedge.bench.studies.serve_load: {error}", file=sys.stderr)
         return 1
     growth = load.later_mb / load.minute_mb - 1 if load.minute_mb else 0.0
+    if load.beside_rate:
+        print(
+            f"{options.beside[1]}: {load.beside_rate:.0f} texts/s, {load.server_rate / load.beside_rate:.2f} times that"
+        )
     print(
         f"{load.clients} clients: {load.server_rate:.0f} texts/s, one encode {load.bulk_rate:.0f}: "
         f"{load.ratio:.2f} (the clients took {load.client_share:.0%} of the cores)\n"
@@ -177,7 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    bundle: Path, *, precision: str | None, clients: int, count: int, rounds: int, minutes: float
+    bundle: Path,
+    *,
+    precision: str | None,
+    clients: int,
+    count: int,
+    rounds: int,
+    minutes: float,
+    beside: _Beside | None = None,
 ) -> Load:
     """Runs all parts.
 
@@ -188,6 +242,7 @@ def measure(
         count: texts of a round.
         rounds: of the throughput.
         minutes: of the mixed part.
+        beside: another server, for the throughput.
     """
     load = Load(clients=clients)
     texts = short_texts(count)
@@ -195,7 +250,7 @@ def measure(
         task = model.tasks[0]
         expected = _encoded(model, texts, task)
         with _server(bundle, model.precision) as (port, process):
-            asyncio.run(_throughput(load, port, process, model, texts, expected, rounds))
+            asyncio.run(_throughput(load, port, process, model, texts, expected, rounds, beside))
             asyncio.run(_half_load(load, port, task, texts, expected))
             asyncio.run(_mixed(load, port, process, model, texts, minutes))
         few = ("--max-queued-tokens", str(_FULL_TOKENS))
@@ -224,9 +279,11 @@ def _server(bundle: Path, precision: str, *options: str) -> Iterator[tuple[int, 
 
 
 @asynccontextmanager
-async def _connected(port: int, count: int) -> AsyncIterator[list[_Connection]]:
+async def _connected(
+    port: int, count: int, path: str = "/v1/embeddings"
+) -> AsyncIterator[list[_Connection]]:
     connections = [
-        _Connection(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 26))
+        _Connection(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 26), path)
         for _ in range(count)
     ]
     try:
@@ -234,6 +291,19 @@ async def _connected(port: int, count: int) -> AsyncIterator[list[_Connection]]:
     finally:
         for connection in connections:
             connection.writer.close()
+
+
+async def _all_asked(connections: Sequence[_Connection], bodies: Sequence[bytes]) -> list[_Answer]:
+    """The answers to some bodies, for which each connection asks when it has its last answer."""
+    answers: dict[int, _Answer] = {}
+    numbers = iter(range(len(bodies)))
+
+    async def client(connection: _Connection) -> None:
+        for number in numbers:
+            answers[number] = await connection.ask(bodies[number])
+
+    await asyncio.gather(*map(client, connections))
+    return [answers[number] for number in range(len(bodies))]
 
 
 def _body(task: str, texts: Sequence[str]) -> bytes:
@@ -259,19 +329,14 @@ async def _throughput(
     texts: Sequence[str],
     expected: Vectors,
     rounds: int,
+    beside: _Beside | None,
 ) -> None:
-    """Rounds of one ``encode`` and of many clients, in turn."""
+    """Rounds of one ``encode``, of many clients, and of those at another server, in turn."""
     task = model.tasks[0]
     bodies = [_body(task, [text]) for text in texts]
-    answers: list[_Answer | None] = [None] * len(bodies)
-    bulk, served = [], []
+    bulk, served, others = [], [], []
     on_cores: list[tuple[float, float, float]] = []
     async with _connected(port, load.clients) as connections:
-
-        async def client(connection: _Connection, numbers: Iterator[int]) -> None:
-            for number in numbers:
-                answers[number] = await connection.ask(bodies[number])
-
         for _ in range(rounds + 1):
             start, own = time.perf_counter(), time.process_time()
             _encoded(model, texts, task)
@@ -279,19 +344,21 @@ async def _throughput(
             of_bulk = time.process_time() - own
             of_server, batches = _seconds_on_cores(process), await _batches(port)
             start, own = time.perf_counter(), time.process_time()
-            numbers = iter(range(len(bodies)))
-            await asyncio.gather(*(client(one, numbers) for one in connections))
+            answers = await _all_asked(connections, bodies)
             served.append(time.perf_counter() - start)
             of_clients = time.process_time() - own
             on_cores.append((of_bulk, _seconds_on_cores(process) - of_server, of_clients))
             batches = await _batches(port) - batches
             for answer, vector in zip(answers, expected, strict=True):
-                assert answer is not None
                 _compare(load, answer, vector[None])
+            if beside is not None:
+                others.append(await beside.seconds(texts, load.clients))
     # The first round opens what the others find open.
     load.bulk_rate = len(texts) / float(np.median(bulk[1:]))
     load.server_rate = len(texts) / float(np.median(served[1:]))
     load.ratio = load.server_rate / load.bulk_rate
+    if others:
+        load.beside_rate = len(texts) / float(np.median(others[1:]))
     milliseconds = np.median(on_cores[1:], axis=0) / len(texts) * 1e3
     load.bulk_cpu_ms, load.server_cpu_ms, load.client_cpu_ms = map(float, milliseconds)
     cores = len(os.sched_getaffinity(process.pid))
