@@ -17,6 +17,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from embedge import Embedder
 from embedge.export import export_bundle
@@ -28,8 +30,17 @@ from embedge.export.source.checkpoint import Checkpoint
 from embedge.quant import bitsandbytes as quant
 from embedge.runtime.cli.main import main
 from embedge.runtime.errors import EmbedgeValueError
-from tests.helpers.exports import manifest, small
-from tests.helpers.models import CONFIGS, make_model, save
+from tests.helpers.exports import WIDE, manifest, small
+from tests.helpers.models import (
+    CONFIGS,
+    Reference,
+    cosines,
+    linears,
+    make_model,
+    random_texts,
+    save,
+    save_adapter,
+)
 from tests.helpers.weight_files import write_model
 
 RNG = np.random.default_rng(0)
@@ -209,6 +220,61 @@ def test_a_bundle_says_how_its_base_was_quantized_and_takes_no_other(
         EmbedgeValueError, match=r"base not quantized \(--base-quantization\), this"
     ):
         small(source, plain, adapters={"more": None}, base_quantization="nf4")
+
+
+# Levels of NormalFloat4: appendix E of "QLoRA", arXiv 2305.14314.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
+
+
+def in_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as QLoRA's base multiplies it: the nearest levels of blocks of 64, in float32."""
+    blocks = weight.reshape(-1, 64)
+    peak = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(NF4)
+    nearest = (blocks[:, :, None] / peak[:, :, None] - levels).abs().argmin(2)
+    return (levels[nearest] * peak).reshape(weight.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.998), ("int4", 0.95)])
+def test_a_shared_graph_and_tasks_added_to_it_have_the_base_that_adapters_saw(
+    precision: str, least: float, few_texts: Path, tmp_path: Path
+) -> None:
+    original = save(make_model("bert", **WIDE), tmp_path / "original")
+    quantized = shutil.copytree(original, tmp_path / "quantized")
+    tensors = load_torch(original / "model.safetensors")
+    of_linears = [n for n, t in tensors.items() if t.ndim == 2 and "embeddings" not in n]
+    save_torch(
+        {n: in_nf4(t) if n in of_linears else t for n, t in tensors.items()},
+        quantized / "model.safetensors",
+    )
+    adapters = {
+        name: save_adapter(original, tmp_path / name, target=linears("bert"), seed=seed, size=0.5)
+        for seed, name in enumerate(("first", "second"), 30)
+    }
+    options: dict[str, Any] = {
+        "precisions": [precision],
+        "calibration": few_texts,
+        "layout": "shared",
+        "out": tmp_path / "out",
+    }
+    for name, folder in adapters.items():  # the second is added
+        export_bundle(original, adapters={name: folder}, base_quantization="nf4", **options)
+    with pytest.raises(EmbedgeValueError, match="base quantized as nf4"):
+        export_bundle(original, adapters={"third": None}, **options)
+    texts = random_texts(24)
+    with Embedder(tmp_path / "out", precision=precision) as embedder:
+        for name, folder in adapters.items():
+            found = embedder.encode(texts, task=name)
+            seen = cosines(found, Reference(quantized, folder).encode(texts)).mean()
+            unseen = cosines(found, Reference(original, folder).encode(texts)).mean()
+            assert seen > least, seen
+            assert 1 - seen < 0.8 * (1 - unseen), (seen, unseen)
 
 
 def converted(model: Any) -> set[str]:
