@@ -25,6 +25,7 @@ from embedge.runtime.bundle.task_tensors import read_task_tensors
 from embedge.runtime.errors import EmbedgeValueError
 
 _WIDE = 1536  # hidden size
+_SWEEPS = 2  # of coordinate descent, each about the time of GPTQ's arithmetic
 ARITHMETIC = 1  # of shared graphs: changes with rotation, smoothing or folding, which added tasks have to match
 
 
@@ -107,6 +108,7 @@ class ExportPlan:
             keep=self.options.keep if keep is None else keep,
             portable=self.options.portable,
             branch_ranks=self.branch_ranks(precision),
+            sweeps=0 if self.wide else _SWEEPS,
         )
 
     def calibrate(
@@ -128,7 +130,8 @@ class ExportPlan:
         """
         base = self.model.weights(self.model.base, self.scheme(precision))
         budget = self.options.budget if precision == "int4" else None
-        smallest = 0 if budget is None else self._smallest(budget, batches)
+        if budget is not None:
+            self._smallest(budget, batches)  # refuses before the texts run
         if PRECISIONS[precision].smoothed and not self.constants:  # the same for both
             architecture = self.model.architecture.text_only()
             found = smoothing_constants(
@@ -155,6 +158,7 @@ class ExportPlan:
                 scratch=scratch,
                 report=self.progress.layers("measuring sensitivity", layers),
             )
+            smallest = self._smallest(budget, batches, calibrated=True)
             eight_bit = sorted(within_budget(gains, smallest, budget))
         keep = {**self.options.keep, **{glob.escape(label): "int8" for label in eight_bit}}
         beside = () if self.branch_ranks(precision).least else PRECISIONS[precision].beside
@@ -162,11 +166,18 @@ class ExportPlan:
         schemes = {n: self.scheme(n, keep=keep, calibrated=bool(batches)) for n in names}
         return schemes, eight_bit
 
-    def _smallest(self, budget: int, batches: Sequence[TokenBatch]) -> int:
-        """Bytes of a task's tensors with 4 bits everywhere; the budget has to allow them."""
-        g = self.model.graph(next(iter(self.model.tasks.values())), self.scheme("int4"))
+    def _smallest(
+        self, budget: int, batches: Sequence[TokenBatch], *, calibrated: bool = False
+    ) -> int:
+        """Bytes of a task's tensors with 4 bits everywhere; the budget has to allow them.
+
+        Calibration adds channels that are set apart.
+        """
+        scheme = self.scheme("int4", calibrated=calibrated)
+        weights = self.model.weights(next(iter(self.model.tasks.values())), scheme)
+        g = self.model.graph(weights, scheme)
         smallest = sum(initializer.nbytes for initializer in g.initializers.values())
-        check_budget(smallest, budget)
+        check_budget(smallest, budget, branches=self.options.branch_rank is not None)
         if not batches:
             raise EmbedgeValueError(
                 f"budget {budget:,} bytes: it chooses layers by calibration texts, and none of those "

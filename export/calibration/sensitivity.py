@@ -133,16 +133,24 @@ def candidates(
     return found
 
 
-def check_budget(smallest: int, budget: int) -> None:
+def check_budget(smallest: int, budget: int, *, branches: bool) -> None:
     """Refuse a budget that 4 bits everywhere break already.
+
+    Args:
+        smallest: bytes of a task's tensors with 4 bits everywhere.
+        budget: most bytes of them.
+        branches: whether branches are among them.
 
     Raises:
         EmbedgeValueError: naming both sizes.
     """
     if budget < smallest:
+        kind, fewer = (
+            ("int4 with branches", ", or a lower branch_rank") if branches else ("int4", "")
+        )
         raise EmbedgeValueError(
-            f"budget {budget:,} bytes: a task at int4 takes {smallest:,}; give at least that, or a larger "
-            "int4_block_size"
+            f"budget {budget:,} bytes: a task at {kind} takes {smallest:,}; give at least that, or a larger "
+            f"int4_block_size{fewer}"
         )
 
 

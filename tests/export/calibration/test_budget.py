@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -78,7 +80,7 @@ def test_the_largest_gains_per_byte_that_fit_are_chosen(budget: int, chosen: lis
 
 def test_a_budget_below_four_bits_names_what_is_needed() -> None:
     with pytest.raises(EmbedgeValueError, match="budget 999 bytes: a task at int4 takes 1,000"):
-        check_budget(1000, 999)
+        check_budget(1000, 999, branches=False)
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +296,32 @@ def test_the_choice_is_the_same_for_a_task_that_is_added(
     model = Embedder(tmp_path / "b", threads=1)
     first, second = (model.encode(TEXTS, task=task) for task in ("one", "two"))
     np.testing.assert_array_equal(first, second)
+
+
+def tensor_bytes(graph: Path) -> int:
+    tensors = onnx.load(graph).graph.initializer
+    return sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in tensors)
+
+
+def test_a_budget_counts_branches_which_both_kinds_of_layer_have(
+    source: Path, tmp_path: Path
+) -> None:
+    adapters: dict[str, Path | None] = {"task": None}
+    plain = export_bundle(source, adapters=adapters, precisions=["fp32"], out=tmp_path / "plain")
+    exact = Embedder(plain, precision="fp32", threads=1).encode(TEXTS)
+    options: dict[str, Any] = {"adapters": adapters, "precisions": ["int4"], "branch_rank": 16}
+    four = export_bundle(source, out=tmp_path / "four", **options)
+    smallest = tensor_bytes(four / "int4/task.onnx")
+    with pytest.raises(EmbedgeValueError, match=r"int4 with branches takes .*a lower branch_rank"):
+        export_bundle(source, budget=smallest // 2, out=tmp_path / "none", **options)
+    budget = smallest * 11 // 10
+    both = export_bundle(source, budget=budget, out=tmp_path / "both", **options)
+    stated = Bundle(both).manifest.precisions["int4"].options
+    assert 0 < len(stated["int8"]) < 21  # of three layers' seven
+    assert stated["branch_rank"] == 16
+    kinds = Counter(node.op_type for node in onnx.load(both / "int4/task.onnx").graph.node)
+    assert kinds["MatMulNBitsBranch"] == 21 - len(stated["int8"])
+    at_8 = sum(n for kind, n in kinds.items() if kind.startswith("MatMulIntegerToFloatBranch"))
+    assert at_8 == len(stated["int8"])
+    assert smallest < tensor_bytes(both / "int4/task.onnx") <= budget
+    assert error(both, "int4", exact) < 0.9 * error(four, "int4", exact)
