@@ -22,7 +22,7 @@ from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
 from embedge.export.graph.scheme import BranchedScheme, Scheme
 from embedge.export.graph.values import LinearGroup
-from embedge.export.schemes.branch import branch_initializer, branch_tensors
+from embedge.export.schemes.branch import branch_initializer, branch_tensors, fit_branch
 from embedge.export.weights.tensors import Weights
 
 __all__ = ["Fitted", "branch_initializers", "fit_branches"]
@@ -101,12 +101,11 @@ def _fitted(
     factor = input_factor(g, group, scheme, statistics, "a branch cannot be fitted here")
     lost = [
         scheme.lost(
-            g,
-            group,
             linear,
-            np.array(matrix.T, order="C"),
+            scheme.for_input(g, group, np.array(matrix.T, order="C")),
             stored(scheme.weight(g, group, linear)),
         )
         for linear, matrix in zip(group.linears, statistics.matrices, strict=True)
     ]
-    return branch_tensors(group, scheme, lost, factor)
+    fitted = fit_branch(group, scheme, lost, factor)
+    return branch_tensors(group, scheme, fitted, [len(part) for part in lost])

@@ -6,7 +6,7 @@ reach it in the unquantized model, so the order of the layers changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,13 +22,16 @@ from embedge.export.errors import CheckpointError
 from embedge.export.graph.architecture import Architecture
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
-from embedge.export.graph.scheme import Rounded, RoundingScheme, Scheme, reported_db
+from embedge.export.graph.scheme import BranchedScheme, Rounded, RoundingScheme, Scheme, reported_db
 from embedge.export.graph.values import LinearGroup, LinearRef
+from embedge.export.schemes.branch import branch_tensors, fit_branch
 from embedge.export.weights.tensors import Weights
 from embedge.quant import gptq
 
 Quantized = tuple[LazyInitializer, Sequence[NDArray[Any]], dict[str, Any]]
-"""What is stored of a Linear, its tensors, and further columns of the layer report."""
+"""What is stored of a Linear or a branch, its tensors, and further columns of the layer report."""
+
+_TURNS = 2  # of rounding to what a branch leaves; a third gains .5 % (lab note 67)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,10 @@ def quantize(
     batches: Sequence[TokenBatch],
     linears: Sequence[GptqLinear],
     *,
+    scheme: Scheme,
     scratch: Path,
     report: Callable[[int], None],
+    branches: Mapping[str, LazyInitializer] | None = None,
 ) -> Iterator[Quantized]:
     """Round Linears of a graph by GPTQ, layer by layer; one layer's weights are held.
 
@@ -81,12 +86,15 @@ def quantize(
         g: the task's graph.
         batches: calibration tokens.
         linears: those to round, from :func:`gptq_linears`.
+        scheme: the precision.
         scratch: folder for a layer's weights.
         report: takes the number of each layer that was run.
+        branches: those that are fitted in turns with all Linears of their input, by its label.
 
     Raises:
         CheckpointError: inputs are not finite, or a Hessian is not positive definite.
     """
+    branches = branches or {}
     wanted = {label: list(of) for label, of in groupby(linears, lambda linear: linear.group.label)}
     passes = calibrate(
         architecture,
@@ -98,7 +106,10 @@ def quantize(
     for index, statistics in passes:
         report(index + 1)
         for label, value in statistics.items():
-            if label in wanted:
+            of = scheme.branched(value.group) if label in branches else None
+            if of is not None:
+                yield from _quantize_with_branch(g, wanted[label], of, branches[label], value)
+            elif label in wanted:
                 yield from _quantize_group(g, wanted[label], value)
             value.matrices.clear()
 
@@ -124,6 +135,47 @@ def _quantize_group(
             del factor
         yield item.initializer, arrays, facts
         del arrays
+
+
+def _quantize_with_branch(
+    g: Graph,
+    linears: Sequence[GptqLinear],
+    scheme: BranchedScheme,
+    initializer: LazyInitializer,
+    statistics: InputStatistics,
+) -> Iterator[Quantized]:
+    """Round Linears that share an input, and fit their branch, in turns: each to what the other leaves."""
+    group = linears[0].group
+    factor = input_factor(g, group, scheme, statistics, "GPTQ is not possible here")
+    weights, stored = [], []
+    for linear, matrix in zip(group.linears, statistics.matrices, strict=True):
+        rounded = scheme.round(g, group, linear, np.array(matrix.T, order="C"), factor)
+        weights.append(rounded.weight)
+        stored.append(rounded.arrays)
+        del rounded
+
+    def lost() -> list[NDArray[np.float32]]:
+        parts = zip(group.linears, weights, stored, strict=True)
+        return [scheme.lost(linear, weight, arrays) for linear, weight, arrays in parts]
+
+    stops = np.cumsum([len(weight) for weight in weights])
+    fitted = fit_branch(group, scheme, lost(), factor)
+    for _ in range(_TURNS):
+        held = np.split(fitted.restored(), stops[:-1])
+        stored = [
+            scheme.refined(linear, weight - part, arrays, factor)
+            for linear, weight, part, arrays in zip(
+                group.linears, weights, held, stored, strict=True
+            )
+        ]
+        fitted = fit_branch(group, scheme, lost(), factor)
+    held = np.split(fitted.restored(), stops[:-1])
+    for item, weight, part, left, arrays in zip(
+        linears, weights, held, lost(), stored, strict=True
+    ):
+        noise, signal = gptq.energy(left - part, factor), gptq.energy(weight, factor)
+        yield item.initializer, arrays, {"output_error": _share(noise, signal)}
+    yield initializer, branch_tensors(group, scheme, fitted, [len(w) for w in weights]), {}
 
 
 def input_factor(
@@ -156,4 +208,8 @@ def input_factor(
 def _output_error(rounded: Rounded, factor: NDArray[np.float32]) -> float:
     """``‖(W - W_q)·X‖ / ‖W·X‖`` over the calibration tokens."""
     signal = gptq.energy(rounded.weight, factor)
-    return round(float(np.sqrt(rounded.noise / signal)), 6) if signal > 0 else 0.0
+    return _share(rounded.noise, signal)
+
+
+def _share(noise: float, signal: float) -> float:
+    return round(float(np.sqrt(noise / signal)), 6) if signal > 0 else 0.0

@@ -152,25 +152,37 @@ class BranchedScheme(RoundingScheme, Protocol):
 
     branch_ranks: BranchRanks
 
+    def for_input(self, g: OpBuilder, group: LinearGroup, weight: FloatArray) -> FloatArray:
+        """A weight for the input as it is quantized: smoothed and rotated; float32 ``[out, in]``, may be changed."""
+
     def lost(
-        self,
-        g: OpBuilder,
-        group: LinearGroup,
-        linear: LinearRef,
-        weight: FloatArray,
-        arrays: Sequence[NDArray[Any]],
+        self, linear: LinearRef, weight: FloatArray, arrays: Sequence[NDArray[Any]]
     ) -> FloatArray:
-        """What stored tensors lack of a weight, for the input as it is quantized.
+        """What stored tensors lack of a weight.
 
         Args:
-            g: the graph that the Linear is in.
-            group: the input.
-            linear: one of the Linears that read it.
-            weight: float32 ``[out, in]``, which may be changed.
+            linear: whose they are.
+            weight: float32 ``[out, in]``, of :meth:`for_input`.
             arrays: what is stored, of :meth:`weight`.
 
         Returns:
             float32 ``[out, in]``.
+        """
+
+    def refined(
+        self,
+        linear: LinearRef,
+        weight: FloatArray,
+        arrays: Sequence[NDArray[Any]],
+        factor: FloatArray,
+    ) -> list[NDArray[Any]]:
+        """Stored tensors brought closer to another weight, by one sweep of coordinate descent.
+
+        Args:
+            linear: whose they are.
+            weight: float32 ``[out, in]``, for the input as it is quantized.
+            arrays: what is stored.
+            factor: as of :meth:`round`.
         """
 
     def row_factors(self, linear: LinearRef) -> FloatArray | None:

@@ -40,6 +40,7 @@ __all__ = [
     "branch_input",
     "branch_tensors",
     "default_branch_rank",
+    "fit_branch",
     "joint_rank",
     "padded_rank",
     "ranks_of",
@@ -50,9 +51,9 @@ _NARROW = 512  # hidden size
 
 
 def default_branch_rank(hidden_size: int, precision: str) -> int:
-    """Columns of a branch where the user names none, see lab note 58."""
-    rank = 16 if hidden_size < _NARROW else 32
-    return rank if precision == "int8" else 3 * rank
+    """Columns of a branch where the user names none, see lab notes 58 and 67."""
+    at_8_bits, at_4_bits = (16, 64) if hidden_size < _NARROW else (32, 96)
+    return at_8_bits if precision == "int8" else at_4_bits
 
 
 def ranks_of(tensors: TaskTensors, least: int) -> BranchRanks:
@@ -163,8 +164,10 @@ def branch_initializer(g: OpBuilder, group: LinearGroup, scheme: BranchedScheme)
         lost = []
         for linear in group.linears:
             stored = scheme.round(g, group, linear, linear.read(g.stored)).arrays
-            lost.append(scheme.lost(g, group, linear, linear.read(g.weights), stored))
-        return branch_tensors(group, scheme, lost, None)
+            weight = scheme.for_input(g, group, linear.read(g.weights))
+            lost.append(scheme.lost(linear, weight, stored))
+        fitted = fit_branch(group, scheme, lost, None)
+        return branch_tensors(group, scheme, fitted, [len(part) for part in lost])
 
     stored = ",".join(scheme.weight(g, group, linear).key for linear in group.linears)
     merged = ",".join(linear.key(g.weights, "") for linear in group.linears)
@@ -176,29 +179,42 @@ def branch_initializer(g: OpBuilder, group: LinearGroup, scheme: BranchedScheme)
     )
 
 
-def branch_tensors(
+def fit_branch(
     group: LinearGroup,
     scheme: BranchedScheme,
     lost: Sequence[FloatArray],
     factor: FloatArray | None,
-) -> list[NDArray[Any]]:
-    """What is stored of the best branch of an input.
+) -> branch.QuantizedBranch:
+    """The best branch of an input, rounded; ``up`` has the Linears' columns beside each other.
 
     Args:
         group: the input.
         scheme: that of its Linears.
         lost: of each Linear, see :meth:`BranchedScheme.lost`.
         factor: what :func:`embedge.quant.gptq.cholesky` made of the smoothed Hessian; ``None``: no calibration.
-
-    Returns:
-        The tensors of :func:`branch_initializer`.
     """
     error = np.concatenate(lost) if len(lost) > 1 else lost[0]
-    fitted = branch.quantize(*branch.fit(error, factor, scheme.branch_ranks.of(group.label)))
+    return branch.quantize(*branch.fit(error, factor, scheme.branch_ranks.of(group.label)))
+
+
+def branch_tensors(
+    group: LinearGroup,
+    scheme: BranchedScheme,
+    fitted: branch.QuantizedBranch,
+    sizes: Sequence[int],
+) -> list[NDArray[Any]]:
+    """What is stored of a branch, the tensors of :func:`branch_initializer`.
+
+    Args:
+        group: the input.
+        scheme: that of its Linears.
+        fitted: from :func:`fit_branch`.
+        sizes: output channels of the Linears.
+    """
     arrays: list[NDArray[Any]] = [branch.panels_of(fitted.down), fitted.down_scale]
     start = 0
-    for linear, part in zip(group.linears, lost, strict=True):
-        rows = slice(start, start + len(part))
+    for linear, size in zip(group.linears, sizes, strict=True):
+        rows = slice(start, start + size)
         factors, scale = scheme.row_factors(linear), fitted.up_scale[rows]
         arrays += [
             branch.panels_of(np.ascontiguousarray(fitted.up[:, rows])),

@@ -35,6 +35,7 @@ from embedge.export.schemes.outlier_channels import beside, outliers
 from embedge.export.schemes.smoothed_inputs import divide_hessian, norm_with_bias, smoothed
 from embedge.export.schemes.smoothing_constants import SmoothingConstants
 from embedge.quant import gptq, int4
+from embedge.quant.coordinate_descent import refine_blocks
 
 _NONE, _NO_BRANCHES = SmoothingConstants(), BranchRanks()
 
@@ -50,6 +51,7 @@ class Int4Scheme(Scheme):
         norms: shift and smoothing of inputs that a norm makes, by the labels of the Linears that read them; they
             cost another norm, and a bias less.
         branch_ranks: columns of the branches of inputs.
+        sweeps: of coordinate descent behind GPTQ.
     """
 
     precision = "int4"
@@ -64,10 +66,12 @@ class Int4Scheme(Scheme):
         outliers: Mapping[tuple[str, ...], NDArray[np.int64]] | None = None,
         norms: Mapping[tuple[str, ...], SmoothingConstants] | None = None,
         branch_ranks: BranchRanks = _NO_BRANCHES,
+        sweeps: int = 0,
     ) -> None:
         self._outliers = outliers or {}
         self._norms = norms or {}
         self.branch_ranks = branch_ranks
+        self._sweeps = sweeps
         self.block_size = block_size
         self.method = method
         self._table_bits = table_bits
@@ -180,32 +184,57 @@ class Int4Scheme(Scheme):
             values = int4.quantize(parts, scales, zeros)
         else:
             values, scales, zeros, noise = gptq.quantize_blocks(weight, factor, self.block_size)
-        half = self.scale_type == TensorProto.FLOAT16
-        arrays = [
-            int4.pack_pairs(values),
-            to_half(scales, linear.weight) if half else scales,
-            int4.pack_pairs(zeros),
-        ]
+            if self._sweeps:
+                values, scales, noise = refine_blocks(
+                    weight, factor, values, scales, zeros, sweeps=self._sweeps
+                )
+        arrays = self._stored(linear, values, scales, zeros)
         smooth = self.norm_constants(group).smooth
         columns = None if smooth is None else int4.split_blocks(smooth[None], self.block_size)[0]
         sqnr_db = int4.blocks_sqnr_db(parts, values, scales, zeros, columns)
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, noise=noise)
 
-    def lost(
+    def _stored(
         self,
-        g: OpBuilder,
-        group: LinearGroup,
+        linear: LinearRef,
+        values: NDArray[np.uint8],
+        scales: FloatArray,
+        zeros: NDArray[np.uint8],
+    ) -> list[NDArray[Any]]:
+        half = self.scale_type == TensorProto.FLOAT16
+        return [
+            int4.pack_pairs(values),
+            to_half(scales, linear.weight) if half else scales,
+            int4.pack_pairs(zeros),
+        ]
+
+    def _blocks(
+        self, arrays: Sequence[NDArray[Any]]
+    ) -> tuple[NDArray[np.uint8], FloatArray, NDArray[np.uint8]]:
+        """Values, scales and zero points of stored tensors."""
+        packed, scales, zeros = arrays
+        values = int4.unpack_pairs(packed, self.block_size)
+        return values, scales.astype(np.float32), int4.unpack_pairs(zeros, scales.shape[1])
+
+    def for_input(self, g: OpBuilder, group: LinearGroup, weight: FloatArray) -> FloatArray:
+        return self._for_input(group, weight)
+
+    def lost(
+        self, linear: LinearRef, weight: FloatArray, arrays: Sequence[NDArray[Any]]
+    ) -> FloatArray:
+        stored = int4.dequantize(*self._blocks(arrays))
+        return weight - stored.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+    def refined(
+        self,
         linear: LinearRef,
         weight: FloatArray,
         arrays: Sequence[NDArray[Any]],
-    ) -> FloatArray:
-        packed, scales, zeros = arrays
-        weight = self._for_input(group, weight)
-        values = int4.unpack_pairs(packed, self.block_size)
-        stored = int4.dequantize(
-            values, scales.astype(np.float32), int4.unpack_pairs(zeros, scales.shape[1])
-        )
-        return weight - stored.reshape(len(weight), -1)[:, : weight.shape[1]]
+        factor: FloatArray,
+    ) -> list[NDArray[Any]]:
+        values, scales, zeros = self._blocks(arrays)
+        values, scales, _ = refine_blocks(weight, factor, values, scales, zeros, sweeps=1)
+        return self._stored(linear, values, scales, zeros)
 
     def row_factors(self, linear: LinearRef) -> FloatArray | None:
         return None
@@ -278,8 +307,8 @@ class Int4Float16Scheme(Int4Scheme):
     target = Target.CUDA
     scale_type = TensorProto.FLOAT16
 
-    def __init__(self, block_size: int, method: str, table_bits: int) -> None:
-        super().__init__(block_size, method, table_bits)
+    def __init__(self, block_size: int, method: str, table_bits: int, sweeps: int = 0) -> None:
+        super().__init__(block_size, method, table_bits, sweeps=sweeps)
         self.row_multiple = 1
 
     def linears(self, g: OpBuilder, group: LinearGroup) -> list[Value]:

@@ -59,6 +59,7 @@ from embedge.export.schemes.outlier_channels import beside, outliers
 from embedge.export.schemes.smoothed_inputs import divide_hessian, norm_with_bias
 from embedge.export.schemes.smoothing_constants import SmoothingConstants, producer_channels
 from embedge.quant import gptq, int8
+from embedge.quant.coordinate_descent import refine_rows
 from embedge.quant.rotation import block_rotation, rotate_blocks
 
 _NONE, _NO_BRANCHES = SmoothingConstants(), BranchRanks()
@@ -73,6 +74,7 @@ class Int8Scheme(Scheme):
         table_bits: bits of embedding tables.
         portable: whether sums of pairs of weights are bounded, so that products fit 16 bits.
         branch_ranks: columns of the branches of inputs.
+        sweeps: of coordinate descent behind GPTQ.
     """
 
     precision = "int8"
@@ -86,8 +88,10 @@ class Int8Scheme(Scheme):
         *,
         portable: bool = False,
         branch_ranks: BranchRanks = _NO_BRANCHES,
+        sweeps: int = 0,
     ) -> None:
         self.method = method
+        self._sweeps = sweeps
         self.branch_ranks = branch_ranks
         self.saturates = not portable
         self._portable = portable
@@ -194,12 +198,16 @@ class Int8Scheme(Scheme):
             values, scales, sqnr_db = result.values, result.scales, result.sqnr_db
         else:
             signal = float(np.square(weight).sum())
-            weight = self._for_input(g, group, weight)
+            weight = self.for_input(g, group, weight)
             if factor is None:
                 result = int8.quantize_rows(weight, pairs=self._portable)
                 values, scales = result.values, result.scales
             else:
                 values, scales, noise = gptq.quantize_rows(weight, factor, pairs=self._portable)
+                if self._sweeps:
+                    values, noise = refine_rows(
+                        weight, factor, values, scales, sweeps=self._sweeps, pairs=self._portable
+                    )
             lost = weight - values * scales[:, None]
             own = lost if rotation is None else rotate_blocks(lost, rotation.T)
             own = own if constants.smooth is None else own / constants.smooth
@@ -210,8 +218,7 @@ class Int8Scheme(Scheme):
         arrays: list[NDArray[Any]] = [np.ascontiguousarray(values.T), scales]
         return Rounded(arrays=arrays, sqnr_db=sqnr_db, weight=weight, noise=noise)
 
-    def _for_input(self, g: OpBuilder, group: LinearGroup, weight: FloatArray) -> FloatArray:
-        """A weight for the input as it is quantized: smoothed and rotated; float32 ``[out, in]``, changed."""
+    def for_input(self, g: OpBuilder, group: LinearGroup, weight: FloatArray) -> FloatArray:
         constants, rotation = self.constants_of(group), input_rotation(g, group)
         if constants.outliers is not None:
             weight[:, constants.outliers] = 0
@@ -219,19 +226,29 @@ class Int8Scheme(Scheme):
             weight *= constants.smooth
         return weight if rotation is None else rotate_blocks(weight, rotation)
 
+    def _scales(self, linear: LinearRef, scales: FloatArray) -> FloatArray:
+        """Those of stored tensors without what was folded into them."""
+        factors = self.row_factors(linear)
+        return scales if factors is None else scales / factors
+
     def lost(
+        self, linear: LinearRef, weight: FloatArray, arrays: Sequence[NDArray[Any]]
+    ) -> FloatArray:
+        values, scales = arrays
+        stored: FloatArray = values.T * self._scales(linear, scales)[:, None]
+        return weight - stored
+
+    def refined(
         self,
-        g: OpBuilder,
-        group: LinearGroup,
         linear: LinearRef,
         weight: FloatArray,
         arrays: Sequence[NDArray[Any]],
-    ) -> FloatArray:
+        factor: FloatArray,
+    ) -> list[NDArray[Any]]:
         values, scales = arrays
-        factors = self.row_factors(linear)
-        scales = scales if factors is None else scales / factors
-        stored: FloatArray = values.T * scales[:, None]
-        return self._for_input(g, group, weight) - stored
+        own = self._scales(linear, scales)
+        refined, _ = refine_rows(weight, factor, values.T, own, sweeps=1, pairs=self._portable)
+        return [np.ascontiguousarray(refined.T), scales]
 
     def row_factors(self, linear: LinearRef) -> FloatArray | None:
         return self._output_scale.get(linear.label)

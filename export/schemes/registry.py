@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from embedge.export.graph.scheme import BranchRanks, Scheme
 from embedge.export.schemes.floats import Float16Scheme, Float32Scheme
@@ -57,6 +58,7 @@ def make_scheme(
     keep: Mapping[str, str],
     portable: bool = False,
     branch_ranks: BranchRanks = BranchRanks(),  # noqa: B008 - it cannot be changed
+    sweeps: int = 0,
 ) -> Scheme:
     """The scheme of a precision, where layers are kept at others a mixture.
 
@@ -68,6 +70,7 @@ def make_scheme(
         keep: precisions by pattern.
         portable: whether 8-bit weights fit products of 16 bits.
         branch_ranks: columns of the branches of inputs.
+        sweeps: of coordinate descent behind GPTQ.
     """
     if precision == "fp32":
         return Float32Scheme()
@@ -79,16 +82,17 @@ def make_scheme(
         for labels, of in constants.items()
         if of.shift is not None
     }
-    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms, branch_ranks)
+    settings: dict[str, Any] = {"branch_ranks": branch_ranks, "sweeps": sweeps}
+    int4 = Int4Scheme(int4_block_size, methods["int4"], 4, outliers, norms, **settings)
 
     def make(name: str) -> Scheme:
         own = _that_hold(constants, name, precision, keep)
         schemes: dict[str, Scheme] = {
             "fp32": Float32Scheme(),
-            "int8": Int8Scheme(own, methods["int8"], portable=portable, branch_ranks=branch_ranks),
+            "int8": Int8Scheme(own, methods["int8"], portable=portable, **settings),
             "int4": int4,
             UNPACKED_PRECISION: Int4UnpackedScheme(own, int4),
-            "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4),
+            "int4-fp16": Int4Float16Scheme(int4_block_size, methods["int4"], 4, sweeps),
         }
         return schemes[name]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from embedge.export.calibration.gptq import gptq_linears, quantize
+from embedge.export.calibration.branches import branch_initializers
+from embedge.export.calibration.gptq import GptqLinear, gptq_linears, quantize
 from embedge.export.calibration.tokens import TokenBatch
 from embedge.export.graph.builder import Graph
 from embedge.export.graph.initializers import LazyInitializer
@@ -37,6 +38,8 @@ def store_quantized(
         files: for new tensors, by their owner: the task or "base".
     """
     architecture = plan.model.architecture.text_only()
+    # Turns hold all weights of an input, and in a shared graph branches are the tasks'.
+    branches = {} if plan.shared or plan.wide else branch_initializers(g, scheme)
     missing = [i for i in gptq_linears(g, scheme) if not store.has(i.initializer.key)]
     for owner, file in files.items():
         linears = [i for i in missing if i.initializer.owner == owner]
@@ -48,12 +51,28 @@ def store_quantized(
             g,
             batches,
             linears,
+            scheme=scheme,
+            branches=_of_their_linears(branches, linears, owner),
             scratch=store.folder,
             report=plan.progress.layers(f"{owner}: GPTQ", len(architecture.layers)),
         )
         for initializer, arrays, facts in layers:
             store.put(initializer, arrays, file, facts)
             del arrays  # the next weight is as large
+
+
+def _of_their_linears(
+    branches: Mapping[str, LazyInitializer], linears: Sequence[GptqLinear], owner: str
+) -> dict[str, LazyInitializer]:
+    """The branches of an owner all of whose Linears are rounded now."""
+    rounded = {item.linear for item in linears}
+    return {
+        item.group.label: branches[item.group.label]
+        for item in linears
+        if item.group.label in branches
+        and branches[item.group.label].owner == owner
+        and rounded.issuperset(item.group.linears)
+    }
 
 
 def store_computed(
