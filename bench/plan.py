@@ -128,6 +128,15 @@ class Plan:
         model = self.manifest.model
         return sorted({*(model.matryoshka_dims or ()), model.dim}, reverse=True)
 
+    def mapped(self, task: str) -> list[str]:
+        """The precisions whose maps give a task's vectors; none where images have vectors too, which maps lack."""
+        if self.late_interaction or self.manifest.model.image is not None:
+            return []
+        maps = {
+            precision: self.manifest.precisions[precision].maps for precision in self.precisions
+        }
+        return [p for p, found in maps.items() if found is not None and task in found.tasks]
+
     @property
     def steps(self) -> int:
         """How many steps a progress bar has."""
@@ -139,7 +148,9 @@ class Plan:
         pages = len(self.page_tasks) + (
             len(self.precisions) if self.page_tasks and processes else 0
         )
-        return len(self.tasks) * systems + peers + timed * len(self.timed_tasks) + processes + pages
+        mapped = sum(len(self.mapped(task)) for task in self.tasks)
+        embedded = len(self.tasks) * systems + mapped + peers
+        return embedded + timed * len(self.timed_tasks) + processes + pages
 
 
 def make_plan(options: BenchOptions) -> Plan:

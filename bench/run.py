@@ -46,7 +46,7 @@ from embedge.bench.systems.multi_vector import (
 from embedge.bench.systems.page_reference import PageReference
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.source import Source
-from embedge.bench.systems.system import EmbedgeSystem, System, TorchSystem
+from embedge.bench.systems.system import EmbedgeSystem, MappedSystem, System, TorchSystem
 from embedge.runtime.bundle.contract import CARD, MANIFEST
 from embedge.runtime.host.progress import LogLines
 
@@ -248,6 +248,10 @@ class _Run:
                 EmbedgeSystem(plan.bundle.root, task, precision, plan.threads, device)
                 for precision in plan.precisions
                 if task in plan.manifest.precisions[precision].graphs
+            ]
+            systems += [
+                MappedSystem(plan.bundle.root, task, precision, plan.threads, device)
+                for precision in plan.mapped(task)
             ]
             yield systems
         finally:

@@ -104,7 +104,7 @@ def _close(report: Report) -> Iterator[Check]:
 def _invariant(report: Report) -> Iterator[Check]:
     for row in report.rows:
         if row.role == "embedge":
-            name = f"{row.task} {row.precision}"
+            name = f"{row.task} {row.precision or row.system}"
             yield _at_least(3, f"{name} min cosine", row.invariance.get("cosine_min"), 0.999999)
 
 

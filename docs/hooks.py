@@ -109,7 +109,7 @@ def command_line() -> str:
 
 
 def _command(name: str, purpose: str) -> Iterator[str]:
-    module = importlib.import_module(f"embedge.runtime.cli.{name}")
+    module = importlib.import_module(f"embedge.runtime.cli.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(prog=f"embedge {name}", add_help=False)
     module.add_arguments(parser)
     actions = parser._actions

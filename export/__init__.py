@@ -14,6 +14,14 @@ check_requirements()
 
 from embedge.export.api import export_bundle  # noqa: E402 - needs what was just checked
 from embedge.export.errors import AdapterError, CheckpointError, ExportError  # noqa: E402
+from embedge.export.task_maps import fit_maps  # noqa: E402
 from embedge.export.writing.pretrained_folder import save_pretrained  # noqa: E402
 
-__all__ = ["AdapterError", "CheckpointError", "ExportError", "export_bundle", "save_pretrained"]
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ExportError",
+    "export_bundle",
+    "fit_maps",
+    "save_pretrained",
+]

@@ -23,7 +23,7 @@ _METHODS = ("gptq", "rtn")
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 RANK_MULTIPLE = 16  # columns of a panel
 _MOST_RANKS = 512
-_RESERVED = ("base", "shared", "shared.constants", "vision")
+_RESERVED = ("base", "maps", "shared", "shared.constants", "vision")
 _RESERVED_END = ".unpacked"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.folder import Bundle
+from embedge.runtime.bundle.manifest import TaskMaps
 from embedge.runtime.encode.batch_runner import BatchRunner
 from embedge.runtime.encode.batch_size import settings_by_graph
 from embedge.runtime.encode.lookup import (
@@ -22,7 +23,7 @@ from embedge.runtime.encode.lookup import (
     with_max_length,
     with_prompts,
 )
-from embedge.runtime.encode.request import CallOptions, Request
+from embedge.runtime.encode.request import CallOptions, MappedRequest, Request
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.texts import TextPipeline
 from embedge.runtime.encode.tokenizer import read_tokenizer
@@ -152,6 +153,11 @@ class BaseEmbedder:
         return tuple(self._settings.graphs)
 
     @property
+    def maps(self) -> TaskMaps | None:
+        """The maps by which ``Embedder.encode_tasks`` gives several tasks' vectors; ``None``: none were fitted."""
+        return self._settings.maps
+
+    @property
     def task(self) -> str | None:
         """What calls embed for that name no task; ``None``: they have to name one."""
         return self._task or (self.tasks[0] if len(self.tasks) == 1 else None)
@@ -277,7 +283,9 @@ class BaseEmbedder:
     ) -> None:
         self.close()
 
-    def run_ids(self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None) -> Vectors:
+    def run_ids(
+        self, ids: Sequence[NDArray[np.int64]], *, task: str | None = None, mapped: bool = False
+    ) -> Vectors:
         """Vectors of texts that are token ids already, not cut: what the graph gives for them.
 
         For measurements of the graphs by themselves.
@@ -285,15 +293,20 @@ class BaseEmbedder:
         Args:
             ids: int64 ``[tokens]`` each, special tokens included.
             task: as for ``Embedder.encode``.
+            mapped: by the precision's maps.
 
         Returns:
             float32 ``[texts, width]``.
         """
         request = self._request(task=task, truncate_dim=self._model.dim)
+        if mapped:
+            request = MappedRequest.of_tasks(
+                self._manifest, self._precision, {request.task: request.options}
+            )
         vectors = np.zeros((len(ids), request.dim), np.float32)
         texts = [TokenIds(row, np.zeros_like(row), False) for row in ids]
         for index, vector in self._runner.run(list(enumerate(texts)), request):
-            vectors[index] = vector
+            vectors[index] = vector[0] if mapped else vector
         return vectors
 
     def _chosen_task(self, task: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from embedge.runtime.arguments import check_choice
+from embedge.runtime.arguments import check_choice, check_flag
 from embedge.runtime.base_embedder import BaseEmbedder
 from embedge.runtime.encode.fingerprint import (
     check_fingerprint,
@@ -17,7 +17,8 @@ from embedge.runtime.encode.fingerprint import (
     others_of,
     parts_of,
 )
-from embedge.runtime.encode.lookup import choose_prompt
+from embedge.runtime.encode.lookup import choose_mapped, choose_prompt
+from embedge.runtime.encode.request import CallOptions, MappedRequest
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.encode.tensors import converter
 from embedge.runtime.encode.vectors import Vectors, collect, no_results
@@ -377,6 +378,86 @@ class Embedder(BaseEmbedder):
             **options,
         )
 
+    @takes_sentences
+    def encode_tasks(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        tasks: Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        role: Literal["query", "document"] | None = None,
+        batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        show_progress_bar: bool | None = None,
+        on_truncate: str = "warn",
+        output_format: str = "float32",
+        ranges: Any = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Vectors of some texts for several tasks, from one pass, by the maps that `embedge fit-maps` has added.
+
+        The pass has the adapter of one task, the base, whose vectors are those of :meth:`encode`. The others' come
+        near those of their own graphs: :attr:`maps` says how near. Store their :meth:`fingerprint` with ``mapped``.
+
+        Args:
+            inputs: texts, or one.
+            tasks: of which tasks; ``None``: all that the maps give.
+            prompt_name: as for :meth:`encode`; the prompts of all tasks have to be the same text.
+            prompt: as for :meth:`encode`.
+            role: "query" or "document": with the prompt of :meth:`encode_query` or :meth:`encode_document`.
+            batch_size: as for :meth:`encode`.
+            max_batch_tokens: as for :meth:`encode`.
+            truncate_dim: as for :meth:`encode`.
+            normalize_embeddings: as for :meth:`encode`.
+            show_progress_bar: as for :meth:`encode`.
+            on_truncate: as for :meth:`encode`.
+            output_format: as for :meth:`encode`; 8-bit codes are by the ranges of each task.
+            ranges: as for :meth:`encode`, of all tasks.
+
+        Returns:
+            by task what :meth:`encode` gives for it: float32 ``[texts, dim]``, ``[dim]`` for one text.
+
+        Raises:
+            EmbedgeValueError: if the precision has no maps, they do not give a task, or for another argument
+                that cannot be used.
+            TextTooLongError: for a text that would be cut, under "error".
+            BundleError: if the graph cannot be opened.
+            InferenceError: if the graph fails.
+        """
+        texts, single = as_texts(inputs)
+        request = self._mapped_request(
+            tasks,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            role=role,
+            batch_size=batch_size,
+            max_batch_tokens=max_batch_tokens,
+            truncate_dim=truncate_dim,
+            normalize_embeddings=normalize_embeddings,
+            on_truncate=on_truncate,
+            output_format=output_format,
+            ranges=ranges,
+        )
+        results = no_results(request, len(texts))
+        vectors = self._texts.encode(texts, range(len(texts)), request, results)
+        collect(vectors, results, shown=show_progress_bar)
+        found = {}
+        for place, of_task in enumerate(request.by_row.values()):
+            codes = of_task.output.zeros(len(texts), of_task.dim)
+            for index, row in enumerate(results):
+                codes[index] = row[place]
+            found[of_task.task] = codes[0] if single else codes
+        return found
+
+    def _mapped_request(self, tasks: Sequence[str] | None, **options: Any) -> MappedRequest:
+        _, names = choose_mapped(self._manifest, self._precision, tasks)
+        if options.get("truncate_dim") is None:
+            options["truncate_dim"] = self._dim
+        calls = {name: CallOptions(**self._in_role({**options, "task": name})) for name in names}
+        return MappedRequest.of_tasks(self._manifest, self._precision, calls)
+
     @overload
     def encode_image(
         self,
@@ -693,9 +774,10 @@ class Embedder(BaseEmbedder):
 
         Args:
             options: ``task``, ``prompt_name``, ``prompt``, ``truncate_dim``, ``normalize_embeddings``,
-                ``multi_vector``, ``output_format``, ``ranges`` and ``pool_factor`` as for :meth:`encode`, and
+                ``multi_vector``, ``output_format``, ``ranges`` and ``pool_factor`` as for :meth:`encode`,
                 ``role``: "query" or "document" for the prompt of :meth:`encode_query` or
-                :meth:`encode_document`. Name what the stored vectors were made with.
+                :meth:`encode_document`, and ``mapped``: of a task of :meth:`encode_tasks`. Name what the stored
+                vectors were made with.
 
         Returns:
             "e1:" and 16 hexadecimal digits.
@@ -721,7 +803,10 @@ class Embedder(BaseEmbedder):
             EmbedgeValueError: likewise.
             BundleError: likewise.
         """
+        mapped = check_flag("mapped", options.pop("mapped", False))
         request = self._request(**self._in_role({"truncate_dim": None, **options}))
+        if mapped:
+            request = self._mapped_request([request.task], **vars(request.options))
         return parts_of(self._bundle, self._manifest, self._precision, self._device, request)
 
     def check_fingerprint(

@@ -132,6 +132,7 @@ class FingerprintOptions(TypedDict, total=False):
     ranges: Any
     pool_factor: float
     role: Literal["query", "document"] | None
+    mapped: bool
 
 
 def takes_sentences(method: Method) -> Method:

@@ -101,6 +101,14 @@ def make_workshop(place: Path) -> None:
         Image.fromarray(pixels).save(place / f"page-{page}.png")
     lines = ["how do I sort a dict", "def f(d): return dict(sorted(d.items()))"]
     (place / "lines.txt").write_text("\n".join(lines) + "\n")
+    many = [
+        f"how do I {verb} a {thing}"
+        for verb in ("sort", "read", "open", "join")
+        for thing in lines[1].split()
+    ]
+    (place / "many.txt").write_text(
+        "\n".join(f"{text}, {n}" for n in range(4) for text in many) + "\n"
+    )
     (place / "texts.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
     (place / "texts.csv").write_text('id,body\n1,"a, b"\n2,c\n')
     pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"]}), place / "new.parquet")

@@ -161,6 +161,7 @@ def test_pages_that_are_made_are_current(hooks: ModuleType, page: str) -> None:
         manifest.Task,
         manifest.Adapter,
         manifest.Precision,
+        manifest.TaskMaps,
         manifest.ActivationConstant,
         manifest.FileEntry,
     ],

@@ -20,13 +20,14 @@ from embedge.bench.systems.page_reference import PageReference
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.tokens import Ids
 from embedge.runtime import Embedder
+from embedge.runtime.bundle.contract import MAPS
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.images.layout import image_tokens
 from embedge.runtime.images.load import load_image
 from embedge.runtime.images.patches import ImageProcessor
 from embedge.runtime.scoring.quantization import ranges_of
 
-__all__ = ["EmbedgeSystem", "PageSystem", "System", "TorchSystem"]
+__all__ = ["EmbedgeSystem", "MappedSystem", "PageSystem", "System", "TorchSystem"]
 
 Vectors = NDArray[np.float32]
 
@@ -208,3 +209,35 @@ class EmbedgeSystem:
             return ranges_of(vectors)
         ranges: Vectors = self._model.get_output_ranges(task=self._task, truncate_dim=dim)
         return ranges
+
+
+class MappedSystem(EmbedgeSystem):
+    """A task of a bundle by the maps of one precision: one pass that may give other tasks' vectors too."""
+
+    def __init__(
+        self, bundle: Path, task: str, precision: str, threads: int, device: str = "cpu"
+    ) -> None:
+        super().__init__(bundle, task, precision, threads, device)
+        self.name = f"embedge {precision}, maps"
+        self.precision = None  # is no graph of the task's own
+        self.bytes_on_disk = Bundle(bundle).disk_bytes(precision, MAPS)
+
+    def forward(self, ids: Ids, mask: Ids) -> Vectors:
+        """Return the task's vectors, float32 ``[batch, dim]``; the pass makes those of all."""
+        lengths = mask.sum(axis=1)
+        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        return self._model.run_ids(rows, task=self._task, mapped=True)
+
+    def encode(
+        self, texts: Sequence[str], batch_size: int = 32, role: str | None = None
+    ) -> Vectors:
+        """Return float32 ``[n, dim]``."""
+        options: dict[str, Any] = {"role": role, "truncate_dim": self._dim}
+        found: Vectors = self._model.encode_tasks(
+            list(texts),
+            tasks=[self._task],
+            batch_size=batch_size,
+            on_truncate="ignore",
+            **options,
+        )[self._task]
+        return found

@@ -32,11 +32,13 @@ class Graph(OpBuilder):
         scheme: how Linears and tables are stored and run.
         linear_groups: what was asked of :meth:`linears`, by the label of an input's first Linear.
         tables: names of the embedding tables.
+        states: names of the token states ``[batch, tokens, hidden]`` before the first layer and after each.
     """
 
     scheme: Scheme
     linear_groups: dict[str, LinearGroup] = field(default_factory=dict, kw_only=True)
     tables: list[str] = field(default_factory=list, kw_only=True)
+    states: list[str] = field(default_factory=list, kw_only=True)
 
     # -- Linears --------------------------------------------------------------------------------
 

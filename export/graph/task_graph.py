@@ -57,12 +57,15 @@ def task_graph(
     g = Graph(weights=weights, scheme=scheme, backbone=backbone)
     transformer = TransformerGraph(g, architecture)
     hidden = transformer.embed()
+    states = [hidden]
     for index in range(len(architecture.layers)):
         hidden = transformer.layer(index, hidden)
+        states.append(hidden)
     hidden = transformer.final(hidden)
     if pooling is None:
         token_vectors(transformer, hidden, dense=dense, normalize=normalize)
         g.prune()
+        g.states += _kept(g, states)
         return g
     embedding(
         transformer,
@@ -76,7 +79,22 @@ def task_graph(
         rows = transformer.token_embeddings(hidden)
         _output(transformer, rows, "token_embeddings", [*TOKENS, architecture.multi_vector_dim])
     g.prune()
+    g.states += _kept(g, states)
     return g
+
+
+def _kept(g: Graph, states: Sequence[Value]) -> list[str]:
+    """Names of some states in a pruned graph; of one that only scaled norms replace, that of such a norm.
+
+    Constants of int8 inputs are folded into norms, so that those differ from the state by a scale and a shift of
+    each channel.
+    """
+    made = {name for node in g.nodes for name in node.output}
+    norms = {node.input[0]: node.output[0] for node in g.nodes if "Normalization" in node.op_type}
+    return [
+        state if state in made or state.norm is None else norms[state.norm.source]
+        for state in states
+    ]
 
 
 def _output(transformer: TransformerGraph, x: Value, name: str, shape: Sequence[int | str]) -> None:

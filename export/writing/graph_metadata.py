@@ -7,6 +7,7 @@ session_config    the session option that its 8-bit matmuls need on x86-64 witho
 portable          that they need none
 output            what has been done to ``embedding`` already, or what ``token_embeddings`` are
 tokens            JSON: max_length, pad_token_id, truncation_side; rows are padded on the right
+states            JSON: names of the token states before the first layer and after each
 prompts           JSON: texts by name, and the name of the default one; none: no such key
 late_interaction  JSON: as in the manifest, of models of one vector a token
 runtime           "embedge", where no other opens it
@@ -69,6 +70,7 @@ def task_notes(model: Model, g: Graph, precision: str, task: str | None) -> dict
     notes = graph_notes(g, precision, task or "") | {
         "embedge.output": f"{pooled}{normalized}",
         "embedge.tokens": json.dumps(tokens),
+        "embedge.states": json.dumps(g.states),
     }
     if task is None:
         del notes["embedge.task"]

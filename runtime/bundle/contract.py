@@ -10,6 +10,7 @@ __all__ = [
     "INTEGER_PRECISIONS",
     "LONG_TOKENS",
     "MANIFEST",
+    "MAPS",
     "ONNXRUNTIME",
     "PREPARED",
     "SHARED_CONSTANTS",
@@ -18,7 +19,7 @@ __all__ = [
     "VISION",
 ]
 
-FORMAT_VERSION = "1.7"  # of the manifest, see embedge.runtime.bundle.manifest
+FORMAT_VERSION = "1.8"  # of the manifest, see embedge.runtime.bundle.manifest
 EXACT_OPTION = (
     "session.x64quantprecision"  # ONNX Runtime's; "1": exact 8-bit products on any x86-64
 )
@@ -30,6 +31,7 @@ SHARED_CONSTANTS = (
 )
 PREPARED = "prepared"  # the folder of what `embedge prepare` adds to them
 
+MAPS = "maps"  # what the graph of task maps is called among those of the tasks
 VISION = "vision"  # what the graph of the vision tower is called among those of the tasks
 UNPACKED_PRECISION = "int4-unpacked"  # stores 4-bit weights, runs them as 8-bit ones
 UNPACKED = "unpacked"  # where its graphs say that weights lie: a file that does not exist

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embedge.runtime.bundle.content import content_sha256
-from embedge.runtime.bundle.contract import INTEGER_PRECISIONS, MANIFEST, VISION
+from embedge.runtime.bundle.contract import INTEGER_PRECISIONS, MANIFEST, MAPS, VISION
 from embedge.runtime.bundle.files import (
     GRAPH_BYTES,
     JSON_BYTES,
@@ -29,6 +29,7 @@ from embedge.runtime.bundle.files import (
     system_reason,
 )
 from embedge.runtime.bundle.graph_check import (
+    MAPS_OUTPUTS,
     TASK_INPUTS,
     TASK_OUTPUTS,
     VISION_INPUTS,
@@ -40,7 +41,7 @@ from embedge.runtime.bundle.graph_check import (
 from embedge.runtime.bundle.json_object import read_json_object
 from embedge.runtime.bundle.listed_files import AGAIN, ListedFiles
 from embedge.runtime.bundle.locate import find_bundle
-from embedge.runtime.bundle.manifest import Manifest
+from embedge.runtime.bundle.manifest import Manifest, TaskMaps
 from embedge.runtime.bundle.names import is_path
 from embedge.runtime.bundle.onnx_model import ExternalData, StoredTensor
 from embedge.runtime.bundle.packed_weights import PackedWeight, read_packed
@@ -64,7 +65,7 @@ class _Opened(NamedTuple):
 class Bundle:
     """An opened bundle. It stays the one that was opened, whatever happens to the folder's name.
 
-    A graph's ``name`` is that of its task, or ``VISION``.
+    A graph's ``name`` is that of its task, ``VISION``, or ``MAPS``.
 
     Args:
         path: the bundle's folder.
@@ -128,7 +129,8 @@ class Bundle:
         """What is wrong with graphs or what they read beside the listed files, one message each."""
         found = []
         for precision, settings in self.manifest.precisions.items():
-            for name in (*settings.graphs, *([VISION] if settings.vision else [])):
+            others = ([VISION] if settings.vision else []) + ([MAPS] if settings.maps else [])
+            for name in (*settings.graphs, *others):
                 try:
                     self.graph_files(precision, name)
                     self.task_tensors(precision, name)
@@ -230,7 +232,7 @@ class Bundle:
         Raises:
             BundleError: if the file cannot be read, or has other tensors than that of the first such task.
         """
-        path = self.manifest.precisions[precision].task_tensors.get(name)
+        path = self._tensors_name(precision, name)
         if path is None:
             return None
         with self.reading([path]):
@@ -287,7 +289,10 @@ class Bundle:
         Raises:
             BundleError: as :meth:`graph_files`.
         """
-        known = self.manifest.precisions[precision].content_sha256.get(name)
+        settings = self.manifest.precisions[precision]
+        if (maps := self._maps(precision, name)) is not None:
+            return maps.content_sha256
+        known = settings.content_sha256.get(name)
         if known is not None:
             return known
         if (precision, name) not in self._content_sha256:
@@ -334,6 +339,14 @@ class Bundle:
             )
         return file
 
+    def sha256_at(self, graph: Path, data: ExternalData) -> str:
+        """The SHA-256 of data that a graph names, in hexadecimal.
+
+        Raises:
+            BundleError: as :meth:`external_file`.
+        """
+        return _sha256_at(self.external_file(graph, data), data)
+
     def multiplies_integers(self, precision: str) -> bool:
         """Whether a precision's matmuls are of integers, on a CPU."""
         on_cpu = "cpu" in self.manifest.precisions[precision].devices
@@ -341,18 +354,30 @@ class Bundle:
 
     def _graph_name(self, precision: str, name: str) -> str:
         settings = self.manifest.precisions[precision]
+        if (maps := self._maps(precision, name)) is not None:
+            return maps.graph
         return settings.vision if name == VISION and settings.vision else settings.graphs[name]
 
+    def _maps(self, precision: str, name: str) -> TaskMaps | None:
+        """The maps of a precision, if the name is theirs."""
+        return self.manifest.precisions[precision].maps if name == MAPS else None
+
+    def _tensors_name(self, precision: str, name: str) -> str | None:
+        """The file of what a task brings to a graph that others share; of ``MAPS``, their base."""
+        maps = self._maps(precision, name)
+        tensors = self.manifest.precisions[precision].task_tensors
+        return tensors.get(name if maps is None else maps.base)
+
     def _sharing(self, precision: str, name: str) -> list[str]:
-        """Tasks that have the graph of a task, itself included; of ``VISION``, that alone."""
+        """Tasks that have the graph of a task, itself included; of ``VISION`` and ``MAPS``, that alone."""
         settings = self.manifest.precisions[precision]
-        if name == VISION and settings.vision:
+        if (name == VISION and settings.vision) or self._maps(precision, name) is not None:
             return [name]
         return [task for task, path in settings.graphs.items() if path == settings.graphs[name]]
 
     def _tensors_bytes(self, precision: str, name: str) -> int:
         """Bytes of the file of a task's own tensors; 0 without one."""
-        path = self.manifest.precisions[precision].task_tensors.get(name)
+        path = self._tensors_name(precision, name)
         return 0 if path is None else self.manifest.files[path].size
 
     def _inputs_of(self, precision: str, name: str) -> ValueTypes:
@@ -360,13 +385,14 @@ class Bundle:
         if name == VISION and self.manifest.precisions[precision].vision:
             return VISION_INPUTS
         inputs = {i: TASK_INPUTS[i] for i in self.manifest.model.inputs}
-        if name not in self.manifest.precisions[precision].task_tensors:
+        if self._tensors_name(precision, name) is None:
             return inputs
         return {**inputs, **self._mapped(precision, name).inputs}
 
     def _mapped(self, precision: str, name: str) -> TaskTensors:
         """A task's tensors as they lie in its file, for what their types and shapes say."""
-        path = self.manifest.precisions[precision].task_tensors[name]
+        path = self._tensors_name(precision, name)
+        assert path is not None, name
         with self.reading([path]):
             return read_task_tensors(self.file(path))
 
@@ -399,6 +425,8 @@ class Bundle:
         if opened is None or opened.state != state:
             tower = file == self.manifest.precisions[precision].vision
             outputs = VISION_OUTPUTS if tower else TASK_OUTPUTS
+            if self._maps(precision, name) is not None:
+                outputs = MAPS_OUTPUTS
             checked = check_graph(graph, inputs=self._inputs_of(precision, name), outputs=outputs)
             files = self._files_of(graph, checked, self.packed_weights(precision, name))
             opened = self._opened[precision, name] = _Opened(state, checked, files)

@@ -52,6 +52,7 @@ from embedge.runtime.bundle.operators import (
 from embedge.runtime.errors import BundleError
 
 __all__ = [
+    "MAPS_OUTPUTS",
     "TASK_INPUTS",
     "TASK_OUTPUTS",
     "VISION_INPUTS",
@@ -81,6 +82,7 @@ TASK_INPUTS: ValueTypes = {
     "image_features": (FLOAT, 2),
     "image_positions": (INT64, 2),
 }
+MAPS_OUTPUTS: ValueTypes = {"embeddings": (FLOAT, 3)}
 TASK_OUTPUTS: ValueTypes = {"embedding": (FLOAT, 2), "token_embeddings": (FLOAT, 3)}
 
 

@@ -5,7 +5,7 @@ Rules:
       added images, 1.2 weights that are unpacked when a graph opens, 1.3 ``truncation_side`` and
       ``truncate_dim``, 1.4 ``rotation`` in the list of weights to unpack, 1.5 ``content_sha256``, the
       licences of adapters, the source's ``hub_id``, ``late_interaction`` and ``special_token_ids``, 1.6
-      ``task_tensors`` and ``base_quantization``, 1.7 ``output_ranges`` and ``token_ranges``.
+      ``task_tensors`` and ``base_quantization``, 1.7 ``output_ranges`` and ``token_ranges``, 1.8 ``maps``.
     * Unknown keys are ignored; a missing or wrong one is an error with its path.
     * Paths are relative to the bundle, with ``/``, and stay inside it.
     * Every graph, what it reads, layer table and the tokenizer is listed in ``files``.
@@ -25,7 +25,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from embedge.runtime.bundle.contract import FORMAT_VERSION, VISION
+from embedge.runtime.bundle.contract import FORMAT_VERSION, MAPS, VISION
 from embedge.runtime.bundle.files import sha256_of, size_of
 from embedge.runtime.bundle.names import name_problem, path_problem
 from embedge.runtime.bundle.schema import (
@@ -57,6 +57,7 @@ __all__ = [
     "QueryExpansion",
     "Source",
     "Task",
+    "TaskMaps",
     "TokenizerSettings",
 ]
 
@@ -466,6 +467,34 @@ class ActivationConstant(Record):
 
 
 @record
+class TaskMaps(Record):
+    """A graph that gives the vectors of several tasks from one pass: through the adapter of one, then by maps.
+
+    Attributes:
+        graph: its path. Its output ``embeddings`` is float32 ``[batch, tasks, dim]``.
+        base: the task whose adapter and prompts the pass has.
+        tasks: in the order of the output.
+        content_sha256: what it computes, see :mod:`embedge.runtime.bundle.content`.
+        texts: how many the maps were fitted on.
+        fidelity: by task, of held-out texts: cosines to the vectors of the task's own graph, and more; free.
+    """
+
+    graph: BundlePath
+    base: TaskName
+    tasks: tuple[TaskName, ...]
+    content_sha256: Sha256
+    texts: Count
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        if self.base not in self.tasks or len(set(self.tasks)) != len(self.tasks):
+            yield (
+                "tasks",
+                f"expected different names, base among them, found {', '.join(self.tasks)}",
+            )
+
+
+@record
 class Precision(Record):
     """The graphs of one precision.
 
@@ -487,6 +516,7 @@ class Precision(Record):
             :mod:`embedge.runtime.bundle.task_tensors`. Empty where each has its own.
         portable: no two products of its 8-bit matmuls exceed 16 bits together, so that they are exact on
             every processor in any session of ONNX Runtime.
+        maps: the graph that gives several tasks' vectors from one pass; ``None`` where none was fitted.
     """
 
     graphs: Mapping[str, BundlePath]
@@ -505,6 +535,8 @@ class Precision(Record):
     task_tensors: Annotated[Mapping[str, BundlePath], Since("1.6"), SPARSE] = field(
         default_factory=dict
     )
+
+    maps: Annotated[TaskMaps | None, Since("1.8"), SPARSE] = None
 
     @property
     def saturates(self) -> bool:
@@ -573,7 +605,11 @@ class Manifest(Record):
             missing = "precisions" if self.tasks else "tasks"
             yield missing, "expected at least one, found none"
         yield from self._range_problems()
+        yield from self._map_problems()
         named = {"tokenizer.file": self.tokenizer.file}
+        for name, precision in self.precisions.items():
+            if precision.maps is not None:
+                named[f"precisions.{name}.maps.graph"] = precision.maps.graph
         for name, precision in self.precisions.items():
             if precision.vision is not None:
                 key = f"precisions.{name}.vision"
@@ -591,6 +627,19 @@ class Manifest(Record):
         for key, path in named.items():
             if path not in self.files:
                 yield key, f"{path!r} is not listed in files"
+
+    def _map_problems(self) -> Iterator[tuple[str, str]]:
+        # Maps are of tasks with a graph, and no task has their name.
+        for name, precision in self.precisions.items():
+            if precision.maps is None:
+                continue
+            key = f"precisions.{name}.maps"
+            if MAPS in self.tasks:
+                yield key, f"a task has the name {MAPS!r} as well"
+            for task in precision.maps.tasks:
+                if task not in precision.graphs:
+                    known = ", ".join(precision.graphs)
+                    yield f"{key}.tasks", f"{task} has no graph; those of {name}: {known}"
 
     def _range_problems(self) -> Iterator[tuple[str, str]]:
         # Ranges are as long as the vectors.

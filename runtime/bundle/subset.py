@@ -6,6 +6,7 @@ Rules:
     * Every file is compared with its SHA-256 as it is copied. Links, as the hub's cache has them, become
       files.
     * The new bundle appears under its name when it is whole, and takes no other's place.
+    * Maps are kept where all of their tasks are.
     * Its card is written anew where something is left out, whose measurements are not its own. The manifest
       keeps the figures of what it has. What `embedge prepare` made is not taken along.
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from embedge.runtime.bundle.contract import CARD, MANIFEST, SHARED_CONSTANTS, VISION
+from embedge.runtime.bundle.contract import CARD, MANIFEST, MAPS, SHARED_CONSTANTS, VISION
 from embedge.runtime.bundle.files import (
     JSON_BYTES,
     open_regular_file,
@@ -188,7 +189,8 @@ def _document(source: Bundle, chosen: Mapping[str, list[str]]) -> dict[str, Any]
     files = {source.manifest.tokenizer.file}
     for precision, names in chosen.items():
         settings = source.manifest.precisions[precision]
-        for name in (*names, *([VISION] if settings.vision else [])):
+        maps = [MAPS] if settings.maps and set(settings.maps.tasks) <= set(names) else []
+        for name in (*names, *([VISION] if settings.vision else []), *maps):
             files.update(source.graph_files(precision, name))
         if settings.task_tensors:
             files.add(f"{precision}/{SHARED_CONSTANTS}")
@@ -205,6 +207,9 @@ def _precision(values: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any
         if isinstance(result.get(key), dict):
             kept = {*tasks, *([VISION] if key == "content_sha256" else [])}
             result[key] = {task: v for task, v in result[key].items() if task in kept}
+    maps = result.get("maps")
+    if isinstance(maps, dict) and not set(maps["tasks"]) <= set(tasks):
+        del result["maps"]
     options = result.get("options")
     if isinstance(options, dict) and isinstance(options.get("by_task"), dict):
         by_task = {task: v for task, v in options["by_task"].items() if task in tasks}

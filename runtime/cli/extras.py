@@ -9,6 +9,7 @@ __all__ = ["EXTRAS", "missing_package"]
 EXTRAS = {
     "export": "export",
     "families": "export",
+    "fit-maps": "export",
     "pretrained": "export",
     "pull": "hub",
     "push": "hub",

@@ -139,6 +139,10 @@ def _summary(bundle: Bundle) -> list[str]:
     ]
     if len(rows) > 1:
         lines += ["", *table(rows), ""]
+    rows = [["precision", "maps from", "to", "texts", "cosine", "lowest", "top-10"]]
+    rows += list(_maps(manifest.precisions))
+    if len(rows) > 1:
+        lines += ["one pass for several tasks, against each task's own graph:", *table(rows), ""]
     total = sum(entry.size for entry in manifest.files.values())
     lines.append(f"{len(manifest.files)} files, {total:,} bytes in all")
     rows = [["precision", "task", "texts", "cosine", "lowest", "top-10", "quality (reference)"]]
@@ -301,6 +305,23 @@ def _document(
         },
     }
     return {**document, "layers": list(layers)} if layers else document
+
+
+def _maps(precisions: Mapping[str, Precision]) -> Iterator[list[str]]:
+    """A row a task of each precision's maps."""
+    for name, precision in precisions.items():
+        maps = precision.maps
+        for task in () if maps is None else maps.tasks:
+            if maps is None or task == maps.base:
+                continue
+            at = maps.fidelity.get(task)
+            figures = at if isinstance(at, Mapping) else {}
+            yield [
+                *(name, maps.base, task, _number(figures.get("texts"), ",")),
+                _number(figures.get("cosine_mean"), ".5f"),
+                _number(figures.get("cosine_min"), ".5f"),
+                _number(figures.get("top10_overlap"), ".3f"),
+            ]
 
 
 def _figures(task: Any) -> list[str]:

@@ -36,6 +36,7 @@ _COMMANDS = {
     "ranges": "take the ranges of 8-bit vectors from texts, for --output-format int8",
     "subset": "write a smaller bundle of some precisions and tasks",
     "inspect": "show what a bundle holds, and check its files",
+    "fit-maps": "fit maps by which one pass gives the vectors of several tasks",
     "families": "list the architectures that can be exported, with a published model of each",
     "bench": "measure quality, latency and memory against the unquantized model",
     "choose": "what of a bundle to run under limits of memory, time, disk and quality",
@@ -137,7 +138,9 @@ def _load(command: str) -> _Module:
         EmbedgeImportError: if something that it needs is not installed, with the fix.
     """
     try:
-        return cast("_Module", importlib.import_module(f"embedge.runtime.cli.{command}"))
+        return cast(
+            "_Module", importlib.import_module(f"embedge.runtime.cli.{command.replace('-', '_')}")
+        )
     except ImportError as error:
         if isinstance(error, EmbedgeError):
             raise

@@ -26,6 +26,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from embedge.runtime.bundle.contract import MAPS
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.host.processor import has_amx
 from embedge.runtime.sessions.session import SessionConfig
@@ -95,7 +96,7 @@ def settings_by_graph(
         config: how they are opened.
         measured: of a task's graph, on this machine's processor; ``None``: the defaults.
     """
-    tasks = bundle.manifest.precisions[precision].graphs
+    tasks = {*bundle.manifest.precisions[precision].graphs, MAPS}
 
     @functools.cache
     def settings(name: str) -> RunSettings:

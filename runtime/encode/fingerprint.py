@@ -15,7 +15,7 @@ The parts:
     numerics        the class of arithmetic on this machine (:mod:`embedge.runtime.kernels.numerics`)
     pooling         as the manifest has it
     settings        the manifest's settings of the model that have no part of their own, but for defaults
-    output          "embedding", or "token_embeddings" with ``multi_vector``
+    output          "embedding", "token_embeddings" with ``multi_vector``, or "embeddings[N]" of maps, N the task's row
     dim             length of a vector
     normalized      whether it is of length 1
     max_length      most tokens of a text
@@ -40,7 +40,7 @@ from typing import Any
 from embedge.runtime.bundle.contract import VISION
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.manifest import Manifest
-from embedge.runtime.encode.request import Request
+from embedge.runtime.encode.request import MappedRequest, Request
 from embedge.runtime.encode.vectors import output_name
 from embedge.runtime.errors import EmbedgeValueError, FingerprintError
 from embedge.runtime.kernels.numerics import CLASSES, numerics_class
@@ -80,6 +80,12 @@ def parts_of(
     late = model.late_interaction is not None
     role = {"role": request.options.role} if late else {}
     factor = request.options.pool_factor
+    output = output_name(request)
+    if isinstance(request, MappedRequest):  # of one task
+        [(row, of_task)] = request.by_row.items()
+        output, task = f"{output}[{row}]", of_task.task
+    else:
+        task = request.task
     pooled = {"pool_factor": float(factor)} if factor > 1 else {}
     return (
         role
@@ -87,7 +93,7 @@ def parts_of(
         | pooled
         | {
             "model": manifest.source.name,
-            "task": request.task,
+            "task": task,
             "graph": bundle.content_sha256(precision, request.task),
             "vision": bundle.content_sha256(precision, VISION) if settings.vision else None,
             "tokenizer": manifest.files[tokenizer.file].sha256,
@@ -96,7 +102,7 @@ def parts_of(
             "numerics": numerics_class(device=device, integers=integers, attention=attention),
             "pooling": model.pooling,
             "settings": _without(model.changed(), _APART | _NO_VECTOR),
-            "output": output_name(request),
+            "output": output,
             "dim": request.dim,
             "normalized": model.normalize or request.options.normalize_embeddings,
             "max_length": model.max_length,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from embedge.runtime.arguments import check_positive, listed
-from embedge.runtime.bundle.manifest import Manifest, Model, Task
+from embedge.runtime.bundle.manifest import Manifest, Model, Task, TaskMaps
 from embedge.runtime.errors import EmbedgeValueError
 
 __all__ = [
     "choose_dim",
+    "choose_mapped",
     "choose_prompt",
     "choose_task",
     "find_precision",
@@ -57,6 +58,34 @@ def choose_task(manifest: Manifest, precision: str, task: str | None) -> str:
             f"task {task!r} has no graph at precision {precision!r}, which has {listed(known)}"
         )
     raise EmbedgeValueError(f"the bundle has no task {task!r}; it has {listed(known)}")
+
+
+def choose_mapped(
+    manifest: Manifest, precision: str, tasks: Sequence[str] | None
+) -> tuple[TaskMaps, list[str]]:
+    """The maps of a precision, and the tasks named of those that they give, or all.
+
+    Raises:
+        EmbedgeValueError: if there are no maps, or none of a task.
+    """
+    maps = manifest.precisions[precision].maps
+    if maps is None:
+        raise EmbedgeValueError(
+            f"precision {precision!r} has no maps, which give several tasks' vectors from one pass; fit them on texts "
+            f"such as you embed: `embedge fit-maps BUNDLE --texts FILE --precision {precision}`"
+        )
+    if tasks is None:
+        return maps, list(maps.tasks)
+    if isinstance(tasks, str) or not tasks:
+        raise EmbedgeValueError(
+            f"tasks: expected a list of some of {listed(maps.tasks)}, found {tasks!r}"
+        )
+    for task in tasks:
+        if task not in maps.tasks:
+            raise EmbedgeValueError(
+                f"the maps of precision {precision!r} give no task {task!r}; they give {listed(maps.tasks)}"
+            )
+    return maps, list(dict.fromkeys(tasks))
 
 
 def choose_prompt(name: str, task: Task, prompt_name: str | None, prompt: str | None) -> str:

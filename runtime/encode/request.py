@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from embedge.runtime.arguments import check_choice, check_flag, check_pool_factor, check_positive
+from embedge.runtime.bundle.contract import MAPS
 from embedge.runtime.bundle.manifest import POOL_MASK, Manifest
-from embedge.runtime.encode.lookup import choose_dim, choose_prompt, choose_task
+from embedge.runtime.encode.lookup import choose_dim, choose_mapped, choose_prompt, choose_task
 from embedge.runtime.encode.output_format import OutputFormat, choose_ranges
 from embedge.runtime.errors import EmbedgeValueError
 from embedge.runtime.scoring.quantization import OUTPUT_FORMATS
 
-__all__ = ["ON_TRUNCATE", "CallOptions", "Request"]
+__all__ = ["ON_TRUNCATE", "CallOptions", "MappedRequest", "Request"]
 
 ON_TRUNCATE = ("ignore", "warn", "error")
 
@@ -144,3 +146,44 @@ class Request:
         )
         output = OutputFormat(options.output_format, ranges)
         return cls(options=options, task=task, prefix=prefix, dim=dim, output=output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappedRequest(Request):
+    """A call for the vectors of several tasks from one pass; its own ``task`` is ``MAPS``.
+
+    Attributes:
+        by_row: the request of each task alone, by its row of the graph's output ``embeddings``.
+        rows: how many rows that output has.
+    """
+
+    by_row: Mapping[int, Request]
+    rows: int
+
+    @classmethod
+    def of_tasks(
+        cls, manifest: Manifest, precision: str, options: Mapping[str, CallOptions]
+    ) -> MappedRequest:
+        """What a call asks of a bundle's maps.
+
+        Args:
+            manifest: the bundle's.
+            precision: one of its precisions.
+            options: by task, alike but for the task and the prompt.
+
+        Raises:
+            EmbedgeValueError: for an option that this bundle does not have, or if the tasks' prompts differ.
+        """
+        maps, tasks = choose_mapped(manifest, precision, list(options))
+        requests = {task: Request.look_up(manifest, precision, options[task]) for task in tasks}
+        first = requests[tasks[0]]
+        for task, request in requests.items():
+            if request.prefix != first.prefix:
+                raise EmbedgeValueError(
+                    f"prompts differ: {first.prefix!r} of {tasks[0]} and {request.prefix!r} of {task}, and one pass "
+                    "has one; name tasks of the same, or pass prompt",
+                    arguments=["tasks", "prompt"],
+                )
+        common = {**vars(first), "task": MAPS}
+        by_row = {maps.tasks.index(task): request for task, request in requests.items()}
+        return cls(**common, by_row=by_row, rows=len(maps.tasks))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedge.runtime.bundle.manifest import Model
-from embedge.runtime.encode.request import Request
+from embedge.runtime.encode.request import MappedRequest, Request
 from embedge.runtime.encode.sequences import TokenSequence
 from embedge.runtime.errors import BundleError
 from embedge.runtime.host.progress import Progress
@@ -28,11 +28,13 @@ __all__ = [
 
 Vectors = NDArray[np.float32]
 Codes = NDArray[Any]  # float32, or what the call's format makes of it
-Results = Codes | list[Codes]
+Results = Codes | list[Any]
 
 
 def output_name(request: Request) -> str:
     """The graph's output that a call reads."""
+    if isinstance(request, MappedRequest):
+        return "embeddings"
     return "token_embeddings" if request.options.multi_vector else "embedding"
 
 
@@ -62,22 +64,46 @@ def finished_vectors(
         BundleError: the output has another shape.
     """
     multi = request.options.multi_vector
-    expected = (*shape, model.multi_vector_dim) if multi else (shape[0], model.dim)
+    expected = _expected_shape(request, model, shape)
     if output.shape != expected:
         raise BundleError(
             f"{file}: expected {output_name(request)} of the shape {list(expected)}, found "
             f"{list(output.shape)}; export the bundle again"
         )
-    cut = request.dim < output.shape[-1]
-    vectors = output[: len(sequences), ..., : request.dim]
-    if request.options.normalize_embeddings or (cut and model.normalize):
-        vectors = normalized(vectors)
+    output = output[: len(sequences)]
+    if isinstance(request, MappedRequest):
+        of_rows = (
+            of_one.output.codes(_cut(output[:, row], of_one, model))
+            for row, of_one in request.by_row.items()
+        )
+        return [list(codes) for codes in zip(*of_rows, strict=True)]
+    vectors = _cut(output, request, model)
     if multi:
         return [
             _of_tokens(of_one[: len(sequence)], sequence.scored, request)
             for of_one, sequence in zip(vectors, sequences, strict=True)
         ]
     return list(request.output.codes(vectors))
+
+
+def _expected_shape(
+    request: Request, model: Model, shape: tuple[int, ...]
+) -> tuple[int | None, ...]:
+    """The shape of the output that a call reads; ``shape`` as of :func:`finished_vectors`."""
+    if isinstance(request, MappedRequest):
+        return shape[0], request.rows, model.dim
+    return (
+        (*shape, model.multi_vector_dim) if request.options.multi_vector else (shape[0], model.dim)
+    )
+
+
+def _cut(vectors: Vectors, request: Request, model: Model) -> Vectors:
+    """Vectors ``[…, dim]`` cut to a call's length, normalized where it asks for that, or the source does."""
+    cut = request.dim < vectors.shape[-1]
+    vectors = vectors[..., : request.dim]
+    if request.options.normalize_embeddings or (cut and model.normalize):
+        return normalized(vectors)
+    return vectors
 
 
 def _of_tokens(vectors: Vectors, scored: NDArray[np.bool_] | None, request: Request) -> Codes:
@@ -91,7 +117,10 @@ def _of_tokens(vectors: Vectors, scored: NDArray[np.bool_] | None, request: Requ
 
 
 def no_results(request: Request, count: int) -> Results:
-    """Room for a call's results: zero vectors, or multi-vectors without tokens."""
+    """Room for a call's results: zero vectors, or multi-vectors without tokens; of maps, a list of one a task."""
+    if isinstance(request, MappedRequest):
+        of_rows = (of_one.output.zeros(count, of_one.dim) for of_one in request.by_row.values())
+        return [list(codes) for codes in zip(*of_rows, strict=True)]
     if request.options.multi_vector:
         return [request.output.zeros(0, request.dim)] * count
     return request.output.zeros(count, request.dim)

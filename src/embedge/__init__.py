@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ExportError,
         export_bundle,
+        fit_maps,
         save_pretrained,
     )
     from embedge.runtime import (
@@ -68,6 +69,7 @@ __all__ = [
     "calibrate_ranges",
     "dequantize_embeddings",
     "export_bundle",
+    "fit_maps",
     "pull_bundle",
     "push_bundle",
     "quantize_embeddings",
@@ -78,7 +80,14 @@ __all__ = [
 ]
 
 _OF_EXPORT = frozenset(
-    {"AdapterError", "CheckpointError", "ExportError", "export_bundle", "save_pretrained"}
+    {
+        "AdapterError",
+        "CheckpointError",
+        "ExportError",
+        "export_bundle",
+        "fit_maps",
+        "save_pretrained",
+    }
 )
 _PARTS = frozenset({"bench", "export", "integrations", "quant", "runtime"})
 

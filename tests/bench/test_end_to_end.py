@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from embedge import fit_maps
 from embedge.bench import BenchOptions, Report, run_bench
 from embedge.bench import plan as plan_module
 from embedge.bench import run as run_module
@@ -23,7 +24,7 @@ from embedge.bench.errors import BenchError
 from embedge.bench.options import Profile, Shape
 from embedge.bench.report.write import report_json
 from embedge.bench.systems.system import EmbedgeSystem
-from embedge.runtime import DeviceError, Embedder, EmbedgeValueError
+from embedge.runtime import DeviceError, Embedder, EmbedgeValueError, EmbedgeWarning
 from embedge.runtime.cli.bench import add_arguments, run
 from embedge.runtime.cli.main import main
 from embedge.runtime.host.progress import LogLines
@@ -98,6 +99,36 @@ def test_whole_vectors_are_compared_whatever_a_call_gives(bundle: Path, tmp_path
     assert system.encode(["a text"]).shape == (1, 32)
     tokens = np.array([[2, 5, 3]])
     assert system.forward(tokens, np.ones_like(tokens)).shape == (1, 32)
+
+
+def test_maps_have_a_row_beside_the_graphs(
+    bundle: Path, model: Path, adapter: Path, labelled: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    texts = [f"{a}{b} {b}{c}" for a in "abcdef" for b in "ghijk" for c in "lmn"]
+    with pytest.warns(EmbedgeWarning, match="maps of 90 texts"):
+        fit_maps(copy, texts, base="search", precisions=["fp32"])
+    report = run_bench(
+        BenchOptions(
+            bundle=copy,
+            reference=model,
+            adapters={"search": adapter},
+            evaluations=[("search", labelled)],
+            peers=["none"],
+            precisions=["fp32"],
+            threads=1,
+            profile=replace(TINY, process_repeats=0),
+        )
+    )
+    base, other = (report.row(task, "embedge fp32, maps") for task in ("search", "plain"))
+    assert base is not None
+    assert other is not None
+    assert base.fidelity["32"]["cosine_min"] >= 0.999999
+    assert 0 < other.fidelity["32"]["cosine_mean"] < 1
+    assert other.invariance["cosine_min"] >= 0.999999
+    assert base.quality["held-out"]["items"] == 12
+    assert base.shapes["1x16"]["median_ms"] > 0
+    assert base.precision is None  # no configuration that `choose` may give
 
 
 def test_each_row_holds_speed_quality_and_bytes(measured: Report) -> None:

@@ -6,7 +6,7 @@
  */
 import { listed, ManifestError, reasonOf, shown } from "./errors.js";
 
-export const FORMAT_VERSION = "1.7";
+export const FORMAT_VERSION = "1.8";
 
 /**
  * @typedef {object} LateInteraction

@@ -335,6 +335,6 @@ def test_another_major_version_is_refused(version: str, hint: str) -> None:
 
 
 def test_a_newer_minor_version_warns_and_is_read() -> None:
-    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.8 is newer than 1\.7"):
-        manifest = Manifest.from_dict(changed("format_version", "1.8"))
+    with pytest.warns(EmbedgeWarning, match=r"format_version 1\.9 is newer than 1\.8"):
+        manifest = Manifest.from_dict(changed("format_version", "1.9"))
     assert manifest.model.dim == 384

@@ -223,7 +223,7 @@ def test_help_ends_with_examples_that_parse(
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    module = importlib.import_module(f"embedge.runtime.cli.{command}")
+    module = importlib.import_module(f"embedge.runtime.cli.{command.replace('-', '_')}")
     called: list[Any] = []
 
     def run(args: Any) -> int:
