@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from embedge.bench.documents import Document
 from embedge.bench.measure.machine import machine, versions
 from embedge.bench.measure.multi_vector import multi_vectors, multi_vectors_against
 from embedge.bench.measure.pages import different_pages
@@ -32,7 +33,6 @@ from embedge.bench.measure.task import (
     single_texts,
     vectors_against,
 )
-from embedge.bench.measure.texts import Document
 from embedge.bench.options import BenchOptions
 from embedge.bench.peers.context import PeerContext, kept_folder
 from embedge.bench.peers.registry import build_peers

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedge.bench.documents import Document
 from embedge.bench.errors import BenchError
 from embedge.bench.measure.page_files import (
     PAGE_COLUMNS,
@@ -28,7 +29,7 @@ from embedge.bench.measure.page_files import (
     parquet_files,
     parquet_rows,
 )
-from embedge.bench.measure.texts import Document, EvalSet
+from embedge.bench.measure.texts import EvalSet
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.host.install_advice import install_command
 

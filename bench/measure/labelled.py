@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.bench.documents import Document
 from embedge.bench.measure.quality import (
     Floats,
     Quality,
@@ -23,7 +24,7 @@ from embedge.bench.measure.quality import (
     quality,
     truncated,
 )
-from embedge.bench.measure.texts import Document, EvalSet
+from embedge.bench.measure.texts import EvalSet
 from embedge.bench.systems.system import PageSystem, System
 from embedge.runtime.scoring.quantization import dequantize_embeddings, quantize_embeddings
 from embedge.runtime.scoring.rescoring import search_binary

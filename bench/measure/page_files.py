@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedge.bench.documents import Document
 from embedge.bench.errors import BenchError
-from embedge.bench.measure.texts import Document
 from embedge.runtime.host.install_advice import install_command
 
 __all__ = [

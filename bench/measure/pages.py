@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.bench.documents import Document
 from embedge.bench.measure.alignment import alignment
 from embedge.bench.measure.labelled import (
     STORED,
@@ -28,7 +29,7 @@ from embedge.bench.measure.labelled import (
 )
 from embedge.bench.measure.latency import one_by_one, spread
 from embedge.bench.measure.quality import Floats, Quality, gains_of, ndcg_of_scores
-from embedge.bench.measure.texts import Document, EvalSet, spaced
+from embedge.bench.measure.texts import EvalSet, spaced
 from embedge.bench.options import Profile
 from embedge.bench.systems.system import PageSystem
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from embedge.bench.measure.texts import Document, EvalSet
+from embedge.bench.documents import Document
+from embedge.bench.measure.texts import EvalSet
 from embedge.quant.fidelity import cosine_rows, spearman
 
 __all__ = [

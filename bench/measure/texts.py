@@ -10,10 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from embedge.bench.documents import Document
 from embedge.bench.errors import BenchError
 
 __all__ = [
-    "Document",
     "EvalSet",
     "Text",
     "default_texts",
@@ -23,7 +23,6 @@ __all__ = [
     "subset",
 ]
 
-Document = str | bytes | Path  # a text, the bytes of an image file, or the path of one
 Item = TypeVar("Item")
 _TEXTS = Path(__file__).with_name("data") / "texts.jsonl"
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from embedge.bench.measure.texts import Document
+from embedge.bench.documents import Document
 from embedge.bench.systems.backbone import Inner
 from embedge.bench.systems.pooling import pool
 from embedge.bench.systems.qwen_vl import image_processor_class, rope_positions

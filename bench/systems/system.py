@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from embedge.bench.documents import Document
 from embedge.bench.errors import BenchError
-from embedge.bench.measure.texts import Document
 from embedge.bench.systems.page_reference import PageReference
 from embedge.bench.systems.reference import Reference
 from embedge.bench.systems.tokens import Ids
