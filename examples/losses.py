@@ -34,10 +34,17 @@ def cosent(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> t
         second: float32 [pairs, width], rows of length 1.
         scores: float32 [pairs].
     """
-    return _rank(_SCALE * (first * second).sum(-1), scores)
+    return cosent_of((first * second).sum(-1), scores)
 
 
-def _rank(cosines: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def cosent_of(cosines: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Return the CoSENT loss of cosines.
+
+    Args:
+        cosines: float32 [pairs].
+        scores: float32 [pairs].
+    """
+    cosines = _SCALE * cosines
     gaps = cosines.unsqueeze(0) - cosines.unsqueeze(1)
     wrong = gaps[scores.unsqueeze(1) > scores.unsqueeze(0) + 0.05]
     return torch.logsumexp(torch.cat([torch.zeros(1), wrong]), dim=0)
@@ -62,7 +69,7 @@ def late_cosent(first: Rows, second: Rows, scores: torch.Tensor) -> torch.Tensor
         scores: float32 [pairs].
     """
     forth, back = max_sim(first, second).diagonal(), max_sim(second, first).diagonal()
-    return _rank(_SCALE * 0.5 * (forth + back), scores)
+    return cosent_of(0.5 * (forth + back), scores)
 
 
 def over_widths(

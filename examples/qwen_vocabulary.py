@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -77,11 +80,14 @@ def parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return pieces[0], pieces[1]
 
 
-def vocabulary_and_merges(count: int = MERGES) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the byte-level vocabulary and its first merges, both in the order of ids.
+def vocabulary_and_merges(
+    kept: int | Collection[bytes] = MERGES,
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return a byte-level vocabulary and its merges, both in the order of ids.
 
     Args:
-        count: Of merges; there are 151,387.
+        kept: How many of the 151,387 merges, from the first; or the tokens that they make, in
+            which case ids are counted anew.
     """
     ranks = read_ranks()
     characters = byte_characters()
@@ -91,14 +97,36 @@ def vocabulary_and_merges(count: int = MERGES) -> tuple[dict[str, int], list[tup
     def written(token: bytes) -> str:
         return token.decode("latin-1").translate(translation)
 
-    ordered = sorted(ranks, key=ranks.__getitem__)[: BYTES + count]
-    vocabulary = {written(token): ranks[token] for token in ordered}
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    if isinstance(kept, int):
+        ordered = ordered[: BYTES + kept]
+    else:
+        ordered = ordered[:BYTES] + sorted(kept, key=ranks.__getitem__)
+    vocabulary = {written(token): row for row, token in enumerate(ordered)}
     merges = []
     for token in ordered:
         if len(token) > 1:
             left, right = parts(token, ranks)
             merges.append((written(left), written(right)))
     return vocabulary, merges
+
+
+def merges_of(texts: Iterable[str]) -> frozenset[bytes]:
+    """Return the tokens of more than a byte that texts consist of, and those that these are made of.
+
+    With these merges alone a tokenizer splits the texts as Qwen2.5's does.
+    """
+    ranks = read_ranks()
+    known = {rank: token for token, rank in ranks.items()}
+    tokenizer = Tokenizer.from_str(_files(MERGES)["tokenizer.json"])
+    found: set[bytes] = set()
+    waiting = [known[i] for text in texts for i in set(tokenizer.encode(text).ids) if i < RANKS]
+    while waiting:
+        token = waiting.pop()
+        if len(token) > 1 and token not in found:
+            found.add(token)
+            waiting += parts(token, ranks)
+    return frozenset(found)
 
 
 def added_token(token: str) -> dict[str, Any]:
@@ -108,9 +136,9 @@ def added_token(token: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=2)
-def _files(count: int) -> dict[str, str]:
-    vocabulary, merges = vocabulary_and_merges(count)
-    added = added_ids(count)
+def _files(kept: int | frozenset[bytes]) -> dict[str, str]:
+    vocabulary, merges = vocabulary_and_merges(kept)
+    added = added_ids(len(merges))
     byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
     tokenizer = {
@@ -162,12 +190,13 @@ def _files(count: int) -> dict[str, str]:
     }
 
 
-def write_tokenizer(folder: Path, merges: int = MERGES) -> None:
+def write_tokenizer(folder: Path, merges: int | frozenset[bytes] = MERGES) -> None:
     """Write Qwen2.5's ``tokenizer.json``, ``tokenizer_config.json``, ``vocab.json``, ``merges.txt``.
 
     Args:
         folder: Takes the files; it must exist.
-        merges: How many, in the order of training; files of few are read at once.
+        merges: How many, in the order of training, or which tokens they make (``merges_of``);
+            files of few are read at once.
     """
     for name, text in _files(merges).items():
         (folder / name).write_text(text, "utf-8")

@@ -100,7 +100,11 @@ def write_checkpoint(
     merged = task if layout == "premerged" else None
     base = list(_base_tensors(weights, adapters, merged, old_prefix if prefix == "old" else str))
     _write_shards(folder, base, threads)
-    _write_settings(folder, layout, size)
+    write_settings(folder, layout, size)
+    if layout in ("published", "new"):
+        for name in REMOTE_CODE:
+            code = f'raise RuntimeError("{name}: code of the checkpoint was run")\n'
+            (folder / name).write_text(code, "utf-8")
     write_tokenizer(folder, size.merges)
     if layout in ("published", "new"):
         place, stored = folder / "adapters", adapters.tensors(TASKS, multi_task=True)
@@ -244,8 +248,8 @@ def _write_safetensors(path: Path, tensors: list[Stored], threads: int) -> None:
             job.result()
 
 
-def _write_settings(folder: Path, layout: str, size: Size) -> None:
-    """Write every JSON file but the tokenizer's, and code that must not be run."""
+def write_settings(folder: Path, layout: str, size: Size) -> None:
+    """Write every JSON file of a checkpoint but the tokenizer's and the adapter's."""
     _write_json(folder / "preprocessor_config.json", files.preprocessor_config(layout))
     if layout in ("premerged", "plain"):
         config = files.merged_config if layout == "premerged" else files.stock_config
@@ -258,9 +262,6 @@ def _write_settings(folder: Path, layout: str, size: Size) -> None:
     prompts = {"query": "Query: ", "passage": "Passage: "}
     extra = {"default_prompt_name": None, "prompts": prompts, "similarity_fn_name": "cosine"}
     _write_json(folder / "config_sentence_transformers.json", extra)
-    for name in REMOTE_CODE:
-        code = f'raise RuntimeError("{name}: code of the checkpoint was run")\n'
-        (folder / name).write_text(code, "utf-8")
 
 
 def _write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:

