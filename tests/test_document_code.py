@@ -15,6 +15,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,9 @@ def short_folder() -> Iterator[Path]:
 @pytest.fixture
 def shell(short_folder: Path) -> Iterator[Shell]:
     (short_folder / "bin").mkdir()
+    python = short_folder / "bin" / "python"  # with the packages of the tests, as a reader's
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', "utf-8")
+    python.chmod(0o755)
     shell = Shell(short_folder / "bin")
     yield shell
     shell.close()

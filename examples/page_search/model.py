@@ -23,8 +23,8 @@ from page_search.pages import HEIGHT, WIDTH
 HEADS = 3
 GRID = (HEIGHT // 14, WIDTH // 14)  # patches
 FEATURES = GRID[0] * GRID[1] // 4
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
 
 def small_size(tokens: int, merges: int) -> Size:
@@ -92,15 +92,15 @@ class PageModel(torch.nn.Module):
         self.model = transformers.Qwen2_5_VLModel._from_config(config, attn_implementation="sdpa")
         self.multi_vector_projector = torch.nn.Linear(size.hidden, size.projector)
         ids = torch.tensor(image_ids)
-        self.register_buffer("image_ids", ids, persistent=False)
+        self.image_ids = ids
         start, end = size.tokens()["vision_start_token_id"], size.tokens()["vision_end_token_id"]
         first, last = int((ids == start).nonzero()), int((ids == end).nonzero())
         places = torch.arange(len(ids))
         pooled = (places >= first) & (places <= last)
-        self.register_buffer("image_pooled", pooled, persistent=False)
+        self.image_pooled = pooled
         grid = torch.tensor([[1, *GRID]])
         positions = self.model.get_rope_index(ids[None], image_grid_thw=grid)[0]
-        self.register_buffer("image_positions", positions, persistent=False)
+        self.image_positions: torch.Tensor = positions
         self.is_feature = ids == size.tokens()["image_token_id"]
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class PageModel(torch.nn.Module):
             pixels: float32 ``[pages, patches, 1176]``, as ``patches`` gives them.
         """
         grids = torch.tensor([[1, *GRID]] * len(pixels))
-        output = self.model.visual(pixels.flatten(0, 1), grid_thw=grids)
+        output: torch.Tensor = self.model.visual(pixels.flatten(0, 1), grid_thw=grids)
         return output.reshape(len(pixels), FEATURES, -1)
 
     def pages(self, features: torch.Tensor) -> Encoded:
@@ -155,7 +155,7 @@ def patches(images: Sequence[Image.Image]) -> torch.Tensor:
     The same numbers as transformers' image processor gives, for images that need no resizing.
     """
     pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
-    pixels = (pixels - np.float32(MEAN)) / np.float32(STD)
+    pixels = (pixels - MEAN) / STD
     count, (rows, columns) = len(images), GRID
     parts = pixels.reshape(count, rows // 2, 2, 14, columns // 2, 2, 14, 3)
     parts = parts.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # group, patch in it, channel, pixels
