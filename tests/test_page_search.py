@@ -194,17 +194,17 @@ class TestCommitted:
 
     def test_held_out_pages_are_found(self, bundle: Path, data: HeldOut) -> None:
         exact, int8 = (measure(Embedder(bundle, precision=p), data) for p in ("fp32", "int8"))
-        assert exact["multi"] > 0.9
-        assert exact["single"][max(DIMS)] > 0.6
-        assert exact["multi"] > exact["single"][max(DIMS)]
+        assert exact["multi"] > 0.95
+        assert exact["single"][max(DIMS)] > 0.85
+        assert exact["multi"] > exact["single"][min(DIMS)]
         assert abs(exact["multi"] - int8["multi"]) < 0.05  # 60 questions: some change places
         assert abs(exact["single"][max(DIMS)] - int8["single"][max(DIMS)]) < 0.05
 
     def test_adapters_serve_their_tasks(self, bundle: Path) -> None:
         model = Embedder(bundle, precision="fp32")
-        assert matching(model, pairs=60)["texts"] > 0.75
+        assert matching(model, pairs=60)["texts"] > 0.85
         code = [code_search(model, task, titles=20)["single"] for task in ("code", "retrieval")]
-        assert code[0] > 0.5 and code[0] > code[1]
+        assert code[0] > 0.65 and code[0] > code[1]
 
 
 @pytest.mark.slow

@@ -50,9 +50,9 @@ class Plan:
         batch: pages of a step.
     """
 
-    backbone: int = 120
-    adapter: int = 40
-    pages: int = 1500
+    backbone: int = 600
+    adapter: int = 120
+    pages: int = 6000
     batch: int = 32
 
 

@@ -213,6 +213,10 @@ def test_a_graph_says_how_it_is_run(precision: str, bundle: Path) -> None:
         "truncation_side": "right",
     }
     assert json.loads(found.pop("embedge.prompts")) == {"default": "query", "texts": PROMPTS}
+    states = json.loads(found.pop("embedge.states"))
+    graph = onnx.load(str(bundle / precision / "adapted.onnx"), load_external_data=False).graph
+    assert len(states) == 3  # before the first layer and behind each
+    assert set(states) <= {name for node in graph.node for name in node.output}
     assert found == {
         "embedge.task": "adapted",
         "embedge.precision": precision,
