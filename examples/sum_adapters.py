@@ -53,13 +53,13 @@ def _weighted(text: str) -> tuple[Path, float]:
         ) from None
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the sum."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("out", type=Path, help="the new adapter's folder")
     parser.add_argument("weights", type=_weighted, nargs="+", metavar="FOLDER=WEIGHT")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"{options.out}: expected no such folder, found one; name another")
     sum_adapters(options.model, options.out, options.weights)

@@ -27,16 +27,16 @@ ChooseGrid = Callable[[int, FloatArray, FloatArray], Grid]
 
 _LAZY_COLUMNS = 256  # columns that get what all before them lost in one matmul
 _STEP_COLUMNS = 16  # columns within which it is passed on one by one
-_DAMP = 0.01  # share of the mean diagonal added to it, the paper's; lab note 67 tries more
 _ROW_GROUP = 128  # columns at a time, where a scale covers a whole row
 _SWAPPED = 1 << 16  # elements that are turned round at a time
 
 
-def cholesky(H: FloatArray) -> FloatArray:
+def cholesky(H: FloatArray, damping: float = 0.01) -> FloatArray:
     """Upper Cholesky factor of a damped Hessian, in one working copy.
 
     Args:
         H: float32 ``[in, in]``, ``Σ x xᵀ`` over calibration inputs. Its diagonal is damped in place.
+        damping: share of the mean diagonal that is added to it; .01 is the paper's.
 
     Returns:
         ``R``, float32 ``[in, in]``, upper-triangular with ``R·Rᵀ = H + damp·I``, in Fortran's order.
@@ -48,7 +48,7 @@ def cholesky(H: FloatArray) -> FloatArray:
     if not np.isfinite(diagonal).all():
         raise ArithmeticError("the calibration activations hold NaN or infinity")
     diagonal[diagonal <= 0] = 1.0  # a channel that never fires: its weights round on their own
-    damp = _DAMP * float(diagonal.mean())
+    damp = damping * float(diagonal.mean())
     for _ in range(6):
         diagonal += damp
         damp *= 10

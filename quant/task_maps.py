@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import pi, sqrt
+from math import cos, pi, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,7 +235,7 @@ def _rate(step: int, steps: int) -> float:
     if step <= _WARM_UP:
         return _RATE * step / _WARM_UP
     along = (step - _WARM_UP) / max(1, steps - _WARM_UP)
-    return _LEAST_RATE + (_RATE - _LEAST_RATE) * (1 + np.cos(pi * along)) / 2
+    return _LEAST_RATE + (_RATE - _LEAST_RATE) * (1 + cos(pi * along)) / 2
 
 
 def _batches(rows: NDArray[np.intp], generator: np.random.Generator) -> Iterator[NDArray[np.intp]]:

@@ -63,7 +63,7 @@ def learn_to_read(model: PageModel, steps: int, size: int = 16, rate: float = 1e
         logits = 4.0 * model.features(pixels) @ table.weight.T
         loss = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()

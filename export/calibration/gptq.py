@@ -200,7 +200,7 @@ def input_factor(
     assert hessian is not None
     scheme.smooth_hessian(g, group, hessian)
     try:
-        return gptq.cholesky(hessian)
+        return gptq.cholesky(hessian, scheme.damping)
     except ArithmeticError as problem:
         raise CheckpointError(f"{group.label}: {failure}: {problem}") from problem
 

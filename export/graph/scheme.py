@@ -96,7 +96,13 @@ class Scheme(ABC):
 
 
 class RoundingScheme(Protocol):
-    """A scheme whose weights are rounded to integers."""
+    """A scheme whose weights are rounded to integers.
+
+    Attributes:
+        damping: share of a Hessian's mean diagonal that is added to it.
+    """
+
+    damping: float
 
     def input_shift(self, group: LinearGroup) -> FloatArray | None:
         """float32 ``[in]`` that is subtracted from a Linear input before it is quantized, or ``None``."""

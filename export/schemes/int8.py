@@ -79,6 +79,7 @@ class Int8Scheme(Scheme):
 
     precision = "int8"
     rotates = True
+    damping = 0.01
 
     def __init__(
         self,

@@ -46,8 +46,10 @@ def finished_vectors(
     request: Request,
     model: Model,
     file: object,
-) -> list[Codes]:
+) -> list[Any]:
     """What the sequences of a batch get: ``[dim]`` each, or ``[tokens, dim]``, in the call's format.
+
+    Of a mapped request a sequence gets a list: ``[dim]`` for each task.
 
     A vector is cut to the call's length. It is normalized where the call asks for that, and again
     where it was cut and the source normalizes.

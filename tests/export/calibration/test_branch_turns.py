@@ -15,8 +15,8 @@ from onnx.numpy_helper import to_array
 from embedge.export import export_bundle
 from embedge.export.calibration import gptq
 from embedge.export.calibration.texts import read_texts
+from embedge.export.schemes.int4 import Int4Scheme
 from embedge.quant import int4
-from embedge.quant.gptq import _DAMP
 from tests.helpers.exports import WIDE
 from tests.helpers.models import Reference, linears, make_model, save, save_adapter
 
@@ -82,7 +82,7 @@ def test_turns_leave_less_of_the_outputs_than_one_fit(
     for name, module in modules.items():
         weight = module.base_layer.weight + module.get_delta_weight("default")
         x = torch.cat(inputs[name])
-        damp = _DAMP * float(x.square().sum(0).mean())
+        damp = Int4Scheme.damping * float(x.square().sum(0).mean())
         lost = {}
         for turns, graph in graphs.items():
             error = weight - torch.from_numpy(stored(graph, name))
