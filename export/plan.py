@@ -25,6 +25,9 @@ from embedge.runtime.bundle.task_tensors import read_task_tensors
 from embedge.runtime.errors import EmbedgeValueError
 
 _WIDE = 1536  # hidden size
+_INT8_SWEPT = (
+    512  # hidden size below which int8 has sweeps: what they win there is little for their minutes
+)
 _SWEEPS = 2  # of coordinate descent, each about the time of GPTQ's arithmetic
 ARITHMETIC = 1  # of shared graphs: changes with rotation, smoothing or folding, which added tasks have to match
 
@@ -108,8 +111,14 @@ class ExportPlan:
             keep=self.options.keep if keep is None else keep,
             portable=self.options.portable,
             branch_ranks=self.branch_ranks(precision),
-            sweeps=0 if self.wide else _SWEEPS,
+            sweeps=self._sweeps(precision),
         )
+
+    def _sweeps(self, precision: str) -> int:
+        narrow = self.model.architecture.hidden_size < (
+            _INT8_SWEPT if precision == "int8" else _WIDE
+        )
+        return _SWEEPS if narrow else 0
 
     def calibrate(
         self, precision: str, batches: Sequence[TokenBatch], scratch: Path
