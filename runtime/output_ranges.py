@@ -25,6 +25,7 @@ from embedge.runtime.bundle.json_object import json_text, read_json_object
 from embedge.runtime.bundle.manifest import Manifest, OutputRanges
 from embedge.runtime.bundle.writing import replace_file
 from embedge.runtime.embedder import Embedder
+from embedge.runtime.encode.prompted import prompted
 from embedge.runtime.errors import EmbedgeError, EmbedgeValueError, warn
 
 __all__ = ["calibrate_ranges", "cheapest_precision", "without_ranges"]
@@ -146,23 +147,18 @@ def _ranges_of_task(
     model: Embedder, manifest: Manifest, task: str, texts: Sequence[str]
 ) -> dict[str, OutputRanges]:
     """A task's members of the manifest."""
-    prompts = list(dict.fromkeys(["", *model.get_prompts(task).values()]))
-    if not manifest.model.include_prompt:
-        prompts = [""]  # their tokens are not pooled
-    prompted = [
-        prompts[index % len(prompts)] + text for index, text in enumerate(texts) if text.strip()
-    ]
+    given = prompted(manifest, task, texts)
     late = manifest.model.late_interaction is not None
     options: dict[str, Any] = {"task": task, "prompt": "", "on_truncate": "ignore"}
 
     def of_tokens() -> Iterator[NDArray[np.float32]]:
-        for chunk in _chunks(prompted):
+        for chunk in _chunks(given):
             yield from model.encode_document(chunk, multi_vector=True, **options)
             if late:
                 yield from model.encode_query(chunk, multi_vector=True, **options)
 
     def of_texts() -> Iterator[NDArray[np.float32]]:
-        for chunk in _chunks(prompted):
+        for chunk in _chunks(given):
             yield model.encode(chunk, truncate_dim=model_dim, **options)
 
     model_dim = manifest.model.dim

@@ -13,6 +13,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.embedder import Embedder
 from embedge.runtime.encode.batch_size import CPU_BATCH_TOKENS_PER_THREAD
 from embedge.runtime.encode.batches import pad_batch, plan_batches
+from embedge.runtime.encode.prompted import prompted
 from embedge.runtime.encode.sequences import TokenIds
 from embedge.runtime.errors import BundleError
 from embedge.runtime.host.cores import available_cores
@@ -22,19 +23,12 @@ from embedge.runtime.kernels.library import own_kernels, use_own_kernels
 from embedge.runtime.sessions.session import GraphSession, new_options
 from embedge.runtime.sessions.task_inputs import task_inputs
 
-__all__ = ["TaskPasses", "prompted"]
+__all__ = ["TaskPasses"]
 
 Vectors = NDArray[np.float32]
 
 _FOLDER = "session.model_external_initializers_file_folder_path"  # of a model that is no file
 _BATCH = 32
-
-
-def prompted(texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """Texts that are more than spaces, each prompt before its share of them."""
-    return [
-        prompts[number % len(prompts)] + text for number, text in enumerate(texts) if text.strip()
-    ]
 
 
 class TaskPasses:
@@ -70,11 +64,7 @@ class TaskPasses:
         self._threads = threads or available_cores()
         self._told = told
         self._model = Embedder(bundle, precision=precision, device="cpu", threads=self._threads)
-        manifest = self._bundle.manifest
-        prompts = ["", *(self._model.get_prompts(base).values())]
-        if not manifest.model.include_prompt:
-            prompts = [""]  # their tokens are not pooled
-        self.texts = prompted(texts, list(dict.fromkeys(prompts)))
+        self.texts = prompted(self._bundle.manifest, base, texts)
 
     def __enter__(self) -> TaskPasses:
         return self
