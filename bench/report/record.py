@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from embedge.bench.errors import BenchError
-from embedge.bench.report.recorded import RECORDED
 from embedge.bench.report.report import Report, Row
 from embedge.bench.report.tables import main_table
 from embedge.bench.report.write import report_json
+from embedge.runtime.bundle.contract import REPORT
 from embedge.runtime.bundle.json_object import json_text
 from embedge.runtime.bundle.model_card import BENCH_END, BENCH_START
 from embedge.runtime.bundle.writing import replace_file
@@ -43,7 +43,7 @@ def record(report: Report, bundle: Path) -> None:
     try:
         replace_file(manifest_file, json_text(manifest))
         replace_file(card_file, card)
-        replace_file(bundle / RECORDED, report_json(report))
+        replace_file(bundle / REPORT, report_json(report))
     except OSError as error:
         raise BenchError(
             f"{bundle}: the figures could not be recorded: {error.strerror or error}; free some space "

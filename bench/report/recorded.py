@@ -11,14 +11,12 @@ from typing import Any
 
 from embedge.bench.errors import BenchError
 from embedge.bench.report.report import Report
-from embedge.runtime.bundle.contract import MANIFEST
+from embedge.runtime.bundle.contract import MANIFEST, REPORT
 from embedge.runtime.bundle.files import system_reason
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.errors import BundleError
 
-__all__ = ["RECORDED", "measured_bundle", "read_reports"]
-
-RECORDED = "report.json"
+__all__ = ["measured_bundle", "read_reports"]
 
 
 def read_reports(path: Path) -> list[Report]:
@@ -38,17 +36,17 @@ def read_reports(path: Path) -> list[Report]:
     if not path.is_dir():
         return _reports(path)
     if not (path / MANIFEST).exists():
-        return _reports(path / RECORDED)
+        return _reports(path / REPORT)
     bundle = Bundle(path, verify="none")
-    if not (path / RECORDED).exists():
+    if not (path / REPORT).exists():
         raise BenchError(
             f"{path}: no report was recorded in this bundle; run `embedge bench {path} --reference MODEL --record`, "
             "or name a report.json"
         )
-    reports = _reports(path / RECORDED)
+    reports = _reports(path / REPORT)
     if reports[0].settings.get("files_sha256") != bundle.manifest.files_sha256:
         raise BenchError(
-            f"{path / RECORDED}: is of other files than the bundle has now; run `embedge bench {path} "
+            f"{path / REPORT}: is of other files than the bundle has now; run `embedge bench {path} "
             "--reference MODEL --record` again"
         )
     return reports

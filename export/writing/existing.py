@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedge.export.writing.files import relative_files
-from embedge.runtime.bundle.contract import CARD, MANIFEST, PREPARED, VISION
+from embedge.runtime.bundle.contract import CARD, MANIFEST, PREPARED, REPORT, VISION
 from embedge.runtime.bundle.files import sha256_of
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.bundle.json_object import read_json_object
@@ -16,7 +16,7 @@ from embedge.runtime.errors import BundleError, EmbedgeValueError
 
 LOCK = ".export.lock"  # inside a bundle whose parent cannot be written
 # Of embedge, in no manifest: what `prepare` made, and what a killed process was about to rename.
-_OWN = (f"{PREPARED}/", LOCK, f".{MANIFEST}.", f".{CARD}.")
+_OWN = (f"{PREPARED}/", LOCK, f".{MANIFEST}.", f".{CARD}.", f".{REPORT}.")
 
 
 def is_bundle(out: Path) -> bool:
@@ -43,7 +43,7 @@ def read_existing(out: Path, overwrite: bool) -> Manifest | None:
     if not overwrite:
         return Manifest.from_dict(content, str(out / MANIFEST))
     listed = {*content["files"], MANIFEST, CARD}
-    strangers = [n for n in relative_files(out) - listed if not n.startswith(_OWN)]
+    strangers = [n for n in relative_files(out) - listed if not _is_own(out, n)]
     if strangers:
         raise EmbedgeValueError(
             f"{out}: expected a bundle's files alone, found {', '.join(sorted(strangers)[:5])} "
@@ -78,6 +78,16 @@ def check_kept(out: Path, precisions: Iterable[str]) -> None:
     for precision, settings in grows.items():
         for name in (*settings.graphs, *([VISION] if settings.vision else [])):
             bundle.graph_bytes(precision, name)
+
+
+def _is_own(out: Path, name: str) -> bool:
+    """Whether embedge wrote a file of a bundle that its manifest does not list."""
+    if name != REPORT:
+        return name.startswith(_OWN)
+    try:
+        return "report_version" in read_json_object(out / name)
+    except BundleError:
+        return False
 
 
 def _manifest_content(out: Path) -> dict[str, Any]:

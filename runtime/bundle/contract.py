@@ -13,6 +13,7 @@ __all__ = [
     "MAPS",
     "ONNXRUNTIME",
     "PREPARED",
+    "REPORT",
     "SHARED_CONSTANTS",
     "UNPACKED",
     "UNPACKED_PRECISION",
@@ -29,6 +30,7 @@ MANIFEST, CARD = "manifest.json", "README.md"  # files in a bundle's folder
 SHARED_CONSTANTS = (
     "shared.constants.safetensors"  # beside a graph that tasks share, for the export alone
 )
+REPORT = "report.json"  # what `embedge bench --record` adds to them
 PREPARED = "prepared"  # the folder of what `embedge prepare` adds to them
 
 MAPS = "maps"  # what the graph of task maps is called among those of the tasks

@@ -90,7 +90,15 @@ def test_overwriting_deletes_what_embedge_itself_put_beside_the_bundles_files(
     Embedder(copy, precision="int8", verify="full").encode("ab")
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "int8/mine.bin", "int8/other.onnx", "deep/x/y"])
+def test_overwriting_deletes_the_report_of_the_bundle(source: Path, copy: Path) -> None:
+    (copy / "report.json").write_text('{"report_version": 1, "rows": []}')
+    small(source, copy, overwrite=True)
+    assert not (copy / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "int8/mine.bin", "int8/other.onnx", "deep/x/y", "report.json"]
+)
 def test_overwriting_refuses_to_delete_a_foreign_file(name: str, source: Path, copy: Path) -> None:
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     (copy / name).write_text("mine")
