@@ -9,7 +9,7 @@ from typing import Any
 
 from page_search.evaluate import code_search, held_out, matching, page_search
 
-from embedge import Embedder
+from embedge import Embedder, EmbedgeError
 
 
 def main() -> None:
@@ -20,9 +20,12 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=300, help="and as many questions")
     parser.add_argument("--crossed", action="store_true", help="each adapter on each task")
     options = parser.parse_args()
+    try:
+        models = [Embedder(options.bundle, precision=name) for name in options.precision]
+    except EmbedgeError as error:
+        raise SystemExit(f"error: {error}") from None
     data = held_out(options.pages)
-    for precision in options.precision:
-        model = Embedder(options.bundle, precision=precision)
+    for precision, model in zip(options.precision, models, strict=True):
         found: dict[str, Any] = {"pages": page_search(model, data), "matching": matching(model)}
         found["code"] = code_search(model)
         if options.crossed:
