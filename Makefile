@@ -27,6 +27,8 @@ TORCH := torch>=2.9,<2.14
 TORCH_INDEX ?=
 OPTIONS ?=
 PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+# For an environment that shares packages with another, which is no plain installation.
+NO_INSTALLATION := --ignore=tests/test_packaging.py --ignore=tests/runtime/host/test_onnxruntime.py
 STAMP := $(VENV)/.embedge-installed
 export HF_HUB_OFFLINE = 1
 
@@ -42,15 +44,13 @@ test: $(STAMP)
 quick: $(STAMP)
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-# Where the system cannot let CPUID fault, an environment with copies of the libraries does. It is no plain
-# installation, which two files of tests are about.
+# Where the system cannot let CPUID fault, an environment with copies of the libraries does.
 FAULTING := build/faulting
 FAULTS := $(if $(shell grep -m1 cpuid_fault /proc/cpuinfo 2>/dev/null),,$(FAULTING)/.copied)
-TESTS_OF_INSTALLATIONS := tests/test_packaging.py tests/runtime/host/test_onnxruntime.py
 
 test-as-%: $(STAMP) build/cpuid_mask.so $(FAULTS)
 	CPUID_MASK=$* LD_PRELOAD=$(CURDIR)/build/cpuid_mask.so $(if $(FAULTS),CPUID_FAULTS=1 $(FAULTING),$(VENV))/bin/python \
-	  $(PYTEST) $(if $(FAULTS),$(addprefix --ignore=,$(TESTS_OF_INSTALLATIONS)))
+	  $(PYTEST) $(if $(FAULTS),$(NO_INSTALLATION))
 
 .PHONY: $(FAULTING)/.copied
 $(FAULTING)/.copied: $(STAMP)
@@ -74,7 +74,7 @@ TRANSFORMERS5 := build/transformers5
 TRANSFORMERS5_TESTS := tests/export/families tests/export/source tests/export/adapters tests/bench
 
 test-transformers5: $(TRANSFORMERS5)/.installed
-	$(TRANSFORMERS5)/bin/python $(PYTEST) $(TRANSFORMERS5_TESTS)
+	$(TRANSFORMERS5)/bin/python $(PYTEST) $(NO_INSTALLATION) $(TRANSFORMERS5_TESTS)
 
 # A virtual environment that sees the packages of $(VENV) behind its own.
 define environment

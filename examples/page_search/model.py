@@ -18,6 +18,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
+from embedge.bench.systems.qwen_vl import rope_positions, vision_features
 from page_search.pages import HEIGHT, WIDTH
 
 HEADS = 3
@@ -99,7 +100,7 @@ class PageModel(torch.nn.Module):
         pooled = (places >= first) & (places <= last)
         self.image_pooled = pooled
         grid = torch.tensor([[1, *GRID]])
-        positions = self.model.get_rope_index(ids[None], image_grid_thw=grid)[0]
+        positions = rope_positions(self.model, ids[None], grid, torch.ones_like(ids)[None])
         self.image_positions: torch.Tensor = positions
         self.is_feature = ids == size.tokens()["image_token_id"]
 
@@ -110,7 +111,7 @@ class PageModel(torch.nn.Module):
             pixels: float32 ``[pages, patches, 1176]``, as ``patches`` gives them.
         """
         grids = torch.tensor([[1, *GRID]] * len(pixels))
-        output: torch.Tensor = self.model.visual(pixels.flatten(0, 1), grid_thw=grids)
+        output: torch.Tensor = vision_features(self.model.visual, pixels.flatten(0, 1), grids)
         return output.reshape(len(pixels), FEATURES, -1)
 
     def pages(self, features: torch.Tensor) -> Encoded:

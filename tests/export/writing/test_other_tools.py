@@ -21,6 +21,7 @@ from embedge.export import export_bundle, save_pretrained
 from embedge.runtime import Embedder
 from tests.helpers.documents import blocks
 from tests.helpers.models import make_model, save
+from tests.helpers.optimum import model_class
 
 GUIDE = "docs/guides/without-embedge.md"
 TEXTS = ["how do I sort a dict", "another text"]  # of the guide
@@ -68,14 +69,14 @@ def check(vectors: Any, place: Path) -> None:
 
 @pytest.mark.slow
 def test_sentence_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("optimum.onnxruntime", exc_type=ImportError)
+    model_class()
     monkeypatch.chdir(place)
     check(run("backend=")["vectors"], place)
 
 
 @pytest.mark.slow
 def test_optimum(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("optimum.onnxruntime", exc_type=ImportError)
+    model_class()
     monkeypatch.chdir(place)
     check(run("ORTModelForFeatureExtraction")["vectors"], place)
 

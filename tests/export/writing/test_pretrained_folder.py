@@ -16,6 +16,7 @@ from embedge.runtime.bundle.manifest import FileEntry
 from embedge.runtime.cli.main import main
 from tests.helpers.command import Capture, error_line
 from tests.helpers.models import make_model, random_texts, save
+from tests.helpers.optimum import model_class
 from tests.helpers.sentence_files import write_model
 
 PROMPTS = {"query": "find ", "document": "text "}
@@ -57,7 +58,7 @@ def folder(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path) -> Any:
-    pytest.importorskip("optimum.onnxruntime", exc_type=ImportError)
+    model_class()
     from sentence_transformers import SentenceTransformer
 
     options = {"provider": "CPUExecutionProvider"}
@@ -87,14 +88,14 @@ def test_pooling_prompts_and_truncation_are_those_of_the_model_in_torch(
 
 @pytest.mark.slow
 def test_optimum_finds_the_graph_by_itself(folder: Path, whole: Path) -> None:
-    onnxruntime = pytest.importorskip("optimum.onnxruntime", exc_type=ImportError)
+    of_optimum = model_class()
     from transformers import AutoTokenizer
 
     texts = random_texts(5, longest=60)
     rows = AutoTokenizer.from_pretrained(folder)(
         texts, padding=True, truncation=True, return_tensors="np"
     )
-    model = onnxruntime.ORTModelForFeatureExtraction.from_pretrained(folder)
+    model = of_optimum.from_pretrained(folder)
     found = model(**rows).last_hidden_state[:, 0]
     expected = Embedder(whole, task="one").encode(texts, prompt="", on_truncate="ignore")
     np.testing.assert_allclose(found, expected, atol=1e-5)
