@@ -340,12 +340,18 @@ def _chosen(what: str, wanted: Sequence[str] | None, known: Sequence[str]) -> li
 
 
 def _with_own_adapters(options: BenchOptions, bundle: Bundle) -> BenchOptions:
-    """Return options with the adapters that the reference's folder holds itself, as jina-embeddings-v4's."""
+    """Return options with the adapters that the reference's folder holds itself.
+
+    They are in one file for all tasks, as jina-embeddings-v4's, or in a folder a task, as jina-embeddings-v5's.
+    """
     own = model_folder(options.reference) / "adapters"
-    if not (own / "adapter_config.json").is_file():
-        return options
-    adapted = [name for name, task in bundle.manifest.tasks.items() if task.adapter is not None]
-    return replace(options, adapters=dict.fromkeys(adapted, own) | dict(options.adapters))
+    found = {
+        name: own
+        for name, task in bundle.manifest.tasks.items()
+        if task.adapter is not None
+        and any((folder / "adapter_config.json").is_file() for folder in (own, own / name))
+    }
+    return replace(options, adapters=found | dict(options.adapters))
 
 
 def _adapters(options: BenchOptions, bundle: Bundle, tasks: Sequence[str]) -> dict[str, Path]:

@@ -750,6 +750,13 @@ class Embedder(BaseEmbedder):
             ranges=ranges,
             pool_factor=pool_factor,
         )
+        for index, text in enumerate(tokens):
+            if not isinstance(text, TokenIds):
+                raise EmbedgeValueError(
+                    f"tokens[{index}]: expected what tokenize gives, found {type(text).__name__}; "
+                    "call encode_tokens(model.tokenize(texts))",
+                    arguments=["tokens"],
+                )
         results = no_results(request, len(tokens))
         sequences = [(index, text) for index, text in enumerate(tokens) if len(text)]
         collect(self._runner.run(sequences, request), results, shown=False)

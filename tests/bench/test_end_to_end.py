@@ -291,6 +291,17 @@ def test_a_number_that_cannot_be_is_refused(
         run(parser.parse_args([str(bundle), "--reference", str(model), *arguments]))
 
 
+@pytest.mark.parametrize("place", ["adapters", "adapters/search"])
+def test_adapters_that_the_reference_brings_need_no_option(
+    place: str, bundle: Path, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    brings = tmp_path / "model"
+    shutil.copytree(model, brings)
+    shutil.copytree(adapter, brings / place)
+    plan = plan_module.make_plan(BenchOptions(bundle=bundle, reference=brings, peers=["none"]))
+    assert plan.adapters == {"search": brings / place}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

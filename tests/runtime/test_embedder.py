@@ -302,6 +302,12 @@ class TestTokens:
         short, long = model.tokenize(["w1", "w1 " * 30])
         assert (short.truncated, long.truncated, len(long)) == (False, True, 16)
 
+    @pytest.mark.parametrize("tokens", [[[1, 2]], ["w1"], [np.array([1, 2])]])
+    def test_what_tokenize_did_not_give_is_refused(self, tokens: Any, two_tasks: Any) -> None:
+        model = Embedder(two_tasks.path, precision="fp32", task="code")
+        with pytest.raises(EmbedgeValueError, match=r"tokens\[0\]: expected what tokenize gives"):
+            model.encode_tokens(tokens)
+
     def test_a_text_without_tokens_is_a_zero_vector(self, make_bundle: Any) -> None:
         model = Embedder(make_bundle("bare", special_tokens=False).path)
         assert model.multi_vector_dim is None
