@@ -6,8 +6,8 @@ A server is started, and asked by clients of this process, each with a connectio
   ``encode``, on the same cores; what is shown is the ratio of the medians. ``--beside URL MODEL`` asks another server
   in the same rounds, at the address of its embeddings, for the same texts.
 * *half load*: requests come at random, at half of that throughput: the median and the 95th percentile.
-* *mixed*: for ``--minutes``, requests of one text, of lists and of long texts, for every task; the server's memory, at
-  the end of the first minute and the most of it later.
+* *mixed*: for ``--minutes``, requests of one text, of lists and of long texts, for every task; the server's memory by
+  half minutes, their medians.
 * *full queue*: many large requests at once to a server that holds few tokens: some are answered by 429.
 
 Each vector is compared with the library's, from which its last bit may differ with the rows of its batch. The
@@ -22,9 +22,11 @@ import asyncio
 import base64
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -66,7 +68,9 @@ class Load:
         batch_texts: of a batch of the server, the mean.
         half_median, half_p95: seconds of an answer at half load.
         mixed_requests: that were answered in the mixed part.
-        minute_mb, later_mb: resident memory at the end of the first minute of it, and the most later.
+        minute_mb: resident memory in the second half minute of it, the median.
+        later_mb: likewise of the half minute that had the most.
+        peak_mb: the most at any time.
         refused: requests that a full queue refused.
         kept: requests that it answered.
         largest_difference: of any component from the library's.
@@ -89,6 +93,7 @@ class Load:
     mixed_requests: int = 0
     minute_mb: float = 0.0
     later_mb: float = 0.0
+    peak_mb: float = 0.0
     refused: int = 0
     kept: int = 0
     largest_difference: float = 0.0
@@ -214,8 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"server, in batches of {load.batch_texts:.0f}, and {load.client_cpu_ms:.2f} ms in the client\n"
         f"half load: median {load.half_median * 1e3:.1f} ms, p95 {load.half_p95 * 1e3:.1f} ms: "
         f"{load.half_p95 / load.half_median:.2f} times\n"
-        f"mixed: {load.mixed_requests} requests, {load.minute_mb:.0f} MB after the first minute, at most "
-        f"{load.later_mb:.0f} MB later: {growth:+.1%}\n"
+        f"mixed: {load.mixed_requests} requests, {load.minute_mb:.0f} MB in the second half minute, "
+        f"{load.later_mb:.0f} MB in the highest: {growth:+.1%}; at most {load.peak_mb:.0f} MB\n"
         f"full queue: {load.refused} refused by 429, {load.kept} answered\n"
         f"wrong {load.wrong}, lost {load.lost}, largest difference {load.largest_difference:.1e}"
     )
@@ -448,9 +453,15 @@ async def _mixed(
     async with _connected(port, load.clients) as connections:
         clients = (client(connection, seed) for seed, connection in enumerate(connections))
         await asyncio.gather(watch(), *clients)
-    first = [mb for seconds, mb in memory if seconds <= 60]
-    load.minute_mb = first[-1]
-    load.later_mb = max((mb for seconds, mb in memory if seconds > 60), default=first[-1])
+    by_half_minute: dict[int, list[float]] = defaultdict(list)
+    for seconds, mb in memory:
+        by_half_minute[int(seconds // 30)].append(mb)
+    medians = [statistics.median(sizes) for sizes in by_half_minute.values()]
+    _, *later = (
+        medians if len(medians) > 1 else 2 * medians
+    )  # the first has all that a server begins with
+    load.minute_mb, load.later_mb = later[0], max(later)
+    load.peak_mb = max(mb for _, mb in memory)
 
 
 async def _full(load: Load, port: int, task: str, texts: Sequence[str], expected: Vectors) -> None:
