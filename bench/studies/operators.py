@@ -1,7 +1,7 @@
 """Where a pass's time goes: ``python -m embedge.bench.studies.operators BUNDLE --precision int8 --shapes 8x64``.
 
 ONNX Runtime's profiler times every node of a graph that the runtime opens. Printed is, by kind of operator, the
-median time of a pass and its share; products are marked. Their share says how near a pass comes to products alone.
+median time of a pass and its share. The share of all products says how near a pass comes to products alone.
 
 One session runs a batch with all threads. ``EMBEDGE_KERNELS=avx2`` shows an older instruction set.
 """
@@ -25,6 +25,7 @@ from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.cli.table import table
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.sessions import session as sessions
+from embedge.runtime.sessions.task_inputs import task_inputs
 
 __all__ = ["main", "times_by_operator"]
 
@@ -85,6 +86,9 @@ def times_by_operator(
         with _profiled(str(Path(folder) / "profile")):
             config = sessions.SessionConfig(threads=threads)
             session = sessions.open_graph(bundle, precision, task, config)
+        tensors = bundle.task_tensors(precision, task)
+        if tensors is not None:
+            session = session.of_task(task_inputs(tensors))
         for _ in range(runs + 3):
             session.run(session.outputs[0], inputs)
         del session

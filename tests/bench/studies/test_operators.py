@@ -37,6 +37,21 @@ def test_each_kind_of_node_has_a_time(precision: str, product: str, tiny_bundle:
     assert all(time > 0 for time in times.values()), times
 
 
+def test_a_shared_graph_has_its_tasks_tensors(model: Path, adapter: Path, tmp_path: Path) -> None:
+    out = export_bundle(
+        model,
+        adapters={"search": adapter},
+        precisions=["int8"],
+        calibration="none",
+        layout="shared",
+        out=tmp_path / "bundle",
+    )
+    times = times_by_operator(
+        Bundle(out), "int8", "search", Shape(batch=2, tokens=8), threads=1, runs=2
+    )
+    assert any(name.startswith("MatMulIntegerToFloat") for name in times)
+
+
 def test_sessions_of_later_have_no_profiler(tiny_bundle: Path) -> None:
     options_of = sessions.new_options
     main([str(tiny_bundle), "--precision", "int8", "--shapes", "1x4", "--runs", "1"])
