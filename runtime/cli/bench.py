@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, help="the source model: a folder or a hub id")
     parser.add_argument(
         "--adapter", action="append", default=[], dest="adapters", metavar="NAME=FOLDER",
-        help="a task's adapter, or the folder that holds it; once per task",
+        help="a task's adapter, or the folder that holds it; once per task (default: those the model brings)",
     )  # fmt: skip
     parser.add_argument(
         "--task", nargs="+", dest="tasks", metavar="NAME", help="tasks (default: all)"
