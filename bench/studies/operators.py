@@ -22,7 +22,6 @@ import numpy as np
 
 from embedge.bench.options import Shape
 from embedge.runtime.bundle.folder import Bundle
-from embedge.runtime.cli.table import table
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.sessions import session as sessions
 from embedge.runtime.sessions.task_inputs import task_inputs
@@ -58,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"{precision}, {task}, {shape.name}: {whole:.2f} ms, products {products / whole:.1%}"
             )
-            ranked = sorted(times.items(), key=lambda item: -item[1])
-            rows = [(name, f"{time:.2f}", f"{time / whole:.1%}") for name, time in ranked]
-            print("\n".join(table([("operator", "ms", "share"), *rows], labels=1)), end="\n\n")
+            width = max(map(len, times))
+            for name, time in sorted(times.items(), key=lambda item: -item[1]):
+                print(f"  {name:{width}}  {time:9.2f} ms  {time / whole:6.1%}")
     return 0
 
 
