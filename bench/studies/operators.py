@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from embedge.bench.options import Shape
+from embedge.runtime import Embedder, EmbedgeError
 from embedge.runtime.bundle.folder import Bundle
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.sessions import session as sessions
@@ -45,9 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--runs", type=int, default=15)
     options = parser.parse_args(arguments)
+    try:
+        _show_all(options)
+    except EmbedgeError as error:
+        print(f"embedge.bench.studies.operators: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show_all(options: argparse.Namespace) -> None:
     bundle = Bundle(options.bundle, verify="size")
     task = options.task or next(iter(bundle.manifest.tasks))
     for precision in options.precision:
+        Embedder(
+            bundle.root, precision=precision, task=task
+        ).close()  # refuses what the bundle lacks
         for shape in options.shapes:
             times = times_by_operator(
                 bundle, precision, task, shape, threads=options.threads, runs=options.runs
@@ -60,7 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             width = max(map(len, times))
             for name, time in sorted(times.items(), key=lambda item: -item[1]):
                 print(f"  {name:{width}}  {time:9.2f} ms  {time / whole:6.1%}")
-    return 0
 
 
 def times_by_operator(

@@ -67,3 +67,11 @@ def test_it_prints_a_share_of_products(
     for title in ("fp32, ", "int8, "):
         assert printed.count(title) == 2
     assert printed.count("between nodes") == printed.count("products ") == 4
+
+
+@pytest.mark.parametrize("wrong", [["--precision", "int3"], ["--task", "other"]])
+def test_what_the_bundle_lacks_is_named(
+    wrong: list[str], tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tiny_bundle), *wrong]) == 1
+    assert wrong[1] in capsys.readouterr().err
