@@ -57,7 +57,8 @@ def copy_package(name: str, folder: Path) -> None:
     if spec is None or spec.origin is None:
         raise SystemExit(f"{name}: expected an installed package, found none; run `make install`")
     shutil.rmtree(folder / name, ignore_errors=True)
-    shutil.copytree(Path(spec.origin).parent, folder / name)
+    of_others = shutil.ignore_patterns("node_modules", "__pycache__")
+    shutil.copytree(Path(spec.origin).parent, folder / name, ignore=of_others)
     for library in sorted((folder / name).rglob("*.so*")):
         print(f"{library.name}: {let_cpuid_fault(library)} CPUID instructions fault")
 
