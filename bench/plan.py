@@ -25,7 +25,7 @@ from embedge.bench.measure.texts import (
 )
 from embedge.bench.options import SHAPES, BenchOptions
 from embedge.bench.peers.registry import chosen_peers
-from embedge.bench.systems.backbone import adapter_folder
+from embedge.bench.systems.backbone import adapter_folder, find_adapter
 from embedge.bench.systems.multi_vector import native_class
 from embedge.bench.systems.source import (
     Source,
@@ -346,10 +346,9 @@ def _with_own_adapters(options: BenchOptions, bundle: Bundle) -> BenchOptions:
     """
     own = model_folder(options.reference) / "adapters"
     found = {
-        name: own
+        name: folder
         for name, task in bundle.manifest.tasks.items()
-        if task.adapter is not None
-        and any((folder / "adapter_config.json").is_file() for folder in (own, own / name))
+        if task.adapter is not None and (folder := find_adapter(name, own)) is not None
     }
     return replace(options, adapters=found | dict(options.adapters))
 

@@ -25,7 +25,7 @@ from embedge.bench.systems.quantized_base import (
 from embedge.bench.systems.source import is_jina_v4
 from embedge.runtime.bundle.manifest import BaseQuantization
 
-__all__ = ["Inner", "adapter_folder", "load_backbone", "merge"]
+__all__ = ["Inner", "adapter_folder", "find_adapter", "load_backbone", "merge"]
 
 HEAD = "multi_vector_projector"
 HEAD_WIDTH = "multi_vector_projector_dim"
@@ -62,18 +62,24 @@ _JINA_V4_KEYS = (
 )
 
 
+def find_adapter(name: str, folder: str | Path) -> Path | None:
+    """Return ``folder``, or ``folder/name``, whichever has an adapter_config.json; ``None`` if neither has."""
+    candidates = (Path(folder), Path(folder) / name)
+    return next((path for path in candidates if (path / "adapter_config.json").is_file()), None)
+
+
 def adapter_folder(name: str, folder: str | Path) -> Path:
     """Return the adapter's own folder: ``folder``, or ``folder/name`` where it holds several.
 
     Raises:
         BenchError: neither has an adapter_config.json.
     """
-    for candidate in (Path(folder), Path(folder) / name):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise BenchArgumentError(
-        f"--adapter {name}={folder}: no adapter_config.json there or in {Path(folder) / name}"
-    )
+    found = find_adapter(name, folder)
+    if found is None:
+        raise BenchArgumentError(
+            f"--adapter {name}={folder}: no adapter_config.json there or in {Path(folder) / name}"
+        )
+    return found
 
 
 def load_backbone(
