@@ -68,5 +68,9 @@ def _output(*command: object) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(f"expected a folder of packages, and names of packages\n\n{__doc__}")
+    if shutil.which("objdump") is None:
+        raise SystemExit("objdump: not found; install binutils, e.g. `apt-get install binutils`")
     for package in ("embedge", *sys.argv[2:]):
         copy_package(package, Path(sys.argv[1]))
