@@ -212,6 +212,16 @@ class TestStreams:
         done = self.run("2>&-", *calls(["embed", str(bundle.path), "--task", "nothing"]))
         assert (done.returncode, done.stdout) == (2, b"")
 
+    @pytest.mark.slow
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
+    @pytest.mark.parametrize("buffered", ["", "1"])
+    def test_full_standard_error_changes_no_exit_code(self, bundle: Any, buffered: str) -> None:
+        call = [sys.executable, "-m", "embedge", "embed", str(bundle.path)]
+        for arguments, code in (([], 0), (["--task", "nothing"], 2), (["--input", "missing"], 1)):
+            done = self.run("2>/dev/full", *call, *arguments, PYTHONUNBUFFERED=buffered)
+            assert (done.returncode, done.stderr) == (code, b""), arguments
+            assert bool(done.stdout) == (code == 0)
+
 
 @pytest.mark.parametrize("command", ["export", "embed", "prepare", "inspect", "bench"])
 def test_help_ends_with_examples_that_parse(

@@ -117,17 +117,19 @@ class TestProcess:
             assert replaced == 3
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
-    def test_a_full_disk_ends_no_server(self, copied: Path) -> None:
+    @pytest.mark.parametrize("buffered", [False, True])
+    def test_a_full_disk_ends_no_server(self, copied: Path, buffered: bool) -> None:
         expected = Embedder(copied, task="code").encode("w1 w2")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "embedge", "serve", str(copied), "--port", str(port)]
         path = os.pathsep.join(path for path in sys.path if path)
+        variables = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "" if buffered else "1"}
         url = f"http://127.0.0.1:{port}"
         with (
             open("/dev/full", "w") as full,
             subprocess.Popen(
-                command, stdout=full, stderr=full, env={**os.environ, "PYTHONPATH": path}
+                command, stdout=full, stderr=full, env={**os.environ, **variables}
             ) as process,
         ):
             try:
