@@ -23,8 +23,9 @@ import asyncio
 import math
 import os
 import time
+from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,8 @@ _NEWEST = 0.2  # weight of the last run in the rate
 _LONGEST_RETRY = 60
 _NEWEST_REQUEST = 0.05  # weight of the last request in how many find company
 _SELDOM = 0.1
+_MOST_PADDING = 32
+_AHEAD, _AHEAD_TOKENS = 2, 128
 _TURNS = 3  # of the loop, from a request's bytes to its inputs here
 
 
@@ -150,24 +153,62 @@ class _Job:
     def __init__(self, inputs: Inputs) -> None:
         self.kind = inputs.kind
         self.items = items = inputs.items
-        self.costs = inputs.costs
-        self.taken = 0
+        self.costs = costs = inputs.costs
         self.left = len(items)
         self.results: list[Any] = [None] * len(items)
         self.done: asyncio.Future[list[Vectors]] = asyncio.get_running_loop().create_future()
+        # What waits, the shortest first.
+        self._waiting = sorted(range(len(items)), key=costs.__getitem__)
+        self._sizes = [costs[index] for index in self._waiting]
 
     @property
-    def left_to_take(self) -> int:
-        return len(self.items) - self.taken
+    def waits(self) -> int:
+        """How many of its inputs wait."""
+        return len(self._waiting)
 
-    def take(self, tokens: int) -> range:
-        """The next inputs, of at most so many tokens; one at least."""
-        start, stop, total = self.taken, self.taken + 1, self.costs[self.taken]
-        while stop < len(self.items) and total + self.costs[stop] <= tokens:
-            total += self.costs[stop]
-            stop += 1
-        self.taken = stop
-        return range(start, stop)
+    @property
+    def tokens(self) -> int:
+        """Of the inputs that wait."""
+        return sum(self._sizes)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest input that waits."""
+        return self._sizes[-1]
+
+    def distance(self, tokens: int) -> int:
+        """Of so many tokens to those of the nearest input that waits."""
+        if len(self._sizes) == 1:  # most often
+            return abs(self._sizes[0] - tokens)
+        at = bisect_left(self._sizes, tokens)
+        return min(abs(size - tokens) for size in self._sizes[max(0, at - 1) : at + 1])
+
+    def take(self, near: int, most: int, batch: _Size) -> list[int]:
+        """The inputs that are the nearest to a length, of at most so many tokens; one at least if the batch takes it.
+
+        Args:
+            near: tokens of an input.
+            most: tokens of all.
+            batch: gets them.
+        """
+        sizes = self._sizes
+        low = high = bisect_left(sizes, near)
+        tokens = 0
+        while high - low < len(sizes):
+            is_below = high == len(sizes) or (low > 0 and near - sizes[low - 1] < sizes[high] - near)
+            size = sizes[low - 1 if is_below else high]
+            if (tokens and tokens + size > most) or not batch.add(size):
+                break
+            tokens += size
+            low, high = (low - 1, high) if is_below else (low, high + 1)
+        taken = self._waiting[low:high]
+        del self._waiting[low:high], sizes[low:high]
+        return taken
+
+    def drop(self) -> None:
+        """Nothing of it waits any more."""
+        self._waiting.clear()
+        self._sizes.clear()
 
     def store(self, indices: Sequence[int], vectors: Sequence[Vectors]) -> None:
         for index, vector in zip(indices, vectors, strict=True):
@@ -181,15 +222,56 @@ class _Job:
             self.done.set_exception(error)
 
 
-Part = tuple[_Job, range]
+Part = tuple[_Job, list[int]]
+
+
+@dataclass
+class _Size:
+    """What a batch has and may have.
+
+    Attributes:
+        room: tokens that it may still take.
+        padding: the most that it may have, in tokens; ``None``: any number.
+        inputs: how many it has.
+        tokens: of them.
+        longest: tokens of the longest.
+    """
+
+    room: int
+    padding: int | None
+    inputs: int = 0
+    tokens: int = 0
+    longest: int = 0
+
+    def add(self, tokens: int) -> bool:
+        """Takes an input, or says that it does not fit; the first always does."""
+        if self.inputs:
+            longest = max(self.longest, tokens)
+            padding = longest * (self.inputs + 1) - self.tokens - tokens
+            if tokens > self.room or (self.padding is not None and padding > self.padding):
+                return False
+        self.inputs += 1
+        self.tokens += tokens
+        self.room -= tokens
+        self.longest = max(self.longest, tokens)
+        return True
 
 
 @dataclass(eq=False, frozen=True)
 class _Run:
-    """A batch that runs: of which kind, and whether on all cores."""
+    """A batch that runs, or will.
+
+    Attributes:
+        kind: of all its inputs.
+        all_cores: it takes all of them.
+        parts: of each request.
+        tokens: of all.
+    """
 
     kind: Kind
     all_cores: bool
+    parts: list[Part]
+    tokens: int
 
 
 class Queue:
@@ -206,8 +288,10 @@ class Queue:
         self._most_tokens = most_tokens
         self._report = report
         self._waiting: OrderedDict[Kind, deque[_Job]] = OrderedDict()
-        self._running: dict[_Run, asyncio.Task[None]] = {}
-        self._ended = asyncio.Event()
+        self._again: deque[_Run] = deque()  # parts of batches that failed, each alone
+        self._ahead: deque[_Run] = deque()  # what a thread goes on with when its batch has ended
+        self._running: set[_Run] = set()
+        self._changed = asyncio.Event()
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="embedge-run")
         self._loop: asyncio.Task[None] | None = None
         self._submitted = 0
@@ -234,6 +318,8 @@ class Queue:
             self._waiting.setdefault(job.kind, deque()).append(job)
         if self._loop is None or self._loop.done():
             self._loop = asyncio.ensure_future(self._run())
+        elif self._could_go_ahead():
+            self._changed.set()
         try:
             if len(jobs) == 1:  # most often; gathering takes another turn of the loop
                 return [await jobs[0].done]
@@ -270,7 +356,7 @@ class Queue:
 
     def holds(self, model: ServedModel) -> bool:
         """Whether inputs of a model wait or run."""
-        kinds = [*self._waiting, *(run.kind for run in self._running)]
+        kinds = [*self._waiting, *(run.kind for run in self._taken())]
         return any(kind.model is model for kind in kinds)
 
     async def close(self) -> None:
@@ -282,39 +368,73 @@ class Queue:
         self._waiting.clear()
         if self._loop is not None:
             await self._loop
-        if self._running:
-            await asyncio.wait(self._running.values())
+        while self._running:
+            self._changed.clear()
+            await self._changed.wait()
         self._threads.shutdown()
 
     def _forget(self, job: _Job) -> None:
         """Takes a job out that was given up, or is done."""
         job.done.cancel()
-        self.tokens -= sum(job.costs[job.taken :])
-        job.taken = len(job.items)
+        self.tokens -= job.tokens
+        job.drop()
         jobs = self._waiting.get(job.kind)
         if jobs is not None and job in jobs:
             jobs.remove(job)
             if not jobs:
                 del self._waiting[job.kind]
 
+    def _taken(self) -> Iterator[_Run]:
+        """All batches that were made and have not ended."""
+        yield from self._running
+        yield from self._ahead
+        yield from self._again
+
     async def _run(self) -> None:
         """Starts batches until nothing waits."""
-        while self._waiting:
+        while self._waiting or self._ahead or self._again:
             if not self._is_free():
-                self._ended.clear()
-                await self._ended.wait()
+                self._go_ahead()
+                self._changed.clear()
+                await self._changed.wait()
                 continue
-            if self._running:
+            if self._running and not self._ahead and not self._again:
                 await self._arrivals()
-            if self._waiting and self._is_free():
+            if (self._waiting or self._ahead or self._again) and self._is_free():
                 self._start()
 
     def _is_free(self) -> bool:
-        """Whether a batch of the kind whose turn it is can start now."""
-        kind = next(iter(self._waiting))
+        """Whether the next batch can start now."""
         if any(run.all_cores for run in self._running):
             return False
-        return len(self._running) < kind.at_once
+        return len(self._running) < self._next_kind().at_once
+
+    def _next_kind(self) -> Kind:
+        """Whose turn it is."""
+        for made in (self._ahead, self._again):
+            if made:
+                return made[0].kind
+        return next(iter(self._waiting))
+
+    def _could_go_ahead(self) -> bool:
+        """Whether there is enough for a batch that a thread goes on with by itself.
+
+        It has to be one that can start when any batch that runs has ended.
+        """
+        if self._again or len(self._ahead) >= _AHEAD or not self._waiting or not self._running:
+            return False
+        if self.tokens - sum(run.tokens for run in self._taken()) < _AHEAD_TOKENS:
+            return False
+        kind = next(iter(self._waiting))
+        if any(run.all_cores for run in self._running):
+            return not self._ahead
+        return len(self._running) == kind.at_once
+
+    def _go_ahead(self) -> None:
+        """Makes the batches that threads go on with by themselves."""
+        while self._could_go_ahead():
+            kind = next(iter(self._waiting))
+            self._ahead.append(self._next(kind, all_cores=kind.at_once == 1))
 
     async def _arrivals(self) -> None:
         """Lets the loop read requests until no more come."""
@@ -326,90 +446,121 @@ class Queue:
 
     def _start(self) -> None:
         """Starts a batch."""
-        [kind, jobs] = next(iter(self._waiting.items()))
-        is_alone = len(jobs) == 1 and jobs[0].left_to_take == 1 and not self._running
-        all_cores = kind.at_once == 1 or (is_alone and self._company < _SELDOM)
-        run = _Run(kind, all_cores)
-        parts = self._next(run)
-        self._running[run] = asyncio.ensure_future(self._run_one(run, parts))
-
-    async def _run_one(self, run: _Run, parts: list[Part]) -> None:
-        try:
-            await self._run_batch(run, parts)
-        finally:
-            del self._running[run]
-            self._ended.set()
-            self.tokens -= _tokens(parts)
-
-    async def _run_batch(self, run: _Run, parts: list[Part]) -> None:
-        kind = run.kind
-        items = [job.items[index] for job, part in parts for index in part]
-        loop = asyncio.get_running_loop()
-        start = time.perf_counter()
-        try:
-            vectors = await loop.run_in_executor(self._threads, kind.run, items, not run.all_cores)
-        except Exception as error:
-            if len(parts) > 1:
-                for part in parts:
-                    if not part[0].done.done():
-                        await self._run_batch(run, [part])
+        if self._ahead:
+            run = self._ahead.popleft()
+        elif self._again:
+            run = self._again.popleft()
+            if run.parts[0][0].done.done():  # given up
+                self.tokens -= run.tokens
                 return
-            [(job, indices)] = parts
-            job.fail(FailedItems(error, indices, kind))
-            return
-        seconds = time.perf_counter() - start
-        stored = 0
-        for job, indices in parts:
-            job.store(indices, vectors[stored : stored + len(indices)])
-            stored += len(indices)
-        batch = Batch(kind, len(items), len(parts), _tokens(parts), seconds)
-        self._measure(run, batch)
-        self._report(batch)
+        else:
+            [kind, jobs] = next(iter(self._waiting.items()))
+            is_alone = len(jobs) == 1 and jobs[0].waits == 1 and not self._running
+            run = self._next(kind, kind.at_once == 1 or (is_alone and self._company < _SELDOM))
+        self._running.add(run)
+        self._threads.submit(self._work, run, asyncio.get_running_loop())
 
-    def _next(self, run: _Run) -> list[Part]:
+    def _work(self, run: _Run, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs batches in a thread: one, and those that were made ahead."""
+        following: _Run | None = run
+        while following is not None:
+            run = following
+            items = [job.items[index] for job, part in run.parts for index in part]
+            start = time.perf_counter()
+            outcome: Sequence[Vectors] | Exception
+            try:
+                outcome = run.kind.run(items, not run.all_cores)
+            except Exception as error:
+                outcome = error
+            seconds = time.perf_counter() - start
+            try:
+                following = self._ahead.popleft()
+            except IndexError:
+                following = None
+            loop.call_soon_threadsafe(self._end, run, outcome, seconds, following)
+
+    def _end(
+        self,
+        run: _Run,
+        outcome: Sequence[Vectors] | Exception,
+        seconds: float,
+        following: _Run | None,
+    ) -> None:
+        """Stores what a batch gave.
+
+        Args:
+            run: the batch.
+            outcome: vectors of its inputs, or why there are none.
+            seconds: that it took.
+            following: what its thread runs now.
+        """
+        self._running.remove(run)
+        if following is not None:
+            self._running.add(following)
+            self._go_ahead()
+        self._changed.set()
+        if isinstance(outcome, Exception):
+            if len(run.parts) > 1:
+                self._again.extend(
+                    _Run(run.kind, run.all_cores, [part], _tokens([part])) for part in run.parts
+                )
+                return
+            [(job, indices)] = run.parts
+            job.fail(FailedItems(outcome, indices, run.kind))
+        else:
+            stored = 0
+            for job, indices in run.parts:
+                job.store(indices, outcome[stored : stored + len(indices)])
+                stored += len(indices)
+            batch = Batch(run.kind, stored, len(run.parts), run.tokens, seconds)
+            self._measure(batch, run.all_cores)
+            self._report(batch)
+        self.tokens -= run.tokens
+
+    def _next(self, kind: Kind, all_cores: bool) -> _Run:
         """The next batch of a kind, whose turn then ends.
 
         Batches that run at the same time share all that waits or runs: so that what waits does not go to one core while
         the other is about to come free.
         """
-        kind, batches = run.kind, 1 if run.all_cores else run.kind.at_once
+        batches = 1 if all_cores else kind.at_once
         jobs = self._waiting[kind]
-        starts: dict[_Job, int] = {}
-        room = self._budget(run)
+        room = self._budget(kind, all_cores)
         if batches > 1:
             room = min(room, -(-self.tokens // batches))
-        share = max(1, room // len(jobs))
-        for of_each in (share, room):  # the same for every request, then what is left by age
-            for job in list(jobs):
-                if room <= 0 or (starts and job.costs[job.taken] > room):
-                    break
-                starts.setdefault(job, job.taken)
-                part = job.take(min(of_each, room))
-                room -= sum(job.costs[part.start : part.stop])
-                jobs.remove(job)
-                if job.taken < len(job.items):
-                    jobs.append(job)
+        batch = _Size(room, _MOST_PADDING)
+        near = jobs[0].longest
+        nearest = sorted(jobs, key=lambda job: job.distance(near))  # those of one distance by age
+        taken: dict[_Job, list[int]] = {}
+        for of_each in (max(1, room // len(jobs)), room):  # the same for every request, then what is left
+            for job in nearest:
+                if job.waits and (indices := job.take(near, of_each, batch)):
+                    taken.setdefault(job, []).extend(indices)
+        for job in taken:
+            jobs.remove(job)
+            if job.waits:
+                jobs.append(job)
         self._waiting.move_to_end(kind)
         if not jobs:
             del self._waiting[kind]
-        return [(job, range(start, job.taken)) for job, start in starts.items()]
+        return _Run(kind, all_cores, list(taken.items()), batch.tokens)
 
     @staticmethod
-    def _budget(run: _Run) -> int:
+    def _budget(kind: Kind, all_cores: bool) -> int:
         """Tokens of the next batch."""
-        rate = run.kind.model.rates.get((run.kind.images, run.all_cores))
+        rate = kind.model.rates.get((kind.images, all_cores))
         if rate is None:
             return _FIRST_TOKENS
         return min(_MOST_TOKENS, max(_FEWEST_TOKENS, int(rate * _RUN_SECONDS)))
 
     @staticmethod
-    def _measure(run: _Run, batch: Batch) -> None:
+    def _measure(batch: Batch, all_cores: bool) -> None:
         """Learns from a batch that did not fail how fast its kind of inputs runs."""
-        rates, key = run.kind.model.rates, (run.kind.images, run.all_cores)
+        rates, key = batch.kind.model.rates, (batch.kind.images, all_cores)
         rate = batch.tokens / max(batch.seconds, 1e-6)
         old = rates.get(key, rate)
         rates[key] = old + _NEWEST * (rate - old)
 
 
 def _tokens(parts: Sequence[Part]) -> int:
-    return sum(sum(job.costs[part.start : part.stop]) for job, part in parts)
+    return sum(job.costs[index] for job, part in parts for index in part)
