@@ -51,7 +51,6 @@ class Service:
         local: refuse requests that were sent to a name which is not this machine's own.
 
     Attributes:
-        app: the ASGI application.
         stopping: refuses new work; what is under way goes on.
     """
 
@@ -75,11 +74,15 @@ class Service:
         self._requests = self._held_bytes = 0
         self._reloading = asyncio.Lock()
         api = self._api
-        self.app = Starlette(
+        rerank = self._posted(api.rerank)
+        self._posts = {
+            "/v1/embeddings": self._posted(api.embeddings),
+            "/v1/rerank": rerank,
+            "/rerank": rerank,
+        }
+        self._others = Starlette(
             routes=[
-                Route("/v1/embeddings", self._posted(api.embeddings), methods=["POST"]),
-                Route("/v1/rerank", self._posted(api.rerank), methods=["POST"]),
-                Route("/rerank", self._posted(api.rerank), methods=["POST"]),
+                *(Route(path, posted, methods=["POST"]) for path, posted in self._posts.items()),
                 Route("/v1/models", self._asked(self._list), methods=["GET"]),
                 Route("/v1/models/{name:path}", self._asked(self._one), methods=["GET"]),
                 Route("/metrics", self._asked(self._show_metrics), methods=["GET"]),
@@ -89,7 +92,16 @@ class Service:
             exception_handlers={HTTPException: _of_http, Exception: _of_bug},
             lifespan=self._lifespan,
         )
-        self.app.router.redirect_slashes = False  # to an address of the client's making
+        self._others.router.redirect_slashes = False  # to an address of the client's making
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application. What is posted, of which there is much, passes Starlette by."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            posted = self._posts.get(scope["path"])
+            if posted is not None:
+                await posted(scope, receive, send)
+                return
+        await self._others(scope, receive, send)
 
     async def reload(self) -> None:
         """Opens bundles that changed; requests go on with what was there until it is open."""

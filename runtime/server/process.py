@@ -79,6 +79,7 @@ def run(
     """
     config = uvicorn.Config(
         service.app,
+        interface="asgi3",
         http=BoundedProtocol,
         log_config=None,
         access_log=False,

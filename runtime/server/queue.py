@@ -2,19 +2,23 @@
 
 Rules:
     * A batch is of one model, task and form of vectors, whatever its requests' prompts: they are among the tokens.
+    * A batch has the inputs that are nearest in length to the longest of the oldest request, as long as they need
+      little padding.
     * Nothing waits for company. What came while the cores were taken is the next batch.
+    * Where much waits, batches are made ahead: a thread goes on with the next one, and the loop answers meanwhile.
     * Where a model's batches run at the same time, each core takes one of its own: while one runs, what came of the
       other is answered. Elsewhere a batch takes all cores. An input that is alone does so, too, where requests have
       come one at a time.
     * Before a batch that others run beside, the loop reads the requests that have come already.
-    * A batch holds about as many tokens as the model takes ``_RUN_SECONDS`` for, as measured of texts and of images,
+    * A batch holds at most as many tokens as the model takes ``_RUN_SECONDS`` for, as measured of texts and of images,
       on one core and on all. Each request has the same share of it, so that a text does not wait for another request's
-      thousands; what is left goes by age. Kinds of batches take turns.
+      thousands; what is left goes by length, then by age. Kinds of batches take turns.
     * A batch of several requests that fails runs again request by request, but for those that were given up: one's
       fault is not another's.
     * A request that is given up leaves the queue, and no tokens of it are counted any more.
 
-Everything but the run itself belongs to the event loop's thread, so there are no locks.
+Everything but the run itself, and taking a batch that was made ahead, belongs to the event loop's thread, so there are
+no locks.
 """
 
 from __future__ import annotations
@@ -44,8 +48,9 @@ _NEWEST = 0.2  # weight of the last run in the rate
 _LONGEST_RETRY = 60
 _NEWEST_REQUEST = 0.05  # weight of the last request in how many find company
 _SELDOM = 0.1
-_MOST_PADDING = 32
-_AHEAD, _AHEAD_TOKENS = 2, 128
+_MOST_PADDING = 32  # tokens of a batch: more cost more than another batch, see MAX_PADDING_TOKENS
+_AHEAD = 2  # batches
+_AHEAD_TOKENS = 128  # that have to wait for one: fewer would fill no batch
 _TURNS = 3  # of the loop, from a request's bytes to its inputs here
 
 
@@ -195,7 +200,9 @@ class _Job:
         low = high = bisect_left(sizes, near)
         tokens = 0
         while high - low < len(sizes):
-            is_below = high == len(sizes) or (low > 0 and near - sizes[low - 1] < sizes[high] - near)
+            is_below = high == len(sizes) or (
+                low > 0 and near - sizes[low - 1] < sizes[high] - near
+            )
             size = sizes[low - 1 if is_below else high]
             if (tokens and tokens + size > most) or not batch.add(size):
                 break
@@ -316,7 +323,7 @@ class Queue:
         self.tokens += total
         for job in jobs:
             self._waiting.setdefault(job.kind, deque()).append(job)
-        if self._loop is None or self._loop.done():
+        if not self._is_looping():
             self._loop = asyncio.ensure_future(self._run())
         elif self._could_go_ahead():
             self._changed.set()
@@ -366,9 +373,7 @@ class Queue:
                 stopping = ApiError(503, "the server is stopping", kind="server_error")
                 job.fail(stopping)
         self._waiting.clear()
-        if self._loop is not None:
-            await self._loop
-        while self._running:
+        while self._running or self._is_looping():
             self._changed.clear()
             await self._changed.wait()
         self._threads.shutdown()
@@ -383,6 +388,9 @@ class Queue:
             jobs.remove(job)
             if not jobs:
                 del self._waiting[job.kind]
+
+    def _is_looping(self) -> bool:
+        return self._loop is not None and not self._loop.done()
 
     def _taken(self) -> Iterator[_Run]:
         """All batches that were made and have not ended."""
@@ -402,6 +410,7 @@ class Queue:
                 await self._arrivals()
             if (self._waiting or self._ahead or self._again) and self._is_free():
                 self._start()
+        self._changed.set()
 
     def _is_free(self) -> bool:
         """Whether the next batch can start now."""
@@ -504,6 +513,8 @@ class Queue:
                 self._again.extend(
                     _Run(run.kind, run.all_cores, [part], _tokens([part])) for part in run.parts
                 )
+                if not self._is_looping():
+                    self._loop = asyncio.ensure_future(self._run())
                 return
             [(job, indices)] = run.parts
             job.fail(FailedItems(outcome, indices, run.kind))
@@ -532,7 +543,10 @@ class Queue:
         near = jobs[0].longest
         nearest = sorted(jobs, key=lambda job: job.distance(near))  # those of one distance by age
         taken: dict[_Job, list[int]] = {}
-        for of_each in (max(1, room // len(jobs)), room):  # the same for every request, then what is left
+        for of_each in (
+            max(1, room // len(jobs)),
+            room,
+        ):  # the same for every request, then what is left
             for job in nearest:
                 if job.waits and (indices := job.take(near, of_each, batch)):
                     taken.setdefault(job, []).extend(indices)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers.serving import Client, Http, error_of, served, vectors_in
@@ -123,6 +125,121 @@ def test_what_came_while_a_batch_ran_is_the_next_batch(client: Client, gate: Gat
 
 
 @pytest.fixture
+def little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedge.runtime.server import queue
+
+    monkeypatch.setattr(queue, "_MOST_PADDING", 4)
+
+
+@pytest.mark.usefixtures("little_padding")
+def test_a_batch_has_texts_of_about_one_length(client: Client, gate: Gate) -> None:
+    texts = ["w1 " * 10, "w2", "w3 " * 9, "w4 w4", "w5 " * 11, "w6 " * 6]
+
+    async def scenario(http: Http) -> list[Any]:
+        waiting = [asks(http, ["w0"])]
+        await settled(gate.started.is_set)
+        for text in texts:
+            before = held(client)
+            waiting.append(asks(http, [text]))
+            await settled(partial(lambda before: held(client) > before, before))
+        gate.opened.set()
+        return await asyncio.gather(*waiting)
+
+    answers = client.run(scenario)
+    assert gate.runs == [[0], [1, 3, 5], [2, 4], [6]]  # first the length of who came first
+    for response, text in zip(answers, ["w0", *texts], strict=True):
+        alone = client.embed(text, "bundle:code")
+        np.testing.assert_allclose(vectors_in(response), vectors_in(alone), atol=1e-6)
+
+
+@pytest.mark.usefixtures("little_padding")
+def test_lengths_of_one_request_are_kept_apart_and_answered_in_order(
+    client: Client, gate: Gate
+) -> None:
+    gate.opened.set()
+    texts = ["w1", "w2 " * 12, "w3", "w4 " * 11, "w5 w5"]
+    found = vectors_in(client.embed(texts, "bundle:code"))
+    assert gate.runs == [[4, 2], [1, 3, 5]]
+    for vector, text in zip(found, texts, strict=True):
+        [alone] = vectors_in(client.embed(text, "bundle:code"))
+        np.testing.assert_allclose(vector, alone, atol=1e-6)
+
+
+@pytest.fixture
+def little_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two short texts that wait are enough for a batch that is made ahead."""
+    from embedge.runtime.server import queue
+
+    monkeypatch.setattr(queue, "_AHEAD_TOKENS", 6)
+
+
+async def is_ahead(client: Client, http: Http) -> list[asyncio.Task[Any]]:
+    """Requests, the first of which runs while two are in a batch made ahead, and a last one waits."""
+    queue, waiting = client.service._queue, [asks(http, ["w0"])]
+    await settled(lambda: len(queue._running) == 1)
+    waiting += [asks(http, [f"w{number}"]) for number in (1, 2)]
+    await settled(lambda: len(queue._ahead) == 1)
+    waiting.append(asks(http, ["w3"]))
+    await settled(lambda: held(client) == 12)
+    return waiting
+
+
+@pytest.mark.usefixtures("little_goes_ahead")
+def test_a_thread_goes_on_without_the_loop(client: Client, gate: Gate) -> None:
+    async def scenario(http: Http) -> list[Any]:
+        waiting = await is_ahead(client, http)
+        gate.opened.set()
+        deadline = time.monotonic() + 30
+        while len(gate.runs) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)  # in the loop's own thread
+        assert gate.runs == [[0], [1, 2]]
+        return await asyncio.gather(*waiting)
+
+    for response in client.run(scenario):
+        vectors_in(response)
+    assert gate.runs == [[0], [1, 2], [3]]
+    assert held(client) == 0
+
+
+@pytest.mark.usefixtures("little_goes_ahead")
+def test_faults_and_farewells_in_a_batch_that_was_made_ahead(client: Client, gate: Gate) -> None:
+    gate.fails = lambda items: any(int(item.ids[1]) == 4 + 2 for item in items)
+
+    async def scenario(http: Http) -> list[Any]:
+        waiting = await is_ahead(client, http)
+        gone = waiting.pop()
+        gone.cancel()
+        await settled(lambda: held(client) == 9)
+        gate.opened.set()
+        return await asyncio.gather(*waiting)
+
+    zero, one, two = client.run(scenario)
+    assert gate.runs == [[0], [1, 2], [1], [2]]
+    for response in (zero, one):
+        vectors_in(response)
+    error_of(two, 500)
+    assert held(client) == 0
+
+
+@pytest.mark.usefixtures("little_goes_ahead")
+def test_what_was_made_ahead_runs_before_the_end(tasks_bundle: TinyBundle, gate: Gate) -> None:
+    with served(str(tasks_bundle.path)) as client:
+
+        async def scenario(http: Http) -> list[Any]:
+            waiting = await is_ahead(client, http)
+            closing = asyncio.ensure_future(client.service._queue.close())
+            await asyncio.sleep(0)
+            gate.opened.set()
+            await closing
+            return await asyncio.gather(*waiting)
+
+        *answered, last = client.run(scenario)
+    for response in answered:
+        vectors_in(response)
+    error_of(last, 503)
+
+
+@pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches run at the same time, two of them."""
     from embedge.runtime.server.queue import Kind
@@ -175,6 +292,7 @@ def test_who_takes_all_cores_has_them_alone(
     from embedge.runtime.server.queue import Kind
 
     monkeypatch.setattr(Kind, "at_once", property(lambda kind: 1 + (kind.task == "code")))
+    client.service._queue._company = 1.0  # requests found others lately
 
     async def scenario(http: Http) -> None:
         waiting = [asks(http, ["w0"] * 2)]
@@ -211,7 +329,7 @@ def test_a_text_does_not_wait_for_a_requests_hundreds(
 ) -> None:
     from embedge.runtime.server.queue import Queue
 
-    monkeypatch.setattr(Queue, "_budget", staticmethod(lambda model: 30))  # of 10 texts
+    monkeypatch.setattr(Queue, "_budget", staticmethod(lambda kind, all_cores: 30))  # of 10 texts
 
     async def scenario(http: Http) -> None:
         first = asks(http, ["w0"])
@@ -381,7 +499,7 @@ def test_a_batch_that_failed_does_not_run_again_for_who_has_gone(
 
 @pytest.mark.usefixtures("two_cores")
 def test_speed_is_measured_on_one_core_and_on_all(tasks_bundle: TinyBundle, gate: Gate) -> None:
-    from embedge.runtime.server.queue import _FEWEST_TOKENS, Kind, Queue, _Run
+    from embedge.runtime.server.queue import _FEWEST_TOKENS, Kind, Queue
 
     gate.opened.set()
     with served(str(tasks_bundle.path)) as client:
@@ -411,7 +529,7 @@ def test_speed_is_measured_on_one_core_and_on_all(tasks_bundle: TinyBundle, gate
         assert queue.seconds(model) == 3
         model.rates[True, True] = 2_000.0  # images may be what waits
         assert queue.seconds(model) == 12
-        budgets = [Queue._budget(_Run(kind, all_cores)) for all_cores in (True, False)]
+        budgets = [Queue._budget(kind, all_cores) for all_cores in (True, False)]
         assert budgets == [1500, _FEWEST_TOKENS]
 
 
