@@ -107,19 +107,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def short_texts(count: int, seed: int = 0) -> list[str]:
-    """Different texts of 4 to 20 words in a row, drawn from the bench's own.
+def short_texts(count: int, seed: int = 0, words: tuple[int, int] = _WORDS) -> list[str]:
+    """Different texts of some words in a row, drawn from the bench's own.
+
+    Args:
+        count: of the texts.
+        seed: of the drawing.
+        words: fewest and most of a text.
 
     Raises:
         BenchError: if so many cannot be drawn.
     """
-    words = " ".join(text.text for text in default_texts()).split()
+    everything = " ".join(text.text for text in default_texts()).split()
     generator = np.random.default_rng(seed)
     texts: dict[str, None] = {}
     for _ in range(10 * count):
-        length = int(generator.integers(*_WORDS, endpoint=True))
-        start = int(generator.integers(len(words) - length))
-        texts[" ".join(words[start : start + length])] = None
+        length = int(generator.integers(*words, endpoint=True))
+        start = int(generator.integers(len(everything) - length))
+        texts[" ".join(everything[start : start + length])] = None
         if len(texts) == count:
             return list(texts)
     raise BenchError(

@@ -101,6 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", help="may be left out where the bundle has exactly one")
     parser.add_argument("--rows", type=int, default=20_000, metavar="N")
     parser.add_argument(
+        "--words",
+        type=int,
+        nargs=2,
+        default=(4, 20),
+        metavar=("FEWEST", "MOST"),
+        help="of a text (4 20), before its number",
+    )
+    parser.add_argument(
         "--files", type=int, metavar="N", help="default: one per 10,000 rows, and 16 at least"
     )
     parser.add_argument("--actors", type=int, metavar="N", help="default: the cores there are")
@@ -113,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, found {value}")
+    if not 1 <= options.words[0] <= options.words[1]:
+        parser.error(
+            f"--words: expected FEWEST from 1 on and MOST from that on, found {options.words}"
+        )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         return _study(options, Path(folder))
 
@@ -121,7 +133,7 @@ def _study(options: argparse.Namespace, folder: Path) -> int:
     cores = available_cores()
     actors = options.actors or cores
     files = options.files or max(options.rows // 10_000, 16)
-    _write_inputs(folder, options.rows, files)
+    _write_inputs(folder, options.rows, files, tuple(options.words))
     choice = {n: getattr(options, n) for n in ("task", "precision") if getattr(options, n)}
     command = [sys.executable, "-m", "embedge.runtime", "embed", str(options.bundle), "--quiet"]
     command += [word for name, value in choice.items() for word in (f"--{name}", value)]
@@ -191,10 +203,10 @@ def _rows(path: Path) -> tuple[Any, Any]:
     return table.column("id").to_numpy(), values.reshape(-1, column.type.list_size)
 
 
-def _write_inputs(folder: Path, rows: int, files: int) -> None:
+def _write_inputs(folder: Path, rows: int, files: int, words: tuple[int, int] = (4, 20)) -> None:
     """``whole.parquet``, and the same rows in ``in/``, in so many files."""
     arrow = load_pyarrow()
-    texts = short_texts(min(rows, _DIFFERENT_TEXTS))
+    texts = short_texts(min(rows, _DIFFERENT_TEXTS), words=words)
     ids = np.arange(rows)
     # A number behind the text makes each its own: equal texts would be embedded once a call.
     table = arrow.table({"id": ids, "text": [f"{texts[i % len(texts)]} {i}" for i in ids]})
