@@ -2,8 +2,8 @@
 
 Rules:
     * A batch is of one model, task and form of vectors, whatever its requests' prompts: they are among the tokens.
-    * A batch has the inputs that are nearest in length to the longest of the oldest request, as long as they need
-      little padding.
+    * A batch has the inputs that are nearest in length to the longest of the oldest request. On CPU it ends where they
+      would need much padding.
     * Nothing waits for company. What came while the cores were taken is the next batch.
     * Where much waits, batches are made ahead: a thread goes on with the next one, and the loop answers meanwhile.
     * Where a model's batches run at the same time, each core takes one of its own: while one runs, what came of the
@@ -539,7 +539,8 @@ class Queue:
         room = self._budget(kind, all_cores)
         if batches > 1:
             room = min(room, -(-self.tokens // batches))
-        batch = _Size(room, _MOST_PADDING)
+        on_cpu = kind.model.embedder.device == "cpu"
+        batch = _Size(room, _MOST_PADDING if on_cpu else None)
         near = jobs[0].longest
         nearest = sorted(jobs, key=lambda job: job.distance(near))  # those of one distance by age
         taken: dict[_Job, list[int]] = {}

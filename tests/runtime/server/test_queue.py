@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedge.runtime import Embedder
 from tests.helpers.serving import Client, Http, error_of, served, vectors_in
 from tests.runtime.conftest import TinyBundle
 
@@ -132,7 +133,17 @@ def little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("little_padding")
-def test_a_batch_has_texts_of_about_one_length(client: Client, gate: Gate) -> None:
+@pytest.mark.parametrize(
+    ("device", "runs"),
+    [
+        ("cpu", [[1, 3, 5], [2, 4], [6]]),  # first the length of who came first
+        ("cuda:0", [[1, 3, 5, 6, 4, 2]]),
+    ],
+)
+def test_a_batch_has_texts_of_about_one_length(
+    client: Client, gate: Gate, monkeypatch: pytest.MonkeyPatch, device: str, runs: Runs
+) -> None:
+    monkeypatch.setattr(Embedder, "device", device)
     texts = ["w1 " * 10, "w2", "w3 " * 9, "w4 w4", "w5 " * 11, "w6 " * 6]
 
     async def scenario(http: Http) -> list[Any]:
@@ -146,7 +157,7 @@ def test_a_batch_has_texts_of_about_one_length(client: Client, gate: Gate) -> No
         return await asyncio.gather(*waiting)
 
     answers = client.run(scenario)
-    assert gate.runs == [[0], [1, 3, 5], [2, 4], [6]]  # first the length of who came first
+    assert gate.runs == [[0], *runs]
     for response, text in zip(answers, ["w0", *texts], strict=True):
         alone = client.embed(text, "bundle:code")
         np.testing.assert_allclose(vectors_in(response), vectors_in(alone), atol=1e-6)
