@@ -198,9 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    named = {"type": _named, "action": "append", "required": True}
-    parser.add_argument("--adapter", metavar="TASK=FOLDER", **named)
-    parser.add_argument("--texts", metavar="TASK=FILE", **named)
+    for option, metavar in (("--adapter", "TASK=FOLDER"), ("--texts", "TASK=FILE")):
+        parser.add_argument(option, metavar=metavar, type=_named, action="append", required=True)
     parser.add_argument("--weight", type=float, default=0.5, help="of each in the sum at the start")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--steps", type=int, help="in the place of --minutes")

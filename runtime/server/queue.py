@@ -17,8 +17,8 @@ Rules:
       fault is not another's.
     * A request that is given up leaves the queue, and no tokens of it are counted any more.
 
-Everything but the run itself, and taking a batch that was made ahead, belongs to the event loop's thread, so there are
-no locks.
+Everything belongs to the event loop's thread, but the run itself and taking a batch that was made ahead. So only
+``_ahead`` and ``_running`` have a lock.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import threading
 import time
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from embedge.runtime.encode.vectors import Vectors
@@ -51,6 +53,7 @@ _SELDOM = 0.1
 _MOST_PADDING = 32  # tokens of a batch: more cost more than another batch, see MAX_PADDING_TOKENS
 _AHEAD = 2  # batches
 _AHEAD_TOKENS = 128  # that have to wait for one: fewer would fill no batch
+_LOOKED_AT = 512  # requests, the oldest, among which a batch looks for its lengths
 _TURNS = 3  # of the loop, from a request's bytes to its inputs here
 
 
@@ -280,6 +283,10 @@ class _Run:
     parts: list[Part]
     tokens: int
 
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for any of it."""
+        return all(job.done.done() for job, _ in self.parts)
+
 
 class Queue:
     """Runs what is submitted, in threads of its own, until it is closed.
@@ -294,10 +301,13 @@ class Queue:
     ) -> None:
         self._most_tokens = most_tokens
         self._report = report
-        self._waiting: OrderedDict[Kind, deque[_Job]] = OrderedDict()
+        self._waiting: OrderedDict[Kind, dict[_Job, None]] = OrderedDict()  # by age
+        self._waiting_tokens = 0
         self._again: deque[_Run] = deque()  # parts of batches that failed, each alone
+        self._lock = threading.Lock()
         self._ahead: deque[_Run] = deque()  # what a thread goes on with when its batch has ended
         self._running: set[_Run] = set()
+        self._under_way = 0  # batches that run, or whose vectors are not stored yet
         self._changed = asyncio.Event()
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="embedge-run")
         self._loop: asyncio.Task[None] | None = None
@@ -321,13 +331,11 @@ class Queue:
         self._submitted += 1
         self._company += _NEWEST_REQUEST * (bool(self.tokens) - self._company)
         self.tokens += total
+        self._waiting_tokens += total
         for job in jobs:
-            self._waiting.setdefault(job.kind, deque()).append(job)
-        if not self._is_looping():
-            self._loop = asyncio.ensure_future(self._run())
-        elif self._could_go_ahead():
-            self._changed.set()
+            self._waiting.setdefault(job.kind, {})[job] = None
         try:
+            self._wake()
             if len(jobs) == 1:  # most often; gathering takes another turn of the loop
                 return [await jobs[0].done]
             return list(await asyncio.gather(*(job.done for job in jobs)))
@@ -363,17 +371,16 @@ class Queue:
 
     def holds(self, model: ServedModel) -> bool:
         """Whether inputs of a model wait or run."""
-        kinds = [*self._waiting, *(run.kind for run in self._taken())]
-        return any(kind.model is model for kind in kinds)
+        with self._lock:
+            made = [*self._running, *self._ahead, *self._again]
+        return any(kind.model is model for kind in [*self._waiting, *(run.kind for run in made)])
 
     async def close(self) -> None:
         """Gives up what waits, and ends the threads when their batches have ended."""
-        for jobs in self._waiting.values():
-            for job in jobs:
-                stopping = ApiError(503, "the server is stopping", kind="server_error")
-                job.fail(stopping)
-        self._waiting.clear()
-        while self._running or self._is_looping():
+        for job in [job for jobs in self._waiting.values() for job in jobs]:
+            job.fail(ApiError(503, "the server is stopping", kind="server_error"))
+            self._forget(job)
+        while self._under_way or self._is_looping():
             self._changed.clear()
             await self._changed.wait()
         self._threads.shutdown()
@@ -381,63 +388,62 @@ class Queue:
     def _forget(self, job: _Job) -> None:
         """Takes a job out that was given up, or is done."""
         job.done.cancel()
-        self.tokens -= job.tokens
-        job.drop()
-        jobs = self._waiting.get(job.kind)
-        if jobs is not None and job in jobs:
-            jobs.remove(job)
+        if not job.done.cancelled() and not job.waits:  # most often: all of it has its vectors
+            return
+        jobs = self._waiting.get(job.kind, {})
+        if job in jobs:
+            self.tokens -= job.tokens
+            self._waiting_tokens -= job.tokens
+            del jobs[job]
             if not jobs:
                 del self._waiting[job.kind]
+        with self._lock:
+            for made in (self._ahead, self._again):
+                for run in [run for run in made if run.is_given_up()]:
+                    made.remove(run)
+                    self.tokens -= run.tokens
+        self._changed.set()  # it may have been what could not start
 
     def _is_looping(self) -> bool:
         return self._loop is not None and not self._loop.done()
 
-    def _taken(self) -> Iterator[_Run]:
-        """All batches that were made and have not ended."""
-        yield from self._running
-        yield from self._ahead
-        yield from self._again
+    def _wake(self) -> None:
+        """Has the loop look at what there is to run."""
+        self._changed.set()
+        if not self._is_looping():
+            self._loop = asyncio.ensure_future(self._run())
 
     async def _run(self) -> None:
         """Starts batches until nothing waits."""
         while self._waiting or self._ahead or self._again:
-            if not self._is_free():
+            if self._running and not self._ahead and not self._again and self._is_free():
+                await self._arrivals()
+            run = self._taken()
+            if run is not None:
+                self._threads.submit(self._work, run, asyncio.get_running_loop())
+            elif self._waiting or self._ahead or self._again:
                 self._go_ahead()
                 self._changed.clear()
                 await self._changed.wait()
-                continue
-            if self._running and not self._ahead and not self._again:
-                await self._arrivals()
-            if (self._waiting or self._ahead or self._again) and self._is_free():
-                self._start()
         self._changed.set()
 
     def _is_free(self) -> bool:
-        """Whether the next batch can start now."""
-        if any(run.all_cores for run in self._running):
-            return False
-        return len(self._running) < self._next_kind().at_once
+        """Whether what waits can start now."""
+        with self._lock:
+            return self._has_room(next(iter(self._waiting)))
 
-    def _next_kind(self) -> Kind:
-        """Whose turn it is."""
-        for made in (self._ahead, self._again):
-            if made:
-                return made[0].kind
-        return next(iter(self._waiting))
+    def _has_room(self, kind: Kind) -> bool:
+        """Whether a batch of a kind can run beside those that do."""
+        return len(self._running) < kind.at_once and not any(r.all_cores for r in self._running)
 
     def _could_go_ahead(self) -> bool:
-        """Whether there is enough for a batch that a thread goes on with by itself.
-
-        It has to be one that can start when any batch that runs has ended.
-        """
-        if self._again or len(self._ahead) >= _AHEAD or not self._waiting or not self._running:
-            return False
-        if self.tokens - sum(run.tokens for run in self._taken()) < _AHEAD_TOKENS:
-            return False
-        kind = next(iter(self._waiting))
-        if any(run.all_cores for run in self._running):
-            return not self._ahead
-        return len(self._running) == kind.at_once
+        """Whether there is enough for a batch that a thread goes on with by itself."""
+        return (
+            self._waiting_tokens >= _AHEAD_TOKENS
+            and len(self._ahead) < _AHEAD
+            and not self._again
+            and bool(self._running)
+        )
 
     def _go_ahead(self) -> None:
         """Makes the batches that threads go on with by themselves."""
@@ -453,21 +459,22 @@ class Queue:
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
 
-    def _start(self) -> None:
-        """Starts a batch."""
-        if self._ahead:
-            run = self._ahead.popleft()
-        elif self._again:
-            run = self._again.popleft()
-            if run.parts[0][0].done.done():  # given up
-                self.tokens -= run.tokens
-                return
-        else:
-            [kind, jobs] = next(iter(self._waiting.items()))
-            is_alone = len(jobs) == 1 and jobs[0].waits == 1 and not self._running
-            run = self._next(kind, kind.at_once == 1 or (is_alone and self._company < _SELDOM))
-        self._running.add(run)
-        self._threads.submit(self._work, run, asyncio.get_running_loop())
+    def _taken(self) -> _Run | None:
+        """The next batch, which runs from now on; ``None`` if there is none that can."""
+        with self._lock:
+            if self._ahead or self._again:
+                made = self._ahead or self._again
+                run = made.popleft() if self._has_room(made[0].kind) else None
+            elif self._waiting and self._has_room(kind := next(iter(self._waiting))):
+                jobs = self._waiting[kind]
+                is_alone = len(jobs) == 1 and next(iter(jobs)).waits == 1 and not self._running
+                run = self._next(kind, kind.at_once == 1 or (is_alone and self._company < _SELDOM))
+            else:
+                run = None
+            if run is not None:
+                self._running.add(run)
+                self._under_way += 1
+        return run
 
     def _work(self, run: _Run, loop: asyncio.AbstractEventLoop) -> None:
         """Runs batches in a thread: one, and those that were made ahead."""
@@ -482,43 +489,27 @@ class Queue:
             except Exception as error:
                 outcome = error
             seconds = time.perf_counter() - start
-            try:
-                following = self._ahead.popleft()
-            except IndexError:
+            with self._lock:
+                self._running.remove(run)
                 following = None
-            loop.call_soon_threadsafe(self._end, run, outcome, seconds, following)
+                if self._ahead and self._has_room(self._ahead[0].kind):
+                    following = self._ahead.popleft()
+                    self._running.add(following)
+                    self._under_way += 1
+            loop.call_soon_threadsafe(self._end, run, outcome, seconds)
 
-    def _end(
-        self,
-        run: _Run,
-        outcome: Sequence[Vectors] | Exception,
-        seconds: float,
-        following: _Run | None,
-    ) -> None:
+    def _end(self, run: _Run, outcome: Sequence[Vectors] | Exception, seconds: float) -> None:
         """Stores what a batch gave.
 
         Args:
             run: the batch.
             outcome: vectors of its inputs, or why there are none.
             seconds: that it took.
-            following: what its thread runs now.
         """
-        self._running.remove(run)
-        if following is not None:
-            self._running.add(following)
-            self._go_ahead()
-        self._changed.set()
-        if isinstance(outcome, Exception):
-            if len(run.parts) > 1:
-                self._again.extend(
-                    _Run(run.kind, run.all_cores, [part], _tokens([part])) for part in run.parts
-                )
-                if not self._is_looping():
-                    self._loop = asyncio.ensure_future(self._run())
-                return
-            [(job, indices)] = run.parts
-            job.fail(FailedItems(outcome, indices, run.kind))
-        else:
+        self.tokens -= run.tokens
+        with self._lock:
+            self._under_way -= 1
+        if not isinstance(outcome, Exception):
             stored = 0
             for job, indices in run.parts:
                 job.store(indices, outcome[stored : stored + len(indices)])
@@ -526,7 +517,19 @@ class Queue:
             batch = Batch(run.kind, stored, len(run.parts), run.tokens, seconds)
             self._measure(batch, run.all_cores)
             self._report(batch)
-        self.tokens -= run.tokens
+        elif len(run.parts) > 1:
+            for part in run.parts:
+                again = _Run(run.kind, run.all_cores, [part], _tokens([part]))
+                if not again.is_given_up():
+                    self.tokens += again.tokens
+                    self._again.append(again)
+        else:
+            [(job, indices)] = run.parts
+            job.fail(FailedItems(outcome, indices, run.kind))
+        if self._waiting or self._ahead or self._again:
+            self._go_ahead()
+            self._wake()
+        self._changed.set()
 
     def _next(self, kind: Kind, all_cores: bool) -> _Run:
         """The next batch of a kind, whose turn then ends.
@@ -536,25 +539,31 @@ class Queue:
         """
         batches = 1 if all_cores else kind.at_once
         jobs = self._waiting[kind]
+        looked_at = list(islice(jobs, _LOOKED_AT))
+        oldest = looked_at[0]
         room = self._budget(kind, all_cores)
         if batches > 1:
             room = min(room, -(-self.tokens // batches))
         on_cpu = kind.model.embedder.device == "cpu"
         batch = _Size(room, _MOST_PADDING if on_cpu else None)
-        near = jobs[0].longest
-        nearest = sorted(jobs, key=lambda job: job.distance(near))  # those of one distance by age
+        near = oldest.longest
+        looked_at.sort(key=lambda job: job.distance(near))  # those of one distance by age
         taken: dict[_Job, list[int]] = {}
         for of_each in (
-            max(1, room // len(jobs)),
+            max(1, room // len(looked_at)),
             room,
-        ):  # the same for every request, then what is left
-            for job in nearest:
+        ):  # the same for all, then what is left
+            for job in looked_at:
+                if batch.inputs and batch.room <= 0:
+                    break
                 if job.waits and (indices := job.take(near, of_each, batch)):
                     taken.setdefault(job, []).extend(indices)
         for job in taken:
-            jobs.remove(job)
-            if job.waits:
-                jobs.append(job)
+            if not job.waits:
+                del jobs[job]
+        if oldest.waits:  # it had its turn; the others keep their place
+            jobs[oldest] = jobs.pop(oldest)
+        self._waiting_tokens -= batch.tokens
         self._waiting.move_to_end(kind)
         if not jobs:
             del self._waiting[kind]

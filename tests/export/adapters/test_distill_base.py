@@ -55,7 +55,7 @@ def test_it_comes_nearer_to_each_and_can_be_exported(
     for name, (first, last) in far.items():
         assert last < 0.85 * first, name
     export_bundle(
-        source, adapters={"base": tmp_path / "base"}, precisions=["fp32"], out=tmp_path / "bundle"
+        source, adapters={"all": tmp_path / "base"}, precisions=["fp32"], out=tmp_path / "bundle"
     )
 
 

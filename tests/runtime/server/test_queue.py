@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -230,6 +231,84 @@ def test_faults_and_farewells_in_a_batch_that_was_made_ahead(client: Client, gat
         vectors_in(response)
     error_of(two, 500)
     assert held(client) == 0
+
+
+@pytest.mark.usefixtures("little_goes_ahead")
+def test_a_batch_that_was_made_ahead_and_given_up_does_not_run(client: Client, gate: Gate) -> None:
+    async def scenario(http: Http) -> list[Any]:
+        first, one, two, last = await is_ahead(client, http)
+        one.cancel()
+        await settled(one.done)
+        assert held(client) == 12  # the other one still waits for it
+        two.cancel()
+        await settled(lambda: held(client) == 6)
+        gate.opened.set()
+        return await asyncio.gather(first, last)
+
+    for response in client.run(scenario):
+        vectors_in(response)
+    assert gate.runs == [[0], [3]]
+    assert held(client) == 0
+
+
+def test_what_could_not_start_makes_room_when_it_is_given_up(
+    client: Client, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedge.runtime.server.queue import Kind
+
+    monkeypatch.setattr(Kind, "at_once", property(lambda kind: 1 + (kind.task == "code")))
+    client.service._queue._company = 1.0  # requests found others lately
+
+    async def scenario(http: Http) -> list[Any]:
+        first = asks(http, ["w0"])
+        await settled(gate.started.is_set)
+        gone = asks(http, ["w1"], "retrieval")
+        await settled(lambda: held(client) == 6)
+        last = asks(http, ["w2"])
+        await settled(lambda: held(client) == 9)
+        assert gate.runs == [[0]]
+        gone.cancel()
+        await settled(lambda: gate.runs == [[0], [2]])
+        gate.opened.set()
+        return await asyncio.gather(first, last)
+
+    for response in client.run(scenario):
+        vectors_in(response)
+    assert held(client) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("little_goes_ahead", "little_padding", "two_cores")
+def test_threads_and_the_loop_lose_nothing_whenever_they_switch(tasks_bundle: TinyBundle) -> None:
+    texts = [" ".join(f"w{(i * 7 + k) % 50}" for k in range(1 + i % 12)) for i in range(400)]
+    expected = {
+        task: Embedder(tasks_bundle.path, task=task).encode(texts) for task in ("code", "retrieval")
+    }
+    interval = sys.getswitchinterval()
+    with served(str(tasks_bundle.path)) as client:
+
+        async def scenario(http: Http) -> list[Any]:
+            asked = [
+                asks(http, [text], ("code", "retrieval")[i % 2]) for i, text in enumerate(texts)
+            ]
+            await settled(lambda: held(client) > 0)
+            for task in asked[5::20]:
+                task.cancel()
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        try:
+            sys.setswitchinterval(1e-6)
+            answers = client.run(scenario)
+        finally:
+            sys.setswitchinterval(interval)
+        for i, answer in enumerate(answers):
+            if isinstance(answer, asyncio.CancelledError):
+                assert i % 20 == 5
+                continue
+            vector = expected[("code", "retrieval")[i % 2]][i]
+            np.testing.assert_allclose(vectors_in(answer)[0], vector, atol=1e-6)
+        queue = client.service._queue
+        assert (held(client), queue._waiting_tokens, queue._under_way) == (0, 0, 0)
 
 
 @pytest.mark.usefixtures("little_goes_ahead")
