@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from joined_adapters import join_adapters, load_adapter
 from jsonl import read_jsonl
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
@@ -60,30 +61,29 @@ class _Model:
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """float32 [texts, dim], rows of length 1."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            vectors = self.transformer(self.transformer.tokenize(list(texts)))["sentence_embedding"]
+            vectors = self.transformer(self.transformer.preprocess(list(texts)))[
+                "sentence_embedding"
+            ]
         return normalize(vectors.float(), dim=-1)
 
 
-def _teacher(folder: Path, adapter: Path, max_tokens: int) -> _Model:
+def _teacher(folder: Path, adapter: Path, max_tokens: int, leave_out: Sequence[str]) -> _Model:
     model = _Model(folder, max_tokens)
-    merged = PeftModel.from_pretrained(model.backbone, str(adapter)).merge_and_unload()
+    merged = load_adapter(model.backbone, adapter, leave_out=leave_out).merge_and_unload()
     model.backbone = merged.eval().requires_grad_(False)
     return model
 
 
 def _student(
-    folder: Path, adapters: Mapping[str, Path], weight: float, max_tokens: int
+    folder: Path,
+    adapters: Mapping[str, Path],
+    weight: float,
+    max_tokens: int,
+    leave_out: Sequence[str],
 ) -> tuple[_Model, PeftModel]:
     model = _Model(folder, max_tokens)
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    first, *others = zip(names, adapters.values(), strict=True)
-    joined = PeftModel.from_pretrained(model.backbone, str(first[1]), adapter_name=first[0])
-    for name, adapter in others:
-        joined.load_adapter(str(adapter), adapter_name=name)
-    joined.add_weighted_adapter(names, [weight] * len(names), "base", combination_type="cat")
-    joined.set_adapter("base")
-    for name in names:
-        joined.delete_adapter(name)
+    weights = [(adapter, weight) for adapter in adapters.values()]
+    joined = join_adapters(model.backbone, weights, "base", leave_out)
     for name, parameter in joined.named_parameters():
         parameter.requires_grad = ".base." in name
     model.backbone = joined.eval()  # no dropout: the teachers have none
@@ -118,6 +118,7 @@ def distill(
     steps: int | None = None,
     batch_size: int = 32,
     max_tokens: int = 48,
+    leave_out: Sequence[str] = (),
 ) -> dict[str, tuple[float, float]]:
     """Train the adapter and write it in PEFT's format.
 
@@ -131,13 +132,19 @@ def distill(
         steps: to train for, in the place of minutes.
         batch_size: texts of a step.
         max_tokens: where texts are cut in training.
+        leave_out: names of modules whose tensors in the adapters are left out.
+
+    Raises:
+        ValueError: for a tensor of an adapter that the model has no place for.
 
     Returns:
         ``1 - cosine`` to each adapter's vectors: of the first step and of the last ones, through the matrix.
     """
     torch.manual_seed(SEED)
-    teachers = {name: _teacher(folder, adapter, max_tokens) for name, adapter in adapters.items()}
-    student, joined = _student(folder, adapters, weight, max_tokens)
+    teachers = {
+        name: _teacher(folder, adapter, max_tokens, leave_out) for name, adapter in adapters.items()
+    }
+    student, joined = _student(folder, adapters, weight, max_tokens, leave_out)
     streams = {name: _batches(list(texts[name]), batch_size, f"{SEED}:{name}") for name in adapters}
     matrices = {}
     with torch.no_grad():
@@ -205,6 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="in the place of --minutes")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=48, help="where texts are cut")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=(), metavar="NAME", help="modules that the model lacks"
+    )
     options = parser.parse_args(arguments)
     adapters: dict[str, Path] = dict(options.adapter)
     if options.out.exists():
@@ -221,17 +231,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(
                 f"--texts {name}: expected at least {options.batch_size} texts, found {len(found)}"
             )
-    distill(
-        options.model,
-        options.out,
-        adapters,
-        texts,
-        weight=options.weight,
-        minutes=options.minutes,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        max_tokens=options.max_tokens,
-    )
+    try:
+        distill(
+            options.model,
+            options.out,
+            adapters,
+            texts,
+            weight=options.weight,
+            minutes=options.minutes,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            max_tokens=options.max_tokens,
+            leave_out=options.leave_out,
+        )
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

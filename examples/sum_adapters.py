@@ -1,8 +1,6 @@
 """Writes a weighted sum of LoRA adapters as one adapter: the base from which `embedge fit-maps` maps to each task.
 
-PEFT joins them by their ranks (``combination_type="cat"``), so the sum is exact.
-
-    python examples/sum_adapters.py MODEL OUT FOLDER=WEIGHT FOLDER=WEIGHT …
+python examples/sum_adapters.py MODEL OUT FOLDER=WEIGHT FOLDER=WEIGHT …
 """
 
 from __future__ import annotations
@@ -13,26 +11,25 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import PeftModel
+from joined_adapters import join_adapters
 from transformers import AutoModel
 
 
-def sum_adapters(model: Path, out: Path, weights: Sequence[tuple[Path, float]]) -> None:
+def sum_adapters(
+    model: Path, out: Path, weights: Sequence[tuple[Path, float]], leave_out: Sequence[str] = ()
+) -> None:
     """Write ``Σ weight · adapter`` in PEFT's format.
 
     Args:
         model: folder of the model that the adapters are for.
         out: the new adapter's folder, which must not exist.
         weights: folder of each adapter and its weight.
+        leave_out: names of modules whose tensors are left out.
+
+    Raises:
+        ValueError: for a tensor that the model has no place for.
     """
-    names = [f"adapter_{number}" for number in range(len(weights))]
-    first, *others = zip(names, weights, strict=True)
-    joined = PeftModel.from_pretrained(
-        AutoModel.from_pretrained(model), str(first[1][0]), adapter_name=first[0]
-    )
-    for name, (folder, _) in others:
-        joined.load_adapter(str(folder), adapter_name=name)
-    joined.add_weighted_adapter(names, [w for _, w in weights], "sum", combination_type="cat")
+    joined = join_adapters(AutoModel.from_pretrained(model), weights, "sum", leave_out)
     with tempfile.TemporaryDirectory() as work:
         joined.save_pretrained(work, selected_adapters=["sum"])
         (Path(work) / "sum" / "README.md").unlink(missing_ok=True)
@@ -59,10 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("out", type=Path, help="the new adapter's folder")
     parser.add_argument("weights", type=_weighted, nargs="+", metavar="FOLDER=WEIGHT")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=(), metavar="NAME", help="modules that the model lacks"
+    )
     options = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"{options.out}: expected no such folder, found one; name another")
-    sum_adapters(options.model, options.out, options.weights)
+    try:
+        sum_adapters(options.model, options.out, options.weights, options.leave_out)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
