@@ -416,7 +416,7 @@ class Queue:
     async def _run(self) -> None:
         """Starts batches until nothing waits."""
         while self._waiting or self._ahead or self._again:
-            if self._running and not self._ahead and not self._again and self._is_free():
+            if self._running and not self._again and self._is_free():
                 await self._arrivals()
             run = self._taken()
             if run is not None:
@@ -428,8 +428,10 @@ class Queue:
         self._changed.set()
 
     def _is_free(self) -> bool:
-        """Whether what waits can start now."""
+        """Whether a batch of what waits can start now."""
         with self._lock:
+            if self._ahead or not self._waiting:
+                return False
             return self._has_room(next(iter(self._waiting)))
 
     def _has_room(self, kind: Kind) -> bool:
@@ -549,10 +551,8 @@ class Queue:
         near = oldest.longest
         looked_at.sort(key=lambda job: job.distance(near))  # those of one distance by age
         taken: dict[_Job, list[int]] = {}
-        for of_each in (
-            max(1, room // len(looked_at)),
-            room,
-        ):  # the same for all, then what is left
+        share = max(1, room // len(looked_at))
+        for of_each in (share, room):  # the same for all, then what is left
             for job in looked_at:
                 if batch.inputs and batch.room <= 0:
                     break
