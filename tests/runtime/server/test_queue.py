@@ -243,7 +243,7 @@ def test_a_batch_that_was_made_ahead_and_given_up_does_not_run(client: Client, g
         two.cancel()
         await settled(lambda: held(client) == 6)
         gate.opened.set()
-        return await asyncio.gather(first, last)
+        return list(await asyncio.gather(first, last))
 
     for response in client.run(scenario):
         vectors_in(response)
@@ -270,7 +270,7 @@ def test_what_could_not_start_makes_room_when_it_is_given_up(
         gone.cancel()
         await settled(lambda: gate.runs == [[0], [2]])
         gate.opened.set()
-        return await asyncio.gather(first, last)
+        return list(await asyncio.gather(first, last))
 
     for response in client.run(scenario):
         vectors_in(response)
