@@ -14,15 +14,13 @@ a row is a text, as the adapter gets them, prompts included. No labels are neede
 from __future__ import annotations
 
 import argparse
-import random
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from joined_adapters import join_adapters, load_adapter
+from batches import batches
+from joined_adapters import join_adapters, load_adapter, write_adapter
 from jsonl import read_jsonl
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
@@ -34,9 +32,7 @@ START_TEXTS = 320  # of each task, for the matrices to start from
 RIDGE = 0.05
 WARM_UP = 20  # steps
 LEARNING_RATE, MATRIX_RATE = 8e-4, 3e-4
-RELATIONS = (
-    10.0  # weight of the texts' cosines among each other beside that of the vectors themselves
-)
+RELATIONS = 10.0  # weight of the texts' cosines among each other, beside the vectors themselves
 
 
 class _Model:
@@ -90,14 +86,6 @@ def _student(
     return model, joined
 
 
-def _batches(texts: list[str], size: int, seed: str) -> Iterator[list[str]]:
-    generator = random.Random(seed)
-    while True:
-        generator.shuffle(texts)
-        for start in range(0, max(1, len(texts) - size + 1), size):
-            yield texts[start : start + size]
-
-
 def _started(student: torch.Tensor, teacher: torch.Tensor) -> torch.nn.Parameter:
     """The matrix near the identity that takes the one's vectors to the other's, by ridge regression."""
     dim = student.shape[1]
@@ -145,7 +133,7 @@ def distill(
         name: _teacher(folder, adapter, max_tokens, leave_out) for name, adapter in adapters.items()
     }
     student, joined = _student(folder, adapters, weight, max_tokens, leave_out)
-    streams = {name: _batches(list(texts[name]), batch_size, f"{SEED}:{name}") for name in adapters}
+    streams = {name: batches(list(texts[name]), batch_size, f"{SEED}:{name}") for name in adapters}
     matrices = {}
     with torch.no_grad():
         for name, teacher in teachers.items():
@@ -184,10 +172,7 @@ def distill(
         if step % REPORT_EVERY == 0:
             shown = ", ".join(f"{n} {sum(d[-10:]) / len(d[-10:]):.4f}" for n, d in far.items())
             print(f"step {step}, {seconds:.0f} s, 1 - cosine: {shown}", flush=True)
-    with tempfile.TemporaryDirectory() as work:
-        joined.save_pretrained(work, selected_adapters=["base"], save_embedding_layers=False)
-        (Path(work) / "base" / "README.md").unlink(missing_ok=True)
-        shutil.copytree(Path(work) / "base", out)
+    write_adapter(joined, "base", out)
     return {name: (d[0], sum(d[-10:]) / len(d[-10:])) for name, d in far.items() if d}
 
 

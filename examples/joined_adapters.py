@@ -7,6 +7,8 @@ are an error.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-__all__ = ["join_adapters", "load_adapter"]
+__all__ = ["join_adapters", "load_adapter", "write_adapter"]
 
 _PEFT = "base_model.model."
 _HEAD = "model."  # of the backbone in a model with a head
@@ -99,3 +101,17 @@ def join_adapters(
     for part in parts:
         joined.delete_adapter(part)
     return joined
+
+
+def write_adapter(joined: PeftModel, name: str, out: Path) -> None:
+    """Write an adapter of a model in PEFT's format.
+
+    Args:
+        joined: the model.
+        name: of the adapter in it.
+        out: the adapter's folder, which must not exist.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        joined.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
+        (Path(work) / name / "README.md").unlink(missing_ok=True)
+        shutil.copytree(Path(work) / name, out)

@@ -6,12 +6,10 @@ python examples/sum_adapters.py MODEL OUT FOLDER=WEIGHT FOLDER=WEIGHT …
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from joined_adapters import join_adapters
+from joined_adapters import join_adapters, write_adapter
 from transformers import AutoModel
 
 
@@ -30,10 +28,7 @@ def sum_adapters(
         ValueError: for a tensor that the model has no place for.
     """
     joined = join_adapters(AutoModel.from_pretrained(model), weights, "sum", leave_out)
-    with tempfile.TemporaryDirectory() as work:
-        joined.save_pretrained(work, selected_adapters=["sum"])
-        (Path(work) / "sum" / "README.md").unlink(missing_ok=True)
-        shutil.copytree(Path(work) / "sum", out)
+    write_adapter(joined, "sum", out)
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -6,7 +6,6 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from allocator import keep_freed_memory
 from backbone import Backbone, embed, embed_all
+from batches import batches
 from jsonl import read_jsonl
 from losses import cosent, drift, info_nce, late_cosent, late_info_nce, over_widths
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,14 +30,6 @@ TOLERATED_LOSS = 0.0025
 REPORT_EVERY = 20
 
 Row = dict[str, Any]
-
-
-def _batches(rows: list[Row], size: int, seed: str) -> Iterator[list[Row]]:
-    generator = random.Random(seed)
-    while True:
-        generator.shuffle(rows)
-        for start in range(0, len(rows) - size + 1, size):
-            yield rows[start : start + size]
 
 
 def _new_adapter(backbone: Backbone) -> PeftModel:
@@ -160,9 +152,9 @@ def train(backbone: Backbone, task: Task, data: Path, out: Path) -> Row:
     main_file = max(task.mixture, key=lambda name: task.mixture[name])
     validation = [files[main_file].pop() for _ in range(VALIDATION_PAIRS)]
     streams = {
-        name: _batches(rows, task.batch_size, f"{SEED}:{name}") for name, rows in files.items()
+        name: batches(rows, task.batch_size, f"{SEED}:{name}") for name, rows in files.items()
     }
-    mixed = _batches(read_jsonl(data / "mixed.jsonl"), MIXED_TEXTS, f"{SEED}:mixed")
+    mixed = batches(read_jsonl(data / "mixed.jsonl"), MIXED_TEXTS, f"{SEED}:mixed")
     model = _new_adapter(backbone)
     tokenizer = backbone.tokenizer(backbone.train_tokens)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
