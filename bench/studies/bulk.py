@@ -32,9 +32,9 @@ from embedge.runtime import Embedder, EmbedgeError
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.sessions.session import GraphSession
 
-__all__ = ["Bulk", "main", "measure", "short_texts"]
+__all__ = ["WORDS", "Bulk", "main", "measure", "short_texts"]
 
-_WORDS = (4, 20)
+WORDS = (4, 20)  # of a short text, at least and at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def short_texts(count: int, seed: int = 0, words: tuple[int, int] = _WORDS) -> list[str]:
+def short_texts(count: int, seed: int = 0, words: tuple[int, int] = WORDS) -> list[str]:
     """Different texts of some words in a row, drawn from the bench's own.
 
     Args:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from embedge.bench.studies.bulk import short_texts
+from embedge.bench.studies.bulk import WORDS, short_texts
 from embedge.runtime.host.cores import available_cores
 from embedge.runtime.tables.arrow import load_pyarrow
 
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--words",
         type=int,
         nargs=2,
-        default=(4, 20),
+        default=WORDS,
         metavar=("FEWEST", "MOST"),
         help="of a text (4 20), before its number",
     )
@@ -203,7 +203,7 @@ def _rows(path: Path) -> tuple[Any, Any]:
     return table.column("id").to_numpy(), values.reshape(-1, column.type.list_size)
 
 
-def _write_inputs(folder: Path, rows: int, files: int, words: tuple[int, int] = (4, 20)) -> None:
+def _write_inputs(folder: Path, rows: int, files: int, words: tuple[int, int] = WORDS) -> None:
     """``whole.parquet``, and the same rows in ``in/``, in so many files."""
     arrow = load_pyarrow()
     texts = short_texts(min(rows, _DIFFERENT_TEXTS), words=words)

@@ -407,6 +407,10 @@ class Queue:
     def _is_looping(self) -> bool:
         return self._loop is not None and not self._loop.done()
 
+    def _has_work(self) -> bool:
+        """Whether there is anything that was not started."""
+        return bool(self._waiting or self._ahead or self._again)
+
     def _wake(self) -> None:
         """Has the loop look at what there is to run."""
         self._changed.set()
@@ -415,13 +419,13 @@ class Queue:
 
     async def _run(self) -> None:
         """Starts batches until nothing waits."""
-        while self._waiting or self._ahead or self._again:
+        while self._has_work():
             if self._running and not self._again and self._is_free():
                 await self._arrivals()
             run = self._taken()
             if run is not None:
                 self._threads.submit(self._work, run, asyncio.get_running_loop())
-            elif self._waiting or self._ahead or self._again:
+            elif self._has_work():
                 self._go_ahead()
                 self._changed.clear()
                 await self._changed.wait()
@@ -528,10 +532,11 @@ class Queue:
         else:
             [(job, indices)] = run.parts
             job.fail(FailedItems(outcome, indices, run.kind))
-        if self._waiting or self._ahead or self._again:
+        if self._has_work():
             self._go_ahead()
             self._wake()
-        self._changed.set()
+        else:
+            self._changed.set()
 
     def _next(self, kind: Kind, all_cores: bool) -> _Run:
         """The next batch of a kind, whose turn then ends.
